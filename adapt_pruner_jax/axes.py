@@ -1,0 +1,115 @@
+"""Dim letters, and the one table that says which dims a parameter has.
+
+  B batch            T query position     S key position     L layers
+  D residual width   H head_dim           V vocabulary
+  K KV heads of this layer                G query heads per KV head
+  N = K * G query heads                   F MLP width of this layer
+
+Everything that depends on the meaning of a dimension is derived from `AXES`:
+shapes, initial values, sharding, the pruning gather, the sum of Taylor scores,
+the reshape to and from HuggingFace tensors, the weight-decay mask.
+
+K and F are the *unit letters*: a layer's KV groups and its MLP channels are what
+can be pruned. Per-layer data about units is always a dict {"K": ..., "F": ...}.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+AXES = {
+  "embedding": "VD",
+  "final_norm": "D",
+  "lm_head": "DV",
+  # one set a layer
+  "attn_norm": "D",
+  "q": "DKGH",
+  "k": "DKH",
+  "v": "DKH",
+  "o": "KGHD",
+  "q_bias": "KGH",
+  "k_bias": "KH",
+  "v_bias": "KH",
+  "o_bias": "D",
+  "mlp_norm": "D",
+  "gate": "DF",
+  "up": "DF",
+  "down": "FD",
+  "gate_bias": "F",
+  "up_bias": "F",
+  "down_bias": "D",
+}
+
+UNITS = "KF"
+# The matrices whose salience makes up the score of a unit. Biases and norms
+# never enter a score.
+SCORED = {"K": ("q", "k", "v", "o"), "F": ("gate", "up", "down")}
+
+Params = dict[str, Any]
+
+
+def shape(name: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
+  """Shape of parameter `name` given the size of each letter."""
+  return tuple(sizes[letter] for letter in AXES[name])
+
+
+def unit_of(name: str) -> str | None:
+  """The unit letter that `name` is cut along, or None."""
+  return next((u for u in UNITS if u in AXES[name]), None)
+
+
+def take(name: str, array: jax.Array, indices: Mapping[str, Any]) -> jax.Array:
+  """Keeps `indices[unit]` of `array` along its unit axis, in that order."""
+  unit = unit_of(name)
+  if unit is None:
+    return array
+  return jnp.take(array, indices[unit], axis=AXES[name].index(unit))
+
+
+def put(
+  name: str, array: jax.Array, indices: Mapping[str, Any], sizes: Mapping
+) -> jax.Array:
+  """Inverse of `take`: scatters `array` into zeros of full unit size."""
+  unit = unit_of(name)
+  if unit is None:
+    return array
+  axis = AXES[name].index(unit)
+  full = list(array.shape)
+  full[axis] = sizes[unit]
+  at = (slice(None),) * axis + (indices[unit],)
+  return jnp.zeros(full, array.dtype).at[at].set(array)
+
+
+def mask(name: str, array: jax.Array, masks: Mapping[str, Any]) -> jax.Array:
+  """Zeroes the units of `array` whose mask is False."""
+  unit = unit_of(name)
+  if unit is None:
+    return array
+  axis = AXES[name].index(unit)
+  shape_ = [1] * array.ndim
+  shape_[axis] = array.shape[axis]
+  return array * masks[unit].reshape(shape_).astype(array.dtype)
+
+
+def layer_name(index: int) -> str:
+  return f"layer_{index}"
+
+
+def map_named(fn: Callable, tree: Any, *rest: Any) -> Any:
+  """`jax.tree.map` with `fn(name, layer index, leaf, *rest leaves)`.
+
+  Works on params and on any tree with params inside, such as Adam's moments.
+  The layer index is None outside the layers, the name is None for a leaf that
+  is not a parameter (a counter).
+  """
+
+  def one(path: Sequence, leaf: Any, *others: Any) -> Any:
+    keys = [k for k in (getattr(p, "key", None) for p in path) if k is not None]
+    name = keys[-1] if keys and keys[-1] in AXES else None
+    inside = [k for k in keys if str(k).startswith("layer_")]
+    index = int(inside[-1].removeprefix("layer_")) if inside else None
+    return fn(name, index, leaf, *others)
+
+  return jax.tree_util.tree_map_with_path(one, tree, *rest)

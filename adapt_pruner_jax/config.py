@@ -1,0 +1,226 @@
+"""The recipe of a run: every knob, visible, with its default.
+
+A file in `configs/` returns a `Config`; `--config.section.field=value` on the
+command line overrides a field. Numbers in the comments are the paper's.
+"""
+
+import dataclasses
+import re
+from typing import Any
+
+from adapt_pruner_jax.errors import UserError, nearest
+
+CHOICES = {
+  "model.dtype": ("float32", "bfloat16", "float16"),
+  "prune.method": ("adapt",),
+  "prune.group_importance": (
+    "taylor",
+    "taylor_vectorize",
+    "l1",
+    "l2",
+    "random",
+  ),
+  "prune.layer_importance": ("cosine", "euclidean", "manhattan"),
+  "prune.gqa_fold": ("aligned", "reference"),
+  "train.schedule": ("wsd", "cosine"),
+  "train.dtype": ("float32", "bfloat16"),
+  "train.data_share": ("linear", "constant", "cosine"),
+}
+
+
+@dataclasses.dataclass
+class Model:
+  path: str = "tiny"  # HuggingFace directory, hub id, or "tiny" (embedded)
+  dtype: str = "float32"
+  ignore_fields: str = ""  # config.json fields to ignore, comma separated
+
+
+@dataclasses.dataclass
+class Prune:
+  method: str = "adapt"
+  # The target: parameters to keep, or the share of all parameters to remove.
+  # 0 = not given; exactly one of them, or neither and max_steps.
+  target_params: int = 0
+  ratio: float = 0.0
+  stages: int = 1
+  step_size: float = 0.02  # growth of the mean sparsity a step
+  max_steps: int = 0  # steps a stage; 0 = as many as the target needs
+  amplitude: float = 0.02  # sparsity moved from important to unimportant layers
+  group_importance: str = "taylor"
+  layer_importance: str = "cosine"
+  attention_layers: str = ""  # "2:6", half open; empty = all
+  mlp_layers: str = ""
+  gqa_fold: str = "aligned"  # "reference" = the authors' code
+  trim: bool = True  # end within one unit below the target; False = the authors'
+  round_ffn_to: int = 1  # MLP widths become multiples of this
+
+
+@dataclasses.dataclass
+class Calibration:
+  # embedded | text:FILE | jsonl:FILE | hf:NAME | tfds:NAME, or several with
+  # weights (see sources.py), or npy:FILE
+  source: str = "embedded"
+  samples: int = 512  # sequences, fresh ones for each step
+  seq_len: int = 64
+  batch: int = 32  # sequences at a time
+
+
+@dataclasses.dataclass
+class Data:
+  source: str = "embedded"  # as calibration.source, but npy
+  seq_len: int = 1024
+  batch: int = 32  # sequences a train step
+
+
+@dataclasses.dataclass
+class Train:
+  tokens: int = 0  # recovery training over all stages; 0 = none
+  learning_rate: float = 2e-5
+  min_learning_rate: float = 2e-6
+  schedule: str = "wsd"
+  data_share: str = "linear"  # share of the tokens that a stage gets
+  weight_decay: float = 0.0
+  dtype: str = "float32"  # of the arithmetic; weights and moments are float32
+  remat: bool = False  # recompute each layer in the backward pass
+  accumulation: int = 1  # microbatches a step
+  distill_alpha: float = 0.0  # weight of the distillation loss; 0 = none
+  lora_rank: int = 0  # 0 = train all weights
+  lora_alpha: float = 16.0
+  skip_nonfinite: bool = False  # pass over a batch with a non-finite loss
+
+
+@dataclasses.dataclass
+class Mesh:
+  data: int = 1  # -1 = whatever is left, for one of the three
+  fsdp: int = -1
+  tensor: int = 1
+
+
+@dataclasses.dataclass
+class Eval:
+  text: str = ""  # a text file for the perplexity; empty = none
+  seq_len: int = 0  # tokens a window; 0 = the model's context, at most 2048
+  batch: int = 8
+
+
+@dataclasses.dataclass
+class Config:
+  """A run. `dataclasses.asdict` of it is `config.json` in the work directory."""
+
+  model: Model = dataclasses.field(default_factory=Model)
+  prune: Prune = dataclasses.field(default_factory=Prune)
+  calibration: Calibration = dataclasses.field(default_factory=Calibration)
+  data: Data = dataclasses.field(default_factory=Data)
+  train: Train = dataclasses.field(default_factory=Train)
+  mesh: Mesh = dataclasses.field(default_factory=Mesh)
+  eval: Eval = dataclasses.field(default_factory=Eval)
+  seed: int = 0
+
+
+def field_names(config: Config) -> list[str]:
+  """Dotted names of all fields, e.g. 'prune.ratio'."""
+  return [".".join(path) for path, _ in _leaves(dataclasses.asdict(config))]
+
+
+def get(config: Config, name: str) -> Any:
+  """Value of a dotted field."""
+  value = config
+  for part in name.split("."):
+    value = getattr(value, part)
+  return value
+
+
+def difference(old: dict, new: dict) -> list[str]:
+  """One 'field: old -> new' for each field that two recipes do not share."""
+  old = {".".join(path): value for path, value in _leaves(old)}
+  new = {".".join(path): value for path, value in _leaves(new)}
+  return [
+    f"{name}: {old.get(name, 'absent')} -> {new.get(name, 'absent')}"
+    for name in sorted(old | new)
+    if old.get(name, "absent") != new.get(name, "absent")
+  ]
+
+
+def check(config: Config) -> None:
+  """Raises a UserError for a value that no run can have."""
+  for name, allowed in CHOICES.items():
+    value = get(config, name)
+    if value not in allowed:
+      raise UserError(
+        f"--config.{name}={value} is not one of {', '.join(allowed)}"
+        + nearest(str(value), allowed)
+      )
+  p = config.prune
+  if p.ratio and p.target_params:
+    raise UserError(
+      f"prune.ratio={p.ratio} and prune.target_params={p.target_params} are "
+      "both given: give one of them"
+    )
+  if not (p.ratio or p.target_params or p.max_steps):
+    raise UserError(
+      "no target: give --config.prune.ratio=0.2 (share of all parameters to "
+      "remove), --config.prune.target_params=N, or --config.prune.max_steps=N"
+    )
+  if not 0 <= p.ratio < 1:
+    raise UserError(f"prune.ratio={p.ratio} must be in [0, 1)")
+  if p.stages > 1 and not (p.ratio or p.target_params):
+    raise UserError(
+      f"prune.stages={p.stages} needs prune.ratio or prune.target_params"
+    )
+  at_least = {
+    "prune.target_params": 0,
+    "prune.max_steps": 0,
+    "prune.amplitude": 0,
+    "prune.stages": 1,
+    "prune.round_ffn_to": 1,
+    "calibration.samples": 1,
+    "calibration.seq_len": 2,
+    "calibration.batch": 1,
+    "data.seq_len": 2,
+    "data.batch": 1,
+    "train.tokens": 0,
+    "train.learning_rate": 0,
+    "train.min_learning_rate": 0,
+    "train.weight_decay": 0,
+    "train.accumulation": 1,
+    "train.distill_alpha": 0,
+    "train.lora_rank": 0,
+    "train.lora_alpha": 0,
+    "eval.seq_len": 0,
+    "eval.batch": 1,
+  }
+  for name, low in at_least.items():
+    value = get(config, name)
+    if not value >= low:  # written so that NaN fails
+      raise UserError(f"--config.{name}={value} must be at least {low}")
+  if config.train.distill_alpha > 1:
+    raise UserError(
+      f"train.distill_alpha={config.train.distill_alpha} must be in [0, 1]"
+    )
+  if not 0 < p.step_size <= 1:
+    raise UserError(f"prune.step_size={p.step_size} must be in (0, 1]")
+
+
+def layer_range(text: str, num_layers: int, name: str) -> range:
+  """Parses '2:6' (half open; either end may be left out; empty = all)."""
+  if not text:
+    return range(num_layers)
+  found = re.fullmatch(r"(\d*):(\d*)", text.strip())
+  start = int(found[1] or 0) if found else -1
+  stop = int(found[2] or num_layers) if found else -1
+  if not 0 <= start <= stop <= num_layers:
+    raise UserError(
+      f"--config.{name}={text} is not a range of layers START:STOP within "
+      f"0:{num_layers}"
+    )
+  return range(start, stop)
+
+
+def _leaves(tree: dict, path: tuple = ()) -> list[tuple[tuple, Any]]:
+  found = []
+  for key, value in tree.items():
+    if isinstance(value, dict):
+      found += _leaves(value, (*path, key))
+    else:
+      found.append(((*path, key), value))
+  return found

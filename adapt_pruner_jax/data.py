@@ -1,0 +1,276 @@
+"""Text to batches: calibration windows, packed training rows, held-out tokens.
+
+All of it is arithmetic on token streams (`streams.py`) with random access:
+`batch(step)` of any step is the same whatever was read before, so the position
+that a checkpoint has to save is the step, and it means the same on any number
+of processes.
+"""
+
+import dataclasses
+import itertools
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from adapt_pruner_jax.config import Calibration, Data
+from adapt_pruner_jax.errors import UserError
+from adapt_pruner_jax.sources import parse_sources
+from adapt_pruner_jax.streams import Stream, digest, tokenise
+from adapt_pruner_jax.tokens import Tokenizer, check_ids
+
+# ---- Calibration -------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class WindowData:
+  """Windows drawn anywhere from token streams, fresh ones for each step."""
+
+  streams: Sequence[np.ndarray]  # int32 [N] each
+  counts: Sequence[int]  # windows a step from each stream
+  seq_len: int
+  seed: int
+
+  def batch(self, step: int) -> np.ndarray:
+    """Samples of pruning step `step` (from 0), int32 [samples, seq_len]."""
+    windows = []
+    for i, (tokens, count) in enumerate(
+      zip(self.streams, self.counts, strict=True)
+    ):
+      random = np.random.default_rng((self.seed % 2**32, step, i))
+      last = len(tokens) - self.seq_len
+      start = random.choice(last + 1, size=count, replace=False)
+      windows.append(tokens[start[:, None] + np.arange(self.seq_len)])
+    return np.concatenate(windows)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class GivenData:
+  """Samples that a file lists step by step."""
+
+  path: str
+  samples: np.ndarray  # integer [steps, samples, tokens]
+
+  def batch(self, step: int) -> np.ndarray:
+    """Samples of pruning step `step` (from 0), int32 [samples, tokens]."""
+    if step >= len(self.samples):
+      raise UserError(
+        f"npy:{self.path} has samples for {len(self.samples)} pruning steps, "
+        f"and step {step + 1} is asked for; give more, lower "
+        "--config.prune.max_steps or raise --config.prune.step_size"
+      )
+    return np.asarray(self.samples[step], np.int32)
+
+
+def calibration_data(
+  config: Calibration,
+  tokenizer: Tokenizer | None,
+  vocab_size: int,
+  seed: int,
+  cache_dir: str | os.PathLike | None = None,
+) -> WindowData | GivenData:
+  """Opens `config.source`; `batch(step)` then gives the samples of any step.
+
+  No window is padded, and a step has no window twice. `npy:FILE` decides the
+  number and length of the samples itself, and needs no tokenizer.
+
+  Raises:
+    UserError: the source is unreadable or too short, or has unknown ids.
+  """
+  sources = parse_sources(config.source, "calibration.source")
+  if sources[0].kind == "npy":
+    return _given(sources[0].name, vocab_size)
+  shares = np.array([s.weight for s in sources])
+  # Shares of the samples, rounded so that they add up.
+  edges = np.round(np.cumsum(shares) / shares.sum() * config.samples)
+  counts = np.diff(edges, prepend=0).astype(int).tolist()
+  streams = []
+  for source, count in zip(sources, counts, strict=True):
+    tokens = tokenise(source, tokenizer, vocab_size, cache_dir).tokens
+    need = config.seq_len + max(count, 1) - 1
+    if len(tokens) < need:
+      raise UserError(
+        f"{source} is too short for calibration: it has {len(tokens)} tokens, "
+        f"and {count} different windows of {config.seq_len} need {need}; give "
+        "a longer text, or lower --config.calibration.seq_len or .samples"
+      )
+    streams.append(tokens)
+  return WindowData(streams, counts, config.seq_len, seed)
+
+
+def calibration_batches(
+  config: Calibration,
+  tokenizer: Tokenizer | None,
+  vocab_size: int,
+  seed: int,
+  start_step: int = 0,
+) -> Iterator[np.ndarray]:
+  """`calibration_data`, step after step: int32 [samples, seq_len] each."""
+  data = calibration_data(config, tokenizer, vocab_size, seed)
+
+  return map(data.batch, itertools.count(start_step))
+
+
+def _given(path: str, vocab_size: int) -> GivenData:
+  try:
+    samples = np.load(path, mmap_mode="r", allow_pickle=False)
+  except OSError as error:
+    raise UserError(f"npy:{path}: {error.strerror or error}") from error
+  except (ValueError, EOFError) as error:
+    raise UserError(
+      f"npy:{path} is not a plain .npy array: {error}; write it with np.save, "
+      "int32 [steps, samples, tokens]"
+    ) from error
+  shape = getattr(samples, "shape", None)  # an .npz has none
+  if shape is None or len(shape) != 3 or 0 in shape or shape[2] < 2:
+    raise UserError(
+      f"npy:{path} has shape {shape}; it must be [steps, samples, tokens], "
+      "none empty, with at least 2 tokens"
+    )
+  if samples.dtype.kind not in "iu":
+    raise UserError(
+      f"npy:{path} has dtype {samples.dtype}; it must be an integer, as int32"
+    )
+  for step, ids in enumerate(samples):
+    check_ids(ids, vocab_size, f"npy:{path} step {step}")
+  return GivenData(path, samples)
+
+
+# ---- Training ----------------------------------------------------------------
+
+
+class PackedRows:
+  """Fixed rows of a stream, by index.
+
+  Row r has the inputs [r*T, (r+1)*T) and, one further, the targets, so that
+  every token but the first of a document is predicted exactly once. A document
+  that goes on in the next row starts there anew: nothing before it is seen.
+  """
+
+  def __init__(self, stream: Stream, seq_len: int):
+    self.stream, self.seq_len = stream, seq_len
+
+  def __len__(self) -> int:
+    return -(-(len(self.stream.tokens) - 1) // self.seq_len)
+
+  def __getitem__(self, row: int) -> dict[str, np.ndarray]:
+    """A row of each array that `TrainData.batch` stacks, [T]."""
+    T = self.seq_len
+    tokens = self.stream.tokens[row * T : row * T + T + 1]
+    at = np.arange(row * T, row * T + len(tokens))
+    document = np.searchsorted(self.stream.starts, at, side="right")
+    start = np.maximum(self.stream.starts[document - 1], row * T)
+    counts = document[1:] == document[:-1]
+    if self.stream.trained is not None:
+      counts = counts & self.stream.trained[row * T + 1 : row * T + len(tokens)]
+    padding = T + 1 - len(tokens)
+    columns = {
+      "tokens_BT": (tokens[:-1], np.int32),
+      "targets_BT": (tokens[1:], np.int32),
+      "segments_BT": ((document - document[0] + 1)[:-1], np.int32),
+      "positions_BT": ((at - start)[:-1], np.int32),
+      "weights_BT": (counts, np.float32),
+    }
+    return {
+      name: np.pad(column, (0, padding)).astype(dtype)
+      for name, (column, dtype) in columns.items()
+    }
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TrainData:
+  """Shuffled, endlessly repeated rows; this process's part of each batch."""
+
+  rows: Any  # grain.MapDataset: index -> row, over all epochs
+  global_batch: int  # rows a step, over all processes
+  process_index: int
+  process_count: int
+  num_tokens: int  # of one epoch, over all sources
+  fingerprint: str  # of all tokens; a run only continues on the same ones
+
+  def batch(self, step: int) -> dict[str, np.ndarray]:
+    """Batch of train step `step` (from 0): this process's rows, in order.
+
+    Returns:
+      Arrays [B, T], B = global_batch / process_count: `tokens_BT` and the
+      `targets_BT` that follow them, `segments_BT` (documents of the row from 1;
+      0 = padding) and `positions_BT` (from 0 in each of them), all int32, and
+      `weights_BT`, float32, 1 where the target is to be learnt.
+    """
+    size = self.global_batch // self.process_count
+    first = step * self.global_batch + self.process_index * size
+    rows = [self.rows[i] for i in range(first, first + size)]
+    return {name: np.stack([r[name] for r in rows]) for name in rows[0]}
+
+  def batches(self, first_step: int) -> Iterator[dict[str, np.ndarray]]:
+    """`batch` of `first_step` and of all steps after it."""
+    return map(self.batch, itertools.count(first_step))
+
+
+def train_data(
+  config: Data,
+  tokenizer: Tokenizer,
+  vocab_size: int,
+  seed: int,
+  process_index: int = 0,
+  process_count: int = 1,
+  cache_dir: str | os.PathLike | None = None,
+) -> TrainData:
+  """Opens `config.source`; `batch(step)` then gives the rows of any step.
+
+  Rows are shuffled over the whole of each source, anew in every epoch, before
+  processes take their share, so the number of processes does not change them.
+
+  Raises:
+    UserError: the source is unreadable or empty, or the batch cannot be split.
+  """
+  import grain  # takes a second to import
+
+  if config.batch % process_count:
+    raise UserError(
+      f"--config.data.batch={config.batch} does not divide among "
+      f"{process_count} processes; give a multiple of {process_count}"
+    )
+  sources = parse_sources(config.source, "data.source")
+  if sources[0].kind == "npy":
+    raise UserError(
+      f"--config.data.source={config.source}: npy is for calibration only; "
+      "give text:FILE, jsonl:FILE, hf:NAME, tfds:NAME or embedded"
+    )
+  streams = [tokenise(s, tokenizer, vocab_size, cache_dir) for s in sources]
+  parts = [
+    grain.MapDataset.source(PackedRows(stream, config.seq_len))
+    .seed((seed + i) % 2**32)
+    .shuffle()
+    .repeat()
+    for i, stream in enumerate(streams)
+  ]
+  rows = parts[0]
+  if len(parts) > 1:
+    rows = grain.MapDataset.mix(parts, [s.weight for s in sources])
+  return TrainData(
+    rows=rows,
+    global_batch=config.batch,
+    process_index=process_index,
+    process_count=process_count,
+    num_tokens=sum(len(s.tokens) for s in streams),
+    fingerprint=digest(*[s.fingerprint.encode() for s in streams]),
+  )
+
+
+def heldout_tokens(
+  text: str, tokenizer: Tokenizer, vocab_size: int, where: str = "eval.text"
+) -> np.ndarray:
+  """A whole text as int32 [N], encoded at once, for the perplexity.
+
+  Raises:
+    UserError: fewer than 2 tokens, or ids outside the vocabulary.
+  """
+  ids = np.array(tokenizer.encode(text), np.int64)
+  if len(ids) < 2:
+    raise UserError(
+      f"{where} has {len(ids)} tokens; a perplexity needs at least 2"
+    )
+  check_ids(ids, vocab_size, where, tokenizer)
+  return ids.astype(np.int32)

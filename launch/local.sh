@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Prunes on this machine's CPU; with no arguments the embedded default.
+#
+#   bash launch/local.sh [--dry-run] [--config=configs/X.py --workdir=DIR ...]
+#
+# Needs Python 3.11 or newer, nothing else. Arguments go to `adapt-pruner run`.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+. launch/venv.sh
+
+# shellcheck disable=SC2119
+use_venv
+run exec "$VENV/bin/adapt-pruner" run --workdir="${WORKDIR:-runs/tiny}" "$@"

@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Runs the linter and all tests, or what the arguments ask of pytest:
+#
+#   bash launch/test.sh [tests/prune_test.py -k name ...]
+#
+# Needs Python 3.11 or newer, nothing else.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+. launch/venv.sh
+
+use_venv test
+if [[ $# -eq 0 ]]; then
+  run "$VENV/bin/ruff" check
+  run "$VENV/bin/ruff" format --check
+  set -- -n 2 --dist worksteal --durations=10
+fi
+run exec "$VENV/bin/python" -m pytest "$@"

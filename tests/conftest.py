@@ -1,0 +1,42 @@
+"""The environment of all tests: 8 virtual CPU devices, one thread, no network.
+
+Set before jax or torch is imported; processes that tests start inherit it.
+"""
+
+import os
+import pathlib
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+DEVICES = "--xla_force_host_platform_device_count"
+
+
+def _with_devices(xla_flags: str, devices: int) -> str:
+  """XLA_FLAGS with another number of virtual CPU devices."""
+  others = [f for f in xla_flags.split() if not f.startswith(DEVICES)]
+  return " ".join([*others, f"{DEVICES}={devices}"])
+
+
+os.environ["XLA_FLAGS"] = _with_devices(os.environ.get("XLA_FLAGS", ""), 8)
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["OMP_NUM_THREADS"] = "1"  # idle OpenMP threads spin
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+
+
+@pytest.fixture
+def subprocess_env():
+  """`subprocess_env(devices=1)`: environment for a process of its own."""
+
+  def make(devices: int = 1) -> dict[str, str]:
+    return {
+      **os.environ,
+      "XLA_FLAGS": _with_devices(os.environ["XLA_FLAGS"], devices),
+      "PYTHONPATH": os.pathsep.join(
+        filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")])
+      ),
+    }
+
+  return make
