@@ -14,6 +14,7 @@ CORE = [
   "flax>=0.12.10,<0.13; python_version>='3.12'",
   "grain>=0.2.18,<0.3",
   "huggingface_hub>=1.31,<3",
+  "matplotlib>=3.10,<4",  # the report's and the comparison's plots
   "ml_collections>=1.1,<2",
   "numpy>=2.1,<3",
   "optax>=0.2.8,<0.3",

@@ -5,6 +5,10 @@
   K KV heads of this layer                G query heads per KV head
   N = K * G query heads                   F MLP width of this layer
 
+The residual width has three letters, by place: D in front of a layer, M between
+its attention and its MLP, E behind it. They only differ in models cut by
+SliceGPT; everywhere else M = E = D, and activations just say D.
+
 Everything that depends on the meaning of a dimension is derived from `AXES`:
 shapes, initial values, sharding, the pruning gather, the sum of Taylor scores,
 the reshape to and from HuggingFace tensors, the weight-decay mask.
@@ -21,27 +25,36 @@ import jax.numpy as jnp
 
 AXES = {
   "embedding": "VD",
-  "final_norm": "D",
-  "lm_head": "DV",
+  "final_norm": "E",
+  "lm_head": "EV",
   # one set a layer
   "attn_norm": "D",
   "q": "DKGH",
   "k": "DKH",
   "v": "DKH",
-  "o": "KGHD",
+  "o": "KGHM",
   "q_bias": "KGH",
   "k_bias": "KH",
   "v_bias": "KH",
-  "o_bias": "D",
-  "mlp_norm": "D",
-  "gate": "DF",
-  "up": "DF",
-  "down": "FD",
+  "o_bias": "M",
+  "q_norm": "H",
+  "k_norm": "H",
+  "q_norm_all": "KGH",  # over all heads together (OLMo 2)
+  "k_norm_all": "KH",
+  "attn_post_norm": "M",
+  "attn_shortcut": "DM",
+  "mlp_norm": "M",
+  "gate": "MF",
+  "up": "MF",
+  "down": "FE",
   "gate_bias": "F",
   "up_bias": "F",
-  "down_bias": "D",
+  "down_bias": "E",
+  "mlp_post_norm": "E",
+  "mlp_shortcut": "ME",
 }
 
+RESIDUAL = "DME"
 UNITS = "KF"
 # The matrices whose salience makes up the score of a unit. Biases and norms
 # never enter a score.

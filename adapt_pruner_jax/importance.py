@@ -59,17 +59,22 @@ def measure_step(
   outer = {"params": {k: v for k, v in stacked.items() if k != "layers"}}
   block = Block(config, config.K[0], config.F[0])
   rows_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
-  rope = model.rope_tables(config, rows_BT)
+  ropes = jax.tree.map(
+    lambda *tables: jnp.stack(tables), *model.rope_tables(config, rows_BT)
+  )
+  rope_id_L = jnp.asarray(config.rope_ids())
   window_L = jnp.asarray(config.window or (0,) * config.L)
   tokens_share_MB = valid_MB / jnp.sum(valid_MB, axis=1, keepdims=True) / T
 
-  def half(method, layer, mask, window, x_BTD):
+  def half(method, layer, mask, place, x_BTD):
     variables = {"params": layer}
+    window, rope_id = place
     if method is Block.mlp:
       return block.apply(variables, x_BTD, mask, method=method)
     seen = None
     if any(config.window):
       seen = model.attention_mask(rows_BT, None, window)
+    rope = tuple(table[rope_id] for table in ropes)
     return block.apply(variables, x_BTD, rope, seen, mask, method=method)
 
   def cut(x):
@@ -79,12 +84,12 @@ def measure_step(
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, where))
 
   def forward(x_MBTD, xs):
-    layer, mask, window = xs
+    layer, mask, place = xs
 
     def one(args):
       x_BTD, share_B = args
-      mid_BTD = half(Block.attention, layer, mask, window, x_BTD)
-      out_BTD = half(Block.mlp, layer, mask, window, mid_BTD)
+      mid_BTD = half(Block.attention, layer, mask, place, x_BTD)
+      out_BTD = half(Block.mlp, layer, mask, place, mid_BTD)
       change_BT = _similarity(x_BTD, out_BTD, measure)
       importance = -jnp.sum(share_B[:, None] * change_BT)
       return mid_BTD, out_BTD, importance
@@ -99,7 +104,7 @@ def measure_step(
     return -jnp.sum(share_B[:, None] * picked[..., 0]) * T / (T - 1)
 
   x_MBTD = cut(decoder.apply(outer, tokens_MBT, method=Decoder.embed))
-  xs = (layers, masks, window_L)
+  xs = (layers, masks, (window_L, rope_id_L))
   x_MBTD, (ins, mids, importance_LM) = jax.lax.scan(forward, x_MBTD, xs)
   result = {"importance_ML": importance_LM.T}
   if kind not in TAYLOR:
@@ -115,13 +120,13 @@ def measure_step(
 
   def backward(method, unit, xs, x_MBTD, dy_MBTD):
     """Salience of one half layer, and the gradient in front of it."""
-    layer, mask, window = xs
+    layer, mask, place = xs
     scored = {n: layer[n] for n in axes.SCORED[unit]}
 
     def one(total, args):
       x_BTD, dy_BTD = args
       _, vjp = jax.vjp(
-        lambda w, x: half(method, layer | w, mask, window, x), scored, x_BTD
+        lambda w, x: half(method, layer | w, mask, place, x), scored, x_BTD
       )
       dw, dx_BTD = vjp(dy_BTD)
       return jax.tree.map(lambda t, d: t + d.astype(t.dtype), total, dw), dx_BTD
@@ -207,10 +212,11 @@ def _per_unit(name: str, salience: jax.Array, kind: str) -> jax.Array:
     salience = salience * salience
   elif kind != "taylor_vectorize":
     salience = jnp.abs(salience)
-  channel = jnp.sum(salience, axis=letters.index("D"))
+  width = next(x for x in letters if x in axes.RESIDUAL)
+  channel = jnp.sum(salience, axis=letters.index(width))
   if kind == "taylor_vectorize":
     channel = jnp.abs(channel)
-  letters = letters.replace("D", "")
+  letters = letters.replace(width, "")
   if "H" in letters:
     channel = jnp.sum(channel, axis=letters.index("H"))
   return channel

@@ -31,11 +31,16 @@ class Rope:
   low_freq_factor: float = 1.0  # llama3 only, as the two below
   high_freq_factor: float = 4.0
   original_context: int = 8192
+  partial: float = 1.0  # share of the head that is rotated
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-  """Everything that shapes the function; letters as in `axes`."""
+  """Everything that shapes the function; letters as in `axes`.
+
+  A layer with K = 0 has no attention, one with F = 0 no MLP, one with neither
+  is not there: it passes its input on (a down or output bias would still add).
+  """
 
   family: str  # a row of hf.families.FAMILIES
   V: int
@@ -50,8 +55,23 @@ class ModelConfig:
   tied: bool  # the output matrix is the embedding
   qkv_bias: bool = False
   o_bias: bool = False
-  mlp_bias: bool = False
+  gate_up_bias: bool = False
+  down_bias: bool = False
+  activation: str = "silu"  # silu | gelu_tanh
+  norm_order: str = "pre"  # pre | post | sandwich, around each half layer
+  norm_offset: float = 0.0  # added to norm weights (Gemma: 1)
+  qk_norm: str = ""  # "" | head (each head) | all (over all heads together)
+  attn_scale: float = 0.0  # of q k^T; 0 = H ** -0.5
+  attn_softcap: float = 0.0  # 0 = none
+  final_softcap: float = 0.0
+  embed_scale: float = 1.0
+  residual_scale: float = 1.0  # of what each half layer adds
+  logit_scale: float = 1.0
   window: tuple[int, ...] = ()  # keys each layer sees; 0 or () = all
+  local_rope: Rope | None = None  # of the layers with a window, if another
+  # Residual widths (D, M, E) of each layer in a model cut by SliceGPT; () = D
+  # throughout and no shortcut matrices. Norms go on dividing by D.
+  residual: tuple[tuple[int, int, int], ...] = ()
   bos_id: int | None = None
   eos_ids: tuple[int, ...] = ()
   pad_id: int | None = None
@@ -61,23 +81,50 @@ class ModelConfig:
     return len(self.K)
 
   def sizes(self, layer: int | None = None) -> dict[str, int]:
-    """Size of each dim letter, those of `layer` included if it is given."""
-    sizes = {"V": self.V, "D": self.D, "G": self.G, "H": self.H}
+    """Size of each dim letter; without `layer` those outside the layers."""
+    sizes = {"V": self.V, "G": self.G, "H": self.H}
+    sizes |= {"D": self.D, "M": self.D, "E": self.D}
     if layer is not None:
       sizes |= {"K": self.K[layer], "F": self.F[layer]}
+      if self.residual:
+        sizes |= dict(zip("DME", self.residual[layer], strict=True))
+    elif self.residual:
+      sizes |= {"D": self.residual[0][0], "E": self.residual[-1][2]}
     return sizes
 
   def units(self) -> dict[str, tuple[int, ...]]:
     return {"K": self.K, "F": self.F}
 
+  def ropes(self) -> tuple[Rope, ...]:
+    """The distinct rotary embeddings; layers choose by `rope_ids`."""
+    return (self.rope, self.local_rope) if self.local_rope else (self.rope,)
 
-def layer_names(config: ModelConfig) -> list[str]:
-  """Names of the parameters of one layer."""
-  names = ["attn_norm", "q", "k", "v", "o", "mlp_norm", "gate", "up", "down"]
-  names += ["q_bias", "k_bias", "v_bias"] * config.qkv_bias
-  names += ["o_bias"] * config.o_bias
-  names += ["gate_bias", "up_bias", "down_bias"] * config.mlp_bias
-  return names
+  def rope_ids(self) -> tuple[int, ...]:
+    """Which of `ropes` each layer uses, [L]."""
+    local = self.local_rope is not None and self.window
+    return tuple(int(bool(w)) for w in self.window) if local else (0,) * self.L
+
+
+def layer_names(config: ModelConfig, layer: int | None = None) -> list[str]:
+  """Names of the parameters of a layer; without `layer`, of a full one."""
+  attention, mlp = ["q", "k", "v", "o"], ["gate", "up", "down"]
+  attention += ["q_bias", "k_bias", "v_bias"] * config.qkv_bias
+  attention += {
+    "": [],
+    "head": ["q_norm", "k_norm"],
+    "all": ["q_norm_all", "k_norm_all"],
+  }[config.qk_norm]
+  mlp += ["gate_bias", "up_bias"] * config.gate_up_bias
+  before = config.norm_order != "post"
+  after = config.norm_order != "pre"
+  attention += ["attn_norm"] * before + ["attn_post_norm"] * after
+  mlp += ["mlp_norm"] * before + ["mlp_post_norm"] * after
+  if layer is not None:
+    attention = attention if config.K[layer] else []
+    mlp = mlp if config.F[layer] else []
+  shortcuts = ["attn_shortcut", "mlp_shortcut"] * bool(config.residual)
+  biases = ["o_bias"] * config.o_bias + ["down_bias"] * config.down_bias
+  return attention + mlp + biases + shortcuts
 
 
 def outer_names(config: ModelConfig) -> list[str]:
@@ -92,7 +139,7 @@ def param_shapes(config: ModelConfig) -> dict:
   for i in range(config.L):
     sizes = config.sizes(i)
     tree[axes.layer_name(i)] = {
-      n: axes.shape(n, sizes) for n in layer_names(config)
+      n: axes.shape(n, sizes) for n in layer_names(config, i)
     }
   return tree
 
@@ -108,10 +155,10 @@ def abstract_params(config: ModelConfig, dtype: jnp.dtype) -> Params:
 
 def count_params(config: ModelConfig) -> int:
   """Number of parameters, each once: a tied matrix counts once."""
-  cost = unit_cost(config)
-  return fixed_params(config) + sum(
-    sum(widths) * cost[u] for u, widths in config.units().items()
+  shapes = jax.tree.leaves(
+    param_shapes(config), is_leaf=lambda s: isinstance(s, tuple)
   )
+  return sum(math.prod(s) for s in shapes)
 
 
 def unit_cost(config: ModelConfig) -> dict[str, int]:
@@ -122,18 +169,6 @@ def unit_cost(config: ModelConfig) -> dict[str, int]:
     if unit := axes.unit_of(name):
       cost[unit] += math.prod(axes.shape(name, sizes))
   return cost
-
-
-def fixed_params(config: ModelConfig) -> int:
-  """Parameters that no unit owns: embeddings, norms, output biases."""
-  sizes = config.sizes()
-  outer = sum(math.prod(axes.shape(n, sizes)) for n in outer_names(config))
-  layer = sum(
-    math.prod(axes.shape(n, sizes))
-    for n in layer_names(config)
-    if axes.unit_of(n) is None
-  )
-  return outer + config.L * layer
 
 
 def init_params(
@@ -147,12 +182,13 @@ def init_params(
 
 
 def rope_frequencies(rope: Rope, head_dim: int) -> np.ndarray:
-  """Angle per position of each pair of channels, float32 [H/2].
+  """Angle per position of each rotated pair of channels, float32 [R/2].
 
   `llama3` slows the low frequencies down and blends those in between
   (Transformers' modeling_rope_utils, `_compute_llama3_parameters`).
   """
-  exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+  rotated = int(head_dim * rope.partial)
+  exponent = np.arange(0, rotated, 2, dtype=np.float32) / np.float32(rotated)
   frequency = 1.0 / np.power(np.float32(rope.theta), exponent)
   if rope.kind == "default":
     return frequency
@@ -171,27 +207,50 @@ def rope_frequencies(rope: Rope, head_dim: int) -> np.ndarray:
   return np.where(between, blended, slowed).astype(np.float32)
 
 
+RopeTables = tuple[jax.Array, jax.Array]
+
+
 def rope_tables(
   config: ModelConfig, positions_BT: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-  """cos and sin of the rotary angles, float32 [B, T, H]."""
-  frequency = rope_frequencies(config.rope, config.H)
-  angle = positions_BT[..., None].astype(jnp.float32) * frequency
-  angle_BTH = jnp.concatenate([angle, angle], axis=-1)
-  return jnp.cos(angle_BTH), jnp.sin(angle_BTH)
+) -> tuple[RopeTables, ...]:
+  """(cos, sin) of the rotary angles, float32 [B, T, R], of each rope."""
+  tables = []
+  for rope in config.ropes():
+    frequency = rope_frequencies(rope, config.H)
+    angle = positions_BT[..., None].astype(jnp.float32) * frequency
+    angle_BTR = jnp.concatenate([angle, angle], axis=-1)
+    tables.append((jnp.cos(angle_BTR), jnp.sin(angle_BTR)))
+  return tuple(tables)
 
 
-def rotate(x_BTNH: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
-  """Applies rotary angles; channel h is paired with h + H/2."""
+def rotate(x_BTNH: jax.Array, rope: RopeTables) -> jax.Array:
+  """Applies rotary angles to the first R channels; r is paired with r + R/2."""
   cos, sin = (table[:, :, None].astype(x_BTNH.dtype) for table in rope)
-  half1, half2 = jnp.split(x_BTNH, 2, axis=-1)
-  return x_BTNH * cos + jnp.concatenate([-half2, half1], axis=-1) * sin
+  turned, rest = jnp.split(x_BTNH, [cos.shape[-1]], axis=-1)
+  half1, half2 = jnp.split(turned, 2, axis=-1)
+  turned = turned * cos + jnp.concatenate([-half2, half1], axis=-1) * sin
+  return jnp.concatenate([turned, rest], axis=-1) if rest.shape[-1] else turned
 
 
-def rms_norm(x: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
+def rms_norm(
+  x: jax.Array,
+  scale: jax.Array,
+  eps: float,
+  offset: float = 0.0,
+  width: int | None = None,
+) -> jax.Array:
+  """x / sqrt(sum x^2 / width + eps) * (offset + scale), over the last axis.
+
+  Args:
+    offset: 1 for Gemma, which then also scales in float32.
+    width: what the sum of squares is divided by; default the axis's own size.
+  """
   x32 = x.astype(jnp.float32)
-  variance = jnp.mean(x32 * x32, axis=-1, keepdims=True)
-  return scale_D * (x32 * jax.lax.rsqrt(variance + eps)).astype(x.dtype)
+  square = jnp.sum(x32 * x32, axis=-1, keepdims=True) / (width or x.shape[-1])
+  normal = x32 * jax.lax.rsqrt(square + eps)
+  if offset:
+    return (normal * (offset + scale.astype(jnp.float32))).astype(x.dtype)
+  return scale * normal.astype(x.dtype)
 
 
 def attention_mask(
@@ -212,23 +271,38 @@ def attention_mask(
 
 
 class Block(nn.Module):
-  """One decoder layer with K KV groups and an MLP of width F."""
+  """One decoder layer with K KV groups and an MLP of width F.
+
+  Made of two halves, each of two steps with an activation in between that
+  belongs to units: heads (`attend` -> `add_attention`) and MLP channels
+  (`hidden` -> `add_mlp`).
+  """
 
   config: ModelConfig
   K: int
   F: int
+  index: int = 0  # which layer; only matters where layers differ otherwise
 
   def setup(self) -> None:
-    sizes = self.config.sizes() | {"K": self.K, "F": self.F}
+    c = self.config
+    # The names depend on the sizes of this block, not on those of the config.
+    here = dataclasses.replace(
+      c,
+      K=(self.K,),
+      F=(self.F,),
+      window=(),
+      residual=c.residual[self.index : self.index + 1],
+    )
+    sizes = here.sizes(0)
     self.weight = {
-      name: self.param(name, _initializer(name), axes.shape(name, sizes))
-      for name in layer_names(self.config)
+      name: self.param(name, _initializer(name, c), axes.shape(name, sizes))
+      for name in layer_names(here, 0)
     }
 
   def __call__(
     self,
     x_BTD: jax.Array,
-    rope: tuple[jax.Array, jax.Array],
+    rope: RopeTables,
     mask_BNTS: jax.Array | None,
     masks: Mapping[str, jax.Array] | None = None,
   ) -> jax.Array:
@@ -236,7 +310,7 @@ class Block(nn.Module):
 
     Args:
       x_BTD: the residual stream before it.
-      rope: from `rope_tables`.
+      rope: this layer's, from `rope_tables`.
       mask_BNTS: from `attention_mask`; None is plain causal.
       masks: {"K": bool [K], "F": bool [F]}: units that count. Masking a
         head's output or an MLP activation is removing it, exactly.
@@ -246,41 +320,113 @@ class Block(nn.Module):
 
   def attention(self, x_BTD, rope, mask_BNTS, masks=None):
     """Residual stream after the attention half."""
-    w, c = self.weight, self.config
-    h_BTD = rms_norm(x_BTD, w["attn_norm"], c.norm_eps)
-    q = jnp.einsum("btd,dkgh->btkgh", h_BTD, w["q"])
-    k = jnp.einsum("btd,dkh->btkh", h_BTD, w["k"])
-    v = jnp.einsum("btd,dkh->btkh", h_BTD, w["v"])
-    if c.qkv_bias:
-      q, k, v = q + w["q_bias"], k + w["k_bias"], v + w["v_bias"]
-    B, T = x_BTD.shape[:2]
-    q_BTNH = q.reshape(B, T, self.K * c.G, c.H)
-    y_BTNH = jax.nn.dot_product_attention(
-      rotate(q_BTNH, rope),
-      rotate(k, rope),
-      v,
-      mask=mask_BNTS,
-      is_causal=mask_BNTS is None,
-    )
-    y_BTKGH = y_BTNH.reshape(B, T, self.K, c.G, c.H)
+    if not self.K:
+      return self.add_attention(x_BTD, None)
+    y_BTKGH = self.attend(*self.qkv(x_BTD, rope), mask_BNTS)
     if masks is not None:
       y_BTKGH *= masks["K"][:, None, None].astype(y_BTKGH.dtype)
-    y_BTD = jnp.einsum("btkgh,kghd->btd", y_BTKGH, w["o"])
-    return x_BTD + (y_BTD + w["o_bias"] if c.o_bias else y_BTD)
+    return self.add_attention(x_BTD, y_BTKGH)
 
   def mlp(self, x_BTD, masks=None):
     """Residual stream after the MLP half."""
-    w, c = self.weight, self.config
-    h_BTD = rms_norm(x_BTD, w["mlp_norm"], c.norm_eps)
-    gate_BTF = h_BTD @ w["gate"]
-    up_BTF = h_BTD @ w["up"]
-    if c.mlp_bias:
-      gate_BTF, up_BTF = gate_BTF + w["gate_bias"], up_BTF + w["up_bias"]
-    y_BTF = nn.silu(gate_BTF) * up_BTF
+    if not self.F:
+      return self.add_mlp(x_BTD, None)
+    y_BTF = self.hidden(x_BTD)
     if masks is not None:
       y_BTF *= masks["F"].astype(y_BTF.dtype)
-    y_BTD = y_BTF @ w["down"]
-    return x_BTD + (y_BTD + w["down_bias"] if c.mlp_bias else y_BTD)
+    return self.add_mlp(x_BTD, y_BTF)
+
+  def qkv(self, x_BTD, rope):
+    """Rotated queries [B, T, K, G, H] and keys, and values [B, T, K, H]."""
+    w, c = self.weight, self.config
+    h_BTD = self._norm("attn_norm", x_BTD)
+    q_BTKGH = jnp.einsum("btd,dkgh->btkgh", h_BTD, w["q"])
+    k_BTKH = jnp.einsum("btd,dkh->btkh", h_BTD, w["k"])
+    v_BTKH = jnp.einsum("btd,dkh->btkh", h_BTD, w["v"])
+    if c.qkv_bias:
+      q_BTKGH, k_BTKH = q_BTKGH + w["q_bias"], k_BTKH + w["k_bias"]
+      v_BTKH = v_BTKH + w["v_bias"]
+    B, T = x_BTD.shape[:2]
+    if c.qk_norm == "head":
+      q_BTKGH, k_BTKH = self._norm("q_norm", q_BTKGH), self._norm("k_norm", k_BTKH)
+    elif c.qk_norm == "all":
+      q_BTKGH = self._norm_all("q_norm_all", q_BTKGH)
+      k_BTKH = self._norm_all("k_norm_all", k_BTKH)
+    q_BTNH = rotate(q_BTKGH.reshape(B, T, self.K * c.G, c.H), rope)
+    return q_BTNH.reshape(q_BTKGH.shape), rotate(k_BTKH, rope), v_BTKH
+
+  def attend(self, q_BTKGH, k_BSKH, v_BSKH, mask_BNTS):
+    """What the heads say, [B, T, K, G, H]: the input of `o`."""
+    c = self.config
+    B, T = q_BTKGH.shape[:2]
+    scale = c.attn_scale or c.H**-0.5
+    if c.attn_softcap:
+      scores = jnp.einsum("btkgh,bskh->bkgts", q_BTKGH, k_BSKH) * scale
+      scores = soft_cap(scores.astype(jnp.float32), c.attn_softcap)
+      if mask_BNTS is None:
+        mask_BNTS = jnp.tri(T, dtype=bool)[None, None]
+      scores = jnp.where(mask_BNTS[:, :, None], scores, -1e30)
+      share = jax.nn.softmax(scores, axis=-1).astype(v_BSKH.dtype)
+      return jnp.einsum("bkgts,bskh->btkgh", share, v_BSKH)
+    y_BTNH = jax.nn.dot_product_attention(
+      q_BTKGH.reshape(B, T, self.K * c.G, c.H),
+      k_BSKH,
+      v_BSKH,
+      mask=mask_BNTS,
+      is_causal=mask_BNTS is None,
+      scale=scale,
+    )
+    return y_BTNH.reshape(q_BTKGH.shape)
+
+  def add_attention(self, x_BTD, y_BTKGH):
+    """Adds what the heads say (None = no heads) to the residual stream."""
+    y_BTD = None
+    if y_BTKGH is not None:
+      y_BTD = jnp.einsum("btkgh,kghd->btd", y_BTKGH, self.weight["o"])
+    return self._add("attn", "o_bias", x_BTD, y_BTD)
+
+  def hidden(self, x_BTD):
+    """The MLP's activations [B, T, F]: the input of `down`."""
+    w, c = self.weight, self.config
+    h_BTD = self._norm("mlp_norm", x_BTD)
+    gate_BTF = h_BTD @ w["gate"]
+    up_BTF = h_BTD @ w["up"]
+    if c.gate_up_bias:
+      gate_BTF, up_BTF = gate_BTF + w["gate_bias"], up_BTF + w["up_bias"]
+    return ACTIVATIONS[c.activation](gate_BTF) * up_BTF
+
+  def add_mlp(self, x_BTD, y_BTF):
+    """Adds the MLP's output (None = no channels) to the residual stream."""
+    y_BTD = None if y_BTF is None else y_BTF @ self.weight["down"]
+    return self._add("mlp", "down_bias", x_BTD, y_BTD)
+
+  def _add(self, half, bias, x_BTD, y_BTD):
+    w, c = self.weight, self.config
+    if c.residual:
+      x_BTD = x_BTD @ w[f"{half}_shortcut"]
+    if bias in w:
+      y_BTD = w[bias] if y_BTD is None else y_BTD + w[bias]
+    if y_BTD is None:
+      return x_BTD
+    if f"{half}_post_norm" in w:
+      y_BTD = self._norm(f"{half}_post_norm", y_BTD)
+    if c.residual_scale != 1:
+      y_BTD *= jnp.asarray(c.residual_scale, y_BTD.dtype)
+    return x_BTD + y_BTD
+
+  def _norm(self, name, x):
+    """`x` normed by parameter `name`, or as it is if there is none."""
+    if name not in self.weight:
+      return x
+    c = self.config
+    width = c.D if c.residual else None
+    return rms_norm(x, self.weight[name], c.norm_eps, c.norm_offset, width)
+
+  def _norm_all(self, name, x_BTKH):
+    """Norm over all heads of a position together."""
+    flat = x_BTKH.reshape(*x_BTKH.shape[:2], -1)
+    scale = self.weight[name].reshape(-1)
+    return rms_norm(flat, scale, self.config.norm_eps).reshape(x_BTKH.shape)
 
 
 class Decoder(nn.Module):
@@ -292,25 +438,34 @@ class Decoder(nn.Module):
   def setup(self) -> None:
     c = self.config
     self.weight = {
-      name: self.param(name, _initializer(name), axes.shape(name, c.sizes()))
+      name: self.param(name, _initializer(name, c), axes.shape(name, c.sizes()))
       for name in outer_names(c)
     }
     block = nn.remat(Block) if self.remat else Block
-    self.layer = [block(c, k, f) for k, f in zip(c.K, c.F, strict=True)]
+    self.layer = [block(c, c.K[i], c.F[i], i) for i in range(c.L)]
 
   def embed(self, tokens_BT: jax.Array) -> jax.Array:
-    return self.weight["embedding"][tokens_BT]
+    x_BTD = self.weight["embedding"][tokens_BT]
+    scale = self.config.embed_scale
+    return x_BTD if scale == 1 else x_BTD * jnp.asarray(scale, x_BTD.dtype)
 
   def head(self, x_BTD: jax.Array) -> jax.Array:
     """Logits in float32, [B, T, V]."""
-    x_BTD = rms_norm(x_BTD, self.weight["final_norm"], self.config.norm_eps)
-    if self.config.tied:
+    c = self.config
+    width = c.D if c.residual else None
+    x_BTD = rms_norm(
+      x_BTD, self.weight["final_norm"], c.norm_eps, c.norm_offset, width
+    )
+    if c.tied:
       equation, matrix = "btd,vd->btv", self.weight["embedding"]
     else:
       equation, matrix = "btd,dv->btv", self.weight["lm_head"]
-    return jnp.einsum(
+    logits_BTV = jnp.einsum(
       equation, x_BTD, matrix, preferred_element_type=jnp.float32
     )
+    if c.logit_scale != 1:
+      logits_BTV *= c.logit_scale
+    return soft_cap(logits_BTV, c.final_softcap)
 
   def __call__(
     self,
@@ -325,24 +480,32 @@ class Decoder(nn.Module):
       segments_BT: document numbers of packed rows; None = one document a row.
       positions_BT: position of each token in its document; default 0, 1, ....
     """
+    c = self.config
     rows_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
-    rope = rope_tables(
-      self.config, rows_BT if positions_BT is None else positions_BT
-    )
+    ropes = rope_tables(c, rows_BT if positions_BT is None else positions_BT)
     mask = partial(attention_mask, rows_BT, segments_BT)
     x_BTD = self.embed(tokens_BT)
     stream = [x_BTD]
     for i, layer in enumerate(self.layer):
-      window = self.config.window[i] if self.config.window else 0
+      window = c.window[i] if c.window else 0
       plain = segments_BT is None and not window
+      rope = ropes[c.rope_ids()[i]]
       x_BTD = layer(x_BTD, rope, None if plain else mask(window))
       stream.append(x_BTD)
     return self.head(x_BTD), stream
 
 
-def _initializer(name: str):
-  if name.endswith("norm"):
-    return nn.initializers.ones
+ACTIVATIONS = {"silu": nn.silu, "gelu_tanh": partial(nn.gelu, approximate=True)}
+
+
+def soft_cap(x: jax.Array, cap: float) -> jax.Array:
+  """Squeezes x smoothly into (-cap, cap); cap 0 leaves it (Gemma 2)."""
+  return cap * jnp.tanh(x / cap) if cap else x
+
+
+def _initializer(name: str, config: ModelConfig):
+  if "norm" in name:
+    return nn.initializers.constant(1.0 - config.norm_offset)
   if name.endswith("bias"):
     return nn.initializers.zeros
   return nn.initializers.normal(0.02)

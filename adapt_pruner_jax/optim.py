@@ -65,7 +65,7 @@ def decayed(params: axes.Params) -> Any:
     if name is None:  # a LoRA factor
       return True
     letters = axes.AXES[name]
-    return "D" in letters and len(letters) > 1
+    return any(x in axes.RESIDUAL for x in letters) and len(letters) > 1
 
   return axes.map_named(one, params)
 

@@ -20,7 +20,11 @@ from adapt_pruner_jax.errors import UserError
 
 MESH_AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")  # mesh axes that cut the batch
-RULES = {"D": "fsdp", "K": "tensor", "F": "tensor", "V": "tensor"}
+RULES = dict.fromkeys(axes.RESIDUAL, "fsdp") | {
+  "K": "tensor",
+  "F": "tensor",
+  "V": "tensor",
+}
 
 
 def make_mesh(

@@ -289,7 +289,7 @@ def _adapters(config: ModelConfig, rank: int, mesh: Mesh) -> tuple[Any, Any]:
     for name in LORA_NAMES:
       letters = axes.AXES[name]
       # The residual width D is the side where a matrix reads, or writes.
-      cut = 1 if letters[0] == "D" else len(letters) - 1
+      cut = 1 if letters[0] in axes.RESIDUAL else len(letters) - 1
       pair = {"a": letters[:cut] + "R", "b": "R" + letters[cut:]}
       shape = {f: tuple(sizes[x] for x in pair[f]) for f in pair}
       shapes[layer][name] = {
