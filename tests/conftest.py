@@ -40,3 +40,26 @@ def subprocess_env():
     }
 
   return make
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> pathlib.Path:
+  """Real texts, tokenizers and tiny models that are not in the repository.
+
+  ADAPT_PRUNER_DATA, or ../shared/data beside the repository. Without them a
+  test is skipped, but in CI (CI=true) it fails.
+  """
+  default = ROOT.parent / "shared" / "data"
+  path = pathlib.Path(os.environ.get("ADAPT_PRUNER_DATA") or default)
+  if not path.is_dir():
+    reason = f"no test data at {path}: set ADAPT_PRUNER_DATA to its directory"
+    if os.environ.get("CI") == "true":
+      pytest.fail(reason)
+    pytest.skip(reason)
+  return path
+
+
+@pytest.fixture(scope="session")
+def golden() -> pathlib.Path:
+  """Recorded traces of other people's code, tests/golden."""
+  return ROOT / "tests" / "golden"
