@@ -22,6 +22,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 AXES = {
   "embedding": "VD",
@@ -78,7 +79,8 @@ def take(name: str, array: jax.Array, indices: Mapping[str, Any]) -> jax.Array:
   unit = unit_of(name)
   if unit is None:
     return array
-  return jnp.take(array, indices[unit], axis=AXES[name].index(unit))
+  library = np if isinstance(array, np.ndarray) else jnp
+  return library.take(array, indices[unit], axis=AXES[name].index(unit))
 
 
 def put(
@@ -92,6 +94,10 @@ def put(
   full = list(array.shape)
   full[axis] = sizes[unit]
   at = (slice(None),) * axis + (indices[unit],)
+  if isinstance(array, np.ndarray):
+    made = np.zeros(full, array.dtype)
+    made[at] = array
+    return made
   return jnp.zeros(full, array.dtype).at[at].set(array)
 
 

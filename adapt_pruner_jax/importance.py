@@ -156,11 +156,16 @@ def magnitude(layers: axes.Params, kind: str) -> dict[str, jax.Array]:
   if kind == "random":
     return {}
   names = axes.SCORED["K"] + axes.SCORED["F"]
-  return {n: jax.vmap(partial(_per_unit, n, kind=kind))(layers[n]) for n in names}
+  return {
+    n: jax.vmap(partial(_per_unit, n, kind=kind))(layers[n]) for n in names
+  }
 
 
 def group_scores(
-  salience: dict[str, np.ndarray], masks: dict[str, np.ndarray], kind: str, fold: str
+  salience: dict[str, np.ndarray],
+  masks: dict[str, np.ndarray],
+  kind: str,
+  fold: str,
 ) -> dict[str, np.ndarray]:
   """Scores of KV groups [L, K] and MLP channels [L, F], float64 on the host.
 

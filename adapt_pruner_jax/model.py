@@ -348,7 +348,10 @@ class Block(nn.Module):
       v_BTKH = v_BTKH + w["v_bias"]
     B, T = x_BTD.shape[:2]
     if c.qk_norm == "head":
-      q_BTKGH, k_BTKH = self._norm("q_norm", q_BTKGH), self._norm("k_norm", k_BTKH)
+      q_BTKGH, k_BTKH = (
+        self._norm("q_norm", q_BTKGH),
+        self._norm("k_norm", k_BTKH),
+      )
     elif c.qk_norm == "all":
       q_BTKGH = self._norm_all("q_norm_all", q_BTKGH)
       k_BTKH = self._norm_all("k_norm_all", k_BTKH)
