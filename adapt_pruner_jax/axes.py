@@ -13,8 +13,9 @@ Everything that depends on the meaning of a dimension is derived from `AXES`:
 shapes, initial values, sharding, the pruning gather, the sum of Taylor scores,
 the reshape to and from HuggingFace tensors, the weight-decay mask.
 
-K and F are the *unit letters*: a layer's KV groups and its MLP channels are what
-can be pruned. Per-layer data about units is always a dict {"K": ..., "F": ...}.
+K and F are the *unit letters*: a layer's KV groups and its MLP channels are
+what can be pruned. Per-layer data about units is always a dict
+{"K": ..., "F": ...}.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -51,7 +51,9 @@ class Prune:
   attention_layers: str = ""  # "2:6", half open; empty = all
   mlp_layers: str = ""
   gqa_fold: str = "aligned"  # "reference" = the authors' code
-  trim: bool = True  # end within one unit below the target; False = the authors'
+  trim: bool = (
+    True  # end just below the target; False = the authors'
+  )
   round_ffn_to: int = 1  # MLP widths become multiples of this
 
 
@@ -105,7 +107,7 @@ class Eval:
 
 @dataclasses.dataclass
 class Config:
-  """A run. `dataclasses.asdict` of it is `config.json` in the work directory."""
+  """A run; `dataclasses.asdict` of it is the work directory's config.json."""
 
   model: Model = dataclasses.field(default_factory=Model)
   prune: Prune = dataclasses.field(default_factory=Prune)

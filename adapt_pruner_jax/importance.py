@@ -189,7 +189,7 @@ def group_scores(
 
 
 def _reference_fold(s_LKG: np.ndarray, mask_LK: np.ndarray) -> np.ndarray:
-  """Credits query head h of a layer to its KV group h mod (number of groups)."""
+  """Credits query head h of a layer to KV group h mod (number of groups)."""
   folded_LK = np.zeros(s_LKG.shape[:2])
   for folded_K, s_KG, mask_K in zip(folded_LK, s_LKG, mask_LK, strict=True):
     heads = s_KG[mask_K].ravel()  # current numbering: group-major

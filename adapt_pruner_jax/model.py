@@ -261,7 +261,7 @@ def attention_mask(
   Args:
     positions_BT: position of each token in the row; they only grow.
     segments_BT: document number of each token, or None for one document a row.
-    window: number of keys a query sees, itself included; 0 = all. May be traced.
+    window: keys a query sees, itself included; 0 = all. May be traced.
   """
   distance = positions_BT[:, :, None] - positions_BT[:, None, :]
   seen = (distance >= 0) & ((distance < window) | (window == 0))

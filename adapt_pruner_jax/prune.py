@@ -483,7 +483,7 @@ def relative_to(kept: Kept, left: Kept) -> Kept:
 
 
 def dense(full: ModelConfig) -> ModelConfig:
-  """The config of the stacked coordinates: every layer as wide as the widest."""
+  """The config of the stacked coordinates: all layers as wide as the widest."""
   width = {u: np.full(full.L, max(w)) for u, w in full.units().items()}
   return with_widths(full, width)
 
@@ -632,7 +632,7 @@ def _shardings(tree: Any, mesh: Mesh) -> Any:
     return sharding.param_shardings(tree, mesh)
   outer = {n: v for n, v in tree.items() if n != "layers"}
   layers = {
-    n: sharding.param_sharding(n, v.shape[1:], mesh, stacked=True)
+    n: sharding.param_sharding(n, v.shape, mesh, stacked=True)
     for n, v in tree["layers"].items()
   }
   return sharding.param_shardings(outer, mesh) | {"layers": layers}

@@ -65,10 +65,14 @@ def spec(letters: str, shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
     size = mesh.shape[axis]
     if size == 1:
       continue
-    wanted = [i for i, letter in enumerate(letters) if RULES.get(letter) == axis]
+    wanted = [
+      i for i, letter in enumerate(letters) if RULES.get(letter) == axis
+    ]
     if not wanted:
       continue
-    others = sorted(set(range(len(shape))) - set(wanted), key=lambda i: -shape[i])
+    others = sorted(
+      set(range(len(shape))) - set(wanted), key=lambda i: -shape[i]
+    )
     for i in wanted + others:
       # L is scanned over: cutting it would gather each layer from one device.
       if cut[i] is None and shape[i] % size == 0 and letters[i] != "L":

@@ -1,9 +1,10 @@
 """How much to prune where: the schedule, in float64 on the host.
 
 A *module* is the attention (unit letter K, width counted in channels, head_dim
-of them a unit) or the MLP (F, a unit is a channel) of one layer. Per-module data
-is a dict {"K": [L], "F": [L]}. In float32 one module in a thousand gets another
-count at full size, so everything here is float64 (arXiv 2502.03460, section 3).
+of them a unit) or the MLP (F, a unit is a channel) of one layer. Data about
+modules is a dict {"K": [L], "F": [L]}. In float32 one module in a thousand gets
+another count at full size, so everything here is float64 (arXiv 2502.03460,
+section 3).
 """
 
 import math
@@ -21,7 +22,9 @@ def relative_importance(importance_L: np.ndarray, prunable: Modules) -> Modules:
   twice in the mean. Modules that are not prunable get NaN. Where all are
   equal, so that the paper's quotient is 0/0, all are 0.
   """
-  importance = {u: np.where(p, importance_L, np.nan) for u, p in prunable.items()}
+  importance = {
+    u: np.where(p, importance_L, np.nan) for u, p in prunable.items()
+  }
   listed = np.concatenate([importance[u][prunable[u]] for u in prunable])
   centred = {u: i - np.mean(listed) for u, i in importance.items()}
   scale = np.max(np.abs(listed - np.mean(listed)))
@@ -29,7 +32,11 @@ def relative_importance(importance_L: np.ndarray, prunable: Modules) -> Modules:
 
 
 def next_sparsity(
-  previous: Modules, relative: Modules, step: int, step_size: float, amplitude: float
+  previous: Modules,
+  relative: Modules,
+  step: int,
+  step_size: float,
+  amplitude: float,
 ) -> Modules:
   """Sparsity of each module after `step` (from 1).
 
@@ -40,17 +47,26 @@ def next_sparsity(
   a different count.
   """
   if amplitude == 0:
-    return {u: np.full_like(s, step / (1 / step_size)) for u, s in previous.items()}
+    return {
+      u: np.full_like(s, step / (1 / step_size)) for u, s in previous.items()
+    }
   return {
     u: np.maximum(
-      np.minimum(previous[u] + step_size - amplitude * relative[u], MAX_SPARSITY), 0
+      np.minimum(
+        previous[u] + step_size - amplitude * relative[u], MAX_SPARSITY
+      ),
+      0,
     )
     for u in previous
   }
 
 
 def removals(
-  initial: np.ndarray, current: np.ndarray, sparsity: np.ndarray, group: int, round_to: int
+  initial: np.ndarray,
+  current: np.ndarray,
+  sparsity: np.ndarray,
+  group: int,
+  round_to: int,
 ) -> np.ndarray:
   """Units to remove from the modules of one kind, int [L].
 
@@ -77,7 +93,7 @@ def removals(
 
 
 def stage_targets(params: int, target: int, stages: int) -> list[int]:
-  """Parameters after each stage: falling linearly, the last exactly `target`."""
+  """Parameters after each stage: falling linearly to exactly `target`."""
   return [
     target if i == stages else params - (params - target) * i // stages
     for i in range(1, stages + 1)
