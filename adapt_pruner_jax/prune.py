@@ -144,7 +144,7 @@ def steps(
     found = importance.measure_step(
       dense_config,
       stacked,
-      _replicate(after.masks, mesh),
+      replicate(after.masks, mesh),
       tokens_MBT,
       valid_MB,
       kind=settings.group_importance,
@@ -510,7 +510,7 @@ def gather(
 
     return axes.map_named(one, _without(tree, names))
 
-  return new, _transform(cut, tree, mesh)
+  return new, transform(cut, tree, mesh)
 
 
 def expand(
@@ -521,24 +521,39 @@ def expand(
   Inverse of `compact`: removed units are zeros, norms of absent halves ones.
   """
   wide = dense(full)
-  sizes = wide.sizes(0)
 
   def stack(params):
-    layers = {}
-    for name in model.layer_names(wide):
-      parts = []
-      for i in range(config.L):
-        layer = params[axes.layer_name(i)]
-        if name in layer:
-          at = {u: kept[u][i] for u in UNITS}
-          parts.append(axes.put(name, layer[name], at, sizes))
-        else:
-          parts.append(_absent(name, sizes, params["embedding"]))
-      layers[name] = (np if _on_host(parts[0]) else jnp).stack(parts)
+    like = params["embedding"]
+    layers = []
+    for i in range(config.L):
+      at = {u: kept[u][i] for u in UNITS}
+      layers.append(widen(params[axes.layer_name(i)], at, wide, like))
+    library = np if _on_host(like) else jnp
     outer = {n: params[n] for n in model.outer_names(config)}
-    return outer | {"layers": layers}
+    together = jax.tree.map(lambda *parts: library.stack(parts), *layers)
+    return outer | {"layers": together}
 
-  return _transform(stack, params, mesh)
+  return transform(stack, params, mesh)
+
+
+def widen(
+  layer: Params, at: Mapping[str, np.ndarray], wide: ModelConfig, like: Any
+) -> Params:
+  """One layer in dense coordinates: its units at `at`, zeros elsewhere.
+
+  Norms of an absent half are ones. `like`: any array of the same model.
+  """
+  sizes = wide.sizes(0)
+  library = np if _on_host(like) else jnp
+
+  def absent(name):
+    fill = 1 if "norm" in name else 0
+    return library.full(axes.shape(name, sizes), fill, like.dtype)
+
+  return {
+    n: axes.put(n, layer[n], at, sizes) if n in layer else absent(n)
+    for n in model.layer_names(wide)
+  }
 
 
 def compact(
@@ -559,7 +574,7 @@ def compact(
       }
     return params
 
-  return new, _transform(split, stacked, mesh)
+  return new, transform(split, stacked, mesh)
 
 
 def minibatches(
@@ -581,7 +596,7 @@ def minibatches(
     index[m, : len(own)] = own
   valid_MB = index >= 0
   tokens_MBT = np.asarray(tokens_NT, np.int32)[np.where(valid_MB, index, 0)]
-  return _replicate(tokens_MBT, mesh), _replicate(valid_MB, mesh)
+  return replicate(tokens_MBT, mesh), replicate(valid_MB, mesh)
 
 
 def _without(tree: Any, names: list[set[str]]) -> Any:
@@ -603,17 +618,11 @@ def _without(tree: Any, names: list[set[str]]) -> Any:
   return found
 
 
-def _absent(name: str, sizes: Mapping[str, int], like: Any) -> Any:
-  fill = 1 if "norm" in name else 0
-  library = np if _on_host(like) else jnp
-  return library.full(axes.shape(name, sizes), fill, like.dtype)
-
-
 def _on_host(array: Any) -> bool:
   return isinstance(array, np.ndarray)
 
 
-def _transform(fn: Callable, tree: Any, mesh: Mesh) -> Any:
+def transform(fn: Callable, tree: Any, mesh: Mesh) -> Any:
   """`fn` of a tree of arrays, the result where it belongs on the mesh.
 
   On a CPU in one process numpy does it, which compiles nothing. Elsewhere the
@@ -638,7 +647,7 @@ def _shardings(tree: Any, mesh: Mesh) -> Any:
   return sharding.param_shardings(outer, mesh) | {"layers": layers}
 
 
-def _replicate(tree: Any, mesh: Mesh) -> Any:
+def replicate(tree: Any, mesh: Mesh) -> Any:
   """Host arrays, the same in every process, on all devices."""
   where = sharding.replicated(mesh)
   return jax.tree.map(
