@@ -12,7 +12,16 @@ from adapt_pruner_jax.errors import UserError, nearest
 
 CHOICES = {
   "model.dtype": ("float32", "bfloat16", "float16"),
-  "prune.method": ("adapt",),
+  "prune.method": (
+    "adapt",
+    "curvature",
+    "llm_pruner",
+    "flap",
+    "slicegpt",
+    "shortgpt",
+    "magnitude",
+    "random",
+  ),
   "prune.group_importance": (
     "taylor",
     "taylor_vectorize",
@@ -22,6 +31,10 @@ CHOICES = {
   ),
   "prune.layer_importance": ("cosine", "euclidean", "manhattan"),
   "prune.gqa_fold": ("aligned", "reference"),
+  "prune.llm_pruner_ranking": ("layer", "global"),
+  "prune.flap_metric": ("WIFV", "WIFN", "IFV"),
+  "prune.flap_structure": ("ALAM", "ALMM", "ULUM", "ULMM"),
+  "prune.magnitude_norm": ("l1", "l2"),
   "train.schedule": ("wsd", "cosine"),
   "train.dtype": ("float32", "bfloat16"),
   "train.data_share": ("linear", "constant", "cosine"),
@@ -55,6 +68,20 @@ class Prune:
     True  # end just below the target; False = the authors'
   )
   round_ffn_to: int = 1  # MLP widths become multiples of this
+  # Least squares on what is left, after any method: none, final, or every so
+  # many steps (curvature only).
+  refit: str = "none"
+  refit_ridge: float = 0.0  # 0 = by the number of tokens
+  refit_all: bool = False  # all seven matrices, not just o and down
+  cap: float = 0.1  # curvature: largest share of a module taken in a step
+  # Of the other methods; the defaults are the published ones.
+  llm_pruner_steps: int = 1  # scores are taken anew for each
+  llm_pruner_ranking: str = "layer"  # units compete in their layer, or "global"
+  flap_metric: str = "WIFV"
+  flap_structure: str = "ALAM"  # adaptive or uniform over layers, over modules
+  slice_multiple: int = 1  # of residual widths; published (and faster): 8
+  slice_subtract_mean: bool = False  # published, but wrong for RMSNorm
+  magnitude_norm: str = "l2"
 
 
 @dataclasses.dataclass
@@ -65,6 +92,7 @@ class Calibration:
   samples: int = 512  # sequences, fresh ones for each step
   seq_len: int = 64
   batch: int = 32  # sequences at a time
+  refit_samples: int = 512  # sequences of a refit
 
 
 @dataclasses.dataclass
@@ -85,6 +113,7 @@ class Train:
   dtype: str = "float32"  # of the arithmetic; weights and moments are float32
   remat: bool = False  # recompute each layer in the backward pass
   accumulation: int = 1  # microbatches a step
+  carry_moments: bool = False  # keep Adam's moments of what a prune leaves
   distill_alpha: float = 0.0  # weight of the distillation loss; 0 = none
   lora_rank: int = 0  # 0 = train all weights
   lora_alpha: float = 16.0
@@ -100,9 +129,21 @@ class Mesh:
 
 @dataclasses.dataclass
 class Eval:
-  text: str = ""  # a text file for the perplexity; empty = none
+  text: str = ""  # a text file for the perplexity, "embedded"; empty = none
   seq_len: int = 0  # tokens a window; 0 = the model's context, at most 2048
   batch: int = 8
+
+
+@dataclasses.dataclass
+class Checkpoint:
+  steps: int = 500  # train steps between checkpoints
+  keep: int = 2  # the newest so many
+
+
+@dataclasses.dataclass
+class Log:
+  tensorboard: bool = True
+  trackers: str = ""  # wandb, trackio, or both
 
 
 @dataclasses.dataclass
@@ -116,6 +157,9 @@ class Config:
   train: Train = dataclasses.field(default_factory=Train)
   mesh: Mesh = dataclasses.field(default_factory=Mesh)
   eval: Eval = dataclasses.field(default_factory=Eval)
+  checkpoint: Checkpoint = dataclasses.field(default_factory=Checkpoint)
+  log: Log = dataclasses.field(default_factory=Log)
+  oneshot_control: bool = False  # then also prune in one go, to compare
   seed: int = 0
 
 
@@ -175,6 +219,8 @@ def check(config: Config) -> None:
     "prune.amplitude": 0,
     "prune.stages": 1,
     "prune.round_ffn_to": 1,
+    "prune.llm_pruner_steps": 1,
+    "prune.slice_multiple": 1,
     "calibration.samples": 1,
     "calibration.seq_len": 2,
     "calibration.batch": 1,
@@ -190,6 +236,8 @@ def check(config: Config) -> None:
     "train.lora_alpha": 0,
     "eval.seq_len": 0,
     "eval.batch": 1,
+    "checkpoint.steps": 1,
+    "checkpoint.keep": 1,
   }
   for name, low in at_least.items():
     value = get(config, name)

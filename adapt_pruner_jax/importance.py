@@ -90,7 +90,7 @@ def measure_step(
       x_BTD, share_B = args
       mid_BTD = half(Block.attention, layer, mask, place, x_BTD)
       out_BTD = half(Block.mlp, layer, mask, place, mid_BTD)
-      change_BT = _similarity(x_BTD, out_BTD, measure)
+      change_BT = similarity(x_BTD, out_BTD, measure)
       importance = -jnp.sum(share_B[:, None] * change_BT)
       return mid_BTD, out_BTD, importance
 
@@ -197,7 +197,7 @@ def _reference_fold(s_LKG: np.ndarray, mask_LK: np.ndarray) -> np.ndarray:
   return folded_LK
 
 
-def _similarity(x: jax.Array, y: jax.Array, measure: str) -> jax.Array:
+def similarity(x: jax.Array, y: jax.Array, measure: str) -> jax.Array:
   """Per token, float32; the importance of a layer is minus its mean."""
   x, y = x.astype(jnp.float32), y.astype(jnp.float32)
   if measure == "cosine":

@@ -105,6 +105,25 @@ class ModelConfig:
     return tuple(int(bool(w)) for w in self.window) if local else (0,) * self.L
 
 
+def to_json(config: ModelConfig) -> dict:
+  return dataclasses.asdict(config)
+
+
+def from_json(fields: dict) -> ModelConfig:
+  """Inverse of `to_json`, also after JSON made lists of the tuples."""
+
+  def tuples(value: Any) -> Any:
+    return (
+      tuple(map(tuples, value)) if isinstance(value, list | tuple) else value
+    )
+
+  fields = {name: tuples(value) for name, value in fields.items()}
+  for name in ("rope", "local_rope"):
+    if fields[name] is not None:
+      fields[name] = Rope(**fields[name])
+  return ModelConfig(**fields)
+
+
 def layer_names(config: ModelConfig, layer: int | None = None) -> list[str]:
   """Names of the parameters of a layer; without `layer`, of a full one."""
   attention, mlp = ["q", "k", "v", "o"], ["gate", "up", "down"]

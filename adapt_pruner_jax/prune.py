@@ -195,7 +195,7 @@ def steps(
 
 
 def record(step: Step) -> dict:
-  """A line of trace.jsonl."""
+  """A line of trace.jsonl; what a method does not measure (NaN) is None."""
 
   def number(value: float) -> float | None:
     return None if np.isnan(value) else float(value)
@@ -203,13 +203,13 @@ def record(step: Step) -> dict:
   width = widths(step.masks)
   return {
     "step": step.number,
-    "loss": float(np.mean(step.losses_M)),
+    "loss": number(np.mean(step.losses_M)),
     "params": int(step.params),
     "layers": [
       {
         "kv_groups": int(width["K"][i]),
         "ffn": int(width["F"][i]),
-        "importance": float(step.importance_L[i]),
+        "importance": number(step.importance_L[i]),
         "attn_importance": number(step.relative["K"][i]),
         "mlp_importance": number(step.relative["F"][i]),
         "attn_sparsity": float(step.sparsity["K"][i]),

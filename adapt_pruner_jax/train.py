@@ -103,7 +103,7 @@ def make_step(
   if base is None:
     abstract, placed = _full_model(config, mesh)
   else:
-    abstract, placed = _adapters(config, settings.lora_rank, mesh)
+    abstract, placed = abstract_adapters(config, settings.lora_rank, mesh)
   state = optim.state_shardings(transform, abstract, placed, mesh)
   out = (placed, state, sharding.replicated(mesh))
   compiled = jax.jit(step_fn, donate_argnums=(0, 1), out_shardings=out)
@@ -237,7 +237,7 @@ def init_lora(
   One {"a": [in..., rank], "b": [rank, out...]} for each of the seven matrices
   of each layer; `a` is random, `b` zero.
   """
-  abstract, placed = _adapters(config, rank, mesh)
+  abstract, placed = abstract_adapters(config, rank, mesh)
 
   def build(key):
     leaves, tree = jax.tree.flatten(abstract)
@@ -279,7 +279,9 @@ def _full_model(config: ModelConfig, mesh: Mesh) -> tuple[Any, Any]:
   return abstract, sharding.param_shardings(abstract, mesh)
 
 
-def _adapters(config: ModelConfig, rank: int, mesh: Mesh) -> tuple[Any, Any]:
+def abstract_adapters(
+  config: ModelConfig, rank: int, mesh: Mesh
+) -> tuple[Any, Any]:
   """The adapter tree as shapes, and as shardings."""
   shapes, placed = {}, {}
   for i in range(config.L):

@@ -4,7 +4,8 @@
 
 A LLaMA of 1.2 million parameters is trained on the manual that ships with
 Python (once, about a minute; then kept in a cache) and pruned by 40 % in four
-stages with recovery training in between.
+stages with recovery training in between, then in one go with the same training,
+to compare.
 """
 
 from adapt_pruner_jax.config import Config
@@ -14,5 +15,13 @@ def get_config() -> Config:
   config = Config()
   config.model.path = "tiny"
   config.prune.ratio = 0.4
+  config.prune.stages = 4
   config.calibration.samples = 64
+  config.data.seq_len = 128
+  config.data.batch = 4
+  config.train.tokens = 120 * 512
+  config.train.learning_rate = 5e-4
+  config.train.min_learning_rate = 5e-5
+  config.eval.text = "embedded"
+  config.oneshot_control = True
   return config

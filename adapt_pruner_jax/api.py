@@ -1,0 +1,126 @@
+"""The Python API: four functions on the pair (ModelConfig, params).
+
+  from adapt_pruner_jax.api import load, perplexity, prune, save
+
+  model = load("path/to/model")
+  smaller = prune(model, ratio=0.2, calibration="text:book.txt")
+  save(smaller, "path/to/smaller")
+
+Each does what a command does, without a work directory.
+"""
+
+import os
+from typing import Any, NamedTuple
+
+from adapt_pruner_jax.axes import Params
+from adapt_pruner_jax.model import ModelConfig
+
+
+class Model(NamedTuple):
+  """A model, and where its tokenizer is."""
+
+  config: ModelConfig
+  params: Params
+  source: str | None = None
+
+
+def load(path: str | os.PathLike, dtype: str = "float32") -> Model:
+  """Opens a HuggingFace directory or hub id.
+
+  Raises:
+    UserError: it is missing, damaged, or of an unknown family.
+  """
+  from adapt_pruner_jax.hf import load as hf_load
+
+  folder = hf_load.resolve(str(path))
+  config, params = hf_load.load(str(folder), dtype)
+  return Model(config, params, str(folder))
+
+
+def prune(
+  model: Model,
+  *,
+  ratio: float = 0.0,
+  target_params: int = 0,
+  calibration: str = "embedded",
+  samples: int = 512,
+  seq_len: int = 64,
+  batch: int = 32,
+  seed: int = 0,
+  **settings: Any,
+) -> Model:
+  """A smaller model, by any method, without training.
+
+  Args:
+    ratio, target_params: the target; one of them.
+    calibration: as `calibration.source`, with `samples`, `seq_len`, `batch`.
+    settings: other fields of `config.Prune`, such as method="flap".
+
+  Raises:
+    UserError: bad settings, or a target out of reach.
+  """
+  from adapt_pruner_jax import data, methods, tokens
+  from adapt_pruner_jax import prune as core
+  from adapt_pruner_jax.config import Calibration, Config, Prune, check
+
+  recipe = Prune(ratio=ratio, target_params=target_params, **settings)
+  source = Calibration(calibration, samples, seq_len, batch)
+  check(Config(prune=recipe, calibration=source))
+  tokenizer = None
+  if not calibration.startswith("npy:"):
+    tokenizer = tokens.load_tokenizer(model.source or ".")
+  windows = data.calibration_data(source, tokenizer, model.config.V, seed)
+  old = (model.config, model.params)
+  found = methods.METHODS[recipe.method](
+    *old,
+    recipe,
+    windows.batch,
+    target=core.resolve_target(model.config, recipe),
+    batch=batch,
+    seed=seed,
+  )
+  params = found.params
+  if methods.refits_at_end(recipe):
+    params = methods.refit_after(
+      old, found, found.kept, recipe, windows.batch(len(found.trace)), batch
+    )
+  return Model(found.config, params, model.source)
+
+
+def save(
+  model: Model,
+  path: str | os.PathLike,
+  format: str = "hf",
+  overwrite: bool = False,
+) -> None:
+  """Writes a model, with its tokenizer, and opens it again to compare.
+
+  Raises:
+    UserError: `path` exists, or the format cannot express the model.
+  """
+  from adapt_pruner_jax import convert
+
+  convert.write(
+    model.config,
+    model.params,
+    path,
+    format,
+    source=model.source,
+    overwrite=overwrite,
+  )
+
+
+def perplexity(
+  model: Model, text: str, seq_len: int = 0, batch: int = 8
+) -> float:
+  """Perplexity per token of the model's tokenizer on a text.
+
+  Raises:
+    UserError: fewer than two tokens.
+  """
+  from adapt_pruner_jax import data, evaluate, tokens
+
+  tokenizer = tokens.load_tokenizer(model.source or ".")
+  ids = data.heldout_tokens(text, tokenizer, model.config.V, "the text")
+  length = seq_len or min(model.config.context, 2048)
+  return evaluate.perplexity(model.config, model.params, ids, length, batch)[0]
