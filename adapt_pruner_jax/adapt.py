@@ -674,9 +674,8 @@ def resume(setting: Setting, checkpoints: checkpoint.Checkpoints) -> State:
     if setting.eval_tokens is not None:
       state.before = measure(config, params, setting)
       perplexity = state.before["perplexity"]
-      setting.log.say(
-        f"{model.count_params(config):,} parameters, perplexity {perplexity:.3f}"
-      )
+      size = model.count_params(config)
+      setting.log.say(f"{size:,} parameters, perplexity {perplexity:.3f}")
     if workdir.is_writer():
       (setting.path / "trace.jsonl").unlink(missing_ok=True)
     setting.log.rewind("prune", 0)

@@ -1,8 +1,8 @@
 """Formats of a model: hf, hf_uniform, gguf, and orbax (our own, on any mesh).
 
-An orbax directory has the arrays in `params/`, the ModelConfig and a fingerprint
-of each array in `model.json`, and the tokenizer's files. It can hold every model
-there is, also those that other formats cannot express.
+An orbax directory has the arrays in `params/`, the ModelConfig and a
+fingerprint of each array in `model.json`, and the tokenizer's files. It can
+hold every model there is, also those that other formats cannot express.
 """
 
 import os

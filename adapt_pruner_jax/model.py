@@ -11,6 +11,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 import flax.linen as nn
 import jax
