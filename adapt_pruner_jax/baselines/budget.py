@@ -1,0 +1,131 @@
+"""What the baselines share: defaults, and meeting a parameter target exactly.
+
+A width method says, for a ratio p, how many units each module loses. The
+ratio is solved for the target; what lies between the last ratio above the
+target and the first one not above it is given up in proportion, as in
+`prune.trim`, so that the result ends within one MLP channel.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from adapt_pruner_jax import prune, sharding
+from adapt_pruner_jax.axes import UNITS
+from adapt_pruner_jax.config import Prune
+from adapt_pruner_jax.errors import UserError
+from adapt_pruner_jax.model import ModelConfig
+from adapt_pruner_jax.prune import Kept, Masks, Step
+
+Counts = dict[str, np.ndarray]  # units to remove, {"K": int [L], "F": int [L]}
+
+
+def defaults(
+  config: ModelConfig,
+  full: ModelConfig | None,
+  kept: Kept | None,
+  mesh: Mesh | None,
+) -> tuple[ModelConfig, Kept, Mesh]:
+  """`full`, `kept` and `mesh` as `prune.prune` takes them where not given."""
+  return (
+    full or config,
+    kept or prune.everything(config),
+    mesh or sharding.make_mesh(devices=jax.local_devices()[:1]),
+  )
+
+
+def solve(
+  method: str,
+  full: ModelConfig,
+  masks: Masks,
+  scores: Mapping[str, np.ndarray],
+  counts_at: Callable[[float], Counts],
+  prunable: Masks,
+  target: int,
+  round_to: int = 1,
+) -> Masks:
+  """The masks of the largest model not above `target` parameters.
+
+  Args:
+    method: name, for the error.
+    full: sizes of the original model.
+    masks: units left now.
+    scores: of the units, [L, K] and [L, F]; the lowest of a module go first.
+    counts_at: units that go at ratio p in [0, 1], not falling with p.
+    prunable: which modules may lose channels, bool [L] each.
+    round_to: MLP widths become multiples of this.
+
+  Raises:
+    UserError: not even p = 1 reaches the target.
+  """
+  order = prune.ranking(scores, masks)
+
+  def at(ratio: float) -> tuple[Counts, Masks, int]:
+    counts = rounded(counts_at(ratio), masks, round_to)
+    left = prune.remove(masks, order, counts)
+    return counts, left, prune.count(full, left)
+
+  low, high = 0.0, 1.0
+  least = at(high)[2]
+  if least > target:
+    raise unreachable(method, target, least)
+  if at(low)[2] <= target:
+    return at(low)[1]
+  for _ in range(60):  # as fine as floats are
+    middle = (low + high) / 2
+    if at(middle)[2] > target:
+      low = middle
+    else:
+      high = middle
+  above, left, _ = at(low)
+  more = {u: at(high)[0][u] - above[u] for u in UNITS}
+  order = prune.ranking(scores, left)
+  more = prune.trim(full, left, order, more, prunable, target, round_to)
+  return prune.remove(left, order, more)
+
+
+def rounded(counts: Counts, masks: Masks, round_to: int) -> Counts:
+  """Counts that leave MLP widths rounded up to multiples of `round_to`."""
+  left = prune.widths(masks)["F"]
+  keep = -(-(left - counts["F"]) // round_to) * round_to
+  return counts | {"F": np.maximum(left - keep, 0)}
+
+
+def unreachable(method: str, target: int, closest: int) -> UserError:
+  return UserError(
+    f"{method} cannot reach {target:,} parameters: the closest it can get is "
+    f"{closest:,}; raise the target, or let it prune more layers "
+    "(--config.prune.attention_layers, --config.prune.mlp_layers)"
+  )
+
+
+def step(
+  number: int,
+  full: ModelConfig,
+  before: Masks,
+  masks: Masks,
+  params: int,
+  losses_M: np.ndarray | None = None,
+  importance_L: np.ndarray | None = None,
+  scores: dict[str, np.ndarray] | None = None,
+) -> Step:
+  """The record of a step; NaN for what the method does not have.
+
+  Args:
+    before: units at the start of the stage, which the sparsities refer to.
+  """
+  nan_L = np.full(full.L, np.nan)
+  was, now = prune.widths(before), prune.widths(masks)
+  return Step(
+    number,
+    masks,
+    {u: 1 - now[u] / np.maximum(was[u], 1) for u in UNITS},
+    params,
+    np.array([np.nan]) if losses_M is None else losses_M,
+    nan_L if importance_L is None else importance_L,
+    dict.fromkeys(UNITS, nan_L),
+    scores,
+  )
