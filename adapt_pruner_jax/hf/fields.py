@@ -1,0 +1,153 @@
+"""Fields of config.json: which map to which of `ModelConfig`, and which do not
+matter. Those that are neither are refused by name: a field that changes the
+function must never be passed over.
+"""
+
+import dataclasses
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+from adapt_pruner_jax.errors import UserError, nearest
+
+Raw = Mapping[str, Any]  # a parsed config.json
+
+
+@dataclasses.dataclass(frozen=True)
+class Field:
+  """A field of config.json with one of `ModelConfig`, and the way both ways."""
+
+  name: str  # in ModelConfig
+  types: tuple[type, ...]  # in config.json
+  read: Callable[[Any], Any] = lambda x: x
+  write: Callable[[Any], Any] = lambda x: x
+
+
+def tidy(x: float) -> int | float:
+  """`x` as an int if it is one but for rounding."""
+  return round(x) if abs(x - round(x)) < 1e-9 * max(1, abs(x)) else x
+
+
+def _ids(value: int | list[int] | None) -> tuple[int, ...]:
+  if value is None:
+    return ()
+  return tuple(value) if isinstance(value, list) else (value,)
+
+
+def _from_ids(ids: tuple[int, ...]) -> int | list[int] | None:
+  return list(ids) if len(ids) > 1 else (ids[0] if ids else None)
+
+
+ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+ACTIVATION = Field(
+  "activation",
+  (str,),
+  lambda name: ACTIVATIONS[name],
+  lambda name: {v: k for k, v in ACTIVATIONS.items()}[name],
+)
+NONE = type(None)
+NUMBER = (int, float)
+SOFTCAP = {
+  "types": (*NUMBER, NONE),
+  "read": lambda cap: float(cap or 0),
+  "write": lambda cap: cap or None,
+}
+
+FIELDS = {
+  "vocab_size": Field("V", (int,)),
+  "hidden_size": Field("D", (int,)),
+  "rms_norm_eps": Field("norm_eps", NUMBER, float),
+  "max_position_embeddings": Field("context", (int,)),
+  "tie_word_embeddings": Field("tied", (bool,)),
+  "bos_token_id": Field("bos_id", (int, NONE)),
+  "pad_token_id": Field("pad_id", (int, NONE)),
+  "eos_token_id": Field("eos_ids", (int, list, NONE), _ids, _from_ids),
+  "hidden_act": ACTIVATION,
+  "hidden_activation": ACTIVATION,
+  # Gemma
+  "query_pre_attn_scalar": Field(
+    "attn_scale", NUMBER, lambda x: x**-0.5, lambda scale: tidy(scale**-2)
+  ),
+  "attn_logit_softcapping": Field("attn_softcap", **SOFTCAP),
+  "final_logit_softcapping": Field("final_softcap", **SOFTCAP),
+  # Granite
+  "attention_multiplier": Field("attn_scale", NUMBER, float),
+  "embedding_multiplier": Field("embed_scale", NUMBER, float),
+  "residual_multiplier": Field("residual_scale", NUMBER, float),
+  "logits_scaling": Field(
+    "logit_scale", NUMBER, lambda x: 1 / x, lambda scale: tidy(1 / scale)
+  ),
+}
+
+# Passed over: bookkeeping, what only matters in training, what `generate` reads.
+_HARMLESS = """
+  _attn_implementation _attn_implementation_autoset _commit_hash _name_or_path
+  architectures attention_dropout auto_map bad_words_ids begin_suppress_tokens
+  cache_implementation chunk_size_feed_forward decoder_start_token_id
+  diversity_penalty do_sample dtype early_stopping embd_pdrop
+  encoder_no_repeat_ngram_size exponential_decay_length_penalty finetuning_task
+  forced_bos_token_id forced_eos_token_id id2label initializer_range is_decoder
+  is_llama_config label2id length_penalty max_length min_length model_type
+  name_or_path no_repeat_ngram_size num_beam_groups num_beams num_labels
+  num_return_sequences output_attentions output_hidden_states output_scores
+  pretraining_tp prefix problem_type remove_invalid_values repetition_penalty
+  resid_pdrop return_dict return_dict_in_generate sep_token_id suppress_tokens
+  task_specific_params temperature tf_legacy_loss tie_encoder_decoder
+  tie_last_hidden_states tokenizer_class top_k top_p torch_dtype torchscript
+  transformers_version transformers.js_config typical_p unk_token_id
+  unsloth_fixed unsloth_version use_bfloat16 use_cache
+  allow_global_per_layer_attribute_access
+"""
+# Known to change the function when on; fine when off (0, false, null, empty).
+_SWITCHES = """
+  add_cross_attention alibi cross_attention_hidden_size is_encoder_decoder
+  layer_sharing mrope num_experts num_local_experts pruned_heads qk_layernorm
+  quantization_config rope_interleaved share_embedding sliding_window
+  use_bidirectional_attention use_mrope use_qk_norm use_sliding_window
+"""
+HARMLESS = frozenset(_HARMLESS.split())
+SWITCHES = frozenset(_SWITCHES.split())
+
+
+def check(raw: Raw, known: Collection[str], path: str) -> None:
+  """Refuses fields that are neither known nor harmless.
+
+  Raises:
+    UserError: names the field and how to ignore it.
+  """
+  for name, value in raw.items():
+    if name in known or name in HARMLESS or value is None:
+      continue
+    if name in SWITCHES and not value:
+      continue
+    shown = str(value) if len(str(value)) < 60 else f"{str(value)[:57]}..."
+    kind = "is not supported" if name in SWITCHES else "is not known"
+    raise UserError(
+      f"{path}: the field {name}={shown} {kind} and may change what the model "
+      f"computes{nearest(name, known)}; if you know that it does not, give "
+      f"--config.model.ignore_fields={name}"
+    )
+
+
+def value(raw: Raw, name: str, path: str) -> Any:
+  """What `ModelConfig` gets for field `name`, with its type checked."""
+  field, found = FIELDS[name], raw[name]
+  require(found, field.types, name, path)
+  if field is ACTIVATION and found not in ACTIVATIONS:
+    raise UserError(
+      f"{path}: {name}={found} is not supported; "
+      f"{' and '.join(ACTIVATIONS)} are"
+    )
+  try:
+    return field.read(found)
+  except (ZeroDivisionError, ValueError, TypeError) as error:
+    raise UserError(f"{path}: {name}={found!r} makes no sense") from error
+
+
+def require(found: Any, types: tuple[type, ...], name: str, path: str) -> None:
+  """Raises a UserError unless `found` has one of `types`."""
+  good = isinstance(found, types)
+  if isinstance(found, bool) and bool not in types:
+    good = False
+  if not good:
+    allowed = " or ".join("null" if t is NONE else t.__name__ for t in types)
+    raise UserError(f"{path}: {name}={found!r} must be {allowed}")
