@@ -161,7 +161,7 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
   """Writes a whole JSON file, or leaves the old one as it was."""
-  write_text(path, json.dumps(_plain(value), indent=2) + "\n")
+  write_text(path, json.dumps(plain(value), indent=2) + "\n")
 
 
 # ---- JSON lines --------------------------------------------------------------
@@ -199,7 +199,7 @@ def append_line(path: Path, row: Any) -> None:
   One `write`, so that a kill leaves all or nothing of it; not synced to disk,
   as this is called often.
   """
-  line = json.dumps(_plain(row)).encode() + b"\n"
+  line = json.dumps(plain(row)).encode() + b"\n"
   try:
     with open(path, "ab+", buffering=0) as file:
       size = file.seek(0, os.SEEK_END)
@@ -217,17 +217,17 @@ def append_line(path: Path, row: Any) -> None:
 
 def rewrite_lines(path: Path, rows: Iterable[Any]) -> None:
   """Writes a whole JSONL file, or leaves the old one as it was."""
-  write_text(path, "".join(json.dumps(_plain(row)) + "\n" for row in rows))
+  write_text(path, "".join(json.dumps(plain(row)) + "\n" for row in rows))
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
   """`value` out of what JSON has: no numpy, no NaN, no infinities."""
   if isinstance(value, dict):
-    return {key: _plain(child) for key, child in value.items()}
+    return {key: plain(child) for key, child in value.items()}
   if isinstance(value, list | tuple):
-    return [_plain(child) for child in value]
+    return [plain(child) for child in value]
   if isinstance(value, np.ndarray | np.generic | jax.Array):
-    return _plain(value.tolist())
+    return plain(value.tolist())
   if isinstance(value, float) and not math.isfinite(value):
     return json.dumps(value)
   return value

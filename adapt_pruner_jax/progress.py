@@ -1,0 +1,105 @@
+"""How far a phase of a run is, and numbers in a form for people.
+
+The clock is one that never goes backwards.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+
+class Phase:
+  """How far something is. `Log.phase` makes it; `update` tells it."""
+
+  def __init__(
+    self,
+    title: str,
+    total: float,
+    unit: str,
+    peak_seconds: float | None,
+    show: "Callable[[Phase], None]",
+  ):
+    """See `Log.phase`.
+
+    Args:
+      peak_seconds: what a unit takes at the devices' peak, None if not known.
+      show: called at each update.
+    """
+    self.title, self.total, self.unit = title, total, unit
+    self.done: float = 0
+    self.fields: dict[str, Any] = {}
+    self._peak_seconds, self._show = peak_seconds, show
+    self._begin = time.monotonic()
+    # Of the first update, so that neither compiling nor what an earlier process
+    # did counts in the rate: (seconds, done).
+    self._first: tuple[float, float] | None = None
+    self._took: float | None = None  # seconds, known at the end
+
+  def update(self, done: float, **fields: Any) -> None:
+    """`done` of `total` units are done; `fields` are shown under their names.
+
+    A field stays until it is given again.
+    """
+    self.done = done
+    self.fields |= fields
+    if self._first is None:
+      self._first = (time.monotonic(), done)
+    self._show(self)
+
+  def end(self) -> None:
+    """From now on `details` has how long it took."""
+    self._took = time.monotonic() - self._begin
+
+  @property
+  def rate(self) -> float | None:
+    """Units a second since the first update, None before the second."""
+    if self._first is None or self.done <= self._first[1]:
+      return None
+    seconds = time.monotonic() - self._first[0]
+    return (self.done - self._first[1]) / max(seconds, 1e-9)
+
+  @property
+  def mfu(self) -> float | None:
+    """Model FLOPs utilisation: share of the devices' peak, if that is known."""
+    if self.rate is None or self._peak_seconds is None:
+      return None
+    return self.rate * self._peak_seconds
+
+  def line(self) -> str:
+    """Title and details."""
+    return f"{self.title}: {self.details()}"
+
+  def details(self) -> str:
+    """Such as '512 / 4,096 tokens, loss 3.21, 900 tokens/s, 4 s left'."""
+    parts = [f"{show(self.done)} / {show(self.total)} {self.unit}"]
+    for name, value in self.fields.items():
+      parts.append(f"{name.replace('_', ' ')} {show(value)}")
+    if self.rate is not None:
+      parts.append(f"{show(self.rate)} {self.unit}/s")
+    if self.mfu is not None:
+      parts.append(f"MFU {self.mfu:.1%}")
+    if self._took is not None:
+      parts.append(f"took {duration(self._took)}")
+    elif self.rate is not None:
+      parts.append(f"{duration((self.total - self.done) / self.rate)} left")
+    return ", ".join(parts)
+
+
+def show(value: Any) -> str:
+  """A value for people: 1,234, 0.01235, '-' for None."""
+  if value is None:
+    return "-"
+  if isinstance(value, bool | str):
+    return str(value)
+  if isinstance(value, int) or (math.isfinite(value) and abs(value) >= 1000):
+    return f"{value:,.0f}"
+  return f"{value:.4g}"
+
+
+def duration(seconds: float) -> str:
+  """Seconds for people: '42 s', '3 min 20 s', '2 h 05 min'."""
+  minutes, rest = divmod(round(seconds), 60)
+  if minutes >= 60:
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+  return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
