@@ -71,6 +71,7 @@ class Setting:
   mesh: Mesh
   tokenizer: tokens.Tokenizer | None
   calibration: Any  # .batch(step) of pruning steps, counted over all stages
+  refit_data: Any  # the same for refits
   rows: data.TrainData | None
   eval_tokens: np.ndarray | None
   total_steps: int  # train steps over all stages
@@ -195,6 +196,14 @@ def prepare(config: Config, path: Path, log: Log) -> Setting:
   calibration = data.calibration_data(
     config.calibration, tokenizer, full.V, config.seed, cache
   )
+  refit_data = calibration
+  if config.prune.refit != "none":
+    more = dataclasses.replace(
+      config.calibration, samples=config.calibration.refit_samples
+    )
+    refit_data = data.calibration_data(
+      more, tokenizer, full.V, config.seed + 1, cache
+    )
   rows, total_steps = None, 0
   if config.train.tokens:
     rows = data.train_data(
@@ -221,6 +230,7 @@ def prepare(config: Config, path: Path, log: Log) -> Setting:
     mesh,
     tokenizer,
     calibration,
+    refit_data,
     rows,
     eval_tokens,
     total_steps,
@@ -313,10 +323,20 @@ def prune_stage(state: State, setting: Setting, stop_if_asked: Any) -> None:
       after=after,
       log=note,
     )
-  params = pruned.params
-  if methods.refits_at_end(settings):
-    params = _refit(old, pruned, state, setting, first)
   keep = prune.relative_to(state.kept, pruned.kept)
+  if settings.refit != "none":
+    setting.log.say("refitting what is left")
+  params, refits = methods.refit_after(
+    old,
+    pruned,
+    keep,
+    settings,
+    setting.refit_data.batch(first + len(steps)),
+    config.calibration.batch,
+    setting.mesh,
+  )
+  for number, row in enumerate(refits):
+    setting.log.metrics("refit", number, {"stage": state.stage} | row)
   if state.opt_state is not None and config.train.carry_moments:
     _, state.opt_state = prune.gather(
       state.config, state.opt_state, keep, setting.mesh
@@ -334,28 +354,6 @@ def _stage_target(setting: Setting, stage: int) -> int | None:
   size = model.count_params(setting.full)
   stages = setting.config.prune.stages
   return sparsity.stage_targets(size, setting.target, stages)[stage - 1]
-
-
-def _refit(
-  old: tuple, pruned: prune.Pruned, state: State, setting: Setting, first: int
-) -> Params:
-  from adapt_pruner_jax import refit
-
-  settings = setting.config.prune
-  setting.log.say("refitting what is left to what the dense layers say")
-  params, records = refit.refit(
-    old,
-    (pruned.config, pruned.params),
-    prune.relative_to(state.kept, pruned.kept),
-    setting.calibration.batch(first + len(pruned.trace)),
-    setting.config.calibration.batch,
-    ridge=settings.refit_ridge,
-    refit_all=settings.refit_all,
-    mesh=setting.mesh,
-  )
-  for number, row in enumerate(records):
-    setting.log.metrics("refit", number, {"stage": state.stage} | row)
-  return params
 
 
 def recover_stage(

@@ -79,11 +79,9 @@ def prune(
     batch=batch,
     seed=seed,
   )
-  params = found.params
-  if methods.refits_at_end(recipe):
-    params = methods.refit_after(
-      old, found, found.kept, recipe, windows.batch(len(found.trace)), batch
-    )
+  params, _ = methods.refit_after(
+    old, found, found.kept, recipe, windows.batch(len(found.trace)), batch
+  )
   return Model(found.config, params, model.source)
 
 

@@ -1,7 +1,12 @@
 """The pruning methods by name. All have the signature of `prune.prune`."""
 
-from adapt_pruner_jax import baselines, curvature, prune
+import numpy as np
+from jax.sharding import Mesh
+
+from adapt_pruner_jax import baselines, curvature, prune, refit
+from adapt_pruner_jax.axes import Params
 from adapt_pruner_jax.config import Prune
+from adapt_pruner_jax.model import ModelConfig
 
 METHODS = {
   "adapt": prune.prune,
@@ -10,11 +15,40 @@ METHODS = {
 }
 
 
-def refits_at_end(settings: Prune) -> bool:
-  """Whether the run refits after the method; curvature does it by itself."""
-  return settings.refit != "none" and settings.method != "curvature"
-
-
 def resumes(settings: Prune) -> bool:
   """Whether a stage can go on from one of its steps: only masks change."""
+  if settings.method == "curvature":
+    return not settings.refit.isdigit()
   return settings.method == "adapt"
+
+
+def refit_after(
+  old: tuple[ModelConfig, Params],
+  pruned: prune.Pruned,
+  keep: prune.Kept,
+  settings: Prune,
+  tokens_NT: np.ndarray,
+  batch: int,
+  mesh: Mesh | None = None,
+) -> tuple[Params, list[dict]]:
+  """The refit that `settings.refit` asks for at the end of a prune.
+
+  Args:
+    old: the model before it.
+    keep: the units of `old` that are left.
+
+  Returns:
+    The params, and a record a matrix (see `refit.refit`); none without refit.
+  """
+  if settings.refit == "none":
+    return pruned.params, []
+  return refit.refit(
+    old,
+    (pruned.config, pruned.params),
+    keep,
+    tokens_NT,
+    batch,
+    ridge=settings.refit_ridge,
+    refit_all=settings.refit_all,
+    mesh=mesh,
+  )

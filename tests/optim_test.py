@@ -47,6 +47,7 @@ def test_decay_pulls_at_matrices_only():
   names = {n: jnp.zeros([2] * len(axes.AXES[n])) for n in axes.AXES}
   mask = optim.decayed(names)
   matrices = {"embedding", "lm_head", "q", "k", "v", "o", "gate", "up", "down"}
+  matrices |= {"attn_shortcut", "mlp_shortcut"}
   assert {n for n, pulled in mask.items() if pulled} == matrices
 
 
