@@ -6,8 +6,9 @@ gathered into a smaller model. `Kept` numbers units as the original model does.
 """
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -25,6 +26,7 @@ from adapt_pruner_jax.sparsity import Modules
 # {"K": one int array a layer, "F": ...}: units left, in the original numbering.
 Kept = dict[str, tuple[np.ndarray, ...]]
 Masks = dict[str, np.ndarray]  # {"K": bool [L, K], "F": bool [L, F]}
+Removal = tuple[str, int, int]  # unit letter, layer, how many units
 # Calibration tokens of a pruning step (from 0), int32 [N, T].
 Samples = Callable[[int], np.ndarray]
 
@@ -87,7 +89,8 @@ def prune(
     log: called with `record(step)` and the step, after each.
 
   Raises:
-    UserError: a bad layer range, or a target out of reach.
+    UserError: a bad layer range, a target out of reach, or a model whose
+      values are not finite.
   """
   full, kept = full or config, kept or everything(config)
   mesh = mesh or sharding.make_mesh(devices=jax.local_devices()[:1])
@@ -153,25 +156,21 @@ def steps(
     )
     found = jax.device_get(found)
     importance_L = np.asarray(found["importance_ML"], np.float64).sum(0)
+    if not np.isfinite(importance_L).all():
+      raise UserError(
+        f"the model's values at pruning step {number} are not finite: try "
+        "--config.model.dtype=float32"
+      )
     relative = sparsity.relative_importance(importance_L, prunable)
     wanted = sparsity.next_sparsity(
       after.sparsity, relative, number, settings.step_size, settings.amplitude
     )
     wanted = {u: np.where(prunable[u], s, 0.0) for u, s in wanted.items()}
-    scores = _scores(found, after.masks, settings, seed, number)
-    counts = _counts(full, settings, prunable, initial, after.masks, wanted)
-    order = ranking(scores, after.masks)
-    if target is not None and settings.trim:
-      counts = trim(
-        full,
-        after.masks,
-        order,
-        counts,
-        prunable,
-        target,
-        settings.round_ffn_to,
-      )
-    masks = remove(after.masks, order, counts)
+    scores = scores_of(found, after.masks, settings, seed, number)
+    counts = _counts(
+      full, settings, prunable, initial, after.masks, wanted, target
+    )
+    masks = remove(after.masks, ranking(scores, after.masks), counts)
     size = count(full, masks)
     if size < after.params:
       last_change = number
@@ -229,9 +228,10 @@ def _done(step: Step, settings: Prune, target: int | None) -> bool:
   return step.params <= target if settings.trim else step.params < target
 
 
-def _scores(
+def scores_of(
   found: dict, masks: Masks, settings: Prune, seed: int, number: int
 ) -> dict[str, np.ndarray]:
+  """Scores of the units at step `number`, from `importance.measure_step`."""
   kind = settings.group_importance
   if kind == "random":
     random = np.random.default_rng((seed % 2**32, number))
@@ -248,11 +248,12 @@ def _counts(
   initial: dict[str, np.ndarray],
   masks: Masks,
   wanted: Modules,
+  target: int | None,
 ) -> dict[str, np.ndarray]:
   """Units to remove from each module, {"K": int [L], "F": ...}."""
   group = {"K": full.H, "F": 1}
   round_to = {"K": 1, "F": settings.round_ffn_to}
-  return {
+  counts = {
     u: sparsity.removals(
       initial[u],
       widths(masks)[u],
@@ -262,6 +263,9 @@ def _counts(
     )
     for u in UNITS
   }
+  if target is None or not settings.trim:
+    return counts
+  return trim(full, masks, counts, prunable, target, round_to["F"])
 
 
 # ---- Which units go ----------------------------------------------------------
@@ -292,7 +296,6 @@ def remove(
 def trim(
   full: ModelConfig,
   masks: Masks,
-  order: dict[str, list],
   counts: Mapping[str, np.ndarray],
   prunable: Masks,
   target: int,
@@ -300,83 +303,88 @@ def trim(
 ) -> dict[str, np.ndarray]:
   """Fewer removals, so that the size ends at the target or just below it.
 
-  Modules give up what they planned in proportion. The result is the largest
-  size not above the target that whole KV groups allow, made up with single MLP
-  channels (blocks of `round_to`), so it is within one of them of the target,
-  as long as there are any. Counts that do not reach the target stay.
+  Modules give up what they planned in proportion. The result is not above the
+  target, and within one MLP channel (a block of `round_to`) of it as long as
+  there are channels, else within one KV group: channels that were not planned
+  go in place of a KV group too much. Counts that do not reach the target stay.
 
   Args:
-    order: from `ranking`.
-    counts: units that the step would remove.
+    counts: units that the step would remove, {"K": int [L], "F": ...}.
     prunable: modules from which more may be taken, bool [L] each.
   """
   cost = model.unit_cost(full)
-  left = widths(masks)
+  width = widths(masks)["F"]
   need = count(full, masks) - target
-
-  def block(layer: int, taken: int) -> int:
-    """Channels that the next removal from an MLP takes."""
-    width = left["F"][layer] - taken
-    return int(width % round_to or round_to)
-
-  atoms = []  # (when its module would come to it, unit, layer, units, cost)
-  for u in UNITS:
-    for layer in range(full.L):
-      taken, total = 0, int(counts[u][layer])
-      while taken < total:
-        size = block(layer, taken) if u == "F" else 1
-        size = min(size, total - taken)
-        taken += size
-        atoms.append((taken / total, u, layer, size, size * cost[u]))
-  atoms.sort(key=lambda a: (a[0], a[1] != "F", a[2]))
-  if sum(a[4] for a in atoms) < need or need <= 0:
+  planned = _in_turn(counts, width, round_to)
+  enough = _until(planned, need, cost)
+  if need <= 0 or enough is None:
     return dict(counts)
-  taken, removed = [], 0
-  while removed < need:
-    taken.append(atoms[len(taken)])
-    removed += taken[-1][4]
-  rest = [a for a in atoms[len(taken) :] if a[1] == "F"]
+  groups = [r for r in enough if r[0] == "K"]
 
-  def give_back(removed: int) -> int:
-    for atom in reversed(list(taken)):
-      if atom[1] == "F" and removed - atom[4] >= need:
-        taken.remove(atom)
-        removed -= atom[4]
-    return removed
+  def with_groups(number: int) -> list[Removal] | None:
+    channels = itertools.chain(
+      (r for r in planned if r[0] == "F"),
+      _more_channels(width - counts["F"], prunable["F"], round_to),
+    )
+    found = _until(channels, need - number * cost["K"], cost)
+    return None if found is None else groups[:number] + found
 
-  removed = give_back(removed)
-  groups = [a for a in taken if a[1] == "K"]
-  channel = round_to * cost["F"]
-  if groups and removed - need >= channel:
-    # A whole KV group too much: channels instead of the last one.
-    others = rest + _more_channels(left, counts, prunable, block, cost["F"])
-    if removed - groups[-1][4] + sum(a[4] for a in others) >= need:
-      taken.remove(groups[-1])
-      removed -= groups[-1][4]
-      while removed < need:
-        taken.append(others.pop(0))
-        removed += taken[-1][4]
-      removed = give_back(removed)
+  chosen = with_groups(len(groups))
+  if len(groups) * cost["K"] - need >= round_to * cost["F"]:
+    chosen = with_groups(len(groups) - 1) or chosen
   result = {u: np.zeros(full.L, np.int64) for u in UNITS}
-  for _, u, layer, size, _ in taken:
-    result[u][layer] += size
+  for unit, layer, units in chosen:
+    result[unit][layer] += units
   return result
 
 
-def _more_channels(left, counts, prunable, block, cost: int) -> list[tuple]:
-  """Removals beyond the planned ones: in turn from the widest MLPs."""
-  found = []
-  taken = np.array(counts["F"], np.int64)
+def _in_turn(
+  counts: Mapping[str, np.ndarray], width_L: np.ndarray, round_to: int
+) -> list[Removal]:
+  """`counts` one by one, all modules in proportion to what they planned."""
+  found = []  # (share of its module's removals, channels first, removal)
+  for layer, total in enumerate(counts["K"]):
+    for i in range(total):
+      found.append(((i + 1) / total, 1, ("K", layer, 1)))
+  for layer, total in enumerate(counts["F"]):
+    done = 0
+    while done < total:
+      size = min(_block(width_L[layer] - done, round_to), total - done)
+      done += size
+      found.append((done / total, 0, ("F", layer, size)))
+  return [removal for _, _, removal in sorted(found)]
+
+
+def _more_channels(
+  width_L: np.ndarray, prunable_L: np.ndarray, round_to: int
+) -> Iterator[Removal]:
+  """Channels in turn from the widest MLPs, as long as each keeps some."""
+  width_L = np.where(prunable_L, width_L, 0)
   while True:
-    width = np.where(prunable["F"], left["F"] - taken, 0)
-    layer = int(width.argmax())
-    size = block(layer, taken[layer])
-    if width[layer] <= size:
-      return found
-    taken[layer] += size
-    found.append((1.0, "F", layer, size, size * cost))
-    if len(found) > 100_000:  # far more than any KV group is worth
-      return found
+    layer = int(width_L.argmax())
+    size = _block(width_L[layer], round_to)
+    if width_L[layer] <= size:
+      return
+    width_L[layer] -= size
+    yield "F", layer, size
+
+
+def _block(width: int, round_to: int) -> int:
+  """Channels that bring a width down to the next multiple of `round_to`."""
+  return int(width % round_to or round_to)
+
+
+def _until(
+  removals: Iterable[Removal], need: int, cost: Mapping[str, int]
+) -> list[Removal] | None:
+  """The first removals worth `need` parameters; None if all are not."""
+  found = []
+  for unit, layer, units in removals:
+    if need <= 0:
+      break
+    found.append((unit, layer, units))
+    need -= units * cost[unit]
+  return found if need <= 0 else None
 
 
 # ---- Sizes and targets -------------------------------------------------------
@@ -601,21 +609,20 @@ def minibatches(
 
 def _without(tree: Any, names: list[set[str]]) -> Any:
   """A tree without the parameters that a smaller model does not have."""
-  if not isinstance(tree, dict):
-    children, structure = jax.tree_util.tree_flatten(
-      tree, is_leaf=lambda x: x is not tree
-    )
-    if len(children) == 1 and children[0] is tree:
-      return tree
-    return structure.unflatten([_without(c, names) for c in children])
-  found = {}
-  for key, value in tree.items():
-    if str(key).startswith("layer_"):
-      have = names[int(key.removeprefix("layer_"))]
-      found[key] = {n: v for n, v in value.items() if n in have}
-    else:
-      found[key] = _without(value, names)
-  return found
+
+  def one(node: Any) -> Any:
+    if not isinstance(node, dict):
+      return node
+    found = {}
+    for key, value in node.items():
+      if str(key).startswith("layer_"):
+        have = names[int(key.removeprefix("layer_"))]
+        found[key] = {n: v for n, v in value.items() if n in have}
+      else:
+        found[key] = one(value)
+    return found
+
+  return jax.tree.map(one, tree, is_leaf=lambda x: isinstance(x, dict))
 
 
 def _on_host(array: Any) -> bool:
