@@ -78,7 +78,7 @@ FIELDS = {
   ),
 }
 
-# Passed over: bookkeeping, what only matters in training, what `generate` reads.
+# Passed over: bookkeeping, and what only training or `generate` reads.
 _HARMLESS = """
   _attn_implementation _attn_implementation_autoset _commit_hash _name_or_path
   architectures attention_dropout auto_map bad_words_ids begin_suppress_tokens

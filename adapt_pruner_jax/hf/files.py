@@ -1,4 +1,4 @@
-"""The safetensors files of a model directory: found, checked, read by slices."""
+"""The files of a model directory: found, checked, read slice by slice."""
 
 import json
 from pathlib import Path
@@ -34,6 +34,10 @@ def read_json(path: Path) -> dict[str, Any]:
   if not isinstance(found, dict):
     raise UserError(f"{path} must hold a JSON object")
   return found
+
+
+def write_json(file: Path, content: Any) -> None:
+  file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
 class Checkpoint:

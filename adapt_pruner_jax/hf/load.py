@@ -4,7 +4,6 @@ Tensors go one by one from the file to their place and dtype on the devices, so
 the host never holds the model; each process reads only what its devices need.
 """
 
-import logging
 import math
 import os
 import re
@@ -15,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from jax.sharding import Mesh
 
 from adapt_pruner_jax import axes, sharding
@@ -118,7 +118,7 @@ def load(
     tree = params
     if layer is not None:
       tree = params.setdefault(axes.layer_name(layer), {})
-    tree[name] = _read_parameter(
+    tree[name] = read_parameter(
       checkpoint, name, place, config.sizes(layer), dtype, mesh
     )
   return config, params
@@ -170,14 +170,15 @@ def _check_tied(checkpoint: Checkpoint) -> None:
     )
 
 
-def _read_parameter(
+def read_parameter(
   checkpoint: Checkpoint,
   name: str,
   place: Place,
   sizes: dict[str, int],
   dtype: str | None,
-  mesh: Mesh | None,
+  mesh: Mesh | None = None,
 ) -> jax.Array:
+  """One parameter of a model, as in `load`."""
   shape = axes.shape(name, sizes)
   dtype = jnp.dtype(dtype or checkpoint.dtypes[place.tensor])
   source = checkpoint.slices(place.tensor)
