@@ -25,6 +25,8 @@ CHOICES = {
   "prune.group_importance": (
     "taylor",
     "taylor_vectorize",
+    "taylor_second",
+    "taylor_mix",
     "l1",
     "l2",
     "random",
@@ -130,6 +132,8 @@ class Mesh:
 @dataclasses.dataclass
 class Eval:
   text: str = ""  # a text file for the perplexity, "embedded"; empty = none
+  tasks: str = ""  # of `compare`: as in `evaluate --tasks`; empty = none
+  tasks_dir: str = ""  # jsonl files of the questions; empty = the network
   seq_len: int = 0  # tokens a window; 0 = the model's context, at most 2048
   batch: int = 8
 

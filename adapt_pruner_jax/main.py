@@ -265,14 +265,18 @@ def _define_config(values: flags.FlagValues, argv: list[str]) -> None:
 
 
 def _found_config(argument: str) -> str:
-  """--config=configs/X.py also finds the recipes that are installed."""
+  """--config=configs/X.py also finds the recipes that are installed.
+
+  What follows a colon, configs/X.py:0.4, is the argument of `get_config`.
+  """
   flag, _, file = argument.partition("=")
   if flag.lstrip("-") != "config" or not file:
     return argument
-  path = Path(file.split(":")[0])
+  file, colon, given = file.partition(":")
+  path = Path(file)
   for place in (path, ROOT.parent / path, ROOT / path):
     if place.is_file():
-      return f"{flag}={place}"
+      return f"{flag}={place}{colon}{given}"
   folder = ROOT.parent / "configs"
   folder = folder if folder.is_dir() else ROOT / "configs"
   have = sorted(p.name for p in folder.glob("*.py") if p.stem != "__init__")

@@ -1,0 +1,423 @@
+"""The recipes: every field, and that real models of their sizes trace."""
+
+import dataclasses
+import importlib.util
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from absl import flags
+
+from adapt_pruner_jax import (
+  importance,
+  main,
+  model,
+  optim,
+  prune,
+  sharding,
+  sparsity,
+  train,
+)
+from adapt_pruner_jax.config import Config, check, field_names, get
+from adapt_pruner_jax.errors import UserError
+from adapt_pruner_jax.hf import config_json
+from adapt_pruner_jax.sources import parse_sources
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+
+# What scripts may rely on; a field that is renamed breaks other people's.
+FIELDS = """
+  model.path model.dtype model.ignore_fields
+  prune.method prune.target_params prune.ratio prune.stages prune.step_size
+  prune.max_steps prune.amplitude prune.group_importance prune.layer_importance
+  prune.attention_layers prune.mlp_layers prune.gqa_fold prune.trim
+  prune.round_ffn_to prune.refit prune.refit_ridge prune.refit_all prune.cap
+  prune.llm_pruner_steps prune.llm_pruner_ranking prune.flap_metric
+  prune.flap_structure prune.slice_multiple prune.slice_subtract_mean
+  prune.magnitude_norm
+  calibration.source calibration.samples calibration.seq_len calibration.batch
+  calibration.refit_samples
+  data.source data.seq_len data.batch
+  train.tokens train.learning_rate train.min_learning_rate train.schedule
+  train.data_share train.weight_decay train.dtype train.remat
+  train.accumulation train.carry_moments train.distill_alpha train.lora_rank
+  train.lora_alpha train.skip_nonfinite
+  mesh.data mesh.fsdp mesh.tensor
+  eval.text eval.tasks eval.tasks_dir eval.seq_len eval.batch
+  checkpoint.steps checkpoint.keep
+  log.tensorboard log.trackers
+  oneshot_control seed
+""".split()  # noqa: SIM905
+
+SLIMPAJAMA = "hf:DKYoon/SlimPajama-6B"
+STAGED = {
+  "calibration.source": f"{SLIMPAJAMA},limit=20000",
+  "data.source": SLIMPAJAMA,
+  "data.batch": 128,
+  "train.tokens": 5_000_000_000,
+  "train.dtype": "bfloat16",
+  "train.remat": True,
+}
+# The fields in which a recipe differs from the defaults.
+RECIPES = {
+  "tiny": {
+    "prune.ratio": 0.4,
+    "prune.stages": 4,
+    "calibration.samples": 64,
+    "data.seq_len": 128,
+    "data.batch": 4,
+    "train.tokens": 61_440,
+    "train.learning_rate": 5e-4,
+    "train.min_learning_rate": 5e-5,
+    "eval.text": "embedded",
+    "oneshot_control": True,
+  },
+  "oneshot": {},
+  "accel": {"prune.stages": 10, "train.remat": True},
+  "mobilellm_350m_to_125m": STAGED
+  | {
+    "model.path": "facebook/MobileLLM-350M",
+    "prune.target_params": 143_067_456,
+    "prune.stages": 20,
+    "train.min_learning_rate": 0.0,
+  },
+  "mobilellm_600m_to_350m": STAGED
+  | {
+    "model.path": "facebook/MobileLLM-600M",
+    "prune.target_params": 376_075_200,
+    "prune.stages": 9,
+  },
+  "mobilellm_1b_to_600m": STAGED
+  | {
+    "model.path": "facebook/MobileLLM-1B",
+    "prune.target_params": 603_188_352,
+    "prune.stages": 10,
+  },
+  "qwen25_05b_to_350m": STAGED
+  | {
+    "model.path": "Qwen/Qwen2.5-0.5B",
+    "prune.target_params": 376_075_200,
+    "prune.stages": 5,
+  },
+  "deepseek_r1_qwen_15b_to_1b": STAGED
+  | {
+    "model.path": "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B",
+    "prune.target_params": 1_005_461_760,
+    "prune.stages": 11,
+  },
+  "llama31_8b_oneshot": {
+    "model.path": "meta-llama/Llama-3.1-8B",
+    "model.dtype": "bfloat16",
+    "prune.ratio": 0.2,
+    "calibration.source": f"{SLIMPAJAMA},limit=20000",
+  },
+  "smollm2_135m": {
+    "model.path": "HuggingFaceTB/SmolLM2-135M",
+    "prune.ratio": 0.2,
+    "calibration.source": "hf:Salesforce/wikitext,subset=wikitext-2-raw-v1",
+    "calibration.samples": 128,
+    "eval.text": "embedded",
+  },
+}
+# What the paper says, whatever the defaults are.
+PAPER = {
+  "prune.method": "adapt",
+  "prune.step_size": 0.02,
+  "prune.amplitude": 0.02,
+  "prune.group_importance": "taylor",
+  "prune.layer_importance": "cosine",
+  "calibration.samples": 512,
+  "calibration.seq_len": 64,
+  "data.seq_len": 1024,
+  "train.learning_rate": 2e-5,
+  "train.min_learning_rate": 2e-6,
+  "train.schedule": "wsd",
+  "train.data_share": "linear",
+}
+STAGED_NAMES = [n for n in RECIPES if "_to_" in n]
+
+
+def _mobilellm(layers: int, heads: int, groups: int, width: int) -> dict:
+  return {
+    "model_type": "mobilellm",
+    "architectures": ["MobileLLMForCausalLM"],
+    "hidden_size": heads * 64,
+    "intermediate_size": width,
+    "num_hidden_layers": layers,
+    "num_attention_heads": heads,
+    "num_key_value_heads": groups,
+    "head_dim": 64,
+    "vocab_size": 32000,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "hidden_act": "silu",
+    "max_position_embeddings": 2048,
+    "share_embedding": True,
+    "layer_sharing": False,
+    "tie_word_embeddings": False,
+  }
+
+
+def _qwen2(layers: int, heads: int, hidden: int, width: int, tied: bool):
+  return {
+    "model_type": "qwen2",
+    "architectures": ["Qwen2ForCausalLM"],
+    "hidden_size": hidden,
+    "intermediate_size": width,
+    "num_hidden_layers": layers,
+    "num_attention_heads": heads,
+    "num_key_value_heads": 2,
+    "vocab_size": 151936,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e6 if tied else 1e4,
+    "hidden_act": "silu",
+    "max_position_embeddings": 32768,
+    "use_sliding_window": False,
+    "sliding_window": 32768,
+    "max_window_layers": layers,
+    "tie_word_embeddings": tied,
+  }
+
+
+def _llama(layers: int, heads: int, groups: int, width: int, **more) -> dict:
+  return {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "intermediate_size": width,
+    "num_hidden_layers": layers,
+    "num_attention_heads": heads,
+    "num_key_value_heads": groups,
+    "rms_norm_eps": 1e-5,
+    "hidden_act": "silu",
+    "max_position_embeddings": 8192,
+  } | more
+
+
+# What matters in config.json of the released models, and their parameters.
+MODELS = {
+  "facebook/MobileLLM-350M": (_mobilellm(32, 15, 5, 2560), 345_355_200),
+  "facebook/MobileLLM-600M": (_mobilellm(40, 18, 6, 3072), 603_188_352),
+  "facebook/MobileLLM-1B": (_mobilellm(54, 20, 5, 3584), 1_005_461_760),
+  "Qwen/Qwen2.5-0.5B": (_qwen2(24, 14, 896, 4864, True), 494_032_768),
+  "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B": (
+    _qwen2(28, 12, 1536, 8960, False),
+    1_777_088_000,
+  ),
+  "meta-llama/Llama-3.1-8B": (
+    _llama(
+      32,
+      32,
+      8,
+      14336,
+      hidden_size=4096,
+      vocab_size=128256,
+      rope_theta=500000.0,
+      rope_scaling={
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+      },
+    ),
+    8_030_261_248,
+  ),
+  "HuggingFaceTB/SmolLM2-135M": (
+    _llama(
+      30,
+      9,
+      3,
+      1536,
+      hidden_size=576,
+      vocab_size=49152,
+      rope_theta=100000,
+      tie_word_embeddings=True,
+    ),
+    134_515_008,
+  ),
+}
+
+
+def build(name: str, *argument: str) -> Config:
+  """The recipe configs/`name`.py, as the command line loads it."""
+  spec = importlib.util.spec_from_file_location(name, CONFIGS / f"{name}.py")
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module.get_config(*argument)
+
+
+def values(config: Config) -> dict:
+  return {name: get(config, name) for name in field_names(config)}
+
+
+def test_fields_are_the_contract():
+  assert field_names(Config()) == FIELDS
+
+
+def test_every_recipe_is_in_the_table():
+  files = {p.stem for p in CONFIGS.glob("*.py")} - {"__init__"}
+  assert files == set(RECIPES)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_fields_of_a_recipe(name):
+  config = build(name)
+  assert values(config) == values(Config()) | RECIPES[name]
+  for field in "calibration.source", "data.source":
+    parse_sources(get(config, field), field)
+  if name in ("oneshot", "accel"):
+    with pytest.raises(UserError, match="prune"):  # bases, without a target
+      check(config)
+    config.prune.ratio = 0.2
+  check(config)
+
+
+@pytest.mark.parametrize("name", STAGED_NAMES)
+def test_paper_settings(name):
+  first = {"train.min_learning_rate": 0.0} if "125m" in name else {}
+  got = values(build(name))
+  want = PAPER | first
+  assert {field: got[field] for field in want} == want
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_docstring_has_the_command_and_the_source(name):
+  text = (CONFIGS / f"{name}.py").read_text()
+  assert "adapt-pruner run" in text
+  if name != "tiny":
+    assert f"--config=configs/{name}.py" in text
+  if name in STAGED_NAMES:
+    assert "Time: " in text
+    assert "Source: " in text
+
+
+@pytest.mark.parametrize("ratio", [0.2, 0.4, 0.6])
+def test_ratio_after_a_colon(ratio):
+  assert build("llama31_8b_oneshot", str(ratio)).prune.ratio == ratio
+
+
+def test_colon_on_the_command_line(monkeypatch, tmp_path):
+  monkeypatch.chdir(tmp_path)  # the recipes are found from anywhere
+  argv = ["--config=configs/llama31_8b_oneshot.py:0.4", "--config.seed=7"]
+  flag_values = flags.FlagValues()
+  main._define_config(flag_values, argv)
+  main._parse("run", argv, flag_values)
+  config = main._config(flag_values)
+  assert (config.prune.ratio, config.seed) == (0.4, 7)
+  with pytest.raises(UserError, match="did you mean llama31_8b_oneshot"):
+    main._found_config("--config=configs/llama31_8b_onesho.py:0.4")
+
+
+# ---- Full-size models, without weights ---------------------------------------
+
+
+@pytest.mark.parametrize("path", MODELS)
+def test_parameters_of_the_released_models(path):
+  raw, params = MODELS[path]
+  assert model.count_params(config_json.read(raw)) == params
+
+
+def test_paper_counts_the_shared_embedding_twice():
+  for raw, params in (
+    (_mobilellm(32, 15, 5, 2560), 376_075_200),
+    (_mobilellm(30, 9, 3, 1536), 143_067_456),
+  ):
+    config = dataclasses.replace(config_json.read(raw), tied=False)
+    assert model.count_params(config) == params
+  # The paper's result, 960 channels wide, with its embedding counted once.
+  assert 143_067_456 - 32000 * 960 == 112_347_456
+
+
+def full_size(name: str) -> tuple[Config, model.ModelConfig]:
+  config = build(name)
+  return config, config_json.read(MODELS[config.model.path][0])
+
+
+FULL = [n for n in RECIPES if n not in ("tiny", "oneshot", "accel")]
+
+
+@pytest.mark.parametrize("name", FULL)
+def test_targets_are_reachable(name):
+  config, full = full_size(name)
+  target = prune.resolve_target(full, config.prune)
+  size = model.count_params(full)
+  targets = sparsity.stage_targets(size, target, config.prune.stages)
+  assert len(targets) == config.prune.stages
+  assert targets[-1] == target
+  if config.prune.stages > 1:  # about 5 % of what was there, the paper says
+    drop = (size - target) / config.prune.stages / size
+    assert 0.02 < drop < 0.06
+
+
+def place(tree, shardings):
+  return jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+    tree,
+    shardings,
+  )
+
+
+@pytest.mark.parametrize("name", FULL)
+def test_scoring_step_traces(name):
+  config, full = full_size(name)
+  mesh = sharding.make_mesh()
+  dtype = jnp.dtype("float32" if config.train.tokens else config.model.dtype)
+  params = model.abstract_params(full, dtype)
+  stacked = {n: params[n] for n in model.outer_names(full)}
+  stacked["layers"] = {
+    n: jax.ShapeDtypeStruct((full.L, *x.shape), dtype)
+    for n, x in params["layer_0"].items()
+  }
+  rows = config.calibration.samples // config.calibration.batch
+  shape = (rows, config.calibration.batch, config.calibration.seq_len)
+  found = jax.eval_shape(
+    partial(
+      importance.measure_step,
+      kind=config.prune.group_importance,
+      measure=config.prune.layer_importance,
+      mesh=mesh,
+      config=prune.dense(full),
+    ),
+    stacked=stacked,
+    masks={
+      u: jax.ShapeDtypeStruct((full.L, w[0]), bool)
+      for u, w in full.units().items()
+    },
+    tokens_MBT=jax.ShapeDtypeStruct(shape, jnp.int32),
+    valid_MB=jax.ShapeDtypeStruct(shape[:2], bool),
+  )
+  assert found["importance_ML"].shape == (rows, full.L)
+  assert found["salience"]["q"].shape == (full.L, full.K[0], full.G)
+  assert found["salience"]["down"].shape == (full.L, full.F[0])
+  assert found["salience"]["q"].dtype == jnp.float32
+
+
+@pytest.mark.parametrize("name", FULL)
+def test_train_step_traces(name):
+  """Also for one-shot recipes: `compare --recover_tokens` trains them."""
+  config, full = full_size(name)
+  mesh = sharding.make_mesh()
+  params = model.abstract_params(full, jnp.float32)
+  transform = optim.optimizer(config.train.weight_decay)
+  state = jax.eval_shape(transform.init, params)
+  schedule = optim.schedule(
+    config.train.schedule,
+    config.train.learning_rate,
+    config.train.min_learning_rate,
+    config.train.tokens // (config.data.batch * config.data.seq_len),
+  )
+  step = train.make_step(full, config.train, schedule, mesh)
+  shape = (config.data.batch, config.data.seq_len)
+  names = "tokens_BT", "targets_BT", "segments_BT", "positions_BT"
+  batch = {n: jax.ShapeDtypeStruct(shape, jnp.int32) for n in names}
+  batch["weights_BT"] = jax.ShapeDtypeStruct(shape, jnp.float32)
+  new, new_state, metrics = jax.eval_shape(
+    lambda *args: step(*args, 0), params, state, batch
+  )
+  assert jax.tree.map(lambda x: x.shape, new) == model.param_shapes(full)
+  assert jax.tree.structure(new_state) == jax.tree.structure(state)
+  assert metrics["loss"].shape == ()
+  assert all(x.dtype == np.float32 for x in jax.tree.leaves(new))
