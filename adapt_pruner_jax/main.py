@@ -260,7 +260,7 @@ def _define_config(values: flags.FlagValues, argv: list[str]) -> None:
     default = ROOT / "configs" / "tiny.py"
   argv[:] = [_found_config(a) for a in argv]
   config_flags.DEFINE_config_file(
-    "config", str(default), "the recipe", flag_values=values
+    "config", str(default), "the recipe", flag_values=values, sys_argv=argv
   )
 
 
