@@ -111,7 +111,7 @@ def run(config: Config, path: Path) -> dict:
       summary = workdir.read_json(path / "summary.json")
       log.say(f"{path} is finished; its model is in {path / 'model'}")
     else:
-      with _stop_signals() as stopping:
+      with stop_signals() as stopping:
         summary = _run(config, path, log, stopping)
     tell(summary, path, log)
   if config.oneshot_control and config.prune.stages > 1:
@@ -137,7 +137,7 @@ def _run(config: Config, path: Path, log: Log, stopping: dict) -> dict:
         checkpoints.wait()
         raise StoppedError(f"stopped; the same command continues {path}")
 
-    teacher = _teacher(setting)
+    teacher = teacher_of(setting)
     while state.stage <= config.prune.stages:
       stop_if_asked()
       if not state.pruned:
@@ -258,14 +258,15 @@ def read_eval_text(
   return data.heldout_tokens(content, tokenizer, vocab_size)
 
 
-def _teacher(setting: Setting) -> tuple[ModelConfig, Params] | None:
+def teacher_of(setting: Setting) -> tuple[ModelConfig, Params] | None:
   """The original model, where training distils from it."""
   if not (setting.config.train.distill_alpha and setting.total_steps):
     return None
-  return _load(setting)
+  return load_model(setting)
 
 
-def _load(setting: Setting) -> tuple[ModelConfig, Params]:
+def load_model(setting: Setting) -> tuple[ModelConfig, Params]:
+  """The original model."""
   # Master weights are float32 whatever the arithmetic.
   dtype = setting.config.model.dtype
   return load.load(
@@ -610,7 +611,7 @@ def hardware() -> str:
 
 
 @contextlib.contextmanager
-def _stop_signals() -> Iterator[dict]:
+def stop_signals() -> Iterator[dict]:
   """SIGTERM and SIGINT set ["asked"]; a second SIGINT ends at once."""
   stopping = {"asked": False}
 
@@ -667,7 +668,7 @@ def resume(setting: Setting, checkpoints: checkpoint.Checkpoints) -> State:
   """The state to go on from: the newest checkpoint, else the original model."""
   found = checkpoints.restore(lambda meta: abstract_state(meta, setting))
   if found is None:
-    config, params = _load(setting)
+    config, params = load_model(setting)
     state = State(config, params, prune.everything(config))
     if setting.eval_tokens is not None:
       state.before = measure(config, params, setting)

@@ -289,6 +289,8 @@ def abstract_adapters(
     sizes = config.sizes(i) | {"R": rank}
     shapes[layer], placed[layer] = {}, {}
     for name in LORA_NAMES:
+      if name not in model.layer_names(config, i):
+        continue  # this half of the layer is gone
       letters = axes.AXES[name]
       # The residual width D is the side where a matrix reads, or writes.
       cut = 1 if letters[0] in axes.RESIDUAL else len(letters) - 1
