@@ -22,7 +22,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from adapt_pruner_jax import axes, model, sharding
 from adapt_pruner_jax.model import Block, Decoder, ModelConfig
 
-TAYLOR = ("taylor", "taylor_vectorize")
+TAYLOR = ("taylor", "taylor_vectorize", "taylor_second", "taylor_mix")
+SECOND = ("taylor_second", "taylor_mix")  # need each example's own gradient
 
 
 @partial(jax.jit, static_argnames=("config", "kind", "measure", "mesh"))
@@ -58,9 +59,9 @@ def measure_step(
   layers = stacked["layers"]
   outer = {"params": {k: v for k, v in stacked.items() if k != "layers"}}
   block = Block(config, config.K[0], config.F[0])
-  rows_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
+  rows_1T = jnp.arange(T)[None]
   ropes = jax.tree.map(
-    lambda *tables: jnp.stack(tables), *model.rope_tables(config, rows_BT)
+    lambda *tables: jnp.stack(tables), *model.rope_tables(config, rows_1T)
   )
   rope_id_L = jnp.asarray(config.rope_ids())
   window_L = jnp.asarray(config.window or (0,) * config.L)
@@ -73,7 +74,7 @@ def measure_step(
       return block.apply(variables, x_BTD, mask, method=method)
     seen = None
     if any(config.window):
-      seen = model.attention_mask(rows_BT, None, window)
+      seen = model.attention_mask(rows_1T, None, window)
     rope = tuple(table[rope_id] for table in ropes)
     return block.apply(variables, x_BTD, rope, seen, mask, method=method)
 
@@ -123,18 +124,36 @@ def measure_step(
     layer, mask, place = xs
     scored = {n: layer[n] for n in axes.SCORED[unit]}
 
+    def run(w, x_BTD):
+      return half(method, layer | w, mask, place, x_BTD)
+
+    def squares(x_BTD, dy_BTD, rows):
+      """Sum over examples of their own gradients squared."""
+
+      def example(x_TD, dy_TD):
+        _, vjp = jax.vjp(lambda w: run(w, x_TD[None]), scored)
+        return vjp(dy_TD[None])[0]
+
+      dw_B = jax.vmap(example)(x_BTD, dy_BTD)  # of their shares of the loss
+      return jax.tree.map(lambda d: jnp.sum((rows * d) ** 2, axis=0), dw_B)
+
     def one(total, args):
-      x_BTD, dy_BTD = args
-      _, vjp = jax.vjp(
-        lambda w, x: half(method, layer | w, mask, place, x), scored, x_BTD
-      )
+      x_BTD, dy_BTD, rows = args
+      _, vjp = jax.vjp(run, scored, x_BTD)
       dw, dx_BTD = vjp(dy_BTD)
-      return jax.tree.map(lambda t, d: t + d.astype(t.dtype), total, dw), dx_BTD
+      found = [dw] + [squares(x_BTD, dy_BTD, rows)] * (kind in SECOND)
+      return jax.tree.map(
+        lambda t, d: t + d.astype(t.dtype), total, found
+      ), dx_BTD
 
     zeros = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), scored)
-    grads, dx_MBTD = jax.lax.scan(one, zeros, (x_MBTD, dy_MBTD))
+    zeros = [zeros] * (2 if kind in SECOND else 1)
+    rows_M = valid_MB.sum(axis=1)
+    sums, dx_MBTD = jax.lax.scan(one, zeros, (x_MBTD, dy_MBTD, rows_M))
     salience = {
-      n: _per_unit(n, w.astype(jnp.float32) * grads[n], kind)
+      n: _per_unit(
+        n, _taylor(w, *(s[n] for s in sums), rows_M=rows_M, kind=kind), kind
+      )
       for n, w in scored.items()
     }
     return cut(dx_MBTD), salience
@@ -207,6 +226,22 @@ def similarity(x: jax.Array, y: jax.Array, measure: str) -> jax.Array:
   # authors prune a layer more the further it moves its input.
   order = {"euclidean": 2, "manhattan": 1}[measure]
   return jnp.linalg.norm(x - y, ord=order, axis=-1)
+
+
+def _taylor(w, grad, square=None, *, rows_M, kind: str) -> jax.Array:
+  """Salience of each weight: what its removal changes the loss by.
+
+  To first order w g. To second order with the Fisher information A, the mean
+  of the examples' squared gradients, in place of the Hessian's diagonal:
+  w A w ("second") or w g - w A w / 2 ("mix"; LLM-Pruner, arXiv 2305.11627).
+  """
+  w = w.astype(jnp.float32)
+  if kind not in SECOND:
+    return w * grad
+  curvature = w * (square / rows_M.sum()) * w
+  if kind == "taylor_second":
+    return curvature
+  return w * grad / rows_M.size - curvature / 2  # grad: a sum of M means
 
 
 def _per_unit(name: str, salience: jax.Array, kind: str) -> jax.Array:

@@ -4,9 +4,12 @@
 with as many KV heads as query heads (mha) and one with fewer (gqa).
 """
 
+import dataclasses
 import functools
 import json
 import pathlib
+import re
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +17,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from adapt_pruner_jax import axes, model, sharding
-from adapt_pruner_jax.baselines import flap, shortgpt, slicegpt
+from adapt_pruner_jax import axes, baselines, model, prune, sharding
+from adapt_pruner_jax.baselines import (
+  flap,
+  llm_pruner,
+  shortgpt,
+  slicegpt,
+  walk,
+)
 from adapt_pruner_jax.config import Prune
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.model import ModelConfig, Rope
@@ -156,8 +165,52 @@ def test_slicegpt_reaches_a_target(target):
     assert size <= target < model.count_params(wider)
 
 
+def test_slicegpt_of_nothing_changes_nothing():
+  """Not even with biases, scaled embeddings, head norms and absent halves."""
+  config = ModelConfig(
+    family="llama",
+    V=32,
+    D=16,
+    G=2,
+    H=4,
+    K=(2, 0, 1),
+    F=(12, 8, 0),
+    norm_eps=1e-6,
+    rope=Rope(),
+    context=16,
+    tied=True,
+    qkv_bias=True,
+    o_bias=True,
+    down_bias=True,
+    qk_norm="head",
+    norm_offset=1.0,
+    embed_scale=4.0,
+    residual_scale=0.5,
+    window=(0, 0, 2),
+  )
+  random = np.random.default_rng(0)
+  params = jax.tree.map(
+    lambda x: jnp.asarray(random.normal(0, 0.3, x.shape), x.dtype),
+    model.abstract_params(config, jnp.float32),
+  )
+  tokens = random.integers(0, 32, (2, 8), dtype=np.int32)
+  pruned = slicegpt.prune(
+    config, params, Prune(), lambda step: tokens, width=config.D
+  )
+  want = logits(config, params, tokens)
+  found = logits(pruned.config, pruned.params, tokens)
+  np.testing.assert_allclose(found, want, rtol=1e-3, atol=1e-4)
+
+
+def test_slicegpt_refuses_norms_that_it_cannot_fold():
+  config, params = dense("gqa")
+  config = dataclasses.replace(config, norm_order="sandwich")
+  with pytest.raises(UserError, match="norms behind its attention"):
+    slicegpt.prune(config, params, Prune(), None, target=1)
+
+
 def test_slicegpt_says_what_it_can_reach():
-  with pytest.raises(UserError, match="width of 1 .* remain"):
+  with pytest.raises(UserError, match=r"width of 1 .* remain"):
     run(slicegpt, "gqa", target=10_000)
 
 
@@ -176,7 +229,7 @@ def test_shortgpt_golden(name):
   )
   assert np.argsort(influence).tolist() == want["order_raw"]
   assert [i for i in range(4) if pruned.config.K[i]] == want["kept"]
-  assert pruned.config.F == tuple(176 * (k > 0) for k in pruned.config.K)
+  assert [bool(f) for f in pruned.config.F] == [k > 0 for k in pruned.config.K]
   check_logits(pruned, name, "shortgpt")
 
 
@@ -233,3 +286,184 @@ def test_flap_golden(case, monkeypatch):
       found, array("mha", case, name), rtol=1e-4, atol=1e-5
     )
   check_logits(pruned, "mha", case)
+
+
+# ---- LLM-Pruner, magnitude, random -------------------------------------------
+
+KIND = {
+  "param_first": "taylor",
+  "param_second": "taylor_second",
+  "param_mix": "taylor_mix",
+  "vectorize": "taylor_vectorize",
+}
+
+
+def removed_of(pruned, unit, layer):
+  count = {"K": 4, "F": 176}[unit]
+  return sorted(set(range(count)) - set(pruned.kept[unit][layer].tolist()))
+
+
+def recorded_removals(want):
+  """What a recording removed, in the numbering of the whole model."""
+  left = {
+    u: [list(range(n)) for _ in range(4)] for u, n in (("K", 4), ("F", 176))
+  }
+  for number in range(1, want["iterative_steps"] + 1):
+    for event in want["pruned"]:
+      if event["step"] != number:
+        continue
+      unit = "K" if "removed_heads" in event else "F"
+      gone = event["removed_heads" if unit == "K" else "removed"]
+      units = left[unit][int(event["root"].split(".")[2])]
+      for index in sorted(gone, reverse=True):
+        del units[index]
+  return left
+
+
+LLM_PRUNER = sorted(
+  f"{name}/{path.name}"
+  for name in ("mha", "gqa")
+  for path in (ROOT / name).glob("llmpruner_*")
+)
+
+
+@pytest.mark.parametrize("case", LLM_PRUNER)
+def test_llm_pruner_golden(case):
+  name, folder = case.split("/")
+  want = trace(name, folder)
+  kind = KIND[want["taylor"]] if want["taylor"] else want["pruner_type"]
+  layers = "{}:{}".format(*want["layers"])
+  settings = Prune(
+    group_importance=kind,
+    attention_layers=layers,
+    mlp_layers=layers,
+    gqa_fold="reference",
+    llm_pruner_steps=want["iterative_steps"],
+    llm_pruner_ranking="global" if want["global_pruning"] else "layer",
+  )
+  steps = []
+  config, params = dense(name)
+  pruned = llm_pruner.prune(
+    config,
+    params,
+    settings,
+    lambda step: array(name, "calib")[: want["num_examples"]],
+    batch=want["num_examples"],
+    ratio=want["pruning_ratio"],
+    log=lambda record, step: steps.append(step),
+  )
+  if want["score_order"]:
+    rows = slice(*want["layers"])
+    for unit, part in (("K", "attn_group"), ("F", "mlp")):
+      np.testing.assert_allclose(
+        steps[0].scores[unit][rows],
+        array(name, folder, f"{part}_scores"),
+        rtol=1e-4,
+      )
+  left = recorded_removals(want)
+  for unit in "KF":
+    assert [k.tolist() for k in pruned.kept[unit]] == left[unit]
+  assert model.count_params(pruned.config) == want["params_total"]
+  check_logits(pruned, name, folder)
+
+
+# ---- All of them -------------------------------------------------------------
+
+METHODS = {
+  "llm_pruner": Prune(),
+  "llm_pruner in 2 steps": Prune(llm_pruner_steps=2),
+  "llm_pruner, global": Prune(llm_pruner_ranking="global"),
+  "flap": Prune(),
+  "flap ALMM": Prune(flap_structure="ALMM"),
+  "flap ULUM": Prune(flap_structure="ULUM"),
+  "flap ULMM": Prune(flap_structure="ULMM"),
+  "magnitude": Prune(),
+  "random": Prune(),
+}
+
+
+def method(name):
+  return SimpleNamespace(prune=baselines.METHODS[re.split(r",| ", name)[0]])
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_width_methods_meet_the_target(name):
+  for target in (180_000, 120_000):
+    pruned = run(method(name), "gqa", target=target, settings=METHODS[name])
+    size = model.count_params(pruned.config)
+    shapes = jax.tree.map(lambda x: x.shape, pruned.params)
+    assert shapes == model.param_shapes(pruned.config)
+    assert pruned.trace[-1]["params"] == size
+    assert target - model.unit_cost(pruned.config)["F"] < size <= target
+
+
+@pytest.mark.parametrize("name", ["llm_pruner", "flap", "shortgpt"])
+def test_a_target_out_of_reach(name):
+  with pytest.raises(UserError, match="cannot reach 20,000 parameters"):
+    run(method(name), "gqa", target=20_000)
+
+
+def test_flap_bias_is_the_mean_of_what_is_gone():
+  pruned = run(flap, "gqa", target=150_000)
+  config, params = dense("gqa")
+  mesh = sharding.make_mesh(devices=jax.local_devices()[:1])
+  moments = flap.statistics(config, params, array("gqa", "calib"), 4, mesh)
+  masks = prune.to_masks(pruned.kept, config)
+  assert not all(m.all() for m in masks["K"])
+  tokens = array("gqa", "eval_ids")
+  x = walk.embed(config, params, tokens, mesh)
+  for i in range(config.L):
+    block = model.Block(config, config.K[i], config.F[i])
+    for unit, add in zip("KF", ("add_attention", "add_mlp"), strict=True):
+      _, y = walk.half(config, params, i, unit, x, mesh)
+      gone = ~masks[unit][i].reshape(-1, *[1] * (y.ndim - 3))
+      y = jnp.where(gone, moments[unit][i].mean, y)
+      x = block.apply({"params": params[f"layer_{i}"]}, x, y, method=add)
+  want = model.Decoder(config).apply({"params": params}, x, method="head")
+  found = logits(pruned.config, pruned.params, tokens)
+  np.testing.assert_allclose(found, want, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["llm_pruner", "flap", "shortgpt", "slicegpt"])
+def test_on_many_devices(name):
+  """The same on a mesh of 8, with a last minibatch that does not fill it."""
+  mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+  one = run(method(name), "gqa", target=150_000)
+  many = run(method(name), "gqa", target=150_000, mesh=mesh)
+  assert many.config == one.config
+  for unit in "KF":
+    for a, b in zip(many.kept[unit], one.kept[unit], strict=True):
+      np.testing.assert_array_equal(a, b)
+  tokens = array("gqa", "eval_ids")
+  np.testing.assert_allclose(
+    logits(many.config, jax.device_get(many.params), tokens),
+    logits(one.config, one.params, tokens),
+    rtol=1e-3,
+    atol=1e-3,
+  )
+
+
+@pytest.mark.parametrize("name", ["magnitude", "flap", "shortgpt", "slicegpt"])
+def test_a_second_stage(name):
+  """Units keep their original numbers, and nothing comes back."""
+  config, params = dense("gqa")
+  first = run(method(name), "gqa", target=190_000)
+  second = method(name).prune(
+    first.config,
+    first.params,
+    Prune(),
+    lambda step: array("gqa", "calib"),
+    target=150_000,
+    full=config,
+    kept=first.kept,
+  )
+  assert model.count_params(second.config) <= 150_000
+  for unit in "KF":
+    for was, now in zip(first.kept[unit], second.kept[unit], strict=True):
+      assert set(now) <= set(was)
+  if name != "slicegpt":
+    i = max(range(4), key=lambda i: second.config.F[i])
+    np.testing.assert_array_equal(
+      second.params[f"layer_{i}"]["gate"],
+      params[f"layer_{i}"]["gate"][:, second.kept["F"][i]],
+    )

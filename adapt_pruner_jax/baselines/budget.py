@@ -6,7 +6,6 @@ target and the first one not above it is given up in proportion, as in
 `prune.trim`, so that the result ends within one MLP channel.
 """
 
-import dataclasses
 from collections.abc import Callable, Mapping
 
 import jax
@@ -15,7 +14,6 @@ from jax.sharding import Mesh
 
 from adapt_pruner_jax import prune, sharding
 from adapt_pruner_jax.axes import UNITS
-from adapt_pruner_jax.config import Prune
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.model import ModelConfig
 from adapt_pruner_jax.prune import Kept, Masks, Step
@@ -38,7 +36,6 @@ def defaults(
 
 
 def solve(
-  method: str,
   full: ModelConfig,
   masks: Masks,
   scores: Mapping[str, np.ndarray],
@@ -50,7 +47,6 @@ def solve(
   """The masks of the largest model not above `target` parameters.
 
   Args:
-    method: name, for the error.
     full: sizes of the original model.
     masks: units left now.
     scores: of the units, [L, K] and [L, F]; the lowest of a module go first.
@@ -71,7 +67,11 @@ def solve(
   low, high = 0.0, 1.0
   least = at(high)[2]
   if least > target:
-    raise unreachable(method, target, least)
+    raise UserError(
+      f"this method cannot reach {target:,} parameters: the closest it can get "
+      f"is {least:,}; raise the target, or let it prune more layers "
+      "(--config.prune.attention_layers=0: --config.prune.mlp_layers=0:)"
+    )
   if at(low)[2] <= target:
     return at(low)[1]
   for _ in range(60):  # as fine as floats are
@@ -82,9 +82,8 @@ def solve(
       high = middle
   above, left, _ = at(low)
   more = {u: at(high)[0][u] - above[u] for u in UNITS}
-  order = prune.ranking(scores, left)
-  more = prune.trim(full, left, order, more, prunable, target, round_to)
-  return prune.remove(left, order, more)
+  more = prune.trim(full, left, more, prunable, target, round_to)
+  return prune.remove(left, prune.ranking(scores, left), more)
 
 
 def rounded(counts: Counts, masks: Masks, round_to: int) -> Counts:
@@ -92,14 +91,6 @@ def rounded(counts: Counts, masks: Masks, round_to: int) -> Counts:
   left = prune.widths(masks)["F"]
   keep = -(-(left - counts["F"]) // round_to) * round_to
   return counts | {"F": np.maximum(left - keep, 0)}
-
-
-def unreachable(method: str, target: int, closest: int) -> UserError:
-  return UserError(
-    f"{method} cannot reach {target:,} parameters: the closest it can get is "
-    f"{closest:,}; raise the target, or let it prune more layers "
-    "(--config.prune.attention_layers, --config.prune.mlp_layers)"
-  )
 
 
 def step(

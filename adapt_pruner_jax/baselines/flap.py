@@ -98,7 +98,6 @@ def prune(
   counts_at = counter(full, before, scores, prunable, settings, groups)
   if ratio is None:
     masks = budget.solve(
-      "flap",
       full,
       before,
       scores,

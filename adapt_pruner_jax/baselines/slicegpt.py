@@ -206,17 +206,19 @@ def project(
   With x' = x @ basis, whatever writes x is multiplied by the basis and
   whatever reads it by its transpose: in both, the axis of x is contracted.
   """
+  # The letter of x in the layers (None: outside) that write and read it.
   layer, inside = divmod(place, 2)
   if inside:
-    dims = {layer: "M"}
-  else:  # None: outside the layers
-    dims = {
-      layer if layer < config.L else None: "D" if layer < config.L else "E"
-    }
-    dims[layer - 1 if layer else None] = "E" if layer else "D"
+    letters = {layer: "M"}
+  elif place == 0:
+    letters = {None: "D", 0: "D"}
+  elif layer == config.L:
+    letters = {layer - 1: "E", None: "E"}
+  else:
+    letters = {layer - 1: "E", layer: "D"}
 
   def one(name, index, array):
-    letter = dims.get(index)
+    letter = letters.get(index)
     if letter is None or letter not in axes.AXES[name]:
       return array
     axis = axes.AXES[name].index(letter)
