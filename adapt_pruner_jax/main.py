@@ -97,7 +97,7 @@ def compare(command: str, argv: list[str]) -> int:
   flags.DEFINE_bool(
     "from_scratch",
     False,
-    "also train the first method's final shapes from scratch",
+    "also train the shapes that adapt leaves from scratch",
     flag_values=values,
   )
   _define_distributed(values)
