@@ -216,8 +216,9 @@ class Checkpoints:
     try:
       found = read()
     except Exception as error:
-      if _not_damage(error):
-        raise
+      while error.__cause__ is not None:  # Orbax wraps what it was
+        error = error.__cause__
+      _raise_if_not_damage(error, self.directory / str(step))
       damage = f"{type(error).__name__}: {error}".split("\n")[0][:300]
     if workdir.all_agree(damage is None):
       return found
@@ -317,13 +318,14 @@ def _disk_full(error: Exception) -> str | None:
   return None
 
 
-def _not_damage(error: Exception) -> bool:
-  """True if a file may be fine, and reading it failed for another reason."""
-  if isinstance(error, OSError):
-    return not isinstance(error, FileNotFoundError | NotADirectoryError)
-  exhausted = any(
-    word in str(error) for word in ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED")
-  )
-  return exhausted or isinstance(
-    error, MemoryError | jax.errors.JaxRuntimeError
-  )
+def _raise_if_not_damage(error: Exception, path: Path) -> None:
+  """Raises if the files may be fine and could not be read all the same."""
+  if isinstance(error, MemoryError | jax.errors.JaxRuntimeError):
+    raise error
+  absent = isinstance(error, FileNotFoundError | NotADirectoryError)
+  if isinstance(error, OSError) and not absent:
+    raise UserError(
+      f"cannot read the checkpoint {path}: {error.strerror}"
+    ) from error
+  if any(word in str(error) for word in ("RESOURCE_EXHAUSTED", "PERMISSION")):
+    raise UserError(f"cannot read the checkpoint {path}: {error}") from error
