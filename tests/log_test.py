@@ -88,15 +88,14 @@ def test_what_is_said_is_one_line_as_it_is(capsys):
 
 
 def test_phase_without_a_terminal(capsys, clock):
-  with log.Log(None) as logger:
-    with logger.phase("stage 1 of 2: train", 10_000, "tokens") as phase:
-      clock.now += 60  # compiling
-      phase.update(1_000, loss=3.25, params=1_234_567)
-      for _ in range(4):
-        clock.now += 5
-        phase.update(phase.done + 2_000, loss=2.5)
-      clock.now += 2
-      phase.update(10_000)
+  with log.Log(None).phase("stage 1 of 2: train", 10_000, "tokens") as phase:
+    clock.now += 60  # compiling
+    phase.update(1_000, loss=3.25, params=1_234_567)
+    for _ in range(4):
+      clock.now += 5
+      phase.update(phase.done + 2_000, loss=2.5)
+    clock.now += 2
+    phase.update(10_000)
   assert capsys.readouterr().out.splitlines() == [
     "stage 1 of 2: train: 1,000 / 10,000 tokens, loss 3.25, params 1,234,567",
     "stage 1 of 2: train: 5,000 / 10,000 tokens, loss 2.5, params 1,234,567, "
@@ -291,7 +290,6 @@ with log.Log(pathlib.Path(sys.argv[1])) as logger:
   logger.metrics("train", 0, {"loss": 2.5})
 assert "tensorboardX" in sys.modules
 assert "torch" not in sys.modules
-import torch
 """
   subprocess.run(
     [sys.executable, "-c", program, str(tmp_path)],
