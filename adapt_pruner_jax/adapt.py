@@ -394,12 +394,12 @@ def recover_stage(
   title = f"stage {state.stage} of {config.prune.stages}: recovery"
   setting.log.rewind("train", state.step)
   size = model.count_params(state.config)
-  flops = 6 * size * per_step
-  with setting.log.phase(title, (last - begin) * per_step, "tokens") as phase:
+  total = (last - begin) * per_step
+  with setting.log.phase(title, total, "tokens", flops=6.0 * size) as phase:
 
     def note(step: int, values: dict[str, float]) -> None:
       done = (step + 1 - begin) * per_step
-      phase.update(done, loss=values["loss"], params=size, flops=flops)
+      phase.update(done, loss=values["loss"], params=size)
       row = values | {
         "stage": state.stage,
         "total_tokens": (step + 1) * per_step,
