@@ -266,7 +266,8 @@ def rms_norm(
     width: what the sum of squares is divided by; default the axis's own size.
   """
   x32 = x.astype(jnp.float32)
-  square = jnp.sum(x32 * x32, axis=-1, keepdims=True) / (width or x.shape[-1])
+  width = x.shape[-1] if width is None else width
+  square = jnp.sum(x32 * x32, axis=-1, keepdims=True) / width
   normal = x32 * jax.lax.rsqrt(square + eps)
   if offset:
     return (normal * (offset + scale.astype(jnp.float32))).astype(x.dtype)
@@ -342,7 +343,7 @@ class Block(nn.Module):
     """Residual stream after the attention half."""
     if not self.K:
       return self.add_attention(x_BTD, None)
-    y_BTKGH = self.attend(*self.qkv(x_BTD, rope), mask_BNTS)
+    y_BTKGH = self.attend(*self.qkv(x_BTD, rope, masks), mask_BNTS)
     if masks is not None:
       y_BTKGH *= masks["K"][:, None, None].astype(y_BTKGH.dtype)
     return self.add_attention(x_BTD, y_BTKGH)
@@ -356,8 +357,11 @@ class Block(nn.Module):
       y_BTF *= masks["F"].astype(y_BTF.dtype)
     return self.add_mlp(x_BTD, y_BTF)
 
-  def qkv(self, x_BTD, rope):
-    """Rotated queries [B, T, K, G, H] and keys, and values [B, T, K, H]."""
+  def qkv(self, x_BTD, rope, masks=None):
+    """Rotated queries [B, T, K, G, H] and keys, and values [B, T, K, H].
+
+    `masks` only matters for a norm over all heads together.
+    """
     w, c = self.weight, self.config
     h_BTD = self._norm("attn_norm", x_BTD)
     q_BTKGH = jnp.einsum("btd,dkgh->btkgh", h_BTD, w["q"])
@@ -373,8 +377,8 @@ class Block(nn.Module):
         self._norm("k_norm", k_BTKH),
       )
     elif c.qk_norm == "all":
-      q_BTKGH = self._norm_all("q_norm_all", q_BTKGH)
-      k_BTKH = self._norm_all("k_norm_all", k_BTKH)
+      q_BTKGH = self._norm_all("q_norm_all", q_BTKGH, masks)
+      k_BTKH = self._norm_all("k_norm_all", k_BTKH, masks)
     q_BTNH = rotate(q_BTKGH.reshape(B, T, self.K * c.G, c.H), rope)
     return q_BTNH.reshape(q_BTKGH.shape), rotate(k_BTKH, rope), v_BTKH
 
@@ -442,14 +446,22 @@ class Block(nn.Module):
     if name not in self.weight:
       return x
     c = self.config
-    width = c.D if c.residual else None
+    sliced = c.residual and axes.AXES[name] in axes.RESIDUAL
+    width = c.D if sliced else None
     return rms_norm(x, self.weight[name], c.norm_eps, c.norm_offset, width)
 
-  def _norm_all(self, name, x_BTKH):
-    """Norm over all heads of a position together."""
+  def _norm_all(self, name, x_BTKH, masks):
+    """Norm over all heads of a position together, those that `masks` leave."""
+    width = None
+    if masks is not None:
+      mask_K = masks["K"].astype(x_BTKH.dtype)
+      x_BTKH *= mask_K.reshape(-1, *(1,) * (x_BTKH.ndim - 3))
+      heads = jnp.maximum(jnp.sum(masks["K"]), 1)
+      width = heads * math.prod(x_BTKH.shape[3:])
     flat = x_BTKH.reshape(*x_BTKH.shape[:2], -1)
     scale = self.weight[name].reshape(-1)
-    return rms_norm(flat, scale, self.config.norm_eps).reshape(x_BTKH.shape)
+    eps = self.config.norm_eps
+    return rms_norm(flat, scale, eps, width=width).reshape(x_BTKH.shape)
 
 
 class Decoder(nn.Module):

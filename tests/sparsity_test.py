@@ -37,10 +37,10 @@ def test_sparsity_is_the_last_one_plus_step_minus_importance_clipped():
 
 def test_without_amplitude_the_schedule_is_uniform():
   zeros = modules([0.0, 0.0], [0.0, 0.0])
-  got = sparsity.next_sparsity(zeros, zeros, 7, 0.02, 0.0)
-  # 7 / 50 as the authors divide it, not 7 * 0.02 = 0.14 + 1 ulp.
-  np.testing.assert_array_equal(got["K"], 7 / 50)
-  np.testing.assert_array_equal(got["F"], 7 / 50)
+  got = sparsity.next_sparsity(zeros, zeros, 35, 0.02, 0.0)
+  # As the authors divide it; 35 * 0.02 is one bit more than 0.7.
+  np.testing.assert_array_equal(got["K"], 0.7)
+  np.testing.assert_array_equal(got["F"], 0.7)
 
 
 @pytest.mark.parametrize(

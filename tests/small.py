@@ -1,0 +1,91 @@
+"""A small uneven model for tests, and the options that families have."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from adapt_pruner_jax import axes, model, sharding
+from adapt_pruner_jax.model import ModelConfig, Rope
+
+CONFIG = ModelConfig(
+  family="llama",
+  V=40,
+  D=16,
+  G=2,
+  H=4,
+  K=(4, 2, 3),
+  F=(24, 40, 17),
+  norm_eps=1e-5,
+  rope=Rope(),
+  context=64,
+  tied=False,
+)
+# What differs between families, each the fields that it changes.
+OPTIONS = {
+  "plain": {},
+  "biases": {
+    "qkv_bias": True,
+    "o_bias": True,
+    "gate_up_bias": True,
+    "down_bias": True,
+    "tied": True,
+  },
+  "norm of each head": {"qk_norm": "head"},
+  "norm of all heads": {"qk_norm": "all", "norm_order": "post"},
+  "sandwich": {
+    "norm_order": "sandwich",
+    "norm_offset": 1.0,
+    "activation": "gelu_tanh",
+    "attn_softcap": 5.0,
+    "final_softcap": 3.0,
+    "embed_scale": 4.0,
+    "window": (3, 0, 3),
+    "local_rope": Rope(theta=100.0),
+  },
+  "scales": {
+    "residual_scale": 0.5,
+    "logit_scale": 0.25,
+    "attn_scale": 0.3,
+    "rope": Rope(partial=0.5),
+  },
+}
+
+
+def option(name: str) -> ModelConfig:
+  return dataclasses.replace(CONFIG, **OPTIONS[name])
+
+
+def random_params(
+  config: ModelConfig, seed: int = 0, dtype: jnp.dtype = jnp.float32
+) -> axes.Params:
+  """Random everywhere, so that no norm or bias is trivial; in numpy."""
+  rng = np.random.default_rng(seed)
+
+  def draw(name, _, leaf):
+    middle = 1 - config.norm_offset if "norm" in name else 0.0
+    drawn = middle + 0.2 * rng.normal(size=leaf.shape)
+    return np.asarray(drawn, np.float32).astype(leaf.dtype)
+
+  return axes.map_named(draw, model.abstract_params(config, dtype))
+
+
+def random_kept(config: ModelConfig, seed: int = 0, share: float = 0.6):
+  """Some units of each module, at least one."""
+  rng = np.random.default_rng(seed)
+  return {
+    u: tuple(
+      np.sort(rng.permutation(w)[: max(1, round(share * w))]) for w in widths
+    )
+    for u, widths in config.units().items()
+  }
+
+
+def one_device() -> jax.sharding.Mesh:
+  return sharding.make_mesh(devices=jax.devices()[:1])
+
+
+def tokens(config: ModelConfig, rows: int, length: int, seed: int = 0):
+  rng = np.random.default_rng(seed)
+  return rng.integers(0, config.V, (rows, length)).astype(np.int32)
