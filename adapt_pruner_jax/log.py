@@ -7,8 +7,6 @@ backwards; the wall clock is only noted in the rows of metrics.jsonl.
 import contextlib
 import importlib
 import math
-import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -24,6 +22,7 @@ from rich.text import Text
 from adapt_pruner_jax import workdir as files
 from adapt_pruner_jax.errors import UserError, nearest
 from adapt_pruner_jax.progress import Phase, show
+from adapt_pruner_jax.tensorboard import Events
 
 METRICS = "metrics.jsonl"
 TRACKERS = ("wandb", "trackio")
@@ -72,8 +71,8 @@ class Log:
     self._console = Console(quiet=not files.is_writer())
     self._workdir = workdir if files.is_writer() else None
     self._tensorboard = tensorboard
-    self._writers: dict[str, Any] = {}  # SummaryWriter of each kind
-    self._purge: dict[str, int] = {}  # first step that a new writer overrides
+    self._events: dict[str, Events] = {}  # of each kind
+    self._restart: dict[str, int] = {}  # first step that is done again
     self._trackers = []
     for name in filter(None, trackers.split(",")):
       module = _import_tracker(name.strip())
@@ -103,9 +102,8 @@ class Log:
     row = {"kind": kind, "step": step, **values, "time": time.time()}
     files.append_line(self._workdir / METRICS, row)
     scalars = {n: v for n, v in values.items() if isinstance(v, int | float)}
-    if self._tensorboard:
-      for name, value in scalars.items():
-        self._writer(kind).add_scalar(name, value, step)
+    if self._tensorboard and scalars:
+      self._events_of(kind).add(step, scalars)
     for module in self._trackers:
       # Trackers want one step count that only rises; each kind has its own.
       named = {f"{kind}/{name}": value for name, value in scalars.items()}
@@ -124,9 +122,9 @@ class Log:
     kept = [r for r in rows if r["kind"] != kind or r["step"] < step]
     if len(kept) < len(rows):
       files.rewrite_lines(path, kept)
-    self._purge[kind] = step
-    if kind in self._writers:
-      self._writers.pop(kind).close()
+    self._restart[kind] = step
+    if kind in self._events:
+      self._events.pop(kind).close()
 
   @contextlib.contextmanager
   def phase(
@@ -186,17 +184,16 @@ class Log:
 
   def close(self) -> None:
     """Writes out what TensorBoard and the trackers still hold."""
-    while self._writers:
-      self._writers.popitem()[1].close()
+    while self._events:
+      self._events.popitem()[1].close()
     while self._trackers:
       self._trackers.pop().finish()
 
-  def _writer(self, kind: str) -> Any:
-    if kind not in self._writers:
-      self._writers[kind] = _summary_writer(
-        self._workdir / "tensorboard" / kind, self._purge.pop(kind, None)
-      )
-    return self._writers[kind]
+  def _events_of(self, kind: str) -> Events:
+    if kind not in self._events:
+      directory = self._workdir / "tensorboard" / kind
+      self._events[kind] = Events(directory, self._restart.pop(kind, None))
+    return self._events[kind]
 
 
 def _in_lines(say: Callable[[str], None]) -> Callable[[Phase], None]:
@@ -233,20 +230,3 @@ def _import_tracker(name: str) -> Any:
     raise UserError(
       f"tracker {name} is not installed: pip install {name}"
     ) from error
-
-
-def _summary_writer(directory: Path, purge_step: int | None) -> Any:
-  # tensorboardX imports torch if it finds it: seconds and 400 MB for nothing.
-  hidden = "torch" not in sys.modules
-  if hidden:
-    sys.modules["torch"] = None
-  try:
-    from tensorboardX import SummaryWriter
-  finally:
-    if hidden:
-      del sys.modules["torch"]
-  # The file's own name only has the second in it.
-  suffix = f".{os.getpid()}.{time.monotonic_ns()}"
-  return SummaryWriter(
-    str(directory), purge_step=purge_step, filename_suffix=suffix
-  )

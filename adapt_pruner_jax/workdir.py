@@ -103,10 +103,13 @@ def _take(workdir: Path) -> int:
       path,
       error.strerror,
     )
-  os.ftruncate(file, 0)
-  os.pwrite(
-    file, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0
-  )
+  holder = f"process {os.getpid()} on {socket.gethostname()}"
+  try:
+    os.ftruncate(file, 0)
+    os.pwrite(file, holder.encode(), 0)
+  except OSError as error:
+    os.close(file)
+    raise unwritable(path, error) from error
   return file
 
 
@@ -156,7 +159,7 @@ def write_text(path: Path, text: str) -> None:
   except OSError as error:
     with contextlib.suppress(OSError):
       temporary.unlink()
-    raise _unwritable(path, error) from error
+    raise unwritable(path, error) from error
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -212,7 +215,7 @@ def append_line(path: Path, row: Any) -> None:
         file.truncate(size)
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
   except OSError as error:
-    raise _unwritable(path, error) from error
+    raise unwritable(path, error) from error
 
 
 def rewrite_lines(path: Path, rows: Iterable[Any]) -> None:
@@ -242,7 +245,8 @@ def sync_directory(path: Path) -> None:
     os.close(directory)
 
 
-def _unwritable(path: Path, error: OSError) -> UserError:
+def unwritable(path: Path, error: OSError) -> UserError:
+  """What to raise when writing a file failed."""
   return UserError(
     f"cannot write {path}: {error.strerror}; what was there before is intact: "
     "mend it and run the same command again"

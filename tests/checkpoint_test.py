@@ -377,18 +377,6 @@ def test_no_room_is_said_before_anything_is_written(two, monkeypatch):
   assert sorted(os.listdir(two)) == ["1", "2"]
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-  """A file system of 8 MB."""
-  path = tmp_path / "small"
-  path.mkdir()
-  command = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(path)]
-  if os.getuid() or subprocess.run(command, capture_output=True).returncode:
-    pytest.skip("only root can mount a small file system")
-  yield path
-  subprocess.run(["umount", str(path)], check=True)
-
-
 def test_a_disk_that_fills_up_during_a_save(small_disk, monkeypatch, capfd):
   directory = small_disk / "checkpoints"
   noise = np.random.default_rng(0).normal(size=500_000).astype(np.float32)

@@ -5,6 +5,7 @@ Set before jax or torch is imported; processes that tests start inherit it.
 
 import os
 import pathlib
+import subprocess
 
 import pytest
 
@@ -63,3 +64,15 @@ def shared_data() -> pathlib.Path:
 def golden() -> pathlib.Path:
   """Recorded traces of other people's code, tests/golden."""
   return ROOT / "tests" / "golden"
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> pathlib.Path:
+  """A file system of 8 MB."""
+  path = tmp_path / "small"
+  path.mkdir()
+  command = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(path)]
+  if os.getuid() or subprocess.run(command, capture_output=True).returncode:
+    pytest.skip("only root can mount a small file system")
+  yield path
+  subprocess.run(["umount", str(path)], check=True)

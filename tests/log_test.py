@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from adapt_pruner_jax import log, progress, workdir
+from adapt_pruner_jax import log, progress, tensorboard, workdir
 from adapt_pruner_jax.errors import UserError
 
 
@@ -19,7 +19,7 @@ class Clock:
 
   def __init__(self, monkeypatch):
     self.now = 1000.0
-    for module in (log, progress):
+    for module in (log, progress, tensorboard):
       monkeypatch.setattr(
         module,
         "time",
@@ -261,6 +261,32 @@ def test_a_resumed_run_overrides_what_it_redoes(tmp_path):
   assert restarts == [2, 2]
   assert train[-1] == (2, "loss", 21.0)
   assert scalars(tmp_path / "tensorboard" / "prune")[1] == []
+
+
+def test_a_full_disk_ends_the_run_with_a_message(small_disk):
+  (small_disk / "filler").write_bytes(bytes(6_000_000))
+  with (
+    pytest.raises(UserError, match="No space left"),
+    log.Log(small_disk) as logger,
+  ):
+    for step in range(1000):
+      logger.metrics("train", step, {"text": "x" * 4000, "loss": 2.5})
+  assert len(rows(small_disk)) > 100
+  (small_disk / "filler").unlink()
+  with log.Log(small_disk) as logger:
+    logger.metrics("train", 1000, {"loss": 2.5})
+  assert rows(small_disk)[-1]["step"] == 1000
+
+
+def test_only_tensorboard_meets_the_full_disk(small_disk):
+  """Its file is written now and then; closing it must not hang either."""
+  logger = log.Log(small_disk)
+  for step in range(10):
+    logger.metrics("train", step, {"loss": 2.5})
+  free = workdir.shutil.disk_usage(small_disk).free
+  (small_disk / "filler").write_bytes(bytes(free))
+  with pytest.raises(UserError, match=r"tensorboard/train: No space left"):
+    logger.close()
 
 
 def test_nothing_but_what_is_asked_for(tmp_path, capsys, monkeypatch):
