@@ -265,12 +265,14 @@ def test_a_resumed_run_overrides_what_it_redoes(tmp_path):
 
 def test_a_full_disk_ends_the_run_with_a_message(small_disk):
   (small_disk / "filler").write_bytes(bytes(6_000_000))
-  with (
-    pytest.raises(UserError, match="No space left"),
-    log.Log(small_disk) as logger,
-  ):
+  logger = log.Log(small_disk)
+
+  def write_on():
     for step in range(1000):
       logger.metrics("train", step, {"text": "x" * 4000, "loss": 2.5})
+
+  with pytest.raises(UserError, match="No space left"):
+    write_on()
   assert len(rows(small_disk)) > 100
   (small_disk / "filler").unlink()
   with log.Log(small_disk) as logger:
