@@ -275,8 +275,8 @@ def test_a_full_disk_ends_the_run_with_a_message(small_disk):
     write_on()
   assert len(rows(small_disk)) > 100
   (small_disk / "filler").unlink()
-  with log.Log(small_disk) as logger:
-    logger.metrics("train", 1000, {"loss": 2.5})
+  with log.Log(small_disk) as another:
+    another.metrics("train", 1000, {"loss": 2.5})
   assert rows(small_disk)[-1]["step"] == 1000
 
 
