@@ -60,6 +60,7 @@ def run(command: str, argv: list[str]) -> int:
   )
   _define_distributed(values)
   _parse(command, argv, values, ["workdir"])
+  _check_mounted(values.workdir)
   _start_jax(values)
   from adapt_pruner_jax import adapt
 
@@ -346,6 +347,14 @@ def _parse(
   for name in required:
     if not values[name].value:
       raise UserError(f"adapt-pruner {command} needs --{name}=...")
+
+
+def _check_mounted(path: str) -> None:
+  if "://" in path:
+    raise UserError(
+      f"--workdir={path} must be a directory: mount the bucket (Cloud Storage "
+      "FUSE, s3fs) and give its path"
+    )
 
 
 def _start_jax(values: flags.FlagValues | None) -> None:

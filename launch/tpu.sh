@@ -2,7 +2,7 @@
 # Prunes on a Cloud TPU, on all its workers, and follows worker 0's log:
 #
 #   bash launch/tpu.sh --name=pruner --zone=us-east5-b --type=v6e-8 --spot -- \
-#     --config=configs/X.py --workdir=gs://BUCKET/RUN ...
+#     --config=configs/X.py --workdir=/mnt/bucket/RUN ...
 #
 # A TPU of that name is used if there is one, else a queued resource is made. The
 # run goes on when this script is stopped; the same command follows it again.
@@ -197,9 +197,9 @@ if [[ -n $flags ]]; then
   version=${version:-$default}
   [[ -n $version ]] || fail "no default runtime for --type=$type: give --version"
   case " $* " in
-    *" --workdir=gs://"* | *" --workdir=/"*) ;;
+    *" --workdir=/"*) ;;
     *) [[ -z $spot ]] ||
-      fail "--spot needs --workdir=gs://... (or a mounted disk): a preempted" \
+      fail "--spot needs --workdir=/... on a mounted bucket or disk: a preempted" \
         "TPU loses its own disk" ;;
   esac
   [[ -n $dry_run ]] ||

@@ -278,7 +278,7 @@ def test_slurm_requeues_only_a_stopped_run(box, status):
 # ---- TPU
 
 TPU = ("--name=pod", "--zone=z", "--type=v6e-16", "--project=p")
-RUN = ("--", "--workdir=gs://b/run", "--config.eval.text=a b")
+RUN = ("--", "--workdir=/mnt/b/run", "--config.eval.text=a b")
 
 
 @pytest.fixture
@@ -405,7 +405,7 @@ def test_tpu_dry_run_needs_no_gcloud(box):
     ((*TPU, "--config=x"), "unknown flag --config=x"),
     (("--name=n", "--zone=z", "--", "--x"), "--type is needed"),
     (("--name=n", "--zone=z", "--type=v9-8", *RUN), "give --version"),
-    ((*TPU, "--spot", "--", "--workdir=w"), "--spot needs --workdir=gs://"),
+    ((*TPU, "--spot", "--", "--workdir=w"), "--spot needs --workdir=/"),
   ],
 )
 def test_tpu_errors_are_one_clear_line(cloud, args, said):
