@@ -1,0 +1,400 @@
+"""Times one scoring step against two PyTorch peers, on the same weights.
+
+  python benchmarks/prune_step.py --width=512 --layers=8 --ffn=1376
+  python benchmarks/prune_step.py --stage=4 ...   # a whole stage, with compile
+
+The peers were written for this purpose:
+  all    the authors' amount of work: a pass for the layer importances, another
+         for the gradients, of all parameters
+  lean   one pass, gradients of the scored matrices only
+All alternate in one process on --threads cores. Times are CPU seconds, medians
+over --rounds, compiling apart: on a shared machine wall time says little.
+Memory is beside the weights and the inputs: of JAX the temporary memory that
+XLA plans, of PyTorch what autograd saves for one minibatch and the gradients.
+"""
+
+import argparse
+import os
+import statistics
+import time
+
+
+def arguments() -> argparse.Namespace:
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  sizes = {
+    "layers": 8,
+    "width": 512,
+    "ffn": 1376,
+    "heads": 8,
+    "kv_heads": 4,
+    "head_dim": 64,
+    "vocab": 8192,
+    "samples": 16,
+    "batch": 8,
+    "tokens": 64,
+    "threads": 1,
+    "rounds": 5,
+    "stage": 0,
+  }
+  for name, value in sizes.items():
+    parser.add_argument(f"--{name}", type=int, default=value)
+  parser.add_argument(
+    "--dtype", default="float32", choices=["float32", "bfloat16"]
+  )
+  return parser.parse_args()
+
+
+FLAGS = arguments()
+# Before jax and torch start their threads.
+os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: FLAGS.threads])
+os.environ["OMP_NUM_THREADS"] = str(FLAGS.threads)
+if FLAGS.threads == 1:
+  one = " --xla_cpu_multi_thread_eigen=false"
+  os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + one
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+
+from adapt_pruner_jax import axes, importance, model, prune, sharding  # noqa: E402
+from adapt_pruner_jax.config import Prune  # noqa: E402
+
+torch.set_num_threads(FLAGS.threads)
+SCORED = axes.SCORED["K"] + axes.SCORED["F"]
+
+
+def model_config() -> model.ModelConfig:
+  f = FLAGS
+  return model.ModelConfig(
+    family="llama",
+    V=f.vocab,
+    D=f.width,
+    G=f.heads // f.kv_heads,
+    H=f.head_dim,
+    K=(f.kv_heads,) * f.layers,
+    F=(f.ffn,) * f.layers,
+    norm_eps=1e-5,
+    rope=model.Rope(),
+    context=2048,
+    tied=False,
+  )
+
+
+# ---- The peers ---------------------------------------------------------------
+
+
+def torch_params(params: axes.Params, config: model.ModelConfig) -> dict:
+  """Weights as torch.nn.Linear has them, [out, in]; biases there are none."""
+
+  def one(name, _, array):
+    array = np.asarray(array, np.float32)
+    if name in ("q", "k", "v", "gate", "up"):
+      array = array.reshape(config.D, -1).T
+    elif name in ("o", "down", "lm_head"):
+      array = array.reshape(-1, array.shape[-1]).T
+    tensor = torch.tensor(np.ascontiguousarray(array))
+    return tensor.to(getattr(torch, FLAGS.dtype))
+
+  return axes.map_named(one, params)
+
+
+class Peer:
+  """A LLaMA in plain PyTorch, and its scoring step."""
+
+  def __init__(
+    self, params: axes.Params, config: model.ModelConfig, lean: bool
+  ):
+    self.config, self.lean = config, lean
+    self.weights = torch_params(params, config)
+    self.layers = [self.weights[f"layer_{i}"] for i in range(config.L)]
+    self.track()
+    frequency = torch.tensor(model.rope_frequencies(config.rope, config.H))
+    angle = torch.arange(FLAGS.tokens)[:, None] * frequency
+    angle = torch.cat([angle, angle], dim=-1)
+    dtype = getattr(torch, FLAGS.dtype)
+    self.cos, self.sin = angle.cos().to(dtype), angle.sin().to(dtype)
+
+  def track(self) -> None:
+    """Asks for the gradients that are needed, or for all."""
+    for layer in self.layers:
+      for name, weight in layer.items():
+        weight.requires_grad_(not self.lean or name in SCORED)
+    for name in ("embedding", "final_norm", "lm_head"):
+      self.weights[name].requires_grad_(not self.lean)
+
+  def norm(self, x, scale):
+    return F.rms_norm(x, (self.config.D,), scale, self.config.norm_eps)
+
+  def rotate(self, x):
+    half = x.shape[-1] // 2
+    turned = torch.cat([-x[..., half:], x[..., :half]], dim=-1)
+    return x * self.cos + turned * self.sin
+
+  def block(self, layer, x):
+    B, T, _ = x.shape
+    heads = lambda y: y.view(B, T, -1, self.config.H).transpose(1, 2)
+    h = self.norm(x, layer["attn_norm"])
+    q = self.rotate(heads(F.linear(h, layer["q"])))
+    k = self.rotate(heads(F.linear(h, layer["k"])))
+    v = heads(F.linear(h, layer["v"]))
+    said = F.scaled_dot_product_attention(
+      q, k, v, is_causal=True, enable_gqa=self.config.G > 1
+    )
+    x = x + F.linear(said.transpose(1, 2).reshape(B, T, -1), layer["o"])
+    h = self.norm(x, layer["mlp_norm"])
+    hidden = F.silu(F.linear(h, layer["gate"])) * F.linear(h, layer["up"])
+    return x + F.linear(hidden, layer["down"])
+
+  def forward(self, tokens, importances, head=True):
+    x = F.embedding(tokens, self.weights["embedding"])
+    for i, layer in enumerate(self.layers):
+      y = self.block(layer, x)
+      if importances is not None:
+        with torch.no_grad():
+          like = F.cosine_similarity(x.float(), y.float(), dim=-1)
+          importances[i] -= like.mean().item()
+      x = y
+    if not head:
+      return None
+    x = self.norm(x[:, :-1], self.weights["final_norm"])
+    logits = F.linear(x, self.weights["lm_head"]).float()
+    return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+
+  def step(self, samples: np.ndarray):
+    """(scores of each scored matrix per layer, importances)."""
+    importances = np.zeros(self.config.L)
+    tokens_NT = torch.tensor(samples, dtype=torch.long)
+    for tokens in tokens_NT.split(FLAGS.batch):
+      if self.lean:
+        self.forward(tokens, importances).backward()
+        continue
+      with torch.no_grad():
+        self.forward(tokens, importances, head=False)
+      self.forward(tokens, None).backward()
+    scores = [
+      {n: self.unit_scores(n, layer[n]) for n in SCORED}
+      for layer in self.layers
+    ]
+    for leaf in jax.tree.leaves(self.weights):
+      leaf.grad = None
+    return scores, importances
+
+  @torch.no_grad()
+  def unit_scores(self, name, weight):
+    """Sums |W g| over the width, and over the channels of a head."""
+    out = name in ("q", "k", "v", "gate", "up")
+    score = (weight.float() * weight.grad.float()).abs().sum(1 if out else 0)
+    return score.view(-1, self.config.H).sum(1) if name in "qkvo" else score
+
+  def memory(self, samples: np.ndarray) -> int:
+    """Bytes that autograd saves for a minibatch, and of the gradients."""
+    leaves = jax.tree.leaves(self.weights)
+    known = {w.untyped_storage().data_ptr() for w in leaves}
+    saved = {}
+
+    def pack(tensor):
+      storage = tensor.untyped_storage()
+      if storage.data_ptr() not in known:
+        saved[storage.data_ptr()] = storage.nbytes()
+      return tensor
+
+    tokens = torch.tensor(samples[: FLAGS.batch], dtype=torch.long)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+      held = self.forward(tokens, None)
+    del held
+    grads = sum(w.nbytes for w in leaves if w.requires_grad)
+    return sum(saved.values()) + grads
+
+  def prune(self, scores: list[dict], share: float) -> None:
+    """Removes the share of each module's units with the lowest scores."""
+    H, G = self.config.H, self.config.G
+    for layer, found in zip(self.layers, scores, strict=True):
+      kv = found["k"] + found["v"]
+      kv = kv + found["q"].view(-1, G).sum(1) + found["o"].view(-1, G).sum(1)
+      channel = found["gate"] + found["up"] + found["down"]
+      for score, width in (
+        (kv, {"k": H, "v": H, "q": G * H, "o": G * H}),
+        (channel, dict.fromkeys(("gate", "up", "down"), 1)),
+      ):
+        stay = score.argsort()[int(share * len(score)) :].sort().values
+        for name, size in width.items():
+          at = (stay[:, None] * size + torch.arange(size)).flatten()
+          dim = int(name in ("o", "down"))
+          cut = layer[name].detach().index_select(dim, at)
+          layer[name] = cut.contiguous()
+    self.track()
+
+
+# ---- Ours --------------------------------------------------------------------
+
+
+class Ours:
+  """The compiled step, on one device."""
+
+  def __init__(self, params: axes.Params, config: model.ModelConfig):
+    self.config, self.mesh = (
+      config,
+      sharding.make_mesh(devices=jax.devices()[:1]),
+    )
+    everything = prune.everything(config)
+    self.stacked = prune.expand(config, params, everything, config, self.mesh)
+    masks = prune.to_masks(everything, config)
+    self.masks = prune.replicate(masks, self.mesh)
+    self.options = {"kind": "taylor", "measure": "cosine", "mesh": self.mesh}
+
+  def compile(self, samples: np.ndarray) -> None:
+    self.compiled = importance.measure_step.lower(
+      self.config, self.stacked, self.masks, *self.data(samples), **self.options
+    ).compile()
+
+  def data(self, samples):
+    return prune.minibatches(samples, FLAGS.batch, self.mesh)
+
+  def step(self, samples: np.ndarray):
+    found = self.compiled(self.stacked, self.masks, *self.data(samples))
+    found = jax.device_get(found)
+    per_layer = lambda i: {
+      n: s[i].reshape(-1) for n, s in found["salience"].items()
+    }
+    scores = [per_layer(i) for i in range(self.config.L)]
+    return scores, found["importance_ML"].sum(0)
+
+  def memory(self) -> int:
+    return self.compiled.memory_analysis().temp_size_in_bytes
+
+
+# ---- Measurements ------------------------------------------------------------
+
+
+def cpu_seconds(fn, *args) -> float:
+  start = time.process_time()
+  fn(*args)
+  return time.process_time() - start
+
+
+def useful_flops(config: model.ModelConfig) -> float:
+  """Of the lean step: forward, gradients of inputs and of scored matrices."""
+  c = config
+  cost = model.unit_cost(c)
+  scored = sum(c.K) * cost["K"] + sum(c.F) * cost["F"]
+  attention = 4 * FLAGS.tokens * c.G * c.H * sum(c.K) / 2  # causal: half
+  per_token = 6 * scored + 4 * c.D * c.V + 3 * attention
+  return per_token * FLAGS.samples * FLAGS.tokens
+
+
+def matmul_peak(rounds: int) -> float:
+  """FLOP/s of a large matrix product, the better of the two libraries."""
+  n = 1024
+  a = np.random.default_rng(0).normal(size=(n, n)).astype(np.float32)
+  t = torch.tensor(a).to(getattr(torch, FLAGS.dtype))
+  j = jnp.asarray(a, FLAGS.dtype)
+  product = jax.jit(jnp.matmul).lower(j, j).compile()
+  times = []
+  for _ in range(max(rounds, 3)):
+    times.append(cpu_seconds(torch.matmul, t, t))
+    times.append(cpu_seconds(lambda: product(j, j).block_until_ready()))
+  return 2 * n**3 / min(times)
+
+
+def largest_difference(ours, theirs) -> float:
+  """Of all scores, relative to the largest of its matrix."""
+  worst = 0.0
+  for one, other in zip(ours[0], theirs[0], strict=True):
+    for name in SCORED:
+      want = other[name].numpy()
+      worst = max(worst, np.abs(one[name] - want).max() / np.abs(want).max())
+  return worst
+
+
+def compare_steps(params: axes.Params, config: model.ModelConfig) -> None:
+  rng = np.random.default_rng(0)
+  shape = (FLAGS.samples, FLAGS.tokens)
+  samples = rng.integers(0, config.V, shape).astype(np.int32)
+  ours = Ours(params, config)
+  compile_seconds = cpu_seconds(ours.compile, samples)
+  peers = {
+    "all": Peer(params, config, False),
+    "lean": Peer(params, config, True),
+  }
+  runs = {"ours": ours} | peers
+  found = {name: run.step(samples) for name, run in runs.items()}  # warm up
+  times = {name: [] for name in runs}
+  peaks = []
+  for _ in range(FLAGS.rounds):
+    peaks.append(matmul_peak(3))
+    for name, run in runs.items():
+      times[name].append(cpu_seconds(run.step, samples))
+  peak = max(peaks)
+  flops = useful_flops(config)
+  median = {name: statistics.median(t) for name, t in times.items()}
+  memory = {n: p.memory(samples) for n, p in peers.items()}
+  memory["ours"] = ours.memory()
+  print(
+    f"matmul peak {peak / 1e9:.1f} GFLOP/s; useful work "
+    f"{flops / 1e9:.1f} GFLOP a step; compile {compile_seconds:.1f} CPU s"
+  )
+  print(f"{'':6}{'CPU s':>8}{'spread':>16}{'of peak':>9}{'MiB':>8}")
+  for name in runs:
+    spread = f"{min(times[name]):.2f}-{max(times[name]):.2f}"
+    print(
+      f"{name:6}{median[name]:8.2f}{spread:>16}"
+      f"{flops / median[name] / peak:9.0%}{memory[name] / 2**20:8.0f}"
+    )
+  ratios = {n: median["ours"] / median[n] for n in peers}
+  print(
+    f"ours / all {ratios['all']:.2f} (goal 0.75), "
+    f"ours / lean {ratios['lean']:.2f} (goal 1.00); largest difference of a "
+    f"score {largest_difference(found['ours'], found['lean']):.1e}"
+  )
+
+
+def compare_stages(params: axes.Params, config: model.ModelConfig) -> None:
+  """A stage of some steps, from the first compile to the smaller model."""
+  rng = np.random.default_rng(0)
+  shape = (FLAGS.stage, FLAGS.samples, FLAGS.tokens)
+  samples = rng.integers(0, config.V, shape).astype(np.int32)
+  recipe = Prune(amplitude=0.0, max_steps=FLAGS.stage)
+
+  def ours():
+    prune.prune(
+      config, params, recipe, lambda step: samples[step], batch=FLAGS.batch
+    )
+
+  def theirs(lean):
+    peer = Peer(params, config, lean)
+    for step in range(FLAGS.stage):
+      scores, _ = peer.step(samples[step])
+      peer.prune(scores, recipe.step_size)
+
+  seconds = {
+    "ours": cpu_seconds(ours),
+    "all": cpu_seconds(theirs, False),
+    "lean": cpu_seconds(theirs, True),
+  }
+  for name, value in seconds.items():
+    print(f"{name:6}{value:8.1f} CPU s for {FLAGS.stage} steps")
+  print(
+    f"ours / all {seconds['ours'] / seconds['all']:.2f} (goal 1.00), "
+    f"ours / lean {seconds['ours'] / seconds['lean']:.2f}"
+  )
+
+
+def main() -> None:
+  config = model_config()
+  params = model.init_params(config, jax.random.key(0), jnp.dtype(FLAGS.dtype))
+  print(
+    f"{model.count_params(config) / 1e6:.1f}M parameters, {FLAGS.layers} "
+    f"layers, {FLAGS.samples} x {FLAGS.tokens} tokens in minibatches of "
+    f"{FLAGS.batch}, {FLAGS.dtype}, {FLAGS.threads} thread(s)"
+  )
+  if FLAGS.stage:
+    compare_stages(params, config)
+  else:
+    compare_steps(params, config)
+
+
+if __name__ == "__main__":
+  main()
