@@ -1,0 +1,387 @@
+"""What a run would do and cost, from the recipe and config.json alone.
+
+Sizes, tokens and FLOPs are arithmetic; how much of each layer goes is not known
+before the layers are scored, so shapes are those of even pruning. Device memory
+is `memory`'s. Nothing is written, no weights are read.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from adapt_pruner_jax import memory, model, prune, sparsity
+from adapt_pruner_jax.axes import UNITS
+from adapt_pruner_jax.config import Config, check
+from adapt_pruner_jax.errors import UserError
+from adapt_pruner_jax.hardware import (
+  USABLE,
+  Hardware,
+  compile_for,
+  define_flags,
+  flag_values,
+  resolve,
+  source,
+)
+from adapt_pruner_jax.log import Log
+from adapt_pruner_jax.model import ModelConfig
+from adapt_pruner_jax.page import duration
+
+__all__ = ["Hardware", "define_flags", "flag_values", "plan"]
+
+
+def plan(
+  config: Config,
+  hardware: Hardware | None = None,
+  log: Log | None = None,
+) -> dict[str, Any]:
+  """Prints what a run would do and cost; returns the same, JSON-able.
+
+  Raises:
+    UserError: bad input, or a target that cannot be reached.
+  """
+  check(config)
+  hardware = resolve(hardware or Hardware())
+  full = original(config)
+  target = prune.resolve_target(full, config.prune)
+  stages = stage_table(config, full, target)
+  compiled_for = compile_for(hardware)
+  configs = [full, *(stage.pop("config") for stage in stages)]
+  found = {
+    "model": config.model.path,
+    "params": model.count_params(full),
+    "target_params": target,
+    "smallest_params": prune.smallest(full, config.prune),
+    "hardware": dataclasses.asdict(hardware),
+    "stages": stages,
+    "memory": memory.measure(config, full, configs[1], compiled_for),
+    "memory_from": source(compiled_for),
+    "disk": disk(config, configs),
+  }
+  flops = sum(s["prune_flops"] + s["train_flops"] for s in stages)
+  found["flops"] = flops
+  found["hours"] = hours(flops, hardware)
+  found["warnings"] = warnings(config, found, hardware)
+  show(found, config, hardware, log or Log(None))
+  return found
+
+
+def original(config: Config) -> ModelConfig:
+  """The config of the model to prune; of a hub model only that is fetched."""
+  from adapt_pruner_jax.hf import load
+
+  path, ignored = config.model.path, config.model.ignore_fields
+  if path == "tiny":
+    from adapt_pruner_jax import tiny
+
+    return tiny.config_of(tiny.Recipe())
+  if "/" in path and not Path(path).expanduser().exists():
+    import huggingface_hub
+
+    try:
+      file = huggingface_hub.hf_hub_download(path, "config.json")
+    except Exception as error:
+      raise UserError(
+        f"{path} is not a directory, and the HuggingFace hub does not give its "
+        f"config.json: {str(error).splitlines()[0]} Check the name and the "
+        "network, or give a directory with config.json in it"
+      ) from error
+    path = Path(file).parent
+  return load.read_config(path, ignored)
+
+
+# ---- Sizes, tokens, FLOPs ----------------------------------------------------
+
+
+def stage_table(
+  config: Config, full: ModelConfig, target: int | None
+) -> list[dict]:
+  """A row a stage; its "config" is the model after it, pruned evenly."""
+  settings = config.prune
+  size, number = model.count_params(full), settings.stages
+  targets = [even_target(full, settings)]
+  if target is not None:
+    targets = sparsity.stage_targets(size, target, number)
+  per_step = config.data.batch * config.data.seq_len
+  total = -(-config.train.tokens // per_step)
+  shares = sparsity.token_shares(number, config.train.data_share)
+  rows, now, trained = [], full, 0
+  for i, aim in enumerate(targets):
+    after = evenly(full, settings, aim)
+    last = total if i == number - 1 else round(total * sum(shares[: i + 1]))
+    needed = prune_steps(now, after, settings)
+    steps = min(needed, settings.max_steps or needed)
+    rows.append(
+      {
+        "stage": i + 1,
+        "config": after,
+        "params": model.count_params(after),
+        "kv_groups": _spread(after.K),
+        "ffn": _spread(after.F),
+        "steps_needed": needed,
+        "prune_steps": steps,
+        "train_steps": last - trained,
+        "train_tokens": (last - trained) * per_step,
+        "prune_flops": steps * scoring_flops(full, config),
+        "train_flops": (last - trained)
+        * per_step
+        * training_flops(after, full, config),
+      }
+    )
+    now, trained = after, last
+  return rows
+
+
+def even_target(full: ModelConfig, settings: Any) -> int:
+  """Parameters that `max_steps` steps leave, without a target."""
+  sparsity_ = min(settings.max_steps * settings.step_size, 1)
+  size = model.count_params(full)
+  gone = int(_prunable_params(full, settings) * sparsity_)
+  return max(size - gone, prune.smallest(full, settings))
+
+
+def evenly(full: ModelConfig, settings: Any, target: int) -> ModelConfig:
+  """The largest model not above `target` that loses the same share everywhere.
+
+  KV groups are few, so theirs is rounded down, and MLPs make up for it.
+  """
+  prunable = prune.prunable_modules(full, settings)
+
+  def narrow(share_K: float, share_F: float) -> ModelConfig:
+    shares = {"K": (share_K, 1), "F": (share_F, settings.round_ffn_to)}
+    units = {}
+    for u in UNITS:
+      share, block = shares[u]
+      units[u] = tuple(
+        min(width, max(math.floor(width * (1 - share) / block), 1) * block)
+        if may
+        else width
+        for width, may in zip(full.units()[u], prunable[u], strict=True)
+      )
+    return dataclasses.replace(full, **units)
+
+  both = _least(lambda s: model.count_params(narrow(s, s)) <= target)
+  only = _least(lambda s: model.count_params(narrow(both, s)) <= target)
+  return narrow(both, only)
+
+
+def prune_steps(before: ModelConfig, after: ModelConfig, settings: Any) -> int:
+  """Steps of a stage, each growing the mean sparsity by `step_size`."""
+  if settings.method != "adapt":
+    return settings.llm_pruner_steps if settings.method == "llm_pruner" else 1
+  gone = model.count_params(before) - model.count_params(after)
+  share = gone / max(_prunable_params(before, settings), 1)
+  return max(math.ceil(share / settings.step_size - 1e-9), 1)
+
+
+def scoring_flops(config: ModelConfig, recipe: Config) -> float:
+  """Of one pruning step, always at the original's size.
+
+  With gradients a layer runs forward twice and backward once, the output
+  matrix forward once and backward for its input.
+  """
+  layer, head = forward_flops(config, recipe.calibration.seq_len)
+  each = 4 * layer + 2 * head
+  if not recipe.prune.group_importance.startswith("taylor"):
+    each = layer + head
+  return recipe.calibration.samples * recipe.calibration.seq_len * each
+
+
+def training_flops(
+  config: ModelConfig, teacher: ModelConfig, recipe: Config
+) -> float:
+  """Of one token: forward and backward, three times forward.
+
+  What rematerialisation repeats does not count, as in the definition of MFU.
+  """
+  flops = 3 * sum(forward_flops(config, recipe.data.seq_len))
+  if recipe.train.distill_alpha:
+    flops += sum(forward_flops(teacher, recipe.data.seq_len))
+  return flops
+
+
+def forward_flops(config: ModelConfig, seq_len: int) -> tuple[float, float]:
+  """Of one token: (all layers, the output matrix)."""
+  matrix = config.V * config.D
+  outside = matrix * (1 if config.tied else 2)
+  inside = model.count_params(config) - outside
+  scores = 2 * seq_len * config.H * config.G * sum(config.K)  # q k^T and a v
+  return 2.0 * (inside + scores), 2.0 * matrix
+
+
+def hours(flops: float, hardware: Hardware) -> float | None:
+  if not hardware.peak:
+    return None
+  return flops / (hardware.peak * hardware.mfu * hardware.devices) / 3600
+
+
+def disk(config: Config, configs: Sequence[ModelConfig]) -> dict[str, int]:
+  """Bytes of the export, of a checkpoint, and of all that are kept."""
+  itemsize = memory.weight_dtype(config).itemsize
+  largest = model.count_params(configs[1])
+  checkpoint = largest * itemsize
+  if config.train.tokens and not config.train.lora_rank:
+    checkpoint += 2 * largest * 4
+  # While one is written, the old ones are still there.
+  return {
+    "export": model.count_params(configs[-1]) * itemsize,
+    "checkpoint": checkpoint,
+    "checkpoints": checkpoint * (config.checkpoint.keep + 1),
+  }
+
+
+# ---- What to say -------------------------------------------------------------
+
+
+def warnings(config: Config, found: dict, hardware: Hardware) -> list[str]:
+  """What will not work, and what to change."""
+  lines = []
+  usable = hardware.memory * USABLE
+  for phase, parts in found["memory"].items():
+    need = sum(parts.values())
+    if usable and need > usable:
+      lines.append(
+        f"{phase} needs {gb(need)} a device and {gb(usable)} can be used: "
+        + advice(config, phase, parts, hardware)
+      )
+  settings = config.prune
+  steps = max(stage["steps_needed"] for stage in found["stages"])
+  if settings.max_steps and steps > settings.max_steps:
+    lines.append(
+      f"prune.max_steps={settings.max_steps} ends a stage above its target, "
+      f"which needs about {steps} steps: set --config.prune.max_steps=0"
+    )
+  if config.train.tokens and not found["stages"][0]["train_steps"]:
+    lines.append(
+      f"train.tokens={config.train.tokens:,} is too little for a train step in "
+      "each stage: give more, or a smaller --config.data.batch"
+    )
+  if hardware.peak and config.train.tokens and config.train.dtype == "float32":
+    lines.append(
+      "the hours are at a share of the bfloat16 peak; float32 takes longer: "
+      "--config.train.dtype=bfloat16"
+    )
+  return lines
+
+
+def advice(
+  config: Config, phase: str, parts: dict[str, int], hardware: Hardware
+) -> str:
+  """What to change so that a phase fits."""
+  usable = hardware.memory * USABLE
+  held = sum(parts.values()) - parts["temporary"]
+  few = config.mesh.data == 1 and config.mesh.tensor == 1
+  tips = []
+  if held > usable:
+    number = math.ceil(held * hardware.devices / (usable * 0.8))
+    tips.append(
+      f"about {number} such devices with --config.mesh.fsdp=-1"
+      if few
+      else "--config.mesh.data=1 --config.mesh.fsdp=-1, which cuts the weights"
+    )
+    if phase == "training" and not config.train.lora_rank:
+      tips.append("--config.train.lora_rank=16, which trains adapters only")
+  elif phase == "training":
+    if not config.train.remat:
+      tips.append("--config.train.remat=True")
+    tips.append(f"--config.train.accumulation={2 * config.train.accumulation}")
+    tips.append(f"--config.data.seq_len={config.data.seq_len // 2}")
+  else:
+    tips.append(
+      f"--config.calibration.samples={config.calibration.samples // 2}"
+    )
+    tips.append(f"about {2 * hardware.devices} devices")
+  halves = memory.weight_dtype(config).itemsize == 4 and not config.train.tokens
+  if phase == "scoring" and halves:  # training keeps float32 weights
+    tips.insert(0, "--config.model.dtype=bfloat16")
+  return ", or ".join(tips)
+
+
+def show(found: dict, config: Config, hardware: Hardware, log: Log) -> None:
+  """The plan as tables."""
+  size, target = found["params"], found["target_params"]
+  aim = f" to {target:,} ({1 - target / size:.1%} less)" if target else ""
+  log.say(
+    f"{found['model']}: {size:,} parameters{aim}; the least that can be "
+    f"reached is {found['smallest_params']:,}"
+  )
+  log.table(
+    "Stages (shapes if pruned evenly; scores will decide)",
+    ("stage", "parameters", "KV groups", "MLP width", "prune steps", "tokens"),
+    [
+      (
+        s["stage"],
+        s["params"],
+        s["kv_groups"],
+        s["ffn"],
+        s["prune_steps"],
+        s["train_tokens"],
+      )
+      for s in found["stages"]
+    ],
+  )
+  name = hardware.device or "device"
+  time = "unknown: give --device or --tflops"
+  if found["hours"] is not None:
+    time = duration(found["hours"] * 3600)
+    time += f" at {hardware.mfu:.0%} of the peak"
+  scored = sum(s["prune_flops"] for s in found["stages"])
+  trained = sum(s["train_flops"] for s in found["stages"])
+  log.table(
+    f"Cost on {hardware.devices} x {name}",
+    ("what", "how much"),
+    [
+      ("scoring", f"{scored:.3g} FLOPs"),
+      ("training", f"{trained:.3g} FLOPs"),
+      ("time", time),
+      ("export", gb(found["disk"]["export"])),
+      (
+        f"checkpoints ({config.checkpoint.keep} + the one being written)",
+        gb(found["disk"]["checkpoints"]),
+      ),
+    ],
+  )
+  for phase, parts in found["memory"].items():
+    total = sum(parts.values())
+    log.table(
+      f"{phase.capitalize()}: memory of a device"
+      + (f", of {gb(hardware.memory)}" if hardware.memory else ""),
+      ("what", "how much"),
+      [(what, gb(n)) for what, n in parts.items()] + [("total", gb(total))],
+    )
+  log.say(f"Memory: {found['memory_from']}.")
+  for line in found["warnings"]:
+    log.say(f"WARNING: {line}")
+
+
+def gb(size: float) -> str:
+  """Bytes for people: 10^9 are a GB."""
+  return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"
+
+
+def _prunable_params(config: ModelConfig, settings: Any) -> int:
+  cost, prunable = (
+    model.unit_cost(config),
+    prune.prunable_modules(config, settings),
+  )
+  return sum(
+    cost[u] * n
+    for u in UNITS
+    for n, may in zip(config.units()[u], prunable[u], strict=True)
+    if may
+  )
+
+
+def _least(is_enough: Any) -> float:
+  """The smallest share in [0, 1] that is enough, by bisection."""
+  low, high = 0.0, 1.0
+  for _ in range(40):
+    middle = (low + high) / 2
+    low, high = (low, middle) if is_enough(middle) else (middle, high)
+  return high
+
+
+def _spread(widths: Sequence[int]) -> str:
+  low, high = min(widths), max(widths)
+  return f"{low:,}" if low == high else f"{low:,} - {high:,}"
