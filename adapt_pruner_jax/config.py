@@ -17,6 +17,7 @@ CHOICES = {
     "curvature",
     "llm_pruner",
     "flap",
+    "wanda_sp",
     "slicegpt",
     "shortgpt",
     "magnitude",

@@ -11,11 +11,13 @@ from adapt_pruner_jax.baselines import (
   random_units,
   shortgpt,
   slicegpt,
+  wanda_sp,
 )
 
 METHODS = {
   "llm_pruner": llm_pruner.prune,
   "flap": flap.prune,
+  "wanda_sp": wanda_sp.prune,
   "slicegpt": slicegpt.prune,
   "shortgpt": shortgpt.prune,
   "magnitude": magnitude.prune,

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from adapt_pruner_jax import prune, sharding
+from adapt_pruner_jax import model, prune, sharding
 from adapt_pruner_jax.axes import UNITS
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.model import ModelConfig
@@ -65,13 +65,8 @@ def solve(
     return counts, left, prune.count(full, left)
 
   low, high = 0.0, 1.0
-  least = at(high)[2]
-  if least > target:
-    raise UserError(
-      f"this method cannot reach {target:,} parameters: the closest it can get "
-      f"is {least:,}; raise the target, or let it prune more layers "
-      "(--config.prune.attention_layers=0: --config.prune.mlp_layers=0:)"
-    )
+  if at(high)[2] > target:
+    raise unreachable(target, at(high)[2])
   if at(low)[2] <= target:
     return at(low)[1]
   for _ in range(60):  # as fine as floats are
@@ -80,10 +75,74 @@ def solve(
       low = middle
     else:
       high = middle
-  above, left, _ = at(low)
-  more = {u: at(high)[0][u] - above[u] for u in UNITS}
+  # A budget of its own for each unit letter may take fewer channels when one
+  # more group goes: what both ratios remove is sure, the rest is trimmed.
+  both = {u: np.minimum(at(low)[0][u], at(high)[0][u]) for u in UNITS}
+  more = {u: at(high)[0][u] - both[u] for u in UNITS}
+  left = prune.remove(masks, order, both)
   more = prune.trim(full, left, more, prunable, target, round_to)
-  return prune.remove(left, prune.ranking(scores, left), more)
+  left = prune.remove(left, prune.ranking(scores, left), more)
+  return _give_back(full, masks, left, scores, target, round_to)
+
+
+def _give_back(
+  full: ModelConfig,
+  masks: Masks,
+  left: Masks,
+  scores: Mapping[str, np.ndarray],
+  target: int,
+  round_to: int,
+) -> Masks:
+  """Puts the best removed channels back while they fit.
+
+  `trim` does not know that a half layer without units loses its norms too.
+  """
+  cost = model.unit_cost(full)["F"] * round_to
+  left = left | {"F": left["F"].copy()}
+  while prune.count(full, left) + cost <= target:
+    gone = masks["F"] & ~left["F"] & left["F"].any(axis=1)[:, None]
+    gone &= (gone.sum(axis=1) >= round_to)[:, None]
+    if not gone.any():
+      break
+    score = np.where(gone, scores["F"], -np.inf)
+    layer = score.max(axis=1).argmax()
+    best = np.argsort(-score[layer], kind="stable")[:round_to]
+    left["F"][layer, best] = True
+  return left
+
+
+def check_target(target: int | None, instead: float | None) -> None:
+  """Raises a UserError if there is neither a target nor a fixed ratio."""
+  if target is None and instead is None:
+    raise UserError(
+      "this method needs a target: give --config.prune.ratio=0.2 (share of all "
+      "parameters to remove) or --config.prune.target_params=N"
+    )
+
+
+def check_reachable(
+  full: ModelConfig, masks: Masks, prunable: Masks, target: int, least: dict
+) -> None:
+  """Raises a UserError, before any work, for a target that is too small.
+
+  Args:
+    least: units that a prunable module is left with, {"K": int, "F": int}.
+  """
+  width = {
+    u: np.where(prunable[u], np.minimum(w, least[u]), w)
+    for u, w in prune.widths(masks).items()
+  }
+  size = model.count_params(prune.with_widths(full, width))
+  if size > target:
+    raise unreachable(target, size)
+
+
+def unreachable(target: int, closest: int) -> UserError:
+  return UserError(
+    f"this method cannot reach {target:,} parameters: the closest it can get "
+    f"is {closest:,}; raise the target, or let it prune more layers "
+    "(--config.prune.attention_layers=0: --config.prune.mlp_layers=0:)"
+  )
 
 
 def rounded(counts: Counts, masks: Masks, round_to: int) -> Counts:

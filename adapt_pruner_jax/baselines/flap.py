@@ -86,10 +86,14 @@ def prune(
   Raises:
     UserError: a bad layer range, or a target out of reach.
   """
+  budget.check_target(target, ratio)
   full, kept, mesh = budget.defaults(config, full, kept, mesh)
   full = dataclasses.replace(full, o_bias=True, down_bias=True)
   prunable = prune_.prunable_modules(full, settings)
   before = prune_.to_masks(kept, full)
+  if ratio is None:
+    nothing = dict.fromkeys(UNITS, 0)
+    budget.check_reachable(full, before, prunable, target, nothing)
   moments = statistics(config, params, samples(0), batch, mesh)
   scores = unit_scores(
     config, params, moments, settings.flap_metric, settings.flap_structure, mesh
@@ -156,7 +160,7 @@ def channel_scores(
     metric: IFV fluctuation; WIFV the same times the squared norm of the
       weights that read the channel; WIFN mean |weight| x 2-norm of the channel.
   """
-  size, square = _weights(weight, mesh=mesh)
+  size, square = weight_sizes(weight, mesh=mesh)
   if metric == "IFV":
     return moments.fluctuation
   if metric == "WIFV":
@@ -319,7 +323,7 @@ def _moments(y):
 
 
 @walk.reduced
-def _weights(weight):
+def weight_sizes(weight):
   """Mean size and sum of squares of the weights that read each channel."""
   weight = weight.astype(jnp.float32)
   return jnp.mean(jnp.abs(weight), axis=-1), jnp.sum(weight**2, axis=-1)

@@ -55,15 +55,17 @@ def prune(
   Raises:
     UserError: a bad layer range, or a target out of reach.
   """
+  budget.check_target(target, ratio)
   full, kept, mesh = budget.defaults(config, full, kept, mesh)
   settings = spared(settings, full.L)
   prunable = prune_.prunable_modules(full, settings)
   before = masks = prune_.to_masks(kept, full)
-  stacked = prune_.expand(config, params, kept, full, mesh)
-  targets = None
   if ratio is None:
+    least = {"K": 1, "F": settings.round_ffn_to}
+    budget.check_reachable(full, masks, prunable, target, least)
     size = prune_.count(full, masks)
     targets = sparsity.stage_targets(size, target, settings.llm_pruner_steps)
+  stacked = prune_.expand(config, params, kept, full, mesh)
   trace = []
   for number in range(1, settings.llm_pruner_steps + 1):
     found, scores = _score(

@@ -49,6 +49,7 @@ def prune(
   Raises:
     UserError: dropping all layers but one does not reach the target.
   """
+  budget.check_target(target, layers)
   full, kept, mesh = budget.defaults(config, full, kept, mesh)
   influence_L = influence(config, params, samples(0), batch, mesh)
   before = masks = prune_.to_masks(kept, full)

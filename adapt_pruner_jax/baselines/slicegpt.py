@@ -61,6 +61,7 @@ def prune(
   Raises:
     UserError: norms that cannot be folded, or a target out of reach.
   """
+  budget.check_target(target, width)
   full, kept, mesh = budget.defaults(config, full, kept, mesh)
   _check(config)
   config, params = fuse(config, params, settings.slice_subtract_mean, mesh)

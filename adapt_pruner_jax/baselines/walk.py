@@ -75,7 +75,8 @@ def _half(config, unit, layer, x_BTD, mask, mesh):
   seen = None
   if any(config.window):
     seen = model.attention_mask(rows_1T, None, config.window[0])
-  qkv = run(x_BTD, rope, method=Block.qkv)
+  masks = None if mask is None else {"K": mask}
+  qkv = run(x_BTD, rope, masks, method=Block.qkv)
   y_BTKGH = run(*qkv, seen, method=Block.attend)
   counted = y_BTKGH
   if mask is not None:
