@@ -99,10 +99,11 @@ _HARMLESS = """
 """
 # Known to change the function when on; fine when off (0, false, null, empty).
 _SWITCHES = """
-  add_cross_attention alibi cross_attention_hidden_size is_encoder_decoder
-  layer_sharing mrope num_experts num_local_experts pruned_heads qk_layernorm
-  quantization_config rope_interleaved share_embedding sliding_window
-  use_bidirectional_attention use_mrope use_qk_norm use_sliding_window
+  add_cross_attention alibi attention_bias cross_attention_hidden_size
+  is_encoder_decoder layer_sharing mlp_bias mrope num_experts num_local_experts
+  pruned_heads qk_layernorm quantization_config rope_interleaved
+  share_embedding sliding_window use_bidirectional_attention use_mrope
+  use_qk_norm use_sliding_window
 """
 HARMLESS = frozenset(_HARMLESS.split())
 SWITCHES = frozenset(_SWITCHES.split())

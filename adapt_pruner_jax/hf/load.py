@@ -28,6 +28,7 @@ from adapt_pruner_jax.model import ModelConfig
 
 DOWNLOADED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.md")
 NOT_PARAMETERS = ("rotary_emb.inv_freq",)  # endings; old checkpoints have them
+HUB_ID = r"[\w-][\w.-]*/[\w.-]+"
 COMPARED_BYTES = 1 << 26
 
 Index = tuple[slice, ...]
@@ -44,7 +45,7 @@ def resolve(path: str | os.PathLike) -> Path:
     return folder
   if folder.exists():
     raise UserError(f"{path} is a file; a model directory is needed")
-  if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(path)):
+  if not re.fullmatch(HUB_ID, str(path)):
     raise UserError(
       f"{path} does not exist; give a directory or a hub id such as "
       "HuggingFaceTB/SmolLM2-135M"
@@ -160,7 +161,7 @@ def _check_tied(checkpoint: Checkpoint) -> None:
   if same:
     step = max(1, COMPARED_BYTES // (4 * shape[1]))
     for row in range(0, shape[0], step):
-      rows = slice(row, row + step)
+      rows = slice(row, min(row + step, shape[0]))
       first = np.asarray(checkpoint.slices(one)[rows])
       same &= np.array_equal(first, checkpoint.slices(two)[rows])
   if not same:

@@ -80,7 +80,7 @@ def save(
   written, get, notes = config, weights.getter(params), []
   if format == "hf_uniform":
     written = uniform.pad_config(config)
-    get = uniform.pad(config, written, get)
+    get = uniform.padded_getter(config, written, get)
     notes = uniform.cost(config, written, source)
   raw = config_json.write(written)
   dtype = jax.tree.leaves(params)[0].dtype

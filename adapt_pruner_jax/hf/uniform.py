@@ -11,11 +11,12 @@ from pathlib import Path
 import numpy as np
 
 from adapt_pruner_jax import axes
+from adapt_pruner_jax.axes import Params
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.hf import config_json, load
 from adapt_pruner_jax.hf.families import FAMILIES
-from adapt_pruner_jax.hf.tensors import Key
-from adapt_pruner_jax.hf.weights import Get
+from adapt_pruner_jax.hf.tensors import Key, places
+from adapt_pruner_jax.hf.weights import Get, getter
 from adapt_pruner_jax.model import ModelConfig, count_params
 
 
@@ -64,8 +65,21 @@ def pad_config(config: ModelConfig) -> ModelConfig:
   return padded
 
 
-def pad(config: ModelConfig, padded: ModelConfig, get: Get) -> Get:
-  """Parameters of `padded`, made from those of `config`."""
+def pad(config: ModelConfig, params: Params) -> tuple[ModelConfig, Params]:
+  """The model padded to `pad_config`, as numpy arrays."""
+  padded = pad_config(config)
+  get = padded_getter(config, padded, getter(params))
+  tree: Params = {}
+  for layer, name in places(padded):
+    branch = tree
+    if layer is not None:
+      branch = tree.setdefault(axes.layer_name(layer), {})
+    branch[name] = get((layer, name))
+  return padded, tree
+
+
+def padded_getter(config: ModelConfig, padded: ModelConfig, get: Get) -> Get:
+  """Gives the parameters of `padded`, made from those of `config`."""
 
   def padded_get(key: Key) -> np.ndarray:
     layer, name = key

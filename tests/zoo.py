@@ -1,0 +1,137 @@
+"""Tiny random models of every family, made by Transformers."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+
+BASE = {
+  "vocab_size": 64,
+  "hidden_size": 32,
+  "intermediate_size": 24,
+  "num_hidden_layers": 3,
+  "num_attention_heads": 8,
+  "num_key_value_heads": 4,
+  "initializer_range": 0.2,
+  "max_position_embeddings": 64,
+  "pad_token_id": None,
+  "bos_token_id": 1,
+  "eos_token_id": [2, 3],
+}
+LLAMA3 = {
+  "rope_type": "llama3",
+  "rope_theta": 5e5,
+  "factor": 8.0,
+  "low_freq_factor": 1.0,
+  "high_freq_factor": 4.0,
+  "original_max_position_embeddings": 16,
+}
+GEMMA = {"head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 24}
+# name: (model_type, what differs from BASE). Sequences are longer than windows.
+CASES = {
+  "llama": ("llama", {"num_key_value_heads": 8, "eos_token_id": 2}),
+  "llama_bias": (
+    "llama",
+    {
+      "attention_bias": True,
+      "mlp_bias": True,
+      "head_dim": 16,
+      "tie_word_embeddings": True,
+    },
+  ),
+  "llama3": ("llama", {"rope_parameters": LLAMA3}),
+  "llama_linear": (
+    "llama",
+    {
+      "rope_parameters": {
+        "rope_type": "linear",
+        "factor": 2.0,
+        "rope_theta": 1e4,
+      }
+    },
+  ),
+  "mistral": ("mistral", {"sliding_window": 8, "head_dim": 16}),
+  "qwen2": ("qwen2", {"tie_word_embeddings": True}),
+  "qwen2_window": (
+    "qwen2",
+    {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1},
+  ),
+  "qwen3": ("qwen3", {"head_dim": 16}),
+  "gemma2": (
+    "gemma2",
+    {**GEMMA, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
+  ),
+  "gemma3_text": (
+    "gemma3_text",
+    {
+      **GEMMA,
+      "layer_types": [
+        "sliding_attention",
+        "full_attention",
+        "sliding_attention",
+      ],
+      "rope_parameters": {
+        "full_attention": {
+          "rope_type": "linear",
+          "factor": 8.0,
+          "rope_theta": 1e6,
+        },
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+      },
+    },
+  ),
+  "phi3": ("phi3", {"sliding_window": 8}),
+  "olmo2": ("olmo2", {}),
+  "granite": (
+    "granite",
+    {
+      "attention_multiplier": 0.3,
+      "embedding_multiplier": 3.0,
+      "residual_multiplier": 0.4,
+      "logits_scaling": 0.7,
+      "mlp_bias": True,
+    },
+  ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Animal:
+  """A model on disk, and what Transformers computes with it."""
+
+  path: Path
+  tokens_BT: np.ndarray
+  logits_BTV: np.ndarray
+
+
+def make(root: Path) -> dict[str, Animal]:
+  """Writes all of `CASES` below `root`."""
+  import torch
+  import transformers
+
+  torch.manual_seed(0)
+  tokens = np.random.default_rng(0).integers(BASE["vocab_size"], size=(2, 40))
+  animals = {}
+  for name, (kind, changes) in CASES.items():
+    fields = {**BASE, **changes}
+    config = transformers.AutoConfig.for_model(kind, **fields)
+    peer = transformers.AutoModelForCausalLM.from_config(
+      config, attn_implementation="eager"
+    ).eval()
+    for param in peer.parameters():
+      if param.ndim == 1:  # norms and biases, which start as ones and zeros
+        torch.nn.init.normal_(param, 0.3, 0.3)
+    peer.save_pretrained(root / name)
+    with torch.no_grad():
+      logits = peer(torch.tensor(tokens)).logits.numpy()
+    animals[name] = Animal(root / name, tokens, logits)
+  return animals
+
+
+def rewrite_config(path: Path, **changes: object) -> None:
+  """Changes fields of a config.json; `...` deletes one."""
+  file = path / "config.json"
+  raw = json.loads(file.read_text()) | changes
+  raw = {name: value for name, value in raw.items() if value is not ...}
+  file.write_text(json.dumps(raw))
