@@ -15,8 +15,9 @@ import errno
 import hashlib
 import json
 import shutil
+import sys
 from collections.abc import Callable, Iterator
-from logging import LogRecord
+from logging import LogRecord, getLogger
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,6 @@ from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.fingerprint import fingerprints
 
 TRASH = "trash"
-TIMEOUT = 600  # seconds that processes wait for each other in a save
 _DISK_FULL = {
   errno.ENOSPC: "No space left on device",
   errno.EDQUOT: "Disk quota exceeded",
@@ -68,7 +68,6 @@ class Checkpoints:
         max_to_keep=keep,
         todelete_subdir=TRASH,
         lightweight_initialize=True,
-        async_options=ocp.AsyncOptions(timeout_secs=TIMEOUT),
       ),
     )
 
@@ -136,10 +135,11 @@ class Checkpoints:
       UserError: what was saved is another tree than `abstract_of` says.
     """
     self.wait()
-    for step in reversed(self.steps()):
-      found = self._restore_step(step, abstract_of)
-      if found is not None:
-        return found
+    with _quiet_reads():
+      for step in reversed(self.steps()):
+        found = self._restore_step(step, abstract_of)
+        if found is not None:
+          return found
     return None
 
   def wait(self) -> None:
@@ -241,7 +241,7 @@ class Checkpoints:
         ) from error
       self._say(
         f"the checkpoint of step {step} is damaged and was set aside as "
-        f"{target} ({damage}); the one before it is tried"
+        f"{target} ({damage}); the one before it is tried, if any"
       )
 
     workdir.on_writer(rename)
@@ -281,6 +281,24 @@ def _not_orbax(record: LogRecord) -> bool:
   Without it, a full disk would be a hundred lines of traceback and ours.
   """
   return "/orbax/checkpoint/" not in record.pathname
+
+
+@contextlib.contextmanager
+def _quiet_reads() -> Iterator[None]:
+  """After damage, Orbax leaves reads unfinished, which Python complains of."""
+  hook, asyncio_logger = sys.unraisablehook, getLogger("asyncio")
+
+  def without_reads(found: Any) -> None:
+    code = getattr(found.object, "cr_code", None)
+    orbax = code is not None and "/orbax/checkpoint/" in code.co_filename
+    if not orbax and str(found.exc_value) != "Event loop is closed":
+      hook(found)
+
+  sys.unraisablehook, asyncio_logger.disabled = without_reads, True
+  try:
+    yield
+  finally:
+    sys.unraisablehook, asyncio_logger.disabled = hook, False
 
 
 def _compare(leaves: dict[str, jax.Array], saved: dict[str, list]) -> bool:

@@ -288,7 +288,7 @@ def test_a_flipped_bit_in_the_arrays_is_named(two):
   flip(largest, 0.5)
   assert restored(two, say=said.append)[0] == 1
   assert "the checkpoint of step 2 is damaged" in said[0]
-  assert "the values of opt_state.1." in said[0]
+  assert "embedding are not those that were saved" in said[0]
 
 
 @pytest.mark.parametrize("part", ["meta", "state", "state/d", "meta/metadata"])
