@@ -26,15 +26,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from adapt_pruner_jax import axes, model, refit, sharding
+from adapt_pruner_jax import axes, halves, model, refit, sharding
 from adapt_pruner_jax import prune as pruning
 from adapt_pruner_jax.axes import UNITS, Params
 from adapt_pruner_jax.config import Prune
 from adapt_pruner_jax.errors import UserError
+from adapt_pruner_jax.halves import WRITERS
 from adapt_pruner_jax.model import Decoder, ModelConfig
 from adapt_pruner_jax.prune import Kept, Masks, Pruned, Samples, Step
 
-WRITERS = {"K": "o", "F": "down"}  # the matrix that a unit feeds
 ENOUGH = 4  # tokens per input channel from which a weak ridge is best
 WEAK, STRONG = 1e-3, 0.1
 
@@ -58,33 +58,27 @@ def prune(
 
   With `settings.refit` a number, every so many steps what is left is refitted
   to the model that was given, on the tokens of the step; the refit at the
-  end is the caller's. An interrupted call with such refits begins anew, and
-  logs only the steps after `after`.
+  end is the caller's. Such a call cannot go on from a step (`after`), which
+  knows no weights.
 
   Raises:
     UserError: a model that cannot be refitted, a bad layer range, or a target
       out of reach.
   """
   del seed  # nothing is drawn
-  refit.check(config)
+  halves.check(config)
   full, kept = full or config, kept or pruning.everything(config)
   mesh = mesh or sharding.make_mesh(devices=jax.local_devices()[:1])
   stacked = pruning.expand(config, params, kept, full, mesh)
-  masks, logged, trace = pruning.to_masks(kept, full), 0, []
-  if after is not None:
-    logged = after.number
-    if settings.refit.isdigit():
-      after = None
-    else:
-      masks = after.masks
+  masks = pruning.to_masks(kept, full) if after is None else after.masks
+  trace = []
   for step, weights, refits in steps(
     stacked, settings, samples, target, batch, mesh, full, kept, after
   ):
     masks, stacked = step.masks, weights
-    if step.number > logged:
-      trace.append(pruning.record(step) | refits)
-      if log is not None:
-        log(trace[-1], step)
+    trace.append(pruning.record(step) | refits)
+    if log is not None:
+      log(trace[-1], step)
   left = pruning.to_kept(masks)
   return Pruned(*pruning.compact(stacked, left, full, mesh), left, trace)
 
@@ -268,15 +262,7 @@ def _refit(
   outer = {n: stacked[n] for n in model.outer_names(config)}
   new, records = dict(stacked["layers"]), []
   for i, changed, found in refit.layers(
-    config,
-    config,
-    outer,
-    layer_at,
-    tokens,
-    batch,
-    settings.refit_ridge,
-    False,
-    mesh,
+    config, outer, layer_at, tokens, batch, settings.refit_ridge, False, mesh
   ):
     for n, weight in changed.items():
       new[n] = _set(new[n], weight, i)
@@ -327,8 +313,6 @@ def measure_step(
   layers = stacked["layers"]
   outer = {"params": {k: v for k, v in stacked.items() if k != "layers"}}
   decoder = Decoder(config)
-  window_L = jnp.asarray(config.window or (0,) * config.L, jnp.int32)
-  places = window_L, jnp.asarray(config.rope_ids(), jnp.int32)
   tokens = jnp.sum(valid_MB) * T
 
   def cut(x):
@@ -338,10 +322,10 @@ def measure_step(
   def half(unit, layer, masks, place, x_BTD):
     """The stream behind a half, and what its units say, [B, T, C]."""
     writer = WRITERS[unit]
-    y_BTC = refit.fed(config, writer, layer, place, x_BTD)
+    y_BTC = halves.fed(config, writer, layer, place, x_BTD)
     live_C = jnp.repeat(masks[unit], y_BTC.shape[-1] // masks[unit].shape[0])
     y_BTC *= live_C.astype(y_BTC.dtype)
-    return refit.add(config, writer, layer, x_BTD, y_BTC), y_BTC
+    return halves.add(config, writer, layer, x_BTD, y_BTC), y_BTC
 
   def forward(x_MBTD, xs):
     def one(x_BTD):
@@ -360,7 +344,7 @@ def measure_step(
   def backward(unit, xs, x_MBTD, dy_MBTD):
     """Scores of a half's units, and the gradient in front of it."""
     layer, masks, place = xs
-    weight = refit.as_matrix(WRITERS[unit], layer[WRITERS[unit]])
+    weight = halves.as_matrix(WRITERS[unit], layer[WRITERS[unit]])
 
     def one(total, args):
       x_BTD, dy_BTD, valid_B = args
@@ -370,8 +354,8 @@ def measure_step(
       g_BTD = dy_BTD.astype(jnp.float32) * config.residual_scale
       y_BTC = y_BTC.astype(jnp.float32) * valid_B[:, None, None]
       found = (
-        refit.product("btc,bte->ce", y_BTC, y_BTC),
-        refit.product("btd,bte->de", g_BTD, g_BTD),
+        halves.product("btc,bte->ce", y_BTC, y_BTC),
+        halves.product("btd,bte->de", g_BTD, g_BTD),
       )
       return jax.tree.map(jnp.add, total, found), vjp(dy_BTD)[0]
 
@@ -394,7 +378,7 @@ def measure_step(
     return dx_MBTD, {"K": attention, "F": mlp}
 
   x_MBTD = cut(decoder.apply(outer, tokens_MBT, method=Decoder.embed))
-  xs = (layers, masks, places)
+  xs = (layers, masks, halves.places(config))
   x_MBTD, (ins, mids) = jax.lax.scan(forward, x_MBTD, xs)
   loss_M, dx_MBTD = jax.lax.map(
     lambda a: jax.value_and_grad(head_loss)(*a),
@@ -421,16 +405,16 @@ def unit_scores(
   """
   C = weight_CD.shape[0]
   J = C // units
-  lower_CC, scale_C = refit.factor(gram_CC, ridge)
+  lower_CC, scale_C = halves.factor(gram_CC, ridge)
   # B = scale^-1 (L L^T)^-1 scale^-1, so that B_JJ^-1 is scaled the other way.
   inverse_CC = jax.scipy.linalg.cho_solve((lower_CC, True), jnp.eye(C))
   scaled_CD = weight_CD.astype(jnp.float32) * scale_C[:, None]
-  right_CD = refit.product("cd,de->ce", scaled_CD, hessian_DD)
+  right_CD = halves.product("cd,de->ce", scaled_CD, hessian_DD)
   if J == 1:
     energy_C = jnp.sum(right_CD * scaled_CD, axis=-1)
     return energy_C / jnp.diagonal(inverse_CC)
   split = lambda x: x.reshape(units, J, -1)
-  curvature_UJJ = refit.product(
+  curvature_UJJ = halves.product(
     "ujd,uid->uji", split(right_CD), split(scaled_CD)
   )
   index = jnp.arange(units)

@@ -13,37 +13,34 @@ that read the stream, to what the dense model computes in their place.
 
 One layer and one Gram matrix exist at a time, in dense coordinates, so that one
 executable serves all layers: removed units have zero weights, hence inputs of
-zero, and stay zero.
-
-In large models a few channels and tokens are a thousand times larger than the
-rest. The ridge is therefore a multiple of the median channel's energy, the
-equations are scaled to a unit diagonal, and a token counts for no more than
-`CAP` typical ones.
+zero, and stay zero. In large models the first token of a sequence can have
+activations a thousand times larger than the rest; no token counts for more
+than `CAP` typical ones.
 """
 
 import dataclasses
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from adapt_pruner_jax import axes, model, prune, sharding
+from adapt_pruner_jax import axes, halves, model, prune, sharding
 from adapt_pruner_jax.axes import Params
 from adapt_pruner_jax.errors import UserError
-from adapt_pruner_jax.model import Block, Decoder, ModelConfig
+from adapt_pruner_jax.halves import HALVES
+from adapt_pruner_jax.model import Decoder, ModelConfig
 
-# The matrix that each half layer writes with, and those that it reads with.
-HALVES = {"o": ("q", "k", "v"), "down": ("gate", "up")}
 HELD_OUT = 0.1  # share of the sequences that judge a refit
 CAP = 10.0  # most that a token's input energy counts, in medians
 ENOUGH = 20  # tokens per input channel from which a weak ridge is best
 WEAK, STRONG = 0.1, 1.0  # ridges with enough tokens, and with fewer
 
 Stream = list[jax.Array]  # minibatches [B, T, D], float32
-Place = tuple[np.ndarray, np.ndarray]  # attention window, which rope
+Weights = list[jax.Array | None]  # what tokens count, [B, T]; None = nothing
 
 
 def refit(
@@ -73,73 +70,52 @@ def refit(
 
   Returns:
     The new params, and a record for each matrix: {"layer", "matrix", "ridge",
-    "before", "after", "refitted"}, with the held-out residual relative to the
-    target, before and after. A matrix keeps its old weights where the residual
-    would not fall.
+    "before", "after", "refitted"}, with the norm of the held-out residual over
+    that of the target, before and after. A matrix keeps its old weights where
+    the residual would not fall. Layers in front of the first pruned one
+    have no records.
 
   Raises:
     UserError: fewer than two rows, or a model that cannot be refitted.
   """
   (dense_config, dense_params), (config, params) = dense, pruned
   mesh = mesh or sharding.make_mesh(devices=jax.local_devices()[:1])
-  check(config)
   wide_dense = prune.dense(dense_config)
   wide = dataclasses.replace(config, **wide_dense.units())
   all_masks = prune.to_masks(kept, dense_config)
   everything = prune.everything(dense_config)
 
-  def widen(params: Params, i: int, units: prune.Kept, like: ModelConfig):
+  def widen(params, i, units, config):
     at = {u: units[u][i] for u in axes.UNITS}
-    dtype = np.zeros(0, params["embedding"].dtype)
-    return prune.transform(
-      lambda p: prune.widen(p, at, like, dtype),
-      params[axes.layer_name(i)],
-      mesh,
-    )
+    zero = np.zeros((), params["embedding"].dtype)
+    layer = params[axes.layer_name(i)]
+    fn = lambda layer: prune.widen(layer, at, config, zero)
+    return prune.transform(fn, layer, mesh)
 
-  def layer_at(i: int):
-    masks = {u: m[i] for u, m in all_masks.items()}
+  def layer_at(i):
     return (
       widen(dense_params, i, everything, wide_dense),
       widen(params, i, kept, wide),
-      masks,
+      {u: m[i] for u, m in all_masks.items()},
     )
 
-  outer = {n: dense_params[n] for n in model.outer_names(dense_config)}
-  new, records = dict(params), []
-  for i, changed, found in layers(
-    wide_dense, wide, outer, layer_at, tokens_NT, batch, ridge, refit_all, mesh
-  ):
+  def narrow(matrices, i):
     at = {u: kept[u][i] for u in axes.UNITS}
-    changed = prune.transform(
-      lambda tree, at=at: {n: axes.take(n, w, at) for n, w in tree.items()},
-      changed,
-      mesh,
-    )
-    new[axes.layer_name(i)] = params[axes.layer_name(i)] | changed
+    take = lambda tree: {n: axes.take(n, w, at) for n, w in tree.items()}
+    return prune.transform(take, matrices, mesh)
+
+  outer = {n: params[n] for n in model.outer_names(config)}
+  new, records = dict(params), []
+  for i, matrices, found in layers(
+    wide, outer, layer_at, tokens_NT, batch, ridge, refit_all, mesh
+  ):
+    name = axes.layer_name(i)
+    new[name] = params[name] | narrow(matrices, i)
     records += found
   return new, records
 
 
-def check(config: ModelConfig) -> None:
-  """Raises a UserError for a model whose matrices cannot be refitted."""
-  why = ""
-  if config.norm_order != "pre" or config.qk_norm == "all":
-    why = (
-      f"the family {config.family} norms what its matrices write, which "
-      "least squares does not see"
-    )
-  elif config.residual:
-    why = "SliceGPT changes the residual width"
-  if why:
-    raise UserError(
-      f"this model cannot be refitted: {why}; use --config.prune.refit=none "
-      "and another --config.prune.method than curvature"
-    )
-
-
 def layers(
-  dense_config: ModelConfig,
   config: ModelConfig,
   outer: Params,
   layer_at: Callable[[int], tuple[Params, Params, dict[str, np.ndarray]]],
@@ -152,7 +128,8 @@ def layers(
   """Refits layer by layer, in dense coordinates.
 
   Args:
-    dense_config, config: of the two models, equal layers.
+    config: of the pruned model, in dense coordinates; it may have output
+      biases that the dense model does not have.
     outer: parameters outside the layers.
     layer_at: gives of layer i the dense weights, the pruned ones, zero where
       units are removed, and the masks {"K": bool [K], "F": bool [F]}.
@@ -160,215 +137,168 @@ def layers(
   Yields:
     i, the matrices that changed, and the records of the layer.
   """
-  z, fit, held = _start(dense_config, outer, tokens_NT, batch, mesh)
+  halves.check(config)
+  z, fit, held = _start(config, outer, tokens_NT, batch, mesh)
   u = z
-  tokens = int(sum(float(jnp.sum(w)) for w in fit))
-  windows = config.window or (0,) * config.L
-  for i in range(config.L):
+  for i, place in enumerate(zip(*halves.places(config), strict=True)):
     dense_layer, layer, masks = layer_at(i)
-    place = np.int32(windows[i]), np.int32(config.rope_ids()[i])
-    masks = prune.replicate(masks, mesh)
-    live = {u_: int(m.sum()) for u_, m in masks.items()}
-    channels = {"o": live["K"] * config.G * config.H, "down": live["F"]}
+    dense = _without_biases(config, dense_layer)
     if u is z and _same(dense_layer, layer):
-      # Nothing was removed so far: the streams are still the same one.
       for writer in HALVES:
-        z = u = _advance(dense_config, writer, dense_layer, place, z, mesh)
+        u = z = _advance(dense, writer, dense_layer, place, z, mesh)
       yield i, {}, []
       continue
     changed, records = {}, []
+    placed = prune.replicate(masks, mesh)
+
     for writer, readers in HALVES.items():
-      jobs = [((writer,), channels[writer])]
-      if refit_all:
-        jobs.insert(0, (readers, config.D))
-      for names, width in jobs:
+      live = masks["K" if writer == "o" else "F"].any()
+      for names in [readers] * refit_all + [(writer,)]:
         if names == (writer,):
-          z = _advance(dense_config, writer, dense_layer, place, z, mesh)
-        if not channels[writer]:
-          continue
-        strength = ridge or (WEAK if tokens >= ENOUGH * width else STRONG)
-        problem = _Problem(config, names, dense_layer, masks, place, mesh)
-        new, found = problem.solve(layer, z, u, fit, held, strength)
-        layer, changed = layer | new, changed | new
-        records += [{"layer": i, "ridge": strength} | r for r in found]
+          z = _advance(dense, writer, dense_layer, place, z, mesh)
+        if live:
+          task = _Task(config, names, mesh)
+          parts = _Parts(dense_layer, layer, placed, place)
+          strength = ridge or _ridge(task, masks, tokens_NT)
+          new, found = _refit(task, parts, z, u, fit, held, strength)
+          layer, changed = layer | new, changed | new
+          records += [{"layer": i, "ridge": strength} | r for r in found]
       u = _advance(config, writer, layer, place, u, mesh)
     yield i, changed, records
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Problem:
-  """Least squares for matrices of a layer that have the same input."""
+# ---- One least-squares problem -----------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Task:
+  """What an executable depends on."""
 
   config: ModelConfig
-  names: tuple[str, ...]
-  dense_layer: Params
-  masks: dict[str, jax.Array]
-  place: Place
+  names: tuple[str, ...]  # matrices of a layer that have the same input
   mesh: Mesh
 
-  def solve(
-    self,
-    layer: Params,
-    z: Stream,
-    u: Stream,
-    fit: list,
-    held: list,
-    ridge: float,
-  ) -> tuple[Params, list[dict]]:
-    """The matrices that got better, and a record for each.
 
-    Args:
-      z: dense stream: in front of the half for matrices that read it, behind
-        it for those that write to it.
-      u: pruned stream, in front of the half.
-      fit, held: which tokens count for what, float32 [B, T] each.
-    """
-    total = None
-    for z_BTD, u_BTD, fit_BT in zip(z, u, fit, strict=True):
-      found = self._call(_normal_equations, layer, z_BTD, u_BTD, fit_BT)
-      total = found if total is None else _plus(total, found)
-    old = {n: layer[n] for n in self.names}
-    new = _solve(*total, old, np.float32(ridge))
-    before = self._residual(layer, z, u, held)
-    after = self._residual(layer | new, z, u, held)
-    records, better = [], {}
-    for n in self.names:
-      # Written so that NaN, from equations too singular to solve, loses.
-      if after[n] < before[n]:
-        better[n] = new[n]
-      record = {"matrix": n, "before": before[n], "after": after[n]}
-      records.append(record | {"refitted": n in better})
-    return better, records
+@partial(
+  jax.tree_util.register_dataclass,
+  data_fields=["dense_layer", "layer", "masks", "place"],
+  meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Parts:
+  """The layer of a task."""
 
-  def _residual(self, layer, z, u, held) -> dict[str, float]:
-    """Root of the held-out residual's energy over the target's."""
-    total = None
-    for z_BTD, u_BTD, held_BT in zip(z, u, held, strict=True):
-      if held_BT is not None:
-        found = self._call(_energies, layer, z_BTD, u_BTD, held_BT)
-        total = found if total is None else _plus(total, found)
-    total = jax.device_get(total)
-    return {n: float(np.sqrt(r / max(y, 1e-30))) for n, (r, y) in total.items()}
-
-  def _call(self, fn, layer, z_BTD, u_BTD, weight_BT):
-    return fn(
-      self.config,
-      self.names,
-      {n: self.dense_layer[n] for n in self.dense_layer},
-      layer,
-      self.masks,
-      self.place,
-      z_BTD,
-      u_BTD,
-      weight_BT,
-      mesh=self.mesh,
-    )
+  dense_layer: Params
+  layer: Params
+  masks: dict[str, jax.Array]
+  place: Any
 
 
-# ---- A half layer in two steps -----------------------------------------------
-
-
-def fed(
-  config: ModelConfig, name: str, layer: Params, place: Place, x_BTD: jax.Array
-) -> jax.Array:
-  """What matrix `name` of a layer multiplies, [B, T, C], in its dtype.
+def _refit(
+  task: _Task,
+  parts: _Parts,
+  z: Stream,
+  u: Stream,
+  fit: Weights,
+  held: Weights,
+  ridge: float,
+) -> tuple[Params, list[dict]]:
+  """The matrices that got better, and a record for each matrix.
 
   Args:
-    config: pre-norm, equal layers.
-    place: the layer's window and rope; may be traced.
-    x_BTD: the residual stream in front of the half.
+    z: the dense stream, in front of the half for matrices that read it, behind
+      it for those that write to it.
+    u: the pruned stream, in front of the half.
+    fit, held: of the tokens to fit, and those that judge.
   """
-  B, T, _ = x_BTD.shape
-  x_BTD = x_BTD.astype(layer[name].dtype)
-  block = Block(config, config.K[0], config.F[0])
-  call = partial(block.apply, {"params": layer})
-  if name in axes.SCORED["K"] and name != "o":
-    norm = layer["attn_norm"]
-    return model.rms_norm(x_BTD, norm, config.norm_eps, config.norm_offset)
-  if name in ("gate", "up"):
-    norm = layer["mlp_norm"]
-    return model.rms_norm(x_BTD, norm, config.norm_eps, config.norm_offset)
-  if name == "down":
-    return call(x_BTD, method=Block.hidden)
-  window, rope_id = place
-  rows_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
-  seen = None
-  if any(config.window):
-    seen = model.attention_mask(rows_BT, None, window)
-  tables = model.rope_tables(config, rows_BT)
-  rope = jax.tree.map(lambda *t: jnp.stack(t)[rope_id], *tables)
-  qkv = call(x_BTD, rope, method=Block.qkv)
-  return call(*qkv, seen, method=Block.attend).reshape(B, T, -1)
+  equations = _sum(_normal_equations, task, parts, z, u, fit)
+  old = {n: parts.layer[n] for n in task.names}
+  new = _solve(*equations, old, np.float32(ridge))
+  changed = dataclasses.replace(parts, layer=parts.layer | new)
+  before = jax.device_get(_sum(_energies, task, parts, z, u, held))
+  after = jax.device_get(_sum(_energies, task, changed, z, u, held))
+  records, better = [], {}
+  for n in task.names:
+    # Written so that NaN, from equations too singular to solve, loses.
+    if after[n][0] < before[n][0]:
+      better[n] = new[n]
+    share = [
+      float(np.sqrt(r / max(y, 1e-30))) for r, y in (before[n], after[n])
+    ]
+    record = {"matrix": n, "before": share[0], "after": share[1]}
+    records.append(record | {"refitted": n in better})
+  return better, records
 
 
-def add(
-  config: ModelConfig,
-  name: str,
-  layer: Params,
-  x_BTD: jax.Array,
-  y_BTC: jax.Array,
-) -> jax.Array:
-  """The stream x behind a half whose matrix `o` or `down` multiplies y."""
-  block = Block(config, config.K[0], config.F[0])
-  method = Block.add_mlp
-  if name == "o":
-    y_BTC = y_BTC.reshape(*x_BTD.shape[:2], config.K[0], config.G, config.H)
-    method = Block.add_attention
-  return block.apply({"params": layer}, x_BTD, y_BTC, method=method)
+def _sum(fn: Callable, task: _Task, parts: _Parts, z, u, weights) -> Any:
+  """Sum of `fn` over the minibatches that count."""
+  total = None
+  for z_BTD, u_BTD, weight_BT in zip(z, u, weights, strict=True):
+    if weight_BT is not None:
+      found = fn(task, parts, z_BTD, u_BTD, weight_BT)
+      total = found if total is None else _plus(total, found)
+  return total
 
 
-def as_matrix(name: str, weight: jax.Array) -> jax.Array:
-  """Weight as [inputs, outputs]."""
-  reads = axes.AXES[name][0] in axes.RESIDUAL
-  cut = 1 if reads else weight.ndim - 1
-  inputs = int(np.prod(weight.shape[:cut]))
-  return weight.reshape(inputs, -1)
+def _ridge(task: _Task, masks: dict[str, np.ndarray], tokens_NT) -> float:
+  """WEAK or STRONG, by the tokens for each live input channel."""
+  config = task.config
+  channels = {
+    "o": int(masks["K"].sum()) * config.G * config.H,
+    "down": int(masks["F"].sum()),
+  }
+  width = channels.get(task.names[0], config.D)
+  rows = len(tokens_NT) - _held_rows(tokens_NT)
+  return WEAK if rows * tokens_NT.shape[1] >= ENOUGH * width else STRONG
 
 
-def product(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
-  """An einsum to float32, at full precision."""
-  return jnp.einsum(
-    equation,
-    x,
-    y,
-    precision=jax.lax.Precision.HIGHEST,
-    preferred_element_type=jnp.float32,
-  )
-
-
-# ---- On the devices ----------------------------------------------------------
-
-
-def _start(config, outer, tokens_NT, batch, mesh):
-  """The stream in front of the layers, and the tokens to fit and hold out."""
-  N = len(tokens_NT)
+def _start(config, outer, tokens_NT, batch, mesh) -> tuple:
+  """The stream in front of the layers, and the weights to fit and to judge."""
+  N, T = tokens_NT.shape
   if N < 2:
     raise UserError(
       f"a refit needs at least 2 calibration sequences, not {N}: one to fit "
       "and one to judge; raise --config.calibration.refit_samples"
     )
-  held_rows = max(1, round(N * HELD_OUT))
   tokens_MBT, valid_MB = prune.minibatches(tokens_NT, batch, mesh)
   valid_MB = np.asarray(valid_MB)
-  number_MB = valid_MB.ravel().cumsum().reshape(valid_MB.shape)
-  stream, fit, held = [], [], []
-  for m, valid_B in enumerate(valid_MB):
-    stream.append(_embed(config, outer, tokens_MBT[m], mesh=mesh))
-    out_B = number_MB[m] > N - held_rows
+  row_MB = valid_MB.ravel().cumsum().reshape(valid_MB.shape)  # from 1
+  judge_MB = row_MB > N - _held_rows(tokens_NT)
 
-    def weights(row_B):
-      spread = np.repeat(row_B[:, None], tokens_NT.shape[1], axis=1)
-      return prune.replicate(spread.astype(np.float32), mesh)
+  def weights(rows_MB):
+    return [
+      prune.replicate(np.tile(rows_B[:, None], T).astype(np.float32), mesh)
+      if rows_B.any()
+      else None
+      for rows_B in rows_MB
+    ]
 
-    fit.append(weights(valid_B & ~out_B))
-    held.append(weights(valid_B & out_B) if (valid_B & out_B).any() else None)
-  return stream, fit, held
+  stream = [_embed(config, outer, t, mesh=mesh) for t in tokens_MBT]
+  return stream, weights(valid_MB & ~judge_MB), weights(valid_MB & judge_MB)
 
 
-def _cut(x: jax.Array, mesh: Mesh) -> jax.Array:
-  """Rows over the devices."""
-  where = NamedSharding(mesh, PartitionSpec(sharding.BATCH))
-  return jax.lax.with_sharding_constraint(x, where)
+def _held_rows(tokens_NT: np.ndarray) -> int:
+  return max(1, round(len(tokens_NT) * HELD_OUT))
+
+
+def _advance(config, writer, layer, place, stream, mesh) -> Stream:
+  """The stream behind a half."""
+  return [_half(config, writer, layer, place, x, mesh=mesh) for x in stream]
+
+
+def _without_biases(config: ModelConfig, layer: Params) -> ModelConfig:
+  """The config of a dense layer, which may lack the pruned one's biases."""
+  has = {f"{n}_bias": f"{n}_bias" in layer for n in HALVES}
+  return dataclasses.replace(config, **has)
+
+
+def _same(dense_layer: Params, layer: Params) -> bool:
+  if dense_layer.keys() != layer.keys():
+    return False
+  return bool(_equal(dense_layer, layer))
+
+
+# ---- On the devices ----------------------------------------------------------
 
 
 @partial(jax.jit, static_argnames=("config", "mesh"))
@@ -381,121 +311,74 @@ def _embed(config, outer, tokens_BT, *, mesh):
   return _cut(x_BTD.astype(jnp.float32), mesh)
 
 
-def _advance(config, writer, layer, place, stream, mesh) -> Stream:
-  """The stream behind a half."""
-  return [_half(config, writer, layer, place, x, mesh=mesh) for x in stream]
-
-
 @partial(jax.jit, static_argnames=("config", "writer", "mesh"))
 def _half(config, writer, layer, place, x_BTD, *, mesh):
-  y_BTC = fed(config, writer, layer, place, x_BTD)
-  return _cut(add(config, writer, layer, x_BTD, y_BTC), mesh)
+  fed_BTC = halves.fed(config, writer, layer, place, x_BTD)
+  return _cut(halves.add(config, writer, layer, x_BTD, fed_BTC), mesh)
 
 
-def _lacking(config, names, dense_layer, layer, masks, place, z_BTD, u_BTD):
-  """What the matrices are fed, and {name: (residual, target)}, [B, T, ...]."""
-  fed_BTC = fed(config, names[0], layer, place, u_BTD)
-  if names[0] in HALVES:
-    given_BTD = add(config, names[0], layer, u_BTD, fed_BTC)
-    scale = config.residual_scale
-    residual, target = (z_BTD - given_BTD) / scale, (z_BTD - u_BTD) / scale
-    return fed_BTC, {names[0]: (residual, target)}
-  dense_BTD = fed(config, names[0], dense_layer, place, z_BTD)
-  found = {}
-  for n in names:
-    dense_weight = as_matrix(n, axes.mask(n, dense_layer[n], masks))
-    target = product("btd,de->bte", dense_BTD, dense_weight)
-    given = product("btd,de->bte", fed_BTC, as_matrix(n, layer[n]))
-    found[n] = target - given, target
-  return fed_BTC, found
-
-
-def _token_weights(fed_BTC: jax.Array, weight_BT: jax.Array) -> jax.Array:
-  """Weights that let no token's energy exceed CAP medians."""
-  energy_BT = jnp.sum(jnp.square(fed_BTC.astype(jnp.float32)), axis=-1)
-  most = CAP * jnp.median(energy_BT)
-  return weight_BT * jnp.minimum(1, most / jnp.maximum(energy_BT, 1e-30))
-
-
-@partial(jax.jit, static_argnames=("config", "names", "mesh"))
-def _normal_equations(
-  config,
-  names,
-  dense_layer,
-  layer,
-  masks,
-  place,
-  z_BTD,
-  u_BTD,
-  weight_BT,
-  *,
-  mesh,
-):
-  """Gram matrix [C, C] of the input, {name: [C, outputs]} with the residual."""
-  fed_BTC, found = _lacking(
-    config, names, dense_layer, layer, masks, place, z_BTD, u_BTD
-  )
-  weight_BT = _token_weights(fed_BTC, weight_BT)
-  fed_BTC = fed_BTC.astype(jnp.float32)
+@partial(jax.jit, static_argnames="task")
+def _normal_equations(task, parts, z_BTD, u_BTD, weight_BT):
+  """The input's Gram matrix [C, C], moments with what lacks {n: [C, E]}."""
+  fed_BTC, found, weight_BT = _lacking(task, parts, z_BTD, u_BTD, weight_BT)
   weighted_BTC = fed_BTC * weight_BT[..., None]
-  gram = product("btc,bte->ce", weighted_BTC, fed_BTC)
+  gram_CC = halves.product("btc,bte->ce", weighted_BTC, fed_BTC)
   moments = {
-    n: product("btc,bte->ce", weighted_BTC, residual)
-    for n, (residual, _) in found.items()
+    n: halves.product("btc,bte->ce", weighted_BTC, lacks_BTE)
+    for n, (lacks_BTE, _) in found.items()
   }
-  whole = sharding.replicated(mesh)
-  return jax.lax.with_sharding_constraint((gram, moments), whole)
+  whole = sharding.replicated(task.mesh)
+  return jax.lax.with_sharding_constraint((gram_CC, moments), whole)
 
 
-@partial(jax.jit, static_argnames=("config", "names", "mesh"))
-def _energies(
-  config,
-  names,
-  dense_layer,
-  layer,
-  masks,
-  place,
-  z_BTD,
-  u_BTD,
-  weight_BT,
-  *,
-  mesh,
-):
-  """{name: energies (of the residual, of the target)}."""
-  fed_BTC, found = _lacking(
-    config, names, dense_layer, layer, masks, place, z_BTD, u_BTD
-  )
-  weight_BT = _token_weights(fed_BTC, weight_BT)
-  energy = lambda y: jnp.sum(weight_BT[..., None] * jnp.square(y))
-  total = jax.tree.map(energy, found)
-  return jax.lax.with_sharding_constraint(total, sharding.replicated(mesh))
+@partial(jax.jit, static_argnames="task")
+def _energies(task, parts, z_BTD, u_BTD, weight_BT):
+  """{name: energies (of what lacks, of the target)}."""
+  _, found, weight_BT = _lacking(task, parts, z_BTD, u_BTD, weight_BT)
+  energy = lambda y_BTE: jnp.sum(weight_BT[..., None] * jnp.square(y_BTE))
+  whole = sharding.replicated(task.mesh)
+  return jax.lax.with_sharding_constraint(jax.tree.map(energy, found), whole)
 
 
-def factor(gram_CC: jax.Array, ridge: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Cholesky factor of a Gram matrix with its ridge, scaled: (L, scale_C).
+def _lacking(task, parts, z_BTD, u_BTD, weight_BT):
+  """A task on a minibatch, float32.
 
-  (gram + ridge * median diagonal * I) = diag(scale) L L^T diag(scale). Channels
-  that are always zero do not count in the median, and get a unit diagonal.
+  Returns:
+    fed_BTC: the input of the matrices.
+    {name: (what they lack, the target)}, [B, T, outputs] each.
+    weight_BT: lowered so that no token's input energy exceeds CAP medians.
   """
-  diagonal_C = jnp.diagonal(gram_CC)
-  live_C = diagonal_C > 0
-  median = jnp.nanmedian(jnp.where(live_C, diagonal_C, jnp.nan))
-  scale_C = jnp.where(live_C, jnp.sqrt(diagonal_C + ridge * median), 1)
-  scaled_CC = gram_CC / scale_C[:, None] / scale_C[None]
-  scaled_CC = jnp.fill_diagonal(scaled_CC, 1.0, inplace=False)
-  return jnp.linalg.cholesky(scaled_CC), scale_C
+  config, names, layer = task.config, task.names, parts.layer
+  fed_BTC = halves.fed(config, names[0], layer, parts.place, u_BTD)
+  found = {}
+  if names[0] in HALVES:
+    given_BTD = halves.add(config, names[0], layer, u_BTD, fed_BTC)
+    scale = config.residual_scale
+    found[names[0]] = (z_BTD - given_BTD) / scale, (z_BTD - u_BTD) / scale
+  else:
+    dense = parts.dense_layer
+    dense_BTD = halves.fed(config, names[0], dense, parts.place, z_BTD)
+    for n in names:
+      # Biases are the same in both and need no part in it.
+      left = halves.as_matrix(n, axes.mask(n, dense[n], parts.masks))
+      target_BTE = halves.product("btd,de->bte", dense_BTD, left)
+      weight = halves.as_matrix(n, layer[n])
+      given_BTE = halves.product("btd,de->bte", fed_BTC, weight)
+      found[n] = target_BTE - given_BTE, target_BTE
+  fed_BTC = fed_BTC.astype(jnp.float32)
+  energy_BT = jnp.sum(jnp.square(fed_BTC), axis=-1)
+  most = CAP * jnp.median(energy_BT)
+  weight_BT *= jnp.minimum(1, most / jnp.maximum(energy_BT, 1e-30))
+  return fed_BTC, found, weight_BT
 
 
 @jax.jit
 def _solve(gram_CC, moments, weights, ridge):
   """Weights whose change solves the normal equations, in their dtype."""
-  lower_CC, scale_C = factor(gram_CC, ridge)
+  lower_CC, scale_C = halves.factor(gram_CC, ridge)
   new = {}
   for n, weight in weights.items():
-    change = jax.scipy.linalg.cho_solve(
-      (lower_CC, True), moments[n] / scale_C[:, None]
-    )
-    change = (change / scale_C[:, None]).reshape(weight.shape)
+    change = halves.solve(lower_CC, scale_C, moments[n]).reshape(weight.shape)
     new[n] = (weight.astype(jnp.float32) + change).astype(weight.dtype)
   return new
 
@@ -505,11 +388,13 @@ def _plus(total, found):
   return jax.tree.map(jnp.add, total, found)
 
 
-def _same(dense_layer: Params, layer: Params) -> bool:
-  return dense_layer.keys() == layer.keys() and bool(_equal(dense_layer, layer))
-
-
 @jax.jit
 def _equal(dense_layer, layer):
   equal = jax.tree.map(lambda x, y: jnp.all(x == y), dense_layer, layer)
   return jnp.all(jnp.stack(jax.tree.leaves(equal)))
+
+
+def _cut(x_BTD: jax.Array, mesh: Mesh) -> jax.Array:
+  """Rows over the devices."""
+  where = NamedSharding(mesh, PartitionSpec(sharding.BATCH))
+  return jax.lax.with_sharding_constraint(x_BTD, where)
