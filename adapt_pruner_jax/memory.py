@@ -76,11 +76,12 @@ def _measure(
 ) -> dict[str, Bytes]:
   shape = dataclasses.asdict(config.mesh)
   mesh = sharding.make_mesh(**shape, devices=devices)
+  if config.train.tokens:
+    train.check_rows(_batch(config, mesh), config.train.accumulation, mesh)
   found = {}
   if config.prune.method == "adapt":
     found["scoring"] = scoring(config, full, mesh, real)
   if config.train.tokens:
-    train.check_rows(_batch(config, mesh), config.train.accumulation, mesh)
     rule = training if real else estimated_training
     found["training"] = rule(config, full, student, mesh)
   return found

@@ -15,6 +15,7 @@ from typing import Any
 from adapt_pruner_jax import charts
 from adapt_pruner_jax.charts import as_number
 from adapt_pruner_jax.config import Config, difference
+from adapt_pruner_jax.progress import duration
 
 TEMPLATE = Path(__file__).with_name("page_template.html")
 Found = dict[str, Any]  # from `report.collect`
@@ -359,16 +360,6 @@ def table(
     for row in rows
   )
   return f'<div class="scroll"><table class="{kind}">{head}{body}</table></div>'
-
-
-def duration(seconds: float) -> str:
-  """3725 -> '1 h 2 min'."""
-  if seconds < 60:
-    return f"{seconds:.0f} s"
-  minutes = round(seconds / 60)
-  if minutes < 60:
-    return f"{minutes} min"
-  return f"{minutes // 60} h {minutes % 60} min"
 
 
 def _legend(entries: Sequence[tuple[Sequence[str], str]]) -> str:

@@ -7,13 +7,13 @@ is `memory`'s. Nothing is written, no weights are read.
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from adapt_pruner_jax import memory, model, prune, sparsity
 from adapt_pruner_jax.axes import UNITS
-from adapt_pruner_jax.config import Config, check
+from adapt_pruner_jax.config import Config, Prune, check
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.hardware import (
   USABLE,
@@ -26,7 +26,7 @@ from adapt_pruner_jax.hardware import (
 )
 from adapt_pruner_jax.log import Log
 from adapt_pruner_jax.model import ModelConfig
-from adapt_pruner_jax.page import duration
+from adapt_pruner_jax.progress import duration
 
 __all__ = ["Hardware", "define_flags", "flag_values", "plan"]
 
@@ -133,7 +133,7 @@ def stage_table(
   return rows
 
 
-def even_target(full: ModelConfig, settings: Any) -> int:
+def even_target(full: ModelConfig, settings: Prune) -> int:
   """Parameters that `max_steps` steps leave, without a target."""
   sparsity_ = min(settings.max_steps * settings.step_size, 1)
   size = model.count_params(full)
@@ -141,32 +141,38 @@ def even_target(full: ModelConfig, settings: Any) -> int:
   return max(size - gone, prune.smallest(full, settings))
 
 
-def evenly(full: ModelConfig, settings: Any, target: int) -> ModelConfig:
+def evenly(full: ModelConfig, settings: Prune, target: int) -> ModelConfig:
   """The largest model not above `target` that loses the same share everywhere.
 
-  KV groups are few, so theirs is rounded down, and MLPs make up for it.
+  KV groups are few: where their rounding takes too much or too little, the MLPs
+  make up for it.
   """
   prunable = prune.prunable_modules(full, settings)
 
-  def narrow(share_K: float, share_F: float) -> ModelConfig:
-    shares = {"K": (share_K, 1), "F": (share_F, settings.round_ffn_to)}
-    units = {}
-    for u in UNITS:
-      share, block = shares[u]
-      units[u] = tuple(
-        min(width, max(math.floor(width * (1 - share) / block), 1) * block)
-        if may
-        else width
-        for width, may in zip(full.units()[u], prunable[u], strict=True)
-      )
-    return dataclasses.replace(full, **units)
+  def cut(unit: str, share: float, rounding: Callable = math.floor) -> tuple:
+    block = settings.round_ffn_to if unit == "F" else 1
+    return tuple(
+      min(n, max(rounding(n * (1 - share) / block), 1) * block) if may else n
+      for n, may in zip(full.units()[unit], prunable[unit], strict=True)
+    )
 
-  both = _least(lambda s: model.count_params(narrow(s, s)) <= target)
-  only = _least(lambda s: model.count_params(narrow(both, s)) <= target)
-  return narrow(both, only)
+  def made(K: tuple, share: float) -> ModelConfig:
+    return dataclasses.replace(full, K=K, F=cut("F", share))
+
+  def fits(config: ModelConfig) -> bool:
+    return model.count_params(config) <= target
+
+  share = _least(lambda s: fits(made(cut("K", s), s)))
+  found = []
+  for rounding in math.floor, math.ceil:
+    K = cut("K", share, rounding)
+    found.append(made(K, _least(lambda s, K=K: fits(made(K, s)))))
+  return max(filter(fits, found), key=model.count_params)
 
 
-def prune_steps(before: ModelConfig, after: ModelConfig, settings: Any) -> int:
+def prune_steps(
+  before: ModelConfig, after: ModelConfig, settings: Prune
+) -> int:
   """Steps of a stage, each growing the mean sparsity by `step_size`."""
   if settings.method != "adapt":
     return settings.llm_pruner_steps if settings.method == "llm_pruner" else 1
@@ -360,7 +366,7 @@ def gb(size: float) -> str:
   return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"
 
 
-def _prunable_params(config: ModelConfig, settings: Any) -> int:
+def _prunable_params(config: ModelConfig, settings: Prune) -> int:
   cost, prunable = (
     model.unit_cost(config),
     prune.prunable_modules(config, settings),
@@ -373,7 +379,7 @@ def _prunable_params(config: ModelConfig, settings: Any) -> int:
   )
 
 
-def _least(is_enough: Any) -> float:
+def _least(is_enough: Callable[[float], bool]) -> float:
   """The smallest share in [0, 1] that is enough, by bisection."""
   low, high = 0.0, 1.0
   for _ in range(40):

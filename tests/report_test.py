@@ -148,7 +148,7 @@ def test_page_is_whole_and_self_contained(text):
 def test_headline(text):
   assert (
     "25.0% of tiny was removed: 1,200,000 → 900,000 parameters, perplexity "
-    "20 → 23, in 1 h 2 min."
+    "20 → 23, in 1 h 02 min."
   ) in text
 
 
