@@ -18,31 +18,24 @@ import jax.numpy as jnp
 from adapt_pruner_jax import (
   adapt,
   comparison,
+  contenders,
+  evaluate,
   methods,
   model,
   optim,
   prune,
   sharding,
+  tokens,
   train,
   workdir,
 )
 from adapt_pruner_jax.adapt import Setting
 from adapt_pruner_jax.axes import Params
-from adapt_pruner_jax.config import Config, Prune, check
-from adapt_pruner_jax.errors import UserError, nearest
+from adapt_pruner_jax.config import Config, Prune, Train
+from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.log import Log
 from adapt_pruner_jax.model import ModelConfig
 
-# Names beside those of `methods.METHODS`, as settings of prune.*.
-VARIANTS = {
-  "uniform": {"method": "adapt", "amplitude": 0.0},
-  # The published selection; the target is met exactly all the same.
-  "paper": {"method": "adapt", "gqa_fold": "reference", "trim": True},
-}
-NAMES = (*methods.METHODS, *VARIANTS)
-REFIT = "+refit"  # after a name: what is left is refitted at the end
-ALL = (*NAMES, "adapt" + REFIT, "curvature" + REFIT)
-DENSE, SCRATCH = "dense", "from_scratch"
 # The recipe's rate is made for a trained model; a random one would hardly move.
 SCRATCH_RATE = 1e-3
 
@@ -65,7 +58,7 @@ def compare(
 
   Args:
     config: the recipe; its own target, method and stages are not read.
-    methods: names with commas between, see `parse_names`.
+    methods: names with commas between, see `contenders.parse_names`.
     ratios: shares of all parameters to remove, with commas between.
     recover_tokens: train each result on so many, as `config.train` says.
     from_scratch: also train the shapes that `adapt` leaves from random weights,
@@ -75,13 +68,14 @@ def compare(
     UserError: bad input; or a ratio that no method could do, after the table.
     StoppedError: asked to stop; the finished rows are saved.
   """
-  jobs = [(DENSE, 0.0)]
-  names = parse_names(methods)
-  for ratio in parse_ratios(ratios):
+  jobs = [(contenders.DENSE, 0.0)]
+  names = contenders.parse_names(methods)
+  shares = contenders.parse_ratios(ratios)
+  for ratio in shares:
     jobs += [(name, ratio) for name in names]
-    jobs += [(SCRATCH, ratio)] * from_scratch
-  check_input(config, names, jobs, recover_tokens, from_scratch)
-  shared = shared_recipe(config, recover_tokens)
+    jobs += [(contenders.SCRATCH, ratio)] * from_scratch
+  contenders.check_input(config, names, jobs, recover_tokens, from_scratch)
+  shared = contenders.shared_recipe(config, recover_tokens)
   with (
     workdir.lock(path),
     Log(path, **dataclasses.asdict(config.log)) as log,
@@ -103,7 +97,7 @@ def compare(
     run_jobs(jobs, found, setting, stopping)
     comparison.write(found, path)
     comparison.tell(found, path, log)
-  failed = [r for r in parse_ratios(ratios) if not _succeeded(found, r)]
+  failed = [ratio for ratio in shares if not _succeeded(found, ratio)]
   if failed:
     raise UserError(
       f"no method could remove {', '.join(f'{r:.0%}' for r in failed)}; "
@@ -139,6 +133,8 @@ def run_jobs(
     try:
       row |= do_job(name, ratio, rows, dense, setting, title, stop_if_asked)
     except UserError as error:
+      if name == contenders.DENSE:  # then so would all the others
+        raise
       setting.log.say(f"{title}: {error}")
       row["error"] = str(error)
     rows[name, ratio] = row
@@ -161,11 +157,11 @@ def do_job(
   Raises:
     UserError: the method cannot do it.
   """
-  if name == DENSE:
-    return _facts(*dense, setting) | measure(*dense, setting)
+  if name == contenders.DENSE:
+    return _facts(dense[0], setting) | measure(*dense, setting)
   begun = time.monotonic()
   settings = setting.config.train
-  if name == SCRATCH:
+  if name == contenders.SCRATCH:
     pair, row = random_model(rows["adapt", ratio], dense[0], setting), {}
     settings = dataclasses.replace(
       settings,
@@ -174,18 +170,18 @@ def do_job(
       lora_rank=0,
     )
   else:
-    recipe = settings_of(name, ratio, setting.config.prune)
+    recipe = contenders.settings_of(name, ratio, setting.config.prune)
     pair, row = prune_once(recipe, dense, setting, title, stop_if_asked)
   seconds = time.monotonic() - begun
   if setting.total_steps:
-    if name != SCRATCH:
+    if name != contenders.SCRATCH:
       row["pruned"] = measure(*pair, setting)
     begun = time.monotonic()
     pair = recover(pair, settings, dense, setting, title, stop_if_asked)
     seconds += time.monotonic() - begun
     per_step = setting.config.data.batch * setting.config.data.seq_len
     row["train_tokens"] = setting.total_steps * per_step
-  row |= _facts(*pair, setting) | {"seconds": round(seconds, 3)}
+  row |= _facts(pair[0], setting) | {"seconds": round(seconds, 3)}
   return row | measure(*pair, setting)
 
 
@@ -206,9 +202,9 @@ def prune_once(
   sizes = {}  # tokens of each step
 
   def samples(step: int) -> Any:
-    tokens_NT = setting.calibration.batch(step)
-    sizes[step] = tokens_NT.size
-    return tokens_NT
+    drawn_NT = setting.calibration.batch(step)
+    sizes[step] = drawn_NT.size
+    return drawn_NT
 
   size = model.count_params(setting.full)
   with setting.log.phase(title, size - target, "parameters") as phase:
@@ -228,24 +224,27 @@ def prune_once(
       seed=config.seed,
       log=note,
     )
-  refit_NT = setting.refit_data.batch(len(pruned.trace))
-  params, refits = methods.refit_after(
-    dense,
-    pruned,
-    pruned.kept,
-    settings,
-    refit_NT,
-    config.calibration.batch,
-    setting.mesh,
-  )
-  used = sum(sizes.values()) + (refit_NT.size if refits else 0)
-  pair = jax.block_until_ready((pruned.config, params))
-  return pair, {"target_params": target, "calibration_tokens": used}
+  pair, used = (pruned.config, pruned.params), sum(sizes.values())
+  if settings.refit != "none":
+    tokens_NT = setting.refit_data.batch(len(pruned.trace))
+    used += tokens_NT.size
+    params, _ = methods.refit_after(
+      dense,
+      pruned,
+      pruned.kept,
+      settings,
+      tokens_NT,
+      config.calibration.batch,
+      setting.mesh,
+    )
+    pair = pruned.config, params
+  facts = {"target_params": target, "calibration_tokens": used}
+  return jax.block_until_ready(pair), facts
 
 
 def recover(
   pair: Pair,
-  settings: Any,
+  settings: Train,
   dense: Pair,
   setting: Setting,
   title: str,
@@ -314,26 +313,25 @@ def random_model(row: dict, full: ModelConfig, setting: Setting) -> Pair:
 
 
 def measure(config: ModelConfig, params: Params, setting: Setting) -> dict:
-  """`perplexity` and `loss` (nats a token), and `tasks`, as asked for."""
+  """`perplexity` and `loss` (nats a token), and of tasks the scores."""
   found = {}
   if setting.eval_tokens is not None:
     found |= adapt.measure(config, params, setting)
-  if setting.config.eval.tasks:
-    from adapt_pruner_jax import harness
-
-    found["tasks"] = harness.evaluate_tasks(
+  recipe = setting.config.eval
+  if recipe.tasks:
+    found["evaluation"] = evaluate.import_harness().evaluate_tasks(
       config,
       params,
-      setting.tokenizer,
-      setting.config.eval.tasks.split(","),
-      tasks_dir=setting.config.eval.tasks_dir or None,
-      batch=setting.config.eval.batch,
+      setting.tokenizer or tokens.load_tokenizer(setting.source),
+      recipe.tasks.split(","),
+      tasks_dir=recipe.tasks_dir or None,
+      batch=recipe.batch,
       mesh=setting.mesh,
     )
   return found
 
 
-def _facts(config: ModelConfig, _: Params, setting: Setting) -> dict:
+def _facts(config: ModelConfig, setting: Setting) -> dict:
   size = model.count_params(config)
   return {
     "params": size,
@@ -345,109 +343,6 @@ def _facts(config: ModelConfig, _: Params, setting: Setting) -> dict:
 
 def _succeeded(found: dict, ratio: float) -> bool:
   return any(r["ratio"] == ratio and "error" not in r for r in found["rows"])
-
-
-# ---- What is asked for -------------------------------------------------------
-
-
-def parse_names(text: str) -> list[str]:
-  """Reads --methods: names with commas between, or "all".
-
-  A name is one of `config.CHOICES["prune.method"]`, `uniform` (amplitude 0) or
-  `paper` (heads counted as the authors' code does), with `+refit` behind it or
-  not.
-
-  Raises:
-    UserError: an unknown name, or one that is given twice.
-  """
-  if text == "all":
-    return list(ALL)
-  names = [name.strip() for name in text.split(",") if name.strip()]
-  for name in names:
-    if name.removesuffix(REFIT) not in NAMES:
-      raise UserError(
-        f"--methods={text}: no method {name}{nearest(name, ALL)}; there are "
-        f"{', '.join(NAMES)}, each also with {REFIT}, and all"
-      )
-  if not names or len({*names}) < len(names):
-    raise UserError(
-      f"--methods={text}: give names once each, with commas between, or all"
-    )
-  return names
-
-
-def parse_ratios(text: str) -> list[float]:
-  """Reads --ratios: shares of all parameters to remove, rising.
-
-  Raises:
-    UserError: not numbers between 0 and 1.
-  """
-  try:
-    ratios = sorted({float(part) for part in text.split(",")})
-  except ValueError:
-    ratios = []
-  if not ratios or not all(0 < ratio < 1 for ratio in ratios):
-    raise UserError(
-      f"--ratios={text}: give shares to remove, above 0 and below 1, with "
-      "commas between, such as 0.2,0.4,0.6"
-    )
-  return ratios
-
-
-def settings_of(name: str, ratio: float, base: Prune) -> Prune:
-  """The settings that a method's name stands for, at a ratio."""
-  plain = name.removesuffix(REFIT)
-  return dataclasses.replace(
-    base,
-    **VARIANTS.get(plain, {"method": plain}),
-    ratio=ratio,
-    refit="none" if plain == name else "final",
-  )
-
-
-def shared_recipe(config: Config, recover_tokens: int) -> Config:
-  """What all rows share; the work directory's config.json."""
-  return dataclasses.replace(
-    config,
-    prune=dataclasses.replace(
-      config.prune,
-      method="adapt",
-      ratio=0.0,
-      target_params=0,
-      max_steps=0,
-      stages=1,
-      refit="final",  # so that its calibration is opened
-    ),
-    train=dataclasses.replace(config.train, tokens=recover_tokens),
-    oneshot_control=False,
-  )
-
-
-def check_input(
-  config: Config,
-  names: list[str],
-  jobs: list[tuple[str, float]],
-  recover_tokens: int,
-  from_scratch: bool,
-) -> None:
-  """Raises a UserError for what no comparison can be made of."""
-  if not (config.eval.text or config.eval.tasks):
-    raise UserError(
-      "nothing to compare by: give --config.eval.text=FILE for perplexity, "
-      "--config.eval.tasks=arc_easy,... for accuracy, or both"
-    )
-  if from_scratch and not recover_tokens:
-    raise UserError("--from_scratch needs --recover_tokens=N to train on")
-  if from_scratch and "adapt" not in names:
-    raise UserError(
-      "--from_scratch trains the shapes that adapt leaves: add adapt to "
-      "--methods"
-    )
-  shared = shared_recipe(config, recover_tokens)
-  for name, ratio in jobs:
-    if name not in (DENSE, SCRATCH):
-      settings = settings_of(name, ratio, shared.prune)
-      check(dataclasses.replace(shared, prune=settings))
 
 
 def stored_rows(path: Path) -> list[dict]:

@@ -76,7 +76,7 @@ def table(rows: list[dict]) -> tuple[list[str], list[list[str]]]:
     "before training": [
       shown(row.get("pruned", {}).get("perplexity")) for row in rows
     ],
-    **{t: [_number(scores(r).get(t), "{:.2%}") for r in rows] for t in tasks},
+    **{t: [_score(scores(r).get(t)) for r in rows] for t in tasks},
     "seconds": [_number(row.get("seconds"), "{:.1f}") for row in rows],
     "calibration tokens": [
       _number(row.get("calibration_tokens"), "{:,}") for row in rows
@@ -90,8 +90,17 @@ def table(rows: list[dict]) -> tuple[list[str], list[list[str]]]:
 
 
 def scores(row: dict) -> dict[str, float]:
-  """Accuracies of a row by task."""
-  return row.get("tasks", {})
+  """One number a task or preset: acc_norm, else acc, else what comes first."""
+  if "evaluation" not in row:
+    return {}
+  found = {
+    name: next(values[m] for m in ("acc_norm", "acc", *values) if m in values)
+    for name, values in row["evaluation"]["tasks"].items()
+  }
+  for name, preset in row["evaluation"]["presets"].items():
+    # A preset says which metric of a task it means.
+    found |= preset["tasks"] | {f"{name}, mean": preset["mean"]}
+  return found
 
 
 def shown(perplexity: Any) -> str:
@@ -179,6 +188,11 @@ def _point(row: dict) -> tuple[float, float] | None:
     return None
   value = float(row["perplexity"])
   return (100 * row["removed"], value) if math.isfinite(value) else None
+
+
+def _score(value: float | None) -> str:
+  """An accuracy, or the perplexity that some tasks have."""
+  return _number(value, "{:.1%}" if value is None or value <= 1 else "{:.3f}")
 
 
 def _number(value: Any, form: str) -> str:

@@ -14,13 +14,35 @@ import jax
 import numpy as np
 import pytest
 
-from adapt_pruner_jax import adapt, compare, comparison, data, evaluate, model
+from adapt_pruner_jax import (
+  adapt,
+  compare,
+  comparison,
+  contenders,
+  data,
+  evaluate,
+  model,
+  sharding,
+)
 from adapt_pruner_jax import prune as core
 from adapt_pruner_jax.config import CHOICES, Config
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.hf import load
 
 TWO = "adapt,uniform"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_device():
+  """Other tests shard; here it would take most of the time."""
+  make_mesh = sharding.make_mesh
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(
+      sharding,
+      "make_mesh",
+      lambda *_, **__: make_mesh(devices=jax.devices()[:1]),
+    )
+    yield
 
 
 @pytest.fixture(scope="module")
@@ -207,7 +229,7 @@ def test_other_recipe_is_refused(finished, recipe):
   other = dataclasses.replace(recipe, seed=3)
   with pytest.raises(UserError, match="another recipe: seed: 0 -> 3"):
     compare.compare(other, finished[1], TWO, "0.2")
-  with pytest.raises(UserError, match="train.tokens: 0 -> 512"):
+  with pytest.raises(UserError, match=r"train\.tokens: 0 -> 512"):
     compare.compare(recipe, finished[1], TWO, "0.2", recover_tokens=512)
 
 
@@ -269,11 +291,11 @@ def test_from_scratch_has_the_shape_of_adapt(recovered):
 def test_recovery_spares_the_dense_model(recipe, tmp_path):
   """Its arrays are used for every row, and training donates what it gets."""
   with adapt.Log(None) as log:
-    shared = compare.shared_recipe(recipe, 1024)
+    shared = contenders.shared_recipe(recipe, 1024)
     setting = adapt.prepare(shared, tmp_path, log)
     dense = adapt.load_model(setting)
     before = jax.tree.map(np.array, dense[1])
-    settings = compare.settings_of("adapt", 0.2, shared.prune)
+    settings = contenders.settings_of("adapt", 0.2, shared.prune)
     args = (dense, setting, "a test", lambda: None)
     pair, _ = compare.prune_once(settings, *args)
     compare.recover(pair, shared.train, *args)
@@ -284,7 +306,7 @@ def test_lora_where_a_half_layer_is_gone(recipe, tmp_path):
   lora = dataclasses.replace(recipe.train, lora_rank=2)
   config = dataclasses.replace(recipe, train=lora)
   with adapt.Log(None) as log:
-    shared = compare.shared_recipe(config, 1024)
+    shared = contenders.shared_recipe(config, 1024)
     setting = adapt.prepare(shared, tmp_path, log)
     dense = adapt.load_model(setting)
     masks = core.to_masks(core.everything(dense[0]), dense[0])
@@ -321,12 +343,32 @@ def test_a_ratio_that_none_can_do(recipe, tmp_path):
   assert (tmp_path / "compare.md").exists()
 
 
+def test_tasks_are_columns(recipe, shared_data, tmp_path):
+  tasks = Config().eval
+  tasks.tasks, tasks.tasks_dir = "openbookqa", str(shared_data / "eval")
+  config = dataclasses.replace(recipe, eval=tasks)
+  found = compare.compare(config, tmp_path, "adapt", "0.4")
+  columns, cells = comparison.table(found["rows"])
+  assert columns[:4] == ["removed", "method", "parameters", "openbookqa"]
+  for row, cell in zip(found["rows"], cells, strict=True):
+    score = row["evaluation"]["tasks"]["openbookqa"]["acc_norm"]
+    assert cell[3] == f"{score:.1%}"
+    assert "perplexity" not in row
+  assert not (tmp_path / "compare.svg").exists()
+  tasks.tasks = "openbokqa"
+  with pytest.raises(UserError, match="openbookqa"):
+    compare.compare(config, tmp_path / "other", "adapt", "0.4")
+
+
 # ---- Bad input ---------------------------------------------------------------
 
 
 def test_names():
-  assert compare.parse_names(" adapt , flap+refit") == ["adapt", "flap+refit"]
-  every = compare.parse_names("all")
+  assert contenders.parse_names(" adapt , flap+refit") == [
+    "adapt",
+    "flap+refit",
+  ]
+  every = contenders.parse_names("all")
   assert {*CHOICES["prune.method"], "uniform", "paper"} <= {*every}
   assert {"adapt+refit", "curvature+refit"} <= {*every}
 
@@ -342,22 +384,26 @@ def test_names():
 )
 def test_bad_names(text, message):
   with pytest.raises(UserError, match=message):
-    compare.parse_names(text)
+    contenders.parse_names(text)
 
 
 @pytest.mark.parametrize("text", ["", "0", "1", "0.2,x", "-0.1", "nan"])
 def test_bad_ratios(text):
   with pytest.raises(UserError, match="--ratios="):
-    compare.parse_ratios(text)
+    contenders.parse_ratios(text)
 
 
 def test_settings_of_names():
-  base = Config().prune
-  base.trim = False
-  of = lambda name: compare.settings_of(name, 0.3, base)
+  config = Config()
+  config.prune.trim = False
+  config.prune.stages = 3
+  base = contenders.shared_recipe(config, 0).prune
+  assert (base.stages, base.trim) == (1, False)
+  of = lambda name: contenders.settings_of(name, 0.3, base)
   assert dataclasses.asdict(of("flap")) == dataclasses.asdict(base) | {
     "method": "flap",
     "ratio": 0.3,
+    "refit": "none",
   }
   assert (of("uniform").method, of("uniform").amplitude) == ("adapt", 0.0)
   paper = of("paper")
@@ -367,6 +413,9 @@ def test_settings_of_names():
     "curvature",
     "final",
   )
+  config.prune.refit = "5"
+  base = contenders.shared_recipe(config, 0).prune
+  assert (of("curvature+refit").refit, of("curvature").refit) == ("5", "none")
 
 
 def test_nothing_to_compare_by(recipe, tmp_path):
