@@ -48,9 +48,9 @@ def compare(config: ModelConfig, get: Get, folder: Path | None) -> None:
   ids = np.random.default_rng(0).integers(config.V, size=(1, length))
   found = None
   if folder is not None:
-    found = _walk(load.read_config(folder), _reader(folder), ids)
+    found = walk(load.read_config(folder), _reader(folder), ids)
   wrong = None
-  for where, expected in _walk(config, get, ids):
+  for where, expected in walk(config, get, ids):
     if found is None or wrong is not None:
       continue  # only take part in the gathering
     _, other = next(found)
@@ -69,7 +69,7 @@ def compare(config: ModelConfig, get: Get, folder: Path | None) -> None:
     raise wrong or UserError("process 0 refused the export; see its message")
 
 
-def _walk(
+def walk(
   config: ModelConfig, get: Get, ids_BT: np.ndarray
 ) -> Iterator[tuple[str, np.ndarray]]:
   """The residual stream after each layer, then the logits."""
