@@ -169,20 +169,22 @@ def generate(command: str, argv: list[str]) -> int:
   flags.DEFINE_float("temperature", 0.0, "0 = greedy", flag_values=values)
   _parse(command, argv, values, ["model"])
   _start_jax(None)
-  from adapt_pruner_jax import generate
+  from adapt_pruner_jax import convert, generate, tokens
 
-  print(
-    generate.generate_text(
-      values.model,
-      values.prompt,
-      max_new_tokens=values.max_new_tokens,
-      temperature=values.temperature,
-      top_k=values.top_k,
-      top_p=values.top_p,
-      seed=values.seed,
-      dtype=values.dtype,
-    )
+  config, params, folder = convert.open_model(values.model, values.dtype)
+  tokenizer = tokens.load_tokenizer(folder)
+  prompt = tokenizer.encode(values.prompt)
+  (new,) = generate.generate(
+    config,
+    params,
+    [prompt],
+    values.max_new_tokens,
+    temperature=values.temperature,
+    top_k=values.top_k,
+    top_p=values.top_p,
+    seed=values.seed,
   )
+  print(tokenizer.backend.decode(prompt + new, skip_special_tokens=True))
   return 0
 
 
