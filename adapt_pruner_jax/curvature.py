@@ -96,14 +96,14 @@ def steps(
 ) -> Iterator[tuple[Step, Params, dict]]:
   """The steps of `prune`: each with the weights after it, and its refit.
 
-  Steps fall behind each other by `step_size` of the full model's parameters.
+  A step removes `step_size` of the full model's parameters, or a bit more.
   """
   dense, original = pruning.dense(full), stacked
   prunable = pruning.prunable_modules(full, settings)
   begin = pruning.to_masks(kept, full)
-  size, initial = pruning.count(full, begin), model.count_params(full)
+  initial = model.count_params(full)
   if after is None:
-    after = Step(0, begin, {}, size)
+    after = Step(0, begin, {}, pruning.count(full, begin))
   while not _done(after, settings, target):
     number = after.number + 1
     tokens = samples(number - 1)
@@ -117,7 +117,7 @@ def steps(
       mesh=mesh,
     )
     found = jax.device_get(found)
-    aim = size - math.ceil(initial * settings.step_size * number)
+    aim = after.params - math.ceil(initial * settings.step_size)
     scores = {u: np.asarray(s, np.float64) for u, s in found["scores"].items()}
     counts = choose(
       full,
