@@ -43,7 +43,9 @@ EXTRAS = {
   "test": [
     "accelerate>=1.15,<2",
     *DATA,
+    "gguf>=0.19,<1",
     "hypothesis>=6.170,<7",
+    "lm_eval==0.4.13",
     "peft>=0.19,<1",
     "pytest>=9,<10",
     "pytest-xdist>=3.8,<4",

@@ -18,7 +18,7 @@ import numpy as np
 from adapt_pruner_jax import axes, model
 from adapt_pruner_jax.axes import Params
 from adapt_pruner_jax.errors import UserError, nearest
-from adapt_pruner_jax.hf import gguf_vocab
+from adapt_pruner_jax.hf import gguf_vocab, save, uniform
 from adapt_pruner_jax.hf.tensors import to_hf
 from adapt_pruner_jax.model import ModelConfig
 
@@ -83,11 +83,9 @@ def write(
       f"--dtype={dtype} is not one of f32, f16, q8_0{nearest(dtype, DTYPES)}"
     )
   kind = DTYPES[dtype]
-  config, params = _without_empty_layers(config, params)
+  config, params = save.without_empty_layers(config, params)
   arch = architecture(config)
   if arch == "qwen3" and not _is_uniform(config):
-    from adapt_pruner_jax.hf import uniform
-
     config, params = uniform.pad(config, params)
   out.parent.mkdir(parents=True, exist_ok=True)
   handle, name = tempfile.mkstemp(prefix=f".{out.name}-", dir=out.parent)
@@ -124,8 +122,8 @@ def architecture(config: ModelConfig) -> str:
     return "openelm" if config.tied and not _is_uniform(config) else "qwen3"
   elif config.family not in LLAMA_LIKE:
     why = (
-      f"the family {config.family}; write --format=hf_uniform and use llama.cpp's"
-      " own converter on it"
+      f"the family {config.family}; write --format=hf_uniform and use "
+      "llama.cpp's own converter on it"
     )
   elif any(config.window):
     why = (
@@ -231,15 +229,6 @@ def _compare(
     if not error <= tolerance * np.abs(want).max() + 1e-7 * (kind != "f32"):
       raise RuntimeError(f"{name} reads back with an error of {error}")
   assert not found, f"written without a reason: {sorted(found)}"
-
-
-def _without_empty_layers(
-  config: ModelConfig, params: Params
-) -> tuple[ModelConfig, Params]:
-  """Leaves out layers that pass their input on."""
-  from adapt_pruner_jax.hf import save
-
-  return save.without_empty_layers(config, params)
 
 
 def _is_uniform(config: ModelConfig) -> bool:

@@ -94,9 +94,7 @@ def pre_tokenizer(settings: dict | None, file: Path) -> str:
     UserError: none is known to do the same.
   """
   settings = settings or {}
-  steps = (
-    settings["pretokenizers"] if "pretokenizers" in settings else [settings]
-  )
+  steps = settings.get("pretokenizers", [settings])
   patterns = [
     s["pattern"]["Regex"] for s in steps if "Regex" in s.get("pattern", {})
   ]
