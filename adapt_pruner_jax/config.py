@@ -67,9 +67,7 @@ class Prune:
   attention_layers: str = ""  # "2:6", half open; empty = all
   mlp_layers: str = ""
   gqa_fold: str = "aligned"  # "reference" = the authors' code
-  trim: bool = (
-    True  # end just below the target; False = the authors'
-  )
+  trim: bool = True  # end just below the target; False = the authors'
   round_ffn_to: int = 1  # MLP widths become multiples of this
   # Least squares on what is left, after any method: none, final, or every so
   # many steps (curvature only).
@@ -226,6 +224,8 @@ def check(config: Config) -> None:
     "prune.round_ffn_to": 1,
     "prune.llm_pruner_steps": 1,
     "prune.slice_multiple": 1,
+    "prune.refit_ridge": 0,
+    "calibration.refit_samples": 2,
     "calibration.samples": 1,
     "calibration.seq_len": 2,
     "calibration.batch": 1,
@@ -252,8 +252,14 @@ def check(config: Config) -> None:
     raise UserError(
       f"train.distill_alpha={config.train.distill_alpha} must be in [0, 1]"
     )
-  if not 0 < p.step_size <= 1:
-    raise UserError(f"prune.step_size={p.step_size} must be in (0, 1]")
+  for name in ("prune.step_size", "prune.cap"):
+    if not 0 < get(config, name) <= 1:
+      raise UserError(f"{name}={get(config, name)} must be in (0, 1]")
+  if not re.fullmatch(r"none|final|[1-9]\d*", str(p.refit)):
+    raise UserError(
+      f"--config.prune.refit={p.refit} is not none, final, or a number of "
+      "pruning steps (such as 5; curvature only) after which to refit"
+    )
 
 
 def layer_range(text: str, num_layers: int, name: str) -> range:

@@ -17,7 +17,7 @@ from adapt_pruner_jax import (
   refit,
   sharding,
 )
-from adapt_pruner_jax.config import Calibration, Prune
+from adapt_pruner_jax.config import Calibration, Config, Prune, check
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.hf import load
 from adapt_pruner_jax.model import Block, Decoder, ModelConfig, Rope
@@ -306,6 +306,25 @@ def test_refusals(params):
   gemma = dataclasses.replace(CONFIG, family="gemma2", norm_order="sandwich")
   with pytest.raises(UserError, match="gemma2"):
     curvature.prune(gemma, params, settings, samples, target=10)
+
+
+@pytest.mark.parametrize(
+  "field, value, match",
+  [
+    ("prune.refit", "0", "number of pruning steps"),
+    ("prune.refit", "fianl", "is not none, final"),
+    ("prune.refit_ridge", -1.0, "at least 0"),
+    ("prune.cap", 0.0, r"in \(0, 1\]"),
+    ("calibration.refit_samples", 1, "at least 2"),
+  ],
+)
+def test_settings(field, value, match):
+  recipe = Config(prune=Prune(ratio=0.2, refit="5"))
+  check(recipe)
+  section, name = field.split(".")
+  setattr(getattr(recipe, section), name, value)
+  with pytest.raises(UserError, match=match):
+    check(recipe)
 
 
 @pytest.mark.slow
