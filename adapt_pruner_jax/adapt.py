@@ -12,89 +12,48 @@ Where it goes on from, first match first:
 and within a prune from `pruning.json`, the last step that was decided.
 """
 
-import contextlib
 import dataclasses
-import importlib.metadata
-import platform
-import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from jax.sharding import Mesh
 
 from adapt_pruner_jax import (
   checkpoint,
-  data,
-  evaluate,
   methods,
   model,
   optim,
   prune,
   report,
-  sharding,
-  sources,
   sparsity,
-  tiny,
-  tokens,
   train,
   workdir,
 )
-from adapt_pruner_jax.axes import Params
-from adapt_pruner_jax.config import Config, check, difference
-from adapt_pruner_jax.errors import UserError
-from adapt_pruner_jax.hf import load, save
+from adapt_pruner_jax.config import Config, check
+from adapt_pruner_jax.hf import save
 from adapt_pruner_jax.log import Log
-from adapt_pruner_jax.model import ModelConfig
-
-# Sections of the recipe that may change between the parts of one run.
-FREE_SECTIONS = ("mesh", "checkpoint", "log")
-
-
-class StoppedError(Exception):
-  """The run was asked to stop; what it did is saved."""
-
-
-@dataclasses.dataclass
-class Setting:
-  """What a run works with and does not change."""
-
-  config: Config
-  path: Path  # the work directory
-  source: Path  # the original model's directory
-  full: ModelConfig  # of the original model
-  target: int | None
-  mesh: Mesh
-  tokenizer: tokens.Tokenizer | None
-  calibration: Any  # .batch(step) of pruning steps, counted over all stages
-  refit_data: Any  # the same for refits
-  rows: data.TrainData | None
-  eval_tokens: np.ndarray | None
-  total_steps: int  # train steps over all stages
-  log: Log
-
-
-@dataclasses.dataclass
-class State:
-  """What a run changes: all that a checkpoint holds."""
-
-  config: ModelConfig
-  params: Params
-  kept: prune.Kept
-  stage: int = 1  # under way, from 1
-  pruned: bool = False  # this stage's prune is done
-  step: int = 0  # train steps done, over all stages
-  opt_state: Any = None
-  adapters: Any = None  # under LoRA
-  trace: list[dict] = dataclasses.field(default_factory=list)
-  stages: list[dict] = dataclasses.field(default_factory=list)  # their results
-  before: dict = dataclasses.field(default_factory=dict)  # perplexity
-  seconds: float = 0.0  # of earlier processes
-  saves: int = 0  # number of the newest checkpoint
+from adapt_pruner_jax.setting import (
+  Setting,
+  claim,
+  measure,
+  prepare,
+  teacher_of,
+)
+from adapt_pruner_jax.state import (
+  PRUNING,
+  State,
+  read_pruning,
+  resume,
+  save_checkpoint,
+  write_pruning,
+)
+from adapt_pruner_jax.stopping import (
+  StoppedError,
+  asked_to_stop,
+  stop_signals,
+)
+from adapt_pruner_jax.summary import shown, summarise, tell
 
 
 def run(config: Config, path: Path) -> dict:
@@ -152,131 +111,6 @@ def _run(config: Config, path: Path, log: Log, stopping: dict) -> dict:
     return finish(state, setting, earlier + time.monotonic() - begun)
 
 
-# ---- Before the stages -------------------------------------------------------
-
-
-def claim(config: Config, path: Path) -> None:
-  """Writes the recipe into a new work directory, or compares it.
-
-  Raises:
-    UserError: the directory is of a run with another recipe.
-  """
-  mine = dataclasses.asdict(config)
-  file = path / "config.json"
-  problem = None
-  if workdir.is_writer():
-    if not file.exists():
-      workdir.write_json(file, mine)
-    old = workdir.read_json(file)
-    changed = [
-      line
-      for line in difference(old, mine)
-      if line.split(".")[0] not in FREE_SECTIONS
-    ]
-    if changed:
-      problem = (
-        f"--workdir={path} belongs to a run with another recipe: "
-        f"{'; '.join(changed)}; give the old recipe or another --workdir"
-      )
-  if not workdir.all_agree(problem is None):
-    raise UserError(problem or "process 0 refused the work directory")
-
-
-def prepare(config: Config, path: Path, log: Log) -> Setting:
-  """Opens everything a run reads, so that bad input shows before any work."""
-  mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh))
-  source = model_path(config.model.path, log)
-  full = load.read_config(str(source), config.model.ignore_fields)
-  target = prune.resolve_target(full, config.prune)
-  prune.prunable_modules(full, config.prune)
-  cache = path / "cache"
-  tokenizer = None
-  if not config.calibration.source.startswith("npy:") or config.train.tokens:
-    tokenizer = tokens.load_tokenizer(source)
-  calibration = data.calibration_data(
-    config.calibration, tokenizer, full.V, config.seed, cache
-  )
-  refit_data = calibration
-  if config.prune.refit != "none":
-    more = dataclasses.replace(
-      config.calibration, samples=config.calibration.refit_samples
-    )
-    refit_data = data.calibration_data(
-      more, tokenizer, full.V, config.seed + 1, cache
-    )
-  rows, total_steps = None, 0
-  if config.train.tokens:
-    rows = data.train_data(
-      config.data,
-      tokenizer,
-      full.V,
-      config.seed,
-      jax.process_index(),
-      jax.process_count(),
-      cache,
-    )
-    per_step = config.data.batch * config.data.seq_len
-    total_steps = -(-config.train.tokens // per_step)
-  eval_tokens = None
-  if config.eval.text:
-    tokenizer = tokenizer or tokens.load_tokenizer(source)
-    eval_tokens = read_eval_text(config.eval.text, tokenizer, full.V)
-  return Setting(
-    config,
-    path,
-    source,
-    full,
-    target,
-    mesh,
-    tokenizer,
-    calibration,
-    refit_data,
-    rows,
-    eval_tokens,
-    total_steps,
-    log,
-  )
-
-
-def model_path(name: str, log: Log) -> Path:
-  """The directory of `model.path`; the tiny model is made if it is missing."""
-  if name != "tiny":
-    return load.resolve(name)
-  if workdir.is_writer():
-    tiny.base_model(progress=log.say)
-  workdir.all_agree(True)  # the others wait for it
-  return tiny.base_model(progress=log.say)
-
-
-def read_eval_text(
-  text: str, tokenizer: tokens.Tokenizer, vocab_size: int
-) -> np.ndarray:
-  if text == "embedded":
-    content = sources.embedded_text("heldout")
-  else:
-    content = sources.read_text(text)
-  return data.heldout_tokens(content, tokenizer, vocab_size)
-
-
-def teacher_of(setting: Setting) -> tuple[ModelConfig, Params] | None:
-  """The original model, where training distils from it."""
-  if not (setting.config.train.distill_alpha and setting.total_steps):
-    return None
-  return load_model(setting)
-
-
-def load_model(setting: Setting) -> tuple[ModelConfig, Params]:
-  """The original model."""
-  # Master weights are float32 whatever the arithmetic.
-  dtype = setting.config.model.dtype
-  return load.load(
-    str(setting.source),
-    "float32" if setting.total_steps else dtype,
-    setting.mesh,
-    setting.config.model.ignore_fields,
-  )
-
-
 # ---- A stage -----------------------------------------------------------------
 
 
@@ -285,7 +119,7 @@ def prune_stage(state: State, setting: Setting, stop_if_asked: Any) -> None:
   config, settings = setting.config, setting.config.prune
   target = _stage_target(setting, state.stage)
   first = len(state.trace)
-  steps, after = _read_pruning(state, setting)
+  steps, after = read_pruning(state, setting)
   title = f"stage {state.stage} of {settings.stages}: pruning"
   size = model.count_params(state.config)
   aim = f" to {target:,}" if target else ""
@@ -301,7 +135,7 @@ def prune_stage(state: State, setting: Setting, stop_if_asked: Any) -> None:
       steps.append(record)
       workdir.append_line(setting.path / "trace.jsonl", record)
       if step is not None:
-        _write_pruning(step, steps, state, setting)
+        write_pruning(step, steps, state, setting)
       done = size - record["params"] if target else record["step"]
       p.update(
         done, params=record["params"], target=target, loss=record["loss"]
@@ -459,21 +293,7 @@ def finish_stage(state: State, setting: Setting) -> None:
   state.stages.append(result)
   state.stage, state.pruned = state.stage + 1, False
   if workdir.is_writer():
-    (setting.path / "pruning.json").unlink(missing_ok=True)
-
-
-def measure(config: ModelConfig, params: Params, setting: Setting) -> dict:
-  """Perplexity per token, and the mean loss, on the evaluation text."""
-  recipe = setting.config.eval
-  found = evaluate.perplexity(
-    config,
-    params,
-    setting.eval_tokens,
-    recipe.seq_len or min(setting.full.context, 2048),
-    recipe.batch,
-    setting.mesh,
-  )
-  return {"perplexity": found[0], "loss": found[1] / found[2]}
+    (setting.path / PRUNING).unlink(missing_ok=True)
 
 
 # ---- After the stages --------------------------------------------------------
@@ -502,59 +322,6 @@ def finish(state: State, setting: Setting, seconds: float) -> dict:
   return summary
 
 
-def summarise(state: State, setting: Setting, seconds: float) -> dict:
-  full, new = setting.full, state.config
-  after = state.stages[-1]
-  per_step = setting.config.data.batch * setting.config.data.seq_len
-  return {
-    "method": setting.config.prune.method,
-    "model": setting.config.model.path,
-    "params_before": model.count_params(full),
-    "params_after": model.count_params(new),
-    "target_params": setting.target,
-    "perplexity_before": state.before.get("perplexity"),
-    "perplexity_after": after.get("perplexity"),
-    "train_tokens": state.step * per_step,
-    "seconds": round(seconds, 3),
-    "heads_before": [k * full.G for k in full.K],
-    "heads_after": [k * new.G for k in new.K],
-    "kv_heads_before": list(full.K),
-    "kv_heads_after": list(new.K),
-    "ffn_before": list(full.F),
-    "ffn_after": list(new.F),
-    "stages": state.stages,
-    "prune_steps": len(state.trace),
-    "refit": setting.config.prune.refit,
-    "versions": versions(),
-    "hardware": hardware(),
-  }
-
-
-def tell(summary: dict, path: Path, log: Log) -> None:
-  """The final table: what was removed per layer, what it cost, where it is."""
-  rows = []
-  columns = ("kv_heads_before", "kv_heads_after", "ffn_before", "ffn_after")
-  layers = zip(*(summary[c] for c in columns), strict=True)
-  for i, (k0, k1, f0, f1) in enumerate(layers):
-    rows.append(
-      (i, f"{k0} -> {k1}", f"{f0} -> {f1}", f"{1 - f1 / (f0 or 1):.0%}")
-    )
-  log.table(
-    "Layers", ("layer", "KV groups", "MLP channels", "MLP removed"), rows
-  )
-  before, after = summary["params_before"], summary["params_after"]
-  rows = [
-    ("parameters", f"{before:,}", f"{after:,}", f"{after / before - 1:+.1%}")
-  ]
-  if summary["perplexity_after"] is not None:
-    low, high = summary["perplexity_before"], summary["perplexity_after"]
-    rows.append(
-      ("perplexity", f"{low:.3f}", f"{high:.3f}", f"{high / low - 1:+.1%}")
-    )
-  log.table("Result", ("", "before", "after", "change"), rows)
-  log.say(f"model: {path / 'model'}   report: {path / 'report.html'}")
-
-
 def _control(config: Config, path: Path, summary: dict) -> dict:
   """The same tokens after pruning in one go, for comparison."""
   other = dataclasses.replace(
@@ -576,7 +343,7 @@ def _control(config: Config, path: Path, summary: dict) -> dict:
   }
   with workdir.lock(path), Log(path, **dataclasses.asdict(config.log)) as log:
     rows = [
-      (name, f"{s['params_after']:,}", f"{s['train_tokens']:,}", _shown(s))
+      (name, f"{s['params_after']:,}", f"{s['train_tokens']:,}", shown(s))
       for name, s in (
         (f"{config.prune.stages} stages", summary),
         ("one shot, then the same training", found),
@@ -588,203 +355,3 @@ def _control(config: Config, path: Path, summary: dict) -> dict:
       workdir.write_json(path / "summary.json", summary)
       report.write(path)
   return summary
-
-
-def _shown(summary: dict) -> str:
-  value = summary["perplexity_after"]
-  return "" if value is None else f"{value:.3f}"
-
-
-def versions() -> dict[str, str]:
-  names = ("adapt-pruner-jax", "jax", "flax", "optax", "orbax-checkpoint")
-  return {"python": platform.python_version()} | {
-    name: importlib.metadata.version(name) for name in names
-  }
-
-
-def hardware() -> str:
-  device = jax.devices()[0]
-  return f"{jax.device_count()} x {device.device_kind} ({device.platform})"
-
-
-# ---- Stopping and going on ---------------------------------------------------
-
-
-@contextlib.contextmanager
-def stop_signals() -> Iterator[dict]:
-  """SIGTERM and SIGINT set ["asked"]; a second SIGINT ends at once."""
-  stopping = {"asked": False}
-
-  def ask(number: int, _: Any) -> None:
-    stopping["asked"] = True
-    if number == signal.SIGINT:
-      signal.signal(signal.SIGINT, signal.default_int_handler)
-
-  old = {s: signal.signal(s, ask) for s in (signal.SIGTERM, signal.SIGINT)}
-  try:
-    yield stopping
-  finally:
-    for number, handler in old.items():
-      signal.signal(number, handler)
-
-
-def asked_to_stop(stopping: dict, step: int) -> bool:
-  """Whether to stop; of several processes all say the same at one step."""
-  if jax.process_count() == 1:
-    return stopping["asked"]
-  from jax.experimental import multihost_utils
-
-  if multihost_utils.reached_preemption_sync_point(step):
-    stopping["asked"] = True
-  return stopping["asked"]
-
-
-def save_checkpoint(
-  checkpoints: checkpoint.Checkpoints, state: State, setting: Setting
-) -> None:
-  state.saves += 1
-  names = ("stage", "pruned", "step", "trace", "stages", "before", "seconds")
-  meta = {name: getattr(state, name) for name in names}
-  meta |= {
-    "model": model.to_json(state.config),
-    "kept": {u: [k.tolist() for k in v] for u, v in state.kept.items()},
-    "data": setting.rows.fingerprint if setting.rows else None,
-    "lora": state.adapters is not None,
-    "optimizer": state.opt_state is not None,
-  }
-  checkpoints.save(state.saves, meta, _arrays(state))
-
-
-def _arrays(state: State) -> dict:
-  arrays = {"params": state.params}
-  if state.opt_state is not None:
-    arrays["opt_state"] = state.opt_state
-  if state.adapters is not None:
-    arrays["adapters"] = state.adapters
-  return arrays
-
-
-def resume(setting: Setting, checkpoints: checkpoint.Checkpoints) -> State:
-  """The state to go on from: the newest checkpoint, else the original model."""
-  found = checkpoints.restore(lambda meta: abstract_state(meta, setting))
-  if found is None:
-    config, params = load_model(setting)
-    state = State(config, params, prune.everything(config))
-    if setting.eval_tokens is not None:
-      state.before = measure(config, params, setting)
-      perplexity = state.before["perplexity"]
-      size = model.count_params(config)
-      setting.log.say(f"{size:,} parameters, perplexity {perplexity:.3f}")
-    if workdir.is_writer():
-      (setting.path / "trace.jsonl").unlink(missing_ok=True)
-    setting.log.rewind("prune", 0)
-  else:
-    number, meta, arrays = found
-    fingerprint = setting.rows.fingerprint if setting.rows else None
-    if meta["data"] != fingerprint:
-      raise UserError(
-        f"--config.data.source={setting.config.data.source} has other tokens "
-        "than when this run began: give the old data or another --workdir"
-      )
-    kept = {
-      u: tuple(np.array(k, int) for k in v) for u, v in meta["kept"].items()
-    }
-    state = State(
-      model.from_json(meta["model"]), kept=kept, saves=number, **arrays
-    )
-    for name in (
-      "stage",
-      "pruned",
-      "step",
-      "trace",
-      "stages",
-      "before",
-      "seconds",
-    ):
-      setattr(state, name, meta[name])
-    setting.log.say(
-      f"continuing at stage {state.stage} of {setting.config.prune.stages}, "
-      f"train step {state.step} of {setting.total_steps}"
-    )
-    setting.log.rewind("prune", len(state.trace) + 1)
-    setting.log.rewind("eval", len(state.stages) + 1)
-  if workdir.is_writer():
-    workdir.rewrite_lines(setting.path / "trace.jsonl", state.trace)
-  return state
-
-
-def abstract_state(meta: dict, setting: Setting) -> dict:
-  """Shapes and shardings of the arrays of a checkpoint."""
-  config, settings, mesh = (
-    model.from_json(meta["model"]),
-    setting.config.train,
-    setting.mesh,
-  )
-  dtype = jnp.dtype(
-    "float32" if setting.total_steps else setting.config.model.dtype
-  )
-  params = model.abstract_params(config, dtype)
-  placed = sharding.param_shardings(params, mesh)
-  trees = {"params": (params, placed)}
-  if meta["lora"]:
-    trees["adapters"] = train.abstract_adapters(
-      config, settings.lora_rank, mesh
-    )
-  if meta["optimizer"]:
-    transform = optim.optimizer(settings.weight_decay)
-    trained, where = trees["adapters"] if meta["lora"] else trees["params"]
-    trees["opt_state"] = (
-      jax.eval_shape(transform.init, trained),
-      optim.state_shardings(transform, trained, where, mesh),
-    )
-  return {
-    name: jax.tree.map(
-      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-      tree,
-      where,
-    )
-    for name, (tree, where) in trees.items()
-  }
-
-
-def _write_pruning(
-  step: prune.Step, steps: list[dict], state: State, setting: Setting
-) -> None:
-  """Keeps a decided step, so that a killed stage need not score again."""
-  if jax.process_count() > 1 or not methods.resumes(setting.config.prune):
-    return
-  kept = prune.to_kept(step.masks)
-  workdir.write_json(
-    setting.path / "pruning.json",
-    {
-      "stage": state.stage,
-      "train_step": state.step,
-      "number": step.number,
-      "params": int(step.params),
-      "kept": {u: [k.tolist() for k in v] for u, v in kept.items()},
-      "sparsity": {u: s.tolist() for u, s in step.sparsity.items()},
-      "trace": steps,
-    },
-  )
-
-
-def _read_pruning(
-  state: State, setting: Setting
-) -> tuple[list[dict], prune.Step | None]:
-  """The records of the stage's finished steps, and the last of them."""
-  file = setting.path / "pruning.json"
-  if jax.process_count() > 1 or not file.exists():
-    return [], None
-  saved = workdir.read_json(file)
-  if (saved["stage"], saved["train_step"]) != (state.stage, state.step):
-    return [], None
-  kept = {
-    u: tuple(np.array(k, int) for k in v) for u, v in saved["kept"].items()
-  }
-  masks = prune.to_masks(kept, setting.full)
-  width = {u: np.array(s) for u, s in saved["sparsity"].items()}
-  step = prune.Step(saved["number"], masks, width, saved["params"])
-  workdir.rewrite_lines(
-    setting.path / "trace.jsonl", state.trace + saved["trace"]
-  )
-  return saved["trace"], step

@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 
 from adapt_pruner_jax import (
-  adapt,
   comparison,
   contenders,
   evaluate,
@@ -29,12 +28,15 @@ from adapt_pruner_jax import (
   train,
   workdir,
 )
-from adapt_pruner_jax.adapt import Setting
 from adapt_pruner_jax.axes import Params
 from adapt_pruner_jax.config import Config, Prune, Train
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.log import Log
 from adapt_pruner_jax.model import ModelConfig
+from adapt_pruner_jax.setting import Setting, claim, load_model, prepare
+from adapt_pruner_jax.setting import measure as measure_text
+from adapt_pruner_jax.stopping import StoppedError, stop_signals
+from adapt_pruner_jax.summary import hardware, versions
 
 # The recipe's rate is made for a trained model; a random one would hardly move.
 SCRATCH_RATE = 1e-3
@@ -79,10 +81,10 @@ def compare(
   with (
     workdir.lock(path),
     Log(path, **dataclasses.asdict(config.log)) as log,
-    adapt.stop_signals() as stopping,
+    stop_signals() as stopping,
   ):
-    adapt.claim(shared, path)
-    setting = adapt.prepare(shared, path, log)
+    claim(shared, path)
+    setting = prepare(shared, path, log)
     found = {
       "model": config.model.path,
       "params": model.count_params(setting.full),
@@ -90,8 +92,8 @@ def compare(
       "command": comparison.command(
         config, path, methods, ratios, recover_tokens, from_scratch
       ),
-      "versions": adapt.versions(),
-      "hardware": adapt.hardware(),
+      "versions": versions(),
+      "hardware": hardware(),
       "rows": stored_rows(path),
     }
     run_jobs(jobs, found, setting, stopping)
@@ -117,9 +119,7 @@ def run_jobs(
 
   def stop_if_asked() -> None:
     if not workdir.all_agree(not stopping["asked"]):
-      raise adapt.StoppedError(
-        f"stopped; the same command continues {setting.path}"
-      )
+      raise StoppedError(f"stopped; the same command continues {setting.path}")
 
   for number, (name, ratio) in enumerate(jobs, start=1):
     stop_if_asked()
@@ -128,7 +128,7 @@ def run_jobs(
     title = f"{number} of {len(jobs)}: {name}"
     setting.log.say(f"{title}, {ratio:.0%} of the parameters removed")
     if dense is None:
-      dense = adapt.load_model(setting)
+      dense = load_model(setting)
     row = {"method": name, "ratio": ratio}
     try:
       row |= do_job(name, ratio, rows, dense, setting, title, stop_if_asked)
@@ -316,7 +316,7 @@ def measure(config: ModelConfig, params: Params, setting: Setting) -> dict:
   """`perplexity` and `loss` (nats a token), and of tasks the scores."""
   found = {}
   if setting.eval_tokens is not None:
-    found |= adapt.measure(config, params, setting)
+    found |= measure_text(config, params, setting)
   recipe = setting.config.eval
   if recipe.tasks:
     found["evaluation"] = evaluate.import_harness().evaluate_tasks(

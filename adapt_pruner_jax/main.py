@@ -62,11 +62,11 @@ def run(command: str, argv: list[str]) -> int:
   _parse(command, argv, values, ["workdir"])
   _check_mounted(values.workdir)
   _start_jax(values)
-  from adapt_pruner_jax import adapt
+  from adapt_pruner_jax import adapt, stopping
 
   try:
     adapt.run(_config(values), Path(values.workdir))
-  except adapt.StoppedError as stopped:
+  except stopping.StoppedError as stopped:
     print(stopped, file=sys.stderr)
     return EXIT_STOPPED
   return 0
@@ -84,7 +84,7 @@ def plan(command: str, argv: list[str]) -> int:
 
 
 def compare(command: str, argv: list[str]) -> int:
-  from adapt_pruner_jax import adapt, compare
+  from adapt_pruner_jax import compare, stopping
 
   values = flags.FlagValues()
   _define_config(values, argv)
@@ -113,7 +113,7 @@ def compare(command: str, argv: list[str]) -> int:
       recover_tokens=values.recover_tokens,
       from_scratch=values.from_scratch,
     )
-  except adapt.StoppedError as stopped:
+  except stopping.StoppedError as stopped:
     print(stopped, file=sys.stderr)
     return EXIT_STOPPED
   return 0

@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 
 from adapt_pruner_jax import (
-  adapt,
   compare,
   comparison,
   contenders,
@@ -23,11 +22,15 @@ from adapt_pruner_jax import (
   evaluate,
   model,
   sharding,
+  stopping,
+  tokens,
 )
 from adapt_pruner_jax import prune as core
 from adapt_pruner_jax.config import CHOICES, Config
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.hf import load
+from adapt_pruner_jax.log import Log
+from adapt_pruner_jax.setting import load_model, prepare, read_eval_text
 
 TWO = "adapt,uniform"
 
@@ -108,9 +111,9 @@ def test_rows_equal_what_the_parts_give(finished, recipe):
   """The same prune and perplexity, each called by hand."""
   found, _ = finished
   config, params = load.load(recipe.model.path, "float32")
-  tokenizer = adapt.tokens.load_tokenizer(recipe.model.path)
+  tokenizer = tokens.load_tokenizer(recipe.model.path)
   windows = data.calibration_data(recipe.calibration, tokenizer, config.V, 0)
-  text = adapt.read_eval_text(recipe.eval.text, tokenizer, config.V)
+  text = read_eval_text(recipe.eval.text, tokenizer, config.V)
   row = by_key(found)["adapt", 0.4]
   settings = dataclasses.replace(recipe.prune, ratio=0.4)
   pruned = core.prune(
@@ -219,7 +222,7 @@ def test_asked_to_stop(recipe, tmp_path, monkeypatch):
     return do_job(name, *rest)
 
   monkeypatch.setattr(compare, "do_job", stop)
-  with pytest.raises(adapt.StoppedError, match="the same command continues"):
+  with pytest.raises(stopping.StoppedError, match="the same command continues"):
     compare.compare(recipe, tmp_path, TWO, "0.2")
   saved = json.loads((tmp_path / "compare.json").read_text())["rows"]
   assert [r["method"] for r in saved] == ["dense"]
@@ -290,10 +293,10 @@ def test_from_scratch_has_the_shape_of_adapt(recovered):
 
 def test_recovery_spares_the_dense_model(recipe, tmp_path):
   """Its arrays are used for every row, and training donates what it gets."""
-  with adapt.Log(None) as log:
+  with Log(None) as log:
     shared = contenders.shared_recipe(recipe, 1024)
-    setting = adapt.prepare(shared, tmp_path, log)
-    dense = adapt.load_model(setting)
+    setting = prepare(shared, tmp_path, log)
+    dense = load_model(setting)
     before = jax.tree.map(np.array, dense[1])
     settings = contenders.settings_of("adapt", 0.2, shared.prune)
     args = (dense, setting, "a test", lambda: None)
@@ -305,10 +308,10 @@ def test_recovery_spares_the_dense_model(recipe, tmp_path):
 def test_lora_where_a_half_layer_is_gone(recipe, tmp_path):
   lora = dataclasses.replace(recipe.train, lora_rank=2)
   config = dataclasses.replace(recipe, train=lora)
-  with adapt.Log(None) as log:
+  with Log(None) as log:
     shared = contenders.shared_recipe(config, 1024)
-    setting = adapt.prepare(shared, tmp_path, log)
-    dense = adapt.load_model(setting)
+    setting = prepare(shared, tmp_path, log)
+    dense = load_model(setting)
     masks = core.to_masks(core.everything(dense[0]), dense[0])
     masks["K"][1] = False
     masks["F"][2] = False

@@ -1,0 +1,184 @@
+"""What a run works with: the recipe, opened and checked before any work."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from adapt_pruner_jax import (
+  data,
+  evaluate,
+  prune,
+  sharding,
+  sources,
+  tiny,
+  tokens,
+  workdir,
+)
+from adapt_pruner_jax.axes import Params
+from adapt_pruner_jax.config import Config, difference
+from adapt_pruner_jax.errors import UserError
+from adapt_pruner_jax.hf import load
+from adapt_pruner_jax.log import Log
+from adapt_pruner_jax.model import ModelConfig
+
+# Sections of the recipe that may change between the parts of one run.
+FREE_SECTIONS = ("mesh", "checkpoint", "log")
+
+
+@dataclasses.dataclass
+class Setting:
+  """What a run works with and does not change."""
+
+  config: Config
+  path: Path  # the work directory
+  source: Path  # the original model's directory
+  full: ModelConfig  # of the original model
+  target: int | None
+  mesh: Mesh
+  tokenizer: tokens.Tokenizer | None
+  calibration: Any  # .batch(step) of pruning steps, counted over all stages
+  refit_data: Any  # the same for refits
+  rows: data.TrainData | None
+  eval_tokens: np.ndarray | None
+  total_steps: int  # train steps over all stages
+  log: Log
+
+
+def claim(config: Config, path: Path) -> None:
+  """Writes the recipe into a new work directory, or compares it.
+
+  Raises:
+    UserError: the directory is of a run with another recipe.
+  """
+  mine = dataclasses.asdict(config)
+  file = path / "config.json"
+  problem = None
+  if workdir.is_writer():
+    if not file.exists():
+      workdir.write_json(file, mine)
+    old = workdir.read_json(file)
+    changed = [
+      line
+      for line in difference(old, mine)
+      if line.split(".")[0] not in FREE_SECTIONS
+    ]
+    if changed:
+      problem = (
+        f"--workdir={path} belongs to a run with another recipe: "
+        f"{'; '.join(changed)}; give the old recipe or another --workdir"
+      )
+  if not workdir.all_agree(problem is None):
+    raise UserError(problem or "process 0 refused the work directory")
+
+
+def prepare(config: Config, path: Path, log: Log) -> Setting:
+  """Opens everything a run reads, so that bad input shows before any work."""
+  mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh))
+  source = model_path(config.model.path, log)
+  full = load.read_config(str(source), config.model.ignore_fields)
+  target = prune.resolve_target(full, config.prune)
+  prune.prunable_modules(full, config.prune)
+  cache = path / "cache"
+  tokenizer = None
+  if not config.calibration.source.startswith("npy:") or config.train.tokens:
+    tokenizer = tokens.load_tokenizer(source)
+  calibration = data.calibration_data(
+    config.calibration, tokenizer, full.V, config.seed, cache
+  )
+  refit_data = calibration
+  if config.prune.refit != "none":
+    more = dataclasses.replace(
+      config.calibration, samples=config.calibration.refit_samples
+    )
+    refit_data = data.calibration_data(
+      more, tokenizer, full.V, config.seed + 1, cache
+    )
+  rows, total_steps = None, 0
+  if config.train.tokens:
+    rows = data.train_data(
+      config.data,
+      tokenizer,
+      full.V,
+      config.seed,
+      jax.process_index(),
+      jax.process_count(),
+      cache,
+    )
+    per_step = config.data.batch * config.data.seq_len
+    total_steps = -(-config.train.tokens // per_step)
+  eval_tokens = None
+  if config.eval.text:
+    tokenizer = tokenizer or tokens.load_tokenizer(source)
+    eval_tokens = read_eval_text(config.eval.text, tokenizer, full.V)
+  return Setting(
+    config,
+    path,
+    source,
+    full,
+    target,
+    mesh,
+    tokenizer,
+    calibration,
+    refit_data,
+    rows,
+    eval_tokens,
+    total_steps,
+    log,
+  )
+
+
+def model_path(name: str, log: Log) -> Path:
+  """The directory of `model.path`; the tiny model is made if it is missing."""
+  if name != "tiny":
+    return load.resolve(name)
+  if workdir.is_writer():
+    tiny.base_model(progress=log.say)
+  workdir.all_agree(True)  # the others wait for it
+  return tiny.base_model(progress=log.say)
+
+
+def read_eval_text(
+  text: str, tokenizer: tokens.Tokenizer, vocab_size: int
+) -> np.ndarray:
+  if text == "embedded":
+    content = sources.embedded_text("heldout")
+  else:
+    content = sources.read_text(text)
+  return data.heldout_tokens(content, tokenizer, vocab_size)
+
+
+def load_model(setting: Setting) -> tuple[ModelConfig, Params]:
+  """The original model."""
+  # Master weights are float32 whatever the arithmetic.
+  dtype = setting.config.model.dtype
+  return load.load(
+    str(setting.source),
+    "float32" if setting.total_steps else dtype,
+    setting.mesh,
+    setting.config.model.ignore_fields,
+  )
+
+
+def teacher_of(setting: Setting) -> tuple[ModelConfig, Params] | None:
+  """The original model, where training distils from it."""
+  if not (setting.config.train.distill_alpha and setting.total_steps):
+    return None
+  return load_model(setting)
+
+
+def measure(config: ModelConfig, params: Params, setting: Setting) -> dict:
+  """Perplexity per token, and the mean loss, on the evaluation text."""
+  recipe = setting.config.eval
+  found = evaluate.perplexity(
+    config,
+    params,
+    setting.eval_tokens,
+    recipe.seq_len or min(setting.full.context, 2048),
+    recipe.batch,
+    setting.mesh,
+  )
+  return {"perplexity": found[0], "loss": found[1] / found[2]}

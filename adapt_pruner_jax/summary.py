@@ -1,0 +1,82 @@
+"""summary.json, and the tables at the end of a run."""
+
+import importlib.metadata
+import platform
+from pathlib import Path
+
+import jax
+
+from adapt_pruner_jax import model
+from adapt_pruner_jax.log import Log
+from adapt_pruner_jax.setting import Setting
+from adapt_pruner_jax.state import State
+
+
+def summarise(state: State, setting: Setting, seconds: float) -> dict:
+  full, new = setting.full, state.config
+  after = state.stages[-1]
+  per_step = setting.config.data.batch * setting.config.data.seq_len
+  return {
+    "method": setting.config.prune.method,
+    "model": setting.config.model.path,
+    "params_before": model.count_params(full),
+    "params_after": model.count_params(new),
+    "target_params": setting.target,
+    "perplexity_before": state.before.get("perplexity"),
+    "perplexity_after": after.get("perplexity"),
+    "train_tokens": state.step * per_step,
+    "seconds": round(seconds, 3),
+    "heads_before": [k * full.G for k in full.K],
+    "heads_after": [k * new.G for k in new.K],
+    "kv_heads_before": list(full.K),
+    "kv_heads_after": list(new.K),
+    "ffn_before": list(full.F),
+    "ffn_after": list(new.F),
+    "stages": state.stages,
+    "prune_steps": len(state.trace),
+    "refit": setting.config.prune.refit,
+    "versions": versions(),
+    "hardware": hardware(),
+  }
+
+
+def tell(summary: dict, path: Path, log: Log) -> None:
+  """The final table: what was removed per layer, what it cost, where it is."""
+  rows = []
+  columns = ("kv_heads_before", "kv_heads_after", "ffn_before", "ffn_after")
+  layers = zip(*(summary[c] for c in columns), strict=True)
+  for i, (k0, k1, f0, f1) in enumerate(layers):
+    rows.append(
+      (i, f"{k0} -> {k1}", f"{f0} -> {f1}", f"{1 - f1 / (f0 or 1):.0%}")
+    )
+  log.table(
+    "Layers", ("layer", "KV groups", "MLP channels", "MLP removed"), rows
+  )
+  before, after = summary["params_before"], summary["params_after"]
+  rows = [
+    ("parameters", f"{before:,}", f"{after:,}", f"{after / before - 1:+.1%}")
+  ]
+  if summary["perplexity_after"] is not None:
+    low, high = summary["perplexity_before"], summary["perplexity_after"]
+    rows.append(
+      ("perplexity", f"{low:.3f}", f"{high:.3f}", f"{high / low - 1:+.1%}")
+    )
+  log.table("Result", ("", "before", "after", "change"), rows)
+  log.say(f"model: {path / 'model'}   report: {path / 'report.html'}")
+
+
+def shown(summary: dict) -> str:
+  value = summary["perplexity_after"]
+  return "" if value is None else f"{value:.3f}"
+
+
+def versions() -> dict[str, str]:
+  names = ("adapt-pruner-jax", "jax", "flax", "optax", "orbax-checkpoint")
+  return {"python": platform.python_version()} | {
+    name: importlib.metadata.version(name) for name in names
+  }
+
+
+def hardware() -> str:
+  device = jax.devices()[0]
+  return f"{jax.device_count()} x {device.device_kind} ({device.platform})"
