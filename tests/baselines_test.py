@@ -15,9 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
 
-from adapt_pruner_jax import axes, baselines, model, prune, sharding
+from adapt_pruner_jax import baselines, model, prune, sharding
 from adapt_pruner_jax.baselines import (
   budget,
   flap,
@@ -29,50 +28,25 @@ from adapt_pruner_jax.baselines import (
 )
 from adapt_pruner_jax.config import Prune
 from adapt_pruner_jax.errors import UserError
+from adapt_pruner_jax.hf import load
 from adapt_pruner_jax.model import ModelConfig, Rope
 
 ROOT = pathlib.Path(__file__).parent / "golden" / "baselines"
 LOGITS = {"rtol": 2e-3, "atol": 2e-3}
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _compile_fast():
+  """These tests compile for much longer than they compute."""
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield
+  jax.config.update("jax_disable_most_optimizations", False)
+
+
 @functools.cache
 def dense(name):
   """The pair in folder `name`; float16 files, float32 params."""
-  fields = json.loads((ROOT / name / "config.json").read_text())
-  K, L = fields["num_key_value_heads"], fields["num_hidden_layers"]
-  config = ModelConfig(
-    family="llama",
-    V=fields["vocab_size"],
-    D=fields["hidden_size"],
-    G=fields["num_attention_heads"] // K,
-    H=fields["head_dim"],
-    K=(K,) * L,
-    F=(fields["intermediate_size"],) * L,
-    norm_eps=fields["rms_norm_eps"],
-    rope=Rope(theta=fields["rope_theta"]),
-    context=fields["max_position_embeddings"],
-    tied=False,
-  )
-  tensors = load_file(ROOT / name / "model.safetensors")
-  names = {
-    "embedding": "model.embed_tokens",
-    "final_norm": "model.norm",
-    "lm_head": "lm_head",
-    "attn_norm": "input_layernorm",
-    "mlp_norm": "post_attention_layernorm",
-    **{n: f"self_attn.{n}_proj" for n in "qkvo"},
-    **{n: f"mlp.{n}_proj" for n in ("gate", "up", "down")},
-  }
-
-  def read(name_, layer, leaf):
-    prefix = "" if layer is None else f"model.layers.{layer}."
-    array = tensors[f"{prefix}{names[name_]}.weight"].astype(np.float32)
-    if array.ndim == 2 and name_ != "embedding":
-      array = array.T
-    return jnp.asarray(array.reshape(leaf.shape))
-
-  shapes = model.abstract_params(config, jnp.float32)
-  return config, axes.map_named(read, shapes)
+  return load.load(str(ROOT / name), dtype="float32")
 
 
 def array(*path):
@@ -93,7 +67,16 @@ def check_logits(pruned, name, case=""):
   np.testing.assert_allclose(found, array(name, case, "logits"), **LOGITS)
 
 
-def run(method, name, *, target=None, mesh=None, settings=None, **options):
+def run(
+  method,
+  name,
+  *,
+  target=None,
+  batch=4,
+  mesh=None,
+  settings=None,
+  **options,
+):
   """A method on a golden model, with all of its calibration tokens."""
   config, params = dense(name)
   if mesh is not None:
@@ -104,7 +87,7 @@ def run(method, name, *, target=None, mesh=None, settings=None, **options):
     settings or Prune(),
     lambda step: array(name, "calib"),
     target=target,
-    batch=4,
+    batch=batch,
     mesh=mesh,
     **options,
   )
@@ -498,23 +481,28 @@ def test_flap_bias_is_the_mean_of_what_is_gone():
   np.testing.assert_allclose(found, want, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", ["llm_pruner", "flap", "shortgpt", "slicegpt"])
-def test_on_many_devices(name):
-  """The same on a mesh of 8, with a last minibatch that does not fill it."""
+EIGHT = {
+  "gqa/llmpruner_taylor_first_p50": (
+    llm_pruner,
+    Prune(gqa_fold="reference"),
+    {"ratio": 0.5, "batch": 16},
+  ),
+  "mha/flap_wifv_alam_p50": (flap, Prune(), {"ratio": 0.5}),
+  "gqa/shortgpt": (shortgpt, Prune(), {"layers": 1}),
+  "mha/slicegpt_d48_keepmean": (slicegpt, Prune(), {"width": 48}),
+}
+
+
+@pytest.mark.parametrize("case", EIGHT)
+def test_golden_on_eight_devices(case):
+  """A batch of 6 fills neither the devices nor the 16 samples evenly."""
+  name, folder = case.split("/")
+  method, settings, options = EIGHT[case]
+  options = {"batch": 6} | options
   mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
-  one = run(method(name), "gqa", target=150_000)
-  many = run(method(name), "gqa", target=150_000, mesh=mesh)
-  assert many.config == one.config
-  for unit in "KF":
-    for a, b in zip(many.kept[unit], one.kept[unit], strict=True):
-      np.testing.assert_array_equal(a, b)
-  tokens = array("gqa", "eval_ids")
-  np.testing.assert_allclose(
-    logits(many.config, jax.device_get(many.params), tokens),
-    logits(one.config, one.params, tokens),
-    rtol=1e-3,
-    atol=1e-3,
-  )
+  pruned = run(method, name, mesh=mesh, settings=settings, **options)
+  on_one = dataclasses.replace(pruned, params=jax.device_get(pruned.params))
+  check_logits(on_one, name, folder)
 
 
 @pytest.mark.parametrize("name", ["magnitude", "flap", "shortgpt"])
