@@ -119,6 +119,7 @@ def steps(
     found = jax.device_get(found)
     aim = after.params - math.ceil(initial * settings.step_size)
     scores = {u: np.asarray(s, np.float64) for u, s in found["scores"].items()}
+    _check_finite(scores, after.masks, number)
     counts = choose(
       full,
       scores,
@@ -144,7 +145,7 @@ def steps(
       _sparsity(begin, masks),
       pruning.count(full, masks),
       found["loss_M"],
-      np.nanmean([importance[u] for u in UNITS], axis=0),
+      np.mean([np.nan_to_num(importance[u]) for u in UNITS], axis=0),
       importance,
       scores,
     )
@@ -155,6 +156,20 @@ def steps(
       )
       refits = {"refit": records}
     yield after, stacked, refits
+
+
+def _check_finite(
+  scores: dict[str, np.ndarray], masks: Masks, number: int
+) -> None:
+  for u, s_LU in scores.items():
+    bad = np.flatnonzero((masks[u] & ~np.isfinite(s_LU)).any(1))
+    if len(bad):
+      raise UserError(
+        f"pruning step {number}: scores of layer {bad[0]}'s "
+        f"{'MLP' if u == 'F' else 'attention'} are not finite: give more "
+        "calibration tokens (--config.calibration.samples), or "
+        "--config.model.dtype=float32"
+      )
 
 
 def _done(step: Step, settings: Prune, target: int | None) -> bool:

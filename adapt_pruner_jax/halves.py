@@ -20,6 +20,8 @@ from adapt_pruner_jax.model import Block, ModelConfig
 HALVES = {"o": ("q", "k", "v"), "down": ("gate", "up")}
 WRITERS = {"K": "o", "F": "down"}  # by unit
 
+LEAST = 1e-5  # ridge of a channel over its energy, for float32
+
 Place = tuple[jax.Array, jax.Array]  # a layer's attention window, its rope
 
 
@@ -114,13 +116,15 @@ def factor(gram_CC: jax.Array, ridge: jax.Array) -> tuple[jax.Array, jax.Array]:
 
   gram + ridge * (median of its diagonal) * I = diag(scale) L L^T diag(scale),
   L L^T with a unit diagonal. The median, because in large models a few channels
-  are a thousand times larger than the rest. Channels that are always zero do
-  not count in it; they have scale 1.
+  are a thousand times larger than the rest; these get a ridge of LEAST times
+  their own energy, without which float32 could not tell them apart. Channels
+  that are always zero do not count in the median; they have scale 1.
   """
   diagonal_C = jnp.diagonal(gram_CC)
   live_C = diagonal_C > 0
   median = jnp.nanmedian(jnp.where(live_C, diagonal_C, jnp.nan))
-  scale_C = jnp.where(live_C, jnp.sqrt(diagonal_C + ridge * median), 1)
+  ridge_C = jnp.maximum(ridge * median, LEAST * diagonal_C)
+  scale_C = jnp.where(live_C, jnp.sqrt(diagonal_C + ridge_C), 1)
   scaled_CC = gram_CC / scale_C[:, None] / scale_C[None]
   scaled_CC = jnp.fill_diagonal(scaled_CC, 1.0, inplace=False)
   return jnp.linalg.cholesky(scaled_CC), scale_C

@@ -326,6 +326,17 @@ def test_a_massive_channel_does_not_set_the_ridge():
   assert np.linalg.norm(drowned[1:]) < 0.01 * np.linalg.norm(exact[1:])
 
 
+def test_massive_channels_that_say_the_same_are_no_obstacle():
+  rng = np.random.default_rng(6)
+  x = rng.normal(size=(400, 6))
+  x[::8, 1:3] = 1e5 * x[::8, :1]
+  y = x[:, 3:] @ rng.normal(size=(3, 2))
+  gram, right = jnp.asarray(x.T @ x), jnp.asarray(x.T @ y)
+  found = halves.solve(*halves.factor(gram, 1e-3), right)
+  error = lambda W: np.linalg.norm((x @ W - y)[np.arange(400) % 8 > 0])
+  assert error(np.asarray(found)) < 0.01 * error(np.zeros((6, 2)))
+
+
 def test_channels_that_are_always_zero_stay_zero():
   gram = jnp.zeros((3, 3)).at[1, 1].set(4.0)
   found = halves.solve(
