@@ -1,17 +1,157 @@
-"""How good a model is: perplexity on a text."""
+"""How good a model is: perplexity on a text, tasks, latency.
+
+`evaluate` is what `adapt-pruner evaluate` does; lm-eval is only imported when a
+task of its is asked for.
+"""
 
 import math
+from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from adapt_pruner_jax import loss, model, sharding
+from adapt_pruner_jax import generate, latency, loss, model, sharding
 from adapt_pruner_jax.axes import Params
 from adapt_pruner_jax.errors import UserError
+from adapt_pruner_jax.hf import load
 from adapt_pruner_jax.model import ModelConfig
+from adapt_pruner_jax.tokens import Tokenizer, load_tokenizer
+
+
+def evaluate(
+  model_dir: str,
+  names: Sequence[str],
+  *,
+  text: str = "",
+  tasks_dir: str = "",
+  baseline: str = "",
+  limit: int = 0,
+  seq_len: int = 0,
+  batch: int = 8,
+  dtype: str = "float32",
+  mesh: Mesh | None = None,
+) -> dict:
+  """All that was asked about a model, as a dict that JSON can hold.
+
+  Args:
+    model_dir: a HuggingFace directory or hub id, as `baseline`.
+    names: `perplexity`, `latency`, presets, and tasks of lm-eval.
+    text: file whose perplexity is asked for.
+    tasks_dir: folder of local questions, see `tasks`.
+    baseline: a second model to compare with.
+    limit: questions a task; 0 = all.
+    seq_len: window of the perplexity; 0 = the model's context, at most 2048.
+    batch: rows at a time. Latency is of one row.
+
+  Returns:
+    {"model", "params", "dtype"} and, as asked, "perplexity", "latency", and
+    those of `harness.evaluate_tasks`; with a baseline also "baseline" with the
+    same of the other model, and "difference".
+
+  Raises:
+    UserError: nothing asked, a name that nothing goes by, or a bad input.
+  """
+  names = list(dict.fromkeys(name.strip() for name in names if name.strip()))
+  if not names:
+    raise UserError(
+      "nothing to evaluate: --tasks=perplexity,latency,commonsense or names of "
+      "lm-eval's tasks"
+    )
+  if "perplexity" in names and not text:
+    raise UserError("the task perplexity needs --text=FILE")
+  if limit < 0 or batch < 1:
+    raise UserError(f"limit={limit} must be at least 0, batch={batch} 1")
+  harness_names = [n for n in names if n not in ("perplexity", "latency")]
+  harness = import_harness() if harness_names else None
+  if mesh is None:
+    mesh = sharding.make_mesh()
+  dirs = [load.resolve(d) for d in (model_dir, baseline) if d]
+  pairs = [load.load(d, dtype, mesh) for d in dirs]
+  found = []
+  for folder, pair in zip(dirs, pairs, strict=True):
+    entry = {"model": str(folder), "params": model.count_params(pair[0])}
+    entry["dtype"] = dtype
+    if "perplexity" in names:
+      tokenizer = load_tokenizer(folder)
+      entry["perplexity"] = text_perplexity(
+        *pair, tokenizer, text, seq_len, batch, mesh
+      )
+    if "latency" in names:
+      entry["latency"] = latency.measure(*pair, **_lengths(pair[0]), mesh=mesh)
+      advice = latency.ffn_advice(pair[0], dtype=dtype)
+      entry["latency"]["round_ffn_to"] = advice
+    found.append(entry)
+  result = found[0] | ({"baseline": found[1]} if baseline else {})
+  if baseline and "latency" in names:
+    before, after = (entry["latency"] for entry in reversed(found))
+    result["speedup"] = latency.compare(before, after)
+  if harness:
+    scores = harness.evaluate_tasks(
+      *pairs[0],
+      load_tokenizer(dirs[0]),
+      harness_names,
+      tasks_dir or None,
+      limit or None,
+      batch,
+      baseline=pairs[1] if baseline else None,
+      mesh=mesh,
+    )
+    if baseline:
+      result["baseline"] |= scores.pop("baseline")
+    result |= scores
+  return result
+
+
+def text_perplexity(
+  config: ModelConfig,
+  params: Params,
+  tokenizer: Tokenizer,
+  path: str,
+  seq_len: int = 0,
+  batch: int = 8,
+  mesh: Mesh | None = None,
+) -> dict:
+  """Perplexity of a text file by token, word and byte.
+
+  The first token of a window is not predicted; words and bytes are charged the
+  mean of the predicted tokens for it.
+
+  Args:
+    seq_len: tokens a window; 0 = the model's context, at most 2048.
+
+  Raises:
+    UserError: the file cannot be read, or as `perplexity`.
+  """
+  try:
+    text = Path(path).read_text(encoding="utf-8")
+  except (OSError, UnicodeDecodeError) as error:
+    raise UserError(f"--text={path} cannot be read: {error}") from error
+  if seq_len > config.context:
+    raise UserError(
+      f"seq_len={seq_len} is longer than the model's context of "
+      f"{config.context}"
+    )
+  seq_len = seq_len or min(config.context, 2048)
+  tokens = np.array(tokenizer.encode(text), np.int64)
+  value, nll, count = perplexity(config, params, tokens, seq_len, batch, mesh)
+  whole = nll / count * len(tokens)  # nats, every token charged
+  words, size = len(text.split()), len(text.encode())
+  return {
+    "perplexity": value,
+    "word_perplexity": _exp(whole / words) if words else math.inf,
+    "byte_perplexity": _exp(whole / size),
+    "bits_per_byte": whole / size / math.log(2),
+    "nll": nll,
+    "tokens": count,
+    "words": words,
+    "bytes": size,
+    "seq_len": seq_len,
+    "text": str(path),
+  }
 
 
 def perplexity(
@@ -46,17 +186,14 @@ def perplexity(
   shards = math.prod(mesh.shape[axis] for axis in sharding.BATCH)
   batch = -(-batch // shards) * shards
   rows_BT, lengths_B = windows(tokens, min(seq_len, len(tokens)), batch)
-  placed = sharding.batch_sharding(mesh)
   total, count = 0.0, 0
   for i in range(0, len(rows_BT), batch):
-    rows = _global(rows_BT[i : i + batch], placed)
-    lengths = _global(lengths_B[i : i + batch], placed)
+    rows = generate.place(rows_BT[i : i + batch], mesh)
+    lengths = generate.place(lengths_B[i : i + batch], mesh)
     nll, number = _window_loss(config, mesh, params, rows, lengths)
     total += float(nll)
     count += int(number)
-  mean = total / count
-  # A ruined model can be worse than any float: infinite, not an error.
-  return math.exp(mean) if mean < 700 else math.inf, total, count
+  return _exp(total / count), total, count
 
 
 def windows(
@@ -99,17 +236,34 @@ def _window_loss(
   lengths_B: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
   """Summed nll and number of predicted tokens of one batch, on all devices."""
-  # As in train: a whole table keeps the residual stream cut by rows.
-  whole = sharding.replicated(mesh)
-  table = jax.lax.with_sharding_constraint(params["embedding"], whole)
-  params = params | {"embedding": table}
+  params = generate.whole_embedding(params, mesh)
   logits_BTV, _ = model.Decoder(config).apply({"params": params}, rows_BT)
   positions_T = jnp.arange(1, rows_BT.shape[1])
   weights_BT = positions_T < lengths_B[:, None]
   found = loss.next_token(logits_BTV[:, :-1], rows_BT[:, 1:], weights_BT)
+  whole = sharding.replicated(mesh)
   return jax.lax.with_sharding_constraint(found, whole)
 
 
-def _global(rows: np.ndarray, placed: jax.sharding.Sharding) -> jax.Array:
-  """A global array of which every process has the whole on its host."""
-  return jax.make_array_from_callback(rows.shape, placed, lambda at: rows[at])
+def _exp(nats: float) -> float:
+  """A ruined model can be worse than any float: infinite, not an error."""
+  return math.exp(nats) if nats < 700 else math.inf
+
+
+def _lengths(config: ModelConfig) -> dict[str, int]:
+  """Prompt and new tokens that latency is measured with."""
+  return {
+    "prompt_len": min(128, config.context // 2),
+    "new_tokens": min(64, config.context // 2),
+  }
+
+
+def import_harness():
+  """The module that needs lm-eval."""
+  try:
+    from adapt_pruner_jax import harness
+  except ImportError as error:
+    raise UserError(
+      f"tasks need lm-eval ({error}): pip install 'adapt-pruner-jax[eval]'"
+    ) from error
+  return harness

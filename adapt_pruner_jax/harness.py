@@ -9,7 +9,6 @@ requests with the rows cut over the mesh, so results are the same on every host.
 import dataclasses
 import functools
 import hashlib
-import logging
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -19,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import lm_eval
 import numpy as np
+from absl import logging
 from jax.sharding import Mesh
 from lm_eval import evaluator, utils
 from lm_eval.api.model import LM, TemplateLM
@@ -147,12 +147,8 @@ class JaxLM(TemplateLM):
     rows = make_rows(pairs, self.model_config.context)
     ids = [t for row in rows for t in (*row.tokens, *_targets(row))]
     _check_vocabulary(ids, self.model_config.V)
-    groups: dict[int, list[Row]] = {}
-    for row in rows:
-      T = generate.padded_length(len(row.tokens))
-      groups.setdefault(T, []).append(row)
     sent = []
-    for T, members in sorted(groups.items()):
+    for T, members in by_length(rows, 4 * self.batch):
       Q = _padded_queries(max(len(row.queries) for row in members))
       for start in range(0, len(members), self.batch):
         some = members[start : start + self.batch]
@@ -178,13 +174,14 @@ class JaxLM(TemplateLM):
     number = settings.get("max_gen_toks", MAX_NEW_TOKENS)
     if number >= c.context:
       raise UserError(
-        f"the task generates {number} tokens, which leaves no room for a prompt "
-        f"in the model's context of {c.context}"
+        f"the task generates {number} tokens, which leaves no room for a "
+        f"prompt in the model's context of {c.context}"
       )
     longest = c.context - number
     if len(prompts[0]) > longest:
       logging.warning(
-        "a prompt of %d tokens is cut to its last %d: the model's context is %d",
+        "a prompt of %d tokens is longer than the model's context allows: it "
+        "is cut to its last %d (context %d)",
         *(len(prompts[0]), longest, c.context),
       )
     sample = settings.get("do_sample", False)
@@ -219,7 +216,7 @@ def make_rows(
 ) -> list[Row]:
   """Rows that score all continuations; pairs with one context share a row."""
   rows: dict[tuple[int, ...], Row] = {}
-  full = []
+  full, cut = [], []
   for request, (prefix, said) in enumerate(pairs):
     if len(said) > context:
       raise UserError(
@@ -228,11 +225,7 @@ def make_rows(
       )
     over = len(prefix) + len(said) - context - 1
     if over > 0:
-      logging.warning(
-        "a question of %d tokens is longer than the model's context of %d: it "
-        "loses the first %d",
-        *(len(prefix) + len(said), context, over),
-      )
+      cut.append(len(prefix) + len(said))
       prefix = prefix[over:]
     key = tuple(prefix)
     row = rows.get(key)
@@ -243,7 +236,29 @@ def make_rows(
       n = len(prefix)
       row = rows[key] = Row(list(prefix), list(range(n)), [0] * n, [])
     _add_branch(row, len(prefix), said, request)
+  if cut:
+    logging.warning(
+      "%d of %d answers with their questions (up to %d tokens) are longer than "
+      "the model's context of %d: the questions lose their beginning",
+      *(len(cut), len(pairs), max(cut), context),
+    )
   return full + list(rows.values())
+
+
+def by_length(rows: Sequence[Row], least: int) -> list[tuple[int, list[Row]]]:
+  """(padded length, its rows); less than `least` rows join longer ones, as each
+  length is a compilation."""
+  groups: dict[int, list[Row]] = {}
+  for row in rows:
+    T = generate.padded_length(len(row.tokens))
+    groups.setdefault(T, []).append(row)
+  found, carried, longest = [], [], max(groups, default=0)
+  for T in sorted(groups):
+    carried = carried + groups[T]
+    if len(carried) >= least or longest == T:
+      found.append((T, carried))
+      carried = []
+  return found
 
 
 def _add_branch(row: Row, prefix: int, said: list[int], request: int) -> None:
@@ -495,30 +510,53 @@ def differences(raw: dict, other: dict, names: Sequence[str]) -> dict:
   a preset within each task. Only for metrics that are a mean over questions.
   """
   rng = np.random.default_rng(0)
-  found, draws = {"tasks": {}, "presets": {}}, {}
+  found = {"tasks": {}, "presets": {}}
+  draws = {}  # (task, metric) -> number of questions, mean, means drawn
   for name, samples in raw["samples"].items():
     others = {s["doc_id"]: s for s in other["samples"][name]}
     for metric in samples[0]["metrics"]:
-      gains = [
-        (sample[metric], others[sample["doc_id"]][metric]) for sample in samples
-      ]
-      if not all(isinstance(v, (int, float)) for pair in gains for v in pair):
+      pairs = [(s[metric], others[s["doc_id"]][metric]) for s in samples]
+      if not all(isinstance(v, (int, float)) for pair in pairs for v in pair):
         continue
-      gains = np.array([float(a) - float(b) for a, b in gains])
-      counts = rng.multinomial(
-        len(gains), [1 / len(gains)] * len(gains), RESAMPLES
-      )
-      draws[name, metric] = gains.mean(), counts @ gains / len(gains)
+      gains = np.array([float(a) - float(b) for a, b in pairs])
+      drawn = _resample(gains, rng)
+      draws[name, metric] = len(gains), gains.mean(), drawn
       entry = found["tasks"].setdefault(name, {})
-      entry[metric] = _interval(*draws[name, metric])
+      entry[metric] = _interval(gains.mean(), drawn)
   for name in names:
-    if name in tasks.PRESETS:
-      metrics = tasks.PRESETS[name].metrics.items()
-      parts = [draws[pair] for pair in metrics if pair in draws]
-      if parts:
-        means, drawn = zip(*parts, strict=True)
-        found["presets"][name] = _interval(np.mean(means), np.mean(drawn, 0))
+    parts = []
+    for task, metric in _preset_metrics(name):
+      leaves = [(leaf, metric) for leaf in _leaves(raw, task)]
+      leaves = [draws[leaf] for leaf in leaves if leaf in draws]
+      if leaves:
+        sizes, means, drawn = zip(*leaves, strict=True)
+        parts.append([np.average(x, 0, sizes) for x in (means, drawn)])
+    if parts:
+      found["presets"][name] = _interval(
+        *(np.mean(x, 0) for x in zip(*parts, strict=True))
+      )
   return found
+
+
+def _preset_metrics(name: str) -> list[tuple[str, str]]:
+  preset = tasks.PRESETS.get(name)
+  return list(preset.metrics.items()) if preset else []
+
+
+def _leaves(raw: dict, name: str) -> list[str]:
+  """The tasks in a group, or the task itself."""
+  if name in raw["samples"]:
+    return [name]
+  children = raw["group_subtasks"].get(name, [])
+  return [leaf for child in children for leaf in _leaves(raw, child)]
+
+
+def _resample(gains: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+  """Means of `RESAMPLES` draws with replacement of all `gains`."""
+  # How often each value is drawn is multinomial; values are few.
+  values, counts = np.unique(gains, return_counts=True)
+  drawn = rng.multinomial(len(gains), counts / len(gains), RESAMPLES)
+  return drawn @ values / len(gains)
 
 
 def _interval(difference: float, drawn: np.ndarray) -> dict[str, float]:
@@ -533,7 +571,7 @@ def _interval(difference: float, drawn: np.ndarray) -> dict[str, float]:
 def _metrics(values: Mapping[str, Any]) -> dict[str, float]:
   """{"acc": ..., "acc_stderr": ...} out of lm-eval's "acc,none", ...."""
   return {
-    key.removesuffix(",none").replace(",", "_"): value
+    key.removesuffix(",none").replace(",", "_"): float(value)
     for key, value in values.items()
     if isinstance(value, float)
   }

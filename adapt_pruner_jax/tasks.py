@@ -182,7 +182,9 @@ def local_files(name: str, tasks_dir: str | Path) -> list[Path]:
   folder = Path(tasks_dir)
   stem = _stem(name, folder)
   files = [folder / f"{stem}.jsonl", *sorted(folder.glob(f"{stem}_*.jsonl"))]
-  parts = [f"{stem}_{split}" for split in ("test", "validation", "dev", "train")]
+  parts = [
+    f"{stem}_{split}" for split in ("test", "validation", "dev", "train")
+  ]
   return [f for f in files if f.is_file() and f.stem in (stem, *parts)]
 
 
@@ -193,7 +195,11 @@ def read_rows(path: Path, name: str) -> list[dict]:
     UserError: a line that is no JSON object or lacks a field.
   """
   rows = []
-  for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
+  try:
+    lines = path.read_text("utf-8").splitlines()
+  except (OSError, UnicodeDecodeError) as error:
+    raise UserError(f"{path} cannot be read: {error}") from error
+  for number, line in enumerate(lines, 1):
     if not line.strip():
       continue
     try:
@@ -271,7 +277,7 @@ class LocalTask(ConfigurableTask):
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     return (
       f"task {name} needs the dataset {path}, which cannot be had here "
-      f"({reason}); where there is network, run python -c \"import datasets; "
+      f'({reason}); where there is network, run python -c "import datasets; '
       f"datasets.load_dataset({path}, split='{split}').to_json("
       f"'{name}.jsonl')\", and pass --tasks-dir=FOLDER_OF_THAT_FILE"
     )
