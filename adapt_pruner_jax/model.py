@@ -383,27 +383,29 @@ class Block(nn.Module):
     return q_BTNH.reshape(q_BTKGH.shape), rotate(k_BTKH, rope), v_BTKH
 
   def attend(self, q_BTKGH, k_BSKH, v_BSKH, mask_BNTS):
-    """What the heads say, [B, T, K, G, H]: the input of `o`."""
+    """What the heads say, [B, T, K, G, H]: the input of `o`.
+
+    Query heads of a group are stacked along T (R = G * T), which makes large
+    products: on a CPU twice as fast as `jax.nn.dot_product_attention`.
+    """
     c = self.config
-    B, T = q_BTKGH.shape[:2]
-    scale = c.attn_scale or c.H**-0.5
-    if c.attn_softcap:
-      scores = jnp.einsum("btkgh,bskh->bkgts", q_BTKGH, k_BSKH) * scale
-      scores = soft_cap(scores.astype(jnp.float32), c.attn_softcap)
-      if mask_BNTS is None:
-        mask_BNTS = jnp.tri(T, dtype=bool)[None, None]
-      scores = jnp.where(mask_BNTS[:, :, None], scores, -1e30)
-      share = jax.nn.softmax(scores, axis=-1).astype(v_BSKH.dtype)
-      return jnp.einsum("bkgts,bskh->btkgh", share, v_BSKH)
-    y_BTNH = jax.nn.dot_product_attention(
-      q_BTKGH.reshape(B, T, self.K * c.G, c.H),
-      k_BSKH,
-      v_BSKH,
-      mask=mask_BNTS,
-      is_causal=mask_BNTS is None,
-      scale=scale,
+    B, T, K, G, H = q_BTKGH.shape
+    S = k_BSKH.shape[1]
+    q_BKRH = q_BTKGH.transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, H)
+    k_BKSH, v_BKSH = k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)
+    scores_BKRS = jnp.einsum(
+      "bkrh,bksh->bkrs", q_BKRH, k_BKSH, preferred_element_type=jnp.float32
     )
-    return y_BTNH.reshape(q_BTKGH.shape)
+    scores_BKGTS = scores_BKRS.reshape(B, K, G, T, S)
+    scores_BKGTS *= c.attn_scale or c.H**-0.5
+    scores_BKGTS = soft_cap(scores_BKGTS, c.attn_softcap)
+    if mask_BNTS is None:
+      mask_BNTS = jnp.tri(T, dtype=bool)[None, None]
+    scores_BKGTS = jnp.where(mask_BNTS[:, :, None], scores_BKGTS, -1e30)
+    share_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(v_BSKH.dtype)
+    share_BKRS = share_BKGTS.reshape(B, K, G * T, S)
+    y_BKRH = jnp.einsum("bkrs,bksh->bkrh", share_BKRS, v_BKSH)
+    return y_BKRH.reshape(B, K, G, T, H).transpose(0, 3, 1, 2, 4)
 
   def add_attention(self, x_BTD, y_BTKGH):
     """Adds what the heads say (None = no heads) to the residual stream."""
