@@ -11,6 +11,7 @@ shortcuts and an untied, full-width output matrix are added. Here the width is
 solved for the parameter target.
 """
 
+import bisect
 import dataclasses
 from collections.abc import Callable
 from functools import partial
@@ -117,8 +118,10 @@ def solve_widths(
       f"slicegpt cannot reach {target:,} parameters: with a residual width of "
       f"{multiple} {low:,} remain; the output matrix stays {now[-1]} wide"
     )
-  fits = [d for d in candidates if size((d,) * places) <= target]
-  widths = [max(fits)] * places
+  fits = bisect.bisect_right(
+    candidates, target, key=lambda d: size((d,) * places)
+  )
+  widths = [candidates[fits - 1]] * places
   for place in range(places):
     widths[place] += multiple
     if size(widths) > target:
