@@ -172,12 +172,12 @@ def prune_stage(state: State, setting: Setting, stop_if_asked: Any) -> None:
   )
   for number, row in enumerate(refits):
     setting.log.metrics("refit", number, {"stage": state.stage} | row)
-  if state.opt_state is not None and config.train.carry_moments:
-    _, state.opt_state = prune.gather(
-      state.config, state.opt_state, keep, setting.mesh
-    )
-  else:
-    state.opt_state = None
+  opt_state, state.opt_state = state.opt_state, None
+  if opt_state is not None and config.train.carry_moments:
+    cut, opt_state = prune.gather(state.config, opt_state, keep, setting.mesh)
+    # FLAP and SliceGPT leave other parameters than those that were trained.
+    if model.param_shapes(cut) == model.param_shapes(pruned.config):
+      state.opt_state = opt_state
   state.config, state.params, state.kept = pruned.config, params, pruned.kept
   state.trace += steps
   state.pruned = True
