@@ -25,15 +25,14 @@ class Model(NamedTuple):
 
 
 def load(path: str | os.PathLike, dtype: str = "float32") -> Model:
-  """Opens a HuggingFace directory or hub id.
+  """Opens a HuggingFace directory, a hub id, or an orbax directory.
 
   Raises:
     UserError: it is missing, damaged, or of an unknown family.
   """
-  from adapt_pruner_jax.hf import load as hf_load
+  from adapt_pruner_jax import convert
 
-  folder = hf_load.resolve(str(path))
-  config, params = hf_load.load(str(folder), dtype)
+  config, params, folder = convert.open_model(str(path), dtype)
   return Model(config, params, str(folder))
 
 

@@ -1,13 +1,11 @@
 """Formats of a model: hf, hf_uniform, gguf, and orbax (our own, on any mesh).
 
 An orbax directory has the arrays in `params/`, the ModelConfig and a
-fingerprint of each array in `model.json`, and the tokenizer's files. It can
-hold every model there is, also those that other formats cannot express.
+fingerprint of each array in `model.json`, the tokenizer's files and SHA256SUMS.
+It can hold every model there is, also those that other formats cannot express.
 """
 
 import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ from adapt_pruner_jax.hf import card, load, save
 from adapt_pruner_jax.model import ModelConfig
 
 FORMATS = ("hf", "hf_uniform", "gguf", "orbax")
+DTYPES = ("float32", "bfloat16", "float16")
 MANIFEST = "model.json"
 
 
@@ -31,7 +30,7 @@ def convert(
   out: Path,
   format: str,
   *,
-  dtype: str = "float32",
+  dtype: str = "",
   overwrite: bool = False,
   ignore_fields: str = "",
 ) -> None:
@@ -39,14 +38,25 @@ def convert(
 
   Args:
     source: a HuggingFace directory or hub id, or an orbax directory.
-    dtype: of the weights; for gguf also f32, f16 or q8_0.
+    dtype: of the weights, "" = as they are stored; for gguf f32 (which "" is),
+      f16 or q8_0.
 
   Raises:
-    UserError: unknown format, `out` exists, or the format cannot express it.
+    UserError: unknown format or dtype, `out` exists, or the format cannot
+      express the model.
   """
   _check_format(format)
-  weights = dtype if format != "gguf" else "float32"
-  config, params, folder = open_model(source, weights, ignore_fields)
+  _check_free(out, overwrite)
+  if format == "gguf":
+    quantization, dtype = dtype or "f32", "float32"
+  else:
+    quantization = ""
+    if dtype and dtype not in DTYPES:
+      raise UserError(
+        f"--dtype={dtype} is not one of {', '.join(DTYPES)}"
+        f"{nearest(dtype, DTYPES)}; other types are for --format=gguf"
+      )
+  config, params, folder = open_model(source, dtype or None, ignore_fields)
   write(
     config,
     params,
@@ -54,13 +64,14 @@ def convert(
     format,
     source=folder,
     overwrite=overwrite,
-    quantization=dtype,
+    quantization=quantization,
+    facts=_facts(folder),
   )
 
 
 def open_model(
   source: str,
-  dtype: str = "float32",
+  dtype: str | None = "float32",
   ignore_fields: str = "",
   mesh: Mesh | None = None,
 ) -> tuple[ModelConfig, Params, Path]:
@@ -81,20 +92,24 @@ def write(
   *,
   source: str | Path | None = None,
   overwrite: bool = False,
-  quantization: str = "float32",
+  quantization: str = "f32",
   facts: dict[str, Any] | None = None,
 ) -> None:
   """Writes a model; the result is opened again and compared before it counts.
+
+  Args:
+    source: the directory that tokenizer and licence come from.
+    quantization: of gguf only.
+    facts: for the model card, as in a run's summary.json.
 
   Raises:
     UserError: as `convert`.
   """
   _check_format(format)
   out, source = Path(out), Path(source) if source else None
-  if out.exists() and not overwrite:
-    raise UserError(f"{out} exists: give another --out, or --overwrite")
+  _check_free(out, overwrite)
   if format == "orbax":
-    write_orbax(config, params, out, source)
+    write_orbax(config, params, out, source, overwrite)
   elif format == "gguf":
     from adapt_pruner_jax.hf import gguf
 
@@ -122,62 +137,74 @@ def verify(path: str) -> None:
 
 
 def write_orbax(
-  config: ModelConfig, params: Params, out: Path, source: Path | None
+  config: ModelConfig,
+  params: Params,
+  out: Path,
+  source: Path | None = None,
+  overwrite: bool = False,
 ) -> None:
-  """Writes beside `out` and renames, so that half a model never looks whole."""
+  """Writes an orbax directory, from one process.
+
+  Raises:
+    UserError: `out` exists or cannot be written.
+  """
   import orbax.checkpoint as ocp
 
-  out.parent.mkdir(parents=True, exist_ok=True)
-  temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-  try:
+  if jax.process_count() > 1:
+    raise UserError("orbax models are written from one process only")
+  dtype = jnp.result_type(*jax.tree.leaves(params))
+  params = jax.tree.map(lambda x: jnp.asarray(x, dtype), params)
+  manifest = {
+    "model": model.to_json(config),
+    "dtype": str(dtype),
+    "fingerprints": fingerprints(_named(params)),
+  }
+  with save.directory(out, overwrite, MANIFEST) as folder:
     with ocp.StandardCheckpointer() as checkpointer:
-      checkpointer.save(temporary.absolute() / "params", params)
-    manifest = {
-      "model": model.to_json(config),
-      "dtype": str(jax.tree.leaves(params)[0].dtype),
-      "fingerprints": fingerprints(_named(params)),
-    }
-    workdir.write_json(temporary / MANIFEST, manifest)
+      checkpointer.save(folder.absolute() / "params", params)
     if source is not None:
-      save.copy_tokenizer(source, temporary)
-    temporary.chmod(0o755)
-    if out.exists():
-      shutil.rmtree(out)
-    temporary.rename(out)
-  finally:
-    shutil.rmtree(temporary, ignore_errors=True)
+      save.copy_tokenizer(source, folder)
+    workdir.write_json(folder / MANIFEST, manifest)
+    card.write_sums(folder)
+    read_orbax(folder)
 
 
 def read_orbax(
-  path: Path, dtype: str = "float32", mesh: Mesh | None = None
+  path: Path, dtype: str | None = "float32", mesh: Mesh | None = None
 ) -> tuple[ModelConfig, Params]:
   """Opens what `write_orbax` wrote, on any mesh.
+
+  Args:
+    dtype: of the parameters; None = as they are stored.
 
   Raises:
     UserError: damaged.
   """
   import orbax.checkpoint as ocp
 
-  mesh = mesh or sharding.make_mesh(devices=jax.local_devices()[:1])
+  card.verify(path, only=MANIFEST)
   manifest = workdir.read_json(path / MANIFEST)
   config = model.from_json(manifest["model"])
+  mesh = mesh or sharding.make_mesh(devices=jax.local_devices()[:1])
   abstract = model.abstract_params(config, jnp.dtype(manifest["dtype"]))
-  placed = sharding.param_shardings(abstract, mesh)
   abstract = jax.tree.map(
     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
     abstract,
-    placed,
+    sharding.param_shardings(abstract, mesh),
   )
   try:
     with ocp.StandardCheckpointer() as checkpointer:
       params = checkpointer.restore(path.absolute() / "params", abstract)
   except Exception as error:  # each of Orbax's stores raises its own
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    raise UserError(f"{path} is damaged: {reason[:200]}") from error
+    raise UserError(f"{path / 'params'} is damaged: {reason[:200]}") from error
   found = fingerprints(_named(params))
   bad = [n for n, want in manifest["fingerprints"].items() if found[n] != want]
   if bad:
-    raise UserError(f"{path} is damaged: {bad[0]} is not as it was written")
+    raise UserError(
+      f"{path / 'params'} is damaged: {bad[0]} is not as it was written"
+    )
+  dtype = jnp.dtype(dtype or manifest["dtype"])
   return config, jax.tree.map(lambda x: x.astype(dtype), params)
 
 
@@ -186,9 +213,23 @@ def _named(params: Params) -> dict[str, jax.Array]:
   return {"/".join(str(k.key) for k in path): leaf for path, leaf in leaves}
 
 
+def _facts(folder: Path) -> dict[str, Any] | None:
+  """What the run that left this model says about it."""
+  summary = folder.parent / "summary.json"
+  if folder.name != "model" or not summary.is_file():
+    return None
+  return workdir.read_json(summary)
+
+
 def _check_format(format: str) -> None:
+  """Raises a UserError unless it is one of `FORMATS`."""
   if format not in FORMATS:
     raise UserError(
       f"--format={format} is not one of {', '.join(FORMATS)}"
       f"{nearest(format, FORMATS)}"
     )
+
+
+def _check_free(out: Path, overwrite: bool) -> None:
+  if out.exists() and not overwrite:
+    raise UserError(f"{out} exists: give another --out, or --overwrite")

@@ -194,7 +194,9 @@ def convert(command: str, argv: list[str]) -> int:
   text("model", None, "a directory or hub id", flag_values=values)
   text("out", "", "directory or file to write", flag_values=values)
   text("format", "hf", "hf, hf_uniform, gguf or orbax", flag_values=values)
-  text("dtype", "float32", "of the weights; gguf: or q8_0", flag_values=values)
+  text(
+    "dtype", "", "default as stored; gguf: f32, f16, q8_0", flag_values=values
+  )
   text("ignore_fields", "", "config.json fields", flag_values=values)
   flags.DEFINE_bool("overwrite", False, "replace --out", flag_values=values)
   flags.DEFINE_bool(
@@ -208,7 +210,7 @@ def convert(command: str, argv: list[str]) -> int:
     convert.verify(values.model)
     return 0
   if not values.out:
-    raise UserError("convert needs --out=DIR (or --verify)")
+    raise UserError("adapt-pruner convert needs --out=... (or --verify)")
   convert.convert(
     values.model,
     Path(values.out),

@@ -146,28 +146,32 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 def write_sums(folder: Path) -> None:
   """SHA256SUMS of all files, in the format of `sha256sum`."""
-  lines = [f"{_sha256(file)}  {file.name}\n" for file in _files(folder)]
+  lines = [f"{_sha256(folder / n)}  {n}\n" for n in sorted(_files(folder))]
   (folder / SUMS).write_text("".join(lines))
 
 
-def verify(path: Path) -> None:
-  """Checks a directory against its SHA256SUMS.
+def verify(path: Path, only: str = "") -> None:
+  """Checks a directory, or one file in it, against its SHA256SUMS.
 
   Raises:
     UserError: a file is missing, changed, or not listed.
   """
+  if not path.exists():
+    raise UserError(f"{path} does not exist")
   try:
     lines = (path / SUMS).read_text().splitlines()
-  except OSError as error:
-    raise UserError(f"{path} has no {SUMS}: it cannot be checked") from error
+  except (OSError, UnicodeDecodeError) as error:
+    raise UserError(
+      f"{path} has no {SUMS} that can be read: it cannot be checked"
+    ) from error
   expected = {}
   for line in lines:
     digest, _, name = line.partition("  ")
-    if len(digest) != 64 or not name or Path(name).name != name:
+    if len(digest) != 64 or not name or ".." in name or name.startswith("/"):
       raise UserError(f"{path / SUMS} is damaged: {line[:80]!r}")
     expected[name] = digest
-  names = {file.name for file in _files(path)}
-  for name in sorted(expected.keys() | names):
+  names = _files(path)
+  for name in [only] if only else sorted(expected.keys() | names):
     if name not in names:
       raise UserError(f"{path / name} is missing")
     if name not in expected:
@@ -176,8 +180,14 @@ def verify(path: Path) -> None:
       raise UserError(f"{path / name} was changed after it was written")
 
 
-def _files(folder: Path) -> list[Path]:
-  return sorted(f for f in folder.iterdir() if f.is_file() and f.name != SUMS)
+def _files(folder: Path) -> set[str]:
+  """Names of all files, but for SHA256SUMS and what is hidden (.git)."""
+  found = [f.relative_to(folder) for f in folder.rglob("*") if f.is_file()]
+  return {
+    file.as_posix()
+    for file in found
+    if str(file) != SUMS and not any(p.startswith(".") for p in file.parts)
+  }
 
 
 def _sha256(file: Path) -> str:

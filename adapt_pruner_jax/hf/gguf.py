@@ -87,8 +87,13 @@ def write(
   arch = architecture(config)
   if arch == "qwen3" and not _is_uniform(config):
     config, params = uniform.pad(config, params)
-  out.parent.mkdir(parents=True, exist_ok=True)
-  handle, name = tempfile.mkstemp(prefix=f".{out.name}-", dir=out.parent)
+  if out.is_dir():
+    raise UserError(f"{out} is a directory; a gguf is one file: give its name")
+  try:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{out.name}-", dir=out.parent)
+  except OSError as error:
+    raise save.unwritable(out, error) from error
   os.close(handle)
   temporary = Path(name)
   try:
@@ -105,6 +110,8 @@ def write(
     _compare(gguf, temporary, config, params, arch, kind)
     temporary.chmod(0o644)
     temporary.rename(out)
+  except OSError as error:
+    raise save.unwritable(out, error) from error
   finally:
     temporary.unlink(missing_ok=True)
 

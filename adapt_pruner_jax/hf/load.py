@@ -30,6 +30,7 @@ DOWNLOADED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.md")
 NOT_PARAMETERS = ("rotary_emb.inv_freq",)  # endings; old checkpoints have them
 HUB_ID = r"[\w-][\w.-]*/[\w.-]+"
 COMPARED_BYTES = 1 << 26
+WORKDIR_MODEL = "model"
 
 Index = tuple[slice, ...]
 
@@ -42,6 +43,10 @@ def resolve(path: str | os.PathLike) -> Path:
   """
   folder = Path(path).expanduser()
   if folder.is_dir():
+    if (folder / WORKDIR_MODEL / CONFIG).is_file():
+      raise UserError(
+        f"{path} is a work directory; its model is {folder / WORKDIR_MODEL}"
+      )
     return folder
   if folder.exists():
     raise UserError(f"{path} is a file; a model directory is needed")

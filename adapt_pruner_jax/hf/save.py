@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from adapt_pruner_jax import axes, workdir
 from adapt_pruner_jax.axes import Params
@@ -83,9 +84,9 @@ def save(
     get = uniform.padded_getter(config, written, get)
     notes = uniform.cost(config, written, source)
   raw = config_json.write(written)
-  dtype = jax.tree.leaves(params)[0].dtype
+  dtype = jnp.result_type(*jax.tree.leaves(params))
   raw |= {"torch_dtype": str(dtype), "dtype": str(dtype)}
-  with _directory(path, overwrite) as folder:
+  with directory(path, overwrite) as folder:
     if folder is not None:
       write_json(folder / CONFIG, raw)
       if not config_json.is_stock(written):
@@ -126,30 +127,38 @@ def without_empty_layers(
 
 
 @contextlib.contextmanager
-def _directory(path: Path, overwrite: bool) -> Iterator[Path | None]:
+def directory(
+  path: Path, overwrite: bool, mark: str = CONFIG
+) -> Iterator[Path | None]:
   """A directory that is renamed to `path` at the end; None if not the writer.
 
   Nothing is left at `path` if anything is raised inside.
+
+  Args:
+    overwrite: replace what is there, if it is empty or has a file `mark`.
+
+  Raises:
+    UserError: `path` may not be replaced or cannot be written.
   """
-  folder = workdir.on_writer(lambda: _temporary(path, overwrite))
+  folder = workdir.on_writer(lambda: _temporary(path, overwrite, mark))
   try:
     yield folder
     workdir.all_agree(True)
     if folder is not None:
       _publish(folder, path)
   except OSError as error:
-    raise _unwritable(path, error) from error
+    raise unwritable(path, error) from error
   finally:
     if folder is not None:
       shutil.rmtree(folder, ignore_errors=True)
 
 
-def _temporary(path: Path, overwrite: bool) -> Path:
+def _temporary(path: Path, overwrite: bool, mark: str) -> Path:
   if path.exists():
     if not overwrite:
       raise UserError(f"{path} exists: give another name, or --overwrite")
     if not path.is_dir() or (
-      any(path.iterdir()) and not (path / CONFIG).is_file()
+      any(path.iterdir()) and not (path / mark).is_file()
     ):
       raise UserError(
         f"{path} is not a model directory and is not overwritten: give another "
@@ -159,7 +168,7 @@ def _temporary(path: Path, overwrite: bool) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     folder = tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent)
   except OSError as error:
-    raise _unwritable(path, error) from error
+    raise unwritable(path, error) from error
   os.chmod(folder, 0o755)
   return Path(folder)
 
@@ -174,7 +183,8 @@ def _publish(folder: Path, path: Path) -> None:
   shutil.rmtree(old)
 
 
-def _unwritable(path: Path, error: OSError) -> UserError:
+def unwritable(path: Path, error: OSError) -> UserError:
+  """What to raise when a model cannot be written to `path`."""
   return UserError(
     f"{path} cannot be written: {error.strerror or error}; give a directory "
     "with room that you may write to"
