@@ -74,6 +74,10 @@ def resolve(hardware: Hardware) -> Hardware:
   """Fills in what is here, and what is known of a named device."""
   if hardware.mfu <= 0 or hardware.mfu > 1:
     raise UserError(f"--mfu={hardware.mfu} must be in (0, 1]")
+  if hardware.topology:
+    slice_ = topology_devices(hardware.topology)
+    kind = slice_[0].device_kind
+    hardware = dataclasses.replace(hardware, device=kind, devices=len(slice_))
   if hardware.device:
     names = {name.lower(): name for name in PEAK_FLOPS}
     wanted = hardware.device.lower()

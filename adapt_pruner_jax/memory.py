@@ -97,11 +97,8 @@ def scoring(
   recipe = config.calibration
   batch = min(recipe.batch, recipe.samples)
   shards = math.prod(mesh.shape[axis] for axis in sharding.BATCH)
-  M, B, T = (
-    -(-recipe.samples // batch),
-    -(-batch // shards) * shards,
-    recipe.seq_len,
-  )
+  M, B = -(-recipe.samples // batch), -(-batch // shards) * shards
+  T = recipe.seq_len
   whole = sharding.replicated(mesh)
   masks = {
     unit: jax.ShapeDtypeStruct((full.L, max(width)), bool, sharding=whole)
@@ -174,11 +171,9 @@ def estimated_training(
     vocabulary *= 2
   # Two layers and the vocabulary's matrices are whole on each device when they
   # are used, the gradients of one layer when they are reduced.
+  shapes = model.param_shapes(c)
   biggest = max(
-    sum(
-      math.prod(s) for s in model.param_shapes(c)[axes.layer_name(i)].values()
-    )
-    for i in range(c.L)
+    sum(map(math.prod, shapes[axes.layer_name(i)].values())) for i in range(c.L)
   )
   matrices = c.V * c.D * (1 if c.tied else 2)
   gathered = 0
@@ -186,9 +181,8 @@ def estimated_training(
     gathered = (2 * biggest / tensor + matrices) * itemsize + biggest * 4
   held = _held(config, full, student, mesh)
   gradients = size(_train_state(settings, full, student, mesh)[0])
-  copy = (
-    held["weights"] // 2 if itemsize == 2 else 0
-  )  # in the dtype of the step
+  # Half precision has a copy of the weights in it.
+  copy = held["weights"] // 2 if itemsize == 2 else 0
   return held | {
     "gradients": gradients,
     "temporary": round(kept + vocabulary + gathered + copy),
