@@ -65,40 +65,46 @@ def evaluate(
     raise UserError("the task perplexity needs --text=FILE")
   if limit < 0 or batch < 1:
     raise UserError(f"limit={limit} must be at least 0, batch={batch} 1")
-  harness_names = [n for n in names if n not in ("perplexity", "latency")]
-  harness = import_harness() if harness_names else None
+  others = [n for n in names if n not in ("perplexity", "latency")]
+  dirs = [load.resolve(d) for d in (model_dir, baseline) if d]
+  if others:  # a misspelt name is told before anything is computed
+    harness = import_harness()
+    harness.tasks.find(harness.expand(others, tasks_dir)[0], tasks_dir)
   if mesh is None:
     mesh = sharding.make_mesh()
-  dirs = [load.resolve(d) for d in (model_dir, baseline) if d]
   pairs = [load.load(d, dtype, mesh) for d in dirs]
-  found = []
-  for folder, pair in zip(dirs, pairs, strict=True):
-    entry = {"model": str(folder), "params": model.count_params(pair[0])}
-    entry["dtype"] = dtype
-    if "perplexity" in names:
-      tokenizer = load_tokenizer(folder)
+  tokenizers = [
+    load_tokenizer(d) for d in dirs if "perplexity" in names or others
+  ]
+  found = [
+    {"model": str(d), "params": model.count_params(pair[0]), "dtype": dtype}
+    for d, pair in zip(dirs, pairs, strict=True)
+  ]
+  if "perplexity" in names:
+    for entry, pair, tokenizer in zip(found, pairs, tokenizers, strict=True):
       entry["perplexity"] = text_perplexity(
         *pair, tokenizer, text, seq_len, batch, mesh
       )
-    if "latency" in names:
+  if "latency" in names:
+    for entry, pair in zip(found, pairs, strict=True):
       entry["latency"] = latency.measure(*pair, **_lengths(pair[0]), mesh=mesh)
       advice = latency.ffn_advice(pair[0], dtype=dtype)
       entry["latency"]["round_ffn_to"] = advice
-    found.append(entry)
   result = found[0] | ({"baseline": found[1]} if baseline else {})
   if baseline and "latency" in names:
-    before, after = (entry["latency"] for entry in reversed(found))
+    before, after = found[1]["latency"], found[0]["latency"]
     result["speedup"] = latency.compare(before, after)
-  if harness:
+  if others:
     scores = harness.evaluate_tasks(
       *pairs[0],
-      load_tokenizer(dirs[0]),
-      harness_names,
+      tokenizers[0],
+      others,
       tasks_dir or None,
       limit or None,
       batch,
       baseline=pairs[1] if baseline else None,
       mesh=mesh,
+      baseline_tokenizer=tokenizers[-1],
     )
     if baseline:
       result["baseline"] |= scores.pop("baseline")

@@ -1,362 +1,27 @@
-"""The pair as a model of lm-eval, and its tasks run on it.
+"""lm-eval's tasks on the pair: presets, scores, how two models differ."""
 
-All choices of a question are scored in one row: the context once, and behind
-it the choices as branches that see the context and themselves, not each other.
-The row's logits are only made where a choice is. Every process does the same
-requests with the rows cut over the mesh, so results are the same on every host.
-"""
-
-import dataclasses
-import functools
 import hashlib
-import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import lm_eval
 import numpy as np
 from absl import logging
 from jax.sharding import Mesh
-from lm_eval import evaluator, utils
-from lm_eval.api.model import LM, TemplateLM
+from lm_eval import evaluator
+from lm_eval.api.model import LM
 
-from adapt_pruner_jax import generate, model, sharding, tasks
+from adapt_pruner_jax import tasks
 from adapt_pruner_jax.axes import Params
 from adapt_pruner_jax.errors import UserError
+from adapt_pruner_jax.lm import JaxLM
 from adapt_pruner_jax.model import ModelConfig
 from adapt_pruner_jax.tokens import Tokenizer
 
 Pair = tuple[ModelConfig, Params]
 
-QUERIES = 64  # scored tokens a row whose logits exist at a time
-MAX_NEW_TOKENS = 256  # as lm-eval's HF model, where the task does not say
 RESAMPLES = 10_000
-
-
-@dataclasses.dataclass
-class Row:
-  """A context and the continuations that are scored behind it."""
-
-  tokens: list[int]
-  positions: list[int]
-  branches: list[int]  # 0 = context, else the number of the continuation
-  # of each scored token: (column that predicts it, its id, request)
-  queries: list[tuple[int, int, int]]
-
-
-class JaxLM(TemplateLM):
-  """lm-eval's view of a pair; the answers are those of its HF model."""
-
-  def __init__(
-    self,
-    config: ModelConfig,
-    params: Params,
-    tokenizer: Tokenizer,
-    batch: int = 8,
-    mesh: Mesh | None = None,
-  ) -> None:
-    """`batch` is rows at a time, rounded up to what the mesh divides."""
-    super().__init__()
-    if mesh is None:
-      mesh = sharding.make_mesh(devices=jax.local_devices()[:1])
-    shards = math.prod(mesh.shape[axis] for axis in sharding.BATCH)
-    self.model_config, self.params, self.mesh = config, params, mesh
-    self.words, self.batch = tokenizer, -(-batch // shards) * shards
-    # Each question's context is encoded once for each of its choices.
-    self._encode = functools.lru_cache(maxsize=8)(tokenizer.encode)
-
-  @property
-  def eot_token_id(self) -> int:
-    ids = self.model_config.eos_ids
-    found = self.words.eos_id
-    found = ids[0] if found is None and ids else found
-    return 0 if found is None else found
-
-  @property
-  def prefix_token_id(self) -> int:
-    """What an empty context is replaced by."""
-    found = self.words.bos_id
-    found = self.model_config.bos_id if found is None else found
-    return self.eot_token_id if found is None else found
-
-  def tok_encode(
-    self, string: str, add_special_tokens: bool | None = None, **_: Any
-  ) -> list[int]:
-    if add_special_tokens is None:
-      bos = self.words.bos_token
-      add_special_tokens = not (bos and string.startswith(bos))
-    if add_special_tokens:
-      return self._encode(string)
-    return self.words.encode_plain(string)
-
-  def loglikelihood(self, requests, disable_tqdm=True):
-    return super().loglikelihood(requests, disable_tqdm=True)
-
-  def _loglikelihood_tokens(self, requests, **_) -> list[tuple[float, bool]]:
-    return self.score([(prefix, said) for _, prefix, said in requests])
-
-  def loglikelihood_rolling(
-    self, requests, disable_tqdm: bool = True
-  ) -> list[float]:
-    windows, owners = [], []
-    for i, request in enumerate(requests):
-      found = utils.get_rolling_token_windows(
-        token_list=self.tok_encode(request.args[0]),
-        prefix_token=self.prefix_token_id,
-        max_seq_len=self.model_config.context,
-        context_len=1,
-      )
-      windows += map(utils.make_disjoint_window, found)
-      owners += [i] * (len(windows) - len(owners))
-    totals = [0.0] * len(requests)
-    for owner, (total, _) in zip(owners, self.score(windows), strict=True):
-      totals[owner] += total
-    return totals
-
-  def generate_until(self, requests, disable_tqdm: bool = True) -> list[str]:
-    """Text up to, and without, the first of the stop strings."""
-    answers: dict[int, str] = {}
-    groups: dict[str, list[int]] = {}
-    for i, request in enumerate(requests):
-      groups.setdefault(repr(request.args[1]), []).append(i)
-    for members in groups.values():
-      settings = requests[members[0]].args[1]
-      prompts = {i: self.tok_encode(requests[i].args[0]) for i in members}
-      members.sort(key=lambda i: -len(prompts[i]))
-      for start in range(0, len(members), self.batch):
-        some = members[start : start + self.batch]
-        texts = self._continue([prompts[i] for i in some], settings)
-        answers |= zip(some, texts, strict=True)
-    return [answers[i] for i in range(len(requests))]
-
-  def score(
-    self, pairs: Sequence[tuple[list[int], list[int]]]
-  ) -> list[tuple[float, bool]]:
-    """Log-likelihood of each continuation, and whether greedy would say it.
-
-    Args:
-      pairs: (context, continuation) as token ids. What is longer than the
-        model's context loses tokens from the left, as in lm-eval's HF model.
-
-    Raises:
-      UserError: a continuation alone is longer than the model's context.
-    """
-    rows = make_rows(pairs, self.model_config.context)
-    ids = [t for row in rows for t in (*row.tokens, *_targets(row))]
-    _check_vocabulary(ids, self.model_config.V)
-    sent = []
-    for T, members in by_length(rows, 4 * self.batch):
-      Q = _padded_queries(max(len(row.queries) for row in members))
-      for start in range(0, len(members), self.batch):
-        some = members[start : start + self.batch]
-        arrays = pack(some, self.batch, T, Q)
-        placed = [generate.place(array, self.mesh) for array in arrays]
-        found = _score(self.model_config, self.mesh, self.params, *placed)
-        sent.append((some, found))
-    totals, greedy = np.zeros(len(pairs)), np.ones(len(pairs), bool)
-    for some, found in sent:  # all are queued by now
-      log_probs_BQ, hits_BQ = map(np.asarray, found)
-      for b, row in enumerate(some):
-        owners = [owner for _, _, owner in row.queries]
-        np.add.at(totals, owners, log_probs_BQ[b, : len(owners)].astype(float))
-        np.logical_and.at(greedy, owners, hits_BQ[b, : len(owners)])
-    return list(zip(totals.tolist(), greedy.tolist(), strict=True))
-
-  def _continue(
-    self, prompts: list[list[int]], settings: Mapping[str, Any]
-  ) -> list[str]:
-    c = self.model_config
-    until = settings.get("until", [])
-    until = [until] if isinstance(until, str) else list(until)
-    number = settings.get("max_gen_toks", MAX_NEW_TOKENS)
-    if number >= c.context:
-      raise UserError(
-        f"the task generates {number} tokens, which leaves no room for a "
-        f"prompt in the model's context of {c.context}"
-      )
-    longest = c.context - number
-    if len(prompts[0]) > longest:
-      logging.warning(
-        "a prompt of %d tokens is longer than the model's context allows: it "
-        "is cut to its last %d (context %d)",
-        *(len(prompts[0]), longest, c.context),
-      )
-    sample = settings.get("do_sample", False)
-
-    def text(tokens):
-      return self.words.backend.decode(tokens, skip_special_tokens=True)
-
-    found = generate.generate(
-      c,
-      self.params,
-      [prompt[-longest:] for prompt in prompts]
-      + [[0]] * (self.batch - len(prompts)),
-      number,
-      temperature=settings.get("temperature", 1.0) if sample else 0.0,
-      top_k=settings.get("top_k", 0) if sample else 0,
-      top_p=settings.get("top_p", 1.0) if sample else 1.0,
-      eos_ids={*c.eos_ids, self.eot_token_id},
-      mesh=self.mesh,
-      finished=lambda tokens: any(stop in text(tokens) for stop in until),
-    )
-    answers = []
-    for tokens in found[: len(prompts)]:
-      answer = text(tokens)
-      for stop in filter(None, until):
-        answer = answer.split(stop)[0]
-      answers.append(answer)
-    return answers
-
-
-def make_rows(
-  pairs: Sequence[tuple[list[int], list[int]]], context: int
-) -> list[Row]:
-  """Rows that score all continuations; pairs with one context share a row."""
-  rows: dict[tuple[int, ...], Row] = {}
-  full, cut = [], []
-  for request, (prefix, said) in enumerate(pairs):
-    if len(said) > context:
-      raise UserError(
-        f"an answer of {len(said)} tokens is longer than the model's context "
-        f"of {context}: the task does not fit this model"
-      )
-    over = len(prefix) + len(said) - context - 1
-    if over > 0:
-      cut.append(len(prefix) + len(said))
-      prefix = prefix[over:]
-    key = tuple(prefix)
-    row = rows.get(key)
-    if row is not None and len(row.tokens) + len(said) - 1 > context:
-      full.append(rows.pop(key))
-      row = None
-    if row is None:
-      n = len(prefix)
-      row = rows[key] = Row(list(prefix), list(range(n)), [0] * n, [])
-    _add_branch(row, len(prefix), said, request)
-  if cut:
-    logging.warning(
-      "%d of %d answers with their questions (up to %d tokens) are longer than "
-      "the model's context of %d: the questions lose their beginning",
-      *(len(cut), len(pairs), max(cut), context),
-    )
-  return full + list(rows.values())
-
-
-def by_length(rows: Sequence[Row], least: int) -> list[tuple[int, list[Row]]]:
-  """(padded length, its rows); less than `least` rows join longer ones, as each
-  length is a compilation."""
-  groups: dict[int, list[Row]] = {}
-  for row in rows:
-    T = generate.padded_length(len(row.tokens))
-    groups.setdefault(T, []).append(row)
-  found, carried, longest = [], [], max(groups, default=0)
-  for T in sorted(groups):
-    carried = carried + groups[T]
-    if len(carried) >= least or longest == T:
-      found.append((T, carried))
-      carried = []
-  return found
-
-
-def _add_branch(row: Row, prefix: int, said: list[int], request: int) -> None:
-  """Adds a continuation; its last token is only ever predicted."""
-  start = len(row.tokens)
-  branch = row.branches[-1] + 1
-  row.tokens += said[:-1]
-  row.positions += range(prefix, prefix + len(said) - 1)
-  row.branches += [branch] * (len(said) - 1)
-  columns = [prefix - 1, *range(start, start + len(said) - 1)]
-  row.queries += [(c, t, request) for c, t in zip(columns, said, strict=True)]
-
-
-def pack(rows: Sequence[Row], batch: int, T: int, Q: int) -> list[np.ndarray]:
-  """Tokens, positions, branches [B, T], and columns, targets [B, Q] of queries.
-
-  Padding is in branch -1, which no other sees.
-  """
-  tokens, positions, columns, targets = (
-    np.zeros((batch, size), np.int32) for size in (T, T, Q, Q)
-  )
-  branches = np.full((batch, T), -1, np.int32)
-  for b, row in enumerate(rows):
-    n, q = len(row.tokens), len(row.queries)
-    tokens[b, :n] = row.tokens
-    positions[b, :n] = row.positions
-    branches[b, :n] = row.branches
-    columns[b, :q] = [column for column, _, _ in row.queries]
-    targets[b, :q] = _targets(row)
-  return [tokens, positions, branches, columns, targets]
-
-
-@partial(jax.jit, static_argnames=("config", "mesh"))
-def _score(
-  config: ModelConfig,
-  mesh: Mesh,
-  params: Params,
-  tokens_BT: jax.Array,
-  positions_BT: jax.Array,
-  branches_BT: jax.Array,
-  columns_BQ: jax.Array,
-  targets_BQ: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-  """Log-probability of each target, and whether it is the likeliest; [B, Q]."""
-  params = generate.whole_embedding(params, mesh)
-  own = branches_BT[:, :, None] == branches_BT[:, None, :]
-  allowed = own | (branches_BT == 0)[:, None, :]
-
-  def see(window):
-    distance = positions_BT[:, :, None] - positions_BT[:, None, :]
-    seen = allowed & (distance >= 0)
-    return (seen & (distance < window) if window else seen)[:, None]
-
-  x_BTD, _ = model.Decoder(config).apply(
-    {"params": params},
-    tokens_BT,
-    positions_BT,
-    method=partial(generate.residual, see=see),
-  )
-
-  def block(query):
-    columns_BC, targets_BC = query
-    x_BCD = jnp.take_along_axis(x_BTD, columns_BC[..., None], axis=1)
-    logits_BCV = generate.head(config, params, x_BCD)
-    # As in loss.next_token: comparing with every id stays local when V is cut.
-    hit_BCV = targets_BC[..., None] == jnp.arange(config.V)
-    target_BC = jnp.where(hit_BCV, logits_BCV, 0).sum(-1)
-    likeliest_BC = jnp.argmax(logits_BCV, axis=-1) == targets_BC
-    return target_BC - jax.nn.logsumexp(logits_BCV, axis=-1), likeliest_BC
-
-  def blocks(x_BQ):
-    B, Q = x_BQ.shape
-    return x_BQ.reshape(B, -1, min(Q, QUERIES)).swapaxes(0, 1)
-
-  found = jax.lax.map(block, (blocks(columns_BQ), blocks(targets_BQ)))
-  found = [x.swapaxes(0, 1).reshape(columns_BQ.shape) for x in found]
-  whole = sharding.replicated(mesh)
-  return jax.lax.with_sharding_constraint(tuple(found), (whole, whole))
-
-
-def _padded_queries(number: int) -> int:
-  """A power of two up to `QUERIES`, then a multiple of it."""
-  if number > QUERIES:
-    return -(-number // QUERIES) * QUERIES
-  return 1 << max(number - 1, 0).bit_length()
-
-
-def _targets(row: Row) -> list[int]:
-  return [target for _, target, _ in row.queries]
-
-
-def _check_vocabulary(ids: Sequence[int], vocab_size: int) -> None:
-  high = max(ids, default=0)
-  if high >= vocab_size:
-    raise UserError(
-      f"token id {high} is outside the model's vocabulary of {vocab_size}: the "
-      "tokenizer is not this model's"
-    )
 
 
 def evaluate_tasks(
@@ -370,6 +35,7 @@ def evaluate_tasks(
   num_fewshot: int | None = None,
   baseline: Pair | None = None,
   mesh: Mesh | None = None,
+  baseline_tokenizer: Tokenizer | None = None,
 ) -> dict:
   """Scores of tasks and presets, as a dict that JSON can hold.
 
@@ -379,24 +45,30 @@ def evaluate_tasks(
     limit: questions a task; None = all.
     batch: rows at a time.
     num_fewshot: examples shown; None = as the preset or the task says.
-    baseline: a pair with the same tokenizer to compare with, question by
-      question.
+    baseline: a pair to compare with, question by question.
+    baseline_tokenizer: default the same.
 
   Returns:
     "lm_eval" (its version), "tasks": {task: metrics, n, num_fewshot, source,
     prompt_hash}, "groups", "presets": {preset: mean, tasks, missing}, and with
-    a baseline "baseline": its own such scores, "tasks" and "presets" with
-    `difference` and its 95% interval `low`, `high` (paired bootstrap).
+    a baseline "baseline" with its scores, and "difference", that of "tasks" and
+    "presets" with its 95% interval `low`, `high` (paired bootstrap).
 
   Raises:
     UserError: as `tasks.load` and `JaxLM.score`; or nothing to ask.
   """
   wanted, missing = expand(names, tasks_dir)
+  for name, absent in missing.items():
+    if absent:
+      logging.warning(
+        "%s: no file for %s in %s; the mean is over the others",
+        *(name, ", ".join(absent), tasks_dir),
+      )
   ask = partial(run, wanted, tasks_dir, limit, num_fewshot)
   raw = ask(JaxLM(config, params, tokenizer, batch, mesh))
   found = summary(raw, names, missing)
   if baseline is not None:
-    other = ask(JaxLM(*baseline, tokenizer, batch, mesh))
+    other = ask(JaxLM(*baseline, baseline_tokenizer or tokenizer, batch, mesh))
     found["baseline"] = summary(other, names, missing)
     found["difference"] = differences(raw, other, names)
   return found
@@ -410,6 +82,7 @@ def expand(
   Of a preset of several tasks, those without a file in `tasks_dir` are left
   out, and named.
   """
+  folder = tasks.folder_of(tasks_dir)
   wanted: dict[str, int | None] = {}
   missing: dict[str, list[str]] = {}
   for name in names:
@@ -418,18 +91,13 @@ def expand(
       continue
     preset = tasks.PRESETS[name]
     present = list(preset.metrics)
-    if tasks_dir and len(present) > 1:
-      present = [t for t in present if tasks.local_files(t, tasks_dir)]
+    if folder and len(present) > 1:
+      present = [t for t in present if tasks.local_files(t, folder)]
     missing[name] = [t for t in preset.metrics if t not in present]
     if not present:
       raise UserError(
-        f"--tasks-dir={tasks_dir} has none of the tasks of {name}: "
+        f"--tasks_dir={tasks_dir} has none of the tasks of {name}: "
         + ", ".join(f"{task}.jsonl" for task in preset.metrics)
-      )
-    if missing[name]:
-      logging.warning(
-        "%s: no file for %s in %s; the mean is over the other %d tasks",
-        *(name, ", ".join(missing[name]), tasks_dir, len(present)),
       )
     wanted |= {task: wanted.get(task) or preset.num_fewshot for task in present}
   return wanted, missing

@@ -1,6 +1,6 @@
 """The evaluation tasks: presets, and questions from local files.
 
-Prompts and metrics are always lm-eval's own. Where `--tasks-dir` has a file for
+Prompts and metrics are always lm-eval's own. Where `--tasks_dir` has a file for
 a task, the questions come from it instead of from the network: DIR/TASK.jsonl,
 or DIR/TASK_test.jsonl and DIR/TASK_dev.jsonl (few-shot examples), with the 57
 MMLU subjects all in `mmlu_*.jsonl`. A row has either the fields of the official
@@ -140,20 +140,24 @@ PLAIN: dict[str, Callable[[dict], dict]] = {
 }
 
 
-def load(names: Sequence[str], tasks_dir: str | Path | None = None) -> dict:
-  """What `lm_eval.evaluator.evaluate` takes: {"tasks", "groups", ...}.
+def folder_of(tasks_dir: str | Path | None) -> Path | None:
+  """The directory of local questions, which must exist if it is named."""
+  if not tasks_dir:
+    return None
+  if not Path(tasks_dir).is_dir():
+    raise UserError(f"--tasks_dir={tasks_dir}: no such directory")
+  return Path(tasks_dir)
 
-  Args:
-    names: tasks, groups or tags of lm-eval, or of YAML files in `tasks_dir`
-      (whose Python functions, if any, are run).
+
+def find(
+  names: Sequence[str], tasks_dir: str | Path | None = None
+) -> TaskManager:
+  """lm-eval's index of tasks, with all of `names` in it; reads no questions.
 
   Raises:
-    UserError: an unknown name, a file that cannot be read, or a dataset that
-      can be had neither locally nor from the network.
+    UserError: an unknown name, or no such directory.
   """
-  folder = None if not tasks_dir else Path(tasks_dir)
-  if folder is not None and not folder.is_dir():
-    raise UserError(f"--tasks-dir={folder}: no such directory")
+  folder = folder_of(tasks_dir)
   manager = _manager(folder, everything=False)
   if not all(name in manager.task_index for name in names):
     manager = _manager(folder, everything=True)
@@ -166,6 +170,22 @@ def load(names: Sequence[str], tasks_dir: str | Path | None = None) -> dict:
         f"latency, the presets {', '.join(PRESETS)}, and lm-eval's tasks "
         "(lm-eval ls tasks)"
       )
+  return manager
+
+
+def load(names: Sequence[str], tasks_dir: str | Path | None = None) -> dict:
+  """What `lm_eval.evaluator.evaluate` takes: {"tasks", "groups", ...}.
+
+  Args:
+    names: tasks, groups or tags of lm-eval, or of YAML files in `tasks_dir`
+      (whose Python functions, if any, are run).
+
+  Raises:
+    UserError: as `find`; a file that cannot be read, or a dataset that can be
+      had neither locally nor from the network.
+  """
+  folder, manager = folder_of(tasks_dir), find(names, tasks_dir)
+  index = manager.task_index
   factory = TaskFactory()
   built = []
   for name in names:
@@ -279,7 +299,7 @@ class LocalTask(ConfigurableTask):
       f"task {name} needs the dataset {path}, which cannot be had here "
       f'({reason}); where there is network, run python -c "import datasets; '
       f"datasets.load_dataset({path}, split='{split}').to_json("
-      f"'{name}.jsonl')\", and pass --tasks-dir=FOLDER_OF_THAT_FILE"
+      f"'{name}.jsonl')\", and pass --tasks_dir=FOLDER_OF_THAT_FILE"
     )
 
 
@@ -293,7 +313,7 @@ def check_fewshot(task: Any, num_fewshot: int) -> None:
     raise UserError(
       f"task {name}: {num_fewshot} examples are to be shown, but the local "
       f"files have {len(shots)}; put them into "
-      f"{_stem(name, task.folder)}_dev.jsonl, or use --num-fewshot=0"
+      f"{_stem(name, task.folder)}_dev.jsonl"
     )
 
 

@@ -16,6 +16,7 @@ from adapt_pruner_jax import (
   evaluate,
   generate,
   harness,
+  lm,
   model,
   sharding,
   tokens,
@@ -59,7 +60,7 @@ def stories(shared_data):
 @pytest.fixture(scope="module")
 def ours(stories):
   _, config, params, tokenizer = stories
-  return harness.JaxLM(config, params, tokenizer, batch=8)
+  return lm.JaxLM(config, params, tokenizer, batch=8)
 
 
 @pytest.fixture(scope="module")
@@ -194,8 +195,8 @@ def alone(params, prefix, said):
 
 
 def test_branches_do_not_see_each_other(odd_params):
-  lm = harness.JaxLM(ODD, odd_params, Letters(), batch=2)
-  found = lm.score(PAIRS)
+  scorer = lm.JaxLM(ODD, odd_params, Letters(), batch=2)
+  found = scorer.score(PAIRS)
   for pair, (total, greedy) in zip(PAIRS, found, strict=True):
     expected = alone(odd_params, *pair)
     assert total == pytest.approx(expected[0], rel=1e-5)
@@ -204,27 +205,27 @@ def test_branches_do_not_see_each_other(odd_params):
 
 def test_greedy_is_told(odd_params):
   new = generate.generate(ODD, odd_params, [[1, 2, 3]], 4)[0]
-  lm = harness.JaxLM(ODD, odd_params, Letters(), batch=2)
+  scorer = lm.JaxLM(ODD, odd_params, Letters(), batch=2)
   other = [(new[0] + 1) % ODD.V, *new[1:]]
-  found = lm.score([([1, 2, 3], new), ([1, 2, 3], other)])
+  found = scorer.score([([1, 2, 3], new), ([1, 2, 3], other)])
   assert [greedy for _, greedy in found] == [True, False]
 
 
 def test_mesh_and_batch_do_not_matter(odd_params):
-  expected = harness.JaxLM(ODD, odd_params, Letters(), batch=2).score(PAIRS)
+  expected = lm.JaxLM(ODD, odd_params, Letters(), batch=2).score(PAIRS)
   mesh = sharding.make_mesh(2, 2, 2)
   placed = jax.device_put(
     odd_params, sharding.param_shardings(odd_params, mesh)
   )
-  lm = harness.JaxLM(ODD, placed, Letters(), batch=3, mesh=mesh)
-  assert lm.batch == 4
-  for a, b in zip(lm.score(PAIRS), expected, strict=True):
+  scorer = lm.JaxLM(ODD, placed, Letters(), batch=3, mesh=mesh)
+  assert scorer.batch == 4
+  for a, b in zip(scorer.score(PAIRS), expected, strict=True):
     assert a[0] == pytest.approx(b[0], rel=1e-5)
     assert a[1] == b[1]
 
 
 def test_rows_share_a_context():
-  rows = harness.make_rows(PAIRS, ODD.context)
+  rows = lm.make_rows(PAIRS, ODD.context)
   assert [len(row.tokens) for row in rows] == [5 + 2 + 0 + 4, 2, 63 + 1]
   assert rows[0].positions == [0, 1, 2, 3, 4, 5, 6, 5, 6, 7, 8]
   assert rows[0].branches == [0] * 5 + [1] * 2 + [2] * 4
@@ -237,8 +238,8 @@ def test_rows_share_a_context():
 
 
 def test_short_groups_join_longer_ones():
-  rows = [harness.Row([0] * n, [], [], []) for n in (5, 40, 41, 90, 100)]
-  found = harness.by_length(rows, 2)
+  rows = [lm.Row([0] * n, [], [], []) for n in (5, 40, 41, 90, 100)]
+  found = lm.by_length(rows, 2)
   assert [(T, [len(r.tokens) for r in some]) for T, some in found] == [
     (48, [5, 40, 41]),
     (128, [90, 100]),
@@ -246,15 +247,15 @@ def test_short_groups_join_longer_ones():
 
 
 def test_answer_longer_than_the_context(odd_params):
-  lm = harness.JaxLM(ODD, odd_params, Letters())
+  scorer = lm.JaxLM(ODD, odd_params, Letters())
   with pytest.raises(UserError, match="65 tokens is longer than the model's"):
-    lm.score([([1], [2] * 65)])
+    scorer.score([([1], [2] * 65)])
 
 
 def test_token_outside_the_vocabulary(odd_params):
-  lm = harness.JaxLM(ODD, odd_params, Letters())
+  scorer = lm.JaxLM(ODD, odd_params, Letters())
   with pytest.raises(UserError, match="token id 48 is outside the model's"):
-    lm.score([([1], [48])])
+    scorer.score([([1], [48])])
 
 
 def test_evaluate_dispatches(stories, questions, tmp_path):
