@@ -12,8 +12,6 @@ array, and a digest of itself.
 
 import contextlib
 import errno
-import hashlib
-import json
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -109,7 +107,7 @@ class Checkpoints:
       "meta": meta,
       "leaves": {n: [*_layout(leaves[n]), prints[n]] for n in leaves},
     }
-    record = {"sha256": _digest(content), "content": content}
+    record = {"sha256": workdir.digest(content), "content": content}
     with self._explained():
       self._manager.save(
         step,
@@ -251,7 +249,7 @@ class Checkpoints:
     path = self.directory / str(step) / "meta"
     record = ocp.JsonCheckpointHandler().restore(path, ocp.args.JsonRestore())
     content = record["content"]
-    if record["sha256"] != _digest(content) or content["step"] != step:
+    if record["sha256"] != workdir.digest(content) or content["step"] != step:
       raise ValueError("meta does not match its digest")
     return content
 
@@ -318,14 +316,6 @@ def _named_leaves(tree: Any) -> dict[str, Any]:
 
 def _layout(leaf: Any) -> list:
   return [str(leaf.dtype), list(leaf.shape)]
-
-
-def _digest(content: dict) -> str:
-  """sha256 of JSON in one fixed form, before and after it was written."""
-  content = json.loads(json.dumps(content))  # keys become strings, then sorted
-  return hashlib.sha256(
-    json.dumps(content, sort_keys=True).encode()
-  ).hexdigest()
 
 
 def _disk_full(error: Exception) -> str | None:

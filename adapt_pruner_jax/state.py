@@ -1,6 +1,7 @@
 """What a run changes: its state, in memory and in checkpoints."""
 
 import dataclasses
+import json
 from typing import Any
 
 import jax
@@ -159,28 +160,38 @@ def write_pruning(
   if jax.process_count() > 1 or not methods.resumes(setting.config.prune):
     return
   kept = prune.to_kept(step.masks)
-  workdir.write_json(
-    setting.path / PRUNING,
-    {
-      "stage": state.stage,
-      "train_step": state.step,
-      "number": step.number,
-      "params": int(step.params),
-      "kept": {u: [k.tolist() for k in v] for u, v in kept.items()},
-      "sparsity": {u: s.tolist() for u, s in step.sparsity.items()},
-      "trace": steps,
-    },
-  )
+  content = {
+    "stage": state.stage,
+    "train_step": state.step,
+    "number": step.number,
+    "params": int(step.params),
+    "kept": {u: [k.tolist() for k in v] for u, v in kept.items()},
+    "sparsity": {u: s.tolist() for u, s in step.sparsity.items()},
+    "trace": workdir.plain(steps),
+  }
+  record = {"sha256": workdir.digest(content), "content": content}
+  workdir.write_json(setting.path / PRUNING, record)
 
 
 def read_pruning(
   state: State, setting: Setting
 ) -> tuple[list[dict], prune.Step | None]:
-  """The records of the stage's finished steps, and the last of them."""
+  """The records of the stage's finished steps, and the last of them.
+
+  None of them if the file is damaged: the stage then scores again.
+  """
   file = setting.path / PRUNING
   if jax.process_count() > 1 or not file.exists():
     return [], None
-  saved = workdir.read_json(file)
+  try:
+    record = json.loads(file.read_bytes())
+    saved = record["content"]
+    whole = record["sha256"] == workdir.digest(saved)
+  except (ValueError, KeyError, TypeError):
+    whole = False
+  if not whole:
+    setting.log.say(f"{file} is damaged: this stage's pruning begins anew")
+    return [], None
   if (saved["stage"], saved["train_step"]) != (state.stage, state.step):
     return [], None
   kept = {

@@ -7,6 +7,7 @@ written as the strings "NaN", "Infinity" and "-Infinity" (`float` reads them).
 import contextlib
 import errno
 import fcntl
+import hashlib
 import json
 import math
 import os
@@ -165,6 +166,14 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
   """Writes a whole JSON file, or leaves the old one as it was."""
   write_text(path, json.dumps(plain(value), indent=2) + "\n")
+
+
+def digest(content: Any) -> str:
+  """sha256 of JSON in one fixed form, the same before and after writing."""
+  content = json.loads(json.dumps(content))  # keys become strings, then sorted
+  return hashlib.sha256(
+    json.dumps(content, sort_keys=True).encode()
+  ).hexdigest()
 
 
 # ---- JSON lines --------------------------------------------------------------

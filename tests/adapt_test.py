@@ -1,11 +1,7 @@
 """Whole runs: what they leave, how they go on, how they refuse."""
 
-import dataclasses
 import json
-import pathlib
 import signal
-import subprocess
-import sys
 import time
 
 import jax
@@ -13,71 +9,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from adapt_pruner_jax import adapt, model, prune, sharding, tiny
-from adapt_pruner_jax.config import Config
+from adapt_pruner_jax import adapt, model, prune, sharding
 from adapt_pruner_jax.errors import EXIT_STOPPED, UserError
-from adapt_pruner_jax.hf import load, save
-
-SMALL = tiny.Recipe(V=300, D=32, L=3, K=4, G=2, H=8, F=48, context=64)
-
-
-@pytest.fixture(scope="session")
-def small_model(tmp_path_factory):
-  """A random model with a tokenizer, as a HuggingFace directory."""
-  folder = tmp_path_factory.mktemp("small")
-  tiny.train_tokenizer(folder / "tokenizer", SMALL.V)
-  config = tiny.config_of(SMALL)
-  mesh = sharding.make_mesh(devices=jax.devices()[:1])
-  params = tiny.init_params(config, 0, mesh)
-  params = jax.tree.map(lambda x: x * 3, params)  # so that layers differ
-  save.save(config, params, folder / "model", source=folder / "tokenizer")
-  return folder / "model"
-
-
-def recipe(path, stages=2, tokens=0, **prune_fields) -> Config:
-  config = Config()
-  config.model.path = str(path)
-  config.prune = dataclasses.replace(
-    config.prune, ratio=0.3, stages=stages, step_size=0.05, **prune_fields
-  )
-  config.calibration = dataclasses.replace(
-    config.calibration, samples=8, seq_len=16, batch=4, refit_samples=16
-  )
-  config.data = dataclasses.replace(config.data, seq_len=32, batch=8)
-  config.train = dataclasses.replace(
-    config.train, tokens=tokens, learning_rate=1e-3
-  )
-  config.mesh = dataclasses.replace(config.mesh, data=-1, fsdp=1)
-  config.eval = dataclasses.replace(config.eval, text="embedded", seq_len=64)
-  config.checkpoint.steps = 4
-  config.log.tensorboard = False
-  return config
-
-
-def flags_of(config: Config, path) -> list[str]:
-  """The command line of a run with this recipe."""
-  default = dataclasses.asdict(Config())
-  found = ["--config=configs/oneshot.py", f"--workdir={path}"]
-  for section, content in dataclasses.asdict(config).items():
-    pairs = content if isinstance(content, dict) else {"": content}
-    for name, value in pairs.items():
-      old = default[section][name] if name else default[section]
-      if value != old:
-        dot = "." if name else ""
-        found.append(f"--config.{section}{dot}{name}={value}")
-  return found
-
-
-def start(config, path, env, devices=1):
-  command = [sys.executable, "-m", "adapt_pruner_jax", "run"]
-  return subprocess.Popen(
-    [*command, *flags_of(config, path)],
-    env=env(devices),
-    cwd=pathlib.Path(__file__).parent.parent,
-    stdout=subprocess.PIPE,
-    stderr=subprocess.STDOUT,
-    text=True,
-  )
+from adapt_pruner_jax.hf import load
+from tests.runs import finish, output, recipe, start
 
 
 def weights(path):
@@ -89,6 +24,13 @@ def assert_same_weights(a, b):
   assert a.keys() == b.keys()
   for name in a:
     np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+
+
+def assert_close_weights(a, b):
+  a, b = weights(a), weights(b)
+  assert a.keys() == b.keys()
+  for name in a:
+    np.testing.assert_allclose(a[name], b[name], atol=2e-3, err_msg=name)
 
 
 def test_what_a_run_leaves(small_model, tmp_path):
@@ -145,44 +87,60 @@ def test_finished_run_does_nothing_and_another_recipe_is_refused(
     adapt.run(config, work)
 
 
+@pytest.mark.parametrize(
+  "change",
+  [
+    {"prune.refit": "final"},
+    {"prune.method": "curvature"},
+    {"prune.method": "flap"},
+    {"train.tokens": 512, "train.lora_rank": 2},
+    {"train.tokens": 512, "train.distill_alpha": 0.5},
+  ],
+  ids=lambda change: ",".join(map(str, change.values())),
+)
+def test_every_sort_of_run_ends_with_a_model(small_model, tmp_path, change):
+  config = recipe(small_model, stages=1)
+  config.eval.text = ""
+  config.mesh.data, config.mesh.fsdp = 8, 1
+  for name, value in change.items():
+    section, field = name.split(".")
+    setattr(getattr(config, section), field, value)
+  summary = adapt.run(config, tmp_path / "work")
+  small, params = load.load(str(tmp_path / "work" / "model"))
+  dense = load.read_config(str(small_model))
+  target = int(model.count_params(dense) * 0.7)
+  assert model.count_params(small) == summary["params_after"] <= target
+  assert all(np.isfinite(x).all() for x in jax.tree.leaves(params))
+  assert summary["train_tokens"] == config.train.tokens
+  # Refit, bias and training change what was merely gathered.
+  kept = json.loads((tmp_path / "work" / "kept.json").read_text())["layers"]
+  keep = {
+    "K": tuple(np.array(x["kv_groups"]) for x in kept),
+    "F": tuple(np.array(x["ffn"]) for x in kept),
+  }
+  mesh = sharding.make_mesh(devices=jax.devices()[:1])
+  _, gathered = prune.gather(*load.load(str(small_model)), keep, mesh)
+  got, want = (dict(jax.tree.leaves_with_path(t)) for t in (params, gathered))
+  same = got.keys() == want.keys() and all(
+    np.array_equal(got[path], want[path]) for path in want
+  )
+  assert same == (config.prune.method == "curvature")
+
+
+# ---- Processes of their own, stopped -----------------------------------------
+
+
 @pytest.fixture(scope="module")
-def trained(small_model, tmp_path_factory):
-  """An uninterrupted run with training, in a process of its own."""
+def trained(small_model):
+  return recipe(small_model, stages=2, tokens=24 * 256)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(trained, tmp_path_factory, process_env):
+  """A run with training on one device that nothing happens to."""
   path = tmp_path_factory.mktemp("trained") / "work"
-  config = recipe(small_model, stages=2, tokens=24 * 256)
-  return config, path
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(trained, module_env):
-  config, path = trained
-  process = start(config, path, module_env)
-  output, _ = process.communicate(timeout=300)
-  assert process.returncode == 0, output
+  finish(trained, path, process_env(1))
   return path
-
-
-@pytest.fixture(scope="module")
-def module_env():
-  import os
-
-  from tests import conftest
-
-  def make(devices=1):
-    return {
-      **os.environ,
-      "XLA_FLAGS": conftest._with_devices(os.environ["XLA_FLAGS"], devices),
-    }
-
-  return make
-
-
-# Files that appear as a run goes on, to aim at its phases.
-MOMENTS = {
-  "prune": lambda w: (w / "pruning.json").exists(),
-  "train": lambda w: rows(w, "train") >= 6,
-  "second stage": lambda w: rows(w, "eval") >= 1,
-}
 
 
 def rows(work, kind):
@@ -190,49 +148,93 @@ def rows(work, kind):
   return file.read_text().count(f'"kind": "{kind}"') if file.exists() else 0
 
 
+def wait_for(moment, work, process):
+  while not moment(work):
+    assert process.poll() is None, output(work)
+    time.sleep(0.01)
+
+
+# What the files say as a run goes on, to aim at its phases. Each holds for the
+# first time after the one before it, also in the process that goes on.
+MOMENTS = {
+  "started": lambda w: (w / "config.json").exists(),
+  "prune": lambda w: (w / "pruning.json").exists(),
+  "train": lambda w: rows(w, "train") >= 5,
+  "second prune": lambda w: rows(w, "eval") and (w / "pruning.json").exists(),
+  "second train": lambda w: rows(w, "train") >= 14,
+  "export": lambda w: rows(w, "eval") >= 2,
+}
+
+
 @pytest.mark.slow
 def test_killed_in_every_phase_ends_the_same(
-  trained, uninterrupted, module_env, tmp_path
+  trained, uninterrupted, process_env, tmp_path
 ):
-  config, _ = trained
   work = tmp_path / "work"
   for moment in MOMENTS.values():
-    process = start(config, work, module_env)
-    while not moment(work):
-      assert process.poll() is None, process.stdout.read()
-      time.sleep(0.02)
+    process = start(trained, work, process_env(1))
+    wait_for(moment, work, process)
     process.send_signal(signal.SIGKILL)
     process.wait()
-  process = start(config, work, module_env)
-  output, _ = process.communicate(timeout=300)
-  assert process.returncode == 0, output
-  assert "continuing at stage 2" in output
+    assert not (work / "summary.json").exists()
+  finish(trained, work, process_env(1))
   assert_same_weights(work, uninterrupted)
-  got, want = (json.loads((p / "summary.json").read_text()) for p in (work, uninterrupted))
+  got, want = (
+    json.loads((path / "summary.json").read_text())
+    for path in (work, uninterrupted)
+  )
   assert got["perplexity_after"] == want["perplexity_after"]
-  steps = [json.loads(x)["step"] for x in (work / "metrics.jsonl").open() if '"train"' in x]
+  metrics = map(json.loads, (work / "metrics.jsonl").open())
+  steps = [row["step"] for row in metrics if row["kind"] == "train"]
   assert steps == list(range(24))
+  assert (work / "trace.jsonl").read_text() == (
+    uninterrupted / "trace.jsonl"
+  ).read_text()
 
 
 @pytest.mark.slow
 def test_sigterm_saves_and_another_mesh_goes_on(
-  trained, uninterrupted, module_env, tmp_path
+  trained, uninterrupted, process_env, tmp_path
 ):
-  config, _ = trained
   work = tmp_path / "work"
-  for devices in (8, 2):
-    process = start(config, work, module_env, devices)
-    begun = rows(work, "train")
-    while rows(work, "train") < begun + 5:
-      assert process.poll() is None, process.stdout.read()
-      time.sleep(0.02)
+  for devices, steps in ((8, 5), (2, 14)):
+    process = start(trained, work, process_env(devices))
+    wait_for(lambda w, n=steps: rows(w, "train") >= n, work, process)
     process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == EXIT_STOPPED, output
-    assert "the same command continues" in output
-  process = start(config, work, module_env, 1)
-  output, _ = process.communicate(timeout=300)
-  assert process.returncode == 0, output
-  got, want = weights(work), weights(uninterrupted)
-  for name in want:
-    np.testing.assert_allclose(got[name], want[name], atol=2e-3, err_msg=name)
+    assert process.wait(300) == EXIT_STOPPED, output(work)
+    assert "the same command continues" in output(work)
+  said = finish(trained, work, process_env(1))
+  assert "continuing at stage 2" in said
+  assert_close_weights(work, uninterrupted)
+
+
+def test_a_damaged_pruning_file_is_only_lost_work(
+  small_model, tmp_path, monkeypatch, capsys
+):
+  """A prune that was cut goes on from the file; not from a damaged one."""
+  config = recipe(small_model, stages=1)
+  config.eval.text = ""
+  whole, work = tmp_path / "whole", tmp_path / "work"
+  adapt.run(config, whole)
+  steps = len((whole / "trace.jsonl").read_text().splitlines())
+  assert steps > 2
+  real = adapt.write_pruning
+
+  def cut(*args):
+    real(*args)
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(adapt, "write_pruning", cut)
+  for expected in (1, 2):
+    with pytest.raises(KeyboardInterrupt):
+      adapt.run(config, work)
+    lines = (work / "trace.jsonl").read_text().splitlines()
+    assert len(lines) == expected
+  file = work / "pruning.json"
+  content = json.loads(file.read_text())
+  content["content"]["kept"]["F"][0][0] ^= 1
+  file.write_text(json.dumps(content))
+  monkeypatch.undo()
+  adapt.run(config, work)
+  assert "pruning.json is damaged" in capsys.readouterr().out
+  assert_same_weights(work, whole)

@@ -27,9 +27,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 
 
-@pytest.fixture
-def subprocess_env():
-  """`subprocess_env(devices=1)`: environment for a process of its own."""
+@pytest.fixture(scope="session")
+def process_env():
+  """`process_env(devices=1)`: environment for a process of its own."""
 
   def make(devices: int = 1) -> dict[str, str]:
     return {
@@ -41,6 +41,19 @@ def subprocess_env():
     }
 
   return make
+
+
+@pytest.fixture
+def subprocess_env(process_env):
+  return process_env
+
+
+@pytest.fixture(scope="session")
+def small_model(tmp_path_factory) -> pathlib.Path:
+  """A random model with a tokenizer; not to be changed."""
+  from tests import runs
+
+  return runs.make_model(tmp_path_factory.mktemp("small"))
 
 
 @pytest.fixture(scope="session")
