@@ -1,7 +1,7 @@
 """Opens a written directory again and compares it with the model.
 
-Both are run side by side layer by layer in float32, so that only one layer is
-held a second time.
+Both are run side by side layer by layer in float32, so that only one layer, or
+a part of the vocabulary, is held a second time.
 """
 
 import dataclasses
@@ -25,11 +25,11 @@ from adapt_pruner_jax.model import (
   ModelConfig,
   attention_mask,
   layer_names,
-  outer_names,
   rope_tables,
 )
 
-TOKENS = 64
+TOKENS = 16
+VOCABULARY_PART = 8192
 TOLERANCE = 1e-4  # of the largest value
 
 
@@ -72,16 +72,16 @@ def compare(config: ModelConfig, get: Get, folder: Path | None) -> None:
 def walk(
   config: ModelConfig, get: Get, ids_BT: np.ndarray
 ) -> Iterator[tuple[str, np.ndarray]]:
-  """The residual stream after each layer, then the logits."""
+  """The residual stream of one row after each layer, then its logits."""
   positions_BT = jnp.broadcast_to(jnp.arange(ids_BT.shape[1]), ids_BT.shape)
   ropes = rope_tables(config, positions_BT)
 
   def weights(layer: int | None, names: list[str]) -> dict:
     return {n: jnp.asarray(get((layer, n)), jnp.float32) for n in names}
 
-  outer = weights(None, outer_names(config))
-  decoder = Decoder(dataclasses.replace(config, K=(), F=(), window=()))
-  x_BTD = decoder.apply({"params": outer}, ids_BT, method="embed")
+  outer = weights(None, ["final_norm"])
+  rows_TD = get((None, "embedding"))[ids_BT[0]]
+  x_BTD = _outside(config, outer, rows_TD, np.arange(len(rows_TD))[None])
   for i in range(config.L):
     window = config.window[i] if config.window else 0
     mask = attention_mask(positions_BT, None, jnp.int32(window))
@@ -91,8 +91,28 @@ def walk(
     rope = ropes[config.rope_ids()[i]]
     x_BTD = _layer(one, weights(i, layer_names(config, i)), x_BTD, rope, mask)
     yield f"the output of layer {i}", np.asarray(x_BTD)
-  logits = decoder.apply({"params": outer}, x_BTD, method="head")
-  yield "logits", np.asarray(logits)
+  if config.tied:
+    matrix_VD = get((None, "embedding"))
+  else:
+    matrix_VD = get((None, "lm_head")).T
+  logits = [
+    _outside(config, outer, matrix_VD[i : i + VOCABULARY_PART], x_BTD)
+    for i in range(0, config.V, VOCABULARY_PART)
+  ]
+  yield "logits", np.concatenate(logits, axis=-1)
+
+
+def _outside(config, outer, rows_VD, inputs):
+  """What the embedding makes of ids, or the output matrix of x_BTD.
+
+  Either knows the rows `rows_VD` only.
+  """
+  config = dataclasses.replace(
+    config, V=len(rows_VD), tied=True, K=(), F=(), window=()
+  )
+  params = outer | {"embedding": jnp.asarray(rows_VD, jnp.float32)}
+  method = "embed" if inputs.ndim == 2 else "head"
+  return Decoder(config).apply({"params": params}, inputs, method=method)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -107,10 +127,9 @@ def _reader(folder: Path) -> Get:
   load.check_tensors(checkpoint, config)
   places = tensors.places(config)
 
-  def get(key: Key) -> jax.Array:
+  def get(key: Key) -> np.ndarray:
     sizes = config.sizes(key[0])
-    return load.read_parameter(
-      checkpoint, key[1], places[key], sizes, "float32"
-    )
+    array = load.read_parameter(checkpoint, key[1], places[key], sizes, None)
+    return np.asarray(array)
 
   return get

@@ -1,0 +1,214 @@
+"""Times HF -> sharded arrays -> HF beside PyTorch + Transformers.
+
+  python benchmarks/convert.py --width=1536 --layers=14 --vocab=32000
+
+A random bfloat16 LLaMA of about 1 GB is written once. Then each side, in a
+process of its own, opens it and writes it to another directory, `--rounds`
+times in turn: `load` and `save` here, `from_pretrained` and `save_pretrained`
+there. Imports count neither for time nor for memory: what is reported is wall
+and CPU seconds after them, and the peak of resident memory above what was there
+before. Ours also opens what it wrote and compares logits, which takes
+a share of its time that is given apart. The resident pages of memory-mapped
+files count on both sides, as the kernel counts them.
+"""
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+SIDES = ("ours", "transformers")
+
+
+def arguments() -> argparse.Namespace:
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  sizes = {
+    "layers": 14,
+    "width": 1536,
+    "ffn": 4096,
+    "heads": 16,
+    "kv_heads": 8,
+    "vocab": 32000,
+    "devices": 1,
+    "rounds": 3,
+  }
+  for name, value in sizes.items():
+    parser.add_argument(f"--{name}", type=int, default=value)
+  parser.add_argument(
+    "--max_shard", type=int, default=0, help="bytes of a file"
+  )
+  parser.add_argument("--folder", default="", help="default a temporary one")
+  parser.add_argument("--side", choices=["", *SIDES], default="")
+  return parser.parse_args()
+
+
+def make(flags: argparse.Namespace, path: Path) -> None:
+  """The model, as published ones are: bfloat16 safetensors."""
+  import jax.numpy as jnp
+  import numpy as np
+
+  from adapt_pruner_jax import axes, model
+  from adapt_pruner_jax.hf import save
+
+  config = model.ModelConfig(
+    family="llama",
+    V=flags.vocab,
+    D=flags.width,
+    G=flags.heads // flags.kv_heads,
+    H=flags.width // flags.heads,
+    K=(flags.kv_heads,) * flags.layers,
+    F=(flags.ffn,) * flags.layers,
+    norm_eps=1e-5,
+    rope=model.Rope(),
+    context=2048,
+    tied=False,
+  )
+  rng = np.random.default_rng(0)
+
+  def draw(name, _, leaf):
+    drawn = rng.standard_normal(leaf.shape, np.float32)
+    return (drawn * 0.02 + ("norm" in name)).astype(leaf.dtype)
+
+  abstract = model.abstract_params(config, jnp.bfloat16)
+  params = axes.map_named(draw, abstract)
+  shard = {"shard_bytes": flags.max_shard} if flags.max_shard else {}
+  save.save(config, params, path, say=lambda _: None, **shard)
+  gigabytes = model.count_params(config) * 2 / 1e9
+  print(f"model: {gigabytes:.2f} GB in bfloat16", flush=True)
+
+
+class Peak:
+  """The highest resident memory while it is open, in bytes."""
+
+  def __enter__(self):
+    self.before = self.peak = self._now()
+    self._done = threading.Event()
+    self._thread = threading.Thread(target=self._watch)
+    self._thread.start()
+    return self
+
+  def _watch(self):
+    while not self._done.wait(0.005):
+      self.peak = max(self.peak, self._now())
+
+  @staticmethod
+  def _now() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize()
+
+  def __exit__(self, *_):
+    self._done.set()
+    self._thread.join()
+
+
+def ours(source: Path, out: Path, flags: argparse.Namespace) -> dict:
+  import jax
+
+  from adapt_pruner_jax import sharding
+  from adapt_pruner_jax.hf import load, reopen, save
+
+  mesh = sharding.make_mesh(1, flags.devices, 1)
+  seconds = {"compare": 0.0}
+  compare = reopen.compare
+
+  def timed(*args):
+    start = time.perf_counter()
+    compare(*args)
+    seconds["compare"] = time.perf_counter() - start
+
+  reopen.compare = timed
+  with measured() as result:
+    config, params = load.load(source, None, mesh)
+    jax.block_until_ready(params)
+    result["load"] = time.perf_counter() - result["start"]
+    save.save(config, params, out, source=source, say=lambda _: None)
+  return result | seconds
+
+
+def transformers(source: Path, out: Path, flags: argparse.Namespace) -> dict:
+  import torch
+  from transformers import AutoModelForCausalLM, LlamaForCausalLM  # noqa: F401
+
+  with measured() as result:
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
+    result["load"] = time.perf_counter() - result["start"]
+    model.save_pretrained(out)
+  return result
+
+
+class measured:
+  """Wall and CPU seconds, and memory, of what is inside."""
+
+  def __enter__(self):
+    self.memory = Peak().__enter__()
+    self.cpu = time.process_time()
+    self.result = {"start": time.perf_counter()}
+    return self.result
+
+  def __exit__(self, *error):
+    start = self.result.pop("start")
+    self.result["seconds"] = time.perf_counter() - start
+    self.result["cpu"] = time.process_time() - self.cpu
+    self.memory.__exit__(*error)
+    self.result["peak"] = self.memory.peak - self.memory.before
+
+
+def measure_all(flags: argparse.Namespace, folder: Path) -> None:
+  source = folder / "model"
+  env = {**os.environ, "HF_HUB_OFFLINE": "1", "JAX_PLATFORMS": "cpu"}
+  devices = f" --xla_force_host_platform_device_count={flags.devices}"
+  env["XLA_FLAGS"] = env.get("XLA_FLAGS", "") + devices
+  root = Path(__file__).resolve().parent.parent
+  env["PYTHONPATH"] = os.pathsep.join([str(root), env.get("PYTHONPATH", "")])
+  found: dict[str, list[dict]] = {side: [] for side in SIDES}
+  for _ in range(flags.rounds):
+    for side in SIDES:
+      with tempfile.TemporaryDirectory(dir=folder) as out:
+        command = [sys.executable, __file__, *sys.argv[1:], f"--side={side}"]
+        command += [f"--folder={out}"]
+        done = subprocess.run(
+          [*command], env=env | {"SOURCE": str(source)}, stdout=subprocess.PIPE
+        )
+      if done.returncode:
+        sys.exit(f"{side} failed")
+      found[side].append(json.loads(done.stdout.splitlines()[-1]))
+  middle = {
+    side: {n: statistics.median(r[n] for r in rows) for n in rows[0]}
+    for side, rows in found.items()
+  }
+  for side, row in middle.items():
+    print(
+      f"{side:>12}: {row['seconds']:.2f} s (load {row['load']:.2f}"
+      + (f", comparing {row['compare']:.2f}" if "compare" in row else "")
+      + f"), CPU {row['cpu']:.2f} s, peak {row['peak'] / 1e9:.2f} GB"
+    )
+  one, two = middle.values()
+  print(
+    f"ratio: time {one['seconds'] / two['seconds']:.2f}, "
+    f"CPU {one['cpu'] / two['cpu']:.2f}, "
+    f"peak memory {one['peak'] / two['peak']:.2f}"
+  )
+
+
+def main() -> None:
+  flags = arguments()
+  if flags.side:
+    side = {"ours": ours, "transformers": transformers}[flags.side]
+    out = Path(flags.folder) / "out"
+    print(json.dumps(side(Path(os.environ["SOURCE"]), out, flags)))
+    return
+  with tempfile.TemporaryDirectory(dir=flags.folder or None) as folder:
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    make(flags, Path(folder) / "model")
+    measure_all(flags, Path(folder))
+
+
+if __name__ == "__main__":
+  main()
