@@ -115,8 +115,8 @@ def sparsity(before: Widths, trace: Sequence[Row]) -> str:
         tooltips[gid] = f"layer {layer}: {gone[-1]:.1f} % removed"
       _boundaries(axes, stage_starts(trace))
       axes.set_title(f"{titles[kind]}, % removed")
-      axes.set_ylim(bottom=0)
       _whole_numbers(axes)
+    panels[-1].set_ylim(bottom=0)  # of both, when both are drawn
     panels[-1].set_xlabel("pruning step")
 
   return svg.render(

@@ -203,6 +203,20 @@ def test_lines_have_the_data(text):
   assert len(loss) >= 2
 
 
+def test_both_panels_show_all_of_the_paths():
+  """Although heads, drawn first, lose nothing here."""
+  trace = [
+    {"stage": 1, "layers": [{"kv_groups": 4, "ffn": width}]}
+    for width in (90, 80, 70, 60)
+  ]
+  chart = charts.sparsity({"kv_groups": [4], "ffn": [100]}, trace)
+  name = "sparsity-wide"
+  path = numbers(by_id(svgs(chart)[name], f"{name}-path-ffn-0"))
+  levels = sorted({y for _, y in path}, reverse=True)
+  gaps = [a - b for a, b in itertools.pairwise(levels)]
+  assert gaps == pytest.approx([gaps[0]] * 4, rel=1e-3)
+
+
 def test_importance_cells(text):
   root = svgs(text)["importance-wide"]
   cells = [e for e in root.iter() if "-cell-" in (e.get("id") or "")]
