@@ -16,6 +16,14 @@ from adapt_pruner_jax.hf import card, gguf, load, save
 from tests import small
 
 
+@pytest.fixture(scope="module", autouse=True)
+def compile_fast():
+  """Most of the time goes into compiling programs that run once."""
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield
+  jax.config.update("jax_disable_most_optimizations", False)
+
+
 def same(one, two):
   return jax.tree.all(jax.tree.map(np.array_equal, one, two))
 

@@ -30,6 +30,14 @@ HOLES = {"K": (0, 4, 1), "F": (24, 0, 7)}  # the first layer has no attention
 quiet = {"say": lambda _: None}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def compile_fast():
+  """Most of the time goes into compiling programs that run once."""
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield
+  jax.config.update("jax_disable_most_optimizations", False)
+
+
 def cut(config, params, K, F):
   """The model with the first K groups and F channels of each layer."""
   new = dataclasses.replace(config, K=K, F=F)
@@ -76,13 +84,14 @@ def exports(animals, tmp_path_factory):
   """
   root = tmp_path_factory.mktemp("exports")
   pairs = {}
-  tokens = animals["llama"].tokens_BT[:, :24]
+  tokens = animals["llama"].tokens_BT[:1, : reopen.TOKENS]
   np.save(root / "tokens.npy", tokens)
 
   def export(name, format, config, params):
     path = root / f"{name}-{format}"
     save.save(config, params, path, format=format, **quiet)
-    logits = model.Decoder(config).apply({"params": params}, tokens)[0]
+    # The programs that `save` compiled; `reopen` has a test of its own.
+    *_, (_, logits) = reopen.walk(config, weights.getter(params), tokens)
     np.save(path / "logits.npy", logits)
     pairs[path.name] = config, params
 
