@@ -77,7 +77,7 @@ def _measure(
   shape = dataclasses.asdict(config.mesh)
   mesh = sharding.make_mesh(**shape, devices=devices)
   if config.train.tokens:
-    train.check_rows(_batch(config, mesh), config.train.accumulation, mesh)
+    train.check_rows(config.data.batch, config.train.accumulation, mesh)
   found = {}
   if config.prune.method == "adapt":
     found["scoring"] = scoring(config, full, mesh, real)

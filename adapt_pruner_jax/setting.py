@@ -16,6 +16,7 @@ from adapt_pruner_jax import (
   sources,
   tiny,
   tokens,
+  train,
   workdir,
 )
 from adapt_pruner_jax.axes import Params
@@ -99,6 +100,7 @@ def prepare(config: Config, path: Path, log: Log) -> Setting:
     )
   rows, total_steps = None, 0
   if config.train.tokens:
+    train.check_rows(config.data.batch, config.train.accumulation, mesh)
     rows = data.train_data(
       config.data,
       tokenizer,

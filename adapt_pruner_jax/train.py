@@ -110,7 +110,8 @@ def make_step(
   teacher_params = teacher[1] if alpha else None
 
   def run(trained, opt_state, batch, step):
-    check_rows(batch, settings.accumulation, mesh)
+    rows = batch["tokens_BT"].shape[0]
+    check_rows(rows, settings.accumulation, mesh)
     return compiled(
       trained, opt_state, base, teacher_params, batch, np.int32(step)
     )
@@ -205,9 +206,8 @@ def place(batch: Batch, mesh: Mesh) -> dict[str, jax.Array]:
   }
 
 
-def check_rows(batch: Batch, accumulation: int, mesh: Mesh) -> None:
+def check_rows(rows: int, accumulation: int, mesh: Mesh) -> None:
   """Raises a UserError if the rows of a batch cannot be dealt out evenly."""
-  rows = batch["tokens_BT"].shape[0]
   devices = math.prod(mesh.shape[axis] for axis in sharding.BATCH)
   if rows % (devices * accumulation):
     raise UserError(

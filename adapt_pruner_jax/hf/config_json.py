@@ -14,6 +14,8 @@ SIZES = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
 # have a bias that the family's class has not.
 OWN = ("per_layer_config", "extra_biases")
 EXTRA_BIASES = {"self_attn.o_proj": "o_bias", "mlp.down_proj": "down_bias"}
+# Larger ones are damage, and would fill the memory before it shows.
+MAX_LAYERS, MAX_SIZE = 10_000, 2**31 - 1
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 
@@ -127,6 +129,7 @@ def _family(raw: Raw, path: str) -> tuple[str, Raw]:
       f"supported: {', '.join(SUPPORTED)}"
     )
   made_for = raw.get("architectures") or ["ForCausalLM"]
+  require(made_for, (list,), "architectures", path)
   if not any(str(a).endswith("ForCausalLM") for a in made_for):
     raise UserError(
       f"{path}: {made_for[0]} is not a causal language model; one is needed, "
@@ -150,12 +153,16 @@ def _read_sizes(raw: Raw, path: str) -> dict[str, Any]:
     raw["num_key_value_heads"] = raw["num_attention_heads"]
   for name in ("num_hidden_layers", "hidden_size", *SIZES):
     require(raw[name], (int,), name, path)
-    if raw[name] < 1:
-      raise UserError(f"{path}: {name}={raw[name]} must be at least 1")
+    largest = MAX_LAYERS if name == "num_hidden_layers" else MAX_SIZE
+    if not 1 <= raw[name] <= largest:
+      raise UserError(
+        f"{path}: {name}={raw[name]} must be from 1 to {largest:,}"
+      )
   layers = [{n: raw[n] for n in SIZES} for _ in range(raw["num_hidden_layers"])]
-  for key, sizes in (raw.get("per_layer_config") or {}).items():
+  for key, sizes in _mapping(raw, "per_layer_config", path).items():
     if not str(key).isdecimal() or int(key) >= len(layers):
       raise UserError(f"{path}: per_layer_config has no layer {key}")
+    require(sizes, (dict,), f"per_layer_config.{key}", path)
     for name, size in sizes.items():
       if name not in SIZES:
         raise UserError(
@@ -180,6 +187,8 @@ def _read_sizes(raw: Raw, path: str) -> dict[str, Any]:
   if head_dim is None:
     head_dim = raw["hidden_size"] // heads
   require(head_dim, (int,), "head_dim", path)
+  if not 1 <= head_dim <= MAX_SIZE:
+    raise UserError(f"{path}: head_dim={head_dim} must be at least 1")
   return {
     "K": tuple(layer["num_key_value_heads"] for layer in layers),
     "F": tuple(layer["intermediate_size"] for layer in layers),
@@ -235,12 +244,13 @@ def _read_ropes(raw: Raw, path: str) -> dict[str, Rope | None]:
   """`rope` and `local_rope`; Transformers lets rope_scaling win."""
   theta, context = raw["rope_theta"], raw["max_position_embeddings"]
   share = raw.get("partial_rotary_factor", 1.0)
-  new, old = raw["rope_parameters"] or {}, raw["rope_scaling"] or {}
+  new = _mapping(raw, "rope_parameters", path)
+  old = _mapping(raw, "rope_scaling", path)
   if "rope_local_base_freq" not in raw:
     rope = _rope(old or new, theta, share, context, path)
     return {"rope": rope, "local_rope": None}
-  local = new.get(SLIDING) or {}
-  full = {**(new.get(FULL) or {}), **old}
+  local = _mapping(new, SLIDING, path)
+  full = {**_mapping(new, FULL, path), **old}
   for name in new:
     if name not in (FULL, SLIDING):
       raise UserError(
@@ -253,6 +263,15 @@ def _read_ropes(raw: Raw, path: str) -> dict[str, Rope | None]:
       local, raw["rope_local_base_freq"], share, context, path
     ),
   }
+
+
+def _mapping(raw: Raw, name: str, path: str) -> dict[str, Any]:
+  """A field that is an object, or is absent or null."""
+  found = raw.get(name)
+  if found is None:
+    return {}
+  require(found, (dict,), name, path)
+  return found
 
 
 def _rope(
@@ -290,6 +309,7 @@ def _rope(
   values = {names[name]: float(raw[name]) for name in used}
   if kind == "llama3":
     original = raw.get("original_max_position_embeddings", context)
+    require(original, NUMBER, "original_max_position_embeddings", path)
     values["original_context"] = original
   return Rope(kind=kind, **values)
 
