@@ -21,6 +21,7 @@ import jax
 
 from adapt_pruner_jax import (
   checkpoint,
+  convert,
   methods,
   model,
   optim,
@@ -31,7 +32,6 @@ from adapt_pruner_jax import (
   workdir,
 )
 from adapt_pruner_jax.config import Config, check
-from adapt_pruner_jax.hf import save
 from adapt_pruner_jax.log import Log
 from adapt_pruner_jax.setting import (
   Setting,
@@ -304,10 +304,11 @@ def finish(state: State, setting: Setting, seconds: float) -> dict:
   path = setting.path
   summary = summarise(state, setting, seconds)
   setting.log.say(f"exporting to {path / 'model'}")
-  save.save(
+  convert.write(
     state.config,
     state.params,
     path / "model",
+    "orbax" if state.config.residual else "hf",  # SliceGPT fits no other
     source=setting.source,
     overwrite=True,
     facts=summary,
