@@ -35,6 +35,7 @@ from adapt_pruner_jax.config import Config, check
 from adapt_pruner_jax.log import Log
 from adapt_pruner_jax.setting import (
   Setting,
+  check_recipe,
   claim,
   measure,
   prepare,
@@ -65,7 +66,7 @@ def run(config: Config, path: Path) -> dict:
   """
   check(config)
   with workdir.lock(path), Log(path, **dataclasses.asdict(config.log)) as log:
-    claim(config, path)
+    check_recipe(config, path)
     if (path / "summary.json").exists():
       summary = workdir.read_json(path / "summary.json")
       log.say(f"{path} is finished; its model is in {path / 'model'}")
@@ -81,6 +82,7 @@ def run(config: Config, path: Path) -> dict:
 def _run(config: Config, path: Path, log: Log, stopping: dict) -> dict:
   begun = time.monotonic()
   setting = prepare(config, path, log)
+  claim(config, path)
   with checkpoint.Checkpoints(
     path / "checkpoints", config.checkpoint.keep, log.say
   ) as checkpoints:
@@ -284,7 +286,9 @@ def finish_stage(state: State, setting: Setting) -> None:
   }
   if setting.eval_tokens is not None:
     result |= measure(state.config, state.params, setting)
-  setting.log.metrics("eval", state.stage, result)
+  # A row's step is the stage here; `step`, of training, would overwrite it.
+  row = {k: v for k, v in result.items() if k != "step"}
+  setting.log.metrics("eval", state.stage, row | {"train_step": state.step})
   shown = f", perplexity {result['perplexity']:.3f}" if len(result) > 3 else ""
   setting.log.say(
     f"stage {state.stage} of {setting.config.prune.stages} done: "
