@@ -33,7 +33,13 @@ from adapt_pruner_jax.config import Config, Prune, Train
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.log import Log
 from adapt_pruner_jax.model import ModelConfig
-from adapt_pruner_jax.setting import Setting, claim, load_model, prepare
+from adapt_pruner_jax.setting import (
+  Setting,
+  check_recipe,
+  claim,
+  load_model,
+  prepare,
+)
 from adapt_pruner_jax.setting import measure as measure_text
 from adapt_pruner_jax.stopping import StoppedError, stop_signals
 from adapt_pruner_jax.summary import hardware, versions
@@ -83,8 +89,9 @@ def compare(
     Log(path, **dataclasses.asdict(config.log)) as log,
     stop_signals() as stopping,
   ):
-    claim(shared, path)
+    check_recipe(shared, path)
     setting = prepare(shared, path, log)
+    claim(shared, path)
     found = {
       "model": config.model.path,
       "params": model.count_params(setting.full),

@@ -14,10 +14,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from adapt_pruner_jax import generate, latency, loss, model, sharding
+from adapt_pruner_jax import (
+  convert,
+  generate,
+  latency,
+  loss,
+  model,
+  sharding,
+)
 from adapt_pruner_jax.axes import Params
 from adapt_pruner_jax.errors import UserError
-from adapt_pruner_jax.hf import load
 from adapt_pruner_jax.model import ModelConfig
 from adapt_pruner_jax.tokens import Tokenizer, load_tokenizer
 
@@ -66,13 +72,14 @@ def evaluate(
   if limit < 0 or batch < 1:
     raise UserError(f"limit={limit} must be at least 0, batch={batch} 1")
   others = [n for n in names if n not in ("perplexity", "latency")]
-  dirs = [load.resolve(d) for d in (model_dir, baseline) if d]
+  sources = [d for d in (model_dir, baseline) if d]
   if others:  # a misspelt name is told before anything is computed
     harness = import_harness()
     harness.tasks.find(harness.expand(others, tasks_dir)[0], tasks_dir)
   if mesh is None:
     mesh = sharding.make_mesh()
-  pairs = [load.load(d, dtype, mesh) for d in dirs]
+  opened = [convert.open_model(d, dtype, mesh=mesh) for d in sources]
+  pairs, dirs = [o[:2] for o in opened], [o[2] for o in opened]
   tokenizers = [
     load_tokenizer(d) for d in dirs if "perplexity" in names or others
   ]
@@ -82,9 +89,7 @@ def evaluate(
   ]
   if "perplexity" in names:
     for entry, pair, tokenizer in zip(found, pairs, tokenizers, strict=True):
-      entry["perplexity"] = text_perplexity(
-        *pair, tokenizer, text, seq_len, batch, mesh
-      )
+      entry |= text_perplexity(*pair, tokenizer, text, seq_len, batch, mesh)
   if "latency" in names:
     for entry, pair in zip(found, pairs, strict=True):
       entry["latency"] = latency.measure(*pair, **_lengths(pair[0]), mesh=mesh)

@@ -26,6 +26,7 @@ from adapt_pruner_jax.hf import load
 from adapt_pruner_jax.log import Log
 from adapt_pruner_jax.model import ModelConfig
 
+RECIPE = "config.json"
 # Sections of the recipe that may change between the parts of one run.
 FREE_SECTIONS = ("mesh", "checkpoint", "log")
 
@@ -49,31 +50,33 @@ class Setting:
   log: Log
 
 
-def claim(config: Config, path: Path) -> None:
-  """Writes the recipe into a new work directory, or compares it.
+def check_recipe(config: Config, path: Path) -> None:
+  """Compares the recipe with the one of the work directory, if it has one.
 
   Raises:
     UserError: the directory is of a run with another recipe.
   """
-  mine = dataclasses.asdict(config)
-  file = path / "config.json"
-  problem = None
-  if workdir.is_writer():
-    if not file.exists():
-      workdir.write_json(file, mine)
-    old = workdir.read_json(file)
+  file = path / RECIPE
+  changed = []
+  if workdir.is_writer() and file.exists():
+    old, mine = workdir.read_json(file), dataclasses.asdict(config)
     changed = [
       line
       for line in difference(old, mine)
       if line.split(".")[0] not in FREE_SECTIONS
     ]
-    if changed:
-      problem = (
-        f"--workdir={path} belongs to a run with another recipe: "
-        f"{'; '.join(changed)}; give the old recipe or another --workdir"
-      )
-  if not workdir.all_agree(problem is None):
-    raise UserError(problem or "process 0 refused the work directory")
+  if not workdir.all_agree(not changed):
+    raise UserError(
+      f"--workdir={path} belongs to a run with another recipe: "
+      f"{'; '.join(changed) or 'process 0 has said which'}; give the old "
+      "recipe or another --workdir"
+    )
+
+
+def claim(config: Config, path: Path) -> None:
+  """Writes the recipe into a new work directory, once its inputs are good."""
+  if workdir.is_writer() and not (path / RECIPE).exists():
+    workdir.write_json(path / RECIPE, dataclasses.asdict(config))
 
 
 def prepare(config: Config, path: Path, log: Log) -> Setting:
