@@ -19,6 +19,8 @@ from adapt_pruner_jax import axes
 from adapt_pruner_jax.errors import UserError
 
 MESH_AXES = ("data", "fsdp", "tensor")
+# A process that is silent so long (seconds) is dead, and ends the others.
+HEARTBEAT = 30
 BATCH = ("data", "fsdp")  # mesh axes that cut the batch
 RULES = dict.fromkeys(axes.RESIDUAL, "fsdp") | {
   "K": "tensor",
@@ -75,7 +77,11 @@ def connect(
       "process_id": process_id,
     }
   try:
-    jax.distributed.initialize(**given, initialization_timeout=seconds)
+    jax.distributed.initialize(
+      **given,
+      initialization_timeout=seconds,
+      heartbeat_timeout_seconds=HEARTBEAT,
+    )
   except (RuntimeError, ValueError) as error:
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     raise UserError(

@@ -229,4 +229,6 @@ def test_params_letters_cover_every_tensor():
   config, params = Case("A_llama_mha_all").model()
   names = set()
   axes.map_named(lambda name, *_: names.add(name), params)
-  assert names == set(model.outer_names(config)) | set(model.layer_names(config))
+  assert names == set(model.outer_names(config)) | set(
+    model.layer_names(config)
+  )
