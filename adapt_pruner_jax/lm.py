@@ -27,6 +27,7 @@ from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.model import ModelConfig
 from adapt_pruner_jax.tokens import Tokenizer
 
+FULL_BATCH = 128  # tokens a row up to which as many rows as asked are scored
 QUERIES = 32  # scored tokens a row whose logits exist at a time
 MAX_NEW_TOKENS = 256  # as lm-eval's HF model, where the task does not say
 
@@ -53,13 +54,15 @@ class JaxLM(TemplateLM):
     batch: int = 8,
     mesh: Mesh | None = None,
   ) -> None:
-    """`batch` is rows at a time, rounded up to what the mesh divides."""
+    """`batch` is rows at a time, rounded up to what the mesh divides; of rows
+    longer than `FULL_BATCH` tokens as many less."""
     super().__init__()
     if mesh is None:
       mesh = sharding.make_mesh(devices=jax.local_devices()[:1])
     shards = math.prod(mesh.shape[axis] for axis in sharding.BATCH)
     self.model_config, self.params, self.mesh = config, params, mesh
-    self.words, self.batch = tokenizer, -(-batch // shards) * shards
+    self.words, self.shards = tokenizer, shards
+    self.batch = -(-batch // shards) * shards
     # Each question's context is encoded once for each of its choices.
     self._encode = functools.lru_cache(maxsize=8)(tokenizer.encode)
 
@@ -87,11 +90,36 @@ class JaxLM(TemplateLM):
       return self._encode(string)
     return self.words.encode_plain(string)
 
-  def loglikelihood(self, requests, disable_tqdm=True):
-    return super().loglikelihood(requests, disable_tqdm=True)
+  def loglikelihood(
+    self, requests, disable_tqdm: bool = True
+  ) -> list[tuple[float, bool]]:
+    """As `score`, of (context, continuation) texts.
+
+    Raises:
+      UserError: naming the task, as `score`.
+    """
+    pairs = [self._pair(*request.args) for request in requests]
+    longest = self.model_config.context
+    for request, (_, said) in zip(requests, pairs, strict=True):
+      if len(said) > longest:
+        raise UserError(
+          f"task {request.task_name}: the answer {request.args[1][:40]!r}... "
+          f"has {len(said)} tokens, longer than the model's context of "
+          f"{longest}; leave the task out of --tasks"
+        )
+    return self.score(pairs)
 
   def _loglikelihood_tokens(self, requests, **_) -> list[tuple[float, bool]]:
     return self.score([(prefix, said) for _, prefix, said in requests])
+
+  def _pair(self, context: str, said: str) -> tuple[list[int], list[int]]:
+    """Token ids of both; an empty context is lm-eval's prefix token."""
+    if context:
+      return self._encode_pair(context, said)
+    ids = self.tok_encode(said, add_special_tokens=False)
+    if ids[0] == self.prefix_token_id:
+      return ids[:1], ids[1:]
+    return [self.prefix_token_id], ids
 
   def loglikelihood_rolling(
     self, requests, disable_tqdm: bool = True
@@ -147,9 +175,10 @@ class JaxLM(TemplateLM):
       # Rows of a batch are to have about as many queries, see `_score`.
       members.sort(key=lambda row: len(row.queries))
       Q = _whole_blocks(generate.padded_length(len(members[-1].queries)))
-      for start in range(0, len(members), self.batch):
-        some = members[start : start + self.batch]
-        arrays = pack(some, self.batch, T, Q)
+      B = self._rows_at_once(T)
+      for start in range(0, len(members), B):
+        some = members[start : start + B]
+        arrays = pack(some, B, T, Q)
         placed = [generate.place(array, self.mesh) for array in arrays]
         blocks = np.int32(_whole_blocks(len(some[-1].queries)) // QUERIES)
         found = _score(
@@ -164,6 +193,12 @@ class JaxLM(TemplateLM):
         np.add.at(totals, owners, log_probs_BQ[b, : len(owners)].astype(float))
         np.logical_and.at(greedy, owners, hits_BQ[b, : len(owners)])
     return list(zip(totals.tolist(), greedy.tolist(), strict=True))
+
+  def _rows_at_once(self, length: int) -> int:
+    """`batch` of rows of `FULL_BATCH` tokens, fewer of longer ones, in whole
+    multiples of what the mesh divides: the memory of attention stays alike."""
+    number = self.batch * FULL_BATCH // max(length, FULL_BATCH)
+    return max(number // self.shards, 1) * self.shards
 
   def _continue(
     self, prompts: list[list[int]], settings: Mapping[str, Any]
