@@ -171,7 +171,7 @@ def refusal(**changes):
     ({"hidden_act": "relu"}, ["hidden_act=relu", "silu"]),
     ({"hidden_size": ...}, ["hidden_size is missing"]),
     ({"hidden_size": "32"}, ["hidden_size='32' must be int"]),
-    ({"num_hidden_layers": 0}, ["num_hidden_layers=0 must be at least 1"]),
+    ({"num_hidden_layers": 0}, ["num_hidden_layers=0 must be from 1"]),
     ({"vocab_size": True}, ["vocab_size=True must be int"]),
     ({"tie_word_embeddings": "no"}, ["tie_word_embeddings='no' must be bool"]),
     ({"num_key_value_heads": 3}, ["8 heads on 3 key/value heads"]),
