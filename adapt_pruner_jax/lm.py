@@ -205,7 +205,8 @@ class JaxLM(TemplateLM):
   ) -> list[str]:
     c = self.model_config
     until = settings.get("until", [])
-    until = [until] if isinstance(until, str) else list(until)
+    until = [until] if isinstance(until, str) else until
+    until = [stop for stop in until if stop]
     number = settings.get("max_gen_toks", MAX_NEW_TOKENS)
     if number >= c.context:
       raise UserError(
@@ -240,7 +241,7 @@ class JaxLM(TemplateLM):
     answers = []
     for tokens in found[: len(prompts)]:
       answer = text(tokens)
-      for stop in filter(None, until):
+      for stop in until:
         answer = answer.split(stop)[0]
       answers.append(answer)
     return answers
