@@ -168,7 +168,7 @@ def prune_stage(state: State, setting: Setting, stop_if_asked: Any) -> None:
     pruned,
     keep,
     settings,
-    setting.refit_data.batch(first + len(steps)),
+    lambda: setting.refit_data.batch(first + len(steps)),
     config.calibration.batch,
     setting.mesh,
   )
@@ -289,10 +289,12 @@ def finish_stage(state: State, setting: Setting) -> None:
   # A row's step is the stage here; `step`, of training, would overwrite it.
   row = {k: v for k, v in result.items() if k != "step"}
   setting.log.metrics("eval", state.stage, row | {"train_step": state.step})
-  shown = f", perplexity {result['perplexity']:.3f}" if len(result) > 3 else ""
+  quality = ""
+  if "perplexity" in result:
+    quality = f", perplexity {result['perplexity']:.3f}"
   setting.log.say(
     f"stage {state.stage} of {setting.config.prune.stages} done: "
-    f"{result['params']:,} parameters{shown}"
+    f"{result['params']:,} parameters{quality}"
   )
   state.stages.append(result)
   state.stage, state.pruned = state.stage + 1, False

@@ -79,7 +79,12 @@ def prune(
     seed=seed,
   )
   params, _ = methods.refit_after(
-    old, found, found.kept, recipe, windows.batch(len(found.trace)), batch
+    old,
+    found,
+    found.kept,
+    recipe,
+    lambda: windows.batch(len(found.trace)),
+    batch,
   )
   return Model(found.config, params, model.source)
 

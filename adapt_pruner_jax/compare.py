@@ -240,7 +240,7 @@ def prune_once(
       pruned,
       pruned.kept,
       settings,
-      tokens_NT,
+      lambda: tokens_NT,
       config.calibration.batch,
       setting.mesh,
     )

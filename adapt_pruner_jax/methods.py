@@ -1,5 +1,7 @@
 """The pruning methods by name. All have the signature of `prune.prune`."""
 
+from collections.abc import Callable
+
 import numpy as np
 from jax.sharding import Mesh
 
@@ -27,7 +29,7 @@ def refit_after(
   pruned: prune.Pruned,
   keep: prune.Kept,
   settings: Prune,
-  tokens_NT: np.ndarray,
+  draw: Callable[[], np.ndarray],
   batch: int,
   mesh: Mesh | None = None,
 ) -> tuple[Params, list[dict]]:
@@ -36,6 +38,8 @@ def refit_after(
   Args:
     old: the model before it.
     keep: the units of `old` that are left.
+    draw: gives the calibration tokens, int32 [N, T]; only asked for a refit,
+      since a file of given samples may hold none for it.
 
   Returns:
     The params, and a record a matrix (see `refit.refit`); none without refit.
@@ -46,7 +50,7 @@ def refit_after(
     old,
     (pruned.config, pruned.params),
     keep,
-    tokens_NT,
+    draw(),
     batch,
     ridge=settings.refit_ridge,
     refit_all=settings.refit_all,

@@ -71,7 +71,9 @@ def one(pair, settings, target, windows, flags):
     *pair, settings, windows(flags.samples).batch, target=target, batch=32
   )
   tokens = windows(flags.refit_samples).batch(10**6)  # of no step
-  params, _ = methods.refit_after(pair, made, made.kept, settings, tokens, 32)
+  params, _ = methods.refit_after(
+    pair, made, made.kept, settings, lambda: tokens, 32
+  )
   return (made.config, params), time.process_time() - begun
 
 

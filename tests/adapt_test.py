@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 from adapt_pruner_jax import adapt, model, prune, sharding
 from adapt_pruner_jax.errors import EXIT_STOPPED, UserError
 from adapt_pruner_jax.hf import load
-from tests.runs import finish, output, recipe, start
+from tests.runs import SMALL, finish, output, recipe, start
 
 
 def weights(path):
@@ -238,3 +238,14 @@ def test_a_damaged_pruning_file_is_only_lost_work(
   adapt.run(config, work)
   assert "pruning.json is damaged" in capsys.readouterr().out
   assert_same_weights(work, whole)
+
+
+def test_given_samples_are_only_asked_for_steps(small_model, tmp_path):
+  """A file with samples for the steps and none more is enough."""
+  config = recipe(small_model, stages=1, max_steps=2)
+  config.prune.ratio = 0.0
+  file = tmp_path / "samples.npy"
+  ids = np.random.default_rng(0).integers(0, SMALL.V, (2, 8, 16))
+  np.save(file, ids.astype(np.int32))
+  config.calibration.source = f"npy:{file}"
+  assert adapt.run(config, tmp_path / "work")["prune_steps"] == 2
