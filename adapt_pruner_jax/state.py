@@ -24,6 +24,8 @@ from adapt_pruner_jax.model import ModelConfig
 from adapt_pruner_jax.setting import Setting, load_model, measure
 
 PRUNING = "pruning.json"  # the decided steps of a prune under way
+# Fields of `State` that a checkpoint keeps as they are.
+PLAIN = ("stage", "pruned", "step", "trace", "stages", "before", "seconds")
 
 
 @dataclasses.dataclass
@@ -49,11 +51,10 @@ def save_checkpoint(
   checkpoints: checkpoint.Checkpoints, state: State, setting: Setting
 ) -> None:
   state.saves += 1
-  names = ("stage", "pruned", "step", "trace", "stages", "before", "seconds")
-  meta = {name: getattr(state, name) for name in names}
+  meta = {name: getattr(state, name) for name in PLAIN}
   meta |= {
     "model": model.to_json(state.config),
-    "kept": {u: [k.tolist() for k in v] for u, v in state.kept.items()},
+    "kept": _kept_to_json(state.kept),
     "data": setting.rows.fingerprint if setting.rows else None,
     "lora": state.adapters is not None,
     "optimizer": state.opt_state is not None,
@@ -92,22 +93,13 @@ def resume(setting: Setting, checkpoints: checkpoint.Checkpoints) -> State:
         f"--config.data.source={setting.config.data.source} has other tokens "
         "than when this run began: give the old data or another --workdir"
       )
-    kept = {
-      u: tuple(np.array(k, int) for k in v) for u, v in meta["kept"].items()
-    }
     state = State(
-      model.from_json(meta["model"]), kept=kept, saves=number, **arrays
+      model.from_json(meta["model"]),
+      kept=_kept_from_json(meta["kept"]),
+      saves=number,
+      **arrays,
+      **{name: meta[name] for name in PLAIN},
     )
-    for name in (
-      "stage",
-      "pruned",
-      "step",
-      "trace",
-      "stages",
-      "before",
-      "seconds",
-    ):
-      setattr(state, name, meta[name])
     setting.log.say(
       f"continuing at stage {state.stage} of {setting.config.prune.stages}, "
       f"train step {state.step} of {setting.total_steps}"
@@ -153,19 +145,26 @@ def abstract_state(meta: dict, setting: Setting) -> dict:
   }
 
 
+def _kept_to_json(kept: prune.Kept) -> dict[str, list]:
+  return {u: [k.tolist() for k in v] for u, v in kept.items()}
+
+
+def _kept_from_json(kept: dict[str, list]) -> prune.Kept:
+  return {u: tuple(np.array(k, int) for k in v) for u, v in kept.items()}
+
+
 def write_pruning(
   step: prune.Step, steps: list[dict], state: State, setting: Setting
 ) -> None:
   """Keeps a decided step, so that a killed stage need not score again."""
   if jax.process_count() > 1 or not methods.resumes(setting.config.prune):
     return
-  kept = prune.to_kept(step.masks)
   content = {
     "stage": state.stage,
     "train_step": state.step,
     "number": step.number,
     "params": int(step.params),
-    "kept": {u: [k.tolist() for k in v] for u, v in kept.items()},
+    "kept": _kept_to_json(prune.to_kept(step.masks)),
     "sparsity": {u: s.tolist() for u, s in step.sparsity.items()},
     "trace": workdir.plain(steps),
   }
@@ -194,10 +193,7 @@ def read_pruning(
     return [], None
   if (saved["stage"], saved["train_step"]) != (state.stage, state.step):
     return [], None
-  kept = {
-    u: tuple(np.array(k, int) for k in v) for u, v in saved["kept"].items()
-  }
-  masks = prune.to_masks(kept, setting.full)
+  masks = prune.to_masks(_kept_from_json(saved["kept"]), setting.full)
   width = {u: np.array(s) for u, s in saved["sparsity"].items()}
   step = prune.Step(saved["number"], masks, width, saved["params"])
   workdir.rewrite_lines(
