@@ -225,7 +225,7 @@ def recover_stage(
     base=state.params if lora else None,
     teacher=teacher,
   )
-  per_step = config.data.batch * config.data.seq_len
+  per_step = config.data.step_tokens
   begin = stage_end(setting, state.stage - 1)
   title = f"stage {state.stage} of {config.prune.stages}: recovery"
   setting.log.rewind("train", state.step)

@@ -124,5 +124,5 @@ def perplexity(
 
   tokenizer = tokens.load_tokenizer(model.source or ".")
   ids = data.heldout_tokens(text, tokenizer, model.config.V, "the text")
-  length = seq_len or min(model.config.context, 2048)
+  length = evaluate.window(model.config, seq_len)
   return evaluate.perplexity(model.config, model.params, ids, length, batch)[0]

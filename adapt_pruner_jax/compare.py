@@ -186,7 +186,7 @@ def do_job(
     begun = time.monotonic()
     pair = recover(pair, settings, dense, setting, title, stop_if_asked)
     seconds += time.monotonic() - begun
-    per_step = setting.config.data.batch * setting.config.data.seq_len
+    per_step = setting.config.data.step_tokens
     row["train_tokens"] = setting.total_steps * per_step
   row |= _facts(pair[0], setting) | {"seconds": round(seconds, 3)}
   return row | measure(*pair, setting)
@@ -276,7 +276,7 @@ def recover(
   step_fn = train.make_step(
     config, settings, schedule, mesh, base=base, teacher=teacher
   )
-  per_step = setting.config.data.batch * setting.config.data.seq_len
+  per_step = setting.config.data.step_tokens
   flops = 6.0 * model.count_params(config)
   with setting.log.phase(
     f"{title}, recovery", steps * per_step, "tokens", flops

@@ -102,6 +102,11 @@ class Data:
   seq_len: int = 1024
   batch: int = 32  # sequences a train step
 
+  @property
+  def step_tokens(self) -> int:
+    """Tokens of a train step."""
+    return self.batch * self.seq_len
+
 
 @dataclasses.dataclass
 class Train:

@@ -27,6 +27,8 @@ from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.model import ModelConfig
 from adapt_pruner_jax.tokens import Tokenizer, load_tokenizer
 
+LONGEST = 2048  # tokens a window has unless more are asked for
+
 
 def evaluate(
   model_dir: str,
@@ -146,7 +148,7 @@ def text_perplexity(
       f"seq_len={seq_len} is longer than the model's context of "
       f"{config.context}"
     )
-  seq_len = seq_len or min(config.context, 2048)
+  seq_len = window(config, seq_len)
   tokens = np.array(tokenizer.encode(text), np.int64)
   value, nll, count = perplexity(config, params, tokens, seq_len, batch, mesh)
   whole = nll / count * len(tokens)  # nats, every token charged
@@ -163,6 +165,11 @@ def text_perplexity(
     "seq_len": seq_len,
     "text": str(path),
   }
+
+
+def window(config: ModelConfig, seq_len: int = 0) -> int:
+  """Tokens a window of a text has: `seq_len`, 0 = the context up to LONGEST."""
+  return seq_len or min(config.context, LONGEST)
 
 
 def perplexity(

@@ -103,7 +103,7 @@ def stage_table(
   targets = [even_target(full, settings)]
   if target is not None:
     targets = sparsity.stage_targets(size, target, number)
-  per_step = config.data.batch * config.data.seq_len
+  per_step = config.data.step_tokens
   total = -(-config.train.tokens // per_step)
   shares = sparsity.token_shares(number, config.train.data_share)
   rows, now, trained = [], full, 0

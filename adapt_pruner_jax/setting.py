@@ -113,7 +113,7 @@ def prepare(config: Config, path: Path, log: Log) -> Setting:
       jax.process_count(),
       cache,
     )
-    per_step = config.data.batch * config.data.seq_len
+    per_step = config.data.step_tokens
     total_steps = -(-config.train.tokens // per_step)
   eval_tokens = None
   if config.eval.text:
@@ -182,7 +182,7 @@ def measure(config: ModelConfig, params: Params, setting: Setting) -> dict:
     config,
     params,
     setting.eval_tokens,
-    recipe.seq_len or min(setting.full.context, 2048),
+    evaluate.window(setting.full, recipe.seq_len),
     recipe.batch,
     setting.mesh,
   )

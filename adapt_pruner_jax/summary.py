@@ -15,7 +15,7 @@ from adapt_pruner_jax.state import State
 def summarise(state: State, setting: Setting, seconds: float) -> dict:
   full, new = setting.full, state.config
   after = state.stages[-1]
-  per_step = setting.config.data.batch * setting.config.data.seq_len
+  per_step = setting.config.data.step_tokens
   return {
     "method": setting.config.prune.method,
     "model": setting.config.model.path,
