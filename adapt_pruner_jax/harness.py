@@ -49,13 +49,14 @@ def evaluate_tasks(
     baseline_tokenizer: default the same.
 
   Returns:
-    "lm_eval" (its version), "tasks": {task: metrics, n, num_fewshot, source,
+    "lm_eval" (its version), "tasks": {task: metrics, n, truncated (requests
+    longer than the context, which lose their beginning), num_fewshot, source,
     prompt_hash}, "groups", "presets": {preset: mean, tasks, missing}, and with
     a baseline "baseline" with its scores, and "difference", that of "tasks" and
     "presets" with its 95% interval `low`, `high` (paired bootstrap).
 
   Raises:
-    UserError: as `tasks.load` and `JaxLM.score`; or nothing to ask.
+    UserError: as `tasks.load` and `JaxLM`; or nothing to ask.
   """
   wanted, missing = expand(names, tasks_dir)
   for name, absent in missing.items():
@@ -130,6 +131,7 @@ def run(
   if not any(len(task.eval_docs) for task in loaded["tasks"].values()):
     raise UserError(f"no questions in {', '.join(wanted)}")
   raw = evaluator.evaluate(lm, loaded, limit=limit, bootstrap_iters=1000)
+  raw["truncated"] = getattr(lm, "truncated", {})
   raw["sources"] = {
     name: getattr(task, "source", "lm-eval")
     for name, task in loaded["tasks"].items()
@@ -148,6 +150,7 @@ def summary(
     hashes = [sample["prompt_hash"] for sample in samples]
     found["tasks"][name] = _metrics(raw["results"][name]) | {
       "n": len({sample["doc_id"] for sample in samples}),
+      "truncated": raw["truncated"].get(name, 0),
       "num_fewshot": raw["n-shot"][name],
       "source": raw["sources"][name],
       "prompt_hash": hashlib.sha256("".join(hashes).encode()).hexdigest(),

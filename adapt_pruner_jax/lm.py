@@ -6,6 +6,7 @@ The row's logits are only made where a choice is. Every process does the same
 requests with the rows cut over the mesh, so results are the same on every host.
 """
 
+import collections
 import dataclasses
 import functools
 import math
@@ -19,6 +20,7 @@ import numpy as np
 from absl import logging
 from jax.sharding import Mesh
 from lm_eval import utils
+from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 
 from adapt_pruner_jax import generate, model, sharding
@@ -44,7 +46,11 @@ class Row:
 
 
 class JaxLM(TemplateLM):
-  """lm-eval's view of a pair; the answers are those of its HF model."""
+  """lm-eval's view of a pair; the answers are those of its HF model.
+
+  `truncated` counts, by task, the requests that were longer than the model's
+  context and lost their beginning.
+  """
 
   def __init__(
     self,
@@ -63,6 +69,7 @@ class JaxLM(TemplateLM):
     self.model_config, self.params, self.mesh = config, params, mesh
     self.words, self.shards = tokenizer, shards
     self.batch = -(-batch // shards) * shards
+    self.truncated = collections.Counter()
     # Each question's context is encoded once for each of its choices.
     self._encode = functools.lru_cache(maxsize=8)(tokenizer.encode)
 
@@ -93,20 +100,11 @@ class JaxLM(TemplateLM):
   def loglikelihood(
     self, requests, disable_tqdm: bool = True
   ) -> list[tuple[float, bool]]:
-    """As `score`, of (context, continuation) texts.
-
-    Raises:
-      UserError: naming the task, as `score`.
-    """
+    """As `score`, of (context, continuation) texts."""
     pairs = [self._pair(*request.args) for request in requests]
-    longest = self.model_config.context
-    for request, (_, said) in zip(requests, pairs, strict=True):
-      if len(said) > longest:
-        raise UserError(
-          f"task {request.task_name}: the answer {request.args[1][:40]!r}... "
-          f"has {len(said)} tokens, longer than the model's context of "
-          f"{longest}; leave the task out of --tasks"
-        )
+    # The last token is only predicted, not read.
+    lengths = [len(prefix) + len(said) - 1 for prefix, said in pairs]
+    self._note_truncated(requests, lengths, self.model_config.context)
     return self.score(pairs)
 
   def _loglikelihood_tokens(self, requests, **_) -> list[tuple[float, bool]]:
@@ -148,10 +146,14 @@ class JaxLM(TemplateLM):
     for members in groups.values():
       settings = requests[members[0]].args[1]
       prompts = {i: self.tok_encode(requests[i].args[0]) for i in members}
+      number, longest = self._room(settings)
+      lengths = [len(prompts[i]) for i in members]
+      self._note_truncated([requests[i] for i in members], lengths, longest)
       members.sort(key=lambda i: -len(prompts[i]))
       for start in range(0, len(members), self.batch):
         some = members[start : start + self.batch]
-        texts = self._continue([prompts[i] for i in some], settings)
+        ends = [prompts[i][-longest:] for i in some]
+        texts = self._continue(ends, number, settings)
         answers |= zip(some, texts, strict=True)
     return [answers[i] for i in range(len(requests))]
 
@@ -162,10 +164,10 @@ class JaxLM(TemplateLM):
 
     Args:
       pairs: (context, continuation) as token ids. What is longer than the
-        model's context loses tokens from the left, as in lm-eval's HF model.
+        model's context loses tokens from the left, see `fit`.
 
     Raises:
-      UserError: a continuation alone is longer than the model's context.
+      UserError: an id is outside the vocabulary.
     """
     rows = make_rows(pairs, self.model_config.context)
     ids = [t for row in rows for t in (*row.tokens, *_targets(row))]
@@ -200,26 +202,41 @@ class JaxLM(TemplateLM):
     number = self.batch * FULL_BATCH // max(length, FULL_BATCH)
     return max(number // self.shards, 1) * self.shards
 
+  def _note_truncated(
+    self, requests: Sequence[Instance], lengths: Sequence[int], longest: int
+  ) -> None:
+    """Counts the requests longer than that by task, and says so."""
+    by_task: dict[str, list[int]] = {}
+    for request, length in zip(requests, lengths, strict=True):
+      by_task.setdefault(str(request.task_name), []).append(length)
+    for task, all_lengths in by_task.items():
+      over = [length for length in all_lengths if length > longest]
+      if over:
+        self.truncated[task] += len(over)
+        logging.warning(
+          "task %s: %d of %d requests have up to %d tokens, more than the %d "
+          "that the model's context leaves: they lose their beginning",
+          *(task, len(over), len(all_lengths), max(over), longest),
+        )
+
+  def _room(self, settings: Mapping[str, Any]) -> tuple[int, int]:
+    """Tokens that are generated, and those that a prompt may have."""
+    number = settings.get("max_gen_toks", MAX_NEW_TOKENS)
+    context = self.model_config.context
+    if number >= context:
+      raise UserError(
+        f"the task generates {number} tokens, which leaves no room for a "
+        f"prompt in the model's context of {context}"
+      )
+    return number, context - number
+
   def _continue(
-    self, prompts: list[list[int]], settings: Mapping[str, Any]
+    self, prompts: list[list[int]], number: int, settings: Mapping[str, Any]
   ) -> list[str]:
     c = self.model_config
     until = settings.get("until", [])
     until = [until] if isinstance(until, str) else until
     until = [stop for stop in until if stop]
-    number = settings.get("max_gen_toks", MAX_NEW_TOKENS)
-    if number >= c.context:
-      raise UserError(
-        f"the task generates {number} tokens, which leaves no room for a "
-        f"prompt in the model's context of {c.context}"
-      )
-    longest = c.context - number
-    if len(prompts[0]) > longest:
-      logging.warning(
-        "a prompt of %d tokens is longer than the model's context allows: it "
-        "is cut to its last %d (context %d)",
-        *(len(prompts[0]), longest, c.context),
-      )
     sample = settings.get("do_sample", False)
 
     def text(tokens):
@@ -228,8 +245,7 @@ class JaxLM(TemplateLM):
     found = generate.generate(
       c,
       self.params,
-      [prompt[-longest:] for prompt in prompts]
-      + [[0]] * (self.batch - len(prompts)),
+      prompts + [[0]] * (self.batch - len(prompts)),
       number,
       temperature=settings.get("temperature", 1.0) if sample else 0.0,
       top_k=settings.get("top_k", 0) if sample else 0,
@@ -252,17 +268,9 @@ def make_rows(
 ) -> list[Row]:
   """Rows that score all continuations; pairs with one context share a row."""
   rows: dict[tuple[int, ...], Row] = {}
-  full, cut = [], []
+  full = []
   for request, (prefix, said) in enumerate(pairs):
-    if len(said) > context:
-      raise UserError(
-        f"an answer of {len(said)} tokens is longer than the model's context "
-        f"of {context}: the task does not fit this model"
-      )
-    over = len(prefix) + len(said) - context - 1
-    if over > 0:
-      cut.append(len(prefix) + len(said))
-      prefix = prefix[over:]
+    prefix, said = fit(prefix, said, context)
     key = tuple(prefix)
     row = rows.get(key)
     if row is not None and len(row.tokens) + len(said) - 1 > context:
@@ -272,13 +280,21 @@ def make_rows(
       n = len(prefix)
       row = rows[key] = Row(list(prefix), list(range(n)), [0] * n, [])
     _add_branch(row, len(prefix), said, request)
-  if cut:
-    logging.warning(
-      "%d of %d answers with their questions (up to %d tokens) are longer than "
-      "the model's context of %d: the questions lose their beginning",
-      *(len(cut), len(pairs), max(cut), context),
-    )
   return full + list(rows.values())
+
+
+def fit(
+  prefix: list[int], said: list[int], context: int
+) -> tuple[list[int], list[int]]:
+  """The end of a pair: `context` tokens to read and the last to predict.
+
+  The prefix loses its beginning first, as in lm-eval's HF model. That model
+  stops where the continuation alone is longer; here its end is scored, as
+  lm-eval's ONNX model does.
+  """
+  tokens = (prefix + said)[-context - 1 :]
+  number = min(len(said), context)
+  return tokens[:-number], tokens[-number:]
 
 
 def by_length(rows: Sequence[Row], least: int) -> list[tuple[int, list[Row]]]:
