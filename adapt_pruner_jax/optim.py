@@ -1,8 +1,8 @@
 """The optimizer (AdamW, clipped) and one schedule over all stages.
 
-The learning rate is not part of the optimizer's state: the train step
-multiplies it in, from the global step. Stages can then start with fresh moments
-or carry them over, and the schedule goes on either way.
+The learning rate is not part of the optimizer's state: it is an argument of the
+train step, from the global step. Stages can then start with fresh moments or
+carry them over, and the schedule goes on either way.
 """
 
 import math
@@ -21,7 +21,7 @@ B1, B2, EPS = 0.9, 0.95, 1e-8
 WARMUP = 0.05  # share of all steps
 DECAY = 0.1  # share of all steps, "wsd" only
 
-Schedule = Callable[[jax.Array | int], jax.Array]
+Schedule = Callable[[int], float]
 
 
 def schedule(
@@ -38,13 +38,14 @@ def schedule(
   if kind == "wsd":
     falling = min(falling, int(DECAY * total_steps))
 
-  def learning_rate(step: jax.Array | int) -> jax.Array:
-    rising = jnp.minimum((step + 1) / max(warmup, 1), 1.0)
+  def learning_rate(step: int) -> float:
     done = (step + 1 - (total_steps - falling)) / max(falling, 1)
-    done = jnp.clip(done, 0.0, 1.0)
+    if done <= 0:
+      return peak * min((step + 1) / max(warmup, 1), 1.0)
+    done = min(done, 1.0)
     if kind == "cosine":
-      done = (1 - jnp.cos(jnp.pi * done)) / 2
-    return jnp.where(done > 0, peak + (minimum - peak) * done, peak * rising)
+      done = (1 - math.cos(math.pi * done)) / 2
+    return peak + (minimum - peak) * done
 
   return learning_rate
 

@@ -69,7 +69,7 @@ def make_step(
     kl = loss.distillation(logits, taught, weights)[0] / count
     return (1 - alpha) * nll + alpha * kl, nll
 
-  def step_fn(trained, opt_state, base, teacher_params, batch, step):
+  def step_fn(trained, opt_state, base, teacher_params, batch, rate):
     # Dividing each microbatch by the weight of the whole batch makes the sum
     # of microbatches exactly the mean over the batch.
     count = jnp.maximum(batch["weights_BT"].sum(), 1)
@@ -88,7 +88,6 @@ def make_step(
       total, _ = jax.lax.scan(add, zeros, split)
     (value, nll), grads = total
     norm = optax.tree.norm(grads)
-    rate = schedule(step)
     updates, new_state = transform.update(grads, opt_state, trained)
     new = jax.tree.map(lambda p, u: p - rate * u, trained, updates)
     good = jnp.isfinite(value) & jnp.isfinite(norm)
@@ -112,9 +111,8 @@ def make_step(
   def run(trained, opt_state, batch, step):
     rows = batch["tokens_BT"].shape[0]
     check_rows(rows, settings.accumulation, mesh)
-    return compiled(
-      trained, opt_state, base, teacher_params, batch, np.int32(step)
-    )
+    rate = np.float32(schedule(step))
+    return compiled(trained, opt_state, base, teacher_params, batch, rate)
 
   return run
 

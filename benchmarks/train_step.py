@@ -92,7 +92,7 @@ class Ours:
   def __init__(self, config: model.ModelConfig, params, tokens_BS: np.ndarray):
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     settings = Train(dtype=FLAGS.dtype, remat=FLAGS.remat)
-    constant = lambda step: jax.numpy.float32(LEARNING_RATE)
+    constant = lambda step: LEARNING_RATE
     self.run = train.make_step(config, settings, constant, mesh)
     placed = sharding.param_shardings(params, mesh)
     self.params = jax.device_put(params, placed)

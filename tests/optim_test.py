@@ -36,13 +36,6 @@ def test_short_runs_stay_in_range(kind, total):
   assert np.all((found >= 0.1 - 1e-6) & (found <= 1 + 1e-6))
 
 
-@pytest.mark.parametrize("kind", ["wsd", "cosine"])
-def test_schedule_is_the_same_for_a_traced_step(kind):
-  rate = optim.schedule(kind, 3e-4, 3e-5, 40)
-  traced = jax.vmap(rate)(jnp.arange(40))
-  np.testing.assert_allclose(traced, rates(kind, 40, 3e-4, 3e-5), rtol=1e-6)
-
-
 def test_decay_pulls_at_matrices_only():
   names = {n: jnp.zeros([2] * len(axes.AXES[n])) for n in axes.AXES}
   mask = optim.decayed(names)

@@ -27,7 +27,7 @@ UNEVEN = ModelConfig(
   tied=True,
   qkv_bias=True,
 )
-CONSTANT = lambda step: jnp.float32(1e-2)
+CONSTANT = lambda step: 1e-2
 
 
 def random_params(config, seed=0):
