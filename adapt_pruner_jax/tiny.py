@@ -124,9 +124,12 @@ def config_of(recipe: Recipe) -> ModelConfig:
 
 
 def fit(
-  recipe: Recipe, tokenizer: Tokenizer, progress: Progress
-) -> tuple[ModelConfig, axes.Params, dict[str, float]]:
-  """Trains the model; also returns its losses per held-out token."""
+  recipe: Recipe,
+  tokenizer: Tokenizer,
+  progress: Progress,
+  source: str = "embedded",
+) -> tuple[ModelConfig, axes.Params]:
+  """Trains a model of the recipe's shape on a source, see `sources`."""
   config = config_of(recipe)
   mesh = sharding.make_mesh(devices=jax.local_devices()[:1])
   settings = Train(weight_decay=recipe.weight_decay)
@@ -134,14 +137,14 @@ def fit(
     "wsd", recipe.learning_rate, recipe.min_learning_rate, recipe.steps
   )
   rows = data.train_data(
-    Data(source="embedded", seq_len=recipe.context, batch=recipe.batch),
+    Data(source=source, seq_len=recipe.context, batch=recipe.batch),
     tokenizer,
     recipe.V,
     recipe.seed,
   )
   progress(
-    f"tiny: training a LLaMA of {model.count_params(config):,} parameters on "
-    f"{rows.num_tokens:,} tokens of Python's manual, once; compiling"
+    f"training a LLaMA of {model.count_params(config):,} parameters on "
+    f"{rows.num_tokens:,} tokens of {source}; compiling"
   )
   params = init_params(config, recipe.seed, mesh)
   state = train.init_optimizer(params, settings, mesh)
@@ -156,12 +159,7 @@ def fit(
     mesh,
     log=_reporter(recipe.steps, progress),
   )
-  losses = heldout_losses(config, params, tokenizer, mesh)
-  progress(
-    f"tiny: held-out perplexity {losses['perplexity']:.1f} (loss "
-    f"{losses['loss']:.2f}; {losses['unigram_loss']:.2f} by token frequency)"
-  )
-  return config, params, losses
+  return config, params
 
 
 def init_params(config: ModelConfig, seed: int, mesh: Mesh) -> axes.Params:
@@ -203,8 +201,8 @@ def heldout_losses(
   }
 
 
-def train_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
-  """A byte-level BPE of the embedded text, saved as HuggingFace files."""
+def train_tokenizer(folder: Path, vocab_size: int, text: str = "") -> Tokenizer:
+  """A byte-level BPE of a text, or the embedded one, as HuggingFace files."""
   import tokenizers
   from tokenizers import decoders, models, pre_tokenizers, trainers
 
@@ -217,7 +215,7 @@ def train_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
     initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
     show_progress=False,
   )
-  backend.train_from_iterator([embedded_text("train")], trainer)
+  backend.train_from_iterator([text or embedded_text("train")], trainer)
   folder.mkdir(parents=True)
   backend.save(str(folder / "tokenizer.json"))
   settings = {
@@ -227,6 +225,8 @@ def train_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
     "clean_up_tokenization_spaces": False,
   }
   _write_json(folder / "tokenizer_config.json", settings)
+  ids = {"bos_token_id": 0, "eos_token_id": 0}
+  _write_json(folder / "generation_config.json", ids)
   return load_tokenizer(folder)
 
 
@@ -235,9 +235,15 @@ def _make(path: Path, files: Path, recipe: Recipe, progress: Progress) -> None:
   from adapt_pruner_jax.hf import save
 
   tokenizer = train_tokenizer(files, recipe.V)
-  ids = {"bos_token_id": 0, "eos_token_id": 0}
-  _write_json(files / "generation_config.json", ids)
-  config, params, losses = fit(recipe, tokenizer, progress)
+  config, params = fit(
+    recipe, tokenizer, lambda text: progress(f"tiny: {text}")
+  )
+  mesh = sharding.make_mesh(devices=jax.local_devices()[:1])
+  losses = heldout_losses(config, params, tokenizer, mesh)
+  progress(
+    f"tiny: held-out perplexity {losses['perplexity']:.1f} (loss "
+    f"{losses['loss']:.2f}; {losses['unigram_loss']:.2f} by token frequency)"
+  )
   save.save(config, params, path, source=files)
   manifest = {
     "recipe": dataclasses.asdict(recipe),
@@ -269,7 +275,7 @@ def _reporter(steps: int, progress: Progress) -> Callable:
       reported = now
       left = (now - begun) / step * (steps - 1 - step)
       progress(
-        f"tiny: step {step + 1}/{steps}, loss {metrics['loss']:.2f}, "
+        f"step {step + 1}/{steps}, loss {metrics['loss']:.2f}, "
         f"about {left:.0f} s left"
       )
 
