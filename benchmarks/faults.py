@@ -1,17 +1,18 @@
 """Faults, tried: kill -9 at random moments, and damage to every kind of file.
 
-  python benchmarks/faults.py --kills=20 --out=docs/faults.md
+  python benchmarks/faults.py --kills=20 --tries=8 --out=docs/faults.md
 
-A run of 4 stages on a small random model is killed, and the same command goes
-on, until it has been killed so often; runs that end are compared bit for bit
-with one that nothing happened to. Then a byte is flipped in, or the end cut
-off, a copy of each kind of file, and what reads it runs on the copy. "Lost" is
-a result that differs and that nothing spoke of. --out replaces the table below
-the line `<!-- measured -->` of that file.
+--kills: a run of 4 stages on a small random model is killed, and the same
+command goes on, until it has been killed so often; runs that end are compared
+bit for bit with one that nothing happened to. --tries: a bit is flipped in, or
+the end cut off, a copy of each kind of file, and what reads it runs on it.
+"LOST" is a result that differs and that nothing spoke of. --out replaces the
+tables in that file.
 """
 
 import argparse
 import contextlib
+import datetime
 import os
 import random
 import shutil
@@ -30,7 +31,6 @@ os.environ |= {
   # A process that goes on should not compile what the one before it did.
   "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
 }
-MARK = "<!-- measured -->"
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = {
   "prune.ratio": 0.4,
@@ -118,7 +118,7 @@ def kills(
       print(f"LOST in {work}: exit code {code}\n{output}", flush=True)
   print(f"{done} kills of {ended} runs, {lost} of them lost", flush=True)
   rows = [(f"`kill -9` {p}", n, "") for p, n in sorted(counts.items())]
-  verdict = f"lost {lost}" if lost else "nothing lost, equal bit for bit"
+  verdict = f"LOST {lost}" if lost else "nothing lost, equal bit for bit"
   return [*rows, (f"`kill -9`, {ended} runs in all", done, verdict)]
 
 
@@ -194,8 +194,8 @@ def damages(
       with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / origin.name
         shutil.copytree(origin, copy)
-        files = [f for f in sorted(copy.glob(pattern)) if f.stat().st_size]
-        file = rng.choice(files)
+        found_files = [f for f in sorted(copy.glob(pattern)) if f.is_file()]
+        file = rng.choice([f for f in found_files if f.stat().st_size])
         damage(file, rng)
         verdict = check(copy)
         found[verdict] = found.get(verdict, 0) + 1
@@ -267,28 +267,34 @@ def all_damages(
   yield from damages("the cached tiny model", tries, cached, "*.*", made_again)
 
 
-# ---- The table ---------------------------------------------------------------
+# ---- The tables --------------------------------------------------------------
 
 
-def table(rows: list[tuple], flags: argparse.Namespace) -> str:
-  lines = [
-    MARK,
-    "",
-    f"Measured by `python benchmarks/faults.py --kills={flags.kills} "
-    f"--tries={flags.tries} --out=docs/faults.md`:",
-    "",
-    "| fault | tried | outcome |",
-    "|---|---:|---|",
-    *(f"| {fault} | {tried} | {outcome} |" for fault, tried, outcome in rows),
-  ]
-  return "\n".join(lines) + "\n"
+def report(part: str, rows: list[tuple], options: str, out: str | None) -> None:
+  """Prints a table and puts it between `<!-- part -->` and `<!-- /part -->`."""
+  today = datetime.date.today().isoformat()
+  text = "\n".join(
+    [
+      f"`python benchmarks/faults.py {options} --out=docs/faults.md`, {today}:",
+      "",
+      "| fault | tried | outcome |",
+      "|---|---:|---|",
+      *(f"| {fault} | {tried} | {outcome} |" for fault, tried, outcome in rows),
+    ]
+  )
+  print(text, flush=True)
+  if out:
+    file, (begin, end) = Path(out), (f"<!-- {part} -->", f"<!-- /{part} -->")
+    before, rest = file.read_text().split(begin)
+    after = rest.split(end)[1]
+    file.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}")
 
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("--kills", type=int, default=20)
-  parser.add_argument("--tries", type=int, default=20, help="of each damage")
-  parser.add_argument("--out", help="Markdown file that gets the table")
+  parser.add_argument("--kills", type=int, default=0)
+  parser.add_argument("--tries", type=int, default=0, help="of each damage")
+  parser.add_argument("--out", help="Markdown file that gets the tables")
   flags = parser.parse_args()
   with tempfile.TemporaryDirectory(prefix="faults-") as folder:
     folder = Path(folder)
@@ -301,16 +307,16 @@ def main() -> None:
     whole = folder / "whole"
     code, output = run(make(whole))
     assert code == 0, output
-    rows = kills(flags.kills, make, folder, whole)
-    cut = interrupted(make, folder / "cut")
-    rows += all_damages(flags.tries, whole, cut, make)
-  text = table(rows, flags)
-  print(text)
-  if flags.out:
-    file = Path(flags.out)
-    before = file.read_text().split(MARK)[0].rstrip()
-    file.write_text(f"{before}\n\n{text}")
-  if "lost" in text.replace("nothing lost", "").lower():
+    rows = []
+    if flags.kills:
+      rows += kills(flags.kills, make, folder, whole)
+      report("kills", rows, f"--kills={flags.kills}", flags.out)
+    if flags.tries:
+      cut = interrupted(make, folder / "cut")
+      found = list(all_damages(flags.tries, whole, cut, make))
+      report("damage", found, f"--tries={flags.tries}", flags.out)
+      rows += found
+  if any("LOST" in outcome for *_, outcome in rows):
     sys.exit("something was lost")
 
 

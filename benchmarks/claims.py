@@ -1,0 +1,417 @@
+"""The paper's three claims, and what goes beyond it, on small real models.
+
+  python benchmarks/claims.py --data=DIR --base=DIR --out=DIR
+
+DIR of --data holds `models` and `text` as the shared data does; --base is what
+base_model.py made. Each measurement is a cell (base, seed, method, ratio,
+stages, tokens, rate); a finished one is a line of OUT/cells.jsonl, so that the
+same command goes on after a kill. Then claims.md and a plot a claim are written
+from all cells. --only=claim1,decisive,claim2,claim3,ablations and --bases pick
+some.
+
+Loss is nats per token on text that neither calibration nor training saw:
+`test` is of the training text's kind, `wikitext` is not. Learning rates are
+chosen for each base and method on a third text, with seed 0 and 3 units of
+tokens; a unit is the 512 x 64 tokens of the paper's calibration. A seed is of
+calibration windows, training order and random weights.
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import claims_report
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from adapt_pruner_jax import (
+  contenders,
+  data,
+  evaluate,
+  methods,
+  model,
+  optim,
+  prune,
+  sharding,
+  sources,
+  sparsity,
+  tiny,
+  tokens,
+  train,
+  workdir,
+)
+from adapt_pruner_jax.config import Data, Prune, Train
+from adapt_pruner_jax.hf import load
+
+UNIT = 512 * 64  # tokens: the paper's calibration, and a unit of training
+SAMPLES, REFIT_SAMPLES, SAMPLE_LEN, BATCH = 64, 512, 64, 32
+ROWS, ROW_LEN = 4, 256  # of a train step
+EVAL_TOKENS = 20_480
+SEEDS = 3
+RATIOS = (0.2, 0.4, 0.6)
+RATES = (1e-4, 3e-4, 1e-3)
+SCRATCH_RATES = (1e-3, 3e-3)
+SCRATCH, DENSE = contenders.SCRATCH, contenders.DENSE
+PUBLISHED = (
+  "paper",
+  "llm_pruner",
+  "flap",
+  "slicegpt",
+  "shortgpt",
+  "magnitude",
+  "uniform",
+)
+DECISIVE = ("paper", "paper+refit", "curvature+refit")
+ABLATIONS = {
+  "amplitude": (0.0, 0.01, 0.05),
+  "layer_importance": ("euclidean", "manhattan"),
+  "group_importance": (
+    "taylor_vectorize",
+    "taylor_second",
+    "taylor_mix",
+    "l1",
+    "l2",
+    "random",
+  ),
+  "gqa_fold": ("aligned",),
+  "step_size": (0.01, 0.05, 0.1),
+  "samples": (16, 256, 512),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+  """One measurement; `change` is one setting unlike the method's."""
+
+  base: str
+  seed: int
+  method: str
+  ratio: float = 0.4
+  stages: int = 1
+  tokens: int = 0
+  rate: float = 0.0
+  change: tuple[str, Any] | None = None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Base:
+  """A dense model with its texts."""
+
+  config: model.ModelConfig
+  params: Any
+  tokenizer: Any
+  train_file: Path
+  calibration: np.ndarray
+  slices: dict[str, np.ndarray]  # tune, test, wikitext
+
+
+class Bench:
+  """Measures cells, and keeps what has been measured."""
+
+  def __init__(self, out: Path, where: dict[str, tuple[Path, Path, Path]]):
+    self.out, self.where = out, where
+    self.wikitext = None
+    self.mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    self.file = out / "cells.jsonl"
+    self.found = {}
+    if self.file.exists():
+      for line in self.file.read_text().splitlines():
+        row = json.loads(line)
+        change = row["cell"]["change"]
+        cell = Cell(**row["cell"] | {"change": change and tuple(change)})
+        self.found[cell] = row["result"]
+
+  def get(self, cell: Cell) -> dict:
+    """The result of a cell, measured now unless it is there."""
+    if cell not in self.found:
+      begun = time.monotonic()
+      result = self.measure(cell)
+      self.found[cell] = result
+      row = {"cell": dataclasses.asdict(cell), "result": result}
+      workdir.append_line(self.file, row)
+      print(
+        f"{time.monotonic() - begun:6.1f} s {cell}: test {result['test']:.3f}",
+        flush=True,
+      )
+    return self.found[cell]
+
+  def measure(self, cell: Cell) -> dict:
+    base = self.base(cell.base)
+    if cell.method == DENSE:
+      config, params, facts = base.config, base.params, {}
+    elif cell.method == SCRATCH:
+      shape = self.get(Cell(cell.base, cell.seed, "paper", cell.ratio))
+      width = {"K": shape["kv_groups"], "F": shape["ffn"]}
+      config = prune.with_widths(base.config, width)
+      params = tiny.init_params(config, cell.seed, self.mesh)
+      params, _ = self.fit(cell, config, params, None, 0, self.steps(cell))
+      facts = {}
+    elif cell.stages == 1:
+      config, params, facts = self.pruned(
+        dataclasses.replace(cell, tokens=0, rate=0.0)
+      )
+      if cell.tokens:
+        params, _ = self.fit(cell, config, params, None, 0, self.steps(cell))
+    else:
+      config, params, facts = self.staged(cell)
+    losses = {}
+    for name, ids in base.slices.items():
+      _, total, number = evaluate.perplexity(
+        config, params, ids, ROW_LEN, 8, self.mesh
+      )
+      losses[name] = total / number
+    return (
+      losses
+      | facts
+      | {
+        "params": model.count_params(config),
+        "kv_groups": list(config.K),
+        "ffn": list(config.F),
+      }
+    )
+
+  @functools.lru_cache(maxsize=1)  # noqa: B019
+  def pruned(self, cell: Cell) -> tuple:
+    return self.staged(cell)
+
+  def staged(self, cell: Cell) -> tuple:
+    """(config, params, facts) after the stages, as `adapt.run` goes."""
+    base = self.base(cell.base)
+    full, pair = base.config, (base.config, base.params)
+    settings, samples, carry = self.settings(cell)
+    windows = lambda count, seed: data.WindowData(
+      [base.calibration], [count], SAMPLE_LEN, seed
+    )
+    fresh = windows(samples, cell.seed)
+    for_refit = windows(REFIT_SAMPLES, cell.seed + 1)
+    kept, number, seconds, state = prune.everything(full), 0, 0.0, None
+    target = prune.resolve_target(full, settings)
+    goals = sparsity.stage_targets(
+      model.count_params(full), target, cell.stages
+    )
+    shares = np.cumsum(sparsity.token_shares(cell.stages, "linear"))
+    ends = np.rint(self.steps(cell) * shares).astype(int)
+    for goal, begin, end in zip(goals, (0, *ends), ends, strict=False):
+      begun = time.process_time()
+      made = methods.METHODS[settings.method](
+        *pair,
+        settings,
+        lambda step, first=number: fresh.batch(first + step),
+        target=goal,
+        batch=BATCH,
+        mesh=self.mesh,
+        full=full,
+        kept=kept,
+        seed=cell.seed,
+      )
+      number += len(made.trace)
+      left = prune.relative_to(kept, made.kept)
+      params, _ = methods.refit_after(
+        pair,
+        made,
+        left,
+        settings,
+        lambda step=number: for_refit.batch(step),
+        BATCH,
+        self.mesh,
+      )
+      seconds += time.process_time() - begun
+      if carry and state is not None:
+        _, state = prune.gather(pair[0], state, left, self.mesh)
+      else:
+        state = None
+      kept = made.kept
+      params, state = self.fit(cell, made.config, params, state, begin, end)
+      pair = made.config, params
+    return *pair, {"prune_seconds": seconds, "prune_steps": number}
+
+  def settings(self, cell: Cell) -> tuple[Prune, int, bool]:
+    """Of the method; samples a step; whether moments are carried over."""
+    refit = "5" if cell.method.startswith("curvature") else "final"
+    settings = contenders.settings_of(
+      cell.method, cell.ratio, Prune(refit=refit)
+    )
+    name, value = cell.change or ("", None)
+    if name == "samples":
+      return settings, value, False
+    if name == "carry_moments":
+      return settings, SAMPLES, value
+    if name:
+      settings = dataclasses.replace(settings, **{name: value})
+    return settings, SAMPLES, False
+
+  def steps(self, cell: Cell) -> int:
+    return cell.tokens // (ROWS * ROW_LEN)
+
+  def fit(
+    self, cell: Cell, config: Any, params: Any, state: Any, begin: int, end: int
+  ) -> tuple:
+    """(params, optimizer state) after the steps from `begin` to `end`."""
+    if begin == end:
+      return params, state
+    self.schedule = optim.schedule(
+      "wsd", cell.rate, cell.rate / 10, self.steps(cell)
+    )
+    step_fn = self.step_fn(config)
+    params = jax.tree.map(jnp.copy, params)  # the step eats its argument
+    if state is None:
+      state = train.init_optimizer(params, Train(), self.mesh)
+    params, state, _ = train.recover(
+      step_fn,
+      params,
+      state,
+      self.rows(cell.base, cell.seed).batches(begin),
+      begin,
+      end,
+      self.mesh,
+    )
+    return jax.block_until_ready((params, state))
+
+  @functools.lru_cache(maxsize=1)  # noqa: B019
+  def step_fn(self, config: model.ModelConfig) -> train.Step:
+    """Compiled once a shape, whatever the schedule is."""
+    return train.make_step(
+      config, Train(), lambda step: self.schedule(step), self.mesh
+    )
+
+  @functools.lru_cache(maxsize=1)  # noqa: B019
+  def rows(self, base: str, seed: int) -> data.TrainData:
+    source = Data(f"text:{self.base(base).train_file}", ROW_LEN, ROWS)
+    found = self.base(base)
+    return data.train_data(source, found.tokenizer, found.config.V, seed)
+
+  @functools.lru_cache(maxsize=1)  # noqa: B019
+  def base(self, name: str) -> Base:
+    """Opens a base; 85 % of its text is for calibration and training."""
+    folder, text, heldout = self.where[name]
+    config, params = load.load(str(folder))
+    tokenizer = tokens.load_tokenizer(folder)
+    whole = sources.read_text(text)
+    cut = whole.rfind("\n", 0, int(len(whole) * 0.85))
+    file = self.out / f"{name}.txt"
+    workdir.write_text(file, whole[:cut])
+    ids = lambda text: np.array(tokenizer.encode(text), np.int32)
+    wikitext = self.where["wikitext"].read_text(encoding="utf-8")
+    slices = {
+      "tune": whole[cut:],
+      "test": sources.read_text(heldout),
+      "wikitext": wikitext[: 8 * EVAL_TOKENS],
+    }
+    return Base(
+      config,
+      params,
+      tokenizer,
+      file,
+      ids(whole[:cut]),
+      {n: ids(t[: 8 * EVAL_TOKENS])[:EVAL_TOKENS] for n, t in slices.items()},
+    )
+
+  def rate(self, base: str, method: str, ratio: float = 0.4) -> float:
+    """The best of the grid on the tuning text."""
+    grid = SCRATCH_RATES if method == SCRATCH else RATES
+    cells = [Cell(base, 0, method, ratio, 1, 3 * UNIT, rate) for rate in grid]
+    return min(cells, key=lambda cell: self.get(cell)["tune"]).rate
+
+
+# ---- What is measured --------------------------------------------------------
+
+
+def claim1(bench: Bench, base: str) -> Iterator[Cell]:
+  """Methods at equal sizes, without training."""
+  yield Cell(base, 0, DENSE, 0.0)
+  for ratio in (0.4, 0.2, 0.6):
+    for method in (*PUBLISHED, "paper+refit", "curvature+refit"):
+      for seed in range(1 if method in ("magnitude", "shortgpt") else SEEDS):
+        yield Cell(base, seed, method, ratio)
+
+
+def decisive(bench: Bench, base: str) -> Iterator[Cell]:
+  """Whether the lead survives training."""
+  for method in DECISIVE:
+    rate = bench.rate(base, method)
+    for seed in range(SEEDS):
+      yield Cell(base, seed, method)
+      for units in (1, 3, 10):
+        yield Cell(base, seed, method, tokens=units * UNIT, rate=rate)
+
+
+def claim2(bench: Bench, base: str) -> Iterator[Cell]:
+  """Random weights in the shape that the paper leaves."""
+  yield from decisive(bench, base)
+  rate = bench.rate(base, SCRATCH)
+  for seed in range(SEEDS):
+    for units in (3, 10, 30):
+      yield Cell(base, seed, SCRATCH, tokens=units * UNIT, rate=rate)
+
+
+def claim3(bench: Bench, base: str) -> Iterator[Cell]:
+  """Equal tokens in more and more stages."""
+  for method, counts in (("paper", (1, 2, 5, 10)), *[
+    (method, (1, 5)) for method in DECISIVE[1:]
+  ]):  # fmt: skip
+    rate = bench.rate(base, method)
+    for stages in counts:
+      for seed in range(SEEDS):
+        yield Cell(base, seed, method, 0.4, stages, 10 * UNIT, rate)
+
+
+def ablations(bench: Bench, base: str) -> Iterator[Cell]:
+  """One setting of the paper's method at a time, without training."""
+  for name, values in ABLATIONS.items():
+    for value in values:
+      for seed in range(SEEDS):
+        yield Cell(base, seed, "paper", change=(name, value))
+  rate = bench.rate(base, "paper")
+  for seed in range(SEEDS):
+    cell = Cell(base, seed, "paper", 0.4, 5, 10 * UNIT, rate)
+    yield dataclasses.replace(cell, change=("carry_moments", True))
+
+
+EXPERIMENTS = {
+  "claim1": claim1,
+  "decisive": decisive,
+  "claim2": claim2,
+  "claim3": claim3,
+  "ablations": ablations,
+}
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("--data", type=Path, required=True)
+  parser.add_argument("--base", type=Path, help="of base_model.py")
+  parser.add_argument("--out", type=Path, required=True)
+  parser.add_argument("--only", default=",".join(EXPERIMENTS))
+  parser.add_argument("--bases", default="stories260K,base,char361")
+  flags = parser.parse_args()
+  flags.out.mkdir(parents=True, exist_ok=True)
+  text = flags.data / "text"
+  stories = text / "tinystories_train.txt", text / "tinystories_heldout.txt"
+  models = flags.data / "models"
+  where = {
+    "stories260K": (models / "stories260K", *stories),
+    "char361": (models / "babyllama-char361-960K", *stories),
+    "wikitext": text / "wikitext2_raw_test.txt",
+  }
+  if flags.base:
+    texts = flags.base / "train.txt", flags.base / "heldout.txt"
+    where["base"] = (flags.base / "model", *texts)
+  bench = Bench(flags.out, where)
+  for base in filter(None, flags.bases.split(",")):
+    for name in flags.only.split(","):
+      for cell in EXPERIMENTS[name](bench, base):
+        bench.get(cell)
+  claims_report.write(bench.found, UNIT, flags.out)
+
+
+if __name__ == "__main__":
+  main()
