@@ -4,6 +4,7 @@ A number is the mean over seeds, with half the range after it where there are
 several. Cells that were not measured leave a dash.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -146,7 +147,7 @@ def reach(scratch: dict, cells: list[dict], tokens: int) -> str:
   """How many more tokens random weights need for the loss of `cells`."""
   wanted = _mean(cells, "test")
   points = sorted((b, _mean(rows, "test")) for b, rows in scratch.items())
-  for (b0, l0), (b1, l1) in zip(points, points[1:], strict=False):
+  for (b0, l0), (b1, l1) in itertools.pairwise(points):
     if l1 <= wanted <= l0:
       share = (l0 - wanted) / (l0 - l1)
       needed = math.exp(math.log(b0) + share * math.log(b1 / b0))
@@ -203,9 +204,9 @@ def curve(own: Results, name: str) -> dict[int, list[dict]]:
   """Results at 40 % by tokens, in one go, at the chosen rate."""
   found = {}
   for key, rows in own.items():
-    if key[:3] == (name, 0.4, 1) and key[-1] is None:
-      if not key[3] or key[4] == _rate_of(own, key):
-        found[key[3]] = rows
+    plain = key[:3] == (name, 0.4, 1) and key[-1] is None
+    if plain and (not key[3] or key[4] == _rate_of(own, key)):
+      found[key[3]] = rows
   return found
 
 
