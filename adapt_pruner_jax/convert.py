@@ -56,7 +56,11 @@ def convert(
         f"--dtype={dtype} is not one of {', '.join(DTYPES)}"
         f"{nearest(dtype, DTYPES)}; other types are for --format=gguf"
       )
-  config, params, folder = open_model(source, dtype or None, ignore_fields)
+  if format == "orbax" or is_orbax(source):
+    config, params, folder = open_model(source, dtype or None, ignore_fields)
+  else:  # from file to file: one tensor in memory
+    folder = load.resolve(source)
+    config, params = load.stored(folder, dtype or None, ignore_fields)
   write(
     config,
     params,
@@ -76,12 +80,16 @@ def open_model(
   mesh: Mesh | None = None,
 ) -> tuple[ModelConfig, Params, Path]:
   """A model in any format that can be read, and its directory."""
-  if (Path(source) / MANIFEST).is_file():
+  if is_orbax(source):
     config, params = read_orbax(Path(source), dtype, mesh)
     return config, params, Path(source)
   folder = load.resolve(source)
   config, params = load.load(str(folder), dtype, mesh, ignore_fields)
   return config, params, folder
+
+
+def is_orbax(source: str) -> bool:
+  return (Path(source) / MANIFEST).is_file()
 
 
 def write(

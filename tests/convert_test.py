@@ -90,6 +90,22 @@ def test_there_and_back_is_byte_identical(written, orbax, tmp_path, capsys):
   ).read_bytes()
 
 
+def test_from_file_to_file(written, tmp_path, monkeypatch):
+  """No parameter goes to a device."""
+  path, params = written
+  monkeypatch.setattr(load.Stored, "place_on", None)
+  convert.convert(str(path), tmp_path / "same", "hf")
+  one, two = (p / "model.safetensors" for p in (path, tmp_path / "same"))
+  assert one.read_bytes() == two.read_bytes()
+  convert.convert(str(path), tmp_path / "u", "hf_uniform", dtype="float32")
+  convert.convert(str(path), tmp_path / "gguf", "gguf")
+  monkeypatch.undo()
+  _, again = load.load(tmp_path / "u")
+  F = small.CONFIG.F[1]
+  found = again["layer_1"]["gate"][:, :F]
+  assert np.array_equal(found, params["layer_1"]["gate"].astype(np.float32))
+
+
 @pytest.mark.parametrize(
   "changes",
   [

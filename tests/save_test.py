@@ -17,7 +17,7 @@ import zoo
 
 from adapt_pruner_jax import axes, model
 from adapt_pruner_jax.errors import UserError
-from adapt_pruner_jax.hf import card, load, reopen, save, weights
+from adapt_pruner_jax.hf import card, load, reopen, save, uniform, weights
 
 PEER = Path(__file__).parent / "transformers_peer.py"
 TRANSFORMERS_4 = (
@@ -412,7 +412,7 @@ def test_interrupted_or_wrong_writing_leaves_nothing(
     whole(folder, config, twisted, *rest)
 
   monkeypatch.setattr(weights, "write", wrong)
-  with pytest.raises(RuntimeError, match="the output of layer 1 differs"):
+  with pytest.raises(RuntimeError, match="down of layer 1 does not come back"):
     save.save(*tiny, path, **quiet)
   assert list(tmp_path.iterdir()) == []
 
@@ -424,12 +424,28 @@ def test_interrupted_or_wrong_writing_leaves_nothing(
   assert list(tmp_path.iterdir()) == []
 
 
+def test_wrong_padding_is_another_function(tiny, tmp_path, monkeypatch):
+  """All bits come back, and only the logits can tell."""
+  pad = uniform.padded_getter
+
+  def wrong(*args):
+    get = pad(*args)
+    return lambda key: get(key) + (key == (1, "down"))
+
+  monkeypatch.setattr(uniform, "padded_getter", wrong)
+  pair = cut(*tiny, K=(2, 1), F=(12, 3))
+  text = "another function than the model: the output of layer 1 differs"
+  with pytest.raises(RuntimeError, match=text):
+    save.save(*pair, tmp_path / "out", format="hf_uniform", **quiet)
+  assert list(tmp_path.iterdir()) == []
+
+
 def test_not_a_number(tiny, tmp_path):
   config, params = tiny
   params = jax.tree.map(lambda x: x, params)
   params["layer_1"]["down"] = params["layer_1"]["down"].at[0, 0].set(jnp.nan)
   text = refusal((config, params), tmp_path / "out")
-  assert "the output of layer 1 has NaN" in text
+  assert "down of layer 1 has NaN" in text
 
 
 def test_sharded_params(tiny, tmp_path):

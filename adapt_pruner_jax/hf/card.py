@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ def write(
   source: Path | None,
   facts: dict[str, Any],
   notes: list[str],
+  sums: Mapping[str, str],
 ) -> None:
   """Writes README.md and, last of all files, SHA256SUMS.
 
@@ -34,6 +35,7 @@ def write(
     source: the parent's directory, for its licence.
     facts: as in a run's summary.json; what is absent is left out.
     notes: lines to repeat, on padding or a missing tokenizer.
+    sums: SHA-256 of files, by name, where it is known.
   """
   name = str(facts.get("model") or (source and source.name) or "a model")
   on_hub = re.fullmatch(HUB_ID, name) and not Path(name).exists()
@@ -53,7 +55,7 @@ def write(
     "`sha256sum -c SHA256SUMS` checks the files.",
   ]
   (folder / CARD).write_text("\n\n".join(parts) + "\n")
-  write_sums(folder)
+  write_sums(folder, sums)
 
 
 def _summary(name: str, config: ModelConfig, facts: dict[str, Any]) -> str:
@@ -144,9 +146,13 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
   return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
-def write_sums(folder: Path) -> None:
+def write_sums(folder: Path, known: Mapping[str, str] | None = None) -> None:
   """SHA256SUMS of all files, in the format of `sha256sum`."""
-  lines = [f"{_sha256(folder / n)}  {n}\n" for n in sorted(_files(folder))]
+  known = known or {}
+  lines = [
+    f"{known.get(name) or _sha256(folder / name)}  {name}\n"
+    for name in sorted(_files(folder))
+  ]
   (folder / SUMS).write_text("".join(lines))
 
 

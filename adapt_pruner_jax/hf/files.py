@@ -1,8 +1,12 @@
-"""The files of a model directory: found, checked, read slice by slice."""
+"""The files of a model directory: found, checked, mapped into memory."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
 
 from adapt_pruner_jax.errors import UserError
 
@@ -41,7 +45,7 @@ def write_json(file: Path, content: Any) -> None:
 
 
 class Checkpoint:
-  """The tensors of a directory; only headers are read until `open`.
+  """The tensors of a directory; only headers are read until `array`.
 
   Attributes:
     shapes, dtypes: of each tensor, by name.
@@ -53,7 +57,7 @@ class Checkpoint:
     self.shapes: dict[str, tuple[int, ...]] = {}
     self.dtypes: dict[str, str] = {}
     self._file: dict[str, Path] = {}
-    self._open: tuple[Path, Any] | None = None
+    self._start: dict[str, int] = {}
     promised = _weight_map(folder)
     for file in sorted({*promised.values()}):
       self._read_header(file)
@@ -61,15 +65,23 @@ class Checkpoint:
       if tensor and self._file.get(tensor) != file:
         raise UserError(f"{file} has no tensor {tensor}, unlike {INDEX} says")
 
-  def slices(self, tensor: str) -> Any:
-    """The tensor, to be indexed with slices: numpy arrays come out."""
-    file = self._file[tensor]
-    if self._open is None or self._open[0] != file:
-      self._open = file, _open(file)
-    return self._open[1].get_slice(tensor)
+  def array(self, tensor: str) -> np.ndarray:
+    """The tensor in its file: what is not looked at is not read.
+
+    It has a mapping of its own, so that its pages go when the array goes.
+    """
+    mapped = np.memmap(
+      self._file[tensor],
+      jnp.dtype(self.dtypes[tensor]),
+      "r",
+      self._start[tensor],
+      self.shapes[tensor],
+    )
+    return mapped.view(np.ndarray)
 
   def _read_header(self, file: Path) -> None:
     with _open(file) as opened:
+      start, header = _header(file)
       for tensor in opened.keys():  # noqa: SIM118, not a dict
         part = opened.get_slice(tensor)
         if tensor in self._file:
@@ -84,6 +96,11 @@ class Checkpoint:
         self._file[tensor] = file
         self.shapes[tensor] = tuple(part.get_shape())
         self.dtypes[tensor] = DTYPES[part.get_dtype()]
+        first, end = header[tensor]["data_offsets"]
+        size = math.prod(self.shapes[tensor])
+        if end - first != size * jnp.dtype(self.dtypes[tensor]).itemsize:
+          raise UserError(f"{file} is damaged at {tensor}: get it again")
+        self._start[tensor] = start + first
 
 
 def _weight_map(folder: Path) -> dict[str, Path]:
@@ -108,6 +125,13 @@ def _weight_map(folder: Path) -> dict[str, Path]:
         f"{folder / INDEX}: {name!r} is not the name of a file in the folder"
       )
   return {tensor: folder / name for tensor, name in found.items()}
+
+
+def _header(file: Path) -> tuple[int, dict[str, Any]]:
+  """Where the data starts, and the header, of a file that `_open` accepts."""
+  with open(file, "rb") as opened:
+    size = int.from_bytes(opened.read(8), "little")
+    return 8 + size, json.loads(opened.read(size))
 
 
 def _open(file: Path) -> Any:

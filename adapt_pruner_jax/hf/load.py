@@ -1,13 +1,16 @@
 """Opens a HuggingFace model: `load(path) -> (ModelConfig, params)`.
 
-Tensors go one by one from the file to their place and dtype on the devices, so
-the host never holds the model; each process reads only what its devices need.
+Tensors go from the mapped file to their place and dtype on the devices, a few
+at a time, so that the host never holds the model; each process reads only what
+its devices need.
 """
 
+import dataclasses
 import math
 import os
 import re
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +34,7 @@ NOT_PARAMETERS = ("rotary_emb.inv_freq",)  # endings; old checkpoints have them
 HUB_ID = r"[\w-][\w.-]*/[\w.-]+"
 COMPARED_BYTES = 1 << 26
 WORKDIR_MODEL = "model"
-
-Index = tuple[slice, ...]
+READERS = 4
 
 
 def resolve(path: str | os.PathLike) -> Path:
@@ -102,6 +104,21 @@ def load(
     ignore_fields: fields of config.json to ignore, separated by commas.
 
   Raises:
+    UserError: as `stored`.
+  """
+  config, tree = stored(path, dtype, ignore_fields)
+  leaves, structure = jax.tree.flatten(tree)
+  with ThreadPoolExecutor(READERS) as threads:
+    arrays = list(threads.map(lambda leaf: leaf.place_on(mesh), leaves))
+  return config, jax.tree.unflatten(structure, arrays)
+
+
+def stored(
+  path: str | os.PathLike, dtype: str | None = None, ignore_fields: str = ""
+) -> tuple[ModelConfig, Params]:
+  """The model at `path` with its parameters left in the files, as `Stored`.
+
+  Raises:
     UserError: what `config_json.read` raises; files that are missing, damaged
       or unsafe; tensors that are missing, unexpected or of another shape. All
       of this is known before any weight is read.
@@ -117,17 +134,83 @@ def load(
     )
   checkpoint = Checkpoint(folder)
   check_tensors(checkpoint, config, repeats)
-  places = tensors.places(config, repeats)
-  # One file after the other, so that each is opened once.
   params: Params = {}
-  for (layer, name), place in places.items():
+  for (layer, name), place in tensors.places(config, repeats).items():
     tree = params
     if layer is not None:
       tree = params.setdefault(axes.layer_name(layer), {})
-    tree[name] = read_parameter(
-      checkpoint, name, place, config.sizes(layer), dtype, mesh
-    )
+    kind = jnp.dtype(dtype or checkpoint.dtypes[place.tensor])
+    tree[name] = Stored(checkpoint, name, place, config.sizes(layer), kind)
   return config, params
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+  """A parameter in its file.
+
+  Attributes:
+    sizes: of its dim letters.
+    dtype: what it becomes when it is read.
+  """
+
+  checkpoint: Checkpoint
+  name: str
+  place: Place
+  sizes: dict[str, int]
+  dtype: np.dtype
+
+  def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
+    """All of it; a view of the file if the dtype is that of the file."""
+    part = self.part(self._whole)
+    return part.astype(dtype or self.dtype, copy=bool(copy))
+
+  @property
+  def _whole(self) -> tuple[slice, ...]:
+    return (slice(None),) * len(axes.AXES[self.name])
+
+  def part(self, index: Sequence[slice]) -> np.ndarray:
+    """A view of part `index` in the file.
+
+    A dim of the tensor holds several of our dims, as KGH: the first of them is
+    cut in the file's layout, the others afterwards.
+    """
+    cut = dict(zip(axes.AXES[self.name], index, strict=True))
+    sizes, ranges = dict(self.sizes), []
+    for letters in tensors.hf_letters(self.name):
+      first, inner = letters[0], math.prod(sizes[x] for x in letters[1:])
+      start, stop, _ = cut[first].indices(sizes[first])
+      ranges.append(slice(start * inner, stop * inner))
+      sizes[first] = stop - start
+      cut[first] = slice(None)
+    start, rows = self.place.start, ranges[0]
+    ranges[0] = slice(rows.start + start, rows.stop + start)
+    tensor = self.checkpoint.array(self.place.tensor)
+    part = tensors.from_hf(self.name, tensor[tuple(ranges)], sizes)
+    return part[tuple(cut[letter] for letter in axes.AXES[self.name])]
+
+  def place_on(self, mesh: Mesh | None) -> jax.Array:
+    """On the mesh or, None, the default device; reads what is needed there."""
+    if mesh is None:
+      return jax.device_put(self._read(self._whole))
+    shape = axes.shape(self.name, self.sizes)
+    where = sharding.param_sharding(self.name, shape, mesh)
+    parts: dict[tuple, np.ndarray] = {}  # replicas are read once
+    arrays = []
+    for device, index in where.addressable_devices_indices_map(shape).items():
+      key = tuple((cut.start, cut.stop) for cut in index)
+      if key not in parts:
+        parts[key] = self._read(index)
+      arrays.append(jax.device_put(parts[key], device))
+    return jax.make_array_from_single_device_arrays(shape, where, arrays)
+
+  def _read(self, index: Sequence[slice]) -> np.ndarray:
+    """Part `index`, to be put on a device, which transposes it on the way.
+
+    What needs no transposition is copied: JAX keeps memory that it can use as
+    it is, and that of a file may change.
+    """
+    part = self.part(index)
+    return part.astype(self.dtype, copy=part.flags.c_contiguous)
 
 
 def check_tensors(
@@ -167,65 +250,10 @@ def _check_tied(checkpoint: Checkpoint) -> None:
     step = max(1, COMPARED_BYTES // (4 * shape[1]))
     for row in range(0, shape[0], step):
       rows = slice(row, min(row + step, shape[0]))
-      first = np.asarray(checkpoint.slices(one)[rows])
-      same &= np.array_equal(first, checkpoint.slices(two)[rows])
+      first = checkpoint.array(one)[rows]
+      same &= np.array_equal(first, checkpoint.array(two)[rows])
   if not same:
     raise UserError(
       f"{checkpoint.folder}: {CONFIG} says that {two} is {one} "
       "(tie_word_embeddings), but they differ"
     )
-
-
-def read_parameter(
-  checkpoint: Checkpoint,
-  name: str,
-  place: Place,
-  sizes: dict[str, int],
-  dtype: str | None,
-  mesh: Mesh | None = None,
-) -> jax.Array:
-  """One parameter of a model, as in `load`."""
-  shape = axes.shape(name, sizes)
-  dtype = jnp.dtype(dtype or checkpoint.dtypes[place.tensor])
-  source = checkpoint.slices(place.tensor)
-  if mesh is None:
-    whole = (slice(None),) * len(shape)
-    return jnp.asarray(_read_part(source, name, place, sizes, whole, dtype))
-  parts: dict[tuple, np.ndarray] = {}  # replicas are read once
-
-  def part(index: Index) -> np.ndarray:
-    key = tuple((cut.start, cut.stop) for cut in index)
-    if key not in parts:
-      parts[key] = _read_part(source, name, place, sizes, index, dtype)
-    return parts[key]
-
-  where = sharding.param_sharding(name, shape, mesh)
-  return jax.make_array_from_callback(shape, where, part)
-
-
-def _read_part(
-  source: Any,
-  name: str,
-  place: Place,
-  sizes: dict[str, int],
-  index: Sequence[slice],
-  dtype: np.dtype,
-) -> np.ndarray:
-  """Part `index` of a parameter, read from the slices of its tensor.
-
-  A dim of the tensor holds several of our dims, as KGH: the first of them is
-  cut when it is read, the others afterwards.
-  """
-  cut = dict(zip(axes.AXES[name], index, strict=True))
-  sizes, ranges = dict(sizes), []
-  for letters in tensors.hf_letters(name):
-    first, inner = letters[0], math.prod(sizes[x] for x in letters[1:])
-    start, stop, _ = cut[first].indices(sizes[first])
-    ranges.append(slice(start * inner, stop * inner))
-    sizes[first] = stop - start
-    cut[first] = slice(None)
-  rows = ranges[0]
-  ranges[0] = slice(rows.start + place.start, rows.stop + place.start)
-  part = tensors.from_hf(name, source[tuple(ranges)], sizes)
-  part = part[tuple(cut[letter] for letter in axes.AXES[name])]
-  return np.ascontiguousarray(part, dtype)

@@ -1,7 +1,8 @@
 """Opens a written directory again and compares it with the model.
 
-Both are run side by side layer by layer in float32, so that only one layer, or
-a part of the vocabulary, is held a second time.
+Parameters are compared block by block. Where logits are compared too, both
+models are run side by side layer by layer in float32, so that only one layer,
+or a part of the vocabulary, is held a second time.
 """
 
 import dataclasses
@@ -14,11 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from adapt_pruner_jax import workdir
+from adapt_pruner_jax.axes import Params
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.hf import load, tensors
-from adapt_pruner_jax.hf.files import Checkpoint
-from adapt_pruner_jax.hf.tensors import Key
-from adapt_pruner_jax.hf.weights import Get
+from adapt_pruner_jax.hf.weights import Get, getter
 from adapt_pruner_jax.model import (
   Block,
   Decoder,
@@ -33,40 +33,96 @@ VOCABULARY_PART = 8192
 TOLERANCE = 1e-4  # of the largest value
 
 
-def compare(config: ModelConfig, get: Get, folder: Path | None) -> None:
-  """Compares logits, and on the way the residual stream after each layer.
+def compare(
+  config: ModelConfig,
+  get: Get,
+  written: ModelConfig,
+  written_get: Get,
+  dtype: np.dtype,
+  folder: Path | None,
+) -> None:
+  """Compares what a directory gives when it is opened with the model.
+
+  Every parameter must come back bit for bit. Under the same config that is the
+  same function, for all inputs; where another config comes back, as after
+  padding, the logits are compared as well.
 
   Args:
-    config, get: the model; all processes take part in `get`.
+    config, get: the model; all processes take part in each `get`.
+    written, written_get: what was written of it, padded or not.
+    dtype: of the files.
     folder: what was written; None on processes that did not.
 
   Raises:
-    UserError: the model computes NaN or infinity.
+    UserError: the model has or computes NaN or infinity.
     RuntimeError: they differ.
   """
+  opened = workdir.on_writer(lambda: load.stored(folder))
+  found, tree = opened or (config, None)
+  _agree(_wrong_parameter(written, written_get, dtype, tree))
+  if not workdir.all_agree(found == config):
+    _agree(_wrong_logits(config, get, found, tree))
+
+
+def _agree(wrong: Exception | None) -> None:
+  if not workdir.all_agree(wrong is None):
+    raise wrong or UserError("process 0 refused the export; see its message")
+
+
+def _wrong_parameter(
+  config: ModelConfig, get: Get, dtype: np.dtype, tree: Params | None
+) -> Exception | None:
+  """What is wrong with the first parameter that is not as in `tree`.
+
+  Both are compared in the layout of the file: equal there, they are equal.
+  """
+  wrong = None
+  unsigned = np.dtype(f"u{dtype.itemsize}")
+  infinity = np.array(np.inf, dtype).view(unsigned)  # all bits of the exponent
+  for layer, name in tensors.places(config):
+    expected = get((layer, name))
+    if tree is None or wrong is not None:
+      continue  # only take part in the gathering
+    where = name if layer is None else f"{name} of layer {layer}"
+    found = getter(tree)((layer, name))
+    if (found.shape, found.dtype) != (expected.shape, dtype):
+      wrong = RuntimeError(f"{where} comes back as {found.dtype}{found.shape}")
+      continue
+    one, two = (tensors.to_hf(name, array) for array in (expected, found))
+    for rows, block in tensors.blocks(one, dtype):
+      bits = block.view(unsigned)
+      if np.any((bits & infinity) == infinity):
+        wrong = UserError(
+          f"the model is not written: {where} has NaN or infinite values"
+        )
+      elif not np.array_equal(bits, two[rows].view(unsigned)):
+        wrong = RuntimeError(f"{where} does not come back as it was written")
+  return wrong
+
+
+def _wrong_logits(
+  config: ModelConfig, get: Get, found: ModelConfig, tree: Params | None
+) -> Exception | None:
+  """How far the logits are apart, if they are, or the output of a layer."""
+  wrong = None
   length = min(TOKENS, config.context)
   ids = np.random.default_rng(0).integers(config.V, size=(1, length))
-  found = None
-  if folder is not None:
-    found = walk(load.read_config(folder), _reader(folder), ids)
-  wrong = None
+  other = None if tree is None else walk(found, getter(tree), ids)
   for where, expected in walk(config, get, ids):
-    if found is None or wrong is not None:
-      continue  # only take part in the gathering
-    _, other = next(found)
+    if other is None or wrong is not None:
+      continue
+    difference = np.abs(next(other)[1] - expected).max()
     largest = np.abs(expected).max()
     if not np.isfinite(largest):
       wrong = UserError(
         f"the model is not written: {where} has NaN or infinite values"
       )
-    elif not np.abs(other - expected).max() <= TOLERANCE * max(1, largest):
-      difference = np.abs(other - expected).max()
+    elif not difference <= TOLERANCE * max(1, largest):
       wrong = RuntimeError(
         f"what was written is another function than the model: {where} differs "
         f"by {difference:.2g}"
       )
-  if not workdir.all_agree(wrong is None):
-    raise wrong or UserError("process 0 refused the export; see its message")
+  return wrong
 
 
 def walk(
@@ -119,17 +175,3 @@ def _outside(config, outer, rows_VD, inputs):
 def _layer(config, weights, x_BTD, rope, mask_BNTS):
   block = Block(config, config.K[0], config.F[0])
   return block.apply({"params": weights}, x_BTD, rope, mask_BNTS)
-
-
-def _reader(folder: Path) -> Get:
-  checkpoint = Checkpoint(folder)
-  config = load.read_config(folder)
-  load.check_tensors(checkpoint, config)
-  places = tensors.places(config)
-
-  def get(key: Key) -> np.ndarray:
-    sizes = config.sizes(key[0])
-    array = load.read_parameter(checkpoint, key[1], places[key], sizes, None)
-    return np.asarray(array)
-
-  return get

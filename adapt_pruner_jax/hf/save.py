@@ -1,8 +1,9 @@
 """Writes a HuggingFace directory: `save(config, params, path)`.
 
-Tensors go one by one from the devices to the file. The directory is written
-under another name, opened again and compared with the model, and only then gets
-its name. In a run of many processes all of them call `save`; process 0 writes.
+Tensors go one by one from the devices, or from other files, to the file. The
+directory is written under another name, opened again and compared with the
+model, and only then gets its name. In a run of many processes all of them call
+`save`; process 0 writes.
 """
 
 import contextlib
@@ -78,13 +79,14 @@ def save(
       f"{nearest(format, FORMATS)}"
     )
   config, params = without_empty_layers(config, params)
-  written, get, notes = config, weights.getter(params), []
+  get = weights.getter(params)
+  written, written_get, notes = config, get, []
   if format == "hf_uniform":
     written = uniform.pad_config(config)
-    get = uniform.padded_getter(config, written, get)
+    written_get = uniform.padded_getter(config, written, get)
     notes = uniform.cost(config, written, source)
   raw = config_json.write(written)
-  dtype = jnp.result_type(*jax.tree.leaves(params))
+  dtype = jnp.result_type(*(x.dtype for x in jax.tree.leaves(params)))
   raw |= {"torch_dtype": str(dtype), "dtype": str(dtype)}
   with directory(path, overwrite) as folder:
     if folder is not None:
@@ -94,10 +96,10 @@ def save(
       notes += _copy_files(folder, source)
       for note in notes:
         say(note)
-    weights.write(folder, written, get, dtype, shard_bytes)
-    reopen.compare(config, weights.getter(params), folder)
+    sums = weights.write(folder, written, written_get, dtype, shard_bytes)
+    reopen.compare(config, get, written, written_get, dtype, folder)
     if folder is not None:
-      card.write(folder, config, written, source, facts or {}, notes)
+      card.write(folder, config, written, source, facts or {}, notes, sums)
 
 
 def copy_tokenizer(source: Path, folder: Path) -> list[str]:

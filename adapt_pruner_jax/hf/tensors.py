@@ -6,8 +6,11 @@ fused tensor.
 """
 
 import dataclasses
+import functools
 import math
+from collections.abc import Iterator
 
+import jax
 import numpy as np
 
 from adapt_pruner_jax import axes
@@ -15,6 +18,9 @@ from adapt_pruner_jax.hf.families import FAMILIES, OUTER
 from adapt_pruner_jax.model import ModelConfig, layer_names, outer_names
 
 Key = tuple[int | None, str]  # layer (None: outside the layers), parameter
+
+BLOCK_BYTES = 1 << 22  # stays in a CPU's cache
+BLOCK_ROWS = 64  # at least: fewer would read strided memory line by line
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +84,7 @@ def hf_shape(name: str, sizes: dict[str, int]) -> tuple[int, ...]:
 
 
 def to_hf(name: str, array: np.ndarray) -> np.ndarray:
-  """Our array in the layout of the checkpoint."""
+  """Our array in the layout of the checkpoint, a view."""
   groups = hf_letters(name)
   sizes = dict(zip(axes.AXES[name], array.shape, strict=True))
   order = [axes.AXES[name].index(letter) for letter in "".join(groups)]
@@ -86,7 +92,33 @@ def to_hf(name: str, array: np.ndarray) -> np.ndarray:
 
 
 def from_hf(name: str, tensor: np.ndarray, sizes: dict[str, int]) -> np.ndarray:
-  """The inverse of `to_hf`."""
+  """The inverse of `to_hf`, a view as well."""
   letters = "".join(hf_letters(name))
   array = tensor.reshape([sizes[letter] for letter in letters])
   return array.transpose([letters.index(x) for x in axes.AXES[name]])
+
+
+def blocks(
+  array: np.ndarray, dtype: np.dtype
+) -> Iterator[tuple[slice, np.ndarray]]:
+  """Rows of an array and their contents, contiguous and of this dtype."""
+  row_bytes = max(1, math.prod(array.shape[1:]) * dtype.itemsize)
+  step = max(BLOCK_ROWS, BLOCK_BYTES // row_bytes)
+  for start in range(0, len(array), step):
+    rows = slice(start, min(start + step, len(array)))
+    yield rows, contiguous(array[rows].astype(dtype, copy=False))
+
+
+def contiguous(array: np.ndarray) -> np.ndarray:
+  """`np.ascontiguousarray`; JAX transposes several times faster than numpy."""
+  if array.flags.c_contiguous or _cpu() is None:
+    return np.ascontiguousarray(array)
+  return np.asarray(jax.device_put(array, _cpu()))
+
+
+@functools.cache
+def _cpu() -> jax.Device | None:
+  try:
+    return jax.local_devices(backend="cpu")[0]
+  except RuntimeError:  # JAX_PLATFORMS leaves it out
+    return None
