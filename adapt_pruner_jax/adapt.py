@@ -38,6 +38,8 @@ from adapt_pruner_jax.setting import (
   check_recipe,
   claim,
   measure,
+  measure_latency,
+  measure_tasks,
   prepare,
   teacher_of,
 )
@@ -296,6 +298,9 @@ def finish_stage(state: State, setting: Setting) -> None:
     f"stage {state.stage} of {setting.config.prune.stages} done: "
     f"{result['params']:,} parameters{quality}"
   )
+  if setting.config.eval.tasks and state.stage == setting.config.prune.stages:
+    setting.log.say(f"result: {setting.config.eval.tasks}")
+    result["evaluation"] = measure_tasks(state.config, state.params, setting)
   state.stages.append(result)
   state.stage, state.pruned = state.stage + 1, False
   if workdir.is_writer():
@@ -308,7 +313,11 @@ def finish_stage(state: State, setting: Setting) -> None:
 def finish(state: State, setting: Setting, seconds: float) -> dict:
   """Exports the model and writes what a run leaves; summary.json comes last."""
   path = setting.path
-  summary = summarise(state, setting, seconds)
+  latency = None
+  if setting.config.eval.latency:
+    setting.log.say("timing the original and the result")
+    latency = measure_latency(state.config, state.params, setting)
+  summary = summarise(state, setting, seconds, latency)
   setting.log.say(f"exporting to {path / 'model'}")
   convert.write(
     state.config,

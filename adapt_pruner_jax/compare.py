@@ -18,13 +18,11 @@ import jax.numpy as jnp
 from adapt_pruner_jax import (
   comparison,
   contenders,
-  evaluate,
   methods,
   model,
   optim,
   prune,
   sharding,
-  tokens,
   train,
   workdir,
 )
@@ -38,6 +36,7 @@ from adapt_pruner_jax.setting import (
   check_recipe,
   claim,
   load_model,
+  measure_tasks,
   prepare,
 )
 from adapt_pruner_jax.setting import measure as measure_text
@@ -324,17 +323,8 @@ def measure(config: ModelConfig, params: Params, setting: Setting) -> dict:
   found = {}
   if setting.eval_tokens is not None:
     found |= measure_text(config, params, setting)
-  recipe = setting.config.eval
-  if recipe.tasks:
-    found["evaluation"] = evaluate.import_harness().evaluate_tasks(
-      config,
-      params,
-      setting.tokenizer or tokens.load_tokenizer(setting.source),
-      recipe.tasks.split(","),
-      tasks_dir=recipe.tasks_dir or None,
-      batch=recipe.batch,
-      mesh=setting.mesh,
-    )
+  if setting.config.eval.tasks:
+    found["evaluation"] = measure_tasks(config, params, setting)
   return found
 
 

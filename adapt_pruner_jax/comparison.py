@@ -5,7 +5,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from adapt_pruner_jax import workdir
+from adapt_pruner_jax import evaluate, workdir
 from adapt_pruner_jax.config import Config, field_names, get
 from adapt_pruner_jax.log import Log
 
@@ -90,17 +90,7 @@ def table(rows: list[dict]) -> tuple[list[str], list[list[str]]]:
 
 
 def scores(row: dict) -> dict[str, float]:
-  """One number a task or preset: acc_norm, else acc, else what comes first."""
-  if "evaluation" not in row:
-    return {}
-  found = {
-    name: next(values[m] for m in ("acc_norm", "acc", *values) if m in values)
-    for name, values in row["evaluation"]["tasks"].items()
-  }
-  for name, preset in row["evaluation"]["presets"].items():
-    # A preset says which metric of a task it means.
-    found |= preset["tasks"] | {f"{name}, mean": preset["mean"]}
-  return found
+  return evaluate.scores(row["evaluation"]) if "evaluation" in row else {}
 
 
 def shown(perplexity: Any) -> str:

@@ -136,8 +136,9 @@ class Mesh:
 @dataclasses.dataclass
 class Eval:
   text: str = ""  # a text file for the perplexity, "embedded"; empty = none
-  tasks: str = ""  # of `compare`: as in `evaluate --tasks`; empty = none
+  tasks: str = ""  # presets and lm-eval's tasks, comma separated; empty = none
   tasks_dir: str = ""  # jsonl files of the questions; empty = the network
+  latency: bool = False  # `run` also times the original and the result
   seq_len: int = 0  # tokens a window; 0 = the model's context, at most 2048
   batch: int = 8
 
@@ -169,6 +170,11 @@ class Config:
   log: Log = dataclasses.field(default_factory=Log)
   oneshot_control: bool = False  # then also prune in one go, to compare
   seed: int = 0
+
+
+def task_names(recipe: Eval) -> list[str]:
+  """The names in `eval.tasks`."""
+  return [name.strip() for name in recipe.tasks.split(",") if name.strip()]
 
 
 def field_names(config: Config) -> list[str]:

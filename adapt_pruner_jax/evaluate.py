@@ -77,7 +77,7 @@ def evaluate(
   sources = [d for d in (model_dir, baseline) if d]
   if others:  # a misspelt name is told before anything is computed
     harness = import_harness()
-    harness.tasks.find(harness.expand(others, tasks_dir)[0], tasks_dir)
+    harness.check(others, tasks_dir)
   if mesh is None:
     mesh = sharding.make_mesh()
   opened = [convert.open_model(d, dtype, mesh=mesh) for d in sources]
@@ -94,7 +94,7 @@ def evaluate(
       entry |= text_perplexity(*pair, tokenizer, text, seq_len, batch, mesh)
   if "latency" in names:
     for entry, pair in zip(found, pairs, strict=True):
-      entry["latency"] = latency.measure(*pair, **_lengths(pair[0]), mesh=mesh)
+      entry["latency"] = latency.measure(*pair, **lengths(pair[0]), mesh=mesh)
       advice = latency.ffn_advice(pair[0], dtype=dtype)
       entry["latency"]["round_ffn_to"] = advice
   result = found[0] | ({"baseline": found[1]} if baseline else {})
@@ -268,12 +268,28 @@ def _exp(nats: float) -> float:
   return math.exp(nats) if nats < 700 else math.inf
 
 
-def _lengths(config: ModelConfig) -> dict[str, int]:
+def lengths(config: ModelConfig) -> dict[str, int]:
   """Prompt and new tokens that latency is measured with."""
   return {
     "prompt_len": min(128, config.context // 2),
     "new_tokens": min(64, config.context // 2),
   }
+
+
+def scores(found: dict) -> dict[str, float]:
+  """One number a task or preset: acc_norm, else acc, else what comes first.
+
+  Args:
+    found: of `harness.evaluate_tasks`.
+  """
+  chosen = {
+    name: next(values[m] for m in ("acc_norm", "acc", *values) if m in values)
+    for name, values in found["tasks"].items()
+  }
+  for name, preset in found["presets"].items():
+    # A preset says which metric of a task it means.
+    chosen |= preset["tasks"] | {f"{name}, mean": preset["mean"]}
+  return chosen
 
 
 def import_harness():

@@ -75,6 +75,11 @@ def evaluate_tasks(
   return found
 
 
+def check(names: Sequence[str], tasks_dir: str | None) -> None:
+  """Raises a UserError for a name that nothing goes by; reads no questions."""
+  tasks.find(list(expand(names, tasks_dir)[0]), tasks_dir)
+
+
 def expand(
   names: Sequence[str], tasks_dir: str | None
 ) -> tuple[dict[str, int | None], dict[str, list[str]]]:

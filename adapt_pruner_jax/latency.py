@@ -20,6 +20,7 @@ from adapt_pruner_jax.model import ACTIVATIONS, ModelConfig
 
 ROUNDINGS = (8, 32, 128)
 WORTH = 1.05  # a smaller speed-up may be noise
+TIMES = {"prefill_ms": "prefill, ms", "decode_ms_per_token": "decode, ms/token"}
 INNER = 20  # MLPs a timed call runs one behind the other
 
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from adapt_pruner_jax import charts
+from adapt_pruner_jax import charts, latency
 from adapt_pruner_jax.charts import as_number
 from adapt_pruner_jax.config import Config, difference
 from adapt_pruner_jax.progress import duration
@@ -111,6 +111,8 @@ def facts(found: Found) -> str:
   if len(points) > 1 and points[0][0] == 0:
     change = points[-1][1] / points[0][1] - 1
     card(f"{change:+.1%}".replace("-", "−"), "perplexity (lower is better)")
+  if times := summary.get("latency"):
+    card(f"{times['decode_speedup']:.2f}×", "speed of decoding")
   if summary.get("train_tokens"):
     card(charts.short(summary["train_tokens"]), "training tokens")
   elif found["train"]:
@@ -162,14 +164,15 @@ def quality(found: Found) -> str:
     parts.append(_legend([(["muted"], "before"), (["accent"], "after")]))
     parts.append(charts.scores(low, high))
   rows += [_change(n, low[n], high[n]) for n in low if n in high]
-  latency = summary.get("latency") or {"before": {}, "after": {}}
-  rows += [
-    _change(n, old, latency["after"][n])
-    for n, old in latency["before"].items()
-    if n in latency["after"] and isinstance(old, int | float)
-  ]
+  if times := summary.get("latency"):
+    rows += [
+      _change(label, times["before"][name], times["after"][name])
+      for name, label in latency.TIMES.items()
+    ]
   if rows:
     parts.append(table(("", "before", "after", "change"), rows))
+  if times:
+    parts.append(f"<p>{html.escape('Speed: ' + times['text'])}.</p>")
   if control := summary.get("control"):
     columns = ("", "parameters", "training tokens", "perplexity")
     names = (

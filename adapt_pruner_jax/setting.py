@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from adapt_pruner_jax import (
   data,
   evaluate,
+  latency,
   prune,
   sharding,
   sources,
@@ -20,7 +21,7 @@ from adapt_pruner_jax import (
   workdir,
 )
 from adapt_pruner_jax.axes import Params
-from adapt_pruner_jax.config import Config, difference
+from adapt_pruner_jax.config import Config, difference, task_names
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.hf import load
 from adapt_pruner_jax.log import Log
@@ -119,6 +120,10 @@ def prepare(config: Config, path: Path, log: Log) -> Setting:
   if config.eval.text:
     tokenizer = tokenizer or tokens.load_tokenizer(source)
     eval_tokens = read_eval_text(config.eval.text, tokenizer, full.V)
+  if config.eval.tasks:
+    tokenizer = tokenizer or tokens.load_tokenizer(source)
+    names = task_names(config.eval)
+    evaluate.import_harness().check(names, config.eval.tasks_dir)
   return Setting(
     config,
     path,
@@ -187,3 +192,30 @@ def measure(config: ModelConfig, params: Params, setting: Setting) -> dict:
     setting.mesh,
   )
   return {"perplexity": found[0], "loss": found[1] / found[2]}
+
+
+def measure_tasks(
+  config: ModelConfig, params: Params, setting: Setting
+) -> dict:
+  """Scores of `eval.tasks`, see `harness.evaluate_tasks`."""
+  recipe = setting.config.eval
+  return evaluate.import_harness().evaluate_tasks(
+    config,
+    params,
+    setting.tokenizer,
+    task_names(recipe),
+    tasks_dir=recipe.tasks_dir or None,
+    batch=recipe.batch,
+    mesh=setting.mesh,
+  )
+
+
+def measure_latency(
+  config: ModelConfig, params: Params, setting: Setting
+) -> dict:
+  """Times of the original and of this model, one after the other here."""
+  how = evaluate.lengths(setting.full) | {"mesh": setting.mesh}
+  before = latency.measure(*load_model(setting), **how)
+  after = latency.measure(config, params, **how)
+  compared = latency.compare(before, after)
+  return {"before": before, "after": after} | compared

@@ -21,7 +21,12 @@ from adapt_pruner_jax import (
 from adapt_pruner_jax.axes import Params
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.model import ModelConfig
-from adapt_pruner_jax.setting import Setting, load_model, measure
+from adapt_pruner_jax.setting import (
+  Setting,
+  load_model,
+  measure,
+  measure_tasks,
+)
 
 PRUNING = "pruning.json"  # the decided steps of a prune under way
 # Fields of `State` that a checkpoint keeps as they are.
@@ -42,7 +47,7 @@ class State:
   adapters: Any = None  # under LoRA
   trace: list[dict] = dataclasses.field(default_factory=list)
   stages: list[dict] = dataclasses.field(default_factory=list)  # their results
-  before: dict = dataclasses.field(default_factory=dict)  # perplexity
+  before: dict = dataclasses.field(default_factory=dict)  # the original's
   seconds: float = 0.0  # of earlier processes
   saves: int = 0  # number of the newest checkpoint
 
@@ -82,6 +87,9 @@ def resume(setting: Setting, checkpoints: checkpoint.Checkpoints) -> State:
       perplexity = state.before["perplexity"]
       size = model.count_params(config)
       setting.log.say(f"{size:,} parameters, perplexity {perplexity:.3f}")
+    if setting.config.eval.tasks:
+      setting.log.say(f"original: {setting.config.eval.tasks}")
+      state.before["evaluation"] = measure_tasks(config, params, setting)
     if workdir.is_writer():
       (setting.path / "trace.jsonl").unlink(missing_ok=True)
     setting.log.rewind("prune", 0)

@@ -3,18 +3,23 @@
 import importlib.metadata
 import platform
 from pathlib import Path
+from typing import Any
 
 import jax
 
-from adapt_pruner_jax import model
+from adapt_pruner_jax import evaluate, latency, model
 from adapt_pruner_jax.log import Log
 from adapt_pruner_jax.setting import Setting
 from adapt_pruner_jax.state import State
 
 
-def summarise(state: State, setting: Setting, seconds: float) -> dict:
+def summarise(
+  state: State, setting: Setting, seconds: float, times: dict | None
+) -> dict:
   full, new = setting.full, state.config
   after = state.stages[-1]
+  evaluations = [x.get("evaluation") for x in (state.before, after)]
+  tasks = [x and evaluate.scores(x) for x in evaluations]
   per_step = setting.config.data.step_tokens
   return {
     "method": setting.config.prune.method,
@@ -24,6 +29,9 @@ def summarise(state: State, setting: Setting, seconds: float) -> dict:
     "target_params": setting.target,
     "perplexity_before": state.before.get("perplexity"),
     "perplexity_after": after.get("perplexity"),
+    "tasks_before": tasks[0],
+    "tasks_after": tasks[1],
+    "latency": times,
     "train_tokens": state.step * per_step,
     "seconds": round(seconds, 3),
     "heads_before": [k * full.G for k in full.K],
@@ -33,6 +41,7 @@ def summarise(state: State, setting: Setting, seconds: float) -> dict:
     "ffn_before": list(full.F),
     "ffn_after": list(new.F),
     "stages": state.stages,
+    "evaluation_before": evaluations[0],
     "prune_steps": len(state.trace),
     "refit": setting.config.prune.refit,
     "versions": versions(),
@@ -58,16 +67,27 @@ def tell(summary: dict, path: Path, log: Log) -> None:
   ]
   if summary["perplexity_after"] is not None:
     low, high = summary["perplexity_before"], summary["perplexity_after"]
-    rows.append(
-      ("perplexity", f"{low:.3f}", f"{high:.3f}", f"{high / low - 1:+.1%}")
-    )
+    rows.append(_change("perplexity", low, high))
+  for name, low in (summary["tasks_before"] or {}).items():
+    rows.append(_change(name, low, summary["tasks_after"][name]))
+  if times := summary["latency"]:
+    rows += [
+      _change(label, times["before"][name], times["after"][name])
+      for name, label in latency.TIMES.items()
+    ]
   log.table("Result", ("", "before", "after", "change"), rows)
   log.say(f"model: {path / 'model'}   report: {path / 'report.html'}")
 
 
 def shown(summary: dict) -> str:
   value = summary["perplexity_after"]
-  return "" if value is None else f"{value:.3f}"
+  return "" if value is None else f"{float(value):.3f}"
+
+
+def _change(name: str, low: Any, high: Any) -> tuple[str, ...]:
+  low, high = float(low), float(high)  # JSON has "Infinity" as text
+  change = f"{high / low - 1:+.1%}" if low else ""
+  return name, f"{low:.3f}", f"{high:.3f}", change
 
 
 def versions() -> dict[str, str]:

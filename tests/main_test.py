@@ -117,6 +117,8 @@ BAD_FIELDS = {
     ["batch of 6", "8", "data.batch"],
   ),
   "layers": (["prune.mlp_layers=2:9"], ["2:9"]),
+  "no task": (["eval.tasks=arc_esy"], ["arc_esy", "did you mean arc_easy?"]),
+  "text as a task": (["eval.tasks=perplexity"], ["eval.text=FILE"]),
 }
 
 

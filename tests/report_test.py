@@ -9,9 +9,19 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
-from adapt_pruner_jax import charts, model, report, tiny, workdir
+from adapt_pruner_jax import (
+  adapt,
+  charts,
+  convert,
+  evaluate,
+  model,
+  report,
+  tiny,
+  workdir,
+)
 from adapt_pruner_jax.config import Config
 from adapt_pruner_jax.errors import UserError
+from tests import runs
 
 FULL = tiny.config_of(tiny.Recipe())
 STAGES, STEPS = 3, 2  # of the run below
@@ -311,6 +321,59 @@ def test_bad_directories(tmp_path):
   with pytest.raises(UserError, match=r"trace\.jsonl, line 2 is damaged"):
     report.write(path)
   assert not (path / "report.html").exists()
+
+
+QUESTIONS = [
+  ("What does a with statement wrap?", ["a block", "a fish", "the sea"], 0),
+  ("Which of these is a number?", ["seven", "object", "string"], 0),
+  ("What does a function return?", ["a tree", "a value", "a road"], 1),
+  ("What is a list of?", ["rain", "wind", "items"], 2),
+]
+
+
+def test_a_run_with_tasks_and_latency(
+  small_model, tmp_path, monkeypatch, capsys
+):
+  """Killed while it exports, it need not ask again; the page shows both."""
+  pytest.importorskip("lm_eval")
+  folder, work = tmp_path / "questions", tmp_path / "work"
+  folder.mkdir()
+  for question, choices, answer in QUESTIONS:
+    row = {"question": question, "choices": choices, "answer": answer}
+    workdir.append_line(folder / "arc_easy.jsonl", row)
+  config = runs.recipe(small_model, stages=1, method="magnitude")
+  config.eval.tasks, config.eval.tasks_dir = "arc_easy", str(folder)
+  config.eval.text, config.eval.latency = "", True
+
+  def killed(*_, **__):
+    raise KeyboardInterrupt
+
+  with monkeypatch.context() as patch:
+    patch.setattr(convert, "write", killed)
+    with pytest.raises(KeyboardInterrupt):
+      adapt.run(config, work)
+  with monkeypatch.context() as patch:
+    patch.setattr(evaluate, "import_harness", lambda: Checked)
+    found = adapt.run(config, work)
+  for name, path in (("before", small_model), ("after", work / "model")):
+    alone = evaluate.evaluate(path, ["arc_easy"], tasks_dir=str(folder))
+    score = alone["tasks"]["arc_easy"]["acc_norm"]
+    assert found[f"tasks_{name}"] == {"arc_easy": score}
+    assert found["latency"][name]["decode_ms_per_token"] > 0
+  assert found["evaluation_before"]["tasks"]["arc_easy"]["n"] == len(QUESTIONS)
+  said = capsys.readouterr().out
+  rows = [line.split("  ")[0] for line in said.splitlines()]
+  assert {"arc_easy", "prefill, ms", "decode, ms/token"} <= {*rows}
+  text = (work / "report.html").read_text()
+  assert "<td>arc_easy</td>" in text
+  assert f"Speed: {html.escape(found['latency']['text'])}." in text
+  assert f"<b>{found['latency']['decode_speedup']:.2f}×</b>" in text
+
+
+class Checked:
+  """A harness that knows the tasks but is not to ask them."""
+
+  check = staticmethod(lambda *_: None)
 
 
 PROBE = """<script>
