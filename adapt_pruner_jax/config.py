@@ -263,6 +263,12 @@ def check(config: Config) -> None:
     raise UserError(
       f"train.distill_alpha={config.train.distill_alpha} must be in [0, 1]"
     )
+  for name in {"perplexity", "latency"} & {*task_names(config.eval)}:
+    raise UserError(
+      f"--config.eval.tasks={config.eval.tasks}: {name} is no task here; give "
+      "--config.eval.text=FILE for perplexity, --config.eval.latency=True for "
+      "latency"
+    )
   for name in ("prune.step_size", "prune.cap"):
     if not 0 < get(config, name) <= 1:
       raise UserError(f"{name}={get(config, name)} must be in (0, 1]")
