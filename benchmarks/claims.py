@@ -58,7 +58,7 @@ ROWS, ROW_LEN = 4, 256  # of a train step
 EVAL_TOKENS = 20_480
 SEEDS = 3
 RATIOS = (0.2, 0.4, 0.6)
-RATES = (1e-4, 3e-4, 1e-3)
+RATES = (1e-4, 3e-4, 1e-3, 3e-3)
 SCRATCH_RATES = (1e-3, 3e-3)
 SCRATCH, DENSE = contenders.SCRATCH, contenders.DENSE
 PUBLISHED = (
@@ -72,19 +72,28 @@ PUBLISHED = (
 )
 DECISIVE = ("paper", "paper+refit", "curvature+refit")
 ABLATIONS = {
-  "amplitude": (0.0, 0.01, 0.05),
-  "layer_importance": ("euclidean", "manhattan"),
-  "group_importance": (
-    "taylor_vectorize",
-    "taylor_second",
-    "taylor_mix",
-    "l1",
-    "l2",
-    "random",
-  ),
-  "gqa_fold": ("aligned",),
-  "step_size": (0.01, 0.05, 0.1),
-  "samples": (16, 256, 512),
+  "paper": {
+    "amplitude": (0.0, 0.01, 0.05),
+    "layer_importance": ("euclidean", "manhattan"),
+    "group_importance": (
+      "taylor_vectorize",
+      "taylor_second",
+      "taylor_mix",
+      "l1",
+      "l2",
+      "random",
+    ),
+    "gqa_fold": ("aligned",),
+    "step_size": (0.01, 0.05, 0.1),
+    "samples": (16, 256, 512),
+  },
+  "curvature+refit": {
+    "refit": ("final", "2"),
+    "refit_all": (True,),
+    "cap": (0.05, 0.25),
+    "step_size": (0.05, 0.1),
+    "samples": (16, 256),
+  },
 }
 
 
@@ -117,9 +126,8 @@ class Base:
 class Bench:
   """Measures cells, and keeps what has been measured."""
 
-  def __init__(self, out: Path, where: dict[str, tuple[Path, Path, Path]]):
-    self.out, self.where = out, where
-    self.wikitext = None
+  def __init__(self, out: Path, where: dict[str, Any], units: list[int]):
+    self.out, self.where, self.units = out, where, units
     self.mesh = sharding.make_mesh(devices=jax.devices()[:1])
     self.file = out / "cells.jsonl"
     self.found = {}
@@ -340,7 +348,7 @@ def decisive(bench: Bench, base: str) -> Iterator[Cell]:
     rate = bench.rate(base, method)
     for seed in range(SEEDS):
       yield Cell(base, seed, method)
-      for units in (1, 3, 10):
+      for units in bench.units:
         yield Cell(base, seed, method, tokens=units * UNIT, rate=rate)
 
 
@@ -349,7 +357,7 @@ def claim2(bench: Bench, base: str) -> Iterator[Cell]:
   yield from decisive(bench, base)
   rate = bench.rate(base, SCRATCH)
   for seed in range(SEEDS):
-    for units in (3, 10, 30):
+    for units in (3, *(10 * u for u in bench.units[:2])):
       yield Cell(base, seed, SCRATCH, tokens=units * UNIT, rate=rate)
 
 
@@ -361,18 +369,21 @@ def claim3(bench: Bench, base: str) -> Iterator[Cell]:
     rate = bench.rate(base, method)
     for stages in counts:
       for seed in range(SEEDS):
-        yield Cell(base, seed, method, 0.4, stages, 10 * UNIT, rate)
+        yield Cell(
+          base, seed, method, 0.4, stages, bench.units[-1] * UNIT, rate
+        )
 
 
 def ablations(bench: Bench, base: str) -> Iterator[Cell]:
-  """One setting of the paper's method at a time, without training."""
-  for name, values in ABLATIONS.items():
-    for value in values:
-      for seed in range(SEEDS):
-        yield Cell(base, seed, "paper", change=(name, value))
+  """One setting changed at a time, without training; carried moments with."""
+  for method, settings in ABLATIONS.items():
+    for name, values in settings.items():
+      for value in values:
+        for seed in range(SEEDS):
+          yield Cell(base, seed, method, change=(name, value))
   rate = bench.rate(base, "paper")
   for seed in range(SEEDS):
-    cell = Cell(base, seed, "paper", 0.4, 5, 10 * UNIT, rate)
+    cell = Cell(base, seed, "paper", 0.4, 5, bench.units[-1] * UNIT, rate)
     yield dataclasses.replace(cell, change=("carry_moments", True))
 
 
@@ -392,6 +403,7 @@ def main() -> None:
   parser.add_argument("--out", type=Path, required=True)
   parser.add_argument("--only", default=",".join(EXPERIMENTS))
   parser.add_argument("--bases", default="stories260K,base,char361")
+  parser.add_argument("--units", default="1,3,10", help="of training")
   flags = parser.parse_args()
   flags.out.mkdir(parents=True, exist_ok=True)
   text = flags.data / "text"
@@ -405,7 +417,8 @@ def main() -> None:
   if flags.base:
     texts = flags.base / "train.txt", flags.base / "heldout.txt"
     where["base"] = (flags.base / "model", *texts)
-  bench = Bench(flags.out, where)
+  units = [int(number) for number in flags.units.split(",")]
+  bench = Bench(flags.out, where, units)
   for base in filter(None, flags.bases.split(",")):
     for name in flags.only.split(","):
       for cell in EXPERIMENTS[name](bench, base):
