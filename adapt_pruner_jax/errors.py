@@ -12,6 +12,8 @@ EXIT_ERROR = 1
 # A run that was asked to stop, saved its state and can be continued with the
 # same command (BSD's EX_TEMPFAIL).
 EXIT_STOPPED = 75
+# Another process of the run died; all of them, started again, continue.
+EXIT_PEER = 76
 
 
 class UserError(Exception):

@@ -31,7 +31,7 @@ adapt-pruner COMMAND [--flags]; adapt-pruner COMMAND --help lists the flags
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-  """Runs a command and exits: 0 done, 1 bad input, 75 stopped and resumable."""
+  """Runs a command and exits; docs/faults.md lists the exit codes."""
   argv = list(sys.argv[1:] if argv is None else argv)
   try:
     command, rest = (argv[0], argv[1:]) if argv else ("--help", [])
@@ -46,7 +46,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     sys.exit(COMMANDS[command](command, rest))
   except UserError as error:
     print(f"error: {error}", file=sys.stderr)
+    _fail(error)
     sys.exit(EXIT_ERROR)
+  except Exception as error:
+    _fail(error)
+    raise
 
 
 # ---- Commands ----------------------------------------------------------------
@@ -361,6 +365,13 @@ def _check_mounted(path: str) -> None:
     )
 
 
+def _fail(error: Exception) -> None:
+  if "jax" in sys.modules:  # else this process has not joined others
+    from adapt_pruner_jax import peers
+
+    peers.fail(error)
+
+
 def _start_jax(values: flags.FlagValues | None) -> None:
   """Logging, several processes if asked for, and the compilation cache."""
   logging.set_verbosity(logging.WARNING)
@@ -368,9 +379,9 @@ def _start_jax(values: flags.FlagValues | None) -> None:
   import jax
 
   if values is not None and (values.distributed or values.coordinator):
-    from adapt_pruner_jax import sharding
+    from adapt_pruner_jax import peers
 
-    sharding.connect(
+    peers.connect(
       values.coordinator,
       values.num_processes,
       values.process_id,

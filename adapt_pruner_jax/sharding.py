@@ -19,8 +19,6 @@ from adapt_pruner_jax import axes
 from adapt_pruner_jax.errors import UserError
 
 MESH_AXES = ("data", "fsdp", "tensor")
-# A process that is silent so long (seconds) is dead, and ends the others.
-HEARTBEAT = 30
 BATCH = ("data", "fsdp")  # mesh axes that cut the batch
 RULES = dict.fromkeys(axes.RESIDUAL, "fsdp") | {
   "K": "tensor",
@@ -54,40 +52,6 @@ def make_mesh(
     )
   grid = np.asarray(devices).reshape(sizes)
   return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
-
-
-def connect(
-  coordinator: str, num_processes: int, process_id: int, seconds: int
-) -> None:
-  """Makes this process one of several, before any device is used.
-
-  Args:
-    coordinator: HOST:PORT of process 0; empty = found out from the TPU pod or
-      from Slurm, with the two numbers.
-    seconds: how long to wait for the others.
-
-  Raises:
-    UserError: the coordinator cannot be reached in time.
-  """
-  given = {}
-  if coordinator:
-    given = {
-      "coordinator_address": coordinator,
-      "num_processes": num_processes,
-      "process_id": process_id,
-    }
-  try:
-    jax.distributed.initialize(
-      **given,
-      initialization_timeout=seconds,
-      heartbeat_timeout_seconds=HEARTBEAT,
-    )
-  except (RuntimeError, ValueError) as error:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    raise UserError(
-      f"cannot join the processes at {coordinator or 'the coordinator'} within "
-      f"{seconds} s: {reason}; is process 0 running, and is the address right?"
-    ) from error
 
 
 def spec(letters: str, shape: Sequence[int], mesh: Mesh) -> PartitionSpec:

@@ -1,0 +1,142 @@
+"""The other processes of a run: joined at the start, missed when they die.
+
+JAX aborts a process, with a dump of C++, when another one is gone; until then
+what needed that one waits or fails. Here a thread says in one line who is gone
+and ends the process with `EXIT_PEER`, and a process that fails alone ends
+without waiting for the others, as they would wait for it.
+"""
+
+import ctypes
+import os
+import re
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+
+import jax
+from jax._src import distributed  # the client has no public name
+
+from adapt_pruner_jax.errors import EXIT_ERROR, EXIT_PEER, UserError
+
+# A process that is silent so long (seconds) is dead, and ends the others.
+HEARTBEAT = 30
+_YEARS = 10**12  # milliseconds
+_joined = threading.Event()
+
+
+def connect(
+  coordinator: str, num_processes: int, process_id: int, seconds: int
+) -> None:
+  """Makes this process one of several, before any device is used.
+
+  Args:
+    coordinator: HOST:PORT of process 0; empty = found out from the TPU pod or
+      from Slurm, with the two numbers.
+    seconds: how long to wait for the others.
+
+  Raises:
+    UserError: the coordinator cannot be reached in time.
+  """
+  given = {}
+  if coordinator:
+    given = {
+      "coordinator_address": coordinator,
+      "num_processes": num_processes,
+      "process_id": process_id,
+    }
+  # `stopping` agrees on a stop. This would not hear of the signals, which
+  # Python handles, and Orbax would ask it about other steps than ours.
+  jax.config.update("jax_enable_preemption_service", False)
+  ctypes.CDLL(None).signal(signal.SIGABRT, _aborting)
+  try:
+    jax.distributed.initialize(
+      **given,
+      initialization_timeout=seconds,
+      heartbeat_timeout_seconds=HEARTBEAT,
+    )
+  except (RuntimeError, ValueError) as error:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    raise UserError(_cannot_join(reason)) from error
+  _joined.set()
+  threading.Thread(target=_watch, daemon=True).start()
+
+
+def fail(error: Exception) -> None:
+  """Returns if all processes have failed; one that failed alone ends here.
+
+  JAX would wait for the others at its end, and they wait for this one.
+  """
+  state = distributed.global_state
+  if state.client is None:
+    return
+  told = isinstance(error, UserError)
+  # Any other may be due to a process that is gone: `_watch` says so and ends.
+  seconds = 10 if told else HEARTBEAT + 10
+  try:
+    state.client.wait_at_barrier("failed", seconds * 1000)
+  except jax.errors.JaxRuntimeError:
+    time.sleep(2)  # so that `_watch` comes first
+    if not told:
+      traceback.print_exception(error)
+    _end(EXIT_ERROR)
+
+
+def _watch() -> None:
+  """Waits until another process dies."""
+  state = distributed.global_state
+  try:
+    # Nobody else comes to this barrier: it fails when one of them is gone.
+    state.client.wait_at_barrier(f"watch/{state.process_id}", _YEARS)
+  except jax.errors.JaxRuntimeError as error:
+    if found := re.search(r"Task (\d+) heartbeat timeout", str(error)):
+      _gone(f"process {found[1]}")
+
+
+@ctypes.CFUNCTYPE(None, ctypes.c_int)
+def _aborting(_: int) -> None:
+  """Before JAX aborts, says why, or waits until `_watch` has.
+
+  A handler of C: one of Python would run after the process has ended.
+  """
+  if not _joined.is_set():
+    print(f"error: {_cannot_join('see above')}", file=sys.stderr)
+    _end(EXIT_ERROR)
+  if not _answers(distributed.global_state.coordinator_address):
+    _gone("process 0")
+  time.sleep(5)
+
+
+def _cannot_join(reason: str) -> str:
+  where = distributed.global_state.coordinator_address or "the coordinator"
+  return (
+    f"cannot join the processes at {where}: {reason}; is the address "
+    "right, and are process 0 and all the others running?"
+  )
+
+
+def _answers(address: str) -> bool:
+  host, _, port = address.rpartition(":")
+  try:
+    with socket.create_connection((host.strip("[]"), int(port)), 5) as found:
+      return bool(found.recv(1))  # a gRPC server speaks first; not when frozen
+  except OSError:
+    return False
+
+
+def _gone(who: str) -> None:
+  print(
+    f"error: {who} is gone: it stopped, or could not be reached for "
+    f"{HEARTBEAT} s; its own output says why. Start all processes again: the "
+    "same command continues",
+    file=sys.stderr,
+  )
+  _end(EXIT_PEER)
+
+
+def _end(code: int) -> None:
+  sys.stdout.flush()
+  sys.stderr.flush()
+  os._exit(code)  # the regular end waits for processes that never come
