@@ -7,6 +7,10 @@ from typing import Any
 
 import jax
 
+from adapt_pruner_jax import workdir
+
+ASK_EVERY = 4  # train steps
+
 
 class StoppedError(Exception):
   """The run was asked to stop; what it did is saved."""
@@ -32,10 +36,7 @@ def stop_signals() -> Iterator[dict]:
 
 def asked_to_stop(stopping: dict, step: int) -> bool:
   """Whether to stop; of several processes all say the same at one step."""
-  if jax.process_count() == 1:
-    return stopping["asked"]
-  from jax.experimental import multihost_utils
-
-  if multihost_utils.reached_preemption_sync_point(step):
-    stopping["asked"] = True
-  return stopping["asked"]
+  # To ask the others waits for the step before, so it is not done each time.
+  if jax.process_count() > 1 and step % ASK_EVERY:
+    return False
+  return not workdir.all_agree(not stopping["asked"])
