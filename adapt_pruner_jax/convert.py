@@ -83,6 +83,9 @@ def open_model(
   if is_orbax(source):
     config, params = read_orbax(Path(source), dtype, mesh)
     return config, params, Path(source)
+  inner = Path(source) / load.WORKDIR_MODEL
+  if (inner / MANIFEST).is_file():
+    raise UserError(f"{source} is a work directory; its model is {inner}")
   folder = load.resolve(source)
   config, params = load.load(str(folder), dtype, mesh, ignore_fields)
   return config, params, folder

@@ -1,3 +1,4 @@
+import dataclasses
 import math
 
 import jax
@@ -5,9 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from adapt_pruner_jax import axes, evaluate, model, sharding
+from adapt_pruner_jax import axes, convert, evaluate, model, sharding, tokens
 from adapt_pruner_jax.errors import UserError
+from adapt_pruner_jax.hf import load
 from adapt_pruner_jax.model import ModelConfig, Rope
+from tests import small
 
 CONFIG = ModelConfig(
   family="llama",
@@ -108,7 +111,6 @@ def test_equals_transformers(tmp_path):
   """On a model saved by Transformers, window after window."""
   torch = pytest.importorskip("torch")
   transformers = pytest.importorskip("transformers")
-  load = pytest.importorskip("adapt_pruner_jax.hf.load")
   torch.manual_seed(0)
   peer = transformers.LlamaForCausalLM(
     transformers.LlamaConfig(
@@ -134,3 +136,47 @@ def test_equals_transformers(tmp_path):
     count += window.shape[1] - 1
   found = evaluate.perplexity(config, params, tokens, 16, batch=2)
   assert found[1:] == (pytest.approx(total, rel=1e-4), count)
+
+
+@pytest.fixture(scope="module")
+def text_file(tmp_path_factory):
+  file = tmp_path_factory.mktemp("text") / "text.txt"
+  file.write_text("The with statement wraps a block of code. " * 20)
+  return str(file)
+
+
+def test_orbax_is_as_good_as_hf(small_model, text_file, tmp_path):
+  convert.convert(str(small_model), tmp_path / "orbax", "orbax")
+  expected, found = (
+    evaluate.evaluate(str(folder), ["perplexity"], text=text_file)
+    for folder in (small_model, tmp_path / "orbax")
+  )
+  assert found.pop("model") != expected.pop("model")
+  assert found == expected
+
+
+def test_orbax_of_what_slicegpt_cuts(small_model, text_file, tmp_path):
+  """By the decoder, and by the scorer of tasks; and in a work directory."""
+  lm = pytest.importorskip("adapt_pruner_jax.lm")
+  cut = dataclasses.replace(
+    load.read_config(str(small_model)),
+    tied=False,
+    residual=((32, 20, 24), (24, 24, 16), (16, 30, 28)),
+  )
+  params = small.random_params(cut)
+  folder = tmp_path / "model"
+  convert.write(cut, params, folder, "orbax", source=small_model)
+  found = evaluate.evaluate(str(folder), ["perplexity"], text=text_file)
+  tokenizer = tokens.load_tokenizer(small_model)
+  expected = evaluate.text_perplexity(cut, params, tokenizer, text_file)
+  assert found["params"] == model.count_params(cut)
+  assert found["nll"] == pytest.approx(expected["nll"], rel=1e-6)
+  scorer = lm.JaxLM(cut, params, tokenizer)
+  ((total, _),) = scorer.score([([5], [6, 7, 8])])
+  row = np.array([[5, 6, 7]])
+  logits, _ = model.Decoder(cut).apply({"params": params}, row)
+  log_probs = jax.nn.log_softmax(logits[0])
+  by_decoder = sum(log_probs[i, token] for i, token in enumerate((6, 7, 8)))
+  assert total == pytest.approx(float(by_decoder), rel=1e-5)
+  with pytest.raises(UserError, match="is a work directory; its model is"):
+    evaluate.evaluate(str(tmp_path), ["perplexity"], text=text_file)
