@@ -177,7 +177,9 @@ def write_orbax(
       save.copy_tokenizer(source, folder)
     workdir.write_json(folder / MANIFEST, manifest)
     card.write_sums(folder)
-    read_orbax(folder)
+    _, manifest, abstract = _open_orbax(folder, None)
+    for name, part in abstract.items():  # never a second model in memory
+      _restore(folder, manifest, {name: part})
 
 
 def read_orbax(
@@ -191,8 +193,18 @@ def read_orbax(
   Raises:
     UserError: damaged.
   """
-  import orbax.checkpoint as ocp
+  config, manifest, abstract = _open_orbax(path, mesh)
+  leaves, tree = jax.tree.flatten(_restore(path, manifest, abstract))
+  dtype = jnp.dtype(dtype or manifest["dtype"])
+  for i, leaf in enumerate(leaves):  # one at a time in two types
+    leaves[i] = leaf.astype(dtype)
+  return config, jax.tree.unflatten(tree, leaves)
 
+
+def _open_orbax(
+  path: Path, mesh: Mesh | None
+) -> tuple[ModelConfig, dict[str, Any], Params]:
+  """The config, the manifest and the abstract params of an orbax directory."""
   card.verify(path, only=MANIFEST)
   manifest = workdir.read_json(path / MANIFEST)
   config = model.from_json(manifest["model"])
@@ -203,20 +215,31 @@ def read_orbax(
     abstract,
     sharding.param_shardings(abstract, mesh),
   )
+  return config, manifest, abstract
+
+
+def _restore(path: Path, manifest: dict[str, Any], abstract: Params) -> Params:
+  """All arrays or some of them, as `abstract` says, just as they were saved."""
+  import orbax.checkpoint as ocp
+
+  wanted = ocp.args.PyTreeRestore(
+    item=abstract,
+    restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
+    partial_restore=True,
+  )
   try:
-    with ocp.StandardCheckpointer() as checkpointer:
-      params = checkpointer.restore(path.absolute() / "params", abstract)
+    with ocp.PyTreeCheckpointer() as checkpointer:
+      params = checkpointer.restore(path.absolute() / "params", args=wanted)
   except Exception as error:  # each of Orbax's stores raises its own
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     raise UserError(f"{path / 'params'} is damaged: {reason[:200]}") from error
-  found = fingerprints(_named(params))
-  bad = [n for n, want in manifest["fingerprints"].items() if found[n] != want]
-  if bad:
-    raise UserError(
-      f"{path / 'params'} is damaged: {bad[0]} is not as it was written"
-    )
-  dtype = jnp.dtype(dtype or manifest["dtype"])
-  return config, jax.tree.map(lambda x: x.astype(dtype), params)
+  saved = manifest["fingerprints"]
+  for name, found in fingerprints(_named(params)).items():
+    if saved[name] != found:
+      raise UserError(
+        f"{path / 'params'} is damaged: {name} is not as it was written"
+      )
+  return params
 
 
 def _named(params: Params) -> dict[str, jax.Array]:
