@@ -7,9 +7,13 @@ process of its own, opens it and writes it to another directory, `--rounds`
 times in turn: `load` and `save` here, `from_pretrained` and `save_pretrained`
 there. Imports count neither for time nor for memory: what is reported is wall
 and CPU seconds after them, and the peak of resident memory above what was there
-before. Ours also opens what it wrote and compares logits, which takes
-a share of its time that is given apart. The resident pages of memory-mapped
-files count on both sides, as the kernel counts them.
+before. Ours also hashes what it writes, opens it again and compares every
+parameter, which takes a share of its time that is given apart.
+
+Resident are the memory that a process has to itself and the pages of mapped
+files. The peak of the sum is compared, and that of the first is given apart:
+Transformers' arrays are the pages of the mapped file themselves unless --dtype
+asks for another type than the file's, ours are always in memory of their own.
 """
 
 import argparse
@@ -43,6 +47,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(f"--{name}", type=int, default=value)
   parser.add_argument(
     "--max_shard", type=int, default=0, help="bytes of a file"
+  )
+  parser.add_argument(
+    "--dtype", choices=["bfloat16", "float32"], default="bfloat16"
   )
   parser.add_argument("--folder", default="", help="default a temporary one")
   parser.add_argument("--side", choices=["", *SIDES], default="")
@@ -85,10 +92,16 @@ def make(flags: argparse.Namespace, path: Path) -> None:
 
 
 class Peak:
-  """The highest resident memory while it is open, in bytes."""
+  """By how much resident memory grew while it was open, in bytes.
+
+  Attributes:
+    peak: of all of it, as the kernel counts it.
+    own: of that which is not a file's.
+  """
 
   def __enter__(self):
-    self.before = self.peak = self._now()
+    self.peak = self.own = 0
+    self._before = self._now()
     self._done = threading.Event()
     self._thread = threading.Thread(target=self._watch)
     self._thread.start()
@@ -96,12 +109,16 @@ class Peak:
 
   def _watch(self):
     while not self._done.wait(0.005):
-      self.peak = max(self.peak, self._now())
+      grown = [x - y for x, y in zip(self._now(), self._before, strict=True)]
+      self.peak = max(self.peak, sum(grown))
+      self.own = max(self.own, grown[0])
 
   @staticmethod
-  def _now() -> int:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize()
+  def _now() -> tuple[int, int]:
+    pages = Path("/proc/self/statm").read_text().split()
+    size = resource.getpagesize()
+    resident, of_files = int(pages[1]) * size, int(pages[2]) * size
+    return resident - of_files, of_files
 
   def __exit__(self, *_):
     self._done.set()
@@ -115,21 +132,22 @@ def ours(source: Path, out: Path, flags: argparse.Namespace) -> dict:
   from adapt_pruner_jax.hf import load, reopen, save
 
   mesh = sharding.make_mesh(1, flags.devices, 1)
-  seconds = {"compare": 0.0}
+  share = {}
   compare = reopen.compare
 
   def timed(*args):
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), time.process_time()
     compare(*args)
-    seconds["compare"] = time.perf_counter() - start
+    share["compare"] = time.perf_counter() - start
+    share["compare_cpu"] = time.process_time() - cpu
 
   reopen.compare = timed
   with measured() as result:
-    config, params = load.load(source, None, mesh)
+    config, params = load.load(source, flags.dtype, mesh)
     jax.block_until_ready(params)
     result["load"] = time.perf_counter() - result["start"]
     save.save(config, params, out, source=source, say=lambda _: None)
-  return result | seconds
+  return result | share
 
 
 def transformers(source: Path, out: Path, flags: argparse.Namespace) -> dict:
@@ -137,7 +155,8 @@ def transformers(source: Path, out: Path, flags: argparse.Namespace) -> dict:
   from transformers import AutoModelForCausalLM, LlamaForCausalLM  # noqa: F401
 
   with measured() as result:
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
+    dtype = getattr(torch, flags.dtype)
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
     result["load"] = time.perf_counter() - result["start"]
     model.save_pretrained(out)
   return result
@@ -157,7 +176,8 @@ class measured:
     self.result["seconds"] = time.perf_counter() - start
     self.result["cpu"] = time.process_time() - self.cpu
     self.memory.__exit__(*error)
-    self.result["peak"] = self.memory.peak - self.memory.before
+    self.result["peak"] = self.memory.peak
+    self.result["own"] = self.memory.own
 
 
 def measure_all(flags: argparse.Namespace, folder: Path) -> None:
@@ -187,7 +207,10 @@ def measure_all(flags: argparse.Namespace, folder: Path) -> None:
     print(
       f"{side:>12}: {row['seconds']:.2f} s (load {row['load']:.2f}"
       + (f", comparing {row['compare']:.2f}" if "compare" in row else "")
-      + f"), CPU {row['cpu']:.2f} s, peak {row['peak'] / 1e9:.2f} GB"
+      + f"), CPU {row['cpu']:.2f} s"
+      + (f" (comparing {row['compare_cpu']:.2f})" if "compare" in row else "")
+      + f", peak {row['peak'] / 1e9:.2f} GB, {row['own'] / 1e9:.2f} without "
+      "files"
     )
   one, two = middle.values()
   print(

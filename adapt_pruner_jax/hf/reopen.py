@@ -91,7 +91,7 @@ def _wrong_parameter(
     one, two = (tensors.to_hf(name, array) for array in (expected, found))
     for rows, block in tensors.blocks(one, dtype):
       bits = block.view(unsigned)
-      if np.any((bits & infinity) == infinity):
+      if (bits & infinity).max() == infinity:
         wrong = UserError(
           f"the model is not written: {where} has NaN or infinite values"
         )

@@ -19,7 +19,7 @@ from adapt_pruner_jax.model import ModelConfig, layer_names, outer_names
 
 Key = tuple[int | None, str]  # layer (None: outside the layers), parameter
 
-BLOCK_BYTES = 1 << 22  # stays in a CPU's cache
+BLOCK_BYTES = 1 << 23  # stays in a CPU's cache
 BLOCK_ROWS = 64  # at least: fewer would read strided memory line by line
 
 
