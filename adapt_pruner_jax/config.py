@@ -275,7 +275,12 @@ def check(config: Config) -> None:
   if not re.fullmatch(r"none|final|[1-9]\d*", str(p.refit)):
     raise UserError(
       f"--config.prune.refit={p.refit} is not none, final, or a number of "
-      "pruning steps (such as 5; curvature only) after which to refit"
+      "pruning steps (such as 5) after which to refit"
+    )
+  if str(p.refit).isdigit() and p.method != "curvature":
+    raise UserError(
+      f"--config.prune.refit={p.refit} refits between the steps of curvature; "
+      f"with --config.prune.method={p.method} give final or none"
     )
 
 

@@ -69,12 +69,11 @@ def settings_of(name: str, ratio: float, base: Prune) -> Prune:
     base: of `shared_recipe`.
   """
   plain = name.removesuffix(REFIT)
-  return dataclasses.replace(
-    base,
-    **VARIANTS.get(plain, {"method": plain}),
-    ratio=ratio,
-    refit="none" if plain == name else base.refit,
-  )
+  refit = "none" if plain == name else base.refit
+  if refit.isdigit() and plain != "curvature":
+    refit = "final"
+  variant = VARIANTS.get(plain, {"method": plain})
+  return dataclasses.replace(base, **variant, ratio=ratio, refit=refit)
 
 
 def shared_recipe(config: Config, recover_tokens: int) -> Config:

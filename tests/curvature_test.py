@@ -313,13 +313,14 @@ def test_refusals(params):
   [
     ("prune.refit", "0", "number of pruning steps"),
     ("prune.refit", "fianl", "is not none, final"),
+    ("prune.method", "adapt", "give final or none"),
     ("prune.refit_ridge", -1.0, "at least 0"),
     ("prune.cap", 0.0, r"in \(0, 1\]"),
     ("calibration.refit_samples", 1, "at least 2"),
   ],
 )
 def test_settings(field, value, match):
-  recipe = Config(prune=Prune(ratio=0.2, refit="5"))
+  recipe = Config(prune=Prune(method="curvature", ratio=0.2, refit="5"))
   check(recipe)
   section, name = field.split(".")
   setattr(getattr(recipe, section), name, value)
