@@ -6,6 +6,7 @@ and ends the process with `EXIT_PEER`, and a process that fails alone ends
 without waiting for the others, as they would wait for it.
 """
 
+import atexit
 import ctypes
 import os
 import re
@@ -61,7 +62,9 @@ def connect(
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     raise UserError(_cannot_join(reason)) from error
   _joined.set()
-  threading.Thread(target=_watch, daemon=True).start()
+  watch = threading.Thread(target=_watch, daemon=True)
+  watch.start()
+  atexit.register(_leave, watch)
 
 
 def fail(error: Exception) -> None:
@@ -82,6 +85,17 @@ def fail(error: Exception) -> None:
     if not told:
       traceback.print_exception(error)
     _end(EXIT_ERROR)
+
+
+def _leave(watch: threading.Thread) -> None:
+  """The regular end, of all processes at once.
+
+  The threads end before Python does: one that came back from C++ later would
+  abort the process.
+  """
+  jax.distributed.shutdown()
+  watch.join(10)
+  ctypes.CDLL(None).signal(signal.SIGABRT, None)  # the default
 
 
 def _watch() -> None:
