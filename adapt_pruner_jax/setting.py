@@ -83,6 +83,11 @@ def claim(config: Config, path: Path) -> None:
 def prepare(config: Config, path: Path, log: Log) -> Setting:
   """Opens everything a run reads, so that bad input shows before any work."""
   mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh))
+  if config.prune.method == "slicegpt" and jax.process_count() > 1:
+    raise UserError(
+      "--config.prune.method=slicegpt: its model is written as orbax, which "
+      "one process alone can do; run it without --distributed"
+    )
   source = model_path(config.model.path, log)
   full = load.read_config(str(source), config.model.ignore_fields)
   target = prune.resolve_target(full, config.prune)
