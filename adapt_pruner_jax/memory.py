@@ -1,4 +1,4 @@
-"""Device memory of scoring and training, before there are any weights.
+"""Device memory of scoring, refit and training, before there are any weights.
 
 The programs are compiled for abstract arrays on the intended mesh and asked for
 their buffers (XLA's memory analysis). Training is unrolled over layers, so it
@@ -46,10 +46,10 @@ def measure(
   student: ModelConfig,
   devices: Sequence[jax.Device] | int,
 ) -> dict[str, Bytes]:
-  """{"scoring": bytes, "training": bytes} on the fullest device.
+  """{"scoring": bytes, "refit": ..., "training": ...} on the fullest device.
 
-  Training is left out where there is none, scoring where the method is not
-  Adapt-Pruner.
+  Refit and training are left out where there are none, scoring where the method
+  is neither Adapt-Pruner nor curvature.
 
   Args:
     full: the original model.
@@ -79,8 +79,10 @@ def _measure(
   if config.train.tokens:
     train.check_rows(config.data.batch, config.train.accumulation, mesh)
   found = {}
-  if config.prune.method == "adapt":
+  if config.prune.method in ("adapt", "curvature"):
     found["scoring"] = scoring(config, full, mesh, real)
+  if config.prune.refit != "none":
+    found["refit"] = refitting(config, full, mesh)
   if config.train.tokens:
     rule = training if real else estimated_training
     found["training"] = rule(config, full, student, mesh)
@@ -91,7 +93,7 @@ def scoring(
   config: Config, full: ModelConfig, mesh: Mesh, real: bool = True
 ) -> Bytes:
   """Of a pruning step: the model as it is, its stacked copy, and the rest."""
-  from adapt_pruner_jax import importance
+  from adapt_pruner_jax import curvature, importance
 
   dtype = weight_dtype(config)
   recipe = config.calibration
@@ -104,15 +106,19 @@ def scoring(
     unit: jax.ShapeDtypeStruct((full.L, max(width)), bool, sharding=whole)
     for unit, width in full.units().items()
   }
-  lowered = importance.measure_step.lower(
+  program, how = curvature.measure_step, {}
+  if config.prune.method == "adapt":
+    program = importance.measure_step
+    how["kind"] = config.prune.group_importance
+    how["measure"] = config.prune.layer_importance
+  lowered = program.lower(
     prune.dense(full),
     _stacked(full, dtype if real else jnp.dtype("float32"), mesh),
     masks,
     jax.ShapeDtypeStruct((M, B, T), jnp.int32, sharding=whole),
     jax.ShapeDtypeStruct((M, B), bool, sharding=whole),
-    kind=config.prune.group_importance,
-    measure=config.prune.layer_importance,
     mesh=mesh,
+    **how,
   )
   temporary = _temporary(lowered.compile())
   if not real and dtype.itemsize == 2:
@@ -126,6 +132,31 @@ def scoring(
     found["optimizer"] = 2 * size(_placed(_float32(full), mesh))
   # While the copy is made there is one more, when the rest is not there yet.
   return found | {"temporary": max(temporary, found["stacked copy"])}
+
+
+def refitting(config: Config, full: ModelConfig, mesh: Mesh) -> Bytes:
+  """Of a refit: two models, two residual streams, one least-squares problem."""
+  from adapt_pruner_jax import refit
+
+  dtype, recipe = weight_dtype(config), config.calibration
+  model_size = size(_placed(model.abstract_params(full, dtype), mesh))
+  shards = math.prod(mesh.shape[axis] for axis in sharding.BATCH)
+  rows = -(-min(recipe.batch, recipe.refit_samples) // shards)
+  number = -(-recipe.refit_samples // shards)
+  stream = 4 * number * recipe.seq_len * full.D
+  wide = prune.dense(full)
+  channels = max(wide.K[0] * full.G * full.H, wide.F[0], full.D)
+  array = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+  matrix = {"down": array(channels, full.D)}
+  solve = refit.solve.lower(array(channels, channels), matrix, matrix, array())
+  fed = 2 * 4 * rows * recipe.seq_len * channels  # a matrix's input, weighted
+  return {
+    "weights": 2 * model_size,
+    # In front of a half layer and behind it, of both models.
+    "streams": 4 * stream,
+    "least squares": 4 * (channels**2 + channels * full.D),
+    "temporary": max(_temporary(solve.compile()), fed),
+  }
 
 
 def training(

@@ -110,7 +110,7 @@ def stage_table(
   for i, aim in enumerate(targets):
     after = evenly(full, settings, aim)
     last = total if i == number - 1 else round(total * sum(shares[: i + 1]))
-    needed = prune_steps(now, after, settings)
+    needed = prune_steps(now, after, full, settings)
     steps = min(needed, settings.max_steps or needed)
     rows.append(
       {
@@ -171,13 +171,20 @@ def evenly(full: ModelConfig, settings: Prune, target: int) -> ModelConfig:
 
 
 def prune_steps(
-  before: ModelConfig, after: ModelConfig, settings: Prune
+  before: ModelConfig, after: ModelConfig, full: ModelConfig, settings: Prune
 ) -> int:
-  """Steps of a stage, each growing the mean sparsity by `step_size`."""
-  if settings.method != "adapt":
+  """Steps of a stage.
+
+  Each grows the mean sparsity by `step_size` or, for curvature, removes that
+  share of the original's parameters.
+  """
+  if settings.method not in ("adapt", "curvature"):
     return settings.llm_pruner_steps if settings.method == "llm_pruner" else 1
   gone = model.count_params(before) - model.count_params(after)
-  share = gone / max(_prunable_params(before, settings), 1)
+  if settings.method == "curvature":
+    share = gone / model.count_params(full)
+  else:
+    share = gone / max(_prunable_params(before, settings), 1)
   return max(math.ceil(share / settings.step_size - 1e-9), 1)
 
 
@@ -185,11 +192,16 @@ def scoring_flops(config: ModelConfig, recipe: Config) -> float:
   """Of one pruning step, always at the original's size.
 
   With gradients a layer runs forward twice and backward once, the output
-  matrix forward once and backward for its input.
+  matrix forward once and backward for its input. Curvature goes backward to
+  activations only, and has Gram matrices.
   """
   layer, head = forward_flops(config, recipe.calibration.seq_len)
   each = 4 * layer + 2 * head
-  if not recipe.prune.group_importance.startswith("taylor"):
+  if recipe.prune.method == "curvature":
+    heads = [K * config.G * config.H for K in config.K]
+    grams = [n**2 + config.D**2 for n in (*heads, *config.F)]
+    each = 3 * layer + 2 * head + 2 * sum(grams)
+  elif not recipe.prune.group_importance.startswith("taylor"):
     each = layer + head
   return recipe.calibration.samples * recipe.calibration.seq_len * each
 
@@ -294,9 +306,9 @@ def advice(
     tips.append(f"--config.train.accumulation={2 * config.train.accumulation}")
     tips.append(f"--config.data.seq_len={config.data.seq_len // 2}")
   else:
-    tips.append(
-      f"--config.calibration.samples={config.calibration.samples // 2}"
-    )
+    name = "refit_samples" if phase == "refit" else "samples"
+    fewer = getattr(config.calibration, name) // 2
+    tips.append(f"--config.calibration.{name}={fewer}")
     tips.append(f"about {2 * hardware.devices} devices")
   halves = memory.weight_dtype(config).itemsize == 4 and not config.train.tokens
   if phase == "scoring" and halves:  # training keeps float32 weights

@@ -213,7 +213,7 @@ def _refit(
   """
   equations = _sum(_normal_equations, task, parts, z, u, fit)
   old = {n: parts.layer[n] for n in task.names}
-  new = _solve(*equations, old, np.float32(ridge))
+  new = solve(*equations, old, np.float32(ridge))
   changed = dataclasses.replace(parts, layer=parts.layer | new)
   before = jax.device_get(_sum(_energies, task, parts, z, u, held))
   after = jax.device_get(_sum(_energies, task, changed, z, u, held))
@@ -373,7 +373,7 @@ def _lacking(task, parts, z_BTD, u_BTD, weight_BT):
 
 
 @jax.jit
-def _solve(gram_CC, moments, weights, ridge):
+def solve(gram_CC, moments, weights, ridge):
   """Weights whose change solves the normal equations, in their dtype."""
   lower_CC, scale_C = halves.factor(gram_CC, ridge)
   new = {}

@@ -134,6 +134,11 @@ def test_flops_of_scoring_8b():
   assert found == pytest.approx(512 * 64 * (8 * inside + 4 * matrix), rel=0.005)
   config.prune.group_importance = "l1"
   assert plan.scoring_flops(LLAMA_8B, config) < found / 3
+  config.prune.method = "curvature"
+  grams = 32 * (2 * 4096**2 + 4096**2 + 14336**2)
+  assert plan.scoring_flops(LLAMA_8B, config) == pytest.approx(
+    512 * 64 * (6 * inside + 4 * matrix + 2 * grams), rel=0.005
+  )
 
 
 # ---- Memory ------------------------------------------------------------------
@@ -185,6 +190,28 @@ def test_stand_ins_in_a_process_of_their_own():
   assert scored["stacked copy"] == pytest.approx(4 * size / 16, rel=0.05)
   assert trained["optimizer"] == pytest.approx(8 * size / 16, rel=0.05)
   assert scored["temporary"] > 0
+
+
+def test_curvature_and_refit():
+  """A refit holds two models, four streams and a Gram matrix."""
+  config = recipe(
+    prune__method="curvature", prune__refit="5", calibration__refit_samples=64
+  )
+  found = memory.measure(config, SMALL, SMALL, jax.devices()[:1])
+  assert found.keys() == {"scoring", "refit"}
+  size = 4 * model.count_params(SMALL)
+  assert found["scoring"]["stacked copy"] >= size
+  refit, T = found["refit"], config.calibration.seq_len
+  assert refit["weights"] == 2 * size
+  assert refit["streams"] == 4 * 64 * T * SMALL.D * 4
+  C = SMALL.K[0] * SMALL.G * SMALL.H
+  assert refit["least squares"] == 4 * (C * C + C * SMALL.D)
+  assert refit["temporary"] >= 4 * C * C  # the factor
+  fewer = dataclasses.replace(SMALL, F=(SMALL.F[0] // 2,) * SMALL.L)
+  gone = model.count_params(SMALL) - model.count_params(fewer)
+  assert plan.prune_steps(SMALL, fewer, SMALL, config.prune) == math.ceil(
+    gone / (0.02 * model.count_params(SMALL))
+  )
 
 
 def test_batches_that_do_not_fit_the_devices():
