@@ -161,15 +161,18 @@ class Stored:
 
   def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
     """All of it; a view of the file if the dtype is that of the file."""
-    part = self.part(self._whole)
+    part = self._part(self._tensor(), self._whole)
     return part.astype(dtype or self.dtype, copy=bool(copy))
 
   @property
   def _whole(self) -> tuple[slice, ...]:
     return (slice(None),) * len(axes.AXES[self.name])
 
-  def part(self, index: Sequence[slice]) -> np.ndarray:
-    """A view of part `index` in the file.
+  def _tensor(self) -> np.ndarray:
+    return self.checkpoint.array(self.place.tensor)
+
+  def _part(self, tensor: np.ndarray, index: Sequence[slice]) -> np.ndarray:
+    """A view of part `index` of the parameter in its tensor.
 
     A dim of the tensor holds several of our dims, as KGH: the first of them is
     cut in the file's layout, the others afterwards.
@@ -184,14 +187,14 @@ class Stored:
       cut[first] = slice(None)
     start, rows = self.place.start, ranges[0]
     ranges[0] = slice(rows.start + start, rows.stop + start)
-    tensor = self.checkpoint.array(self.place.tensor)
     part = tensors.from_hf(self.name, tensor[tuple(ranges)], sizes)
     return part[tuple(cut[letter] for letter in axes.AXES[self.name])]
 
   def place_on(self, mesh: Mesh | None) -> jax.Array:
     """On the mesh or, None, the default device; reads what is needed there."""
+    tensor = self._tensor()
     if mesh is None:
-      return jax.device_put(self._read(self._whole))
+      return jax.device_put(self._read(tensor, self._whole))
     shape = axes.shape(self.name, self.sizes)
     where = sharding.param_sharding(self.name, shape, mesh)
     parts: dict[tuple, np.ndarray] = {}  # replicas are read once
@@ -199,17 +202,17 @@ class Stored:
     for device, index in where.addressable_devices_indices_map(shape).items():
       key = tuple((cut.start, cut.stop) for cut in index)
       if key not in parts:
-        parts[key] = self._read(index)
+        parts[key] = self._read(tensor, index)
       arrays.append(jax.device_put(parts[key], device))
     return jax.make_array_from_single_device_arrays(shape, where, arrays)
 
-  def _read(self, index: Sequence[slice]) -> np.ndarray:
+  def _read(self, tensor: np.ndarray, index: Sequence[slice]) -> np.ndarray:
     """Part `index`, to be put on a device, which transposes it on the way.
 
     What needs no transposition is copied: JAX keeps memory that it can use as
     it is, and that of a file may change.
     """
-    part = self.part(index)
+    part = self._part(tensor, index)
     return part.astype(self.dtype, copy=part.flags.c_contiguous)
 
 
