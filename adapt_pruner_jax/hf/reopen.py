@@ -43,9 +43,10 @@ def compare(
 ) -> None:
   """Compares what a directory gives when it is opened with the model.
 
-  Every parameter must come back bit for bit. Under the same config that is the
-  same function, for all inputs; where another config comes back, as after
-  padding, the logits are compared as well.
+  Every parameter must be finite and come back bit for bit. Under the same
+  config that is the same function, for all inputs, which logits of a few tokens
+  would not show; they are computed, and compared, where another config comes
+  back, as after padding.
 
   Args:
     config, get: the model; all processes take part in each `get`.
@@ -54,7 +55,7 @@ def compare(
     folder: what was written; None on processes that did not.
 
   Raises:
-    UserError: the model has or computes NaN or infinity.
+    UserError: a parameter is NaN or infinite, or one of those logits is.
     RuntimeError: they differ.
   """
   opened = workdir.on_writer(lambda: load.stored(folder))
