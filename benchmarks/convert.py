@@ -5,10 +5,11 @@
 A random bfloat16 LLaMA of about 1 GB is written once. Then each side, in a
 process of its own, opens it and writes it to another directory, `--rounds`
 times in turn: `load` and `save` here, `from_pretrained` and `save_pretrained`
-there. Imports count neither for time nor for memory: what is reported is wall
-and CPU seconds after them, and the peak of resident memory above what was there
-before. Ours also hashes what it writes, opens it again and compares every
-parameter, which takes a share of its time that is given apart.
+there; "files" is `adapt-pruner convert`, which goes from file to file. Imports
+count neither for time nor for memory: what is reported is wall and CPU seconds
+after them, and by how many GB resident memory grew. Ours also hashes what it
+writes, opens it again and compares every parameter, which takes a share of its
+time that is given apart.
 
 Resident are the memory that a process has to itself and the pages of mapped
 files. The peak of the sum is compared, and that of the first is given apart:
@@ -28,7 +29,8 @@ import threading
 import time
 from pathlib import Path
 
-SIDES = ("ours", "transformers")
+UNITS = {"peak": 1e9, "own": 1e9}  # of what is not in seconds
+SIDES = ("ours", "files", "transformers")
 
 
 def arguments() -> argparse.Namespace:
@@ -150,6 +152,14 @@ def ours(source: Path, out: Path, flags: argparse.Namespace) -> dict:
   return result | share
 
 
+def files(source: Path, out: Path, flags: argparse.Namespace) -> dict:
+  from adapt_pruner_jax import convert
+
+  with measured() as result:
+    convert.convert(str(source), out, "hf", dtype=flags.dtype)
+  return result
+
+
 def transformers(source: Path, out: Path, flags: argparse.Namespace) -> dict:
   import torch
   from transformers import AutoModelForCausalLM, LlamaForCausalLM  # noqa: F401
@@ -205,25 +215,25 @@ def measure_all(flags: argparse.Namespace, folder: Path) -> None:
   }
   for side, row in middle.items():
     print(
-      f"{side:>12}: {row['seconds']:.2f} s (load {row['load']:.2f}"
-      + (f", comparing {row['compare']:.2f}" if "compare" in row else "")
-      + f"), CPU {row['cpu']:.2f} s"
-      + (f" (comparing {row['compare_cpu']:.2f})" if "compare" in row else "")
-      + f", peak {row['peak'] / 1e9:.2f} GB, {row['own'] / 1e9:.2f} without "
-      "files"
+      f"{side:>12}: "
+      + ", ".join(
+        f"{name} {row[name] / UNITS.get(name, 1):.2f}" for name in row
+      )
     )
-  one, two = middle.values()
-  print(
-    f"ratio: time {one['seconds'] / two['seconds']:.2f}, "
-    f"CPU {one['cpu'] / two['cpu']:.2f}, "
-    f"peak memory {one['peak'] / two['peak']:.2f}"
-  )
+  two = middle.pop("transformers")
+  for side, one in middle.items():
+    print(
+      f"{side} / transformers: time {one['seconds'] / two['seconds']:.2f}, "
+      f"CPU {one['cpu'] / two['cpu']:.2f}, "
+      f"peak memory {one['peak'] / two['peak']:.2f}"
+    )
 
 
 def main() -> None:
   flags = arguments()
   if flags.side:
-    side = {"ours": ours, "transformers": transformers}[flags.side]
+    sides = {"ours": ours, "files": files, "transformers": transformers}
+    side = sides[flags.side]
     out = Path(flags.folder) / "out"
     print(json.dumps(side(Path(os.environ["SOURCE"]), out, flags)))
     return
