@@ -53,6 +53,7 @@ from adapt_pruner_jax.config import Data, Prune, Train
 from adapt_pruner_jax.hf import load
 
 UNIT = 512 * 64  # tokens: the paper's calibration, and a unit of training
+STAGED = 3 * UNIT  # tokens of runs in several stages
 SAMPLES, REFIT_SAMPLES, SAMPLE_LEN, BATCH = 64, 512, 64, 32
 ROWS, ROW_LEN = 4, 256  # of a train step
 EVAL_TOKENS = 20_480
@@ -369,9 +370,7 @@ def claim3(bench: Bench, base: str) -> Iterator[Cell]:
     rate = bench.rate(base, method)
     for stages in counts:
       for seed in range(SEEDS):
-        yield Cell(
-          base, seed, method, 0.4, stages, bench.units[-1] * UNIT, rate
-        )
+        yield Cell(base, seed, method, 0.4, stages, STAGED, rate)
 
 
 def ablations(bench: Bench, base: str) -> Iterator[Cell]:
@@ -383,7 +382,7 @@ def ablations(bench: Bench, base: str) -> Iterator[Cell]:
           yield Cell(base, seed, method, change=(name, value))
   rate = bench.rate(base, "paper")
   for seed in range(SEEDS):
-    cell = Cell(base, seed, "paper", 0.4, 5, bench.units[-1] * UNIT, rate)
+    cell = Cell(base, seed, "paper", 0.4, 5, STAGED, rate)
     yield dataclasses.replace(cell, change=("carry_moments", True))
 
 

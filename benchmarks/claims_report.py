@@ -165,7 +165,7 @@ def claim3(own: Results, unit: int) -> list[str]:
   """Loss by number of stages, at equal tokens."""
   rows, header = [], None
   for name in ("paper", "paper+refit", "curvature+refit"):
-    mine = by_stages(own, name)
+    tokens, mine = by_stages(own, name)
     if len(mine) < 2:
       continue
     header = header or ["method", *[f"{n} stage(s)" for n in sorted(mine)]]
@@ -174,7 +174,8 @@ def claim3(own: Results, unit: int) -> list[str]:
     rows.append([f"`{name}`", *[cells.get(n, "-") for n in counts]])
   if header is None:
     return []
-  return ["### Claim 3: equal tokens in more stages", table(header, rows)]
+  title = f"### Claim 3: {_units(tokens, unit)} in more stages (40 % removed)"
+  return [title, table(header, rows)]
 
 
 def ablations(own: Results) -> list[str]:
@@ -211,13 +212,16 @@ def curve(own: Results, name: str) -> dict[int, list[dict]]:
   return found
 
 
-def by_stages(own: Results, name: str) -> dict[int, list[dict]]:
-  """Results at 40 % by stages, at the most tokens that stages were given."""
-  staged = [k for k in own if k[:2] == (name, 0.4) and k[2] > 1 and not k[-1]]
-  if not staged:
-    return {}
-  most, rate = max((k[3], k[4]) for k in staged)
-  return {
+def by_stages(own: Results, name: str) -> tuple[int, dict[int, list[dict]]]:
+  """Results at 40 % by stages, at the tokens that most were given."""
+  numbers: dict[tuple[int, float], int] = {}
+  for key, rows in own.items():
+    if key[:2] == (name, 0.4) and key[2] > 1 and key[-1] is None:
+      numbers[key[3:5]] = numbers.get(key[3:5], 0) + len(rows)
+  if not numbers:
+    return 0, {}
+  most, rate = max(numbers, key=numbers.get)
+  return most, {
     k[2]: rows
     for k, rows in own.items()
     if k[:2] == (name, 0.4) and k[3:] == (most, rate, None)
@@ -316,7 +320,7 @@ def draw_claim2(axis, own: Results, unit: int) -> None:
 
 def draw_claim3(axis, own: Results, unit: int) -> None:
   for number, name in enumerate(("paper", "paper+refit", "curvature+refit")):
-    at = sorted(by_stages(own, name).items())
+    at = sorted(by_stages(own, name)[1].items())
     if at:
       _line(axis, [n for n, _ in at], [x for _, x in at], number, name)
   axis.set_xlabel("stages")
