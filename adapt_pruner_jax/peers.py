@@ -75,14 +75,12 @@ def fail(error: Exception) -> None:
   state = distributed.global_state
   if state.client is None:
     return
-  told = isinstance(error, UserError)
-  # Any other may be due to a process that is gone: `_watch` says so and ends.
-  seconds = 10 if told else HEARTBEAT + 10
   try:
-    state.client.wait_at_barrier("failed", seconds * 1000)
+    state.client.wait_at_barrier("failed", 10_000)
   except jax.errors.JaxRuntimeError:
-    time.sleep(2)  # so that `_watch` comes first
-    if not told:
+    if not isinstance(error, UserError):
+      # It may be due to a process that is gone: `_watch` then ends this one.
+      time.sleep(HEARTBEAT + 10)
       traceback.print_exception(error)
     _end(EXIT_ERROR)
 
