@@ -13,6 +13,8 @@ tables in that file.
 import argparse
 import contextlib
 import datetime
+import io
+import json
 import os
 import random
 import shutil
@@ -21,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -85,6 +88,22 @@ def run(arguments: list[str]) -> tuple[int, str]:
   """Exit code and output of a command."""
   done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True)
   return done.returncode, done.stdout + done.stderr
+
+
+def run_here(arguments: list[str]) -> tuple[int, str]:
+  """The same in this process, which has imported and compiled what it takes."""
+  from adapt_pruner_jax import main
+
+  text, code = io.StringIO(), 0
+  with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
+    try:
+      main.main(arguments[3:])  # without python -m adapt_pruner_jax
+    except SystemExit as end:
+      code = end.code or 0
+    except Exception:
+      traceback.print_exc()
+      code = 1
+  return code, text.getvalue()
 
 
 def weights(work: Path) -> bytes | None:
@@ -210,14 +229,28 @@ def interrupted(make: Callable[[Path], list[str]], work: Path) -> Path:
   process = subprocess.Popen(
     make(work), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
   )
-  metrics = work / "metrics.jsonl"
   while process.poll() is None:
-    text = metrics.read_text() if metrics.exists() else ""
-    if '"kind": "eval", "step": 3' in text and (work / "pruning.json").exists():
+    if _before_prune(work, 4) and (work / "pruning.json").exists():
       process.send_signal(signal.SIGKILL)
     time.sleep(0.01)
   assert process.returncode < 0, "it ended before it could be killed"
   return work
+
+
+def _before_prune(work: Path, stage: int) -> bool:
+  """Whether the newest checkpoint goes on with the prune of this stage."""
+  file = work / "checkpoints" / str(newest(work)) / "meta" / "metadata"
+  try:
+    saved = json.loads(file.read_text())["content"]["meta"]
+  except FileNotFoundError:  # none yet, or just removed for a newer one
+    return False
+  return (saved["stage"], saved["pruned"]) == (stage, False)
+
+
+def newest(work: Path) -> int:
+  """Number of the newest checkpoint; 0 if there is none."""
+  numbers = (path.name for path in work.glob("checkpoints/*"))
+  return max((int(name) for name in numbers if name.isdigit()), default=0)
 
 
 def all_damages(
@@ -234,7 +267,7 @@ def all_damages(
     return "LOST"
 
   def continued(copy: Path) -> str:
-    code, output = run(make(copy))
+    code, output = run_here(make(copy))
     if code:
       plain = "Traceback" not in output and "error: " in output
       return "detected" if plain else "LOST (traceback)"
@@ -248,9 +281,10 @@ def all_damages(
       f"`model/{pattern}` (`convert --verify`)", tries, model, pattern, verified
     )
   few = max(1, tries // 4)  # each is a run
+  last = f"checkpoints/{newest(cut)}"
   for name, pattern in {
-    "a checkpoint's arrays": "checkpoints/*/state/**/d/*",
-    "a checkpoint's `meta`": "checkpoints/*/meta/*",
+    "the newest checkpoint's arrays": f"{last}/state/**/d/*",
+    "the newest checkpoint's `meta`": f"{last}/meta/metadata",
     "`pruning.json`": "pruning.json",
     "`trace.jsonl`": "trace.jsonl",
     "`metrics.jsonl`": "metrics.jsonl",
@@ -270,8 +304,8 @@ def all_damages(
 # ---- The tables --------------------------------------------------------------
 
 
-def report(part: str, rows: list[tuple], options: str, out: str | None) -> None:
-  """Prints a table and puts it between `<!-- part -->` and `<!-- /part -->`."""
+def report(part: str, rows: list[tuple], options: str, out: str | None) -> str:
+  """A table, also put between `<!-- part -->` and `<!-- /part -->`."""
   today = datetime.date.today().isoformat()
   text = "\n".join(
     [
@@ -282,12 +316,12 @@ def report(part: str, rows: list[tuple], options: str, out: str | None) -> None:
       *(f"| {fault} | {tried} | {outcome} |" for fault, tried, outcome in rows),
     ]
   )
-  print(text, flush=True)
   if out:
     file, (begin, end) = Path(out), (f"<!-- {part} -->", f"<!-- /{part} -->")
     before, rest = file.read_text().split(begin)
     after = rest.split(end)[1]
     file.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}")
+  return text
 
 
 def main() -> None:
@@ -298,7 +332,8 @@ def main() -> None:
   flags = parser.parse_args()
   with tempfile.TemporaryDirectory(prefix="faults-") as folder:
     folder = Path(folder)
-    os.environ["ADAPT_PRUNER_CACHE"] = str(folder / "cache")
+    cache = os.environ.setdefault("ADAPT_PRUNER_CACHE", str(folder / "cache"))
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = f"{cache}/jax"
     model, data = make_inputs(folder)
 
     def make(work: Path) -> list[str]:
@@ -310,11 +345,14 @@ def main() -> None:
     rows = []
     if flags.kills:
       rows += kills(flags.kills, make, folder, whole)
-      report("kills", rows, f"--kills={flags.kills}", flags.out)
+      print(report("kills", rows, f"--kills={flags.kills}", flags.out))
     if flags.tries:
       cut = interrupted(make, folder / "cut")
-      found = list(all_damages(flags.tries, whole, cut, make))
-      report("damage", found, f"--tries={flags.tries}", flags.out)
+      found = []
+      for row in all_damages(flags.tries, whole, cut, make):
+        found.append(row)
+        text = report("damage", found, f"--tries={flags.tries}", flags.out)
+      print(text)
       rows += found
   if any("LOST" in outcome for *_, outcome in rows):
     sys.exit("something was lost")
