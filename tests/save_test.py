@@ -139,12 +139,26 @@ def check_peer(result):
     assert found.get("sdpa", 0) < 1e-4, name
     assert found["dynamic"] == found["by_hand"], name
     assert found["static"] == found["by_hand"], name
+    for dtype, most in (("float16", 0.02), ("bfloat16", 0.1)):
+      off, made = found[f"torch.{dtype}"]
+      assert off < most, (name, dtype)
+      assert made == 6, (name, dtype)
     checkpointing, helped = found["fine_tune"]
     assert checkpointing < 1e-5, name
     assert helped, name
     # Stock Gemma 2 reopens with another attention on Transformers 4.
     if "gemma2" not in name or result["version"][0] != "4":
       assert found["reload"] < 1e-4, name
+  trained = {n: f for n, f in result["found"].items() if "train" in f}
+  assert len(trained) == 3
+  for name, found in trained.items():
+    losses, saved = found["train"]
+    assert losses == sorted(losses, reverse=True), name
+    assert saved == 0, name
+    changed, saved, merged = found["lora"]
+    assert changed > 1e-3, name  # else the adapter did nothing
+    assert saved == 0, name
+    assert merged < 1e-4, name
 
 
 @pytest.mark.slow

@@ -1,8 +1,8 @@
 """What users do with an export, with transformers and torch only.
 
-Run as a program of its own: `transformers_peer.py ROOT [peft]`. ROOT has
-tokens.npy and a folder for each export with logits.npy; a JSON object goes to
-standard output: for each export what came out of each check.
+Run as a program of its own: `transformers_peer.py ROOT`. ROOT has tokens.npy
+and a folder for each export with logits.npy; a JSON object goes to standard
+output: for each export what came out of each check.
 """
 
 import json
@@ -10,27 +10,44 @@ import sys
 import tempfile
 from pathlib import Path
 
-import numpy as np
-import torch
-import transformers
+# `Trainer` imports it if it is there; it is too new for Transformers 4.
+sys.modules["datasets"] = None
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+import transformers  # noqa: E402
 
 VERSION = int(transformers.__version__.split(".")[0])
-DTYPE = {"dtype" if VERSION >= 5 else "torch_dtype": torch.float32}
+DTYPE = "dtype" if VERSION >= 5 else "torch_dtype"
 NEW = 6
+TRAINED = (
+  "llama3-hf",
+  "qwen2_holes-hf",
+  "qwen3-hf_uniform",
+)  # others cost time
 
 
-def load(path, attention="eager"):
+def load(path, dtype=torch.float32):
   return transformers.AutoModelForCausalLM.from_pretrained(
     path,
     trust_remote_code=path.name.endswith("-hf"),
-    attn_implementation=attention,
-    **DTYPE,
+    attn_implementation="eager",
+    **{DTYPE: dtype},
   ).eval()
 
 
 def difference(model, tokens, expected):
   with torch.no_grad():
     return float((model(tokens).logits - expected).abs().max())
+
+
+def half(path, dtype, tokens, expected):
+  """Relative difference in half precision; tokens that are generated."""
+  model = load(path, dtype)
+  assert {p.dtype for p in model.parameters()} == {dtype}
+  off = difference(model, tokens, expected) / float(expected.abs().max())
+  made = len(greedy(model, tokens[:, :12])[0]) - 12
+  return off, made
 
 
 def greedy(model, prompt, **options):
@@ -86,6 +103,30 @@ def reload(model, tokens):
     return difference(load(Path(path)), tokens, expected)
 
 
+def train(path, tokens):
+  """Losses by `Trainer`; the difference after saving and opening."""
+  with tempfile.TemporaryDirectory(suffix=path.name) as out:
+    settings = transformers.TrainingArguments(
+      out,
+      max_steps=5,
+      learning_rate=1e-2,
+      gradient_checkpointing=True,
+      logging_steps=1,
+      report_to="none",
+      use_cpu=True,
+    )
+    rows = [{"input_ids": row, "labels": row} for row in tokens]
+    trainer = transformers.Trainer(load(path), settings, train_dataset=rows)
+    trainer.train()
+    trainer.save_model()
+    model = trainer.model.eval()
+    with torch.no_grad():
+      expected = model(tokens).logits
+    history = trainer.state.log_history
+    losses = [line["loss"] for line in history if "loss" in line]
+    return losses, difference(load(Path(out)), tokens, expected)
+
+
 def lora(path, tokens):
   """Differences after saving and merging a trained adapter."""
   import peft
@@ -108,7 +149,7 @@ def lora(path, tokens):
   return changed, saved, merged
 
 
-def check(path, tokens, peft):
+def check(path, tokens):
   expected = torch.tensor(np.load(path / "logits.npy"))
   model = load(path)
   found = {
@@ -125,7 +166,10 @@ def check(path, tokens, peft):
   found["static"] = greedy(model, prompt, cache_implementation="static")
   found["fine_tune"] = fine_tune(model, tokens)
   found["reload"] = reload(model, tokens)
-  if peft:
+  for dtype in (torch.float16, torch.bfloat16):
+    found[str(dtype)] = half(path, dtype, tokens, expected)
+  if path.name in TRAINED:
+    found["train"] = train(path, tokens)
     found["lora"] = lora(path, tokens)
   return found
 
@@ -137,7 +181,7 @@ def main():
   root = Path(sys.argv[1])
   tokens = torch.tensor(np.load(root / "tokens.npy"))
   found = {
-    path.parent.name: check(path.parent, tokens, "peft" in sys.argv)
+    path.parent.name: check(path.parent, tokens)
     for path in sorted(root.glob("*/logits.npy"))
   }
   assert not any(m.startswith("adapt_pruner_jax") for m in sys.modules)

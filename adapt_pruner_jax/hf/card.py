@@ -108,7 +108,7 @@ def _usage(config: ModelConfig) -> str:
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("PATH"{option})
-tokenizer = AutoTokenizer.from_pretrained("PATH")
+tokenizer = AutoTokenizer.from_pretrained("PATH"{option})
 ```
 
 vLLM: `vllm serve PATH{flag}`"""
