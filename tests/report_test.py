@@ -323,24 +323,13 @@ def test_bad_directories(tmp_path):
   assert not (path / "report.html").exists()
 
 
-QUESTIONS = [
-  ("What does a with statement wrap?", ["a block", "a fish", "the sea"], 0),
-  ("Which of these is a number?", ["seven", "object", "string"], 0),
-  ("What does a function return?", ["a tree", "a value", "a road"], 1),
-  ("What is a list of?", ["rain", "wind", "items"], 2),
-]
-
-
 def test_a_run_with_tasks_and_latency(
   small_model, tmp_path, monkeypatch, capsys
 ):
   """Killed while it exports, it need not ask again; the page shows both."""
   pytest.importorskip("lm_eval")
   folder, work = tmp_path / "questions", tmp_path / "work"
-  folder.mkdir()
-  for question, choices, answer in QUESTIONS:
-    row = {"question": question, "choices": choices, "answer": answer}
-    workdir.append_line(folder / "arc_easy.jsonl", row)
+  number = runs.write_questions(folder)
   config = runs.recipe(small_model, stages=1, method="magnitude")
   config.eval.tasks, config.eval.tasks_dir = "arc_easy", str(folder)
   config.eval.text, config.eval.latency = "", True
@@ -360,7 +349,7 @@ def test_a_run_with_tasks_and_latency(
     score = alone["tasks"]["arc_easy"]["acc_norm"]
     assert found[f"tasks_{name}"] == {"arc_easy": score}
     assert found["latency"][name]["decode_ms_per_token"] > 0
-  assert found["evaluation_before"]["tasks"]["arc_easy"]["n"] == len(QUESTIONS)
+  assert found["evaluation_before"]["tasks"]["arc_easy"]["n"] == number
   said = capsys.readouterr().out
   rows = [line.split("  ")[0] for line in said.splitlines()]
   assert {"arc_easy", "prefill, ms", "decode, ms/token"} <= {*rows}

@@ -8,12 +8,18 @@ import sys
 
 import jax
 
-from adapt_pruner_jax import sharding, tiny
+from adapt_pruner_jax import sharding, tiny, workdir
 from adapt_pruner_jax.config import Config
 from adapt_pruner_jax.hf import save
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SMALL = tiny.Recipe(V=300, D=32, L=3, K=4, G=2, H=8, F=48, context=64)
+QUESTIONS = [
+  ("What does a with statement wrap?", ["a block", "a fish", "the sea"], 0),
+  ("Which of these is a number?", ["seven", "object", "string"], 0),
+  ("What does a function return?", ["a tree", "a value", "a road"], 1),
+  ("What is a list of?", ["rain", "wind", "items"], 2),
+]
 
 
 def make_model(folder: pathlib.Path) -> pathlib.Path:
@@ -25,6 +31,15 @@ def make_model(folder: pathlib.Path) -> pathlib.Path:
   params = jax.tree.map(lambda x: x * 3, params)  # so that layers differ
   save.save(config, params, folder / "model", source=folder / "tokenizer")
   return folder / "model"
+
+
+def write_questions(folder: pathlib.Path) -> int:
+  """The questions as arc_easy's, in a new folder; returns their number."""
+  folder.mkdir()
+  for question, choices, answer in QUESTIONS:
+    row = {"question": question, "choices": choices, "answer": answer}
+    workdir.append_line(folder / "arc_easy.jsonl", row)
+  return len(QUESTIONS)
 
 
 def recipe(path, stages: int = 2, tokens: int = 0, **prune_fields) -> Config:
@@ -50,7 +65,7 @@ def recipe(path, stages: int = 2, tokens: int = 0, **prune_fields) -> Config:
 def flags_of(config: Config, path: pathlib.Path) -> list[str]:
   """The command line of a run with this recipe."""
   default = dataclasses.asdict(Config())
-  found = ["--config=configs/oneshot.py", f"--workdir={path}"]
+  found = ["--config=configs/paper.py", f"--workdir={path}"]
   for section, content in dataclasses.asdict(config).items():
     pairs = content if isinstance(content, dict) else {"": content}
     for name, value in pairs.items():
