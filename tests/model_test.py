@@ -51,6 +51,20 @@ def test_unit_cost_is_what_a_unit_less_saves(option):
   assert size - model.count_params(fewer_F) == cost["F"]
 
 
+@pytest.mark.parametrize("option", ["plain", "sandwich"])
+@pytest.mark.parametrize("dtype, off", [("bfloat16", 0.1), ("float16", 0.01)])
+def test_half_precision_is_near(option, dtype, off):
+  config = small.option(option)
+  params = small.random_params(config)
+  tokens_BT = np.arange(20)[None]
+  run = jax.jit(lambda p: model.Decoder(config).apply({"params": p}, tokens_BT))
+  exact, _ = run(params)
+  near, stream = run(jax.tree.map(lambda x: x.astype(dtype), params))
+  assert {str(x.dtype) for x in stream} == {dtype}
+  largest = jnp.abs(exact).max()
+  assert 0 < jnp.abs(near - exact).max() < off * largest
+
+
 @pytest.mark.parametrize("option", small.OPTIONS)
 def test_config_survives_json(option):
   config = small.option(option)
