@@ -33,7 +33,7 @@ def command(
   from_scratch: bool,
 ) -> str:
   """A command that makes this comparison, whatever recipe it began with."""
-  words = ["--config=configs/oneshot.py", f"--workdir={path}"]
+  words = ["--config=configs/paper.py", f"--workdir={path}"]
   words += [f"--methods={names}", f"--ratios={ratios}"]
   words += [f"--recover_tokens={recover_tokens}"] * bool(recover_tokens)
   words += ["--from_scratch"] * from_scratch

@@ -38,7 +38,7 @@ def check(config: ModelConfig) -> None:
     return
   raise UserError(
     f"this model cannot be refitted: {why}; use --config.prune.refit=none "
-    "and another --config.prune.method than curvature"
+    "--config.prune.method=adapt, as --config=configs/paper.py does"
   )
 
 

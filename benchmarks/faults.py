@@ -36,6 +36,8 @@ os.environ |= {
 }
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = {
+  "prune.method": "adapt",  # goes on inside a prune as well
+  "prune.refit": "none",
   "prune.ratio": 0.4,
   "prune.stages": 4,
   "prune.step_size": 0.05,

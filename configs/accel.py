@@ -1,12 +1,15 @@
-"""Adapt-Accel: small prunes interleaved with training; the base of such runs.
+"""Small prunes interleaved with training; the base of such runs.
 
   adapt-pruner run --config=configs/accel.py --workdir=W \\
     --config.model.path=DIR --config.prune.target_params=N \\
     --config.calibration.source=text:FILE --config.data.source=text:FILE \\
     --config.train.tokens=1_000_000_000
 
-The paper's settings (arXiv 2502.03460, section 4): about 5 % of the parameters
-a stage, tokens growing linearly over the stages, AdamW at 2e-5, WSD.
+Units are ranked by curvature and what is left is refitted, as in
+configs/oneshot.py. Stages, about 5 % of the parameters each, with tokens
+growing linearly over them, AdamW at 2e-5 and WSD are those of Adapt-Accel
+(arXiv 2502.03460, section 4); its own way to prune is
+--config.prune.method=adapt --config.prune.refit=none.
 """
 
 from adapt_pruner_jax.config import Config
@@ -14,6 +17,8 @@ from adapt_pruner_jax.config import Config
 
 def get_config() -> Config:
   config = Config()
+  config.prune.method = "curvature"
+  config.prune.refit = "5"
   config.prune.stages = 10
   config.train.remat = True
   return config

@@ -3,9 +3,9 @@
   adapt-pruner run --workdir=runs/tiny
 
 A LLaMA of 1.2 million parameters is trained on the manual that ships with
-Python (once, about a minute; then kept in a cache) and pruned by 40 % in four
-stages with recovery training in between, then in one go with the same training,
-to compare.
+Python (once, about a minute; then kept in a cache) and pruned by 40 %, by
+curvature with refits (docs/method.md), in four stages with recovery training in
+between; then in one go with the same training, to compare.
 """
 
 from adapt_pruner_jax.config import Config
@@ -14,6 +14,8 @@ from adapt_pruner_jax.config import Config
 def get_config() -> Config:
   config = Config()
   config.model.path = "tiny"
+  config.prune.method = "curvature"
+  config.prune.refit = "5"
   config.prune.ratio = 0.4
   config.prune.stages = 4
   config.calibration.samples = 64

@@ -61,9 +61,12 @@ STAGED = {
   "train.dtype": "bfloat16",
   "train.remat": True,
 }
+BASES = ("paper", "oneshot", "accel")  # they have no target
+RECOMMENDED = {"prune.method": "curvature", "prune.refit": "5"}
 # The fields in which a recipe differs from the defaults.
 RECIPES = {
-  "tiny": {
+  "tiny": RECOMMENDED
+  | {
     "prune.ratio": 0.4,
     "prune.stages": 4,
     "calibration.samples": 64,
@@ -75,8 +78,9 @@ RECIPES = {
     "eval.text": "embedded",
     "oneshot_control": True,
   },
-  "oneshot": {},
-  "accel": {"prune.stages": 10, "train.remat": True},
+  "paper": {},
+  "oneshot": RECOMMENDED,
+  "accel": RECOMMENDED | {"prune.stages": 10, "train.remat": True},
   "mobilellm_350m_to_125m": STAGED
   | {
     "model.path": "facebook/MobileLLM-350M",
@@ -268,7 +272,7 @@ def test_fields_of_a_recipe(name):
   assert values(config) == values(Config()) | RECIPES[name]
   for field in "calibration.source", "data.source":
     parse_sources(get(config, field), field)
-  if name in ("oneshot", "accel"):
+  if name in BASES:
     with pytest.raises(UserError, match="prune"):  # bases, without a target
       check(config)
     config.prune.ratio = 0.2
@@ -336,7 +340,7 @@ def full_size(name: str) -> tuple[Config, model.ModelConfig]:
   return config, config_json.read(MODELS[config.model.path][0])
 
 
-FULL = [n for n in RECIPES if n not in ("tiny", "oneshot", "accel")]
+FULL = [n for n in RECIPES if n not in ("tiny", *BASES)]
 
 
 @pytest.mark.parametrize("name", FULL)

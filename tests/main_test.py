@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 from adapt_pruner_jax import main, workdir
 from tests.runs import SMALL
 
-RUN = ["run", "--config=configs/oneshot.py"]
+RUN = ["run", "--config=configs/paper.py"]
 
 
 @pytest.fixture
