@@ -28,6 +28,7 @@ from adapt_pruner_jax import (
   prune,
   report,
   sparsity,
+  surgery,
   train,
   workdir,
 )
@@ -162,7 +163,7 @@ def prune_stage(state: State, setting: Setting, stop_if_asked: Any) -> None:
       after=after,
       log=note,
     )
-  keep = prune.relative_to(state.kept, pruned.kept)
+  keep = surgery.relative_to(state.kept, pruned.kept)
   if settings.refit != "none":
     setting.log.say("refitting what is left")
   params, refits = methods.refit_after(
@@ -178,7 +179,7 @@ def prune_stage(state: State, setting: Setting, stop_if_asked: Any) -> None:
     setting.log.metrics("refit", number, {"stage": state.stage} | row)
   opt_state, state.opt_state = state.opt_state, None
   if opt_state is not None and config.train.carry_moments:
-    cut, opt_state = prune.gather(state.config, opt_state, keep, setting.mesh)
+    cut, opt_state = surgery.gather(state.config, opt_state, keep, setting.mesh)
     # FLAP and SliceGPT leave other parameters than those that were trained.
     if model.param_shapes(cut) == model.param_shapes(pruned.config):
       state.opt_state = opt_state

@@ -23,6 +23,7 @@ from adapt_pruner_jax import (
   optim,
   prune,
   sharding,
+  surgery,
   train,
   workdir,
 )
@@ -310,7 +311,7 @@ def random_model(row: dict, full: ModelConfig, setting: Setting) -> Pair:
   if "error" in row:
     raise UserError(f"adapt leaves no shape to train: {row['error']}")
   width = {"K": row["kv_groups"], "F": row["ffn"]}
-  config = prune.with_widths(full, width)
+  config = surgery.with_widths(full, width)
   placed = sharding.param_shardings(
     model.abstract_params(config, jnp.float32), setting.mesh
   )

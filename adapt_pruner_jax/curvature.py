@@ -26,14 +26,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from adapt_pruner_jax import axes, halves, model, refit, sharding
+from adapt_pruner_jax import axes, halves, model, refit, sharding, surgery
 from adapt_pruner_jax import prune as pruning
 from adapt_pruner_jax.axes import UNITS, Params
 from adapt_pruner_jax.config import Prune
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.halves import WRITERS
 from adapt_pruner_jax.model import Decoder, ModelConfig
-from adapt_pruner_jax.prune import Kept, Masks, Pruned, Samples, Step
+from adapt_pruner_jax.prune import Pruned, Samples, Step
+from adapt_pruner_jax.surgery import Kept, Masks
 
 ENOUGH = 4  # tokens per input channel from which a weak ridge is best
 WEAK, STRONG = 1e-3, 0.1
@@ -67,10 +68,10 @@ def prune(
   """
   del seed  # nothing is drawn
   halves.check(config)
-  full, kept = full or config, kept or pruning.everything(config)
+  full, kept = full or config, kept or surgery.everything(config)
   mesh = mesh or sharding.make_mesh(devices=jax.local_devices()[:1])
-  stacked = pruning.expand(config, params, kept, full, mesh)
-  masks = pruning.to_masks(kept, full) if after is None else after.masks
+  stacked = surgery.expand(config, params, kept, full, mesh)
+  masks = surgery.to_masks(kept, full) if after is None else after.masks
   trace = []
   for step, weights, refits in steps(
     stacked, settings, samples, target, batch, mesh, full, kept, after
@@ -79,8 +80,8 @@ def prune(
     trace.append(pruning.record(step) | refits)
     if log is not None:
       log(trace[-1], step)
-  left = pruning.to_kept(masks)
-  return Pruned(*pruning.compact(stacked, left, full, mesh), left, trace)
+  left = surgery.to_kept(masks)
+  return Pruned(*surgery.compact(stacked, left, full, mesh), left, trace)
 
 
 def steps(
@@ -98,20 +99,20 @@ def steps(
 
   A step removes `step_size` of the full model's parameters, or a bit more.
   """
-  dense, original = pruning.dense(full), stacked
+  dense, original = surgery.dense(full), stacked
   prunable = pruning.prunable_modules(full, settings)
-  begin = pruning.to_masks(kept, full)
+  begin = surgery.to_masks(kept, full)
   initial = model.count_params(full)
   if after is None:
-    after = Step(0, begin, {}, pruning.count(full, begin))
+    after = Step(0, begin, {}, surgery.count(full, begin))
   while not _done(after, settings, target):
     number = after.number + 1
     tokens = samples(number - 1)
-    tokens_MBT, valid_MB = pruning.minibatches(tokens, batch, mesh)
+    tokens_MBT, valid_MB = sharding.minibatches(tokens, batch, mesh)
     found = measure_step(
       dense,
       stacked,
-      pruning.replicate(after.masks, mesh),
+      sharding.replicate(after.masks, mesh),
       tokens_MBT,
       valid_MB,
       mesh=mesh,
@@ -143,7 +144,7 @@ def steps(
       number,
       masks,
       _sparsity(begin, masks),
-      pruning.count(full, masks),
+      surgery.count(full, masks),
       found["loss_M"],
       np.mean([np.nan_to_num(importance[u]) for u in UNITS], axis=0),
       importance,
@@ -208,7 +209,7 @@ def choose(
     cap: most that a module may lose, as a share of its units; at least one.
   """
   cost = model.unit_cost(full)
-  left, size = pruning.widths(masks), pruning.count(full, masks)
+  left, size = surgery.widths(masks), surgery.count(full, masks)
   aim = max(aim, target)
   found = []  # (score per parameter, unit, layer, number of units)
   for u in UNITS:
@@ -256,7 +257,7 @@ def _importance(full, scores, masks) -> dict[str, np.ndarray]:
 
 def _sparsity(begin: Masks, masks: Masks) -> dict[str, np.ndarray]:
   """Share of each module's units that the stage has removed, [L] each."""
-  first, now = pruning.widths(begin), pruning.widths(masks)
+  first, now = surgery.widths(begin), surgery.widths(masks)
   return {u: 1 - now[u] / np.maximum(first[u], 1) for u in UNITS}
 
 
@@ -264,8 +265,8 @@ def _refit(
   config, original, stacked, begin, masks, tokens, batch, settings, mesh
 ) -> tuple[Params, list[dict]]:
   """Stacked params refitted to the original ones, and the records."""
-  begin = pruning.replicate(begin, mesh)
-  placed = pruning.replicate(masks, mesh)
+  begin = sharding.replicate(begin, mesh)
+  placed = sharding.replicate(masks, mesh)
 
   def layer_at(i: int):
     return (
@@ -313,8 +314,8 @@ def measure_step(
   """Losses and scores of the masked model, float32.
 
   Args:
-    config: equal layers (`prune.dense`).
-    stacked: from `prune.expand`.
+    config: equal layers (`surgery.dense`).
+    stacked: from `surgery.expand`.
     masks: {"K": bool [L, K], "F": bool [L, F]}, the units that are left.
     tokens_MBT: M minibatches of B sequences.
     valid_MB: False for rows that only pad.

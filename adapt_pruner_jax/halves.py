@@ -2,7 +2,7 @@
 
 Attention writes to the residual stream with `o`, the MLP with `down`. What such
 a matrix is fed belongs to units: heads, and MLP channels. `refit` and
-`curvature` look at a model this way, in dense coordinates (`prune.dense`).
+`curvature` look at a model this way, in dense coordinates (`surgery.dense`).
 """
 
 from functools import partial

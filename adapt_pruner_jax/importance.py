@@ -41,8 +41,8 @@ def measure_step(
   """Losses, layer importances and salience of the masked model on one batch.
 
   Args:
-    config: equal layers (`prune.dense`): K and F are the stacked sizes.
-    stacked: from `prune.expand`.
+    config: equal layers (`surgery.dense`): K and F are the stacked sizes.
+    stacked: from `surgery.expand`.
     masks: {"K": bool [L, K], "F": bool [L, F]}, the units that are left.
     tokens_MBT: M minibatches of B sequences.
     valid_MB: False for rows that only pad the last minibatch.

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from adapt_pruner_jax import axes, model, optim, prune, sharding, train
+from adapt_pruner_jax import axes, model, optim, sharding, surgery, train
 from adapt_pruner_jax.config import Config
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.model import ModelConfig
@@ -112,7 +112,7 @@ def scoring(
     how["kind"] = config.prune.group_importance
     how["measure"] = config.prune.layer_importance
   lowered = program.lower(
-    prune.dense(full),
+    surgery.dense(full),
     _stacked(full, dtype if real else jnp.dtype("float32"), mesh),
     masks,
     jax.ShapeDtypeStruct((M, B, T), jnp.int32, sharding=whole),
@@ -144,7 +144,7 @@ def refitting(config: Config, full: ModelConfig, mesh: Mesh) -> Bytes:
   rows = -(-min(recipe.batch, recipe.refit_samples) // shards)
   number = -(-recipe.refit_samples // shards)
   stream = 4 * number * recipe.seq_len * full.D
-  wide = prune.dense(full)
+  wide = surgery.dense(full)
   channels = max(wide.K[0] * full.G * full.H, wide.F[0], full.D)
   array = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
   matrix = {"down": array(channels, full.D)}
@@ -248,8 +248,8 @@ def size(tree: Any) -> int:
 
 
 def _stacked(full: ModelConfig, dtype: jnp.dtype, mesh: Mesh) -> Any:
-  """What `prune.expand` makes."""
-  wide = prune.dense(full)
+  """What `surgery.expand` makes."""
+  wide = surgery.dense(full)
   sizes = wide.sizes(0)
   layers = {}
   for name in model.layer_names(wide):

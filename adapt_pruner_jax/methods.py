@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 from jax.sharding import Mesh
 
-from adapt_pruner_jax import baselines, curvature, prune, refit
+from adapt_pruner_jax import baselines, curvature, prune, refit, surgery
 from adapt_pruner_jax.axes import Params
 from adapt_pruner_jax.config import Prune
 from adapt_pruner_jax.model import ModelConfig
@@ -27,7 +27,7 @@ def resumes(settings: Prune) -> bool:
 def refit_after(
   old: tuple[ModelConfig, Params],
   pruned: prune.Pruned,
-  keep: prune.Kept,
+  keep: surgery.Kept,
   settings: Prune,
   draw: Callable[[], np.ndarray],
   batch: int,

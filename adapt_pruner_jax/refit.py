@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from adapt_pruner_jax import axes, halves, model, prune, sharding
+from adapt_pruner_jax import axes, halves, model, sharding, surgery
 from adapt_pruner_jax.axes import Params
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.halves import HALVES
@@ -46,7 +46,7 @@ Weights = list[jax.Array | None]  # what tokens count, [B, T]; None = nothing
 def refit(
   dense: tuple[ModelConfig, Params],
   pruned: tuple[ModelConfig, Params],
-  kept: prune.Kept,
+  kept: surgery.Kept,
   tokens_NT: np.ndarray,
   batch: int,
   *,
@@ -60,7 +60,7 @@ def refit(
     dense: the model before pruning.
     pruned: the model after it, by any method that keeps the residual width.
     kept: the units of `dense` that are left, in its numbering
-      (`prune.relative_to` translates).
+      (`surgery.relative_to` translates).
     tokens_NT: calibration tokens; the last tenth of the rows is held out.
     batch: sequences at a time.
     ridge: in units of the median energy of a matrix's input channels; 0 =
@@ -80,17 +80,17 @@ def refit(
   """
   (dense_config, dense_params), (config, params) = dense, pruned
   mesh = mesh or sharding.make_mesh(devices=jax.local_devices()[:1])
-  wide_dense = prune.dense(dense_config)
+  wide_dense = surgery.dense(dense_config)
   wide = dataclasses.replace(config, **wide_dense.units())
-  all_masks = prune.to_masks(kept, dense_config)
-  everything = prune.everything(dense_config)
+  all_masks = surgery.to_masks(kept, dense_config)
+  everything = surgery.everything(dense_config)
 
   def widen(params, i, units, config):
     at = {u: units[u][i] for u in axes.UNITS}
     zero = np.zeros((), params["embedding"].dtype)
     layer = params[axes.layer_name(i)]
-    fn = lambda layer: prune.widen(layer, at, config, zero)
-    return prune.transform(fn, layer, mesh)
+    fn = lambda layer: surgery.widen(layer, at, config, zero)
+    return surgery.transform(fn, layer, mesh)
 
   def layer_at(i):
     return (
@@ -102,7 +102,7 @@ def refit(
   def narrow(matrices, i):
     at = {u: kept[u][i] for u in axes.UNITS}
     take = lambda tree: {n: axes.take(n, w, at) for n, w in tree.items()}
-    return prune.transform(take, matrices, mesh)
+    return surgery.transform(take, matrices, mesh)
 
   outer = {n: params[n] for n in model.outer_names(config)}
   new, records = dict(params), []
@@ -149,7 +149,7 @@ def layers(
       yield i, {}, []
       continue
     changed, records = {}, []
-    placed = prune.replicate(masks, mesh)
+    placed = sharding.replicate(masks, mesh)
 
     for writer, readers in HALVES.items():
       live = masks["K" if writer == "o" else "F"].any()
@@ -260,14 +260,14 @@ def _start(config, outer, tokens_NT, batch, mesh) -> tuple:
       f"a refit needs at least 2 calibration sequences, not {N}: one to fit "
       "and one to judge; raise --config.calibration.refit_samples"
     )
-  tokens_MBT, valid_MB = prune.minibatches(tokens_NT, batch, mesh)
+  tokens_MBT, valid_MB = sharding.minibatches(tokens_NT, batch, mesh)
   valid_MB = np.asarray(valid_MB)
   row_MB = valid_MB.ravel().cumsum().reshape(valid_MB.shape)  # from 1
   judge_MB = row_MB > N - _held_rows(tokens_NT)
 
   def weights(rows_MB):
     return [
-      prune.replicate(np.tile(rows_B[:, None], T).astype(np.float32), mesh)
+      sharding.replicate(np.tile(rows_B[:, None], T).astype(np.float32), mesh)
       if rows_B.any()
       else None
       for rows_B in rows_MB

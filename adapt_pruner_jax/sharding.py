@@ -10,6 +10,7 @@ resort (JAX refuses uneven shards).
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -110,3 +111,34 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
   """First dim (rows) over all devices but those of `tensor`."""
   return NamedSharding(mesh, PartitionSpec(BATCH))
+
+
+def replicate(tree: Any, mesh: Mesh) -> Any:
+  """Host arrays, the same in every process, on all devices."""
+  where = replicated(mesh)
+  return jax.tree.map(
+    lambda x: jax.make_array_from_callback(x.shape, where, lambda at: x[at]),
+    tree,
+  )
+
+
+def minibatches(
+  tokens_NT: np.ndarray, batch: int, mesh: Mesh
+) -> tuple[jax.Array, jax.Array]:
+  """Samples in order as [M, B, T] and which rows are real, bool [M, B].
+
+  The last minibatch may be short, as the authors' is. Rows that only fill a
+  minibatch, or the devices, are repeated samples marked False.
+  """
+  N, T = tokens_NT.shape
+  batch = min(batch, N)
+  M = -(-N // batch)
+  shards = math.prod(mesh.shape[a] for a in BATCH)
+  rows = -(-batch // shards) * shards
+  index = np.full((M, rows), -1)
+  for m in range(M):
+    own = np.arange(m * batch, min((m + 1) * batch, N))
+    index[m, : len(own)] = own
+  valid_MB = index >= 0
+  tokens_MBT = np.asarray(tokens_NT, np.int32)[np.where(valid_MB, index, 0)]
+  return replicate(tokens_MBT, mesh), replicate(valid_MB, mesh)

@@ -15,6 +15,7 @@ from adapt_pruner_jax import (
   optim,
   prune,
   sharding,
+  surgery,
   train,
   workdir,
 )
@@ -39,7 +40,7 @@ class State:
 
   config: ModelConfig
   params: Params
-  kept: prune.Kept
+  kept: surgery.Kept
   stage: int = 1  # under way, from 1
   pruned: bool = False  # this stage's prune is done
   step: int = 0  # train steps done, over all stages
@@ -81,7 +82,7 @@ def resume(setting: Setting, checkpoints: checkpoint.Checkpoints) -> State:
   found = checkpoints.restore(lambda meta: abstract_state(meta, setting))
   if found is None:
     config, params = load_model(setting)
-    state = State(config, params, prune.everything(config))
+    state = State(config, params, surgery.everything(config))
     if setting.eval_tokens is not None:
       state.before = measure(config, params, setting)
       perplexity = state.before["perplexity"]
@@ -153,11 +154,11 @@ def abstract_state(meta: dict, setting: Setting) -> dict:
   }
 
 
-def _kept_to_json(kept: prune.Kept) -> dict[str, list]:
+def _kept_to_json(kept: surgery.Kept) -> dict[str, list]:
   return {u: [k.tolist() for k in v] for u, v in kept.items()}
 
 
-def _kept_from_json(kept: dict[str, list]) -> prune.Kept:
+def _kept_from_json(kept: dict[str, list]) -> surgery.Kept:
   return {u: tuple(np.array(k, int) for k in v) for u, v in kept.items()}
 
 
@@ -172,7 +173,7 @@ def write_pruning(
     "train_step": state.step,
     "number": step.number,
     "params": int(step.params),
-    "kept": _kept_to_json(prune.to_kept(step.masks)),
+    "kept": _kept_to_json(surgery.to_kept(step.masks)),
     "sparsity": {u: s.tolist() for u, s in step.sparsity.items()},
     "trace": workdir.plain(steps),
   }
@@ -201,7 +202,7 @@ def read_pruning(
     return [], None
   if (saved["stage"], saved["train_step"]) != (state.stage, state.step):
     return [], None
-  masks = prune.to_masks(_kept_from_json(saved["kept"]), setting.full)
+  masks = surgery.to_masks(_kept_from_json(saved["kept"]), setting.full)
   width = {u: np.array(s) for u, s in saved["sparsity"].items()}
   step = prune.Step(saved["number"], masks, width, saved["params"])
   workdir.rewrite_lines(

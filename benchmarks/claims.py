@@ -44,6 +44,7 @@ from adapt_pruner_jax import (
   sharding,
   sources,
   sparsity,
+  surgery,
   tiny,
   tokens,
   train,
@@ -160,7 +161,7 @@ class Bench:
     elif cell.method == SCRATCH:
       shape = self.get(Cell(cell.base, cell.seed, "paper", cell.ratio))
       width = {"K": shape["kv_groups"], "F": shape["ffn"]}
-      config = prune.with_widths(base.config, width)
+      config = surgery.with_widths(base.config, width)
       params = tiny.init_params(config, cell.seed, self.mesh)
       params, _ = self.fit(cell, config, params, None, 0, self.steps(cell))
       facts = {}
@@ -202,7 +203,7 @@ class Bench:
     )
     fresh = windows(samples, cell.seed)
     for_refit = windows(REFIT_SAMPLES, cell.seed + 1)
-    kept, number, seconds, state = prune.everything(full), 0, 0.0, None
+    kept, number, seconds, state = surgery.everything(full), 0, 0.0, None
     target = prune.resolve_target(full, settings)
     goals = sparsity.stage_targets(
       model.count_params(full), target, cell.stages
@@ -223,7 +224,7 @@ class Bench:
         seed=cell.seed,
       )
       number += len(made.trace)
-      left = prune.relative_to(kept, made.kept)
+      left = surgery.relative_to(kept, made.kept)
       params, _ = methods.refit_after(
         pair,
         made,
@@ -235,7 +236,7 @@ class Bench:
       )
       seconds += time.process_time() - begun
       if carry and state is not None:
-        _, state = prune.gather(pair[0], state, left, self.mesh)
+        _, state = surgery.gather(pair[0], state, left, self.mesh)
       else:
         state = None
       kept = made.kept

@@ -59,7 +59,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 
-from adapt_pruner_jax import axes, importance, model, prune, sharding  # noqa: E402
+from adapt_pruner_jax import axes, importance, model, prune, sharding, surgery  # noqa: E402
 from adapt_pruner_jax.config import Prune  # noqa: E402
 
 torch.set_num_threads(FLAGS.threads)
@@ -239,10 +239,10 @@ class Ours:
       config,
       sharding.make_mesh(devices=jax.devices()[:1]),
     )
-    everything = prune.everything(config)
-    self.stacked = prune.expand(config, params, everything, config, self.mesh)
-    masks = prune.to_masks(everything, config)
-    self.masks = prune.replicate(masks, self.mesh)
+    everything = surgery.everything(config)
+    self.stacked = surgery.expand(config, params, everything, config, self.mesh)
+    masks = surgery.to_masks(everything, config)
+    self.masks = sharding.replicate(masks, self.mesh)
     self.options = {"kind": "taylor", "measure": "cosine", "mesh": self.mesh}
 
   def compile(self, samples: np.ndarray) -> None:
@@ -251,7 +251,7 @@ class Ours:
     ).compile()
 
   def data(self, samples):
-    return prune.minibatches(samples, FLAGS.batch, self.mesh)
+    return sharding.minibatches(samples, FLAGS.batch, self.mesh)
 
   def step(self, samples: np.ndarray):
     found = self.compiled(self.stacked, self.masks, *self.data(samples))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from adapt_pruner_jax import adapt, model, prune, sharding
+from adapt_pruner_jax import adapt, model, sharding, surgery
 from adapt_pruner_jax.errors import EXIT_STOPPED, UserError
 from adapt_pruner_jax.hf import load
 from tests.runs import SMALL, finish, output, recipe, start
@@ -68,7 +68,7 @@ def test_what_a_run_leaves(small_model, tmp_path):
   }
   original = load.load(str(small_model))
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
-  again, gathered = prune.gather(*original, keep, mesh)
+  again, gathered = surgery.gather(*original, keep, mesh)
   assert again.units() == config.units()
   jax.tree.map(np.testing.assert_array_equal, gathered, params)
 
@@ -119,7 +119,7 @@ def test_every_sort_of_run_ends_with_a_model(small_model, tmp_path, change):
     "F": tuple(np.array(x["ffn"]) for x in kept),
   }
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
-  _, gathered = prune.gather(*load.load(str(small_model)), keep, mesh)
+  _, gathered = surgery.gather(*load.load(str(small_model)), keep, mesh)
   got, want = (dict(jax.tree.leaves_with_path(t)) for t in (params, gathered))
   same = got.keys() == want.keys() and all(
     np.array_equal(got[path], want[path]) for path in want

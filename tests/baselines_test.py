@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from adapt_pruner_jax import baselines, model, prune, sharding
+from adapt_pruner_jax import baselines, model, prune, sharding, surgery
 from adapt_pruner_jax.baselines import (
   budget,
   flap,
@@ -422,7 +422,7 @@ def test_any_target_is_met_within_a_channel(kind, round_to):
     full = dataclasses.replace(
       dense("gqa")[0], G=G, H=H, K=(4, 2, 3), F=(64, 96, 33), o_bias=True
     )
-    masks = prune.to_masks(prune.everything(full), full)
+    masks = surgery.to_masks(surgery.everything(full), full)
     scores = {u: random.normal(size=m.shape) for u, m in masks.items()}
     scores["F"][1, :40] = -1.0  # ties, such as of dead channels
     settings = Prune()
@@ -441,7 +441,7 @@ def test_any_target_is_met_within_a_channel(kind, round_to):
         full, masks, scores, counts_at, prunable, target, round_to
       )
       step = model.unit_cost(full)["F"] * round_to
-      assert target - step < prune.count(full, left) <= target
+      assert target - step < surgery.count(full, left) <= target
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -465,7 +465,7 @@ def test_flap_bias_is_the_mean_of_what_is_gone():
   config, params = dense("gqa")
   mesh = sharding.make_mesh(devices=jax.local_devices()[:1])
   moments = flap.statistics(config, params, array("gqa", "calib"), 4, mesh)
-  masks = prune.to_masks(pruned.kept, config)
+  masks = surgery.to_masks(pruned.kept, config)
   assert not all(m.all() for m in masks["K"])
   tokens = array("gqa", "eval_ids")
   x = walk.embed(config, params, tokens, mesh)

@@ -23,6 +23,7 @@ from adapt_pruner_jax import (
   model,
   sharding,
   stopping,
+  surgery,
   tokens,
 )
 from adapt_pruner_jax import prune as core
@@ -312,10 +313,10 @@ def test_lora_where_a_half_layer_is_gone(recipe, tmp_path):
     shared = contenders.shared_recipe(config, 1024)
     setting = prepare(shared, tmp_path, log)
     dense = load_model(setting)
-    masks = core.to_masks(core.everything(dense[0]), dense[0])
+    masks = surgery.to_masks(surgery.everything(dense[0]), dense[0])
     masks["K"][1] = False
     masks["F"][2] = False
-    pair = core.gather(*dense, core.to_kept(masks), setting.mesh)
+    pair = surgery.gather(*dense, surgery.to_kept(masks), setting.mesh)
     new, params = compare.recover(
       pair, shared.train, dense, setting, "a test", lambda: None
     )

@@ -19,6 +19,7 @@ from adapt_pruner_jax import (
   prune,
   sharding,
   sparsity,
+  surgery,
   train,
 )
 from adapt_pruner_jax.config import Config, check, field_names, get
@@ -383,7 +384,7 @@ def test_scoring_step_traces(name):
       kind=config.prune.group_importance,
       measure=config.prune.layer_importance,
       mesh=mesh,
-      config=prune.dense(full),
+      config=surgery.dense(full),
     ),
     stacked=stacked,
     masks={

@@ -16,6 +16,7 @@ from adapt_pruner_jax import (
   prune,
   refit,
   sharding,
+  surgery,
 )
 from adapt_pruner_jax.config import Calibration, Config, Prune, check
 from adapt_pruner_jax.errors import UserError
@@ -158,10 +159,10 @@ def test_scores_of_a_masked_model(params, devices):
   tokens = samples(0)[:14]  # not a multiple of the minibatch
   expected = scores_by_hand(params, masks, jnp.asarray(tokens))
   found = curvature.measure_step(
-    prune.dense(CONFIG),
-    prune.expand(CONFIG, params, prune.everything(CONFIG), CONFIG, mesh),
-    prune.replicate(masks, mesh),
-    *prune.minibatches(tokens, 8, mesh),
+    surgery.dense(CONFIG),
+    surgery.expand(CONFIG, params, surgery.everything(CONFIG), CONFIG, mesh),
+    sharding.replicate(masks, mesh),
+    *sharding.minibatches(tokens, 8, mesh),
     mesh=mesh,
   )
   for u in "KF":
@@ -193,7 +194,7 @@ def even_scores(value=10.0):
 def choose(scores, remove, target=0, masks=None, prunable=None, **kw):
   masks = masks or whole()
   prunable = prunable or {u: np.ones(2, bool) for u in "KF"}
-  size = prune.count(CONFIG, masks)
+  size = surgery.count(CONFIG, masks)
   counts = curvature.choose(
     CONFIG, scores, masks, prunable, size - remove, target, **kw
   )
@@ -223,7 +224,7 @@ def test_no_module_loses_more_than_the_cap_or_its_last_unit():
 def test_a_group_too_large_for_the_target_is_passed_over():
   scores = even_scores()
   scores["K"][0, 0] = 0
-  target = prune.count(CONFIG, whole()) - 100
+  target = surgery.count(CONFIG, whole()) - 100
   found = choose(scores, 10**6, target)
   assert found["K"] == [0, 0]
   assert sum(found["F"]) == 3  # 144 parameters, the least above 100
@@ -277,7 +278,7 @@ def test_goes_on_from_a_step_and_on_other_devices(params):
       for a, b in zip(first.kept[u], other.kept[u], strict=True):
         np.testing.assert_array_equal(a, b)
   # Without a refit the weights are slices of the old ones.
-  _, slices = prune.gather(
+  _, slices = surgery.gather(
     CONFIG, params, first.kept, sharding.make_mesh(devices=jax.devices()[:1])
   )
   jax.tree.map(np.testing.assert_array_equal, first.params, slices)

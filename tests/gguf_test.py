@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from adapt_pruner_jax import generate, model, prune, sharding, tiny
+from adapt_pruner_jax import generate, model, sharding, surgery, tiny
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.hf import gguf, gguf_vocab, load
 from adapt_pruner_jax.model import ModelConfig, Rope
@@ -176,7 +176,7 @@ def test_a_story_told_by_llama_cpp(shared_data, tmp_path):
     "F": tuple(np.arange(f) for f in (172, 96, 100, 110, 128)),
   }
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
-  config, params = prune.gather(config, params, keep, mesh)
+  config, params = surgery.gather(config, params, keep, mesh)
   gguf.write(config, params, tmp_path / "model.gguf", source=folder)
   tokenizer = load_tokenizer(folder)
   assert_tokenises_alike(tmp_path / "model.gguf", tokenizer)

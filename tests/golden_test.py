@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from adapt_pruner_jax import axes, importance, model, prune, sharding
+from adapt_pruner_jax import axes, importance, model, prune, sharding, surgery
 from adapt_pruner_jax.config import Prune
 from adapt_pruner_jax.hf import load, save
 
@@ -115,14 +115,14 @@ def test_scores(name):
 @pytest.mark.parametrize("name", CASES)
 def test_every_removed_unit(name):
   case, config, pruned, found = case_run(name)
-  before = prune.to_masks(prune.everything(config), config)
+  before = surgery.to_masks(surgery.everything(config), config)
   for step, want in zip(found, case.trace["steps"], strict=True):
     for module in want["modules"]:
       unit = "K" if module["kind"] == "attention" else "F"
       layer = module["layer"]
       gone = np.flatnonzero(before[unit][layer] & ~step.masks[unit][layer])
       assert gone.tolist() == (module.get("units_removed_original") or [])
-    width = prune.widths(step.masks)
+    width = surgery.widths(step.masks)
     assert width["K"].tolist() == want["n_kv_heads"]
     assert width["F"].tolist() == want["ffn_size"]
     assert step.params == want["param_count"]

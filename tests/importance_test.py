@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import small
 
-from adapt_pruner_jax import axes, importance, prune, sharding
+from adapt_pruner_jax import axes, importance, sharding, surgery
 from adapt_pruner_jax.model import Decoder
 
 N, T, BATCH = 5, 8, 2  # minibatches of 2, 2 and 1 sequences
@@ -21,15 +21,15 @@ def measured(option, kind, measure="cosine", dtype="float32", mesh=None):
   config = small.option(option)
   mesh = mesh or small.one_device()
   params = small.random_params(config, dtype=jnp.dtype(dtype))
-  everything = prune.everything(config)
-  stacked = prune.expand(config, params, everything, config, mesh)
-  masks = prune.to_masks(small.random_kept(config), config)
+  everything = surgery.everything(config)
+  stacked = surgery.expand(config, params, everything, config, mesh)
+  masks = surgery.to_masks(small.random_kept(config), config)
   tokens = small.tokens(config, N, T)
   found = importance.measure_step(
-    prune.dense(config),
+    surgery.dense(config),
     stacked,
-    prune.replicate(masks, mesh),
-    *prune.minibatches(tokens, BATCH, mesh),
+    sharding.replicate(masks, mesh),
+    *sharding.minibatches(tokens, BATCH, mesh),
     kind=kind,
     measure=measure,
     mesh=mesh,
@@ -43,7 +43,7 @@ def plain(option, dtype="float32"):
   config = small.option(option)
   params = small.random_params(config, dtype=jnp.dtype(dtype))
   kept = small.random_kept(config)
-  config, params = prune.gather(config, params, kept, small.one_device())
+  config, params = surgery.gather(config, params, kept, small.one_device())
   params = jax.tree.map(lambda x: x.astype(jnp.float32), params)
 
   def mean_loss(params, tokens):
@@ -153,21 +153,21 @@ def test_sums_of_bfloat16_gradients_do_not_lose_the_small_ones():
   config = dataclasses.replace(small.CONFIG, K=(1,), F=(8,))
   params = small.random_params(config, dtype=jnp.bfloat16)
   mesh = small.one_device()
-  everything = prune.everything(config)
-  stacked = prune.expand(config, params, everything, config, mesh)
-  masks = prune.replicate(prune.to_masks(everything, config), mesh)
+  everything = surgery.everything(config)
+  stacked = surgery.expand(config, params, everything, config, mesh)
+  masks = sharding.replicate(surgery.to_masks(everything, config), mesh)
   tokens = np.repeat(small.tokens(config, 1, T), M, axis=0)
   run = functools.partial(
     importance.measure_step,
-    prune.dense(config),
+    surgery.dense(config),
     stacked,
     masks,
     kind="taylor",
     measure="cosine",
     mesh=mesh,
   )
-  one = run(*prune.minibatches(tokens[:1], 1, mesh))["salience"]
-  many = run(*prune.minibatches(tokens, 1, mesh))["salience"]
+  one = run(*sharding.minibatches(tokens[:1], 1, mesh))["salience"]
+  many = run(*sharding.minibatches(tokens, 1, mesh))["salience"]
   # The same minibatch 65 times: exactly 65 times its gradient, which a
   # bfloat16 sum (8 bits) does not reach.
   for name in one:

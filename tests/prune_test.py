@@ -14,7 +14,15 @@ import small
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from adapt_pruner_jax import axes, importance, model, prune, sharding, train
+from adapt_pruner_jax import (
+  axes,
+  importance,
+  model,
+  prune,
+  sharding,
+  surgery,
+  train,
+)
 from adapt_pruner_jax.axes import UNITS
 from adapt_pruner_jax.config import Prune, Train
 from adapt_pruner_jax.errors import UserError
@@ -66,14 +74,14 @@ def planned_removals(draw):
 
 def size_after(full, counts):
   width = {u: np.array(full.units()[u]) - counts[u] for u in UNITS}
-  return model.count_params(prune.with_widths(full, width))
+  return model.count_params(surgery.with_widths(full, width))
 
 
 @given(planned_removals())
 @settings(MANY, max_examples=500)
 def test_trim_ends_just_below_the_target(case):
   full, prunable, counts, target, round_to = case
-  masks = prune.to_masks(prune.everything(full), full)
+  masks = surgery.to_masks(surgery.everything(full), full)
   got = prune.trim(full, masks, counts, prunable, target, round_to)
   size = size_after(full, got)
   if size_after(full, counts) > target or target >= model.count_params(full):
@@ -112,7 +120,7 @@ def test_trim_takes_channels_in_place_of_a_group_too_much():
   full = config_of((4, 4), (40, 40))
   cost = model.unit_cost(full)
   assert cost == {"K": 16 * (2 + 1 + 1 + 2) * 4, "F": 3 * 16}  # 384 = 8 x 48
-  masks = prune.to_masks(prune.everything(full), full)
+  masks = surgery.to_masks(surgery.everything(full), full)
   everywhere = {u: np.ones(2, bool) for u in UNITS}
   counts = {"K": np.array([2, 1]), "F": np.array([4, 2])}
   size = model.count_params(full)
@@ -230,7 +238,7 @@ def test_units_and_trace_are_numbered_as_the_original_model(fake_scores):
   for u in UNITS:
     for before, after in zip(first.kept[u], second.kept[u], strict=True):
       assert set(after) <= set(before)
-  _, want = prune.gather(full, params, second.kept, small.one_device())
+  _, want = surgery.gather(full, params, second.kept, small.one_device())
   same(second.params, want)
   last = second.trace[-1]
   assert last["params"] == model.count_params(second.config) <= target
@@ -363,10 +371,12 @@ def test_masked_is_removed(option):
   params, mesh = small.random_params(config), small.one_device()
   kept = small.random_kept(config)
   tokens = small.tokens(config, 2, 9)
-  stacked = prune.expand(config, params, prune.everything(config), config, mesh)
-  masks = prune.to_masks(kept, config)
-  got = masked_logits(prune.dense(config), stacked, masks, tokens)
-  cut, params = prune.gather(config, params, kept, mesh)
+  stacked = surgery.expand(
+    config, params, surgery.everything(config), config, mesh
+  )
+  masks = surgery.to_masks(kept, config)
+  got = masked_logits(surgery.dense(config), stacked, masks, tokens)
+  cut, params = surgery.gather(config, params, kept, mesh)
   want, _ = jax.jit(model.Decoder(cut).apply)({"params": params}, tokens)
   assert np.std(want) > 1e-2
   np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
@@ -394,17 +404,19 @@ def test_compact_is_the_inverse_of_expand(option):
   full, mesh = small.option(option), small.one_device()
   kept = small.random_kept(full)
   kept["K"] = (kept["K"][0], np.zeros(0, int), kept["K"][2])  # no attention
-  config = prune.with_widths(full, prune.widths(prune.to_masks(kept, full)))
+  config = surgery.with_widths(
+    full, surgery.widths(surgery.to_masks(kept, full))
+  )
   params = small.random_params(config)
-  stacked = prune.expand(config, params, kept, full, mesh)
+  stacked = surgery.expand(config, params, kept, full, mesh)
   assert stacked["layers"]["q"].shape == (3, 16, 4, 2, 4)
   assert stacked["layers"]["down"].shape == (3, 40, 16)
   gone = np.setdiff1d(np.arange(40), kept["F"][1])
   assert not np.any(stacked["layers"]["gate"][1][:, gone])
-  got_config, got = prune.compact(stacked, kept, full, mesh)
+  got_config, got = surgery.compact(stacked, kept, full, mesh)
   assert got_config == config
   same(got, params)
-  again = prune.expand(got_config, got, kept, full, mesh)
+  again = surgery.expand(got_config, got, kept, full, mesh)
   same(again, stacked)
 
 
@@ -413,7 +425,7 @@ def test_gather_takes_the_units_of_every_tensor():
   params, mesh = small.random_params(config), small.one_device()
   keep = small.random_kept(config)
   keep["F"] = (np.zeros(0, int), *keep["F"][1:])
-  cut, got = prune.gather(config, params, keep, mesh)
+  cut, got = surgery.gather(config, params, keep, mesh)
   assert cut.F[0] == 0
   layer, was = got["layer_1"], params["layer_1"]
   k, f = keep["K"][1], keep["F"][1]
@@ -452,8 +464,8 @@ def test_moments_are_gathered_as_their_params_are():
     state,
   )
   keep = small.random_kept(config)
-  cut, want = prune.gather(config, params, keep, mesh)
-  _, got = prune.gather(config, state, keep, mesh)
+  cut, want = surgery.gather(config, params, keep, mesh)
+  _, got = surgery.gather(config, state, keep, mesh)
   fresh = train.init_optimizer(want, Train(), mesh)
   assert jax.tree.structure(got) == jax.tree.structure(fresh)
   moments = [x for x in jax.tree.leaves(got) if x.ndim]
@@ -467,7 +479,7 @@ def test_moments_are_gathered_as_their_params_are():
 def test_relative_numbering():
   kept = {"K": (np.array([1, 3, 6]),), "F": (np.array([0, 5]),)}
   left = {"K": (np.array([1, 6]),), "F": (np.array([5]),)}
-  got = prune.relative_to(kept, left)
+  got = surgery.relative_to(kept, left)
   assert got["K"][0].tolist() == [0, 2]
   assert got["F"][0].tolist() == [1]
 
@@ -476,7 +488,7 @@ def test_relative_numbering():
 def test_minibatches_are_in_order_and_padded(shards, rows):
   mesh = sharding.make_mesh(fsdp=shards, devices=jax.devices()[:shards])
   tokens = small.tokens(small.CONFIG, 10, 5)
-  tokens_MBT, valid_MB = prune.minibatches(tokens, 4, mesh)
+  tokens_MBT, valid_MB = sharding.minibatches(tokens, 4, mesh)
   assert tokens_MBT.shape == (3, rows, 5)
   assert np.asarray(valid_MB).sum(1).tolist() == [4, 4, 2]
   np.testing.assert_array_equal(tokens_MBT[valid_MB], tokens)
@@ -488,24 +500,24 @@ JIT_PATH = """
 import sys
 import jax, numpy as np
 import small
-from adapt_pruner_jax import prune, sharding
+from adapt_pruner_jax import sharding, surgery
 
 config = small.option("biases")
 mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
 params = small.random_params(config)
 placed = jax.device_put(params, sharding.param_shardings(params, mesh))
 kept = small.random_kept(config)  # K of 2, 1, 2 and F of 14, 24, 10
-everything = prune.everything(config)
+everything = surgery.everything(config)
 
 def all_of_it():
-  cut, gathered = prune.gather(config, placed, kept, mesh)
-  stacked = prune.expand(cut, gathered, kept, config, mesh)
-  whole = prune.expand(config, placed, everything, config, mesh)
-  _, compacted = prune.compact(whole, kept, config, mesh)
+  cut, gathered = surgery.gather(config, placed, kept, mesh)
+  stacked = surgery.expand(cut, gathered, kept, config, mesh)
+  whole = surgery.expand(config, placed, everything, config, mesh)
+  _, compacted = surgery.compact(whole, kept, config, mesh)
   return gathered, stacked, compacted
 
 want = all_of_it()
-prune._with_numpy = lambda mesh: False
+surgery._with_numpy = lambda mesh: False
 got = all_of_it()
 for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
   np.testing.assert_array_equal(one, other)

@@ -7,7 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from adapt_pruner_jax import axes, halves, model, prune, refit, sharding
+from adapt_pruner_jax import (
+  axes,
+  halves,
+  model,
+  refit,
+  sharding,
+  surgery,
+)
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.model import ModelConfig, Rope
 
@@ -52,7 +59,7 @@ def one_device():
 def pair():
   """A dense model, and what pruning leaves of it."""
   params = random_params(CONFIG)
-  return (CONFIG, params), prune.gather(CONFIG, params, KEPT, one_device())
+  return (CONFIG, params), surgery.gather(CONFIG, params, KEPT, one_device())
 
 
 def to_numpy(params):
@@ -184,7 +191,7 @@ def test_minibatches_and_devices_do_not_matter(pair, monkeypatch):
 
 def test_nothing_changes_where_nothing_was_pruned(pair):
   dense, _ = pair
-  everything = prune.everything(CONFIG)
+  everything = surgery.everything(CONFIG)
   new, records = refit.refit(dense, dense, everything, TOKENS, 40)
   assert records == []
   jax.tree.map(np.testing.assert_array_equal, new, dense[1])
@@ -232,7 +239,7 @@ def test_output_biases_and_absent_halves(pair):
     "K": (np.array([0, 2]), np.array([], int)),
     "F": (np.array([], int), np.arange(0, 24, 2)),
   }
-  config, params = prune.gather(CONFIG, dense, kept, one_device())
+  config, params = surgery.gather(CONFIG, dense, kept, one_device())
   config = dataclasses.replace(config, o_bias=True, down_bias=True)
   rng = np.random.default_rng(1)
   for i in range(config.L):
@@ -264,7 +271,7 @@ def test_unequal_dense_layers(pair):
     "K": (np.array([1]), np.array([0])),
     "F": (np.arange(10), np.arange(12)),
   }
-  pruned = prune.gather(config, params, keep, one_device())
+  pruned = surgery.gather(config, params, keep, one_device())
   new, records = refit.refit((config, params), pruned, keep, TOKENS, 40)
   assert jax.tree.map(jnp.shape, new) == jax.tree.map(jnp.shape, pruned[1])
   assert [r["refitted"] for r in records] == [True] * 4
@@ -291,7 +298,7 @@ def massive_model():
 def test_massive_activations_do_not_drown_the_rest():
   config, (params, tokens) = CONFIG, massive_model()
   kept = {"K": (np.arange(3),) * 2, "F": (np.arange(3, 20), np.arange(24))}
-  pruned = prune.gather(config, params, kept, one_device())
+  pruned = surgery.gather(config, params, kept, one_device())
   new, _ = refit.refit((config, params), pruned, kept, tokens, 60, ridge=0.1)
 
   def behind_first(c, p):

@@ -12,11 +12,12 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from adapt_pruner_jax import model, prune, sharding
+from adapt_pruner_jax import model, prune, sharding, surgery
 from adapt_pruner_jax.axes import UNITS
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.model import ModelConfig
-from adapt_pruner_jax.prune import Kept, Masks, Step
+from adapt_pruner_jax.prune import Step
+from adapt_pruner_jax.surgery import Kept, Masks
 
 Counts = dict[str, np.ndarray]  # units to remove, {"K": int [L], "F": int [L]}
 
@@ -30,7 +31,7 @@ def defaults(
   """`full`, `kept` and `mesh` as `prune.prune` takes them where not given."""
   return (
     full or config,
-    kept or prune.everything(config),
+    kept or surgery.everything(config),
     mesh or sharding.make_mesh(devices=jax.local_devices()[:1]),
   )
 
@@ -62,7 +63,7 @@ def solve(
   def at(ratio: float) -> tuple[Counts, Masks, int]:
     counts = rounded(counts_at(ratio), masks, round_to)
     left = prune.remove(masks, order, counts)
-    return counts, left, prune.count(full, left)
+    return counts, left, surgery.count(full, left)
 
   low, high = 0.0, 1.0
   if at(high)[2] > target:
@@ -99,7 +100,7 @@ def _give_back(
   """
   cost = model.unit_cost(full)["F"] * round_to
   left = left | {"F": left["F"].copy()}
-  while prune.count(full, left) + cost <= target:
+  while surgery.count(full, left) + cost <= target:
     gone = masks["F"] & ~left["F"] & left["F"].any(axis=1)[:, None]
     gone &= (gone.sum(axis=1) >= round_to)[:, None]
     if not gone.any():
@@ -130,9 +131,9 @@ def check_reachable(
   """
   width = {
     u: np.where(prunable[u], np.minimum(w, least[u]), w)
-    for u, w in prune.widths(masks).items()
+    for u, w in surgery.widths(masks).items()
   }
-  size = model.count_params(prune.with_widths(full, width))
+  size = model.count_params(surgery.with_widths(full, width))
   if size > target:
     raise unreachable(target, size)
 
@@ -147,7 +148,7 @@ def unreachable(target: int, closest: int) -> UserError:
 
 def rounded(counts: Counts, masks: Masks, round_to: int) -> Counts:
   """Counts that leave MLP widths rounded up to multiples of `round_to`."""
-  left = prune.widths(masks)["F"]
+  left = surgery.widths(masks)["F"]
   keep = -(-(left - counts["F"]) // round_to) * round_to
   return counts | {"F": np.maximum(left - keep, 0)}
 
@@ -168,7 +169,7 @@ def step(
     before: units at the start of the stage, which the sparsities refer to.
   """
   nan_L = np.full(full.L, np.nan)
-  was, now = prune.widths(before), prune.widths(masks)
+  was, now = surgery.widths(before), surgery.widths(masks)
   return Step(
     number,
     masks,

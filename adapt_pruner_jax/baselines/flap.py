@@ -18,14 +18,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from adapt_pruner_jax import axes
+from adapt_pruner_jax import axes, surgery
 from adapt_pruner_jax import prune as prune_
 from adapt_pruner_jax.axes import UNITS, Params
 from adapt_pruner_jax.baselines import budget, walk
 from adapt_pruner_jax.baselines.budget import Counts
 from adapt_pruner_jax.config import Prune
 from adapt_pruner_jax.model import ModelConfig
-from adapt_pruner_jax.prune import Kept, Masks, Pruned, Samples, Step
+from adapt_pruner_jax.prune import Pruned, Samples, Step
+from adapt_pruner_jax.surgery import Kept, Masks
 
 READER = {"K": "o", "F": "down"}  # the matrix whose inputs are measured
 BIAS = {"K": "o_bias", "F": "down_bias"}
@@ -90,7 +91,7 @@ def prune(
   full, kept, mesh = budget.defaults(config, full, kept, mesh)
   full = dataclasses.replace(full, o_bias=True, down_bias=True)
   prunable = prune_.prunable_modules(full, settings)
-  before = prune_.to_masks(kept, full)
+  before = surgery.to_masks(kept, full)
   if ratio is None:
     nothing = dict.fromkeys(UNITS, 0)
     budget.check_reachable(full, before, prunable, target, nothing)
@@ -113,11 +114,11 @@ def prune(
   else:
     order = prune_.ranking(scores, before)
     masks = prune_.remove(before, order, counts_at(ratio))
-  left = prune_.to_kept(masks)
-  here = prune_.relative_to(kept, left)
+  left = surgery.to_kept(masks)
+  here = surgery.relative_to(kept, left)
   config, params = compensate(config, params, moments, here, mesh)
-  config, params = prune_.gather(config, params, here, mesh)
-  size = prune_.count(full, masks)
+  config, params = surgery.gather(config, params, here, mesh)
+  size = surgery.count(full, masks)
   step = budget.step(1, full, before, masks, size, scores=scores)
   record = prune_.record(step)
   if log is not None:
@@ -216,7 +217,7 @@ def counter(
   budgets of their own, in which `groups` are removed.
   """
   there = {u: masks[u] & prunable[u][:, None] for u in UNITS}
-  total = prune_.widths(there)
+  total = surgery.widths(there)
   # Weights of a KV group, in those of a channel: an integer, as published.
   weight = {"K": (2 * full.G + 2) * full.H // 3, "F": 1}
   cost = {"K": (2 * full.G + 2) * full.H, "F": 3}  # both times D

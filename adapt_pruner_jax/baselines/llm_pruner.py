@@ -18,14 +18,15 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from adapt_pruner_jax import importance, sparsity
+from adapt_pruner_jax import importance, sharding, sparsity, surgery
 from adapt_pruner_jax import prune as prune_
 from adapt_pruner_jax.axes import UNITS, Params
 from adapt_pruner_jax.baselines import budget
 from adapt_pruner_jax.baselines.budget import Counts
 from adapt_pruner_jax.config import Prune
 from adapt_pruner_jax.model import ModelConfig
-from adapt_pruner_jax.prune import Kept, Masks, Pruned, Samples, Step
+from adapt_pruner_jax.prune import Pruned, Samples, Step
+from adapt_pruner_jax.surgery import Kept, Masks
 
 
 def prune(
@@ -59,13 +60,13 @@ def prune(
   full, kept, mesh = budget.defaults(config, full, kept, mesh)
   settings = spared(settings, full.L)
   prunable = prune_.prunable_modules(full, settings)
-  before = masks = prune_.to_masks(kept, full)
+  before = masks = surgery.to_masks(kept, full)
   if ratio is None:
     least = {"K": 1, "F": settings.round_ffn_to}
     budget.check_reachable(full, masks, prunable, target, least)
-    size = prune_.count(full, masks)
+    size = surgery.count(full, masks)
     targets = sparsity.stage_targets(size, target, settings.llm_pruner_steps)
-  stacked = prune_.expand(config, params, kept, full, mesh)
+  stacked = surgery.expand(config, params, kept, full, mesh)
   trace = []
   for number in range(1, settings.llm_pruner_steps + 1):
     found, scores = _score(
@@ -91,16 +92,16 @@ def prune(
       full,
       before,
       masks,
-      prune_.count(full, masks),
+      surgery.count(full, masks),
       losses_M=found["loss_M"],
       scores=scores,
     )
     trace.append(prune_.record(step))
     if log is not None:
       log(trace[-1], step)
-  left = prune_.to_kept(masks)
-  config, params = prune_.gather(
-    config, params, prune_.relative_to(kept, left), mesh
+  left = surgery.to_kept(masks)
+  config, params = surgery.gather(
+    config, params, surgery.relative_to(kept, left), mesh
   )
   return Pruned(config, params, left, trace)
 
@@ -130,7 +131,7 @@ def counter(
   counted as one; a KV group's score is a sum over many more weights than a
   channel's, so that hardly any group goes.
   """
-  initial, left = prune_.widths(before), prune_.widths(masks)
+  initial, left = surgery.widths(before), surgery.widths(masks)
 
   def each_layer(ratio: float) -> Counts:
     counts = {}
@@ -160,11 +161,11 @@ def counter(
 
 def _score(full, stacked, masks, settings, samples, number, batch, mesh, seed):
   """What `importance.measure_step` finds, and the scores of the units."""
-  tokens_MBT, valid_MB = prune_.minibatches(samples(number - 1), batch, mesh)
+  tokens_MBT, valid_MB = sharding.minibatches(samples(number - 1), batch, mesh)
   found = importance.measure_step(
-    prune_.dense(full),
+    surgery.dense(full),
     stacked,
-    prune_.replicate(masks, mesh),
+    sharding.replicate(masks, mesh),
     tokens_MBT,
     valid_MB,
     kind=settings.group_importance,

@@ -12,14 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from adapt_pruner_jax import axes, importance
+from adapt_pruner_jax import axes, importance, surgery
 from adapt_pruner_jax import prune as prune_
 from adapt_pruner_jax.axes import Params
 from adapt_pruner_jax.baselines import budget, walk
 from adapt_pruner_jax.config import Prune
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.model import ModelConfig
-from adapt_pruner_jax.prune import Kept, Pruned, Samples, Step
+from adapt_pruner_jax.prune import Pruned, Samples, Step
+from adapt_pruner_jax.surgery import Kept
 
 
 def prune(
@@ -52,25 +53,25 @@ def prune(
   budget.check_target(target, layers)
   full, kept, mesh = budget.defaults(config, full, kept, mesh)
   influence_L = influence(config, params, samples(0), batch, mesh)
-  before = masks = prune_.to_masks(kept, full)
+  before = masks = surgery.to_masks(kept, full)
   there = np.flatnonzero(sum(m.sum(axis=1) for m in masks.values()))
   order = there[np.argsort(influence_L[there], kind="stable")]
   dropped = 0
   while (
-    prune_.count(full, masks) > target if layers is None else dropped < layers
+    surgery.count(full, masks) > target if layers is None else dropped < layers
   ):
     if dropped == len(order) - 1:
       raise UserError(
         f"shortgpt cannot reach {target:,} parameters: with one layer left "
-        f"{prune_.count(full, masks):,} remain; raise the target"
+        f"{surgery.count(full, masks):,} remain; raise the target"
       )
     masks = {u: m.copy() for u, m in masks.items()}
     for mask in masks.values():
       mask[order[dropped]] = False
     dropped += 1
-  left = prune_.to_kept(masks)
-  config, params = prune_.gather(
-    config, params, prune_.relative_to(kept, left), mesh
+  left = surgery.to_kept(masks)
+  config, params = surgery.gather(
+    config, params, surgery.relative_to(kept, left), mesh
   )
   for layer in order[:dropped]:
     # What is left of an absent layer, its output biases, would still add.
@@ -80,7 +81,7 @@ def prune(
       for n, x in params[name].items()
     }
   step = budget.step(
-    1, full, before, masks, prune_.count(full, masks), importance_L=influence_L
+    1, full, before, masks, surgery.count(full, masks), importance_L=influence_L
   )
   record = prune_.record(step)
   if log is not None:

@@ -21,14 +21,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from adapt_pruner_jax import axes, model, sharding
+from adapt_pruner_jax import axes, model, sharding, surgery
 from adapt_pruner_jax import prune as prune_
 from adapt_pruner_jax.axes import Params
 from adapt_pruner_jax.baselines import budget, walk
 from adapt_pruner_jax.config import Prune
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.model import ModelConfig
-from adapt_pruner_jax.prune import Kept, Pruned, Samples, Step
+from adapt_pruner_jax.prune import Pruned, Samples, Step
+from adapt_pruner_jax.surgery import Kept
 
 DAMPING = 0.01  # of the mean eigenvalue, added to all
 # Places of the residual stream: 0 behind the embedding, 2 i + 1 behind the
@@ -78,7 +79,7 @@ def prune(
     )
     config, params = project(config, params, place, basis[:, :width_], mesh)
     eigenvalues.append(values)
-  masks = prune_.to_masks(kept, full)
+  masks = surgery.to_masks(kept, full)
   step = budget.step(1, full, masks, masks, model.count_params(config))
   record = prune_.record(step)
   # Shares of the variance that is kept, to say where it hurt.

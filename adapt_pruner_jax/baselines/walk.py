@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from adapt_pruner_jax import axes, model, sharding
 from adapt_pruner_jax.axes import Params
 from adapt_pruner_jax.model import Block, Decoder, ModelConfig
-from adapt_pruner_jax.prune import minibatches
+from adapt_pruner_jax.sharding import minibatches
 
 
 def batches(

@@ -14,13 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from adapt_pruner_jax import axes
+from adapt_pruner_jax import axes, surgery
 from adapt_pruner_jax import prune as prune_
 from adapt_pruner_jax.axes import UNITS, Params
 from adapt_pruner_jax.baselines import budget, flap, walk
 from adapt_pruner_jax.config import Prune
 from adapt_pruner_jax.model import ModelConfig
-from adapt_pruner_jax.prune import Kept, Pruned, Samples, Step
+from adapt_pruner_jax.prune import Pruned, Samples, Step
+from adapt_pruner_jax.surgery import Kept
 
 
 def prune(
@@ -54,7 +55,7 @@ def prune(
   budget.check_target(target, ratio)
   full, kept, mesh = budget.defaults(config, full, kept, mesh)
   prunable = prune_.prunable_modules(full, settings)
-  before = prune_.to_masks(kept, full)
+  before = surgery.to_masks(kept, full)
   if ratio is None:
     nothing = dict.fromkeys(UNITS, 0)
     budget.check_reachable(full, before, prunable, target, nothing)
@@ -72,11 +73,11 @@ def prune(
       target,
       settings.round_ffn_to,
     )
-    was, now = prune_.widths(before), prune_.widths(masks)
+    was, now = surgery.widths(before), surgery.widths(masks)
     counts = {u: was[u] - now[u] for u in UNITS}
   else:
     counts = counts_at(ratio)
-  keep = prune_.everything(config)
+  keep = surgery.everything(config)
   tokens_NT = samples(0)
   for layer in range(config.L):
     scores = layer_scores(
@@ -89,9 +90,9 @@ def prune(
   left = {
     u: tuple(k[i] for k, i in zip(kept[u], keep[u], strict=True)) for u in UNITS
   }
-  masks = prune_.to_masks(left, full)
-  config, params = prune_.gather(config, params, keep, mesh)
-  step = budget.step(1, full, before, masks, prune_.count(full, masks))
+  masks = surgery.to_masks(left, full)
+  config, params = surgery.gather(config, params, keep, mesh)
+  step = budget.step(1, full, before, masks, surgery.count(full, masks))
   record = prune_.record(step)
   if log is not None:
     log(record, step)
