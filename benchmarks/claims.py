@@ -74,8 +74,16 @@ PUBLISHED = (
 )
 DECISIVE = ("paper", "paper+refit", "curvature+refit")
 ABLATIONS = {
+  "curvature+refit": {
+    "refit": ("final", "2"),
+    "refit_all": (True,),
+    "step_size": (0.05, 0.1),
+    "cap": (0.05, 0.25),
+    "samples": (16, 256),
+  },
   "paper": {
     "amplitude": (0.0, 0.01, 0.05),
+    "gqa_fold": ("aligned",),
     "layer_importance": ("euclidean", "manhattan"),
     "group_importance": (
       "taylor_vectorize",
@@ -85,16 +93,8 @@ ABLATIONS = {
       "l2",
       "random",
     ),
-    "gqa_fold": ("aligned",),
     "step_size": (0.01, 0.05, 0.1),
     "samples": (16, 256, 512),
-  },
-  "curvature+refit": {
-    "refit": ("final", "2"),
-    "refit_all": (True,),
-    "cap": (0.05, 0.25),
-    "step_size": (0.05, 0.1),
-    "samples": (16, 256),
   },
 }
 

@@ -130,17 +130,18 @@ def claim2(own: Results, unit: int) -> list[str]:
   for name in ("paper", "curvature+refit", "from_scratch"):
     mine = curve(own, name)
     rows.append([f"`{name}`"] + [_shown(mine.get(b), "test") for b in budgets])
-  lines = [
-    "### Claim 2: pruned and trained, against random weights of that shape",
-    table(["method", *[_units(b, unit) for b in budgets]], rows),
-  ]
+  title = (
+    "### Claim 2: pruned and trained, against random weights of that shape"
+  )
+  shown = table(["method", *[_units(b, unit) for b in budgets]], rows)
+  lines = []
   for name in ("paper", "curvature+refit"):
     for tokens, cells in sorted(curve(own, name).items()):
       if tokens:
         lines += [
           f"- `{name}` after {tokens:,} tokens: {reach(scratch, cells, tokens)}"
         ]
-  return lines
+  return [title, shown, "\n".join(lines)]
 
 
 def reach(scratch: dict, cells: list[dict], tokens: int) -> str:
@@ -165,9 +166,10 @@ def claim3(own: Results, unit: int) -> list[str]:
   """Loss by number of stages, at equal tokens."""
   rows, header = [], None
   for name in ("paper", "paper+refit", "curvature+refit"):
-    tokens, mine = by_stages(own, name)
-    if len(mine) < 2:
+    found = by_stages(own, name)
+    if len(found[1]) < 2:
       continue
+    tokens, mine = found
     header = header or ["method", *[f"{n} stage(s)" for n in sorted(mine)]]
     cells = {n: _shown(r, "test") for n, r in mine.items()}
     counts = [int(h.split()[0]) for h in header[1:]]
