@@ -6,7 +6,7 @@ several. Cells that were not measured leave a dash.
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -19,6 +19,21 @@ from adapt_pruner_jax.comparison import COLOURS, MARKERS
 # One cell for each seed, their key without the seed: see `by_key`.
 Key = tuple
 Results = dict[Key, list[dict]]
+Lines = dict[str, dict[float, list[dict]]]  # by method and place on the x axis
+DENSE = ("dense", 0.0, 1, 0, 0.0, None)  # key of the unpruned model
+NAMES = (  # fixes colours
+  "paper",
+  "paper+refit",
+  "curvature+refit",
+  "from_scratch",
+  "flap",
+  "slicegpt",
+  "llm_pruner",
+  "uniform",
+  "magnitude",
+  "shortgpt",
+)
+HIGHEST = 6.0  # nats above the dense model that a plot shows
 
 
 def write(found: dict, unit: int, out: Path) -> None:
@@ -33,7 +48,7 @@ def write(found: dict, unit: int, out: Path) -> None:
   parts = ["# The claims, measured"]
   for base in bases:
     own = {key[1:]: rows for key, rows in results.items() if key[0] == base}
-    dense = own.get(("dense", 0.0, 1, 0, 0.0, None))
+    dense = own.get(DENSE)
     if dense is None:
       continue
     parts += [
@@ -46,12 +61,12 @@ def write(found: dict, unit: int, out: Path) -> None:
       *ablations(own),
     ]
   workdir.write_text(out / "claims.md", "\n\n".join(parts) + "\n")
-  for name, draw in (
-    ("claim1", draw_claim1),
-    ("claim2", draw_claim2),
-    ("claim3", draw_claim3),
+  for name, lines, label in (
+    ("claim1", lines1, "parameters removed, %"),
+    ("claim2", lines2, "training tokens"),
+    ("claim3", lines3, "stages"),
   ):
-    plot(results, bases, unit, draw, out / name)
+    plot(results, bases, lines, label, out / name)
 
 
 def by_key(found: dict) -> Results:
@@ -265,29 +280,39 @@ def _units(tokens: int, unit: int) -> str:
 # ---- Plots -------------------------------------------------------------------
 
 
-def plot(results: Results, bases: list[str], unit: int, draw, path: Path):
-  """A panel a base, as SVG and PNG."""
-  panels = {
-    base: {k[1:]: rows for k, rows in results.items() if k[0] == base}
-    for base in bases
-  }
+def plot(
+  results: Results, bases: list[str], lines: Callable, label: str, path: Path
+) -> None:
+  """A panel for each base that has such lines, as SVG and PNG."""
+  panels = {}
+  for base in bases:
+    own = {k[1:]: rows for k, rows in results.items() if k[0] == base}
+    found = {name: points for name, points in lines(own).items() if points}
+    if found:
+      panels[base] = found, own[DENSE][0]["test"]
+  if not panels:
+    return
   with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "c"}):
-    figure = Figure((1 + 4 * len(bases), 4), layout="constrained")
-    axes = figure.subplots(1, len(bases), squeeze=False)[0]
-    for axis, (base, own) in zip(axes, panels.items(), strict=True):
-      draw(axis, own, unit)
-      axis.set_title(base)
-      axis.spines[["top", "right"]].set_visible(False)
-      dense = own.get(("dense", 0.0, 1, 0, 0.0, None))
-      if dense:
-        axis.axhline(
-          dense[0]["test"], color="0.5", linestyle=":", label="dense"
-        )
-    axes[0].set_ylabel("loss, nats per token")
+    figure = Figure((2 + 4 * len(panels), 4.5), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
     handles = {}
-    for axis in axes:
-      lines, labels = axis.get_legend_handles_labels()
-      handles |= dict(zip(labels, lines, strict=True))
+    for axis, (base, (found, dense)) in zip(axes, panels.items(), strict=True):
+      for name, points in found.items():
+        draw(axis, name, points)
+      axis.axhline(dense, color="0.5", linestyle=":", label="dense")
+      axis.set_title(base)
+      axis.set_xlabel(label)
+      axis.spines[["top", "right"]].set_visible(False)
+      axis.set_ylim(top=min(axis.get_ylim()[1], dense + HIGHEST))
+      if "tokens" in label:
+        axis.set_xscale("log")
+      else:
+        axis.set_xticks(
+          sorted({x for points in found.values() for x in points})
+        )
+      shown, names = axis.get_legend_handles_labels()
+      handles |= dict(zip(names, shown, strict=True))
+    axes[0].set_ylabel("loss, nats per token")
     figure.legend(
       handles.values(),
       handles.keys(),
@@ -300,36 +325,35 @@ def plot(results: Results, bases: list[str], unit: int, draw, path: Path):
       figure.savefig(f"{path}.{kind}", dpi=120, metadata=metadata)
 
 
-def draw_claim1(axis, own: Results, unit: int) -> None:
-  plain = {k[:2]: rows for k, rows in own.items() if k[2:] == (1, 0, 0.0, None)}
-  names = list(dict.fromkeys(name for name, ratio in plain if ratio))
-  for number, name in enumerate(names):
-    at = sorted((r, rows) for (n, r), rows in plain.items() if n == name)
-    _line(axis, [100 * r for r, _ in at], [x for _, x in at], number, name)
-  axis.set_xlabel("parameters removed, %")
-  axis.set_ylim(top=min(axis.get_ylim()[1], 10))
+def lines1(own: Results) -> Lines:
+  """By parameters removed, in per cent, without training."""
+  found: Lines = {}
+  for key, rows in own.items():
+    if key[1] and key[2:] == (1, 0, 0.0, None):
+      found.setdefault(key[0], {})[100 * key[1]] = rows
+  return found
 
 
-def draw_claim2(axis, own: Results, unit: int) -> None:
-  names = ("paper", "paper+refit", "curvature+refit", "from_scratch")
-  for number, name in enumerate(names):
-    at = sorted((b, rows) for b, rows in curve(own, name).items() if b)
-    if at:
-      _line(axis, [b for b, _ in at], [x for _, x in at], number, name)
-  axis.set_xscale("log")
-  axis.set_xlabel("training tokens")
+def lines2(own: Results) -> Lines:
+  """By training tokens, in one go."""
+  found = {name: curve(own, name) for name in NAMES}
+  return {
+    name: {n: rows for n, rows in points.items() if n}
+    for name, points in found.items()
+    if len(points) > 1
+  }
 
 
-def draw_claim3(axis, own: Results, unit: int) -> None:
-  for number, name in enumerate(("paper", "paper+refit", "curvature+refit")):
-    at = sorted(by_stages(own, name)[1].items())
-    if at:
-      _line(axis, [n for n, _ in at], [x for _, x in at], number, name)
-  axis.set_xlabel("stages")
+def lines3(own: Results) -> Lines:
+  """By number of stages."""
+  return {name: by_stages(own, name)[1] for name in NAMES}
 
 
-def _line(axis, xs, cells: list[list[dict]], number: int, name: str) -> None:
-  values = [[c["test"] for c in rows] for rows in cells]
+def draw(axis, name: str, points: dict[float, list[dict]]) -> None:
+  """One method; it has the same colour in all panels."""
+  number = NAMES.index(name)
+  xs = sorted(points)
+  values = [[c["test"] for c in points[x]] for x in xs]
   axis.errorbar(
     xs,
     [np.mean(v) for v in values],
