@@ -201,7 +201,7 @@ def perplexity(
     )
   if mesh is None:
     mesh = sharding.make_mesh(devices=jax.local_devices()[:1])
-  shards = math.prod(mesh.shape[axis] for axis in sharding.BATCH)
+  shards = sharding.batch_shards(mesh)
   batch = -(-batch // shards) * shards
   rows_BT, lengths_B = windows(tokens, min(seq_len, len(tokens)), batch)
   total, count = 0.0, 0

@@ -5,7 +5,6 @@ same column. The cache of a layer is as wide as that layer's K.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -144,7 +143,7 @@ def pad_left(
 
   B is what the mesh divides; rows beyond the prompts hold one token, 0.
   """
-  shards = math.prod(mesh.shape[axis] for axis in sharding.BATCH)
+  shards = sharding.batch_shards(mesh)
   B = -(-len(prompts) // shards) * shards
   T = padded_length(max(len(prompt) for prompt in prompts))
   tokens = np.zeros((B, T), np.int32)

@@ -9,7 +9,6 @@ requests with the rows cut over the mesh, so results are the same on every host.
 import collections
 import dataclasses
 import functools
-import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -65,7 +64,7 @@ class JaxLM(TemplateLM):
     super().__init__()
     if mesh is None:
       mesh = sharding.make_mesh(devices=jax.local_devices()[:1])
-    shards = math.prod(mesh.shape[axis] for axis in sharding.BATCH)
+    shards = sharding.batch_shards(mesh)
     self.model_config, self.params, self.mesh = config, params, mesh
     self.words, self.shards = tokenizer, shards
     self.batch = -(-batch // shards) * shards

@@ -98,7 +98,7 @@ def scoring(
   dtype = weight_dtype(config)
   recipe = config.calibration
   batch = min(recipe.batch, recipe.samples)
-  shards = math.prod(mesh.shape[axis] for axis in sharding.BATCH)
+  shards = sharding.batch_shards(mesh)
   M, B = -(-recipe.samples // batch), -(-batch // shards) * shards
   T = recipe.seq_len
   whole = sharding.replicated(mesh)
@@ -140,7 +140,7 @@ def refitting(config: Config, full: ModelConfig, mesh: Mesh) -> Bytes:
 
   dtype, recipe = weight_dtype(config), config.calibration
   model_size = size(_placed(model.abstract_params(full, dtype), mesh))
-  shards = math.prod(mesh.shape[axis] for axis in sharding.BATCH)
+  shards = sharding.batch_shards(mesh)
   rows = -(-min(recipe.batch, recipe.refit_samples) // shards)
   number = -(-recipe.refit_samples // shards)
   stream = 4 * number * recipe.seq_len * full.D
@@ -181,7 +181,7 @@ def estimated_training(
   itemsize = jnp.dtype(settings.dtype).itemsize
   rows = config.data.batch / settings.accumulation
   T = config.data.seq_len
-  shards = math.prod(mesh.shape[axis] for axis in sharding.BATCH)
+  shards = sharding.batch_shards(mesh)
   tokens, tensor = rows * T / shards, mesh.shape["tensor"]
 
   def activations(layer: int) -> float:

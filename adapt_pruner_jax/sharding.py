@@ -108,6 +108,11 @@ def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec())
 
 
+def batch_shards(mesh: Mesh) -> int:
+  """How many parts a batch is cut into."""
+  return math.prod(mesh.shape[axis] for axis in BATCH)
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
   """First dim (rows) over all devices but those of `tensor`."""
   return NamedSharding(mesh, PartitionSpec(BATCH))
@@ -133,7 +138,7 @@ def minibatches(
   N, T = tokens_NT.shape
   batch = min(batch, N)
   M = -(-N // batch)
-  shards = math.prod(mesh.shape[a] for a in BATCH)
+  shards = batch_shards(mesh)
   rows = -(-batch // shards) * shards
   index = np.full((M, rows), -1)
   for m in range(M):

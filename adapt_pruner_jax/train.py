@@ -206,7 +206,7 @@ def place(batch: Batch, mesh: Mesh) -> dict[str, jax.Array]:
 
 def check_rows(rows: int, accumulation: int, mesh: Mesh) -> None:
   """Raises a UserError if the rows of a batch cannot be dealt out evenly."""
-  devices = math.prod(mesh.shape[axis] for axis in sharding.BATCH)
+  devices = sharding.batch_shards(mesh)
   if rows % (devices * accumulation):
     raise UserError(
       f"a batch of {rows} rows does not divide over {devices} device(s) x "
