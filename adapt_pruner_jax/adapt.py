@@ -268,12 +268,12 @@ def recover_stage(
 
 
 def stage_end(setting: Setting, stage: int) -> int:
-  """The global train step at which a stage ends."""
+  """The global train step at which a stage ends; 0 before the first."""
   config = setting.config
-  shares = sparsity.token_shares(config.prune.stages, config.train.data_share)
-  if stage == config.prune.stages:
-    return setting.total_steps
-  return round(setting.total_steps * sum(shares[:stage]))
+  ends = sparsity.stage_ends(
+    setting.total_steps, config.prune.stages, config.train.data_share
+  )
+  return [0, *ends][stage]
 
 
 def finish_stage(state: State, setting: Setting) -> None:

@@ -105,11 +105,10 @@ def stage_table(
     targets = sparsity.stage_targets(size, target, number)
   per_step = config.data.step_tokens
   total = -(-config.train.tokens // per_step)
-  shares = sparsity.token_shares(number, config.train.data_share)
+  ends = sparsity.stage_ends(total, number, config.train.data_share)
   rows, now, trained = [], full, 0
-  for i, aim in enumerate(targets):
+  for i, (aim, last) in enumerate(zip(targets, ends, strict=True)):
     after = evenly(full, settings, aim)
-    last = total if i == number - 1 else round(total * sum(shares[: i + 1]))
     needed = prune_steps(now, after, full, settings)
     steps = min(needed, settings.max_steps or needed)
     rows.append(

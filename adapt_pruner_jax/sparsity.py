@@ -113,3 +113,10 @@ def token_shares(stages: int, kind: str) -> list[float]:
   }[kind]
   weights = [weight(i) for i in range(1, stages + 1)]
   return [w / sum(weights) for w in weights]
+
+
+def stage_ends(steps: int, stages: int, kind: str) -> list[int]:
+  """The train step at which each stage ends; the last ends with `steps`."""
+  shares = token_shares(stages, kind)
+  ends = [round(steps * sum(shares[:i])) for i in range(1, stages)]
+  return [*ends, steps]

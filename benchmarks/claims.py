@@ -208,9 +208,8 @@ class Bench:
     goals = sparsity.stage_targets(
       model.count_params(full), target, cell.stages
     )
-    shares = np.cumsum(sparsity.token_shares(cell.stages, "linear"))
-    ends = np.rint(self.steps(cell) * shares).astype(int)
-    for goal, begin, end in zip(goals, (0, *ends), ends, strict=False):
+    ends = sparsity.stage_ends(self.steps(cell), cell.stages, "linear")
+    for goal, begin, end in zip(goals, [0, *ends[:-1]], ends, strict=True):
       begun = time.process_time()
       made = methods.METHODS[settings.method](
         *pair,

@@ -105,6 +105,12 @@ def test_stage_targets_fall_linearly_to_exactly_the_target():
   assert sparsity.stage_targets(494_032_768, 376_100_000, 1) == [376_100_000]
 
 
+def test_stage_ends():
+  assert sparsity.stage_ends(100, 4, "linear") == [10, 30, 60, 100]
+  assert sparsity.stage_ends(7, 3, "constant") == [2, 5, 7]
+  assert sparsity.stage_ends(0, 2, "cosine") == [0, 0]
+
+
 def test_token_shares():
   got = sparsity.token_shares(4, "linear")
   np.testing.assert_allclose(got, [0.1, 0.2, 0.3, 0.4])
