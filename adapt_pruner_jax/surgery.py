@@ -42,6 +42,11 @@ def with_widths(
   return dataclasses.replace(config, **units)
 
 
+def with_units(config: ModelConfig, keep: Kept) -> ModelConfig:
+  width = {u: np.array([len(units) for units in keep[u]]) for u in UNITS}
+  return with_widths(config, width)
+
+
 def everything(config: ModelConfig) -> Kept:
   """All units of a model."""
   return {u: tuple(map(np.arange, w)) for u, w in config.units().items()}
@@ -81,9 +86,7 @@ def gather(
   Args:
     keep: in the numbering of `config`.
   """
-  new = with_widths(
-    config, {u: np.array([len(k) for k in keep[u]]) for u in UNITS}
-  )
+  new = with_units(config, keep)
   # A half without units has no parameters at all, not even its norms.
   names = [set(model.layer_names(new, i)) for i in range(new.L)]
 
@@ -145,9 +148,7 @@ def compact(
   stacked: Params, kept: Kept, full: ModelConfig, mesh: Mesh
 ) -> tuple[ModelConfig, Params]:
   """The model that dense stacked params and kept units stand for."""
-  new = with_widths(
-    full, {u: np.array([len(k) for k in kept[u]]) for u in UNITS}
-  )
+  new = with_units(full, kept)
 
   def split(stacked):
     params = {n: stacked[n] for n in model.outer_names(new)}
