@@ -8,6 +8,7 @@ from typing import Any
 from adapt_pruner_jax import evaluate, workdir
 from adapt_pruner_jax.config import Config, field_names, get
 from adapt_pruner_jax.log import Log
+from adapt_pruner_jax.markdown import table as markdown_table
 
 JSON, MARKDOWN, PLOT = "compare.json", "compare.md", "compare"
 # Okabe and Ito's colours, which the colour-blind can tell apart.
@@ -104,9 +105,7 @@ def shown(perplexity: Any) -> str:
 def markdown(found: dict) -> str:
   """The table as Markdown, with the command that makes it."""
   columns, rows = table(found["rows"])
-  left = ("method",)
-  rule = ["---" if c in left else "---:" for c in columns]
-  lines = [f"| {' | '.join(cells)} |" for cells in (columns, rule, *rows)]
+  numbers = {*columns} - {"method"}
   errors = [
     f"- {row['method']} at {row['ratio']:.0%}: {row['error']}"
     for row in found["rows"]
@@ -125,7 +124,11 @@ def markdown(found: dict) -> str:
     ]
   if errors:
     notes += ["What could not be done:", "\n".join(errors)]
-  parts = ["# Comparison of pruning methods", "\n".join(lines), *notes]
+  parts = [
+    "# Comparison of pruning methods",
+    markdown_table(columns, rows, numbers),
+    *notes,
+  ]
   if _drawable(found["rows"]):
     parts += [f"![perplexity by parameters removed]({PLOT}.svg)"]
   return "\n\n".join([*parts, f"```\n{found['command']}\n```"]) + "\n"
@@ -135,37 +138,43 @@ def plot(rows: list[dict], path: Path) -> None:
   """compare.svg and compare.png: perplexity by what was removed."""
   if not _drawable(rows):
     return
-  import matplotlib
   from matplotlib.figure import Figure
 
+  figure = Figure((8, 4.5), layout="constrained")
+  axis = figure.subplots()
+  names = list(dict.fromkeys(r["method"] for r in rows if r["ratio"]))
+  for number, name in enumerate(names):
+    points = [_point(r) for r in rows if r["method"] == name]
+    points = [p for p in points if p is not None]
+    if points:
+      axis.plot(
+        *zip(*points, strict=True),
+        color=COLOURS[number % len(COLOURS)],
+        marker=MARKERS[number % len(MARKERS)],
+        linestyle="-" if number < len(COLOURS) else "--",
+        label=name,
+      )
+  dense = [_point(r) for r in rows if not r["ratio"]]
+  if dense:
+    axis.axhline(dense[0][1], color="0.5", linestyle=":", label="dense")
+  axis.set_yscale("log")
+  axis.set_xlabel("parameters removed, %")
+  axis.set_ylabel("perplexity (log)")
+  axis.spines[["top", "right"]].set_visible(False)
+  figure.legend(loc="outside right upper", frameon=False)
+  save_figure(figure, path / PLOT)
+
+
+def save_figure(figure: Any, path: Path) -> None:
+  """PATH.svg, with text as text, and PATH.png; the same bytes each time."""
+  import matplotlib
+
   with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": PLOT}):
-    figure = Figure((8, 4.5), layout="constrained")
-    axis = figure.subplots()
-    names = list(dict.fromkeys(r["method"] for r in rows if r["ratio"]))
-    for number, name in enumerate(names):
-      points = [_point(r) for r in rows if r["method"] == name]
-      points = [p for p in points if p is not None]
-      if points:
-        axis.plot(
-          *zip(*points, strict=True),
-          color=COLOURS[number % len(COLOURS)],
-          marker=MARKERS[number % len(MARKERS)],
-          linestyle="-" if number < len(COLOURS) else "--",
-          label=name,
-        )
-    dense = [_point(r) for r in rows if not r["ratio"]]
-    if dense:
-      axis.axhline(dense[0][1], color="0.5", linestyle=":", label="dense")
-    axis.set_yscale("log")
-    axis.set_xlabel("parameters removed, %")
-    axis.set_ylabel("perplexity (log)")
-    axis.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside right upper", frameon=False)
     for kind in ("svg", "png"):
-      temporary = path / f".{PLOT}.tmp.{kind}"
+      temporary = path.with_name(f".{path.name}.tmp.{kind}")
       metadata = {"Date": None} if kind == "svg" else None
       figure.savefig(temporary, dpi=150, metadata=metadata)
-      temporary.replace(path / f"{PLOT}.{kind}")
+      temporary.replace(f"{path}.{kind}")
 
 
 def _drawable(rows: list[dict]) -> bool:

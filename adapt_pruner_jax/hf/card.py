@@ -2,12 +2,13 @@
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from adapt_pruner_jax import markdown
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.hf import config_json
 from adapt_pruner_jax.hf.load import HUB_ID
@@ -77,7 +78,7 @@ def _summary(name: str, config: ModelConfig, facts: dict[str, Any]) -> str:
   versions = facts.get("versions") or {"jax": jax.__version__}
   made = ", ".join(f"{n} {v}" for n, v in versions.items() if v)
   rows.append(("made with", f"adapt_pruner_jax; {made}"))
-  return _table(("", ""), rows)
+  return markdown.table(("", ""), rows)
 
 
 def _layers(config: ModelConfig, facts: dict[str, Any]) -> str:
@@ -90,7 +91,7 @@ def _layers(config: ModelConfig, facts: dict[str, Any]) -> str:
       (i, f"{k0 * config.G} → {heads}", f"{k0} → {k}", f"{f0} → {f}")
       for (i, heads, k, f), k0, f0 in zip(rows, *old, strict=True)
     ]
-  return _table(columns, rows)
+  return markdown.table(columns, rows)
 
 
 def _usage(config: ModelConfig) -> str:
@@ -139,11 +140,6 @@ def _licence(source: Path | None) -> list[str]:
   found = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
   lines = found[1].splitlines() if found else []
   return [x for x in lines if re.match(r"licen[sc]e(_name|_link)?:\s*\S", x)]
-
-
-def _table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-  lines = [columns, ["---"] * len(columns), *rows]
-  return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
 def write_sums(folder: Path, known: Mapping[str, str] | None = None) -> None:
