@@ -50,7 +50,7 @@ from adapt_pruner_jax import (
   train,
   workdir,
 )
-from adapt_pruner_jax.config import Data, Prune, Train
+from adapt_pruner_jax.config import CHOICES, Data, Prune, Train
 from adapt_pruner_jax.hf import load
 
 UNIT = 512 * 64  # tokens: the paper's calibration, and a unit of training
@@ -59,7 +59,7 @@ SAMPLES, REFIT_SAMPLES, SAMPLE_LEN, BATCH = 64, 512, 64, 32
 ROWS, ROW_LEN = 4, 256  # of a train step
 EVAL_TOKENS = 20_480
 SEEDS = 3
-RATIOS = (0.2, 0.4, 0.6)
+RATIOS = (0.4, 0.2, 0.6)
 RATES = (1e-4, 3e-4, 1e-3, 3e-3)
 SCRATCH_RATES = (1e-3, 3e-3)
 SCRATCH, DENSE = contenders.SCRATCH, contenders.DENSE
@@ -84,15 +84,8 @@ ABLATIONS = {
   "paper": {
     "amplitude": (0.0, 0.01, 0.05),
     "gqa_fold": ("aligned",),
-    "layer_importance": ("euclidean", "manhattan"),
-    "group_importance": (
-      "taylor_vectorize",
-      "taylor_second",
-      "taylor_mix",
-      "l1",
-      "l2",
-      "random",
-    ),
+    "layer_importance": CHOICES["prune.layer_importance"][1:],
+    "group_importance": CHOICES["prune.group_importance"][1:],
     "step_size": (0.01, 0.05, 0.1),
     "samples": (16, 256, 512),
   },
@@ -294,8 +287,8 @@ class Bench:
 
   @functools.lru_cache(maxsize=1)  # noqa: B019
   def rows(self, base: str, seed: int) -> data.TrainData:
-    source = Data(f"text:{self.base(base).train_file}", ROW_LEN, ROWS)
     found = self.base(base)
+    source = Data(f"text:{found.train_file}", ROW_LEN, ROWS)
     return data.train_data(source, found.tokenizer, found.config.V, seed)
 
   @functools.lru_cache(maxsize=1)  # noqa: B019
@@ -309,11 +302,10 @@ class Bench:
     file = self.out / f"{name}.txt"
     workdir.write_text(file, whole[:cut])
     ids = lambda text: np.array(tokenizer.encode(text), np.int32)
-    wikitext = self.where["wikitext"].read_text(encoding="utf-8")
     slices = {
       "tune": whole[cut:],
       "test": sources.read_text(heldout),
-      "wikitext": wikitext[: 8 * EVAL_TOKENS],
+      "wikitext": self.where["wikitext"].read_text(encoding="utf-8"),
     }
     return Base(
       config,
@@ -324,10 +316,10 @@ class Bench:
       {n: ids(t[: 8 * EVAL_TOKENS])[:EVAL_TOKENS] for n, t in slices.items()},
     )
 
-  def rate(self, base: str, method: str, ratio: float = 0.4) -> float:
+  def rate(self, base: str, method: str) -> float:
     """The best of the grid on the tuning text."""
     grid = SCRATCH_RATES if method == SCRATCH else RATES
-    cells = [Cell(base, 0, method, ratio, 1, 3 * UNIT, rate) for rate in grid]
+    cells = [Cell(base, 0, method, tokens=3 * UNIT, rate=rate) for rate in grid]
     return min(cells, key=lambda cell: self.get(cell)["tune"]).rate
 
 
@@ -336,9 +328,8 @@ class Bench:
 
 def claim1(bench: Bench, base: str) -> Iterator[Cell]:
   """Methods at equal sizes, without training."""
-  yield Cell(base, 0, DENSE, 0.0)
-  for ratio in (0.4, 0.2, 0.6):
-    for method in (*PUBLISHED, "paper+refit", "curvature+refit"):
+  for ratio in RATIOS:
+    for method in (*PUBLISHED, *DECISIVE[1:]):
       for seed in range(1 if method in ("magnitude", "shortgpt") else SEEDS):
         yield Cell(base, seed, method, ratio)
 
@@ -364,11 +355,9 @@ def claim2(bench: Bench, base: str) -> Iterator[Cell]:
 
 def claim3(bench: Bench, base: str) -> Iterator[Cell]:
   """Equal tokens in more and more stages."""
-  for method, counts in (("paper", (1, 2, 5, 10)), *[
-    (method, (1, 5)) for method in DECISIVE[1:]
-  ]):  # fmt: skip
+  for method in DECISIVE:
     rate = bench.rate(base, method)
-    for stages in counts:
+    for stages in (1, 2, 5, 10) if method == "paper" else (1, 5):
       for seed in range(SEEDS):
         yield Cell(base, seed, method, 0.4, stages, STAGED, rate)
 
@@ -418,7 +407,8 @@ def main() -> None:
     where["base"] = (flags.base / "model", *texts)
   units = [int(number) for number in flags.units.split(",")]
   bench = Bench(flags.out, where, units)
-  for base in filter(None, flags.bases.split(",")):
+  for base in flags.bases.split(","):
+    bench.get(Cell(base, 0, DENSE, 0.0))
     for name in flags.only.split(","):
       for cell in EXPERIMENTS[name](bench, base):
         bench.get(cell)

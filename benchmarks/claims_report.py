@@ -8,24 +8,35 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
-import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from adapt_pruner_jax import workdir
-from adapt_pruner_jax.comparison import COLOURS, MARKERS
+from adapt_pruner_jax import markdown, workdir
+from adapt_pruner_jax.comparison import COLOURS, MARKERS, save_figure
 
-# One cell for each seed, their key without the seed: see `by_key`.
-Key = tuple
-Results = dict[Key, list[dict]]
+
+class Key(NamedTuple):
+  """A `claims.Cell` without its seed."""
+
+  base: str
+  method: str
+  ratio: float
+  stages: int
+  tokens: int
+  rate: float
+  change: tuple | None
+
+
+Results = dict[Key, list[dict]]  # a result for each seed
 Lines = dict[str, dict[float, list[dict]]]  # by method and place on the x axis
-DENSE = ("dense", 0.0, 1, 0, 0.0, None)  # key of the unpruned model
+RATIO = 0.4  # of all tables but the first
+OURS = ("paper", "paper+refit", "curvature+refit")
+SCRATCH = "from_scratch"
 NAMES = (  # fixes colours
-  "paper",
-  "paper+refit",
-  "curvature+refit",
-  "from_scratch",
+  *OURS,
+  SCRATCH,
   "flap",
   "slicegpt",
   "llm_pruner",
@@ -44,16 +55,14 @@ def write(found: dict, unit: int, out: Path) -> None:
     unit: tokens of a unit of training.
   """
   results = by_key(found)
-  bases = list(dict.fromkeys(key[0] for key in results))
+  bases = list(dict.fromkeys(key.base for key in results))
   parts = ["# The claims, measured"]
   for base in bases:
-    own = {key[1:]: rows for key, rows in results.items() if key[0] == base}
-    dense = own.get(DENSE)
-    if dense is None:
-      continue
+    own = of_base(results, base)
+    dense = unpruned(own)
     parts += [
-      f"## {base}: {dense[0]['params']:,} parameters, loss "
-      f"{dense[0]['test']:.3f} (test), {dense[0]['wikitext']:.3f} (wikitext)",
+      f"## {base}: {dense['params']:,} parameters, loss "
+      f"{dense['test']:.3f} (test), {dense['wikitext']:.3f} (wikitext)",
       *claim1(own),
       *decisive(own, unit),
       *claim2(own, unit),
@@ -70,15 +79,29 @@ def write(found: dict, unit: int, out: Path) -> None:
 
 
 def by_key(found: dict) -> Results:
-  """(base, method, ratio, stages, tokens, rate, change) -> a result a seed."""
   results: Results = {}
   for cell, result in sorted(found.items(), key=lambda item: item[0].seed):
-    key = (
-      *(cell.base, cell.method, cell.ratio, cell.stages),
-      *(cell.tokens, cell.rate, cell.change),
-    )
+    key = Key(*(getattr(cell, name) for name in Key._fields))
     results.setdefault(key, []).append(result)
   return results
+
+
+def of_base(results: Results, base: str) -> Results:
+  return {key: rows for key, rows in results.items() if key.base == base}
+
+
+def unpruned(own: Results) -> dict:
+  """The result of the dense model, which each base begins with."""
+  return next(rows[0] for key, rows in own.items() if key.method == "dense")
+
+
+def untrained(own: Results) -> dict[tuple[str, float], list[dict]]:
+  """Results without training or changes, by method and ratio."""
+  return {
+    (key.method, key.ratio): rows
+    for key, rows in own.items()
+    if key.ratio and not key.tokens and key.change is None
+  }
 
 
 # ---- Tables ------------------------------------------------------------------
@@ -86,10 +109,10 @@ def by_key(found: dict) -> Results:
 
 def claim1(own: Results) -> list[str]:
   """Loss of each method at each ratio, without training."""
-  plain = {k[:2]: rows for k, rows in own.items() if k[2:] == (1, 0, 0.0, None)}
-  ratios = sorted({ratio for _, ratio in plain if ratio})
-  names = list(dict.fromkeys(name for name, ratio in plain if ratio))
-  names.sort(key=lambda name: _mean(plain.get((name, 0.4)), "test"))
+  plain = untrained(own)
+  ratios = sorted({ratio for _, ratio in plain})
+  names = list(dict.fromkeys(name for name, _ in plain))
+  names.sort(key=lambda name: _mean(plain.get((name, RATIO)), "test"))
   header = ["method"]
   for ratio in ratios:
     header += [f"test, {ratio:.0%}", f"wikitext, {ratio:.0%}"]
@@ -100,7 +123,7 @@ def claim1(own: Results) -> list[str]:
     for ratio in ratios:
       cells = plain.get((name, ratio))
       row += [_shown(cells, "test"), _shown(cells, "wikitext")]
-    at = plain.get((name, 0.4), [])
+    at = plain.get((name, RATIO), [])
     row += [f"{at[0]['params']:,}" if at else "-"]
     row += [_shown(at, "prune_seconds", "{:.0f}")]
     rows.append(row)
@@ -109,26 +132,24 @@ def claim1(own: Results) -> list[str]:
 
 def decisive(own: Results, unit: int) -> list[str]:
   """Test and wikitext loss by recovery tokens, of one shot and five stages."""
-  names = ("paper", "paper+refit", "curvature+refit")
-  keys = [k for k in own if k[0] in names and k[1] == 0.4 and k[-1] is None]
-  chosen = {k for k in keys if not k[3] or _rate_of(own, k) == k[4]}
-  budgets = sorted({k[3] for k in chosen})
+  lines = {}
+  for name in OURS:
+    rate = chosen_rate(own, name)
+    for stages in (1, 5):
+      lines[name, stages, rate] = by_tokens(own, name, stages)
+  lines = {key: mine for key, mine in lines.items() if mine}
+  budgets = sorted({tokens for mine in lines.values() for tokens in mine})
   if len(budgets) < 2:
     return []
   header = ["method", "stages", "rate"]
-  header += [f"{_units(b, unit)}" for b in budgets]
+  header += [_units(b, unit) for b in budgets]
   header += [f"wikitext, {_units(b, unit)}" for b in budgets]
   rows = []
-  for name in names:
-    for stages in sorted({k[2] for k in chosen if k[0] == name}):
-      mine = {k[3]: own[k] for k in chosen if (k[0], k[2]) == (name, stages)}
-      if stages not in (1, 5):
-        continue
-      rate = next((k[4] for k in chosen if k[0] == name and k[3]), 0.0)
-      row = [f"`{name}`", str(stages), f"{rate:.0e}"]
-      for text in ("test", "wikitext"):
-        row += [_shown(mine.get(b), text) for b in budgets]
-      rows.append(row)
+  for (name, stages, rate), mine in lines.items():
+    row = [f"`{name}`", str(stages), f"{rate:.0e}"]
+    for text in ("test", "wikitext"):
+      row += [_shown(mine.get(b), text) for b in budgets]
+    rows.append(row)
   return [
     "### Does the lead survive training? (40 % removed)",
     table(header, rows),
@@ -137,13 +158,13 @@ def decisive(own: Results, unit: int) -> list[str]:
 
 def claim2(own: Results, unit: int) -> list[str]:
   """Loss by tokens of pruned and random weights; tokens to the same loss."""
-  scratch = curve(own, "from_scratch")
+  scratch = by_tokens(own, SCRATCH)
   if not scratch:
     return []
-  budgets = sorted({*scratch, *curve(own, "paper")} - {0})
+  budgets = sorted({*scratch, *by_tokens(own, "paper")} - {0})
   rows = []
-  for name in ("paper", "curvature+refit", "from_scratch"):
-    mine = curve(own, name)
+  for name in ("paper", "curvature+refit", SCRATCH):
+    mine = by_tokens(own, name)
     rows.append([f"`{name}`"] + [_shown(mine.get(b), "test") for b in budgets])
   title = (
     "### Claim 2: pruned and trained, against random weights of that shape"
@@ -151,7 +172,7 @@ def claim2(own: Results, unit: int) -> list[str]:
   shown = table(["method", *[_units(b, unit) for b in budgets]], rows)
   lines = []
   for name in ("paper", "curvature+refit"):
-    for tokens, cells in sorted(curve(own, name).items()):
+    for tokens, cells in sorted(by_tokens(own, name).items()):
       if tokens:
         lines += [
           f"- `{name}` after {tokens:,} tokens: {reach(scratch, cells, tokens)}"
@@ -179,36 +200,34 @@ def reach(scratch: dict, cells: list[dict], tokens: int) -> str:
 
 def claim3(own: Results, unit: int) -> list[str]:
   """Loss by number of stages, at equal tokens."""
-  rows, header = [], None
-  for name in ("paper", "paper+refit", "curvature+refit"):
-    found = by_stages(own, name)
-    if len(found[1]) < 2:
-      continue
-    tokens, mine = found
-    header = header or ["method", *[f"{n} stage(s)" for n in sorted(mine)]]
-    cells = {n: _shown(r, "test") for n, r in mine.items()}
-    counts = [int(h.split()[0]) for h in header[1:]]
-    rows.append([f"`{name}`", *[cells.get(n, "-") for n in counts]])
-  if header is None:
+  found = {name: by_stages(own, name) for name in OURS}
+  found = {name: mine for name, mine in found.items() if len(mine[1]) > 1}
+  if not found:
     return []
+  counts = sorted({n for _, mine in found.values() for n in mine})
+  rows = [
+    [f"`{name}`", *[_shown(mine.get(n), "test") for n in counts]]
+    for name, (_, mine) in found.items()
+  ]
+  tokens = max(tokens for tokens, _ in found.values())
   title = f"### Claim 3: {_units(tokens, unit)} in more stages (40 % removed)"
-  return [title, table(header, rows)]
+  return [title, table(["method", *[f"{n} stage(s)" for n in counts]], rows)]
 
 
 def ablations(own: Results) -> list[str]:
   """A method with one setting changed."""
   rows = []
   for key, cells in own.items():
-    if key[-1] is None:
+    if key.change is None:
       continue
-    same = own.get((*key[:-1], None))
-    name, value = key[-1]
+    same = own.get(key._replace(change=None))
+    name, value = key.change
     rows.append(
       [
-        f"`{key[0]}`",
+        f"`{key.method}`",
         f"`{name}`",
         str(value),
-        f"{key[3]:,}",
+        f"{key.tokens:,}",
         _shown(cells, "test"),
         _shown(same, "test"),
       ]
@@ -219,45 +238,50 @@ def ablations(own: Results) -> list[str]:
   return ["### One setting changed (40 % removed)", table(header, rows)]
 
 
-def curve(own: Results, name: str) -> dict[int, list[dict]]:
-  """Results at 40 % by tokens, in one go, at the chosen rate."""
-  found = {}
-  for key, rows in own.items():
-    plain = key[:3] == (name, 0.4, 1) and key[-1] is None
-    if plain and (not key[3] or key[4] == _rate_of(own, key)):
-      found[key[3]] = rows
-  return found
-
-
-def by_stages(own: Results, name: str) -> tuple[int, dict[int, list[dict]]]:
-  """Results at 40 % by stages, at the tokens that most were given."""
-  numbers: dict[tuple[int, float], int] = {}
-  for key, rows in own.items():
-    if key[:2] == (name, 0.4) and key[2] > 1 and key[-1] is None:
-      numbers[key[3:5]] = numbers.get(key[3:5], 0) + len(rows)
-  if not numbers:
-    return 0, {}
-  most, rate = max(numbers, key=numbers.get)
-  return most, {
-    k[2]: rows
-    for k, rows in own.items()
-    if k[:2] == (name, 0.4) and k[3:] == (most, rate, None)
+def by_tokens(
+  own: Results, name: str, stages: int = 1
+) -> dict[int, list[dict]]:
+  """Results by tokens, at the chosen rate."""
+  rate = chosen_rate(own, name)
+  return {
+    key.tokens: rows
+    for key, rows in own.items()
+    if (key.method, key.ratio, key.stages) == (name, RATIO, stages)
+    and key.rate in (0, rate)
+    and key.change is None
   }
 
 
-def _rate_of(own: Results, key: Key) -> float:
-  """The rate that most seeds have: the chosen one of the grid."""
-  seeds: dict[float, int] = {}
-  for other, rows in own.items():
-    if other[0] == key[0] and other[3] and other[-1] is None:
-      seeds[other[4]] = seeds.get(other[4], 0) + len(rows)
-  return max(seeds, key=seeds.get)
+def by_stages(own: Results, name: str) -> tuple[int, dict[int, list[dict]]]:
+  """The tokens that most runs in stages had, and results at these by stages."""
+  rate = chosen_rate(own, name)
+  runs = {
+    key: rows
+    for key, rows in own.items()
+    if (key.method, key.ratio, key.rate) == (name, RATIO, rate)
+    and key.change is None
+  }
+  numbers: dict[int, int] = {}
+  for key, rows in runs.items():
+    if key.stages > 1:
+      numbers[key.tokens] = numbers.get(key.tokens, 0) + len(rows)
+  if not numbers:
+    return 0, {}
+  most = max(numbers, key=numbers.get)
+  return most, {k.stages: rows for k, rows in runs.items() if k.tokens == most}
+
+
+def chosen_rate(own: Results, name: str) -> float:
+  """The rate that most runs have: the chosen one of the grid; 0 if none."""
+  runs: dict[float, int] = {}
+  for key, rows in own.items():
+    if key.method == name and key.tokens and key.change is None:
+      runs[key.rate] = runs.get(key.rate, 0) + len(rows)
+  return max(runs, key=runs.get, default=0.0)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-  """A table in Markdown, numbers to the right."""
-  rule = ["---", *["---:"] * (len(header) - 1)]
-  return "\n".join(f"| {' | '.join(r)} |" for r in (header, rule, *rows))
+  return markdown.table(header, rows, numbers=header[1:])
 
 
 def _mean(cells: list[dict] | None, text: str) -> float:
@@ -286,67 +310,60 @@ def plot(
   """A panel for each base that has such lines, as SVG and PNG."""
   panels = {}
   for base in bases:
-    own = {k[1:]: rows for k, rows in results.items() if k[0] == base}
+    own = of_base(results, base)
     found = {name: points for name, points in lines(own).items() if points}
     if found:
-      panels[base] = found, own[DENSE][0]["test"]
+      panels[base] = found, unpruned(own)["test"]
   if not panels:
     return
-  with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "c"}):
-    figure = Figure((2 + 4 * len(panels), 4.5), layout="constrained")
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    handles = {}
-    for axis, (base, (found, dense)) in zip(axes, panels.items(), strict=True):
-      for name, points in found.items():
-        draw(axis, name, points)
-      axis.axhline(dense, color="0.5", linestyle=":", label="dense")
-      axis.set_title(base)
-      axis.set_xlabel(label)
-      axis.spines[["top", "right"]].set_visible(False)
-      axis.set_ylim(top=min(axis.get_ylim()[1], dense + HIGHEST))
-      if "tokens" in label:
-        axis.set_xscale("log")
-      else:
-        axis.set_xticks(
-          sorted({x for points in found.values() for x in points})
-        )
-      shown, names = axis.get_legend_handles_labels()
-      handles |= dict(zip(names, shown, strict=True))
-    axes[0].set_ylabel("loss, nats per token")
-    figure.legend(
-      handles.values(),
-      handles.keys(),
-      loc="outside lower center",
-      ncols=5,
-      frameon=False,
-    )
-    for kind in ("svg", "png"):
-      metadata = {"Date": None} if kind == "svg" else None
-      figure.savefig(f"{path}.{kind}", dpi=120, metadata=metadata)
+  figure = Figure((2 + 4 * len(panels), 4.5), layout="constrained")
+  axes = figure.subplots(1, len(panels), squeeze=False)[0]
+  handles = {}
+  for axis, (base, (found, dense)) in zip(axes, panels.items(), strict=True):
+    for name, points in found.items():
+      draw(axis, name, points)
+    axis.axhline(dense, color="0.5", linestyle=":", label="dense")
+    axis.set_title(base)
+    axis.set_xlabel(label)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.set_ylim(top=min(axis.get_ylim()[1], dense + HIGHEST))
+    if "tokens" in label:
+      axis.set_xscale("log")
+    else:
+      axis.set_xticks(sorted({x for points in found.values() for x in points}))
+    shown, names = axis.get_legend_handles_labels()
+    handles |= dict(zip(names, shown, strict=True))
+  axes[0].set_ylabel("loss, nats per token")
+  figure.legend(
+    handles.values(),
+    handles.keys(),
+    loc="outside lower center",
+    ncols=5,
+    frameon=False,
+  )
+  save_figure(figure, path)
 
 
 def lines1(own: Results) -> Lines:
   """By parameters removed, in per cent, without training."""
   found: Lines = {}
-  for key, rows in own.items():
-    if key[1] and key[2:] == (1, 0, 0.0, None):
-      found.setdefault(key[0], {})[100 * key[1]] = rows
+  for (name, ratio), rows in untrained(own).items():
+    found.setdefault(name, {})[100 * ratio] = rows
   return found
 
 
 def lines2(own: Results) -> Lines:
   """By training tokens, in one go."""
-  found = {name: curve(own, name) for name in NAMES}
+  found = {name: by_tokens(own, name) for name in (*OURS, SCRATCH)}
   return {
     name: {n: rows for n, rows in points.items() if n}
     for name, points in found.items()
-    if len(points) > 1
   }
 
 
 def lines3(own: Results) -> Lines:
   """By number of stages."""
-  return {name: by_stages(own, name)[1] for name in NAMES}
+  return {name: by_stages(own, name)[1] for name in OURS}
 
 
 def draw(axis, name: str, points: dict[float, list[dict]]) -> None:
