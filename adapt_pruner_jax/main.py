@@ -9,8 +9,8 @@ from pathlib import Path
 
 from absl import flags, logging
 
-# XLA calls OpenBLAS from its threads. With OpenBLAS's own beside them a Cholesky
-# factor of 512 columns takes twice the CPU time, and a hundred times on a busy
+# XLA calls OpenBLAS from its threads. With OpenBLAS's own beside them, Cholesky
+# of 512 columns takes twice the CPU time, and a hundred times that on a busy
 # machine. JAX is not imported yet.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
