@@ -74,7 +74,9 @@ class Prune:
   refit: str = "none"
   refit_ridge: float = 0.0  # 0 = by the number of tokens
   refit_all: bool = False  # all seven matrices, not just o and down
-  cap: float = 0.1  # curvature: largest share of a module taken in a step
+  # Curvature: what a step removes of all parameters, and at most of a module.
+  curvature_step: float = 0.05
+  cap: float = 0.2
   # Of the other methods; the defaults are the published ones.
   llm_pruner_steps: int = 1  # scores are taken anew for each
   llm_pruner_ranking: str = "layer"  # units compete in their layer, or "global"
@@ -119,7 +121,7 @@ class Train:
   dtype: str = "float32"  # of the arithmetic; weights and moments are float32
   remat: bool = False  # recompute each layer in the backward pass
   accumulation: int = 1  # microbatches a step
-  carry_moments: bool = False  # keep Adam's moments of what a prune leaves
+  carry_moments: bool = True  # keep Adam's moments of what a prune leaves
   distill_alpha: float = 0.0  # weight of the distillation loss; 0 = none
   lora_rank: int = 0  # 0 = train all weights
   lora_alpha: float = 16.0
@@ -269,13 +271,13 @@ def check(config: Config) -> None:
       "--config.eval.text=FILE for perplexity, --config.eval.latency=True for "
       "latency"
     )
-  for name in ("prune.step_size", "prune.cap"):
+  for name in ("prune.step_size", "prune.curvature_step", "prune.cap"):
     if not 0 < get(config, name) <= 1:
       raise UserError(f"{name}={get(config, name)} must be in (0, 1]")
   if not re.fullmatch(r"none|final|[1-9]\d*", str(p.refit)):
     raise UserError(
       f"--config.prune.refit={p.refit} is not none, final, or a number of "
-      "pruning steps (such as 5) after which to refit"
+      "pruning steps (such as 2) after which to refit"
     )
   if str(p.refit).isdigit() and p.method != "curvature":
     raise UserError(

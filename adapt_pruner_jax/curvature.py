@@ -97,7 +97,7 @@ def steps(
 ) -> Iterator[tuple[Step, Params, dict]]:
   """The steps of `prune`: each with the weights after it, and its refit.
 
-  A step removes `step_size` of the full model's parameters, or a bit more.
+  A step removes `curvature_step` of the full model's parameters, or a bit more.
   """
   dense, original = surgery.dense(full), stacked
   prunable = pruning.prunable_modules(full, settings)
@@ -118,7 +118,7 @@ def steps(
       mesh=mesh,
     )
     found = jax.device_get(found)
-    aim = after.params - math.ceil(initial * settings.step_size)
+    aim = after.params - math.ceil(initial * settings.curvature_step)
     scores = {u: np.asarray(s, np.float64) for u, s in found["scores"].items()}
     _check_finite(scores, after.masks, number)
     counts = choose(

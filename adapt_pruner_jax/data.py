@@ -58,7 +58,7 @@ class GivenData:
       raise UserError(
         f"npy:{self.path} has samples for {len(self.samples)} pruning steps, "
         f"and step {step + 1} is asked for; give more, lower "
-        "--config.prune.max_steps or raise --config.prune.step_size"
+        "--config.prune.max_steps or take larger steps"
       )
     return np.asarray(self.samples[step], np.int32)
 

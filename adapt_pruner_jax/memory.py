@@ -150,11 +150,16 @@ def refitting(config: Config, full: ModelConfig, mesh: Mesh) -> Bytes:
   matrix = {"down": array(channels, full.D)}
   solve = refit.solve.lower(array(channels, channels), matrix, matrix, array())
   fed = 2 * 4 * rows * recipe.seq_len * channels  # a matrix's input, weighted
+  equations = channels**2 + channels * full.D
+  if config.prune.refit_all:  # what gate and up give, and should give
+    outputs = max(2 * wide.F[0], wide.K[0] * (full.G + 2) * full.H)
+    fed = max(fed, 2 * 4 * rows * recipe.seq_len * (full.D + outputs))
+    equations = max(equations, full.D**2 + full.D * outputs)
   return {
     "weights": 2 * model_size,
     # In front of a half layer and behind it, of both models.
     "streams": 4 * stream,
-    "least squares": 4 * (channels**2 + channels * full.D),
+    "least squares": 4 * equations,
     "temporary": max(_temporary(solve.compile()), fed),
   }
 

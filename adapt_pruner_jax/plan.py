@@ -134,7 +134,7 @@ def stage_table(
 
 def even_target(full: ModelConfig, settings: Prune) -> int:
   """Parameters that `max_steps` steps leave, without a target."""
-  sparsity_ = min(settings.max_steps * settings.step_size, 1)
+  sparsity_ = min(settings.max_steps * _step_size(settings), 1)
   size = model.count_params(full)
   gone = int(_prunable_params(full, settings) * sparsity_)
   return max(size - gone, prune.smallest(full, settings))
@@ -174,8 +174,8 @@ def prune_steps(
 ) -> int:
   """Steps of a stage.
 
-  Each grows the mean sparsity by `step_size` or, for curvature, removes that
-  share of the original's parameters.
+  Each grows the mean sparsity by `step_size` or, for curvature, removes
+  `curvature_step` of the original's parameters.
   """
   if settings.method not in ("adapt", "curvature"):
     return settings.llm_pruner_steps if settings.method == "llm_pruner" else 1
@@ -184,7 +184,12 @@ def prune_steps(
     share = gone / model.count_params(full)
   else:
     share = gone / max(_prunable_params(before, settings), 1)
-  return max(math.ceil(share / settings.step_size - 1e-9), 1)
+  return max(math.ceil(share / _step_size(settings) - 1e-9), 1)
+
+
+def _step_size(settings: Prune) -> float:
+  curvature = settings.method == "curvature"
+  return settings.curvature_step if curvature else settings.step_size
 
 
 def scoring_flops(config: ModelConfig, recipe: Config) -> float:

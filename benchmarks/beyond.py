@@ -28,9 +28,9 @@ PAPER = {"method": "adapt", "gqa_fold": "reference"}
 RECIPES = {
   "paper": Prune(**PAPER),
   "paper + refit": Prune(**PAPER, refit="final"),
-  "curvature + refit": Prune(method="curvature", refit="5"),
+  "curvature + refit": Prune(method="curvature", refit="2"),
   "curvature + refit of all": Prune(
-    method="curvature", refit="5", refit_all=True
+    method="curvature", refit="2", refit_all=True
   ),
 }
 CALIBRATED = 0.7  # share of the training text

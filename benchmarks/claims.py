@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # as main.py does
 
 import claims_report
 import jax
@@ -75,10 +76,10 @@ PUBLISHED = (
 DECISIVE = ("paper", "paper+refit", "curvature+refit")
 ABLATIONS = {
   "curvature+refit": {
-    "refit": ("final", "2"),
-    "refit_all": (True,),
-    "step_size": (0.05, 0.1),
-    "cap": (0.05, 0.25),
+    "refit": ("final", "4"),
+    "refit_all": (False,),
+    "curvature_step": (0.02, 0.1),
+    "cap": (0.1, 1.0),
     "samples": (16, 256),
   },
   "paper": {
@@ -238,18 +239,17 @@ class Bench:
 
   def settings(self, cell: Cell) -> tuple[Prune, int, bool]:
     """Of the method; samples a step; whether moments are carried over."""
-    refit = "5" if cell.method.startswith("curvature") else "final"
-    settings = contenders.settings_of(
-      cell.method, cell.ratio, Prune(refit=refit)
-    )
+    shared = Prune(refit="final")
+    if cell.method.startswith("curvature"):
+      shared = Prune(refit="2", refit_all=True)  # as configs/oneshot.py
+    settings = contenders.settings_of(cell.method, cell.ratio, shared)
+    beside = {"samples": SAMPLES, "carry_moments": Train().carry_moments}
     name, value = cell.change or ("", None)
-    if name == "samples":
-      return settings, value, False
-    if name == "carry_moments":
-      return settings, SAMPLES, value
-    if name:
+    if name in beside:
+      beside[name] = value
+    elif name:
       settings = dataclasses.replace(settings, **{name: value})
-    return settings, SAMPLES, False
+    return settings, *beside.values()
 
   def steps(self, cell: Cell) -> int:
     return cell.tokens // (ROWS * ROW_LEN)
@@ -372,7 +372,7 @@ def ablations(bench: Bench, base: str) -> Iterator[Cell]:
   rate = bench.rate(base, "paper")
   for seed in range(SEEDS):
     cell = Cell(base, seed, "paper", 0.4, 5, STAGED, rate)
-    yield dataclasses.replace(cell, change=("carry_moments", True))
+    yield dataclasses.replace(cell, change=("carry_moments", False))
 
 
 EXPERIMENTS = {

@@ -18,7 +18,8 @@ from adapt_pruner_jax.config import Config
 def get_config() -> Config:
   config = Config()
   config.prune.method = "curvature"
-  config.prune.refit = "5"
+  config.prune.refit = "2"
+  config.prune.refit_all = True
   config.prune.stages = 10
   config.train.remat = True
   return config

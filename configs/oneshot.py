@@ -4,8 +4,8 @@
     --config.model.path=DIR --config.prune.ratio=0.2 \\
     --config.calibration.source=text:FILE --config.eval.text=FILE
 
-Units are ranked by curvature, and what is left is refitted every five steps of
-2 % of the parameters (docs/method.md). On the models that we measured this
+Units are ranked by curvature, and what is left is refitted every two steps of
+5 % of the parameters (docs/method.md). On the models that we measured this
 keeps more than the paper's method, which is configs/paper.py, with and without
 training afterwards (docs/results.md).
 """
@@ -16,5 +16,6 @@ from adapt_pruner_jax.config import Config
 def get_config() -> Config:
   config = Config()
   config.prune.method = "curvature"
-  config.prune.refit = "5"
+  config.prune.refit = "2"
+  config.prune.refit_all = True
   return config

@@ -15,7 +15,8 @@ def get_config() -> Config:
   config = Config()
   config.model.path = "tiny"
   config.prune.method = "curvature"
-  config.prune.refit = "5"
+  config.prune.refit = "2"
+  config.prune.refit_all = True
   config.prune.ratio = 0.4
   config.prune.stages = 4
   config.calibration.samples = 64

@@ -35,7 +35,8 @@ FIELDS = """
   prune.method prune.target_params prune.ratio prune.stages prune.step_size
   prune.max_steps prune.amplitude prune.group_importance prune.layer_importance
   prune.attention_layers prune.mlp_layers prune.gqa_fold prune.trim
-  prune.round_ffn_to prune.refit prune.refit_ridge prune.refit_all prune.cap
+  prune.round_ffn_to prune.refit prune.refit_ridge prune.refit_all
+  prune.curvature_step prune.cap
   prune.llm_pruner_steps prune.llm_pruner_ranking prune.flap_metric
   prune.flap_structure prune.slice_multiple prune.slice_subtract_mean
   prune.magnitude_norm
@@ -63,7 +64,11 @@ STAGED = {
   "train.remat": True,
 }
 BASES = ("paper", "oneshot", "accel")  # they have no target
-RECOMMENDED = {"prune.method": "curvature", "prune.refit": "5"}
+RECOMMENDED = {
+  "prune.method": "curvature",
+  "prune.refit": "2",
+  "prune.refit_all": True,
+}
 # The fields in which a recipe differs from the defaults.
 RECIPES = {
   "tiny": RECOMMENDED

@@ -210,7 +210,7 @@ def test_curvature_and_refit():
   fewer = dataclasses.replace(SMALL, F=(SMALL.F[0] // 2,) * SMALL.L)
   gone = model.count_params(SMALL) - model.count_params(fewer)
   assert plan.prune_steps(SMALL, fewer, SMALL, config.prune) == math.ceil(
-    gone / (0.02 * model.count_params(SMALL))
+    gone / (config.prune.curvature_step * model.count_params(SMALL))
   )
 
 
