@@ -139,12 +139,15 @@ def _answers(address: str) -> bool:
 
 
 def _gone(who: str) -> None:
-  print(
+  # JAX's C++ says more at the same time: this shall be the last line.
+  stderr = os.dup(2)
+  os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+  message = (
     f"error: {who} is gone: it stopped, or could not be reached for "
     f"{HEARTBEAT} s; its own output says why. Start all processes again: the "
-    "same command continues",
-    file=sys.stderr,
+    "same command continues\n"
   )
+  os.write(stderr, message.encode())
   _end(EXIT_PEER)
 
 
