@@ -149,9 +149,7 @@ def plot(rows: list[dict], path: Path) -> None:
     if points:
       axis.plot(
         *zip(*points, strict=True),
-        color=COLOURS[number % len(COLOURS)],
-        marker=MARKERS[number % len(MARKERS)],
-        linestyle="-" if number < len(COLOURS) else "--",
+        **style(number),
         label=name,
       )
   dense = [_point(r) for r in rows if not r["ratio"]]
@@ -163,6 +161,15 @@ def plot(rows: list[dict], path: Path) -> None:
   axis.spines[["top", "right"]].set_visible(False)
   figure.legend(loc="outside right upper", frameon=False)
   save_figure(figure, path / PLOT)
+
+
+def style(number: int) -> dict[str, str]:
+  """How the line of the method of this number looks."""
+  return {
+    "color": COLOURS[number % len(COLOURS)],
+    "marker": MARKERS[number % len(MARKERS)],
+    "linestyle": "-" if number < len(COLOURS) else "--",
+  }
 
 
 def save_figure(figure: Any, path: Path) -> None:

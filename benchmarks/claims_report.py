@@ -14,7 +14,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from adapt_pruner_jax import markdown, workdir
-from adapt_pruner_jax.comparison import COLOURS, MARKERS, save_figure
+from adapt_pruner_jax.comparison import save_figure, style
 
 
 class Key(NamedTuple):
@@ -368,16 +368,13 @@ def lines3(own: Results) -> Lines:
 
 def draw(axis, name: str, points: dict[float, list[dict]]) -> None:
   """One method; it has the same colour in all panels."""
-  number = NAMES.index(name)
   xs = sorted(points)
   values = [[c["test"] for c in points[x]] for x in xs]
   axis.errorbar(
     xs,
     [np.mean(v) for v in values],
     yerr=[np.ptp(v) / 2 for v in values],
-    color=COLOURS[number % len(COLOURS)],
-    marker=MARKERS[number % len(MARKERS)],
-    linestyle="-" if number < len(COLOURS) else "--",
+    **style(NAMES.index(name)),
     capsize=2,
     label=name,
   )
