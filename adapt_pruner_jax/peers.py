@@ -26,6 +26,7 @@ from adapt_pruner_jax.errors import EXIT_ERROR, EXIT_PEER, UserError
 HEARTBEAT = 30
 _YEARS = 10**12  # milliseconds
 _joined = threading.Event()
+_last = threading.Lock()  # who speaks last; never given back
 
 
 def connect(
@@ -140,6 +141,7 @@ def _answers(address: str) -> bool:
 
 def _gone(who: str) -> None:
   # JAX's C++ says more at the same time: this shall be the last line.
+  _last.acquire()
   stderr = os.dup(2)
   os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
   message = (
