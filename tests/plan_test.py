@@ -207,10 +207,15 @@ def test_curvature_and_refit():
   C = SMALL.K[0] * SMALL.G * SMALL.H
   assert refit["least squares"] == 4 * (C * C + C * SMALL.D)
   assert refit["temporary"] >= 4 * C * C  # the factor
+  config.prune.refit_all = True
+  narrow = dataclasses.replace(SMALL, K=(1,) * SMALL.L, F=(64,) * SMALL.L)
+  found = memory.measure(config, narrow, narrow, jax.devices()[:1])["refit"]
+  # gate and up, from D channels to twice F
+  assert found["least squares"] == 4 * (64 * 64 + 64 * 128)
   fewer = dataclasses.replace(SMALL, F=(SMALL.F[0] // 2,) * SMALL.L)
   gone = model.count_params(SMALL) - model.count_params(fewer)
   assert plan.prune_steps(SMALL, fewer, SMALL, config.prune) == math.ceil(
-    gone / (config.prune.curvature_step * model.count_params(SMALL))
+    gone / (0.05 * model.count_params(SMALL))
   )
 
 
