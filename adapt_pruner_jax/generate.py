@@ -272,7 +272,7 @@ def residual(
       None = the queries see only the tokens given.
   """
   c = decoder.config
-  ropes = model.rope_tables(c, positions_BT)
+  ropes = c.rope_tables(positions_BT)
   windows = c.window or (0,) * c.L
   masks = {window: see(window) for window in sorted(set(windows))}
   x_BTD = decoder.embed(tokens_BT)

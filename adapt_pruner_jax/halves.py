@@ -11,10 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adapt_pruner_jax import axes, model
+from adapt_pruner_jax import axes
+from adapt_pruner_jax.attention import attention_mask
 from adapt_pruner_jax.axes import Params
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.model import Block, ModelConfig
+from adapt_pruner_jax.ops import rms_norm
 
 # The matrix that each half writes with, and those that it reads with.
 HALVES = {"o": ("q", "k", "v"), "down": ("gate", "up")}
@@ -60,7 +62,7 @@ def fed(
   for writer, norm in (("o", "attn_norm"), ("down", "mlp_norm")):
     if name in HALVES[writer]:
       eps, offset = config.norm_eps, config.norm_offset
-      return model.rms_norm(x_BTD, layer[norm], eps, offset)
+      return rms_norm(x_BTD, layer[norm], eps, offset)
   block = Block(config, config.K[0], config.F[0])
   call = partial(block.apply, {"params": layer})
   if name == "down":
@@ -70,8 +72,8 @@ def fed(
   rows_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
   seen_BNTS = None
   if any(config.window):
-    seen_BNTS = model.attention_mask(rows_BT, None, window)
-  tables = model.rope_tables(config, rows_BT)
+    seen_BNTS = attention_mask(rows_BT, None, window)
+  tables = config.rope_tables(rows_BT)
   rope = jax.tree.map(lambda *t: jnp.stack(t)[rope_id], *tables)
   qkv = call(x_BTD, rope, method=Block.qkv)
   return call(*qkv, seen_BNTS, method=Block.attend).reshape(B, T, -1)

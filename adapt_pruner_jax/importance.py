@@ -19,7 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from adapt_pruner_jax import axes, model, sharding
+from adapt_pruner_jax import axes, sharding
+from adapt_pruner_jax.attention import attention_mask
 from adapt_pruner_jax.model import Block, Decoder, ModelConfig
 
 TAYLOR = ("taylor", "taylor_vectorize", "taylor_second", "taylor_mix")
@@ -61,7 +62,7 @@ def measure_step(
   block = Block(config, config.K[0], config.F[0])
   rows_1T = jnp.arange(T)[None]
   ropes = jax.tree.map(
-    lambda *tables: jnp.stack(tables), *model.rope_tables(config, rows_1T)
+    lambda *tables: jnp.stack(tables), *config.rope_tables(rows_1T)
   )
   rope_id_L = jnp.asarray(config.rope_ids())
   window_L = jnp.asarray(config.window or (0,) * config.L)
@@ -74,7 +75,7 @@ def measure_step(
       return block.apply(variables, x_BTD, mask, method=method)
     seen = None
     if any(config.window):
-      seen = model.attention_mask(rows_1T, None, window)
+      seen = attention_mask(rows_1T, None, window)
     rope = tuple(table[rope_id] for table in ropes)
     return block.apply(variables, x_BTD, rope, seen, mask, method=method)
 

@@ -16,7 +16,8 @@ from jax.sharding import Mesh
 from adapt_pruner_jax import generate, sharding
 from adapt_pruner_jax.axes import Params
 from adapt_pruner_jax.errors import UserError
-from adapt_pruner_jax.model import ACTIVATIONS, ModelConfig
+from adapt_pruner_jax.model import ModelConfig
+from adapt_pruner_jax.ops import ACTIVATIONS
 
 ROUNDINGS = (8, 32, 128)
 WORTH = 1.05  # a smaller speed-up may be noise

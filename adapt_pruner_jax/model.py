@@ -16,23 +16,11 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from adapt_pruner_jax import axes
+from adapt_pruner_jax import attention, axes
 from adapt_pruner_jax.axes import Params
-
-
-@dataclasses.dataclass(frozen=True)
-class Rope:
-  """Rotary position embedding; kinds as in Transformers' `rope_type`."""
-
-  theta: float = 10_000.0
-  kind: str = "default"  # default | linear | llama3
-  factor: float = 1.0
-  low_freq_factor: float = 1.0  # llama3 only, as the two below
-  high_freq_factor: float = 4.0
-  original_context: int = 8192
-  partial: float = 1.0  # share of the head that is rotated
+from adapt_pruner_jax.ops import ACTIVATIONS, project, rms_norm, soft_cap
+from adapt_pruner_jax.rope import Rope, RopeTables, rope_tables, rotate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +87,12 @@ class ModelConfig:
   def ropes(self) -> tuple[Rope, ...]:
     """The distinct rotary embeddings; layers choose by `rope_ids`."""
     return (self.rope, self.local_rope) if self.local_rope else (self.rope,)
+
+  def rope_tables(self, positions_BT: jax.Array) -> tuple[RopeTables, ...]:
+    """(cos, sin) of the rotary angles, float32 [B, T, R], of each rope."""
+    return tuple(
+      rope_tables(rope, self.H, positions_BT) for rope in self.ropes()
+    )
 
   def rope_ids(self) -> tuple[int, ...]:
     """Which of `ropes` each layer uses, [L]."""
@@ -201,128 +195,6 @@ def init_params(
   return jax.tree.map(lambda x: x.astype(dtype), params)
 
 
-def rope_frequencies(rope: Rope, head_dim: int) -> np.ndarray:
-  """Angle per position of each rotated pair of channels, float32 [R/2].
-
-  `llama3` slows the low frequencies down and blends those in between
-  (Transformers' modeling_rope_utils, `_compute_llama3_parameters`).
-  """
-  rotated = int(head_dim * rope.partial)
-  exponent = np.arange(0, rotated, 2, dtype=np.float32) / np.float32(rotated)
-  frequency = 1.0 / np.power(np.float32(rope.theta), exponent)
-  if rope.kind == "default":
-    return frequency
-  if rope.kind == "linear":
-    return frequency / np.float32(rope.factor)
-  assert rope.kind == "llama3", rope.kind
-  wavelength = 2 * np.pi / frequency
-  low = rope.original_context / rope.low_freq_factor
-  high = rope.original_context / rope.high_freq_factor
-  smooth = (rope.original_context / wavelength - rope.low_freq_factor) / (
-    rope.high_freq_factor - rope.low_freq_factor
-  )
-  blended = (1 - smooth) * frequency / rope.factor + smooth * frequency
-  slowed = np.where(wavelength > low, frequency / rope.factor, frequency)
-  between = (wavelength <= low) & (wavelength >= high)
-  return np.where(between, blended, slowed).astype(np.float32)
-
-
-RopeTables = tuple[jax.Array, jax.Array]
-
-
-def rope_tables(
-  config: ModelConfig, positions_BT: jax.Array
-) -> tuple[RopeTables, ...]:
-  """(cos, sin) of the rotary angles, float32 [B, T, R], of each rope."""
-  tables = []
-  for rope in config.ropes():
-    frequency = rope_frequencies(rope, config.H)
-    angle = positions_BT[..., None].astype(jnp.float32) * frequency
-    angle_BTR = jnp.concatenate([angle, angle], axis=-1)
-    tables.append((jnp.cos(angle_BTR), jnp.sin(angle_BTR)))
-  return tuple(tables)
-
-
-def rotate(x_BTNH: jax.Array, rope: RopeTables) -> jax.Array:
-  """Applies rotary angles to the first R channels; r is paired with r + R/2."""
-  cos, sin = (table[:, :, None].astype(x_BTNH.dtype) for table in rope)
-  turned, rest = jnp.split(x_BTNH, [cos.shape[-1]], axis=-1)
-  half1, half2 = jnp.split(turned, 2, axis=-1)
-  turned = turned * cos + jnp.concatenate([-half2, half1], axis=-1) * sin
-  return jnp.concatenate([turned, rest], axis=-1) if rest.shape[-1] else turned
-
-
-def rms_norm(
-  x: jax.Array,
-  scale: jax.Array,
-  eps: float,
-  offset: float = 0.0,
-  width: int | None = None,
-) -> jax.Array:
-  """x / sqrt(sum x^2 / width + eps) * (offset + scale), over the last axis.
-
-  Args:
-    offset: 1 for Gemma, which then also scales in float32.
-    width: what the sum of squares is divided by; default the axis's own size.
-  """
-  x32 = x.astype(jnp.float32)
-  width = x.shape[-1] if width is None else width
-  square = jnp.sum(x32 * x32, axis=-1, keepdims=True) / width
-  normal = x32 * jax.lax.rsqrt(square + eps)
-  if offset:
-    return (normal * (offset + scale.astype(jnp.float32))).astype(x.dtype)
-  return scale * normal.astype(x.dtype)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0, 3))
-def project(
-  equation: str, x: jax.Array, w: jax.Array, dtype: jnp.dtype | None = None
-) -> jax.Array:
-  """`jnp.einsum(equation, x, w)`, its gradients einsums in the same order.
-
-  JAX's own rule makes the gradient of `w` a product with the transposed
-  cotangent, which XLA:CPU writes out once more: this is up to 1.7 times as
-  fast. Letters of `x` and `w` must not be summed in just one of them.
-
-  Args:
-    dtype: of the result; default that of `x` and `w`.
-  """
-  return jnp.einsum(equation, x, w, preferred_element_type=dtype)
-
-
-def _project_forward(equation, x, w, dtype):
-  return project(equation, x, w, dtype), (x, w)
-
-
-def _project_backward(equation, dtype, saved, dy):
-  x, w = saved
-  x_letters, w_letters, y_letters = equation.replace("->", ",").split(",")
-  dy = dy.astype(x.dtype)
-  dx = jnp.einsum(f"{y_letters},{w_letters}->{x_letters}", dy, w)
-  dw = jnp.einsum(f"{x_letters},{y_letters}->{w_letters}", x, dy)
-  return dx.astype(x.dtype), dw.astype(w.dtype)
-
-
-project.defvjp(_project_forward, _project_backward)
-
-
-def attention_mask(
-  positions_BT: jax.Array, segments_BT: jax.Array | None, window: jax.Array
-) -> jax.Array:
-  """Who sees whom, bool [B, 1, T, S]: causal, same segment, within `window`.
-
-  Args:
-    positions_BT: position of each token in the row; they only grow.
-    segments_BT: document number of each token, or None for one document a row.
-    window: keys a query sees, itself included; 0 = all. May be traced.
-  """
-  distance = positions_BT[:, :, None] - positions_BT[:, None, :]
-  seen = (distance >= 0) & ((distance < window) | (window == 0))
-  if segments_BT is not None:
-    seen &= segments_BT[:, :, None] == segments_BT[:, None, :]
-  return seen[:, None]
-
-
 class Block(nn.Module):
   """One decoder layer with K KV groups and an MLP of width F.
 
@@ -363,8 +235,8 @@ class Block(nn.Module):
 
     Args:
       x_BTD: the residual stream before it.
-      rope: this layer's, from `rope_tables`.
-      mask_BNTS: from `attention_mask`; None is plain causal.
+      rope: this layer's, from `ModelConfig.rope_tables`.
+      mask_BNTS: from `attention.attention_mask`; None is plain causal.
       masks: {"K": bool [K], "F": bool [F]}: units that count. Masking a
         head's output or an MLP activation is removing it, exactly.
     """
@@ -415,29 +287,11 @@ class Block(nn.Module):
     return q_BTNH.reshape(q_BTKGH.shape), rotate(k_BTKH, rope), v_BTKH
 
   def attend(self, q_BTKGH, k_BSKH, v_BSKH, mask_BNTS):
-    """What the heads say, [B, T, K, G, H]: the input of `o`.
-
-    Query heads of a group are stacked along T (R = G * T), which makes large
-    products: on a CPU twice as fast as `jax.nn.dot_product_attention`.
-    """
+    """What the heads say, [B, T, K, G, H], see `attention.attend`."""
     c = self.config
-    B, T, K, G, H = q_BTKGH.shape
-    S = k_BSKH.shape[1]
-    q_BKRH = q_BTKGH.transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, H)
-    k_BKSH, v_BKSH = k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)
-    scores_BKRS = jnp.einsum(
-      "bkrh,bksh->bkrs", q_BKRH, k_BKSH, preferred_element_type=jnp.float32
-    )
-    scores_BKGTS = scores_BKRS.reshape(B, K, G, T, S)
-    scores_BKGTS *= c.attn_scale or c.H**-0.5
-    scores_BKGTS = soft_cap(scores_BKGTS, c.attn_softcap)
-    if mask_BNTS is None:
-      mask_BNTS = jnp.tri(T, dtype=bool)[None, None]
-    scores_BKGTS = jnp.where(mask_BNTS[:, :, None], scores_BKGTS, -1e30)
-    share_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(v_BSKH.dtype)
-    share_BKRS = share_BKGTS.reshape(B, K, G * T, S)
-    y_BKRH = jnp.einsum("bkrs,bksh->bkrh", share_BKRS, v_BKSH)
-    return y_BKRH.reshape(B, K, G, T, H).transpose(0, 3, 1, 2, 4)
+    scale = c.attn_scale or c.H**-0.5
+    qkv = q_BTKGH, k_BSKH, v_BSKH
+    return attention.attend(*qkv, mask_BNTS, scale, c.attn_softcap)
 
   def add_attention(self, x_BTD, y_BTKGH):
     """Adds what the heads say (None = no heads) to the residual stream."""
@@ -551,8 +405,10 @@ class Decoder(nn.Module):
     """
     c = self.config
     rows_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
-    ropes = rope_tables(c, rows_BT if positions_BT is None else positions_BT)
-    mask = partial(attention_mask, rows_BT, segments_BT)
+    if positions_BT is None:
+      positions_BT = rows_BT
+    ropes = c.rope_tables(positions_BT)
+    mask = partial(attention.attention_mask, rows_BT, segments_BT)
     x_BTD = self.embed(tokens_BT)
     stream = [x_BTD]
     for i, layer in enumerate(self.layer):
@@ -562,14 +418,6 @@ class Decoder(nn.Module):
       x_BTD = layer(x_BTD, rope, None if plain else mask(window))
       stream.append(x_BTD)
     return self.head(x_BTD), stream
-
-
-ACTIVATIONS = {"silu": nn.silu, "gelu_tanh": partial(nn.gelu, approximate=True)}
-
-
-def soft_cap(x: jax.Array, cap: float) -> jax.Array:
-  """Squeezes x smoothly into (-cap, cap); cap 0 leaves it (Gemma 2)."""
-  return cap * jnp.tanh(x / cap) if cap else x
 
 
 def _initializer(name: str, config: ModelConfig):

@@ -25,7 +25,8 @@ from jax.sharding import Mesh
 from adapt_pruner_jax import axes, data, evaluate, model, optim, sharding, train
 from adapt_pruner_jax.config import Data, Train
 from adapt_pruner_jax.errors import UserError
-from adapt_pruner_jax.model import ModelConfig, Rope
+from adapt_pruner_jax.model import ModelConfig
+from adapt_pruner_jax.rope import Rope
 from adapt_pruner_jax.sources import embedded_text
 from adapt_pruner_jax.tokens import Tokenizer, load_tokenizer
 

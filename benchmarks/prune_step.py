@@ -61,6 +61,7 @@ import torch.nn.functional as F  # noqa: E402
 
 from adapt_pruner_jax import axes, importance, model, prune, sharding, surgery  # noqa: E402
 from adapt_pruner_jax.config import Prune  # noqa: E402
+from adapt_pruner_jax.rope import rope_frequencies  # noqa: E402
 
 torch.set_num_threads(FLAGS.threads)
 SCORED = axes.SCORED["K"] + axes.SCORED["F"]
@@ -111,7 +112,7 @@ class Peer:
     self.weights = torch_params(params, config)
     self.layers = [self.weights[f"layer_{i}"] for i in range(config.L)]
     self.track()
-    frequency = torch.tensor(model.rope_frequencies(config.rope, config.H))
+    frequency = torch.tensor(rope_frequencies(config.rope, config.H))
     angle = torch.arange(FLAGS.tokens)[:, None] * frequency
     angle = torch.cat([angle, angle], dim=-1)
     dtype = getattr(torch, FLAGS.dtype)

@@ -29,7 +29,8 @@ from adapt_pruner_jax.baselines import (
 from adapt_pruner_jax.config import Prune
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.hf import load
-from adapt_pruner_jax.model import ModelConfig, Rope
+from adapt_pruner_jax.model import ModelConfig
+from adapt_pruner_jax.rope import Rope
 
 ROOT = pathlib.Path(__file__).parent / "golden" / "baselines"
 LOGITS = {"rtol": 2e-3, "atol": 2e-3}

@@ -21,7 +21,8 @@ from adapt_pruner_jax import (
 from adapt_pruner_jax.config import Calibration, Config, Prune, check
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.hf import load
-from adapt_pruner_jax.model import Block, Decoder, ModelConfig, Rope
+from adapt_pruner_jax.model import Block, Decoder, ModelConfig
+from adapt_pruner_jax.rope import Rope
 from adapt_pruner_jax.tokens import load_tokenizer
 
 CONFIG = ModelConfig(
@@ -104,7 +105,7 @@ def scores_by_hand(params, masks, tokens):
   B, T = tokens.shape
   block, decoder = Block(c, 3, 24), Decoder(c)
   rows = jnp.broadcast_to(jnp.arange(T), (B, T))
-  rope = model.rope_tables(c, rows)[0]
+  rope = c.rope_tables(rows)[0]
 
   def run(nudges):
     inputs = []

@@ -9,7 +9,8 @@ import pytest
 from adapt_pruner_jax import axes, convert, evaluate, model, sharding, tokens
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.hf import load
-from adapt_pruner_jax.model import ModelConfig, Rope
+from adapt_pruner_jax.model import ModelConfig
+from adapt_pruner_jax.rope import Rope
 from tests import small
 
 CONFIG = ModelConfig(

@@ -6,7 +6,8 @@ import pytest
 
 from adapt_pruner_jax import axes, generate, model, sharding
 from adapt_pruner_jax.errors import UserError
-from adapt_pruner_jax.model import ModelConfig, Rope
+from adapt_pruner_jax.model import ModelConfig
+from adapt_pruner_jax.rope import Rope
 
 # Two families' worth of oddities; layers without attention, and without MLP.
 PLAIN = ModelConfig(

@@ -9,7 +9,8 @@ import pytest
 from adapt_pruner_jax import generate, model, sharding, surgery, tiny
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.hf import gguf, gguf_vocab, load
-from adapt_pruner_jax.model import ModelConfig, Rope
+from adapt_pruner_jax.model import ModelConfig
+from adapt_pruner_jax.rope import Rope
 from adapt_pruner_jax.tokens import load_tokenizer
 from tests import small
 

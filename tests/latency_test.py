@@ -6,7 +6,8 @@ import pytest
 
 from adapt_pruner_jax import latency, model
 from adapt_pruner_jax.errors import UserError
-from adapt_pruner_jax.model import ModelConfig, Rope
+from adapt_pruner_jax.model import ModelConfig
+from adapt_pruner_jax.rope import Rope
 
 CONFIG = ModelConfig(
   family="llama",

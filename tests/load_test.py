@@ -12,7 +12,8 @@ import safetensors.numpy
 from adapt_pruner_jax import model, sharding
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.hf import load, save, tensors
-from adapt_pruner_jax.model import ModelConfig, Rope
+from adapt_pruner_jax.model import ModelConfig
+from adapt_pruner_jax.rope import Rope
 
 CONFIG = ModelConfig(
   family="llama",

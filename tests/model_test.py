@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import small
 
-from adapt_pruner_jax import axes, model
-from adapt_pruner_jax.model import Rope
+from adapt_pruner_jax import attention, axes, model, ops
+from adapt_pruner_jax.rope import Rope, rope_frequencies
 
 
 @pytest.mark.parametrize("option", small.OPTIONS)
@@ -105,7 +105,7 @@ def test_project_has_the_gradients_of_einsum(equation, x, w):
     rng.normal(size=[size[c] for c in n]).astype(np.float32) for n in (x, w)
   )
   loss = lambda f: lambda x, w: jnp.sum(jnp.sin(f(equation, x, w)))
-  got = jax.grad(loss(model.project), argnums=(0, 1))(x, w)
+  got = jax.grad(loss(ops.project), argnums=(0, 1))(x, w)
   want = jax.grad(loss(jnp.einsum), argnums=(0, 1))(x, w)
   for one, other in zip(got, want, strict=True):
     np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
@@ -113,7 +113,7 @@ def test_project_has_the_gradients_of_einsum(equation, x, w):
 
 def test_project_keeps_the_dtype_of_each_gradient():
   x, w = jnp.ones((2, 3, 4), jnp.bfloat16), jnp.ones((4, 5), jnp.bfloat16)
-  run = lambda x, w: model.project("btd,df->btf", x, w, jnp.float32)
+  run = lambda x, w: ops.project("btd,df->btf", x, w, jnp.float32)
   assert run(x, w).dtype == jnp.float32
   grads = jax.grad(lambda *a: run(*a).sum(), argnums=(0, 1))(x, w)
   assert [g.dtype for g in grads] == [jnp.bfloat16] * 2
@@ -133,19 +133,24 @@ def attention_by_hand(config, q_TKGH, k_SKH, v_SKH, seen_TS):
   return out
 
 
+def heads(T: int, seed: int = 0) -> list[np.ndarray]:
+  """Queries [1, T, 4, 2, 4], keys and values [1, T, 4, 4]."""
+  rng = np.random.default_rng(seed)
+  sizes = (1, T, 4, 2, 4), (1, T, 4, 4), (1, T, 4, 4)
+  return [rng.normal(size=size).astype(np.float32) * 2 for size in sizes]
+
+
+# One block of queries, and three of which the last is short.
+@pytest.mark.parametrize("T", [7, 150])
 @pytest.mark.parametrize("option", ["plain", "sandwich", "scales"])
 @pytest.mark.parametrize("window", [None, 3])
-def test_attention(option, window):
+def test_attention(option, window, T):
   config = small.option(option)
-  T, K, G, H = 7, 4, config.G, config.H
-  rng = np.random.default_rng(0)
-  q, k, v = (
-    rng.normal(size=s).astype(np.float32) * 2
-    for s in ((1, T, K, G, H), (1, T, K, H), (1, T, K, H))
-  )
+  q, k, v = heads(T)
+  assert q.shape[3:] == (config.G, config.H)
   rows = np.arange(T)[None]
-  mask = None if window is None else model.attention_mask(rows, None, window)
-  block = model.Block(config, K, 24)
+  mask = window and attention.attention_mask(rows, None, window)
+  block = model.Block(config, 4, 24)
   params = {"params": small.random_params(config)["layer_0"]}
   got = block.apply(params, q, k, v, mask, method="attend")
   distance = np.arange(T)[:, None] - np.arange(T)
@@ -154,10 +159,31 @@ def test_attention(option, window):
   np.testing.assert_allclose(got[0], want, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("T", [7, 150])
+def test_attention_has_the_gradients_of_jax(T):
+  q, k, v = heads(T)
+  segments = np.arange(T)[None] // 40
+  mask = attention.attention_mask(np.arange(T)[None], segments, 0)
+
+  def ours(q, k, v):
+    return attention.attend(q, k, v, mask, 0.3)
+
+  def theirs(q, k, v):
+    q = q.reshape(1, T, 8, 4)
+    y = jax.nn.dot_product_attention(q, k, v, mask=mask, scale=0.3)
+    return y.reshape(1, T, 4, 2, 4)
+
+  loss = lambda f: lambda *qkv: jnp.sum(jnp.sin(f(*qkv)))
+  got = jax.grad(loss(ours), argnums=(0, 1, 2))(q, k, v)
+  want = jax.grad(loss(theirs), argnums=(0, 1, 2))(q, k, v)
+  for one, other in zip(got, want, strict=True):
+    np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+
+
 def test_attention_mask():
   rows = np.arange(5)[None]
   segments = np.array([[1, 1, 2, 2, 2]])
-  got = model.attention_mask(rows, segments, 2)[0, 0].astype(int)
+  got = attention.attention_mask(rows, segments, 2)[0, 0].astype(int)
   want = [
     [1, 0, 0, 0, 0],
     [1, 1, 0, 0, 0],
@@ -171,8 +197,8 @@ def test_attention_mask():
 def test_llama3_rope_slows_low_frequencies_only():
   # As in Llama 3.2: wavelengths up to 2048 stay, from 8192 on take 32 times.
   rope = Rope(500_000.0, "llama3", 32.0, 1.0, 4.0, 8192)
-  plain = model.rope_frequencies(Rope(500_000.0), 64)
-  got = model.rope_frequencies(rope, 64)
+  plain = rope_frequencies(Rope(500_000.0), 64)
+  got = rope_frequencies(rope, 64)
   wavelength = 2 * np.pi / plain
   short, long = wavelength < 2048, wavelength > 8192
   np.testing.assert_array_equal(got[short], plain[short])

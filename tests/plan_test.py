@@ -11,7 +11,8 @@ from adapt_pruner_jax import memory, model, plan, prune, sharding
 from adapt_pruner_jax.config import Config
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.hardware import Hardware, resolve
-from adapt_pruner_jax.model import Decoder, ModelConfig, Rope
+from adapt_pruner_jax.model import Decoder, ModelConfig
+from adapt_pruner_jax.rope import Rope
 
 SMALL = ModelConfig(
   "llama", 512, 64, 2, 16, (4,) * 4, (96,) * 4, 1e-5, Rope(), 128, False

@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from adapt_pruner_jax import (
+  attention,
   axes,
   importance,
   model,
@@ -386,13 +387,13 @@ def masked_logits(config, stacked, masks, tokens):
   decoder = model.Decoder(config)
   outer = {"params": {n: p for n, p in stacked.items() if n != "layers"}}
   rows = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
-  ropes = model.rope_tables(config, rows)
+  ropes = config.rope_tables(rows)
   x_BTD = decoder.apply(outer, tokens, method="embed")
   for i in range(config.L):
     block = model.Block(config, config.K[i], config.F[i], i)
     layer = {n: p[i] for n, p in stacked["layers"].items()}
     window = config.window[i] if config.window else 0
-    seen = model.attention_mask(rows, None, window)
+    seen = attention.attention_mask(rows, None, window)
     mask = {u: m[i] for u, m in masks.items()}
     rope = ropes[config.rope_ids()[i]]
     x_BTD = block.apply({"params": layer}, x_BTD, rope, seen, mask)

@@ -16,7 +16,8 @@ from adapt_pruner_jax import (
   surgery,
 )
 from adapt_pruner_jax.errors import UserError
-from adapt_pruner_jax.model import ModelConfig, Rope
+from adapt_pruner_jax.model import ModelConfig
+from adapt_pruner_jax.rope import Rope
 
 CONFIG = ModelConfig(
   family="llama",

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from adapt_pruner_jax import axes, model, sharding
-from adapt_pruner_jax.model import ModelConfig, Rope
+from adapt_pruner_jax.model import ModelConfig
+from adapt_pruner_jax.rope import Rope
 
 CONFIG = ModelConfig(
   family="llama",

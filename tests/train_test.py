@@ -11,7 +11,8 @@ import pytest
 from adapt_pruner_jax import axes, loss, model, optim, sharding, train
 from adapt_pruner_jax.config import Train
 from adapt_pruner_jax.errors import UserError
-from adapt_pruner_jax.model import ModelConfig, Rope
+from adapt_pruner_jax.model import ModelConfig
+from adapt_pruner_jax.rope import Rope
 
 UNEVEN = ModelConfig(
   family="llama",

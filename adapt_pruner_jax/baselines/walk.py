@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from adapt_pruner_jax import axes, model, sharding
+from adapt_pruner_jax.attention import attention_mask
 from adapt_pruner_jax.axes import Params
 from adapt_pruner_jax.model import Block, Decoder, ModelConfig
 from adapt_pruner_jax.sharding import minibatches
@@ -71,10 +72,10 @@ def _half(config, unit, layer, x_BTD, mask, mesh):
     counted = y_BTF if mask is None else y_BTF * mask.astype(y_BTF.dtype)
     return run(x_BTD, counted, method=Block.add_mlp), y_BTF
   rows_1T = jnp.arange(x_BTD.shape[1])[None]
-  rope = model.rope_tables(config, rows_1T)[config.rope_ids()[0]]
+  rope = config.rope_tables(rows_1T)[config.rope_ids()[0]]
   seen = None
   if any(config.window):
-    seen = model.attention_mask(rows_1T, None, config.window[0])
+    seen = attention_mask(rows_1T, None, config.window[0])
   masks = None if mask is None else {"K": mask}
   qkv = run(x_BTD, rope, masks, method=Block.qkv)
   y_BTKGH = run(*qkv, seen, method=Block.attend)

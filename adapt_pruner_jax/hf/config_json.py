@@ -6,7 +6,8 @@ from adapt_pruner_jax.errors import UserError, nearest
 from adapt_pruner_jax.hf import fields
 from adapt_pruner_jax.hf.families import FAMILIES, REQUIRED, SUPPORTED, Family
 from adapt_pruner_jax.hf.fields import FIELDS, NONE, NUMBER, Raw, require
-from adapt_pruner_jax.model import ModelConfig, Rope
+from adapt_pruner_jax.model import ModelConfig
+from adapt_pruner_jax.rope import Rope
 
 PRUNED = "pruned_"  # begins the model_type of an export whose layers differ
 SIZES = ("num_attention_heads", "num_key_value_heads", "intermediate_size")

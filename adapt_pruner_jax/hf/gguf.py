@@ -21,6 +21,7 @@ from adapt_pruner_jax.errors import UserError, nearest
 from adapt_pruner_jax.hf import gguf_vocab, save, uniform
 from adapt_pruner_jax.hf.tensors import to_hf
 from adapt_pruner_jax.model import ModelConfig
+from adapt_pruner_jax.rope import Rope, rope_frequencies
 
 DTYPES = {
   "float32": "f32",
@@ -158,9 +159,9 @@ def tensors(
   for name in model.outer_names(config):
     yield NAMES[name], array(name, params[name])
   if config.rope.kind == "llama3":
-    plain = model.Rope(theta=config.rope.theta)
-    slowed = model.rope_frequencies(config.rope, config.H)
-    ratio = model.rope_frequencies(plain, config.H) / slowed
+    plain = Rope(theta=config.rope.theta)
+    slowed = rope_frequencies(config.rope, config.H)
+    ratio = rope_frequencies(plain, config.H) / slowed
     yield "rope_freqs.weight", ratio.astype(np.float32)
   for i in range(config.L):
     layer = params[axes.layer_name(i)]

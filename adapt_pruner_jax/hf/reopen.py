@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from adapt_pruner_jax import workdir
+from adapt_pruner_jax.attention import attention_mask
 from adapt_pruner_jax.axes import Params
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.hf import load, tensors
@@ -23,9 +24,7 @@ from adapt_pruner_jax.model import (
   Block,
   Decoder,
   ModelConfig,
-  attention_mask,
   layer_names,
-  rope_tables,
 )
 
 TOKENS = 16
@@ -131,7 +130,7 @@ def walk(
 ) -> Iterator[tuple[str, np.ndarray]]:
   """The residual stream of one row after each layer, then its logits."""
   positions_BT = jnp.broadcast_to(jnp.arange(ids_BT.shape[1]), ids_BT.shape)
-  ropes = rope_tables(config, positions_BT)
+  ropes = config.rope_tables(positions_BT)
 
   def weights(layer: int | None, names: list[str]) -> dict:
     return {n: jnp.asarray(get((layer, n)), jnp.float32) for n in names}
