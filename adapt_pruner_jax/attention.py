@@ -75,9 +75,8 @@ def _attend(q_BKGTH, k_BKSH, v_BKSH, mask_BNTS, scale, softcap):
   B, K, G, T, H = q_BKGTH.shape
   S = k_BKSH.shape[2]
   q_BKRH = q_BKGTH.reshape(B, K, G * T, H)
-  scores = project("bkrh,bksh->bkrs", q_BKRH, k_BKSH, jnp.float32)
-  scores_BKGTS = scores.reshape(B, K, G, T, S) * scale
-  scores_BKGTS = soft_cap(scores_BKGTS, softcap)
+  scores_BKRS = project("bkrh,bksh->bkrs", q_BKRH, k_BKSH, jnp.float32)
+  scores_BKGTS = soft_cap(scores_BKRS.reshape(B, K, G, T, S) * scale, softcap)
   scores_BKGTS = jnp.where(mask_BNTS[:, :, None], scores_BKGTS, HIDDEN)
   # The softmax's division waits until the values are summed: H numbers then,
   # not S.

@@ -263,11 +263,13 @@ def residual(
 ) -> tuple[jax.Array, Caches]:
   """The residual stream behind the last layer, and each layer's (k, v).
 
-  The forward of `Decoder` for any mask; call it with `Decoder.apply(method=)`.
+  The forward of `Decoder` for other masks; call it with
+  `Decoder.apply(method=)`.
 
   Args:
     positions_BT: for the rotary angles, at least 0.
-    see: the mask bool [B, 1, T, S] of layers with this window.
+    see: the mask bool [B, 1, T, S] of layers with this window; as
+      `attention.attend` wants it.
     caches: keys and values that the new ones are written into, at `column`;
       None = the queries see only the tokens given.
   """

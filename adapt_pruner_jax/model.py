@@ -84,18 +84,13 @@ class ModelConfig:
   def units(self) -> dict[str, tuple[int, ...]]:
     return {"K": self.K, "F": self.F}
 
-  def ropes(self) -> tuple[Rope, ...]:
-    """The distinct rotary embeddings; layers choose by `rope_ids`."""
-    return (self.rope, self.local_rope) if self.local_rope else (self.rope,)
-
   def rope_tables(self, positions_BT: jax.Array) -> tuple[RopeTables, ...]:
-    """(cos, sin) of the rotary angles, float32 [B, T, R], of each rope."""
-    return tuple(
-      rope_tables(rope, self.H, positions_BT) for rope in self.ropes()
-    )
+    """Tables of each distinct rope; layers choose by `rope_ids`."""
+    ropes = (self.rope, self.local_rope) if self.local_rope else (self.rope,)
+    return tuple(rope_tables(rope, self.H, positions_BT) for rope in ropes)
 
   def rope_ids(self) -> tuple[int, ...]:
-    """Which of `ropes` each layer uses, [L]."""
+    """Which of `rope_tables` each layer uses, [L]."""
     local = self.local_rope is not None and self.window
     return tuple(int(bool(w)) for w in self.window) if local else (0,) * self.L
 

@@ -20,12 +20,7 @@ from adapt_pruner_jax.axes import Params
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.hf import load, tensors
 from adapt_pruner_jax.hf.weights import Get, getter
-from adapt_pruner_jax.model import (
-  Block,
-  Decoder,
-  ModelConfig,
-  layer_names,
-)
+from adapt_pruner_jax.model import Block, Decoder, ModelConfig, layer_names
 
 TOKENS = 16
 VOCABULARY_PART = 8192
