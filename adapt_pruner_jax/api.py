@@ -9,6 +9,7 @@
 Each does what a command does, without a work directory.
 """
 
+import dataclasses
 import os
 from typing import Any, NamedTuple
 
@@ -24,15 +25,21 @@ class Model(NamedTuple):
   source: str | None = None
 
 
-def load(path: str | os.PathLike, dtype: str = "float32") -> Model:
+def load(
+  path: str | os.PathLike, dtype: str = "float32", ignore_fields: str = ""
+) -> Model:
   """Opens a HuggingFace directory, a hub id, or an orbax directory.
+
+  Args:
+    dtype: of the parameters; float32, bfloat16 or float16.
+    ignore_fields: fields of config.json to ignore, separated by commas.
 
   Raises:
     UserError: it is missing, damaged, or of an unknown family.
   """
   from adapt_pruner_jax import convert
 
-  config, params, folder = convert.open_model(str(path), dtype)
+  config, params, folder = convert.open_model(str(path), dtype, ignore_fields)
   return Model(config, params, str(folder))
 
 
@@ -45,6 +52,7 @@ def prune(
   samples: int = 512,
   seq_len: int = 64,
   batch: int = 32,
+  refit_samples: int = 512,
   seed: int = 0,
   **settings: Any,
 ) -> Model:
@@ -52,23 +60,31 @@ def prune(
 
   Args:
     ratio, target_params: the target; one of them.
-    calibration: as `calibration.source`, with `samples`, `seq_len`, `batch`.
-    settings: other fields of `config.Prune`, such as method="flap".
+    calibration: as `calibration.source`, with `samples`, `seq_len`, `batch`
+      and `refit_samples`.
+    settings: other fields of `config.Prune`, such as method="flap"; there is
+      one stage.
 
   Raises:
     UserError: bad settings, or a target out of reach.
   """
-  from adapt_pruner_jax import data, methods, tokens
+  from adapt_pruner_jax import data, methods
   from adapt_pruner_jax import prune as core
   from adapt_pruner_jax.config import Calibration, Config, Prune, check
 
   recipe = Prune(ratio=ratio, target_params=target_params, **settings)
-  source = Calibration(calibration, samples, seq_len, batch)
+  source = Calibration(calibration, samples, seq_len, batch, refit_samples)
   check(Config(prune=recipe, calibration=source))
   tokenizer = None
   if not calibration.startswith("npy:"):
-    tokenizer = tokens.load_tokenizer(model.source or ".")
-  windows = data.calibration_data(source, tokenizer, model.config.V, seed)
+    tokenizer = _tokenizer(model)
+  opened = lambda source, seed: data.calibration_data(
+    source, tokenizer, model.config.V, seed
+  )
+  windows = for_refit = opened(source, seed)
+  if recipe.refit != "none":
+    more = dataclasses.replace(source, samples=refit_samples)
+    for_refit = opened(more, seed + 1)
   old = (model.config, model.params)
   found = methods.METHODS[recipe.method](
     *old,
@@ -83,7 +99,7 @@ def prune(
     found,
     found.kept,
     recipe,
-    lambda: windows.batch(len(found.trace)),
+    lambda: for_refit.batch(len(found.trace)),
     batch,
   )
   return Model(found.config, params, model.source)
@@ -120,9 +136,20 @@ def perplexity(
   Raises:
     UserError: fewer than two tokens.
   """
-  from adapt_pruner_jax import data, evaluate, tokens
+  from adapt_pruner_jax import data, evaluate
 
-  tokenizer = tokens.load_tokenizer(model.source or ".")
-  ids = data.heldout_tokens(text, tokenizer, model.config.V, "the text")
+  ids = data.heldout_tokens(text, _tokenizer(model), model.config.V, "the text")
   length = evaluate.window(model.config, seq_len)
   return evaluate.perplexity(model.config, model.params, ids, length, batch)[0]
+
+
+def _tokenizer(model: Model) -> Any:
+  from adapt_pruner_jax import tokens
+  from adapt_pruner_jax.errors import UserError
+
+  if model.source is None:
+    raise UserError(
+      "the model has no tokenizer: give Model(..., source=DIR), a directory "
+      "with one"
+    )
+  return tokens.load_tokenizer(model.source)

@@ -205,6 +205,7 @@ def prune_once(
     The pair, and {"target_params", "calibration_tokens"}.
   """
   config = setting.config
+  methods.check(setting.full, settings)
   target = prune.resolve_target(setting.full, settings)
   sizes = {}  # tokens of each step
 
@@ -344,8 +345,8 @@ def _succeeded(found: dict, ratio: float) -> bool:
 
 
 def stored_rows(path: Path) -> list[dict]:
-  """The rows that an earlier call has finished."""
+  """The rows that an earlier call has finished; failed ones are tried again."""
   file = path / comparison.JSON
   rows = workdir.read_json(file)["rows"] if file.exists() else []
   workdir.all_agree(True)  # all have read before one writes
-  return rows
+  return [row for row in rows if "error" not in row]

@@ -265,6 +265,12 @@ def check(config: Config) -> None:
     raise UserError(
       f"train.distill_alpha={config.train.distill_alpha} must be in [0, 1]"
     )
+  rate, least = config.train.learning_rate, config.train.min_learning_rate
+  if config.train.tokens and least > rate:
+    raise UserError(
+      f"--config.train.min_learning_rate={least} is above "
+      f"--config.train.learning_rate={rate}: the rate would rise at the end"
+    )
   for name in {"perplexity", "latency"} & {*task_names(config.eval)}:
     raise UserError(
       f"--config.eval.tasks={config.eval.tasks}: {name} is no task here; give "
@@ -274,12 +280,14 @@ def check(config: Config) -> None:
   for name in ("prune.step_size", "prune.curvature_step", "prune.cap"):
     if not 0 < get(config, name) <= 1:
       raise UserError(f"{name}={get(config, name)} must be in (0, 1]")
-  if not re.fullmatch(r"none|final|[1-9]\d*", str(p.refit)):
+  if not isinstance(p.refit, str):
+    raise UserError(f'prune.refit={p.refit!r} must be text: "{p.refit}"')
+  if not re.fullmatch(r"none|final|[1-9]\d*", p.refit):
     raise UserError(
       f"--config.prune.refit={p.refit} is not none, final, or a number of "
       "pruning steps (such as 2) after which to refit"
     )
-  if str(p.refit).isdigit() and p.method != "curvature":
+  if p.refit.isdigit() and p.method != "curvature":
     raise UserError(
       f"--config.prune.refit={p.refit} refits between the steps of curvature; "
       f"with --config.prune.method={p.method} give final or none"

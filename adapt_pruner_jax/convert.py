@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from adapt_pruner_jax import model, sharding, workdir
 from adapt_pruner_jax.axes import Params
-from adapt_pruner_jax.errors import UserError, nearest
+from adapt_pruner_jax.errors import UserError, first_line, nearest
 from adapt_pruner_jax.fingerprint import fingerprints
 from adapt_pruner_jax.hf import card, load, save
 from adapt_pruner_jax.model import ModelConfig
@@ -47,15 +47,10 @@ def convert(
   """
   _check_format(format)
   _check_free(out, overwrite)
+  quantization = ""
   if format == "gguf":
     quantization, dtype = dtype or "f32", "float32"
-  else:
-    quantization = ""
-    if dtype and dtype not in DTYPES:
-      raise UserError(
-        f"--dtype={dtype} is not one of {', '.join(DTYPES)}"
-        f"{nearest(dtype, DTYPES)}; other types are for --format=gguf"
-      )
+  _check_dtype(dtype)
   if format == "orbax" or is_orbax(source):
     config, params, folder = open_model(source, dtype or None, ignore_fields)
   else:  # from file to file: one tensor in memory
@@ -79,10 +74,15 @@ def open_model(
   ignore_fields: str = "",
   mesh: Mesh | None = None,
 ) -> tuple[ModelConfig, Params, Path]:
-  """A model in any format that can be read, and its directory."""
+  """A model in any format that can be read, and its directory.
+
+  Raises:
+    UserError: not there, damaged, or an unknown dtype.
+  """
+  _check_dtype(dtype)
   if is_orbax(source):
-    config, params = read_orbax(Path(source), dtype, mesh)
-    return config, params, Path(source)
+    folder = Path(source).expanduser()
+    return *read_orbax(folder, dtype, mesh), folder
   inner = Path(source) / load.WORKDIR_MODEL
   if (inner / MANIFEST).is_file():
     raise UserError(f"{source} is a work directory; its model is {inner}")
@@ -92,7 +92,7 @@ def open_model(
 
 
 def is_orbax(source: str) -> bool:
-  return (Path(source) / MANIFEST).is_file()
+  return (Path(source).expanduser() / MANIFEST).is_file()
 
 
 def write(
@@ -231,7 +231,7 @@ def _restore(path: Path, manifest: dict[str, Any], abstract: Params) -> Params:
     with ocp.PyTreeCheckpointer() as checkpointer:
       params = checkpointer.restore(path.absolute() / "params", args=wanted)
   except Exception as error:  # each of Orbax's stores raises its own
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    reason = first_line(error)
     raise UserError(f"{path / 'params'} is damaged: {reason[:200]}") from error
   saved = manifest["fingerprints"]
   for name, found in fingerprints(_named(params)).items():
@@ -261,6 +261,14 @@ def _check_format(format: str) -> None:
     raise UserError(
       f"--format={format} is not one of {', '.join(FORMATS)}"
       f"{nearest(format, FORMATS)}"
+    )
+
+
+def _check_dtype(dtype: str | None) -> None:
+  if dtype and dtype not in DTYPES:
+    raise UserError(
+      f"--dtype={dtype} is not one of {', '.join(DTYPES)}"
+      f"{nearest(dtype, DTYPES)}; other types are for --format=gguf"
     )
 
 

@@ -137,7 +137,12 @@ def steps(
       raise UserError(
         f"pruning stopped at {after.params:,} parameters: nothing more can be "
         "removed from the layers that may be pruned; "
-        + ("prune more layers" if target else "lower --config.prune.max_steps")
+        + (
+          "give more of them (--config.prune.attention_layers, .mlp_layers) or "
+          "a larger target"
+          if target
+          else "lower --config.prune.max_steps"
+        )
       )
     importance = _importance(full, scores, after.masks)
     after = Step(
@@ -401,7 +406,8 @@ def measure_step(
     (x_MBTD, tokens_MBT, valid_MB),
   )
   _, scores = jax.lax.scan(reverse, cut(dx_MBTD), (xs, ins, mids), reverse=True)
-  return {"loss_M": loss_M / jnp.sum(valid_MB, axis=1), "scores": scores}
+  losses_M = loss_M / jnp.sum(valid_MB, axis=1)
+  return sharding.whole({"loss_M": losses_M, "scores": scores}, mesh)
 
 
 def unit_scores(

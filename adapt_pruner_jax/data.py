@@ -58,7 +58,8 @@ class GivenData:
       raise UserError(
         f"npy:{self.path} has samples for {len(self.samples)} pruning steps, "
         f"and step {step + 1} is asked for; give more, lower "
-        "--config.prune.max_steps or take larger steps"
+        "--config.prune.max_steps or take larger steps; a refit at the end "
+        "takes one more"
       )
     return np.asarray(self.samples[step], np.int32)
 
@@ -93,23 +94,11 @@ def calibration_data(
       raise UserError(
         f"{source} is too short for calibration: it has {len(tokens)} tokens, "
         f"and {count} different windows of {config.seq_len} need {need}; give "
-        "a longer text, or lower --config.calibration.seq_len or .samples"
+        "a longer text, or lower --config.calibration.seq_len, .samples or "
+        ".refit_samples"
       )
     streams.append(tokens)
   return WindowData(streams, counts, config.seq_len, seed)
-
-
-def calibration_batches(
-  config: Calibration,
-  tokenizer: Tokenizer | None,
-  vocab_size: int,
-  seed: int,
-  start_step: int = 0,
-) -> Iterator[np.ndarray]:
-  """`calibration_data`, step after step: int32 [samples, seq_len] each."""
-  data = calibration_data(config, tokenizer, vocab_size, seed)
-
-  return map(data.batch, itertools.count(start_step))
 
 
 def _given(path: str, vocab_size: int) -> GivenData:
@@ -180,27 +169,28 @@ class PackedRows:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TrainData:
-  """Shuffled, endlessly repeated rows; this process's part of each batch."""
+  """Shuffled, endlessly repeated rows.
+
+  Every process reads all rows of a batch. They are few bytes, and which of them
+  its devices need depends on the mesh: those of one `tensor` group need the
+  same ones, also where it spans processes.
+  """
 
   rows: Any  # grain.MapDataset: index -> row, over all epochs
-  global_batch: int  # rows a step, over all processes
-  process_index: int
-  process_count: int
-  num_tokens: int  # of one epoch, over all sources
+  size: int  # rows a step
   fingerprint: str  # of all tokens; a run only continues on the same ones
 
   def batch(self, step: int) -> dict[str, np.ndarray]:
-    """Batch of train step `step` (from 0): this process's rows, in order.
+    """Batch of train step `step` (from 0).
 
     Returns:
-      Arrays [B, T], B = global_batch / process_count: `tokens_BT` and the
-      `targets_BT` that follow them, `segments_BT` (documents of the row from 1;
-      0 = padding) and `positions_BT` (from 0 in each of them), all int32, and
-      `weights_BT`, float32, 1 where the target is to be learnt.
+      Arrays [B, T]: `tokens_BT` and the `targets_BT` that follow them,
+      `segments_BT` (documents of the row from 1; 0 = padding) and
+      `positions_BT` (from 0 in each of them), all int32, and `weights_BT`,
+      float32, 1 where the target is to be learnt.
     """
-    size = self.global_batch // self.process_count
-    first = step * self.global_batch + self.process_index * size
-    rows = [self.rows[i] for i in range(first, first + size)]
+    first = step * self.size
+    rows = [self.rows[i] for i in range(first, first + self.size)]
     return {name: np.stack([r[name] for r in rows]) for name in rows[0]}
 
   def batches(self, first_step: int) -> Iterator[dict[str, np.ndarray]]:
@@ -213,25 +203,17 @@ def train_data(
   tokenizer: Tokenizer,
   vocab_size: int,
   seed: int,
-  process_index: int = 0,
-  process_count: int = 1,
   cache_dir: str | os.PathLike | None = None,
 ) -> TrainData:
   """Opens `config.source`; `batch(step)` then gives the rows of any step.
 
-  Rows are shuffled over the whole of each source, anew in every epoch, before
-  processes take their share, so the number of processes does not change them.
+  Rows are shuffled over the whole of each source, anew in every epoch.
 
   Raises:
-    UserError: the source is unreadable or empty, or the batch cannot be split.
+    UserError: the source is unreadable or empty.
   """
   import grain  # takes a second to import
 
-  if config.batch % process_count:
-    raise UserError(
-      f"--config.data.batch={config.batch} does not divide among "
-      f"{process_count} processes; give a multiple of {process_count}"
-    )
   sources = parse_sources(config.source, "data.source")
   if sources[0].kind == "npy":
     raise UserError(
@@ -251,10 +233,7 @@ def train_data(
     rows = grain.MapDataset.mix(parts, [s.weight for s in sources])
   return TrainData(
     rows=rows,
-    global_batch=config.batch,
-    process_index=process_index,
-    process_count=process_count,
-    num_tokens=sum(len(s.tokens) for s in streams),
+    size=config.batch,
     fingerprint=digest(*[s.fingerprint.encode() for s in streams]),
   )
 

@@ -20,6 +20,11 @@ class UserError(Exception):
   """Bad input or an environment that cannot do what was asked."""
 
 
+def first_line(error: Exception) -> str:
+  """What another package's error says, in one line; never empty."""
+  return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def nearest(name: str, allowed: Iterable[str]) -> str:
   """Returns ' (did you mean X?)' for the allowed name nearest to `name`."""
   found = difflib.get_close_matches(name, list(allowed), n=1)

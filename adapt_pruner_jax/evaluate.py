@@ -7,7 +7,6 @@ task of its is asked for.
 import math
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +20,7 @@ from adapt_pruner_jax import (
   loss,
   model,
   sharding,
+  sources,
 )
 from adapt_pruner_jax.axes import Params
 from adapt_pruner_jax.errors import UserError
@@ -41,6 +41,7 @@ def evaluate(
   seq_len: int = 0,
   batch: int = 8,
   dtype: str = "float32",
+  ignore_fields: str = "",
   mesh: Mesh | None = None,
 ) -> dict:
   """All that was asked about a model, as a dict that JSON can hold.
@@ -54,6 +55,7 @@ def evaluate(
     limit: questions a task; 0 = all.
     seq_len: window of the perplexity; 0 = the model's context, at most 2048.
     batch: rows at a time. Latency is of one row.
+    ignore_fields: fields of config.json to ignore, separated by commas.
 
   Returns:
     {"model", "params", "dtype"} and, as asked, "perplexity", "latency", and
@@ -74,13 +76,15 @@ def evaluate(
   if limit < 0 or batch < 1:
     raise UserError(f"limit={limit} must be at least 0, batch={batch} 1")
   others = [n for n in names if n not in ("perplexity", "latency")]
-  sources = [d for d in (model_dir, baseline) if d]
+  directories = [d for d in (model_dir, baseline) if d]
   if others:  # a misspelt name is told before anything is computed
     harness = import_harness()
     harness.check(others, tasks_dir)
   if mesh is None:
     mesh = sharding.make_mesh()
-  opened = [convert.open_model(d, dtype, mesh=mesh) for d in sources]
+  opened = [
+    convert.open_model(d, dtype, ignore_fields, mesh) for d in directories
+  ]
   pairs, dirs = [o[:2] for o in opened], [o[2] for o in opened]
   tokenizers = [
     load_tokenizer(d) for d in dirs if "perplexity" in names or others
@@ -139,15 +143,8 @@ def text_perplexity(
   Raises:
     UserError: the file cannot be read, or as `perplexity`.
   """
-  try:
-    text = Path(path).read_text(encoding="utf-8")
-  except (OSError, UnicodeDecodeError) as error:
-    raise UserError(f"--text={path} cannot be read: {error}") from error
-  if seq_len > config.context:
-    raise UserError(
-      f"seq_len={seq_len} is longer than the model's context of "
-      f"{config.context}"
-    )
+  text = sources.read_text(path)
+  check_length(config, seq_len, "seq_len")
   seq_len = window(config, seq_len)
   tokens = np.array(tokenizer.encode(text), np.int64)
   value, nll, count = perplexity(config, params, tokens, seq_len, batch, mesh)
@@ -165,6 +162,18 @@ def text_perplexity(
     "seq_len": seq_len,
     "text": str(path),
   }
+
+
+def check_length(config: ModelConfig, seq_len: int, name: str) -> None:
+  """Raises a UserError for windows that are longer than the context.
+
+  Positions that a model has never seen give results without a warning.
+  """
+  if seq_len > config.context:
+    raise UserError(
+      f"--{name}={seq_len} is longer than the model's context: give at most "
+      f"--{name}={config.context}"
+    )
 
 
 def window(config: ModelConfig, seq_len: int = 0) -> int:
@@ -206,8 +215,8 @@ def perplexity(
   rows_BT, lengths_B = windows(tokens, min(seq_len, len(tokens)), batch)
   total, count = 0.0, 0
   for i in range(0, len(rows_BT), batch):
-    rows = generate.place(rows_BT[i : i + batch], mesh)
-    lengths = generate.place(lengths_B[i : i + batch], mesh)
+    rows = sharding.place_rows(rows_BT[i : i + batch], mesh)
+    lengths = sharding.place_rows(lengths_B[i : i + batch], mesh)
     nll, number = _window_loss(config, mesh, params, rows, lengths)
     total += float(nll)
     count += int(number)

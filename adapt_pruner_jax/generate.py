@@ -69,19 +69,24 @@ def generate(
   eos = tuple(config.eos_ids if eos_ids is None else eos_ids)
   tokens_BT, starts_B = pad_left(prompts, mesh)
   B, T = tokens_BT.shape
-  starts = place(starts_B, mesh)
+  starts = sharding.place_rows(starts_B, mesh)
   # A whole number of chunks, or the last one would write outside.
   rounds = -(-max_new_tokens // CHUNK)
   slots = padded_length(T + rounds * CHUNK)
   logits, caches = prefill(
-    config, mesh, slots, params, place(tokens_BT, mesh), starts
+    config, mesh, slots, params, sharding.place_rows(tokens_BT, mesh), starts
   )
   new: list[list[int]] = [[] for _ in prompts]
   done = np.arange(B) >= len(prompts)  # rows that only fill the mesh
   for i in range(rounds):
     logits, caches, drawn_BC = decode(
       *(config, mesh, sampling, eos, CHUNK, params, caches, logits),
-      *(np.int32(T), np.int32(i * CHUNK), starts, place(done, mesh)),
+      *(
+        np.int32(T),
+        np.int32(i * CHUNK),
+        starts,
+        sharding.place_rows(done, mesh),
+      ),
       np.uint32(seed),
     )
     drawn_BC = np.asarray(drawn_BC)
@@ -152,12 +157,6 @@ def pad_left(
     starts[row] = T - len(prompt)
     tokens[row, starts[row] :] = prompt
   return tokens, starts
-
-
-def place(rows: np.ndarray, mesh: Mesh) -> jax.Array:
-  """A global array, cut by rows, of which every process has the whole."""
-  cut = sharding.batch_sharding(mesh)
-  return jax.make_array_from_callback(rows.shape, cut, lambda at: rows[at])
 
 
 @partial(jax.jit, static_argnames=("config", "mesh", "slots"))

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from absl import flags
 
-from adapt_pruner_jax.errors import UserError, nearest
+from adapt_pruner_jax.errors import UserError, first_line, nearest
 from adapt_pruner_jax.log import PEAK_FLOPS, peak_flops
 
 # Memory of one device in bytes, from the makers' data sheets; as PEAK_FLOPS.
@@ -144,6 +144,6 @@ def topology_devices(name: str) -> Sequence[jax.Device]:
     return topologies.get_topology_desc(name, "tpu").devices
   except Exception as error:
     raise UserError(
-      f"--topology={name}: {str(error).splitlines()[0]}; a name is such as "
+      f"--topology={name}: {first_line(error)}; a name is such as "
       "v5e:2x4, and libtpu must be installed (pip install libtpu)"
     ) from error

@@ -113,7 +113,8 @@ def measure_step(
     losses = jax.lax.map(
       lambda a: head_loss(*a), (x_MBTD, tokens_MBT, tokens_share_MB)
     )
-    return result | {"loss_M": losses, "salience": magnitude(layers, kind)}
+    result |= {"loss_M": losses, "salience": magnitude(layers, kind)}
+    return sharding.whole(result, mesh)
 
   loss_M, dx_MBTD = jax.lax.map(
     lambda a: jax.value_and_grad(head_loss)(*a),
@@ -168,7 +169,8 @@ def measure_step(
   _, salience = jax.lax.scan(
     reverse, cut(dx_MBTD), (xs, ins, mids), reverse=True
   )
-  return result | {"loss_M": loss_M, "salience": salience}
+  result |= {"loss_M": loss_M, "salience": salience}
+  return sharding.whole(result, mesh)
 
 
 def magnitude(layers: axes.Params, kind: str) -> dict[str, jax.Array]:
@@ -213,7 +215,8 @@ def _reference_fold(s_LKG: np.ndarray, mask_LK: np.ndarray) -> np.ndarray:
   folded_LK = np.zeros(s_LKG.shape[:2])
   for folded_K, s_KG, mask_K in zip(folded_LK, s_LKG, mask_LK, strict=True):
     heads = s_KG[mask_K].ravel()  # current numbering: group-major
-    folded_K[mask_K] = heads.reshape(-1, mask_K.sum()).sum(0)
+    if len(heads):
+      folded_K[mask_K] = heads.reshape(-1, mask_K.sum()).sum(0)
   return folded_LK
 
 

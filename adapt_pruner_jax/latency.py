@@ -60,7 +60,7 @@ def measure(
   tokens_BT = tokens_BT[:, -prompt_len:]
   starts_B = starts_B - starts_B.min()
   tokens, starts, done = (
-    generate.place(rows, mesh)
+    sharding.place_rows(rows, mesh)
     for rows in (tokens_BT, starts_B, np.zeros(len(starts_B), bool))
   )
   slots = prompt_len + new_tokens

@@ -180,7 +180,7 @@ class JaxLM(TemplateLM):
       for start in range(0, len(members), B):
         some = members[start : start + B]
         arrays = pack(some, B, T, Q)
-        placed = [generate.place(array, self.mesh) for array in arrays]
+        placed = [sharding.place_rows(array, self.mesh) for array in arrays]
         blocks = np.int32(_whole_blocks(len(some[-1].queries)) // QUERIES)
         found = _score(
           self.model_config, self.mesh, self.params, *placed, blocks

@@ -18,6 +18,7 @@ from adapt_pruner_jax.errors import (
   EXIT_ERROR,
   EXIT_STOPPED,
   UserError,
+  first_line,
   nearest,
 )
 
@@ -69,12 +70,12 @@ def run(command: str, argv: list[str]) -> int:
   )
   _define_distributed(values)
   _parse(command, argv, values, ["workdir"])
-  _check_mounted(values.workdir)
+  path = _workdir(values.workdir)
   _start_jax(values)
   from adapt_pruner_jax import adapt, stopping
 
   try:
-    adapt.run(_config(values), Path(values.workdir))
+    adapt.run(_config(values), path)
   except stopping.StoppedError as stopped:
     print(stopped, file=sys.stderr)
     return EXIT_STOPPED
@@ -112,11 +113,12 @@ def compare(command: str, argv: list[str]) -> int:
   )
   _define_distributed(values)
   _parse(command, argv, values, ["workdir"])
+  path = _workdir(values.workdir)
   _start_jax(values)
   try:
     compare.compare(
       _config(values),
-      Path(values.workdir),
+      path,
       values.methods,
       values.ratios,
       recover_tokens=values.recover_tokens,
@@ -137,6 +139,7 @@ def evaluate(command: str, argv: list[str]) -> int:
   text("tasks_dir", "", "jsonl files of the questions", flag_values=values)
   text("baseline", "", "a second model to compare with", flag_values=values)
   text("dtype", "float32", "of the arithmetic", flag_values=values)
+  _define_ignore_fields(values)
   text("out", "", "JSON file for the result", flag_values=values)
   numbers("limit", 0, "questions a task; 0 = all", flag_values=values)
   numbers("seq_len", 0, "tokens a window; 0 = context", flag_values=values)
@@ -144,7 +147,7 @@ def evaluate(command: str, argv: list[str]) -> int:
   _define_distributed(values)
   _parse(command, argv, values, ["model"])
   _start_jax(values)
-  from adapt_pruner_jax import evaluate, sharding, workdir
+  from adapt_pruner_jax import evaluate, workdir
 
   found = evaluate.evaluate(
     values.model,
@@ -156,10 +159,10 @@ def evaluate(command: str, argv: list[str]) -> int:
     seq_len=values.seq_len,
     batch=values.batch,
     dtype=values.dtype,
-    mesh=sharding.make_mesh(),
+    ignore_fields=values.ignore_fields,
   )
   if workdir.is_writer():
-    print(json.dumps(found, indent=2))
+    print(json.dumps(workdir.plain(found), indent=2))
     if values.out:
       workdir.write_json(Path(values.out), found)
   return 0
@@ -171,6 +174,7 @@ def generate(command: str, argv: list[str]) -> int:
   text("model", None, "a directory or hub id", flag_values=values)
   text("prompt", "", "text to continue", flag_values=values)
   text("dtype", "float32", "of the arithmetic", flag_values=values)
+  _define_ignore_fields(values)
   numbers("max_new_tokens", 128, "stop after so many", flag_values=values)
   numbers("top_k", 0, "sample among the best k; 0 = all", flag_values=values)
   numbers("seed", 0, "of sampling", flag_values=values)
@@ -180,7 +184,9 @@ def generate(command: str, argv: list[str]) -> int:
   _start_jax(None)
   from adapt_pruner_jax import convert, generate, tokens
 
-  config, params, folder = convert.open_model(values.model, values.dtype)
+  config, params, folder = convert.open_model(
+    values.model, values.dtype, values.ignore_fields
+  )
   tokenizer = tokens.load_tokenizer(folder)
   prompt = tokenizer.encode(values.prompt)
   (new,) = generate.generate(
@@ -309,6 +315,12 @@ def _config(values: flags.FlagValues):
   return config
 
 
+def _define_ignore_fields(values: flags.FlagValues) -> None:
+  flags.DEFINE_string(
+    "ignore_fields", "", "of config.json, comma separated", flag_values=values
+  )
+
+
 def _define_distributed(values: flags.FlagValues) -> None:
   flags.DEFINE_bool(
     "distributed",
@@ -337,7 +349,7 @@ def _parse(
     if "config" in values:
       from adapt_pruner_jax.config import Config
 
-      print("\nconfig fields and their values in configs/tiny.py's base:")
+      print("\nconfig fields and their defaults; a recipe may set others:")
       for section, content in dataclasses.asdict(Config()).items():
         pairs = (
           content.items() if isinstance(content, dict) else [("", content)]
@@ -354,7 +366,7 @@ def _parse(
     KeyError,
     AttributeError,
   ) as error:
-    raise UserError(str(error).splitlines()[0]) from error
+    raise UserError(first_line(error)) from error
   if rest:
     raise UserError(f"unexpected {' '.join(rest)}: flags are --name=value")
   for name in required:
@@ -362,12 +374,13 @@ def _parse(
       raise UserError(f"adapt-pruner {command} needs --{name}=...")
 
 
-def _check_mounted(path: str) -> None:
+def _workdir(path: str) -> Path:
   if "://" in path:
     raise UserError(
       f"--workdir={path} must be a directory: mount the bucket (Cloud Storage "
       "FUSE, s3fs) and give its path"
     )
+  return Path(path).expanduser()
 
 
 def _fail(error: Exception) -> None:
@@ -394,4 +407,5 @@ def _start_jax(values: flags.FlagValues | None) -> None:
     )
   cache = os.environ.get("ADAPT_PRUNER_CACHE")
   home = Path(cache) if cache else Path.home() / ".cache" / "adapt_pruner_jax"
-  jax.config.update("jax_compilation_cache_dir", str(home / "jax"))
+  if not jax.config.jax_compilation_cache_dir:
+    jax.config.update("jax_compilation_cache_dir", str(home / "jax"))

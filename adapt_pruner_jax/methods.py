@@ -5,9 +5,17 @@ from collections.abc import Callable
 import numpy as np
 from jax.sharding import Mesh
 
-from adapt_pruner_jax import baselines, curvature, prune, refit, surgery
+from adapt_pruner_jax import (
+  baselines,
+  curvature,
+  halves,
+  prune,
+  refit,
+  surgery,
+)
 from adapt_pruner_jax.axes import Params
 from adapt_pruner_jax.config import Prune
+from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.model import ModelConfig
 
 METHODS = {
@@ -22,6 +30,17 @@ def resumes(settings: Prune) -> bool:
   if settings.method == "curvature":
     return not settings.refit.isdigit()
   return settings.method == "adapt"
+
+
+def check(config: ModelConfig, settings: Prune) -> None:
+  """Raises a UserError if this model cannot be pruned so, before any work."""
+  if settings.method == "slicegpt" and settings.refit != "none":
+    raise UserError(
+      "SliceGPT changes the residual width, which a refit compares: give "
+      "--config.prune.refit=none"
+    )
+  if settings.method == "curvature" or settings.refit != "none":
+    halves.check(config)
 
 
 def refit_after(

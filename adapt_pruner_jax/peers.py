@@ -20,7 +20,7 @@ import traceback
 import jax
 from jax._src import distributed  # the client has no public name
 
-from adapt_pruner_jax.errors import EXIT_ERROR, EXIT_PEER, UserError
+from adapt_pruner_jax.errors import EXIT_ERROR, EXIT_PEER, UserError, first_line
 
 # A process that is silent so long (seconds) is dead, and ends the others.
 HEARTBEAT = 30
@@ -60,7 +60,7 @@ def connect(
       heartbeat_timeout_seconds=HEARTBEAT,
     )
   except (RuntimeError, ValueError) as error:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    reason = first_line(error)
     raise UserError(_cannot_join(reason)) from error
   _joined.set()
   watch = threading.Thread(target=_watch, daemon=True)

@@ -14,7 +14,7 @@ from typing import Any
 from adapt_pruner_jax import memory, model, prune, sparsity
 from adapt_pruner_jax.axes import UNITS
 from adapt_pruner_jax.config import Config, Prune, check
-from adapt_pruner_jax.errors import UserError
+from adapt_pruner_jax.errors import UserError, first_line
 from adapt_pruner_jax.hardware import (
   USABLE,
   Hardware,
@@ -84,7 +84,7 @@ def original(config: Config) -> ModelConfig:
     except Exception as error:
       raise UserError(
         f"{path} is not a directory, and the HuggingFace hub does not give its "
-        f"config.json: {str(error).splitlines()[0]} Check the name and the "
+        f"config.json: {first_line(error)} Check the name and the "
         "network, or give a directory with config.json in it"
       ) from error
     path = Path(file).parent

@@ -194,7 +194,8 @@ def steps(
       raise UserError(
         f"pruning stopped at {size:,} parameters, above the target {target:,}: "
         f"{patience} steps in a row removed nothing; lower "
-        "--config.prune.amplitude or prune more layers"
+        "--config.prune.amplitude or .step_size, or let more layers be pruned "
+        "(--config.prune.attention_layers, .mlp_layers)"
       )
 
 

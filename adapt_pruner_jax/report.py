@@ -13,6 +13,8 @@ from adapt_pruner_jax import charts, model, page, workdir
 from adapt_pruner_jax.charts import as_number
 from adapt_pruner_jax.errors import UserError
 
+HTML = "report.html"
+
 
 def write(path: Path) -> Path:
   """Writes report.html and report.json into a work directory.
@@ -25,8 +27,8 @@ def write(path: Path) -> Path:
   """
   found = collect(path)
   workdir.write_json(path / "report.json", found)
-  workdir.write_text(path / "report.html", page.page(found, path))
-  return path / "report.html"
+  workdir.write_text(path / HTML, page.page(found, path))
+  return path / HTML
 
 
 # ---- What the run left -------------------------------------------------------

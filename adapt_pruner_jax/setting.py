@@ -28,8 +28,8 @@ from adapt_pruner_jax.log import Log
 from adapt_pruner_jax.model import ModelConfig
 
 RECIPE = "config.json"
-# Sections of the recipe that may change between the parts of one run.
-FREE_SECTIONS = ("mesh", "checkpoint", "log")
+# What of the recipe may change between the parts of one run.
+FREE = ("mesh.", "checkpoint.", "log.", "train.skip_nonfinite")
 
 
 @dataclasses.dataclass
@@ -62,9 +62,7 @@ def check_recipe(config: Config, path: Path) -> None:
   if workdir.is_writer() and file.exists():
     old, mine = workdir.read_json(file), dataclasses.asdict(config)
     changed = [
-      line
-      for line in difference(old, mine)
-      if line.split(".")[0] not in FREE_SECTIONS
+      line for line in difference(old, mine) if not line.startswith(FREE)
     ]
   if not workdir.all_agree(not changed):
     raise UserError(
@@ -92,6 +90,7 @@ def prepare(config: Config, path: Path, log: Log) -> Setting:
   full = load.read_config(str(source), config.model.ignore_fields)
   target = prune.resolve_target(full, config.prune)
   prune.prunable_modules(full, config.prune)
+  _check_lengths(config, full)
   cache = path / "cache"
   tokenizer = None
   if not config.calibration.source.startswith("npy:") or config.train.tokens:
@@ -115,8 +114,6 @@ def prepare(config: Config, path: Path, log: Log) -> Setting:
       tokenizer,
       full.V,
       config.seed,
-      jax.process_index(),
-      jax.process_count(),
       cache,
     )
     per_step = config.data.step_tokens
@@ -144,6 +141,19 @@ def prepare(config: Config, path: Path, log: Log) -> Setting:
     total_steps,
     log,
   )
+
+
+def _check_lengths(config: Config, full: ModelConfig) -> None:
+  """Raises a UserError for windows of text that the model cannot hold."""
+  used = {
+    "calibration": not config.calibration.source.startswith("npy:"),
+    "data": config.train.tokens,
+    "eval": config.eval.text,
+  }
+  for section, wanted in used.items():
+    if wanted:
+      length = getattr(config, section).seq_len
+      evaluate.check_length(full, length, f"config.{section}.seq_len")
 
 
 def model_path(name: str, log: Log) -> Path:

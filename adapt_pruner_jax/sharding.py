@@ -108,6 +108,13 @@ def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec())
 
 
+def whole(tree: Any, mesh: Mesh | None) -> Any:
+  """Within `jit`: results that every process can read."""
+  if mesh is None:
+    return tree
+  return jax.lax.with_sharding_constraint(tree, replicated(mesh))
+
+
 def batch_shards(mesh: Mesh) -> int:
   """How many parts a batch is cut into."""
   return math.prod(mesh.shape[axis] for axis in BATCH)
@@ -116,6 +123,12 @@ def batch_shards(mesh: Mesh) -> int:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
   """First dim (rows) over all devices but those of `tensor`."""
   return NamedSharding(mesh, PartitionSpec(BATCH))
+
+
+def place_rows(rows: np.ndarray, mesh: Mesh) -> jax.Array:
+  """A host array, the same in every process, cut by rows."""
+  cut = batch_sharding(mesh)
+  return jax.make_array_from_callback(rows.shape, cut, lambda at: rows[at])
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:
@@ -141,9 +154,8 @@ def minibatches(
   shards = batch_shards(mesh)
   rows = -(-batch // shards) * shards
   index = np.full((M, rows), -1)
-  for m in range(M):
-    own = np.arange(m * batch, min((m + 1) * batch, N))
-    index[m, : len(own)] = own
+  index[:, :batch] = np.arange(M * batch).reshape(M, batch)
+  index[index >= N] = -1
   valid_MB = index >= 0
   tokens_MBT = np.asarray(tokens_NT, np.int32)[np.where(valid_MB, index, 0)]
   return replicate(tokens_MBT, mesh), replicate(valid_MB, mesh)

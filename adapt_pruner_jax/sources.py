@@ -26,7 +26,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from adapt_pruner_jax.errors import UserError, nearest
+from adapt_pruner_jax.errors import UserError, first_line, nearest
 
 OPTIONS = {
   "embedded": ("split", "limit", "weight"),
@@ -234,7 +234,7 @@ def _hf(source: Source) -> Iterator[Document]:
     raise
   except Exception as error:  # network, cache and parser each raise their own
     raise UserError(
-      f"{source} (split={source.split}) cannot be loaded: {_reason(error)}; "
+      f"{source} (split={source.split}) cannot be loaded: {first_line(error)}; "
       "without network, give a directory written by Dataset.save_to_disk"
     ) from error
 
@@ -250,7 +250,7 @@ def _tfds(source: Source) -> Iterator[Document]:
       rows = tfds.data_source(source.name, split=source.split)
   except Exception as error:  # network, registry and reader raise their own
     raise UserError(
-      f"{source} (split={source.split}) cannot be loaded: {_reason(error)}; "
+      f"{source} (split={source.split}) cannot be loaded: {first_line(error)}; "
       "prepare it once with file_format=array_record, for which no TensorFlow "
       "is needed"
     ) from error
@@ -346,7 +346,3 @@ def _package(name: str, source: Source) -> Any:
 def _is_blank(document: Document) -> bool:
   content = document.content
   return not (content.strip() if isinstance(content, str) else content)
-
-
-def _reason(error: Exception) -> str:
-  return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -95,8 +95,7 @@ def removals(
 def stage_targets(params: int, target: int, stages: int) -> list[int]:
   """Parameters after each stage: falling linearly to exactly `target`."""
   return [
-    target if i == stages else params - (params - target) * i // stages
-    for i in range(1, stages + 1)
+    params - (params - target) * i // stages for i in range(1, stages + 1)
   ]
 
 

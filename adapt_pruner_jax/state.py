@@ -91,9 +91,6 @@ def resume(setting: Setting, checkpoints: checkpoint.Checkpoints) -> State:
     if setting.config.eval.tasks:
       setting.log.say(f"original: {setting.config.eval.tasks}")
       state.before["evaluation"] = measure_tasks(config, params, setting)
-    if workdir.is_writer():
-      (setting.path / "trace.jsonl").unlink(missing_ok=True)
-    setting.log.rewind("prune", 0)
   else:
     number, meta, arrays = found
     fingerprint = setting.rows.fingerprint if setting.rows else None
@@ -113,7 +110,6 @@ def resume(setting: Setting, checkpoints: checkpoint.Checkpoints) -> State:
       f"continuing at stage {state.stage} of {setting.config.prune.stages}, "
       f"train step {state.step} of {setting.total_steps}"
     )
-    setting.log.rewind("prune", len(state.trace) + 1)
     setting.log.rewind("eval", len(state.stages) + 1)
   if workdir.is_writer():
     workdir.rewrite_lines(setting.path / "trace.jsonl", state.trace)

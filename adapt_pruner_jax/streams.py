@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from absl import logging
 
+from adapt_pruner_jax import workdir
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.sources import Document, Source, read_documents
 from adapt_pruner_jax.tokens import Tokenizer, check_ids
@@ -64,14 +65,22 @@ def tokenise(
   key = _cache_key(source, tokenizer)
   name = f"{source.kind}-{digest(json.dumps(key).encode())[:16]}"
   folder = Path(cache_dir) / name
-  if folder.is_dir() and _read_cache(folder) is None:
-    logging.warning("%s is damaged; %s is tokenised again", folder, source)
-    shutil.rmtree(folder)
-  if not folder.is_dir():
-    _write_cache(folder, key, chunks)
-  cached = _read_cache(folder)
+
+  def keep() -> tuple[list[np.ndarray], list[str]] | None:
+    cached = _read_cache(folder) if folder.is_dir() else None
+    if cached is None:
+      if folder.is_dir():
+        logging.warning("%s is damaged; %s is tokenised again", folder, source)
+        shutil.rmtree(folder)
+      _write_cache(folder, key, chunks)
+    return cached
+
+  cached = workdir.on_writer(keep) or _read_cache(folder)
   if cached is None:
-    raise UserError(f"{folder} is damaged right after it was written")
+    raise UserError(
+      f"{folder} is damaged right after it was written, or this process does "
+      "not see what process 0 writes: give a --workdir that all see"
+    )
   arrays, sums = cached
   check_ids(arrays[0], vocab_size, str(folder), tokenizer)
   return _stream(source, arrays, sums)
@@ -236,6 +245,7 @@ def _read_cache(folder: Path) -> tuple[list[np.ndarray], list[str]] | None:
 def _remove_leftovers(folder: Path) -> None:
   """Deletes what killed processes were writing: untouched for an hour."""
   for path in folder.glob(".tmp-*"):
-    touched = [p.stat().st_mtime for p in (path, *path.iterdir())]
-    if time.time() - max(touched) > 3600:
-      shutil.rmtree(path, ignore_errors=True)
+    with contextlib.suppress(FileNotFoundError):  # its process has renamed it
+      touched = [p.stat().st_mtime for p in (path, *path.iterdir())]
+      if time.time() - max(touched) > 3600:
+        shutil.rmtree(path, ignore_errors=True)

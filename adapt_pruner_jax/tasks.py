@@ -22,7 +22,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks._factory import TaskFactory
 from lm_eval.tasks._index import Kind
 
-from adapt_pruner_jax.errors import UserError, nearest
+from adapt_pruner_jax.errors import UserError, first_line, nearest
 
 LM_EVAL_TASKS = Path(lm_eval.tasks.__file__).parent
 # Reading all of lm-eval's task files takes ten seconds, these no time.
@@ -216,7 +216,7 @@ def read_rows(path: Path, name: str) -> list[dict]:
   """
   rows = []
   try:
-    lines = path.read_text("utf-8").splitlines()
+    lines = path.read_text("utf-8").split("\n")
   except (OSError, UnicodeDecodeError) as error:
     raise UserError(f"{path} cannot be read: {error}") from error
   for number, line in enumerate(lines, 1):
@@ -294,7 +294,7 @@ class LocalTask(ConfigurableTask):
       repr(part) for part in (self.DATASET_PATH, self.DATASET_NAME) if part
     )
     split = c.test_split or c.validation_split
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    reason = first_line(error)
     return (
       f"task {name} needs the dataset {path}, which cannot be had here "
       f'({reason}); where there is network, run python -c "import datasets; '

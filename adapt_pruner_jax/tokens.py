@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from adapt_pruner_jax.errors import UserError
+from adapt_pruner_jax.errors import UserError, first_line
 
 # Any of these makes a directory without tokenizer.json worth converting.
 CONVERTIBLE = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
@@ -128,7 +128,7 @@ class Tokenizer:
     except Exception as error:  # whatever a template's own code raises
       raise UserError(
         f"the chat template of {self.path} cannot render the chat: "
-        f"{_line(error)}"
+        f"{first_line(error)}"
       ) from error
 
   def _id(self, token: str | None) -> int | None:
@@ -181,7 +181,7 @@ def _from_json(folder: Path) -> Tokenizer:
   try:
     backend = tokenizers.Tokenizer.from_file(str(path))
   except Exception as error:  # the package raises bare Exception
-    raise UserError(f"{path} cannot be read: {_line(error)}") from error
+    raise UserError(f"{path} cannot be read: {first_line(error)}") from error
   settings = _json(folder / "special_tokens_map.json")
   settings |= _json(folder / "tokenizer_config.json")
   ids = _json(folder / "config.json")
@@ -209,8 +209,8 @@ def _converted(folder: Path) -> Tokenizer:
     backend = slow.backend_tokenizer
   except Exception as error:  # it raises a dozen kinds
     raise UserError(
-      f"{folder}: its tokenizer cannot be converted: {_line(error)}; put a "
-      "tokenizer.json there"
+      f"{folder}: its tokenizer cannot be converted: {first_line(error)}; put "
+      "a tokenizer.json there"
     ) from error
   return Tokenizer(
     backend, str(folder), slow.bos_token, slow.eos_token, slow.chat_template
@@ -290,7 +290,3 @@ def _json(path: Path) -> dict:
     return json.loads(path.read_text(encoding="utf-8"))
   except ValueError as error:
     raise UserError(f"{path} is not valid JSON: {error}") from error
-
-
-def _line(error: Exception) -> str:
-  return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -138,7 +138,7 @@ def recover(
   Args:
     step_fn: from `make_step`; keep it as long as the shapes stay, it holds the
       compiled program.
-    batches: this process's rows of one batch a step, the position in the data
+    batches: one a step, the same in every process; the position in the data is
       already at `first_step`.
     log: called with each step's number and metrics, one step late, so that the
       device never waits for the host.
@@ -156,8 +156,8 @@ def recover(
       raise UserError(
         f"{bad[0]} is {values[bad[0]]} at train step {step} (batch {step} of "
         "the data order); nothing was saved after the last checkpoint: try a "
-        "lower --config.train.learning_rate, or skip such batches with "
-        "--config.train.skip_nonfinite=True"
+        "lower --config.train.learning_rate in another --workdir, or go on "
+        "here without such batches: --config.train.skip_nonfinite=True"
       )
     if log is not None:
       log(step, values)
@@ -196,11 +196,9 @@ def cast(params: Params, dtype: jnp.dtype) -> Params:
 
 
 def place(batch: Batch, mesh: Mesh) -> dict[str, jax.Array]:
-  """This process's rows become their part of the global batch."""
-  rows = sharding.batch_sharding(mesh)
+  """A batch on the devices, each with its rows."""
   return {
-    name: jax.make_array_from_process_local_data(rows, array)
-    for name, array in batch.items()
+    name: sharding.place_rows(array, mesh) for name, array in batch.items()
   }
 
 

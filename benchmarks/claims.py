@@ -61,7 +61,7 @@ ROWS, ROW_LEN = 4, 256  # of a train step
 EVAL_TOKENS = 20_480
 SEEDS = 3
 RATIOS = (0.4, 0.2, 0.6)
-RATES = (1e-4, 3e-4, 1e-3, 3e-3)
+RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
 SCRATCH_RATES = (1e-3, 3e-3)
 SCRATCH, DENSE = contenders.SCRATCH, contenders.DENSE
 PUBLISHED = (
@@ -390,7 +390,7 @@ def main() -> None:
   parser.add_argument("--base", type=Path, help="of base_model.py")
   parser.add_argument("--out", type=Path, required=True)
   parser.add_argument("--only", default=",".join(EXPERIMENTS))
-  parser.add_argument("--bases", default="stories260K,base,char361")
+  parser.add_argument("--bases", default="stories260K,char361,char105,base")
   parser.add_argument("--units", default="1,3,10", help="of training")
   flags = parser.parse_args()
   flags.out.mkdir(parents=True, exist_ok=True)
@@ -400,6 +400,7 @@ def main() -> None:
   where = {
     "stories260K": (models / "stories260K", *stories),
     "char361": (models / "babyllama-char361-960K", *stories),
+    "char105": (models / "babyllama-char105-930K", *stories),
     "wikitext": text / "wikitext2_raw_test.txt",
   }
   if flags.base:

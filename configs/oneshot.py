@@ -7,7 +7,7 @@
 Units are ranked by curvature, and what is left is refitted every two steps of
 5 % of the parameters (docs/method.md). On the models that we measured this
 keeps more than the paper's method, which is configs/paper.py, with and without
-training afterwards (docs/results.md).
+training afterwards, on text like the calibration's (docs/results.md).
 """
 
 from adapt_pruner_jax.config import Config

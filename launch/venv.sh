@@ -69,9 +69,16 @@ use_venv() {
       true
   fi
   if [[ $place != "$PWD" ]] || ! venv_works; then
+    if [[ -e $VENV && ! -f $VENV/.installed && -z $dry_run ]]; then
+      fail "$VENV was not made by these scripts and is not overwritten: move" \
+        "it away, or give another place: VENV=.venv-pruner"
+    fi
     python=$(find_python)
     echo "making $VENV with $("$python" --version)" >&2
     run "$python" -m venv --clear "$VENV"
+    if [[ -z $dry_run ]]; then
+      printf '%s\n\n\n' "$PWD" >"$VENV/.installed" # ours, nothing in it yet
+    fi
     had='' extras=''
   fi
   for extra in "$@"; do

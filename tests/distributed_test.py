@@ -3,6 +3,7 @@
 Each has four devices; the directory is one that both see.
 """
 
+import dataclasses
 import json
 import shutil
 import signal
@@ -21,17 +22,22 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def two(small_model, tmp_path, process_env):
-  """`two()` starts both, with more flags of the second; killed at the end."""
+  """`two()` starts both, with more flags of the second; killed at the end.
+
+  Each has so many `devices` and runs `config`, else `config_of` the model.
+  """
   work, started = tmp_path / "two", []
   work.mkdir()
 
-  def begin(*second, both=()):
+  def begin(*second, both=(), devices=4, config=None):
+    config = config or config_of(small_model)
+    env = fast(process_env(devices))
     with socket.socket() as found:
       found.bind(("127.0.0.1", 0))
       port = found.getsockname()[1]
     flags = (f"--coordinator=127.0.0.1:{port}", "--num_processes=2", *both)
     processes = [
-      start(config_of(small_model), work, fast(process_env(4)), *flags, *more)
+      start(config, work, env, *flags, *more)
       for more in (("--process_id=0",), (*second, "--process_id=1"))
     ]
     started.extend(processes)
@@ -132,6 +138,29 @@ def test_two_processes(small_model, tmp_path, process_env, two):
     config_of(small_model), copy, fast(process_env(1))
   )
   assert_same_result(copy, whole)
+
+
+@pytest.mark.parametrize("axis", ["fsdp", "tensor"])
+def test_arrays_cut_over_both_processes(
+  axis, small_model, tmp_path, process_env, two
+):
+  """No process holds the whole model, and those of `tensor` share rows."""
+  config = recipe(
+    small_model,
+    stages=1,
+    tokens=8 * 256,
+    method="curvature",
+    curvature_step=0.1,
+    refit="2",
+    refit_all=True,
+  )
+  cut = dataclasses.replace(
+    config, mesh=dataclasses.replace(config.mesh, data=1, **{axis: 2})
+  )
+  for number, process in enumerate(two(devices=1, config=cut)):
+    assert process.wait(600) == 0, said(two.work, number)
+  finish(config, tmp_path / "one", fast(process_env(1)))
+  assert_same_result(two.work, tmp_path / "one")
 
 
 def test_an_error_of_one_process_ends_both(two):

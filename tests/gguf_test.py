@@ -1,6 +1,7 @@
 """GGUF files, read back and, where llama.cpp is installed, run by it."""
 
 import dataclasses
+import json
 
 import jax
 import numpy as np
@@ -48,6 +49,12 @@ CASES = {
   "qwen2 tied": {"family": "qwen2", "qkv_bias": True, "tied": True},
   "qwen3 tied": {"family": "qwen3", "qk_norm": "head", "tied": True},
   "qwen3": {"family": "qwen3", "qk_norm": "head"},
+  "qwen3 tied, attention gone": {
+    "family": "qwen3",
+    "qk_norm": "head",
+    "tied": True,
+    "K": (2, 0, 1),
+  },
   "all biases": {
     "qkv_bias": True,
     "o_bias": True,
@@ -126,6 +133,16 @@ def test_layers_that_are_gone_are_left_out(tmp_path):
     ({"residual": ((32, 32, 32),) * 3}, "only orbax"),
     ({"window": (8, 8, 8), "family": "mistral"}, "sliding windows"),
     ({"K": (2, 0, 1)}, "without attention"),
+    (
+      {
+        "family": "qwen3",
+        "qk_norm": "head",
+        "tied": True,
+        "o_bias": True,
+        "down_bias": True,
+      },
+      "--format=hf",
+    ),
   ],
 )
 def test_what_llama_cpp_cannot_express_is_refused(changes, said, tmp_path):
@@ -160,6 +177,68 @@ def assert_tokenises_alike(path, tokenizer):
   for text in PROBES:
     got = llama.tokenize(text.encode(), add_bos=True, special=False)
     assert got == tokenizer.encode(text), text
+
+
+TEMPLATE = {"single": [{"SpecialToken": {"id": "<s>"}}, {"Sequence": {}}]}
+
+
+@pytest.mark.parametrize(
+  "content, special, space",
+  [
+    ({}, False, False),
+    ({"post_processor": TEMPLATE}, True, False),
+    # LLaMA 3
+    (
+      {"post_processor": {"processors": [{"type": "ByteLevel"}, TEMPLATE]}},
+      True,
+      False,
+    ),
+    ({"post_processor": {"single": [{"Sequence": {}}]}}, False, False),
+    # LLaMA 2, by Transformers 4 and 5
+    (
+      {"normalizer": {"normalizers": [{"type": "Prepend"}]}},
+      False,
+      True,
+    ),
+    (
+      {"pre_tokenizer": {"type": "Metaspace", "prepend_scheme": "first"}},
+      False,
+      True,
+    ),
+    (
+      {"pre_tokenizer": {"type": "Metaspace", "prepend_scheme": "never"}},
+      False,
+      False,
+    ),
+  ],
+)
+def test_what_is_put_in_front_of_a_text(content, special, space):
+  assert gguf_vocab.begins_with_special(content) == special
+  assert gguf_vocab.begins_with_space(content) == space
+
+
+@pytest.mark.parametrize("added", [True, False])
+def test_tokens_that_the_model_does_not_have(added, tmp_path, caplog):
+  """An added one is left out; of others there is something wrong."""
+  folder = tmp_path / "tokenizer"
+  tiny.train_tokenizer(folder, 300)
+  file = folder / "tokenizer.json"
+  content = json.loads(file.read_text())
+  size = len(content["model"]["vocab"])
+  if added:
+    token = dict(content["added_tokens"][0], id=size, content="[PAD]")
+    content["added_tokens"].append(token)
+    file.write_text(json.dumps(content))
+  config = dataclasses.replace(UNEVEN, V=size if added else size - 1)
+  pair = config, small.random_params(config)
+  out = tmp_path / "model.gguf"
+  if added:
+    gguf.write(*pair, out, source=folder)
+    assert out.stat().st_size > 1000
+  else:
+    with pytest.raises(UserError, match="more tokens than the model's"):
+      gguf.write(*pair, out, source=folder)
+    assert not out.exists()
 
 
 def test_unknown_pre_tokenizer_is_refused(tmp_path):

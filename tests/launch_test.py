@@ -202,6 +202,14 @@ def test_venv_is_made_again(box, change):
   assert installs(box.run("local.sh", **env)[1]) == []
 
 
+def test_a_venv_of_another_is_left_alone(box):
+  mine = box.repo / ".venv"
+  mine.mkdir()
+  (mine / "pyvenv.cfg").write_text("mine")
+  assert "VENV=.venv-pruner" in box.fails("local.sh")
+  assert (mine / "pyvenv.cfg").read_text() == "mine"
+
+
 def test_old_python_is_one_clear_line(box):
   error = box.fails("local.sh", VERSION="3.9.7")
   assert "no Python 3.11 or newer" in error

@@ -107,7 +107,11 @@ BAD_FIELDS = {
   "no UTF-8": (["calibration.source=text:{folder}/latin.txt"], ["UTF-8"]),
   "no text": (["calibration.source=text:{folder}/none.txt"], ["none.txt"]),
   "jsonl": (
-    ["train.tokens=512", "data.source=jsonl:{folder}/broken.jsonl"],
+    [
+      "train.tokens=512",
+      "data.seq_len=32",
+      "data.source=jsonl:{folder}/broken.jsonl",
+    ],
     ["broken.jsonl", "2"],
   ),
   "ids": (["calibration.source=npy:{folder}/ids.npy"], ["ids.npy", "300"]),
@@ -115,6 +119,26 @@ BAD_FIELDS = {
   "batch": (
     ["train.tokens=512", "data.seq_len=32", "data.batch=6"],
     ["batch of 6", "8", "data.batch"],
+  ),
+  "calibration beyond the context": (
+    ["calibration.seq_len=65"],
+    ["calibration.seq_len=65", "context", "calibration.seq_len=64"],
+  ),
+  "rows beyond the context": (
+    ["train.tokens=512"],
+    ["data.seq_len=1024", "data.seq_len=64"],
+  ),
+  "text beyond the context": (
+    ["eval.text=embedded", "eval.seq_len=65"],
+    ["eval.seq_len=65"],
+  ),
+  "rising rate": (
+    ["train.tokens=512", "train.learning_rate=1e-6"],
+    ["train.min_learning_rate=2e-06", "rise"],
+  ),
+  "SliceGPT with a refit": (
+    ["prune.method=slicegpt", "prune.refit=final"],
+    ["SliceGPT", "prune.refit=none"],
   ),
   "layers": (["prune.mlp_layers=2:9"], ["2:9"]),
   "no task": (["eval.tasks=arc_esy"], ["arc_esy", "did you mean arc_easy?"]),
@@ -193,6 +217,33 @@ def test_directories(refused, command, small_model, tmp_path):
   evaluate = ["evaluate", f"--model={small_model}"]
   refused(["--text"], *evaluate)
   refused(["arc_esy"], *evaluate, "--tasks=arc_esy", f"--tasks_dir={tmp_path}")
+  text = tmp_path / "text.txt"
+  text.write_text("The with statement wraps a block.")
+  for kind in ("bf16", "int8"):
+    refused(
+      ["dtype", "bfloat16"], *evaluate, f"--text={text}", f"--dtype={kind}"
+    )
+  refused(
+    ["mount"], "compare", "--workdir=gs://b/w", "--config=configs/paper.py"
+  )
+
+
+def test_ignored_fields(command, refused, small_model, tmp_path):
+  """What `run` is told to pass over, the other commands can be told too."""
+  folder = shutil.copytree(small_model, tmp_path / "odd")
+  config = json.loads((folder / "config.json").read_text())
+  text = json.dumps(config | {"a_new_field": 3})
+  (folder / "config.json").write_text(text)
+  generate = ["generate", f"--model={folder}", "--max_new_tokens=1"]
+  refused(["a_new_field", "--ignore_fields=a_new_field"], *generate)
+  assert command(*generate, "--ignore_fields=a_new_field")[0] == 0
+  (tmp_path / "text.txt").write_text("The with statement wraps a block.")
+  evaluate = ["evaluate", f"--model={folder}", f"--text={tmp_path}/text.txt"]
+  refused(["a_new_field"], *evaluate)
+  assert command(*evaluate, "--ignore_fields=a_new_field")[0] == 0
+  convert = ["convert", f"--model={folder}", f"--out={tmp_path / 'out'}"]
+  convert += ["--format=hf_uniform", "--ignore_fields=a_new_field"]
+  assert command(*convert)[0] == 0
 
 
 def test_run_then_everything_else(command, small_model, tmp_path):
@@ -203,6 +254,9 @@ def test_run_then_everything_else(command, small_model, tmp_path):
   assert "finished" not in said
   code, said, _ = command(*arguments)  # again
   assert (code, "finished" in said) == (0, True)
+  (work / "report.html").unlink()  # as if killed just before it was written
+  assert command(*arguments)[0] == 0
+  assert (work / "report.html").is_file()
   code, _, said = command(*arguments, "--config.prune.amplitude=0.1")
   assert code == 1
   assert "prune.amplitude: 0.02 -> 0.1" in said

@@ -368,6 +368,7 @@ def test_padding_says_what_it_costs(tiny, tmp_path):
     tmp_path / "out",
     source=tmp_path / "parent",
     format="hf_uniform",
+    facts={"params_before": model.count_params(TINY)},
     say=said.append,
   )
   factor = model.count_params(TINY) / model.count_params(pruned[0])
@@ -375,6 +376,13 @@ def test_padding_says_what_it_costs(tiny, tmp_path):
   assert "KV cache 1.33 times" in said[0]
   assert "nothing is gained" in said[1]
   assert said[0] in (tmp_path / "out" / "README.md").read_text()
+  few = {"params_before": model.count_params(TINY) + 1}
+  for number, facts in enumerate((few, None)):
+    said.clear()
+    out = tmp_path / f"out{number}"
+    options = {"format": "hf_uniform", "facts": facts, "say": said.append}
+    save.save(*pruned, out, source=tmp_path / "parent", **options)
+    assert not any("nothing is gained" in line for line in said)
 
 
 def test_what_formats_cannot_express(tiny, tmp_path, animals):

@@ -55,7 +55,7 @@ def write(
     _usage(written),
     "`sha256sum -c SHA256SUMS` checks the files.",
   ]
-  (folder / CARD).write_text("\n\n".join(parts) + "\n")
+  (folder / CARD).write_text("\n\n".join(parts) + "\n", "utf-8")
   write_sums(folder, sums)
 
 

@@ -125,7 +125,8 @@ def check(raw: Raw, known: Collection[str], path: str) -> None:
     raise UserError(
       f"{path}: the field {name}={shown} {kind} and may change what the model "
       f"computes{nearest(name, known)}; if you know that it does not, give "
-      f"--config.model.ignore_fields={name}"
+      f"--ignore_fields={name} (of a recipe: "
+      f"--config.model.ignore_fields={name})"
     )
 
 

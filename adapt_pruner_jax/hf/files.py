@@ -11,6 +11,7 @@ import numpy as np
 from adapt_pruner_jax.errors import UserError
 
 CONFIG = "config.json"
+LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -114,7 +115,11 @@ def _weight_map(folder: Path) -> dict[str, Path]:
         f"{folder} has only {pickles[0].name}, which could run code when it is "
         f"read; convert it once with: {CONVERT.format(folder)}"
       )
-    raise UserError(f"{folder} has no weights: no {SINGLE} and no {INDEX}")
+    raise UserError(
+      f"{folder} has no weights: no {SINGLE} and no {INDEX}; if its hub "
+      "repository has pytorch_model.bin only, convert it once with: "
+      f"{CONVERT.format('HUB_ID')}"
+    )
   found = read_json(folder / INDEX).get("weight_map")
   if not isinstance(found, dict) or not found:
     raise UserError(f"{folder / INDEX} has no weight_map")

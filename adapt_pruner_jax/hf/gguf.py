@@ -126,8 +126,12 @@ def architecture(config: ModelConfig) -> str:
   why = None
   if config.residual:
     why = "a model cut by SliceGPT, which only orbax can hold"
+  elif config.family == "qwen3" and _biases(config):
+    why = "biases beside norms of queries and keys; --format=hf can"
   elif config.family == "qwen3":
-    return "openelm" if config.tied and not _is_uniform(config) else "qwen3"
+    holes = 0 in config.K or 0 in config.F
+    uneven = not _is_uniform(config)
+    return "openelm" if config.tied and uneven and not holes else "qwen3"
   elif config.family not in LLAMA_LIKE:
     why = (
       f"the family {config.family}; write --format=hf_uniform and use "
@@ -237,6 +241,12 @@ def _compare(
     if not error <= tolerance * np.abs(want).max() + 1e-7 * (kind != "f32"):
       raise RuntimeError(f"{name} reads back with an error of {error}")
   assert not found, f"written without a reason: {sorted(found)}"
+
+
+def _biases(config: ModelConfig) -> bool:
+  return any(
+    (config.qkv_bias, config.o_bias, config.gate_up_bias, config.down_bias)
+  )
 
 
 def _is_uniform(config: ModelConfig) -> bool:

@@ -40,9 +40,21 @@ def write(writer: Any, config: ModelConfig, source: Path | None) -> None:
     )
   tokens = [f"[PAD{i}]" for i in range(config.V)]
   types = [UNUSED] * config.V
+  if max(inner["vocab"].values(), default=0) >= config.V:
+    raise UserError(
+      f"{file} has more tokens than the model's {config.V}: it is not this "
+      "model's"
+    )
   for token, number in inner["vocab"].items():
     tokens[number], types[number] = token, NORMAL
   for added in content["added_tokens"]:
+    if added["id"] >= config.V:
+      logging.warning(
+        "%s: the model has no embedding of %s, which is left out",
+        file,
+        added["content"],
+      )
+      continue
     tokens[added["id"]] = added["content"]
     types[added["id"]] = CONTROL if added["special"] else USER
   if inner.get("byte_fallback"):
@@ -113,6 +125,32 @@ def pre_tokenizer(settings: dict | None, file: Path) -> str:
   )
 
 
+def begins_with_special(content: dict) -> bool:
+  """Whether tokenizer.json puts a special token in front of a text."""
+  last = content.get("post_processor") or {}
+  templates = [
+    step["single"]
+    for step in last.get("processors", [last])
+    if step.get("single")
+  ]
+  return any("SpecialToken" in template[0] for template in templates)
+
+
+def begins_with_space(content: dict) -> bool:
+  """Whether tokenizer.json puts a space in front of a text."""
+  normal = content.get("normalizer") or {}
+  if any(
+    step.get("type") == "Prepend"
+    for step in normal.get("normalizers", [normal])
+  ):
+    return True
+  split = content.get("pre_tokenizer") or {}
+  return any(
+    step.get("type") == "Metaspace" and step.get("prepend_scheme") != "never"
+    for step in split.get("pretokenizers", [split])
+  )
+
+
 def _write_special(
   writer: Any, config: ModelConfig, content: dict, source: Path
 ) -> None:
@@ -122,12 +160,9 @@ def _write_special(
     writer.add_eos_token_id(config.eos_ids[0])
   if config.pad_id is not None:
     writer.add_pad_token_id(config.pad_id)
-  template = (content.get("post_processor") or {}).get("single") or []
-  first = template[0].get("SpecialToken") if template else None
-  writer.add_add_bos_token(first is not None)
-  normalizer = json.dumps(content.get("normalizer") or {})
+  writer.add_add_bos_token(begins_with_special(content))
   if content["model"].get("byte_fallback"):
-    writer.add_add_space_prefix("Prepend" in normalizer)
+    writer.add_add_space_prefix(begins_with_space(content))
   settings = source / "tokenizer_config.json"
   chat = source / "chat_template.jinja"
   if chat.is_file():

@@ -22,14 +22,19 @@ from jax.sharding import Mesh
 
 from adapt_pruner_jax import axes, sharding
 from adapt_pruner_jax.axes import Params
-from adapt_pruner_jax.errors import UserError
+from adapt_pruner_jax.errors import UserError, first_line
 from adapt_pruner_jax.hf import config_json, tensors
 from adapt_pruner_jax.hf.families import OUTER
-from adapt_pruner_jax.hf.files import CONFIG, Checkpoint, read_json
+from adapt_pruner_jax.hf.files import CONFIG, LICENCES, Checkpoint, read_json
 from adapt_pruner_jax.hf.tensors import Place
 from adapt_pruner_jax.model import ModelConfig
 
-DOWNLOADED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.md")
+DOWNLOADED = (
+  *("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.md"),
+  *LICENCES,
+)
+# Folders, and Mistral's second copy of the weights.
+NOT_DOWNLOADED = ("*/*", "consolidated*")
 NOT_PARAMETERS = ("rotary_emb.inv_freq",)  # endings; old checkpoints have them
 HUB_ID = r"[\w-][\w.-]*/[\w.-]+"
 COMPARED_BYTES = 1 << 26
@@ -62,13 +67,13 @@ def resolve(path: str | os.PathLike) -> Path:
   try:
     return Path(
       huggingface_hub.snapshot_download(
-        str(path), allow_patterns=DOWNLOADED, ignore_patterns="*/*"
+        str(path), allow_patterns=DOWNLOADED, ignore_patterns=NOT_DOWNLOADED
       )
     )
   except Exception as error:
     raise UserError(
       f"{path} is not a directory, and the HuggingFace hub does not give it: "
-      f"{str(error).splitlines()[0]} Check the name and the network; log in "
+      f"{first_line(error)} Check the name and the network; log in "
       "with `hf auth login` if the model asks for it"
     ) from error
 

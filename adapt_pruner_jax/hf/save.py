@@ -24,7 +24,7 @@ from adapt_pruner_jax.axes import Params
 from adapt_pruner_jax.errors import UserError, nearest
 from adapt_pruner_jax.hf import card, config_json, reopen, uniform, weights
 from adapt_pruner_jax.hf.families import FAMILIES
-from adapt_pruner_jax.hf.files import CONFIG, write_json
+from adapt_pruner_jax.hf.files import CONFIG, LICENCES, write_json
 from adapt_pruner_jax.model import ModelConfig, layer_names
 
 FORMATS = ("hf", "hf_uniform")
@@ -32,6 +32,7 @@ TOKENIZER = (
   "tokenizer.json",
   "tokenizer.model",
   "tokenizer_config.json",
+  "spiece.model",
   "special_tokens_map.json",
   "added_tokens.json",
   "vocab.json",
@@ -40,7 +41,6 @@ TOKENIZER = (
   "chat_template.jinja",
   "chat_template.json",
 )
-LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 
 
 def save(
@@ -84,7 +84,7 @@ def save(
   if format == "hf_uniform":
     written = uniform.pad_config(config)
     written_get = uniform.padded_getter(config, written, get)
-    notes = uniform.cost(config, written, source)
+    notes = uniform.cost(config, written, (facts or {}).get("params_before"))
   raw = config_json.write(written)
   dtype = jnp.result_type(*(x.dtype for x in jax.tree.leaves(params)))
   raw |= {"torch_dtype": str(dtype), "dtype": str(dtype)}
@@ -215,9 +215,9 @@ def _write_classes(folder: Path, config: ModelConfig) -> None:
   }
   for kind in ("configuration", "modeling"):
     template = Path(__file__).with_name(f"{kind}.py.template")
-    made = string.Template(template.read_text()).substitute(names)
+    made = string.Template(template.read_text("utf-8")).substitute(names)
     name = f"{kind}_{config_json.PRUNED}{config.family}.py"
-    (folder / name).write_text(made)
+    (folder / name).write_text(made, "utf-8")
 
 
 def _copy_files(folder: Path, source: Path | None) -> list[str]:

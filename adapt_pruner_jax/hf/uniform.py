@@ -6,14 +6,13 @@ the cost of the largest layer everywhere.
 """
 
 import dataclasses
-from pathlib import Path
 
 import numpy as np
 
 from adapt_pruner_jax import axes
 from adapt_pruner_jax.axes import Params
 from adapt_pruner_jax.errors import UserError
-from adapt_pruner_jax.hf import config_json, load
+from adapt_pruner_jax.hf import config_json
 from adapt_pruner_jax.hf.families import FAMILIES
 from adapt_pruner_jax.hf.tensors import Key, places
 from adapt_pruner_jax.hf.weights import Get, getter
@@ -95,9 +94,13 @@ def padded_getter(config: ModelConfig, padded: ModelConfig, get: Get) -> Get:
 
 
 def cost(
-  config: ModelConfig, padded: ModelConfig, source: Path | None
+  config: ModelConfig, padded: ModelConfig, before: int | None
 ) -> list[str]:
-  """What the padding costs, in words."""
+  """What the padding costs, in words.
+
+  Args:
+    before: parameters that the model had before it was pruned, if known.
+  """
   params, new = count_params(config), count_params(padded)
   cache = sum(padded.K) / max(1, sum(config.K))
   notes = [
@@ -105,7 +108,7 @@ def cost(
     f"all {padded.L} layers: {new:,} parameters, {new / params:.2f} times those"
     f" of the pruned model; KV cache {cache:.2f} times"
   ]
-  if source is not None and new >= count_params(load.read_config(source)):
+  if before and new >= before:
     notes.append(
       "nothing is gained by hf_uniform: the padded model is as large as the "
       "one before pruning"
