@@ -234,7 +234,8 @@ def test_ignored_fields(command, refused, small_model, tmp_path):
   config = json.loads((folder / "config.json").read_text())
   text = json.dumps(config | {"a_new_field": 3})
   (folder / "config.json").write_text(text)
-  generate = ["generate", f"--model={folder}", "--max_new_tokens=1"]
+  generate = ["generate", f"--model={folder}", "--prompt=The"]
+  generate += ["--max_new_tokens=1"]
   refused(["a_new_field", "--ignore_fields=a_new_field"], *generate)
   assert command(*generate, "--ignore_fields=a_new_field")[0] == 0
   (tmp_path / "text.txt").write_text("The with statement wraps a block.")
