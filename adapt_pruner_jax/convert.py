@@ -18,11 +18,11 @@ from adapt_pruner_jax.axes import Params
 from adapt_pruner_jax.errors import UserError, first_line, nearest
 from adapt_pruner_jax.fingerprint import fingerprints
 from adapt_pruner_jax.hf import card, load, save
+from adapt_pruner_jax.hf.files import MANIFEST
 from adapt_pruner_jax.model import ModelConfig
 
 FORMATS = ("hf", "hf_uniform", "gguf", "orbax")
 DTYPES = ("float32", "bfloat16", "float16")
-MANIFEST = "model.json"
 
 
 def convert(
@@ -124,7 +124,7 @@ def write(
   elif format == "gguf":
     from adapt_pruner_jax.hf import gguf
 
-    gguf.write(config, params, out, source=source, dtype=quantization)
+    gguf.write(config, params, out, source=source, kind=quantization)
   else:
     save.save(
       config,
@@ -170,7 +170,7 @@ def write_orbax(
     "dtype": str(dtype),
     "fingerprints": fingerprints(_named(params)),
   }
-  with save.directory(out, overwrite, MANIFEST) as folder:
+  with save.directory(out, overwrite) as folder:
     with ocp.StandardCheckpointer() as checkpointer:
       checkpointer.save(folder.absolute() / "params", params)
     if source is not None:

@@ -6,8 +6,8 @@ DIR of --data holds `models` and `text` as the shared data does; --base is what
 base_model.py made. Each measurement is a cell (base, seed, method, ratio,
 stages, tokens, rate); a finished one is a line of OUT/cells.jsonl, so that the
 same command goes on after a kill. Then claims.md and a plot a claim are written
-from all cells. --only=claim1,decisive,claim2,claim3,ablations and --bases pick
-some.
+from all cells. --only=claim1,decisive,claim2,claim3,samples,ablations and
+--bases pick some.
 
 Loss is nats per token on text that neither calibration nor training saw:
 `test` is of the training text's kind, `wikitext` is not. Learning rates are
@@ -375,11 +375,19 @@ def ablations(bench: Bench, base: str) -> Iterator[Cell]:
     yield dataclasses.replace(cell, change=("carry_moments", False))
 
 
+def samples(bench: Bench, base: str) -> Iterator[Cell]:
+  """As many samples a step as the paper draws, without training."""
+  for method in ("paper", "curvature+refit"):
+    for seed in range(SEEDS):
+      yield Cell(base, seed, method, change=("samples", REFIT_SAMPLES))
+
+
 EXPERIMENTS = {
   "claim1": claim1,
   "decisive": decisive,
   "claim2": claim2,
   "claim3": claim3,
+  "samples": samples,
   "ablations": ablations,
 }
 

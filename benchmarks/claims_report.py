@@ -316,10 +316,16 @@ def plot(
       panels[base] = found, unpruned(own)["test"]
   if not panels:
     return
-  figure = Figure((2 + 4 * len(panels), 4.5), layout="constrained")
-  axes = figure.subplots(1, len(panels), squeeze=False)[0]
+  across = min(len(panels), 2)
+  down = -(-len(panels) // across)
+  figure = Figure((2 + 4 * across, 1 + 3.5 * down), layout="constrained")
+  axes = figure.subplots(down, across, squeeze=False)
+  for axis in axes.flat[len(panels) :]:
+    axis.set_visible(False)
   handles = {}
-  for axis, (base, (found, dense)) in zip(axes, panels.items(), strict=True):
+  for axis, (base, (found, dense)) in zip(
+    axes.flat[: len(panels)], panels.items(), strict=True
+  ):
     for name, points in found.items():
       draw(axis, name, points)
     axis.axhline(dense, color="0.5", linestyle=":", label="dense")
@@ -333,7 +339,8 @@ def plot(
       axis.set_xticks(sorted({x for points in found.values() for x in points}))
     shown, names = axis.get_legend_handles_labels()
     handles |= dict(zip(names, shown, strict=True))
-  axes[0].set_ylabel("loss, nats per token")
+  for axis in axes[:, 0]:
+    axis.set_ylabel("loss, nats per token")
   figure.legend(
     handles.values(),
     handles.keys(),

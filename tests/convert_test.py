@@ -227,6 +227,9 @@ def test_overwriting(written, tmp_path):
     convert.convert(str(path), out, format, overwrite=True)
     assert not (out / "mark").exists()
     assert out.is_dir() or out.stat().st_size > 1000
+  for format in ("hf", "orbax"):  # one in place of the other
+    convert.convert(str(path), tmp_path / "orbax", format, overwrite=True)
+    assert convert.is_orbax(str(tmp_path / "orbax")) == (format == "orbax")
 
 
 @pytest.mark.parametrize("format", ["orbax", "gguf"])
@@ -252,6 +255,8 @@ def test_what_is_refused_and_what_can(written, tmp_path, capsys):
   assert "float32, bfloat16, float16" in said
   assert "gguf" in said
   said = refusal(capsys, *options, "--format=gguf", "--dtype=q4_k")
+  assert "f32, f16, q8_0" in said
+  said = refusal(capsys, *options, "--format=gguf", "--dtype=bfloat16")
   assert "f32, f16, q8_0" in said
   assert "needs --out" in refusal(capsys, options[0])
   assert list(tmp_path.iterdir()) == []

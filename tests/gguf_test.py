@@ -104,11 +104,11 @@ def test_llama_cpp_computes_the_same(name, tmp_path):
   np.testing.assert_allclose(got, want, atol=1e-4 * max(1, np.abs(want).max()))
 
 
-@pytest.mark.parametrize("dtype", ["f16", "q8_0"])
-def test_smaller_files_compute_nearly_the_same(dtype, tmp_path):
+@pytest.mark.parametrize("kind", ["f16", "q8_0"])
+def test_smaller_files_compute_nearly_the_same(kind, tmp_path):
   config, params = case("llama")
   gguf.write(config, params, tmp_path / "full.gguf")
-  gguf.write(config, params, tmp_path / "model.gguf", dtype=dtype)
+  gguf.write(config, params, tmp_path / "model.gguf", kind=kind)
   full, smaller = (
     (tmp_path / n).stat().st_size for n in ("full.gguf", "model.gguf")
   )

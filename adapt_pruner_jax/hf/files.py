@@ -11,6 +11,7 @@ import numpy as np
 from adapt_pruner_jax.errors import UserError
 
 CONFIG = "config.json"
+MANIFEST = "model.json"  # what an orbax directory has in its place
 LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

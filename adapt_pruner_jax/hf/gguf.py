@@ -23,14 +23,7 @@ from adapt_pruner_jax.hf.tensors import to_hf
 from adapt_pruner_jax.model import ModelConfig
 from adapt_pruner_jax.rope import Rope, rope_frequencies
 
-DTYPES = {
-  "float32": "f32",
-  "float16": "f16",
-  "bfloat16": "f16",
-  "f32": "f32",
-  "f16": "f16",
-  "q8_0": "q8_0",
-}
+KINDS = ("f32", "f16", "q8_0")
 LLAMA_LIKE = ("llama", "mistral", "qwen2", "mobilellm")
 NAMES = {
   "embedding": "token_embd.weight",
@@ -65,25 +58,25 @@ def write(
   out: Path,
   *,
   source: Path | None = None,
-  dtype: str = "float32",
+  kind: str = "f32",
 ) -> None:
   """Writes a .gguf file; it is read again and compared before it counts.
 
   Args:
     source: a directory with the tokenizer; without, the file has token ids
       only, which is said.
-    dtype: f32, f16 or q8_0 (rows that are no multiple of 32 stay f16).
+    kind: f32, f16 or q8_0 (rows that are no multiple of 32 stay f16).
 
   Raises:
     UserError: a family or structure that llama.cpp has no architecture for, or
       a tokenizer that it does not know.
   """
   gguf = _package()
-  if dtype not in DTYPES:
+  if kind not in KINDS:
     raise UserError(
-      f"--dtype={dtype} is not one of f32, f16, q8_0{nearest(dtype, DTYPES)}"
+      f"--dtype={kind} of a gguf is not one of {', '.join(KINDS)}"
+      f"{nearest(kind, KINDS)}"
     )
-  kind = DTYPES[dtype]
   config, params = save.without_empty_layers(config, params)
   arch = architecture(config)
   if arch == "qwen3" and not _is_uniform(config):

@@ -24,7 +24,7 @@ from adapt_pruner_jax.axes import Params
 from adapt_pruner_jax.errors import UserError, nearest
 from adapt_pruner_jax.hf import card, config_json, reopen, uniform, weights
 from adapt_pruner_jax.hf.families import FAMILIES
-from adapt_pruner_jax.hf.files import CONFIG, LICENCES, write_json
+from adapt_pruner_jax.hf.files import CONFIG, LICENCES, MANIFEST, write_json
 from adapt_pruner_jax.model import ModelConfig, layer_names
 
 FORMATS = ("hf", "hf_uniform")
@@ -129,20 +129,18 @@ def without_empty_layers(
 
 
 @contextlib.contextmanager
-def directory(
-  path: Path, overwrite: bool, mark: str = CONFIG
-) -> Iterator[Path | None]:
+def directory(path: Path, overwrite: bool) -> Iterator[Path | None]:
   """A directory that is renamed to `path` at the end; None if not the writer.
 
   Nothing is left at `path` if anything is raised inside.
 
   Args:
-    overwrite: replace what is there, if it is empty or has a file `mark`.
+    overwrite: replace what is there, if it is empty or a model.
 
   Raises:
     UserError: `path` may not be replaced or cannot be written.
   """
-  folder = workdir.on_writer(lambda: _temporary(path, overwrite, mark))
+  folder = workdir.on_writer(lambda: _temporary(path, overwrite))
   try:
     yield folder
     workdir.all_agree(True)
@@ -155,12 +153,13 @@ def directory(
       shutil.rmtree(folder, ignore_errors=True)
 
 
-def _temporary(path: Path, overwrite: bool, mark: str) -> Path:
+def _temporary(path: Path, overwrite: bool) -> Path:
   if path.exists():
     if not overwrite:
       raise UserError(f"{path} exists: give another name, or --overwrite")
     if not path.is_dir() or (
-      any(path.iterdir()) and not (path / mark).is_file()
+      any(path.iterdir())
+      and not any((path / name).is_file() for name in (CONFIG, MANIFEST))
     ):
       raise UserError(
         f"{path} is not a model directory and is not overwritten: give another "
@@ -181,7 +180,12 @@ def _publish(folder: Path, path: Path) -> None:
     return
   old = Path(tempfile.mkdtemp(prefix=f".{path.name}-old-", dir=path.parent))
   path.rename(old / path.name)
-  folder.rename(path)
+  try:
+    folder.rename(path)
+  except OSError:
+    (old / path.name).rename(path)
+    old.rmdir()
+    raise
   shutil.rmtree(old)
 
 
