@@ -208,7 +208,7 @@ def _open_orbax(
   card.verify(path, only=MANIFEST)
   manifest = workdir.read_json(path / MANIFEST)
   config = model.from_json(manifest["model"])
-  mesh = mesh or sharding.make_mesh(devices=jax.local_devices()[:1])
+  mesh = mesh or sharding.one_device()
   abstract = model.abstract_params(config, jnp.dtype(manifest["dtype"]))
   abstract = jax.tree.map(
     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),

@@ -69,7 +69,7 @@ def prune(
   del seed  # nothing is drawn
   halves.check(config)
   full, kept = full or config, kept or surgery.everything(config)
-  mesh = mesh or sharding.make_mesh(devices=jax.local_devices()[:1])
+  mesh = mesh or sharding.one_device()
   stacked = surgery.expand(config, params, kept, full, mesh)
   masks = surgery.to_masks(kept, full) if after is None else after.masks
   trace = []

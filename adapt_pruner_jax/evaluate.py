@@ -209,7 +209,7 @@ def perplexity(
       f"a window of {seq_len} token(s) predicts none: use 2 or more"
     )
   if mesh is None:
-    mesh = sharding.make_mesh(devices=jax.local_devices()[:1])
+    mesh = sharding.one_device()
   shards = sharding.batch_shards(mesh)
   batch = -(-batch // shards) * shards
   rows_BT, lengths_B = windows(tokens, min(seq_len, len(tokens)), batch)

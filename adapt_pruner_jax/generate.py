@@ -65,7 +65,7 @@ def generate(
   sampling = Sampling(temperature, top_k, top_p)
   check_request(config, prompts, max_new_tokens, sampling)
   if mesh is None:
-    mesh = sharding.make_mesh(devices=jax.local_devices()[:1])
+    mesh = sharding.one_device()
   eos = tuple(config.eos_ids if eos_ids is None else eos_ids)
   tokens_BT, starts_B = pad_left(prompts, mesh)
   B, T = tokens_BT.shape

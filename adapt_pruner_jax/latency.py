@@ -50,7 +50,7 @@ def measure(
       f"{new_tokens} and repeats={repeats} must be at least 1"
     )
   if mesh is None:
-    mesh = sharding.make_mesh(devices=jax.local_devices()[:1])
+    mesh = sharding.one_device()
   sampling = generate.Sampling()
   rng = np.random.default_rng(0)
   prompts = rng.integers(0, config.V, (batch, prompt_len)).tolist()

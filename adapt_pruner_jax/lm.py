@@ -63,7 +63,7 @@ class JaxLM(TemplateLM):
     longer than `FULL_BATCH` tokens as many less."""
     super().__init__()
     if mesh is None:
-      mesh = sharding.make_mesh(devices=jax.local_devices()[:1])
+      mesh = sharding.one_device()
     shards = sharding.batch_shards(mesh)
     self.model_config, self.params, self.mesh = config, params, mesh
     self.words, self.shards = tokenizer, shards

@@ -94,7 +94,7 @@ def prune(
       values are not finite.
   """
   full, kept = full or config, kept or surgery.everything(config)
-  mesh = mesh or sharding.make_mesh(devices=jax.local_devices()[:1])
+  mesh = mesh or sharding.one_device()
   trace = []
   masks = surgery.to_masks(kept, full) if after is None else after.masks
   for step in steps(

@@ -79,7 +79,7 @@ def refit(
     UserError: fewer than two rows, or a model that cannot be refitted.
   """
   (dense_config, dense_params), (config, params) = dense, pruned
-  mesh = mesh or sharding.make_mesh(devices=jax.local_devices()[:1])
+  mesh = mesh or sharding.one_device()
   wide_dense = surgery.dense(dense_config)
   wide = dataclasses.replace(config, **wide_dense.units())
   all_masks = surgery.to_masks(kept, dense_config)

@@ -55,6 +55,11 @@ def make_mesh(
   return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 
+def one_device() -> Mesh:
+  """The mesh of whoever gives none."""
+  return make_mesh(devices=jax.local_devices()[:1])
+
+
 def spec(letters: str, shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
   """Where an array with these dim letters is cut.
 

@@ -8,7 +8,6 @@ dataset (what `datasets` writes with `to_json`) or the plain ones of `PLAIN`.
 """
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
@@ -23,6 +22,7 @@ from lm_eval.tasks._factory import TaskFactory
 from lm_eval.tasks._index import Kind
 
 from adapt_pruner_jax.errors import UserError, first_line, nearest
+from adapt_pruner_jax.hf.files import sha256
 
 LM_EVAL_TASKS = Path(lm_eval.tasks.__file__).parent
 # Reading all of lm-eval's task files takes ten seconds, these no time.
@@ -285,7 +285,7 @@ class LocalTask(ConfigurableTask):
       split: _dataset(found.get(split, []), found[asked], name)
       for split in splits - {None}
     }
-    self.source = ", ".join(f"{f.name} sha256:{_sha256(f)[:16]}" for f in files)
+    self.source = ", ".join(f"{f.name} sha256:{sha256(f)[:16]}" for f in files)
     return True
 
   def _how_to_get(self, error: Exception) -> str:
@@ -343,7 +343,3 @@ def _dataset(rows: list[dict], like: list[dict], name: str) -> datasets.Dataset:
     return datasets.Dataset.from_list(rows or like).select(range(len(rows)))
   except (ValueError, TypeError) as error:  # pyarrow's errors are these
     raise UserError(f"task {name}: rows of different kinds: {error}") from error
-
-
-def _sha256(path: Path) -> str:
-  return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -132,7 +132,7 @@ def fit(
 ) -> tuple[ModelConfig, axes.Params]:
   """Trains a model of the recipe's shape on a source, see `sources`."""
   config = config_of(recipe)
-  mesh = sharding.make_mesh(devices=jax.local_devices()[:1])
+  mesh = sharding.one_device()
   settings = Train(weight_decay=recipe.weight_decay)
   schedule = optim.schedule(
     "wsd", recipe.learning_rate, recipe.min_learning_rate, recipe.steps
@@ -239,7 +239,7 @@ def _make(path: Path, files: Path, recipe: Recipe, progress: Progress) -> None:
   config, params = fit(
     recipe, tokenizer, lambda text: progress(f"tiny: {text}")
   )
-  mesh = sharding.make_mesh(devices=jax.local_devices()[:1])
+  mesh = sharding.one_device()
   losses = heldout_losses(config, params, tokenizer, mesh)
   progress(
     f"tiny: held-out perplexity {losses['perplexity']:.1f} (loss "

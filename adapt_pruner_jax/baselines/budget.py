@@ -8,7 +8,6 @@ target and the first one not above it is given up in proportion, as in
 
 from collections.abc import Callable, Mapping
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -32,7 +31,7 @@ def defaults(
   return (
     full or config,
     kept or surgery.everything(config),
-    mesh or sharding.make_mesh(devices=jax.local_devices()[:1]),
+    mesh or sharding.one_device(),
   )
 
 

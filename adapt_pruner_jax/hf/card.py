@@ -1,6 +1,5 @@
 """Model card and SHA256SUMS of an exported directory."""
 
-import hashlib
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,12 +10,12 @@ import jax
 from adapt_pruner_jax import markdown
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.hf import config_json
+from adapt_pruner_jax.hf.files import sha256
 from adapt_pruner_jax.hf.load import HUB_ID
 from adapt_pruner_jax.model import ModelConfig, count_params
 
 SUMS = "SHA256SUMS"
 CARD = "README.md"
-CHUNK = 1 << 22
 
 
 def write(
@@ -146,7 +145,7 @@ def write_sums(folder: Path, known: Mapping[str, str] | None = None) -> None:
   """SHA256SUMS of all files, in the format of `sha256sum`."""
   known = known or {}
   lines = [
-    f"{known.get(name) or _sha256(folder / name)}  {name}\n"
+    f"{known.get(name) or sha256(folder / name)}  {name}\n"
     for name in sorted(_files(folder))
   ]
   (folder / SUMS).write_text("".join(lines))
@@ -178,7 +177,7 @@ def verify(path: Path, only: str = "") -> None:
       raise UserError(f"{path / name} is missing")
     if name not in expected:
       raise UserError(f"{path / name} is not in {SUMS}")
-    if _sha256(path / name) != expected[name]:
+    if sha256(path / name) != expected[name]:
       raise UserError(f"{path / name} was changed after it was written")
 
 
@@ -190,11 +189,3 @@ def _files(folder: Path) -> set[str]:
     for file in found
     if str(file) != SUMS and not any(p.startswith(".") for p in file.parts)
   }
-
-
-def _sha256(file: Path) -> str:
-  digest = hashlib.sha256()
-  with open(file, "rb") as opened:
-    while chunk := opened.read(CHUNK):
-      digest.update(chunk)
-  return digest.hexdigest()

@@ -1,5 +1,6 @@
 """The files of a model directory: found, checked, mapped into memory."""
 
+import hashlib
 import json
 import math
 from pathlib import Path
@@ -44,6 +45,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_json(file: Path, content: Any) -> None:
   file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+def sha256(file: Path) -> str:
+  with open(file, "rb") as opened:
+    return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 class Checkpoint:
