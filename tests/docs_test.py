@@ -1,4 +1,4 @@
-"""Every command in the README, the pages and the recipes is run, small.
+"""Each command and program in the README, the pages and the recipes is run.
 
 They run as they are written, in a directory that has what they name: a random
 model called DIR, texts called FILE and HELDOUT, questions. Flags behind them
@@ -65,6 +65,12 @@ def commands(file: pathlib.Path) -> list[str]:
     )
   lines = re.sub(r"\\+\n", " ", "\n".join(blocks))  # doubled in docstrings
   return [line for line in lines.splitlines() if line.strip()]
+
+
+def programs(file: pathlib.Path) -> list[str]:
+  """What is between ```python and ```, but for a mere signature."""
+  found = re.findall(r"^```python\n(.*?)^```", file.read_text(), re.M | re.S)
+  return [program for program in found if "import" in program]
 
 
 def words(line: str) -> list[str]:
@@ -159,6 +165,9 @@ def test_commands_run(file, place, monkeypatch):
       assert not stop.value.code, line
     else:
       assert line.startswith("bash launch/"), line  # see the next test
+  for program in programs(file):
+    if "llama_cpp" not in program:  # see gguf_test
+      exec(compile(program, file, "exec"), {})
 
 
 @pytest.mark.parametrize("line", LAUNCHES)

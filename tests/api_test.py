@@ -1,0 +1,51 @@
+"""The Python API does what the commands do."""
+
+import jax
+import numpy as np
+import pytest
+
+from adapt_pruner_jax import adapt, api, sources
+from adapt_pruner_jax.errors import UserError
+from tests.runs import recipe
+
+
+def test_the_same_as_a_run(small_model, tmp_path):
+  """Also what is drawn for the refit; saved and opened again."""
+  how = {"method": "curvature", "refit": "2", "refit_all": True}
+  config = recipe(small_model, stages=1, curvature_step=0.1, **how)
+  summary = adapt.run(config, tmp_path / "work")
+  text = sources.embedded_text("heldout")
+
+  model = api.load(small_model)
+  smaller = api.prune(
+    model,
+    ratio=0.3,
+    samples=8,
+    seq_len=16,
+    batch=4,
+    refit_samples=16,
+    curvature_step=0.1,
+    **how,
+  )
+  api.save(smaller, tmp_path / "out")
+  again = api.load(tmp_path / "out")
+  assert again.config.units() == smaller.config.units()
+  run = api.load(tmp_path / "work" / "model")
+  assert again.config == run.config
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4),
+    again.params,
+    run.params,
+  )
+  found = api.perplexity(again, text, seq_len=64)
+  assert found == pytest.approx(summary["perplexity_after"], rel=1e-4)
+
+
+def test_what_is_refused(small_model):
+  model = api.load(small_model)
+  with pytest.raises(UserError, match="no tokenizer"):
+    api.perplexity(model._replace(source=None), "text")
+  with pytest.raises(UserError, match='must be text: "2"'):
+    api.prune(model, ratio=0.3, method="curvature", refit=2)
+  with pytest.raises(UserError, match="--dtype=int8 is not one of"):
+    api.load(small_model, dtype="int8")
