@@ -6,7 +6,8 @@ Where it goes on from, first match first:
 
   1. summary.json: the run is done, there is nothing to do.
   2. the newest checkpoint that is whole: taken after each prune, every
-     `checkpoint.steps` train steps, and at the end of each stage.
+     `checkpoint.steps` train steps, at the end of a stage's training and of the
+     stage.
   3. the original model.
 
 and within a prune from `pruning.json`, the last step that was decided.

@@ -162,7 +162,7 @@ def write_pruning(
   step: prune.Step, steps: list[dict], state: State, setting: Setting
 ) -> None:
   """Keeps a decided step, so that a killed stage need not score again."""
-  if jax.process_count() > 1 or not methods.resumes(setting.config.prune):
+  if not workdir.is_writer() or not methods.resumes(setting.config.prune):
     return
   content = {
     "stage": state.stage,
@@ -184,24 +184,30 @@ def read_pruning(
 
   None of them if the file is damaged: the stage then scores again.
   """
-  file = setting.path / PRUNING
-  if jax.process_count() > 1 or not file.exists():
-    return [], None
-  try:
-    record = json.loads(file.read_bytes())
-    saved = record["content"]
-    whole = record["sha256"] == workdir.digest(saved)
-  except (ValueError, KeyError, TypeError):
-    whole = False
-  if not whole:
-    setting.log.say(f"{file} is damaged: this stage's pruning begins anew")
-    return [], None
-  if (saved["stage"], saved["train_step"]) != (state.stage, state.step):
+  saved = _read_pruning(setting)
+  mine = {"stage": state.stage, "train_step": state.step}
+  if not workdir.all_agree(saved is not None and mine.items() <= saved.items()):
     return [], None
   masks = surgery.to_masks(_kept_from_json(saved["kept"]), setting.full)
   width = {u: np.array(s) for u, s in saved["sparsity"].items()}
   step = prune.Step(saved["number"], masks, width, saved["params"])
-  workdir.rewrite_lines(
-    setting.path / "trace.jsonl", state.trace + saved["trace"]
-  )
+  if workdir.is_writer():
+    workdir.rewrite_lines(
+      setting.path / "trace.jsonl", state.trace + saved["trace"]
+    )
   return saved["trace"], step
+
+
+def _read_pruning(setting: Setting) -> dict | None:
+  """What `write_pruning` has kept, if it is there and whole."""
+  file = setting.path / PRUNING
+  if not file.exists():
+    return None
+  try:
+    record = json.loads(file.read_bytes())
+    if record["sha256"] == workdir.digest(record["content"]):
+      return record["content"]
+  except (ValueError, KeyError, TypeError):
+    pass
+  setting.log.say(f"{file} is damaged: this stage's pruning begins anew")
+  return None

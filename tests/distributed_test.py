@@ -106,7 +106,7 @@ def test_two_processes(small_model, tmp_path, process_env, two):
   """One after the other is lost; the same command goes on, on one or two."""
   work = two.work
   processes = two()
-  wait_until((work / "config.json").exists, work, processes)
+  wait_until((work / "pruning.json").exists, work, processes)
   processes[0].send_signal(signal.SIGKILL)
   assert processes[1].wait(600) == EXIT_PEER, said(work, 1)
   assert said(work, 1).splitlines()[-1].startswith("error: process 0 is gone")
