@@ -178,6 +178,7 @@ class TrainData:
 
   rows: Any  # grain.MapDataset: index -> row, over all epochs
   size: int  # rows a step
+  num_tokens: int  # of one epoch, over all sources
   fingerprint: str  # of all tokens; a run only continues on the same ones
 
   def batch(self, step: int) -> dict[str, np.ndarray]:
@@ -234,6 +235,7 @@ def train_data(
   return TrainData(
     rows=rows,
     size=config.batch,
+    num_tokens=sum(len(s.tokens) for s in streams),
     fingerprint=digest(*[s.fingerprint.encode() for s in streams]),
   )
 

@@ -831,6 +831,7 @@ def test_train_epochs_are_permutations(words, documents):
   for epoch in epochs:
     assert sorted(epoch) == want
   assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+  assert train.num_tokens == len(stream.tokens)
 
 
 def test_train_resumes_at_any_step(words, documents):
