@@ -215,12 +215,7 @@ def recover_stage(
   last = stage_end(setting, state.stage)
   if state.step >= last:
     return
-  schedule = optim.schedule(
-    settings.schedule,
-    settings.learning_rate,
-    settings.min_learning_rate,
-    setting.total_steps,
-  )
+  schedule = optim.schedule(settings, setting.total_steps)
   if settings.lora_rank and state.adapters is None:
     key = jax.random.key(config.seed + state.stage)
     state.adapters = train.init_lora(

@@ -261,15 +261,11 @@ def recover(
   """Trains a pair on `setting.config.train.tokens`, from the first on."""
   config, params = pair
   mesh, steps = setting.mesh, setting.total_steps
-  schedule = optim.schedule(
-    settings.schedule,
-    settings.learning_rate,
-    settings.min_learning_rate,
-    steps,
-  )
-  base = None
-  trained = jax.tree.map(jnp.copy, params)  # the train step eats its argument
-  if settings.lora_rank:
+  schedule = optim.schedule(settings, steps)
+  if not settings.lora_rank:
+    base = None
+    trained = jax.tree.map(jnp.copy, params)  # the train step eats its argument
+  else:
     base = params
     key = jax.random.key(setting.config.seed)
     trained = train.init_lora(config, settings.lora_rank, key, mesh)

@@ -15,6 +15,7 @@ import optax
 from jax.sharding import Mesh
 
 from adapt_pruner_jax import axes, sharding
+from adapt_pruner_jax.config import Train
 
 CLIP_NORM = 1.0
 B1, B2, EPS = 0.9, 0.95, 1e-8
@@ -24,15 +25,15 @@ DECAY = 0.1  # share of all steps, "wsd" only
 Schedule = Callable[[int], float]
 
 
-def schedule(
-  kind: str, peak: float, minimum: float, total_steps: int
-) -> Schedule:
+def schedule(settings: Train, total_steps: int) -> Schedule:
   """Learning rate of each global step 0 ... total_steps - 1.
 
-  Both kinds warm up linearly. `wsd` then stays at `peak` and falls linearly in
-  the last tenth (arXiv 2404.06395); `cosine` falls all the way. Both end at
-  `minimum`.
+  Both kinds warm up linearly. `wsd` then stays at the peak and falls linearly
+  in the last tenth (arXiv 2404.06395), of ten steps or more; `cosine` falls all
+  the way. Both end at the minimum.
   """
+  kind = settings.schedule
+  peak, minimum = settings.learning_rate, settings.min_learning_rate
   warmup = math.ceil(WARMUP * total_steps)
   falling = total_steps - warmup
   if kind == "wsd":

@@ -133,10 +133,12 @@ def fit(
   """Trains a model of the recipe's shape on a source, see `sources`."""
   config = config_of(recipe)
   mesh = sharding.one_device()
-  settings = Train(weight_decay=recipe.weight_decay)
-  schedule = optim.schedule(
-    "wsd", recipe.learning_rate, recipe.min_learning_rate, recipe.steps
+  settings = Train(
+    learning_rate=recipe.learning_rate,
+    min_learning_rate=recipe.min_learning_rate,
+    weight_decay=recipe.weight_decay,
   )
+  schedule = optim.schedule(settings, recipe.steps)
   rows = data.train_data(
     Data(source=source, seq_len=recipe.context, batch=recipe.batch),
     tokenizer,

@@ -261,7 +261,8 @@ class Bench:
     if begin == end:
       return params, state
     self.schedule = optim.schedule(
-      "wsd", cell.rate, cell.rate / 10, self.steps(cell)
+      Train(learning_rate=cell.rate, min_learning_rate=cell.rate / 10),
+      self.steps(cell),
     )
     step_fn = self.step_fn(config)
     params = jax.tree.map(jnp.copy, params)  # the step eats its argument

@@ -413,12 +413,8 @@ def test_train_step_traces(name):
   params = model.abstract_params(full, jnp.float32)
   transform = optim.optimizer(config.train.weight_decay)
   state = jax.eval_shape(transform.init, params)
-  schedule = optim.schedule(
-    config.train.schedule,
-    config.train.learning_rate,
-    config.train.min_learning_rate,
-    config.train.tokens // (config.data.batch * config.data.seq_len),
-  )
+  steps = config.train.tokens // config.data.step_tokens
+  schedule = optim.schedule(config.train, steps)
   step = train.make_step(full, config.train, schedule, mesh)
   shape = (config.data.batch, config.data.seq_len)
   names = "tokens_BT", "targets_BT", "segments_BT", "positions_BT"

@@ -5,10 +5,12 @@ import optax
 import pytest
 
 from adapt_pruner_jax import axes, model, optim, sharding
+from adapt_pruner_jax.config import Train
 
 
 def rates(kind, total, peak=1.0, minimum=0.1):
-  rate = optim.schedule(kind, peak, minimum, total)
+  settings = Train(schedule=kind, learning_rate=peak, min_learning_rate=minimum)
+  rate = optim.schedule(settings, total)
   return np.array([rate(step) for step in range(total)])
 
 

@@ -224,7 +224,9 @@ def test_same_steps_in_two_parts(plain):
 def test_learning_rate_follows_the_global_step(plain):
   params, batches, _ = plain
   mesh, settings = one_device(), Train()
-  schedule = optim.schedule("wsd", 1e-3, 0.0, 100)
+  schedule = optim.schedule(
+    Train(learning_rate=1e-3, min_learning_rate=0.0), 100
+  )
   step_fn = train.make_step(UNEVEN, settings, schedule, mesh)
   params = placed_params(params, mesh)
   state = train.init_optimizer(params, settings, mesh)
