@@ -348,7 +348,8 @@ def resolve_target(config: ModelConfig, settings: Prune) -> int | None:
       "parameters: nothing would be pruned"
     )
   low = smallest(config, settings)
-  if target < low:
+  # SliceGPT narrows the residual stream, and knows its own limit.
+  if target < low and settings.method != "slicegpt":
     raise UserError(
       f"a target of {target:,} parameters cannot be reached: with one KV group "
       f"and {settings.round_ffn_to} MLP channel(s) left in each layer that may "

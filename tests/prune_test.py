@@ -341,6 +341,8 @@ def test_resolve_target():
     prune.resolve_target(config, Prune(target_params=size))
   with pytest.raises(UserError, match=f"be reached.* {least:,} of 8,272"):
     prune.resolve_target(config, Prune(target_params=least - 1))
+  narrow = Prune(method="slicegpt", target_params=least - 1)
+  assert prune.resolve_target(config, narrow) == least - 1
   rounded = Prune(target_params=least, round_ffn_to=16, mlp_layers="0:1")
   least = 1280 + 2 * (32 + 384) + (16 + 40) * 48 + 16
   with pytest.raises(UserError, match=f"{least:,} of 8,272"):
