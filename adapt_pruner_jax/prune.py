@@ -303,16 +303,26 @@ def remove(
 
 
 def prunable_modules(config: ModelConfig, settings: Prune) -> Masks:
-  """Which modules may be pruned, {"K": bool [L], "F": ...}."""
+  """Which modules may be pruned, {"K": bool [L], "F": ...}.
+
+  Raises:
+    UserError: none, or a range of layers that there is not.
+  """
   ranges = {
     "K": ("prune.attention_layers", settings.attention_layers),
     "F": ("prune.mlp_layers", settings.mlp_layers),
   }
-  return {
+  found = {
     u: np.isin(np.arange(config.L), layer_range(text, config.L, name))
     & (np.array(config.units()[u]) > 0)
     for u, (name, text) in ranges.items()
   }
+  if not any(modules.any() for modules in found.values()):
+    raise UserError(
+      "no layer is left that may be pruned: give more of them "
+      "(--config.prune.attention_layers, .mlp_layers)"
+    )
+  return found
 
 
 def smallest(config: ModelConfig, settings: Prune) -> int:

@@ -258,7 +258,8 @@ def _start(config, outer, tokens_NT, batch, mesh) -> tuple:
   if N < 2:
     raise UserError(
       f"a refit needs at least 2 calibration sequences, not {N}: one to fit "
-      "and one to judge; raise --config.calibration.refit_samples"
+      "and one to judge; raise --config.calibration.samples or "
+      ".refit_samples"
     )
   tokens_MBT, valid_MB = sharding.minibatches(tokens_NT, batch, mesh)
   valid_MB = np.asarray(valid_MB)

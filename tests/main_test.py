@@ -141,6 +141,10 @@ BAD_FIELDS = {
     ["SliceGPT", "prune.refit=none"],
   ),
   "layers": (["prune.mlp_layers=2:9"], ["2:9"]),
+  "no layers": (
+    ["prune.mlp_layers=0:0", "prune.attention_layers=1:1"],
+    ["no layer is left", "prune.attention_layers"],
+  ),
   "no task": (["eval.tasks=arc_esy"], ["arc_esy", "did you mean arc_easy?"]),
   "text as a task": (["eval.tasks=perplexity"], ["eval.text=FILE"]),
 }
