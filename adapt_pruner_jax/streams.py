@@ -58,29 +58,29 @@ def tokenise(
   Raises:
     UserError: the source cannot be read, or has ids outside the vocabulary.
   """
-  chunks = _chunks(source, tokenizer, vocab_size)
   if cache_dir is None:
+    chunks = _chunks(source, tokenizer, vocab_size)
     arrays = [np.concatenate(parts) for parts in zip(*chunks, strict=True)]
     return _stream(source, arrays, [digest(a) for a in arrays])
   key = _cache_key(source, tokenizer)
   name = f"{source.kind}-{digest(json.dumps(key).encode())[:16]}"
   folder = Path(cache_dir) / name
 
-  def keep() -> tuple[list[np.ndarray], list[str]] | None:
-    cached = _read_cache(folder) if folder.is_dir() else None
-    if cached is None:
-      if folder.is_dir():
-        logging.warning("%s is damaged; %s is tokenised again", folder, source)
-        shutil.rmtree(folder)
-      _write_cache(folder, key, chunks)
-    return cached
+  def kept() -> tuple[list[np.ndarray], list[str]] | None:
+    found = _read_cache(folder) if folder.is_dir() else None
+    if found is not None:
+      return found
+    if folder.is_dir():
+      logging.warning("%s is damaged; %s is tokenised again", folder, source)
+      shutil.rmtree(folder)
+    _write_cache(folder, key, _chunks(source, tokenizer, vocab_size))
+    return _read_cache(folder)
 
-  cached = workdir.on_writer(keep) or _read_cache(folder)
+  # One process tokenises for all; a copy of its own of the source has another
+  # date, and so another folder.
+  cached = workdir.on_writer(kept) or kept()
   if cached is None:
-    raise UserError(
-      f"{folder} is damaged right after it was written, or this process does "
-      "not see what process 0 writes: give a --workdir that all see"
-    )
+    raise UserError(f"{folder} is damaged right after it was written")
   arrays, sums = cached
   check_ids(arrays[0], vocab_size, str(folder), tokenizer)
   return _stream(source, arrays, sums)
