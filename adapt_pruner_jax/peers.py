@@ -8,6 +8,7 @@ without waiting for the others, as they would wait for it.
 
 import atexit
 import ctypes
+import itertools
 import os
 import re
 import signal
@@ -25,6 +26,7 @@ from adapt_pruner_jax.errors import EXIT_ERROR, EXIT_PEER, UserError, first_line
 # A process that is silent so long (seconds) is dead, and ends the others.
 HEARTBEAT = 30
 _YEARS = 10**12  # milliseconds
+_meetings = itertools.count()
 _joined = threading.Event()
 _last = threading.Lock()  # who speaks last; never given back
 
@@ -66,6 +68,16 @@ def connect(
   watch = threading.Thread(target=_watch, daemon=True)
   watch.start()
   atexit.register(_leave, watch)
+
+
+def meet() -> None:
+  """Waits for all processes, however long one of them takes.
+
+  A collective on the devices may give up; on CPUs it does after 30 s.
+  """
+  client = distributed.global_state.client
+  if client is not None:
+    client.wait_at_barrier(f"meet/{next(_meetings)}", _YEARS)
 
 
 def fail(error: Exception) -> None:

@@ -160,9 +160,7 @@ def model_path(name: str, log: Log) -> Path:
   """The directory of `model.path`; the tiny model is made if it is missing."""
   if name != "tiny":
     return load.resolve(name)
-  if workdir.is_writer():
-    tiny.base_model(progress=log.say)
-  workdir.all_agree(True)  # the others wait for it
+  workdir.on_writer(lambda: tiny.base_model(progress=log.say))
   return tiny.base_model(progress=log.say)
 
 

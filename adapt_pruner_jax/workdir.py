@@ -21,6 +21,7 @@ import jax
 import numpy as np
 from absl import logging
 
+from adapt_pruner_jax import peers
 from adapt_pruner_jax.errors import UserError
 
 LOCK = "run.lock"
@@ -45,7 +46,8 @@ def all_agree(ok: bool) -> bool:
 def on_writer(action: Callable[[], Any]) -> Any:
   """What `action` returns on process 0, where alone it is called; else None.
 
-  If it raises a UserError, all processes raise one.
+  The others wait as long as it takes. If it raises a UserError, all processes
+  raise one.
   """
   result, refusal = None, None
   if is_writer():
@@ -53,6 +55,7 @@ def on_writer(action: Callable[[], Any]) -> Any:
       result = action()
     except UserError as error:
       refusal = error
+  peers.meet()
   if not all_agree(refusal is None):
     raise refusal or UserError("process 0 stopped; see its message")
   return result
