@@ -11,8 +11,7 @@ from tests.runs import recipe
 
 def test_the_same_as_a_run(small_model, tmp_path):
   """Also what is drawn for the refit; saved and opened again."""
-  how = {"method": "curvature", "refit": "2", "refit_all": True}
-  config = recipe(small_model, stages=1, curvature_step=0.1, **how)
+  config = recipe(small_model, stages=1, refit="final")
   summary = adapt.run(config, tmp_path / "work")
   text = sources.embedded_text("heldout")
 
@@ -24,8 +23,8 @@ def test_the_same_as_a_run(small_model, tmp_path):
     seq_len=16,
     batch=4,
     refit_samples=16,
-    curvature_step=0.1,
-    **how,
+    step_size=0.05,
+    refit="final",
   )
   api.save(smaller, tmp_path / "out")
   again = api.load(tmp_path / "out")

@@ -24,12 +24,13 @@ pytestmark = pytest.mark.slow
 def two(small_model, tmp_path, process_env):
   """`two()` starts both, with more flags of the second; killed at the end.
 
-  Each has so many `devices` and runs `config`, else `config_of` the model.
+  Each has so many `devices` and runs `config`, else `config_of` the model, in
+  the directory `work`.
   """
-  work, started = tmp_path / "two", []
-  work.mkdir()
+  started = []
 
-  def begin(*second, both=(), devices=4, config=None):
+  def begin(*second, both=(), devices=4, config=None, work=tmp_path / "two"):
+    work.mkdir(exist_ok=True)
     config = config or config_of(small_model)
     env = fast(process_env(devices))
     with socket.socket() as found:
@@ -43,7 +44,7 @@ def two(small_model, tmp_path, process_env):
     started.extend(processes)
     return processes
 
-  begin.work = work
+  begin.work = tmp_path / "two"
   yield begin
   for process in started:
     process.kill()
@@ -140,9 +141,8 @@ def test_two_processes(small_model, tmp_path, process_env, two):
   assert_same_result(copy, whole)
 
 
-@pytest.mark.parametrize("axis", ["fsdp", "tensor"])
 def test_arrays_cut_over_both_processes(
-  axis, small_model, tmp_path, process_env, two
+  small_model, tmp_path, process_env, two
 ):
   """No process holds the whole model, and those of `tensor` share rows."""
   config = recipe(
@@ -154,13 +154,14 @@ def test_arrays_cut_over_both_processes(
     refit="2",
     refit_all=True,
   )
-  cut = dataclasses.replace(
-    config, mesh=dataclasses.replace(config.mesh, data=1, **{axis: 2})
-  )
-  for number, process in enumerate(two(devices=1, config=cut)):
-    assert process.wait(600) == 0, said(two.work, number)
   finish(config, tmp_path / "one", fast(process_env(1)))
-  assert_same_result(two.work, tmp_path / "one")
+  for axis in ("fsdp", "tensor"):
+    mesh = dataclasses.replace(config.mesh, data=1, **{axis: 2})
+    cut = dataclasses.replace(config, mesh=mesh)
+    work = tmp_path / axis
+    for number, process in enumerate(two(devices=1, config=cut, work=work)):
+      assert process.wait(600) == 0, said(work, number)
+    assert_same_result(work, tmp_path / "one")
 
 
 def test_an_error_of_one_process_ends_both(two):
