@@ -383,8 +383,7 @@ def measure_step(
     zeros = tuple(jnp.zeros((n, n), jnp.float32) for n in weight.shape)
     xs_M = (x_MBTD, dy_MBTD, valid_MB)
     (gram, hessian), dx_MBTD = jax.lax.scan(one, zeros, xs_M)
-    whole = sharding.replicated(mesh)
-    gram, hessian = jax.lax.with_sharding_constraint((gram, hessian), whole)
+    gram, hessian = sharding.whole((gram, hessian), mesh)
     units = masks[unit].shape[0]
     live = jnp.sum(masks[unit]) * (weight.shape[0] // units)
     ridge = jnp.where(tokens >= ENOUGH * live, WEAK, STRONG)

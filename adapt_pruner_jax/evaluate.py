@@ -15,7 +15,6 @@ from jax.sharding import Mesh
 
 from adapt_pruner_jax import (
   convert,
-  generate,
   latency,
   loss,
   model,
@@ -263,13 +262,12 @@ def _window_loss(
   lengths_B: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
   """Summed nll and number of predicted tokens of one batch, on all devices."""
-  params = generate.whole_embedding(params, mesh)
+  params = sharding.whole_embedding(params, mesh)
   logits_BTV, _ = model.Decoder(config).apply({"params": params}, rows_BT)
   positions_T = jnp.arange(1, rows_BT.shape[1])
   weights_BT = positions_T < lengths_B[:, None]
   found = loss.next_token(logits_BTV[:, :-1], rows_BT[:, 1:], weights_BT)
-  whole = sharding.replicated(mesh)
-  return jax.lax.with_sharding_constraint(found, whole)
+  return sharding.whole(found, mesh)
 
 
 def _exp(nats: float) -> float:

@@ -169,7 +169,7 @@ def prefill(
   starts_B: jax.Array,
 ) -> tuple[jax.Array, Caches]:
   """Logits [B, V] behind the prompts, and caches of `slots` columns."""
-  params = whole_embedding(params, mesh)
+  params = sharding.whole_embedding(params, mesh)
   B, T = tokens_BT.shape
   x_BTD, caches = model.Decoder(config).apply(
     {"params": params},
@@ -221,7 +221,7 @@ def decode(
   Returns:
     The next logits, the caches, and the tokens int32 [B, count], replicated.
   """
-  params = whole_embedding(params, mesh)
+  params = sharding.whole_embedding(params, mesh)
   B = logits_BV.shape[0]
   key = jax.random.key(seed)
 
@@ -247,9 +247,7 @@ def decode(
   drawn_BC = jnp.zeros((B, count), jnp.int32)
   carry = (0, done_B, logits_BV, caches, drawn_BC)
   _, _, logits_BV, caches, drawn_BC = jax.lax.while_loop(more, step, carry)
-  whole = sharding.replicated(mesh)
-  drawn_BC = jax.lax.with_sharding_constraint(drawn_BC, whole)
-  return logits_BV, caches, drawn_BC
+  return logits_BV, caches, sharding.whole(drawn_BC, mesh)
 
 
 def residual(
@@ -290,14 +288,6 @@ def residual(
     x_BTD = layer.mlp(layer.add_attention(x_BTD, y_BTKGH))
     found.append(kv and tuple(kv))
   return x_BTD, found
-
-
-def whole_embedding(params: Params, mesh: Mesh) -> Params:
-  """Params with the table on every device, as in `train`: looking tokens up
-  then keeps the residual stream cut by rows."""
-  whole = sharding.replicated(mesh)
-  table = jax.lax.with_sharding_constraint(params["embedding"], whole)
-  return params | {"embedding": table}
 
 
 def _continue(decoder, tokens_BT, starts_B, *, caches, column):

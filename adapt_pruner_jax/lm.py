@@ -358,7 +358,7 @@ def _score(
 
   Only the first `blocks` times `QUERIES` queries are answered.
   """
-  params = generate.whole_embedding(params, mesh)
+  params = sharding.whole_embedding(params, mesh)
   own = branches_BT[:, :, None] == branches_BT[:, None, :]
   allowed = own | (branches_BT == 0)[:, None, :]
 
@@ -393,8 +393,7 @@ def _score(
   shape = columns_BQ.shape
   found = [jnp.zeros(shape, jnp.float32), jnp.zeros(shape, bool)]
   found = jax.lax.fori_loop(0, blocks, block, found)
-  whole = sharding.replicated(mesh)
-  return jax.lax.with_sharding_constraint(tuple(found), (whole, whole))
+  return sharding.whole(tuple(found), mesh)
 
 
 def _pick(logits_BCV: jax.Array, targets_BC: jax.Array, cut: bool) -> jax.Array:

@@ -304,10 +304,7 @@ def _same(dense_layer: Params, layer: Params) -> bool:
 
 @partial(jax.jit, static_argnames=("config", "mesh"))
 def _embed(config, outer, tokens_BT, *, mesh):
-  # As in train: a whole table keeps the stream cut by rows.
-  whole = sharding.replicated(mesh)
-  table = jax.lax.with_sharding_constraint(outer["embedding"], whole)
-  variables = {"params": outer | {"embedding": table}}
+  variables = {"params": sharding.whole_embedding(outer, mesh)}
   x_BTD = Decoder(config).apply(variables, tokens_BT, method=Decoder.embed)
   return _cut(x_BTD.astype(jnp.float32), mesh)
 
@@ -328,8 +325,7 @@ def _normal_equations(task, parts, z_BTD, u_BTD, weight_BT):
     n: halves.product("btc,bte->ce", weighted_BTC, lacks_BTE)
     for n, (lacks_BTE, _) in found.items()
   }
-  whole = sharding.replicated(task.mesh)
-  return jax.lax.with_sharding_constraint((gram_CC, moments), whole)
+  return sharding.whole((gram_CC, moments), task.mesh)
 
 
 @partial(jax.jit, static_argnames="task")
@@ -337,8 +333,7 @@ def _energies(task, parts, z_BTD, u_BTD, weight_BT):
   """{name: energies (of what lacks, of the target)}."""
   _, found, weight_BT = _lacking(task, parts, z_BTD, u_BTD, weight_BT)
   energy = lambda y_BTE: jnp.sum(weight_BT[..., None] * jnp.square(y_BTE))
-  whole = sharding.replicated(task.mesh)
-  return jax.lax.with_sharding_constraint(jax.tree.map(energy, found), whole)
+  return sharding.whole(jax.tree.map(energy, found), task.mesh)
 
 
 def _lacking(task, parts, z_BTD, u_BTD, weight_BT):

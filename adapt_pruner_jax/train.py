@@ -305,13 +305,8 @@ def abstract_adapters(
 def _logits(
   decoder: model.Decoder, params: Params, batch: Batch, mesh: Mesh
 ) -> jax.Array:
-  # A look-up in a table cut along D would leave the residual stream cut along
-  # D, of all rows on every device; from a whole table it is cut by rows, and
-  # what is gathered from then on is weights.
-  whole = sharding.replicated(mesh)
-  table = jax.lax.with_sharding_constraint(params["embedding"], whole)
   logits_BTV, _ = decoder.apply(
-    {"params": params | {"embedding": table}},
+    {"params": sharding.whole_embedding(params, mesh)},
     batch["tokens_BT"],
     batch["segments_BT"],
     batch["positions_BT"],

@@ -95,10 +95,7 @@ def embed(
 
 @partial(jax.jit, static_argnames=("config", "mesh"))
 def _embed(config, outer, tokens_BT, mesh):
-  # See train._logits: a look-up in a table cut along D is not cut by rows.
-  whole = sharding.replicated(mesh)
-  table = jax.lax.with_sharding_constraint(outer["embedding"], whole)
-  variables = {"params": outer | {"embedding": table}}
+  variables = {"params": sharding.whole_embedding(outer, mesh)}
   decoder = Decoder(config)
   return _cut(decoder.apply(variables, tokens_BT, method=Decoder.embed), mesh)
 
@@ -109,11 +106,7 @@ def reduced(fn: Callable) -> Callable:
 
   @partial(jax.jit, static_argnames="mesh")
   def on_devices(*arrays, mesh):
-    whole = sharding.replicated(mesh)
-    made = fn(*arrays)
-    return jax.lax.with_sharding_constraint(
-      made, jax.tree.map(lambda _: whole, made)
-    )
+    return sharding.whole(fn(*arrays), mesh)
 
   return lambda *arrays, mesh: jax.device_get(on_devices(*arrays, mesh=mesh))
 
