@@ -9,7 +9,6 @@
 Each does what a command does, without a work directory.
 """
 
-import dataclasses
 import os
 from typing import Any, NamedTuple
 
@@ -78,13 +77,9 @@ def prune(
   tokenizer = None
   if not calibration.startswith("npy:"):
     tokenizer = _tokenizer(model)
-  opened = lambda source, seed: data.calibration_data(
-    source, tokenizer, model.config.V, seed
+  windows, for_refit = data.pruning_data(
+    source, recipe.refit != "none", tokenizer, model.config.V, seed
   )
-  windows = for_refit = opened(source, seed)
-  if recipe.refit != "none":
-    more = dataclasses.replace(source, samples=refit_samples)
-    for_refit = opened(more, seed + 1)
   old = (model.config, model.params)
   found = methods.METHODS[recipe.method](
     *old,

@@ -101,6 +101,31 @@ def calibration_data(
   return WindowData(streams, counts, config.seq_len, seed)
 
 
+def pruning_data(
+  config: Calibration,
+  refit: bool,
+  tokenizer: Tokenizer | None,
+  vocab_size: int,
+  seed: int,
+  cache_dir: str | os.PathLike | None = None,
+) -> tuple[WindowData | GivenData, WindowData | GivenData]:
+  """What pruning steps read and, where there are refits, what these read.
+
+  A refit has `config.refit_samples` windows of its own.
+
+  Raises:
+    UserError: as `calibration_data`.
+  """
+  opened = lambda config, seed: calibration_data(
+    config, tokenizer, vocab_size, seed, cache_dir
+  )
+  steps = opened(config, seed)
+  if not refit:
+    return steps, steps
+  more = dataclasses.replace(config, samples=config.refit_samples)
+  return steps, opened(more, seed + 1)
+
+
 def _given(path: str, vocab_size: int) -> GivenData:
   try:
     samples = np.load(path, mmap_mode="r", allow_pickle=False)

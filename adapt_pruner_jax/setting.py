@@ -95,27 +95,18 @@ def prepare(config: Config, path: Path, log: Log) -> Setting:
   tokenizer = None
   if not config.calibration.source.startswith("npy:") or config.train.tokens:
     tokenizer = tokens.load_tokenizer(source)
-  calibration = data.calibration_data(
-    config.calibration, tokenizer, full.V, config.seed, cache
+  calibration, refit_data = data.pruning_data(
+    config.calibration,
+    config.prune.refit != "none",
+    tokenizer,
+    full.V,
+    config.seed,
+    cache,
   )
-  refit_data = calibration
-  if config.prune.refit != "none":
-    more = dataclasses.replace(
-      config.calibration, samples=config.calibration.refit_samples
-    )
-    refit_data = data.calibration_data(
-      more, tokenizer, full.V, config.seed + 1, cache
-    )
   rows, total_steps = None, 0
   if config.train.tokens:
     train.check_rows(config.data.batch, config.train.accumulation, mesh)
-    rows = data.train_data(
-      config.data,
-      tokenizer,
-      full.V,
-      config.seed,
-      cache,
-    )
+    rows = data.train_data(config.data, tokenizer, full.V, config.seed, cache)
     per_step = config.data.step_tokens
     total_steps = -(-config.train.tokens // per_step)
   eval_tokens = None
