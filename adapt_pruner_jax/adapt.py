@@ -24,6 +24,7 @@ import jax
 from adapt_pruner_jax import (
   checkpoint,
   convert,
+  halves,
   methods,
   model,
   optim,
@@ -61,7 +62,8 @@ from adapt_pruner_jax.stopping import (
 )
 from adapt_pruner_jax.summary import shown, summarise, tell
 
-MATRICES = 7  # of a layer: the most that a refit has records of
+# Of a layer: the most that a refit has records of.
+MATRICES = sum(1 + len(readers) for readers in halves.HALVES.values())
 
 
 def run(config: Config, path: Path) -> dict:

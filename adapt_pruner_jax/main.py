@@ -212,7 +212,7 @@ def convert(command: str, argv: list[str]) -> int:
   text(
     "dtype", "", "default as stored; gguf: f32, f16, q8_0", flag_values=values
   )
-  text("ignore_fields", "", "config.json fields", flag_values=values)
+  _define_ignore_fields(values)
   flags.DEFINE_bool("overwrite", False, "replace --out", flag_values=values)
   flags.DEFINE_bool(
     "verify", False, "check --model's SHA256SUMS", flag_values=values

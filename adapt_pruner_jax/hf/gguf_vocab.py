@@ -105,8 +105,7 @@ def pre_tokenizer(settings: dict | None, file: Path) -> str:
   Raises:
     UserError: none is known to do the same.
   """
-  settings = settings or {}
-  steps = settings.get("pretokenizers", [settings])
+  steps = _steps(settings, "pretokenizers")
   patterns = [
     s["pattern"]["Regex"] for s in steps if "Regex" in s.get("pattern", {})
   ]
@@ -127,28 +126,25 @@ def pre_tokenizer(settings: dict | None, file: Path) -> str:
 
 def begins_with_special(content: dict) -> bool:
   """Whether tokenizer.json puts a special token in front of a text."""
-  last = content.get("post_processor") or {}
-  templates = [
-    step["single"]
-    for step in last.get("processors", [last])
-    if step.get("single")
-  ]
+  steps = _steps(content.get("post_processor"), "processors")
+  templates = [step["single"] for step in steps if step.get("single")]
   return any("SpecialToken" in template[0] for template in templates)
 
 
 def begins_with_space(content: dict) -> bool:
   """Whether tokenizer.json puts a space in front of a text."""
-  normal = content.get("normalizer") or {}
-  if any(
-    step.get("type") == "Prepend"
-    for step in normal.get("normalizers", [normal])
-  ):
-    return True
-  split = content.get("pre_tokenizer") or {}
-  return any(
+  normal = _steps(content.get("normalizer"), "normalizers")
+  split = _steps(content.get("pre_tokenizer"), "pretokenizers")
+  return any(step.get("type") == "Prepend" for step in normal) or any(
     step.get("type") == "Metaspace" and step.get("prepend_scheme") != "never"
-    for step in split.get("pretokenizers", [split])
+    for step in split
   )
+
+
+def _steps(part: dict | None, name: str) -> list[dict]:
+  """What a part of tokenizer.json does: its steps `name`, or itself alone."""
+  part = part or {}
+  return part.get(name, [part])
 
 
 def _write_special(
