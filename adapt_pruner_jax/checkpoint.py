@@ -13,9 +13,7 @@ array, and a digest of itself.
 import contextlib
 import errno
 import shutil
-import sys
 from collections.abc import Callable, Iterator
-from logging import LogRecord, getLogger
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +21,7 @@ import jax
 import orbax.checkpoint as ocp
 from absl import logging
 
-from adapt_pruner_jax import workdir
+from adapt_pruner_jax import quiet, workdir
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.fingerprint import fingerprints
 
@@ -58,7 +56,7 @@ class Checkpoints:
     """
     self.directory = directory.absolute()
     self._say = say
-    logging.get_absl_logger().addFilter(_not_orbax)
+    quiet.orbax()
     workdir.on_writer(self._tidy)
     self._manager = ocp.CheckpointManager(
       self.directory,
@@ -133,11 +131,10 @@ class Checkpoints:
       UserError: what was saved is another tree than `abstract_of` says.
     """
     self.wait()
-    with _quiet_reads():
-      for step in reversed(self.steps()):
-        found = self._restore_step(step, abstract_of)
-        if found is not None:
-          return found
+    for step in reversed(self.steps()):
+      found = self._restore_step(step, abstract_of)
+      if found is not None:
+        return found
     return None
 
   def wait(self) -> None:
@@ -271,32 +268,6 @@ class Checkpoints:
           f"{wanted.get(name, 'none')}: it was saved by another version or "
           "recipe; continue with that one, or give another --workdir"
         )
-
-
-def _not_orbax(record: LogRecord) -> bool:
-  """A filter: Orbax logs what it is doing, and each error that it also raises.
-
-  Without it, a full disk would be a hundred lines of traceback and ours.
-  """
-  return "/orbax/checkpoint/" not in record.pathname
-
-
-@contextlib.contextmanager
-def _quiet_reads() -> Iterator[None]:
-  """After damage, Orbax leaves reads unfinished, which Python complains of."""
-  hook, asyncio_logger = sys.unraisablehook, getLogger("asyncio")
-
-  def without_reads(found: Any) -> None:
-    code = getattr(found.object, "cr_code", None)
-    orbax = code is not None and "/orbax/checkpoint/" in code.co_filename
-    if not orbax and str(found.exc_value) != "Event loop is closed":
-      hook(found)
-
-  sys.unraisablehook, asyncio_logger.disabled = without_reads, True
-  try:
-    yield
-  finally:
-    sys.unraisablehook, asyncio_logger.disabled = hook, False
 
 
 def _compare(leaves: dict[str, jax.Array], saved: dict[str, list]) -> bool:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from adapt_pruner_jax import model, sharding, workdir
+from adapt_pruner_jax import model, quiet, sharding, workdir
 from adapt_pruner_jax.axes import Params
 from adapt_pruner_jax.errors import UserError, first_line, nearest
 from adapt_pruner_jax.fingerprint import fingerprints
@@ -161,6 +161,7 @@ def write_orbax(
   """
   import orbax.checkpoint as ocp
 
+  quiet.orbax()
   if jax.process_count() > 1:
     raise UserError("orbax models are written from one process only")
   dtype = jnp.result_type(*jax.tree.leaves(params))
@@ -222,6 +223,7 @@ def _restore(path: Path, manifest: dict[str, Any], abstract: Params) -> Params:
   """All arrays or some of them, as `abstract` says, just as they were saved."""
   import orbax.checkpoint as ocp
 
+  quiet.orbax()
   wanted = ocp.args.PyTreeRestore(
     item=abstract,
     restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),

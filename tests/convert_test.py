@@ -4,6 +4,8 @@ import dataclasses
 import hashlib
 import json
 import shutil
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -142,6 +144,28 @@ def test_damaged_arrays_are_refused(broken, capsys, tmp_path):
   assert f"{broken / 'params'} is damaged" in said
   assert not out.exists()
   assert str(data) in refusal(capsys, f"--model={broken}", "--verify")
+
+
+def test_nothing_else_is_said_of_damage(broken, tmp_path):
+  """Orbax's other reads end later, and each would complain of it."""
+  data = max(broken.glob("params/d/*"), key=lambda f: f.stat().st_size)
+  flip(data, data.stat().st_size // 2)
+  program = """
+import gc, pathlib, sys
+from adapt_pruner_jax import convert
+from adapt_pruner_jax.errors import UserError
+for _ in range(5):
+  try:
+    convert.convert(sys.argv[1], pathlib.Path(sys.argv[2]), "hf")
+  except UserError as error:
+    print(error, file=sys.stderr)
+  gc.collect()
+"""
+  line = [sys.executable, "-c", program, broken, tmp_path / "out"]
+  done = subprocess.run(line, capture_output=True, text=True)
+  for said in done.stderr.splitlines():
+    assert "is damaged" in said
+  assert done.stderr.count("\n") == 5
 
 
 def test_damaged_manifest_is_refused(broken, capsys, tmp_path):
