@@ -17,8 +17,9 @@ a step, which keeps the assumption of independent units honest. The score
 says what can be reconstructed: use it with a refit.
 """
 
+import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -59,8 +60,8 @@ def prune(
 
   With `settings.refit` a number, every so many steps what is left is refitted
   to the model that was given, on the tokens of the step; the refit at the
-  end is the caller's. Such a call cannot go on from a step (`after`), which
-  knows no weights.
+  end is the caller's. A call that goes on from a step (`after`) does the
+  refits before it again, which gives the weights that it had.
 
   Raises:
     UserError: a model that cannot be refitted, a bad layer range, or a target
@@ -70,98 +71,102 @@ def prune(
   halves.check(config)
   full, kept = full or config, kept or surgery.everything(config)
   mesh = mesh or sharding.one_device()
-  stacked = surgery.expand(config, params, kept, full, mesh)
-  masks = surgery.to_masks(kept, full) if after is None else after.masks
+  begin = surgery.to_masks(kept, full)
+  original = stacked = surgery.expand(config, params, kept, full, mesh)
+  step = after or Step(0, begin, {}, surgery.count(full, begin))
+
+  def refitted(masks: Masks, tokens: np.ndarray) -> tuple[Params, list[dict]]:
+    return _refit(
+      full, original, stacked, begin, masks, tokens, batch, settings, mesh
+    )
+
+  for number, masks in step.refitted.items():
+    stacked, _ = refitted(masks, samples(number - 1))
   trace = []
-  for step, weights, refits in steps(
-    stacked, settings, samples, target, batch, mesh, full, kept, after
-  ):
-    masks, stacked = step.masks, weights
+  while not _done(step, settings, target):
+    tokens = samples(step.number)
+    step = _next_step(
+      full, stacked, settings, tokens, target, batch, mesh, begin, step
+    )
+    refits = {}
+    if _refits(settings, step.number) and not _done(step, settings, target):
+      stacked, refits["refit"] = refitted(step.masks, tokens)
+      at = step.refitted | {step.number: step.masks}
+      step = dataclasses.replace(step, refitted=at)
     trace.append(pruning.record(step) | refits)
     if log is not None:
       log(trace[-1], step)
-  left = surgery.to_kept(masks)
+  left = surgery.to_kept(step.masks)
   return Pruned(*surgery.compact(stacked, left, full, mesh), left, trace)
 
 
-def steps(
+def _next_step(
+  full: ModelConfig,
   stacked: Params,
   settings: Prune,
-  samples: Samples,
+  tokens: np.ndarray,
   target: int | None,
   batch: int,
   mesh: Mesh,
-  full: ModelConfig,
-  kept: Kept,
-  after: Step | None = None,
-) -> Iterator[tuple[Step, Params, dict]]:
-  """The steps of `prune`: each with the weights after it, and its refit.
+  begin: Masks,
+  after: Step,
+) -> Step:
+  """Removes `curvature_step` of the full model's parameters, or a bit more.
 
-  A step removes `curvature_step` of the full model's parameters, or a bit more.
+  Args:
+    stacked: the weights as the refits so far have left them.
+    begin: units at the start of the stage.
   """
-  dense, original = surgery.dense(full), stacked
+  number = after.number + 1
   prunable = pruning.prunable_modules(full, settings)
-  begin = surgery.to_masks(kept, full)
-  initial = model.count_params(full)
-  if after is None:
-    after = Step(0, begin, {}, surgery.count(full, begin))
-  while not _done(after, settings, target):
-    number = after.number + 1
-    tokens = samples(number - 1)
-    tokens_MBT, valid_MB = sharding.minibatches(tokens, batch, mesh)
-    found = measure_step(
-      dense,
-      stacked,
-      sharding.replicate(after.masks, mesh),
-      tokens_MBT,
-      valid_MB,
-      mesh=mesh,
-    )
-    found = jax.device_get(found)
-    aim = after.params - math.ceil(initial * settings.curvature_step)
-    scores = {u: np.asarray(s, np.float64) for u, s in found["scores"].items()}
-    _check_finite(scores, after.masks, number)
-    counts = choose(
-      full,
-      scores,
-      after.masks,
-      prunable,
-      aim,
-      target if target is not None else 0,
-      cap=settings.cap,
-      round_to=settings.round_ffn_to,
-    )
-    order = pruning.ranking(scores, after.masks)
-    masks = pruning.remove(after.masks, order, counts)
-    if not any(n.any() for n in counts.values()):
-      raise UserError(
-        f"pruning stopped at {after.params:,} parameters: nothing more can be "
-        "removed from the layers that may be pruned; "
-        + (
-          "give more of them (--config.prune.attention_layers, .mlp_layers) or "
-          "a larger target"
-          if target
-          else "lower --config.prune.max_steps"
-        )
+  tokens_MBT, valid_MB = sharding.minibatches(tokens, batch, mesh)
+  found = measure_step(
+    surgery.dense(full),
+    stacked,
+    sharding.replicate(after.masks, mesh),
+    tokens_MBT,
+    valid_MB,
+    mesh=mesh,
+  )
+  found = jax.device_get(found)
+  step_size = math.ceil(model.count_params(full) * settings.curvature_step)
+  scores = {u: np.asarray(s, np.float64) for u, s in found["scores"].items()}
+  _check_finite(scores, after.masks, number)
+  counts = choose(
+    full,
+    scores,
+    after.masks,
+    prunable,
+    after.params - step_size,
+    target if target is not None else 0,
+    cap=settings.cap,
+    round_to=settings.round_ffn_to,
+  )
+  if not any(n.any() for n in counts.values()):
+    raise UserError(
+      f"pruning stopped at {after.params:,} parameters: nothing more can be "
+      "removed from the layers that may be pruned; "
+      + (
+        "give more of them (--config.prune.attention_layers, .mlp_layers) or "
+        "a larger target"
+        if target
+        else "lower --config.prune.max_steps"
       )
-    importance = _importance(full, scores, after.masks)
-    after = Step(
-      number,
-      masks,
-      _sparsity(begin, masks),
-      surgery.count(full, masks),
-      found["loss_M"],
-      np.mean([np.nan_to_num(importance[u]) for u in UNITS], axis=0),
-      importance,
-      scores,
     )
-    refits = {}
-    if _refits(settings, number) and not _done(after, settings, target):
-      stacked, records = _refit(
-        dense, original, stacked, begin, masks, tokens, batch, settings, mesh
-      )
-      refits = {"refit": records}
-    yield after, stacked, refits
+  order = pruning.ranking(scores, after.masks)
+  masks = pruning.remove(after.masks, order, counts)
+  importance = _importance(full, scores, after.masks)
+  return Step(
+    number,
+    masks,
+    _sparsity(begin, masks),
+    surgery.count(full, masks),
+    after.refitted,
+    losses_M=found["loss_M"],
+    importance_L=np.mean([np.nan_to_num(importance[u]) for u in UNITS], axis=0),
+    relative=importance,
+    scores=scores,
+  )
 
 
 def _check_finite(
@@ -267,9 +272,10 @@ def _sparsity(begin: Masks, masks: Masks) -> dict[str, np.ndarray]:
 
 
 def _refit(
-  config, original, stacked, begin, masks, tokens, batch, settings, mesh
+  full, original, stacked, begin, masks, tokens, batch, settings, mesh
 ) -> tuple[Params, list[dict]]:
   """Stacked params refitted to the original ones, and the records."""
+  config = surgery.dense(full)
   begin = sharding.replicate(begin, mesh)
   placed = sharding.replicate(masks, mesh)
 

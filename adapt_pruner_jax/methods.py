@@ -26,10 +26,8 @@ METHODS = {
 
 
 def resumes(settings: Prune) -> bool:
-  """Whether a stage can go on from one of its steps: only masks change."""
-  if settings.method == "curvature":
-    return not settings.refit.isdigit()
-  return settings.method == "adapt"
+  """Whether a stage can go on from one of its steps."""
+  return settings.method in ("adapt", "curvature")
 
 
 def check(config: ModelConfig, settings: Prune) -> None:

@@ -44,12 +44,14 @@ class Pruned:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Step:
-  """One pruning step; `masks`, `sparsity` and `number` are all it leaves."""
+  """One pruning step; a stage goes on from its first five fields."""
 
   number: int  # from 1
   masks: Masks
   sparsity: Modules
   params: int  # after it
+  # What was left at each refit between the steps so far, by step.
+  refitted: dict[int, Masks] = dataclasses.field(default_factory=dict)
   losses_M: np.ndarray | None = None
   importance_L: np.ndarray | None = None  # summed over minibatches
   relative: Modules | None = None
@@ -184,10 +186,10 @@ def steps(
       masks,
       wanted,
       size,
-      found["loss_M"],
-      importance_L,
-      relative,
-      scores,
+      losses_M=found["loss_M"],
+      importance_L=importance_L,
+      relative=relative,
+      scores=scores,
     )
     yield after
     if number - last_change >= patience and target is not None:

@@ -171,6 +171,10 @@ def write_pruning(
     "params": int(step.params),
     "kept": _kept_to_json(surgery.to_kept(step.masks)),
     "sparsity": {u: s.tolist() for u, s in step.sparsity.items()},
+    "refitted": [
+      [number, _kept_to_json(surgery.to_kept(masks))]
+      for number, masks in step.refitted.items()
+    ],
     "trace": workdir.plain(steps),
   }
   record = {"sha256": workdir.digest(content), "content": content}
@@ -188,9 +192,17 @@ def read_pruning(
   mine = {"stage": state.stage, "train_step": state.step}
   if not workdir.all_agree(saved is not None and mine.items() <= saved.items()):
     return [], None
-  masks = surgery.to_masks(_kept_from_json(saved["kept"]), setting.full)
-  width = {u: np.array(s) for u, s in saved["sparsity"].items()}
-  step = prune.Step(saved["number"], masks, width, saved["params"])
+
+  def masks_of(kept: dict[str, list]) -> surgery.Masks:
+    return surgery.to_masks(_kept_from_json(kept), setting.full)
+
+  step = prune.Step(
+    saved["number"],
+    masks_of(saved["kept"]),
+    {u: np.array(s) for u, s in saved["sparsity"].items()},
+    saved["params"],
+    {number: masks_of(kept) for number, kept in saved["refitted"]},
+  )
   if workdir.is_writer():
     workdir.rewrite_lines(
       setting.path / "trace.jsonl", state.trace + saved["trace"]

@@ -36,11 +36,9 @@ os.environ |= {
 }
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = {
-  "prune.method": "adapt",  # goes on inside a prune as well
-  "prune.refit": "none",
   "prune.ratio": 0.4,
   "prune.stages": 4,
-  "prune.step_size": 0.05,
+  "prune.curvature_step": 0.02,  # several refits in a stage
   "calibration.samples": 8,
   "calibration.seq_len": 16,
   "calibration.batch": 4,

@@ -1,6 +1,7 @@
 """Whole runs: what they leave, how they go on, how they refuse."""
 
 import json
+import shutil
 import signal
 import time
 
@@ -208,16 +209,20 @@ def test_sigterm_saves_and_another_mesh_goes_on(
   assert_close_weights(work, uninterrupted)
 
 
-def test_a_damaged_pruning_file_is_only_lost_work(
-  small_model, tmp_path, monkeypatch, capsys
+@pytest.mark.parametrize("method", ["adapt", "curvature"])
+def test_a_cut_prune_goes_on(
+  small_model, tmp_path, monkeypatch, capsys, method
 ):
-  """A prune that was cut goes on from the file; not from a damaged one."""
+  """From its last step, or anew where the file that says it is damaged."""
   config = recipe(small_model, stages=1)
   config.eval.text = ""
-  whole, work = tmp_path / "whole", tmp_path / "work"
+  if method == "curvature":  # the weights change between the steps
+    config.prune.method, config.prune.refit = method, "2"
+  whole, work, broken = (tmp_path / x for x in ("whole", "work", "broken"))
   adapt.run(config, whole)
-  steps = len((whole / "trace.jsonl").read_text().splitlines())
-  assert steps > 2
+  trace = (whole / "trace.jsonl").read_text()
+  assert len(trace.splitlines()) > 4
+  assert ("refit" in trace) == (method == "curvature")
   real = adapt.write_pruning
 
   def cut(*args):
@@ -225,19 +230,24 @@ def test_a_damaged_pruning_file_is_only_lost_work(
     raise KeyboardInterrupt
 
   monkeypatch.setattr(adapt, "write_pruning", cut)
-  for expected in (1, 2):
+  for expected in (1, 2, 3):
     with pytest.raises(KeyboardInterrupt):
       adapt.run(config, work)
     lines = (work / "trace.jsonl").read_text().splitlines()
     assert len(lines) == expected
-  file = work / "pruning.json"
+  monkeypatch.undo()
+  shutil.copytree(work, broken)
+  file = broken / "pruning.json"
   content = json.loads(file.read_text())
   content["content"]["kept"]["F"][0][0] ^= 1
   file.write_text(json.dumps(content))
-  monkeypatch.undo()
-  adapt.run(config, work)
-  assert "pruning.json is damaged" in capsys.readouterr().out
-  assert_same_weights(work, whole)
+  capsys.readouterr()
+  for path in (work, broken):
+    adapt.run(config, path)
+    damage = f"{file} is damaged" in capsys.readouterr().out
+    assert damage == (path == broken)
+    assert (path / "trace.jsonl").read_text() == trace
+    assert_same_weights(path, whole)
 
 
 def test_given_samples_are_only_asked_for_steps(small_model, tmp_path):

@@ -174,8 +174,8 @@ def step(
     masks,
     {u: 1 - now[u] / np.maximum(was[u], 1) for u in UNITS},
     params,
-    np.array([np.nan]) if losses_M is None else losses_M,
-    nan_L if importance_L is None else importance_L,
-    dict.fromkeys(UNITS, nan_L),
-    scores,
+    losses_M=np.array([np.nan]) if losses_M is None else losses_M,
+    importance_L=nan_L if importance_L is None else importance_L,
+    relative=dict.fromkeys(UNITS, nan_L),
+    scores=scores,
   )
