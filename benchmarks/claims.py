@@ -6,8 +6,8 @@ DIR of --data holds `models` and `text` as the shared data does; --base is what
 base_model.py made. Each measurement is a cell (base, seed, method, ratio,
 stages, tokens, rate); a finished one is a line of OUT/cells.jsonl, so that the
 same command goes on after a kill. Then claims.md and a plot a claim are written
-from all cells. --only=claim1,decisive,claim2,claim3,samples,ablations and
---bases pick some.
+from all cells. --only=claim1,decisive,claim2,claim3,samples,temperature,
+ablations and --bases pick some.
 
 Loss is nats per token on text that neither calibration nor training saw:
 `test` is of the training text's kind, `wikitext` is not. Learning rates are
@@ -59,6 +59,7 @@ STAGED = 3 * UNIT  # tokens of runs in several stages
 SAMPLES, REFIT_SAMPLES, SAMPLE_LEN, BATCH = 64, 512, 64, 32
 ROWS, ROW_LEN = 4, 256  # of a train step
 EVAL_TOKENS = 20_480
+TEMPERATURES = (1.0, 1.15, 1.3, 1.5, 1.75, 2.0)
 SEEDS = 3
 RATIOS = (0.4, 0.2, 0.6)
 RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
@@ -74,6 +75,7 @@ PUBLISHED = (
   "uniform",
 )
 DECISIVE = ("paper", "paper+refit", "curvature+refit")
+BEST_TEMPERATURE = ("temperature", "best")
 ABLATIONS = {
   "curvature+refit": {
     "refit": ("final", "4"),
@@ -167,12 +169,14 @@ class Bench:
         params, _ = self.fit(cell, config, params, None, 0, self.steps(cell))
     else:
       config, params, facts = self.staged(cell)
-    losses = {}
-    for name, ids in base.slices.items():
-      _, total, number = evaluate.perplexity(
-        config, params, ids, ROW_LEN, 8, self.mesh
+    best = cell.change == BEST_TEMPERATURE
+    losses = {
+      name: min(
+        self.loss(config, params, ids, temperature)
+        for temperature in (TEMPERATURES if best else (1.0,))
       )
-      losses[name] = total / number
+      for name, ids in base.slices.items()
+    }
     return (
       losses
       | facts
@@ -182,6 +186,17 @@ class Bench:
         "ffn": list(config.F),
       }
     )
+
+  def loss(
+    self, config: Any, params: Any, ids: np.ndarray, temperature: float
+  ) -> float:
+    """Nats per token, with the logits over `temperature`."""
+    norm = params["final_norm"] / temperature  # logits are linear in it
+    params = params | {"final_norm": norm}
+    _, total, number = evaluate.perplexity(
+      config, params, ids, ROW_LEN, 8, self.mesh
+    )
+    return total / number
 
   @functools.lru_cache(maxsize=1)  # noqa: B019
   def pruned(self, cell: Cell) -> tuple:
@@ -247,7 +262,7 @@ class Bench:
     name, value = cell.change or ("", None)
     if name in beside:
       beside[name] = value
-    elif name:
+    elif name and cell.change != BEST_TEMPERATURE:
       settings = dataclasses.replace(settings, **{name: value})
     return settings, *beside.values()
 
@@ -383,12 +398,23 @@ def samples(bench: Bench, base: str) -> Iterator[Cell]:
       yield Cell(base, seed, method, change=("samples", REFIT_SAMPLES))
 
 
+def temperature(bench: Bench, base: str) -> Iterator[Cell]:
+  """Each text at its best temperature: is a lead only one of confidence?"""
+  yield Cell(base, 0, DENSE, 0.0, change=BEST_TEMPERATURE)
+  for method in DECISIVE:
+    rate = bench.rate(base, method)
+    for seed in range(SEEDS):
+      cell = Cell(base, seed, method, tokens=3 * UNIT, rate=rate)
+      yield dataclasses.replace(cell, change=BEST_TEMPERATURE)
+
+
 EXPERIMENTS = {
   "claim1": claim1,
   "decisive": decisive,
   "claim2": claim2,
   "claim3": claim3,
   "samples": samples,
+  "temperature": temperature,
   "ablations": ablations,
 }
 

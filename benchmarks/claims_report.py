@@ -32,6 +32,7 @@ class Key(NamedTuple):
 Results = dict[Key, list[dict]]  # a result for each seed
 Lines = dict[str, dict[float, list[dict]]]  # by method and place on the x axis
 RATIO = 0.4  # of all tables but the first
+TEXTS = ("test", "wikitext")
 OURS = ("paper", "paper+refit", "curvature+refit")
 SCRATCH = "from_scratch"
 NAMES = (  # fixes colours
@@ -92,7 +93,11 @@ def of_base(results: Results, base: str) -> Results:
 
 def unpruned(own: Results) -> dict:
   """The result of the dense model, which each base begins with."""
-  return next(rows[0] for key, rows in own.items() if key.method == "dense")
+  return next(
+    rows[0]
+    for key, rows in own.items()
+    if key.method == "dense" and key.change is None
+  )
 
 
 def untrained(own: Results) -> dict[tuple[str, float], list[dict]]:
@@ -147,7 +152,7 @@ def decisive(own: Results, unit: int) -> list[str]:
   rows = []
   for (name, stages, rate), mine in lines.items():
     row = [f"`{name}`", str(stages), f"{rate:.0e}"]
-    for text in ("test", "wikitext"):
+    for text in TEXTS:
       row += [_shown(mine.get(b), text) for b in budgets]
     rows.append(row)
   return [
@@ -228,13 +233,14 @@ def ablations(own: Results) -> list[str]:
         f"`{name}`",
         str(value),
         f"{key.tokens:,}",
-        _shown(cells, "test"),
-        _shown(same, "test"),
+        *(_shown(x, text) for text in TEXTS for x in (cells, same)),
       ]
     )
   if not rows:
     return []
-  header = ["method", "setting", "value", "tokens", "test", "unchanged"]
+  header = ["method", "setting", "value", "tokens"]
+  for text in TEXTS:
+    header += [text, f"{text}, unchanged"]
   return ["### One setting changed (40 % removed)", table(header, rows)]
 
 

@@ -41,12 +41,15 @@ def where(small_model, tmp_path):
 def test_goes_on_and_reports(claims, where, tmp_path, monkeypatch):
   bench = claims.Bench(tmp_path, where, [1])
   name = "curvature+refit"
-  dense = bench.get(claims.Cell("small", 0, claims.DENSE, 0.0))
+  dense_cell = claims.Cell("small", 0, claims.DENSE, 0.0)
+  dense = bench.get(dense_cell)
   plain = [claims.Cell("small", seed, name) for seed in (0, 1)]
   staged = claims.Cell("small", 0, name, 0.4, 2, 4 * claims.UNIT, 1e-3)
   fresh = dataclasses.replace(staged, change=("carry_moments", False))
   found = {cell: bench.get(cell) for cell in (*plain, staged, fresh)}
   assert all(f["params"] <= 0.6 * dense["params"] for f in found.values())
+  sure = dataclasses.replace(dense_cell, change=claims.BEST_TEMPERATURE)
+  assert bench.get(sure)["test"] < dense["test"]  # its weights are random
 
   again = claims.Bench(tmp_path, where, [1])
   monkeypatch.setattr(again, "measure", None)  # nothing is measured twice
