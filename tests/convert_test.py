@@ -52,6 +52,13 @@ def flip(file, at=-1):
   file.write_bytes(content)
 
 
+def damage(orbax):
+  """Flips a bit amid the bytes of the arrays; gives the file."""
+  data = max(orbax.glob("params/d/*"), key=lambda f: f.stat().st_size)
+  flip(data, data.stat().st_size // 2)
+  return data
+
+
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
   """An uneven model in bfloat16, with something of a tokenizer."""
@@ -137,8 +144,7 @@ def test_orbax_on_a_mesh_and_in_another_dtype(written, orbax):
 
 def test_damaged_arrays_are_refused(broken, capsys, tmp_path):
   """Wherever the bit is flipped, as long as it is in an array's bytes."""
-  data = max(broken.glob("params/d/*"), key=lambda f: f.stat().st_size)
-  flip(data, data.stat().st_size // 2)
+  data = damage(broken)
   out = tmp_path / "out"
   said = refusal(capsys, f"--model={broken}", f"--out={out}")
   assert f"{broken / 'params'} is damaged" in said
@@ -148,8 +154,7 @@ def test_damaged_arrays_are_refused(broken, capsys, tmp_path):
 
 def test_nothing_else_is_said_of_damage(broken, tmp_path):
   """Orbax's other reads end later, and each would complain of it."""
-  data = max(broken.glob("params/d/*"), key=lambda f: f.stat().st_size)
-  flip(data, data.stat().st_size // 2)
+  damage(broken)
   program = """
 import gc, pathlib, sys
 from adapt_pruner_jax import convert
