@@ -18,53 +18,31 @@ calibration windows, training order and random weights.
 
 import argparse
 import dataclasses
-import functools
-import json
 import os
-import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # as main.py does
 
 import claims_report
-import jax
-import jax.numpy as jnp
-import numpy as np
-
-from adapt_pruner_jax import (
-  contenders,
-  data,
-  evaluate,
-  methods,
-  model,
-  optim,
-  prune,
-  sharding,
-  sources,
-  sparsity,
-  surgery,
-  tiny,
-  tokens,
-  train,
-  workdir,
+from claims_bench import (
+  BEST_TEMPERATURE,
+  DENSE,
+  REFIT_SAMPLES,
+  SCRATCH,
+  Bench,
+  Cell,
 )
-from adapt_pruner_jax.config import CHOICES, Data, Prune, Train
-from adapt_pruner_jax.hf import load
+
+from adapt_pruner_jax.config import CHOICES
 
 UNIT = 512 * 64  # tokens: the paper's calibration, and a unit of training
 STAGED = 3 * UNIT  # tokens of runs in several stages
-SAMPLES, REFIT_SAMPLES, SAMPLE_LEN, BATCH = 64, 512, 64, 32
-ROWS, ROW_LEN = 4, 256  # of a train step
-EVAL_TOKENS = 20_480
-TEMPERATURES = (1.0, 1.15, 1.3, 1.5, 1.75, 2.0)
 SEEDS = 3
 RATIOS = (0.4, 0.2, 0.6)
 RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
 SCRATCH_RATES = (1e-3, 3e-3)
-SCRATCH, DENSE = contenders.SCRATCH, contenders.DENSE
 PUBLISHED = (
   "paper",
   "llm_pruner",
@@ -75,7 +53,6 @@ PUBLISHED = (
   "uniform",
 )
 DECISIVE = ("paper", "paper+refit", "curvature+refit")
-BEST_TEMPERATURE = ("temperature", "best")
 ABLATIONS = {
   "curvature+refit": {
     "refit": ("final", "4"),
@@ -95,251 +72,14 @@ ABLATIONS = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Cell:
-  """One measurement; `change` is one setting unlike the method's."""
-
-  base: str
-  seed: int
-  method: str
-  ratio: float = 0.4
-  stages: int = 1
-  tokens: int = 0
-  rate: float = 0.0
-  change: tuple[str, Any] | None = None
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Base:
-  """A dense model with its texts."""
-
-  config: model.ModelConfig
-  params: Any
-  tokenizer: Any
-  train_file: Path
-  calibration: np.ndarray
-  slices: dict[str, np.ndarray]  # tune, test, wikitext
-
-
-class Bench:
-  """Measures cells, and keeps what has been measured."""
-
-  def __init__(self, out: Path, where: dict[str, Any], units: list[int]):
-    self.out, self.where, self.units = out, where, units
-    self.mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    self.file = out / "cells.jsonl"
-    self.found = {}
-    if self.file.exists():
-      for line in self.file.read_text().splitlines():
-        row = json.loads(line)
-        change = row["cell"]["change"]
-        cell = Cell(**row["cell"] | {"change": change and tuple(change)})
-        self.found[cell] = row["result"]
-
-  def get(self, cell: Cell) -> dict:
-    """The result of a cell, measured now unless it is there."""
-    if cell not in self.found:
-      begun = time.monotonic()
-      result = self.measure(cell)
-      self.found[cell] = result
-      row = {"cell": dataclasses.asdict(cell), "result": result}
-      workdir.append_line(self.file, row)
-      print(
-        f"{time.monotonic() - begun:6.1f} s {cell}: test {result['test']:.3f}",
-        flush=True,
-      )
-    return self.found[cell]
-
-  def measure(self, cell: Cell) -> dict:
-    base = self.base(cell.base)
-    if cell.method == DENSE:
-      config, params, facts = base.config, base.params, {}
-    elif cell.method == SCRATCH:
-      shape = self.get(Cell(cell.base, cell.seed, "paper", cell.ratio))
-      width = {"K": shape["kv_groups"], "F": shape["ffn"]}
-      config = surgery.with_widths(base.config, width)
-      params = tiny.init_params(config, cell.seed, self.mesh)
-      params, _ = self.fit(cell, config, params, None, 0, self.steps(cell))
-      facts = {}
-    elif cell.stages == 1:
-      config, params, facts = self.pruned(
-        dataclasses.replace(cell, tokens=0, rate=0.0)
-      )
-      if cell.tokens:
-        params, _ = self.fit(cell, config, params, None, 0, self.steps(cell))
-    else:
-      config, params, facts = self.staged(cell)
-    best = cell.change == BEST_TEMPERATURE
-    losses = {
-      name: min(
-        self.loss(config, params, ids, temperature)
-        for temperature in (TEMPERATURES if best else (1.0,))
-      )
-      for name, ids in base.slices.items()
-    }
-    return (
-      losses
-      | facts
-      | {
-        "params": model.count_params(config),
-        "kv_groups": list(config.K),
-        "ffn": list(config.F),
-      }
-    )
-
-  def loss(
-    self, config: Any, params: Any, ids: np.ndarray, temperature: float
-  ) -> float:
-    """Nats per token, with the logits over `temperature`."""
-    norm = params["final_norm"] / temperature  # logits are linear in it
-    params = params | {"final_norm": norm}
-    _, total, number = evaluate.perplexity(
-      config, params, ids, ROW_LEN, 8, self.mesh
-    )
-    return total / number
-
-  @functools.lru_cache(maxsize=1)  # noqa: B019
-  def pruned(self, cell: Cell) -> tuple:
-    return self.staged(cell)
-
-  def staged(self, cell: Cell) -> tuple:
-    """(config, params, facts) after the stages, as `adapt.run` goes."""
-    base = self.base(cell.base)
-    full, pair = base.config, (base.config, base.params)
-    settings, samples, carry = self.settings(cell)
-    windows = lambda count, seed: data.WindowData(
-      [base.calibration], [count], SAMPLE_LEN, seed
-    )
-    fresh = windows(samples, cell.seed)
-    for_refit = windows(REFIT_SAMPLES, cell.seed + 1)
-    kept, number, seconds, state = surgery.everything(full), 0, 0.0, None
-    target = prune.resolve_target(full, settings)
-    goals = sparsity.stage_targets(
-      model.count_params(full), target, cell.stages
-    )
-    ends = sparsity.stage_ends(self.steps(cell), cell.stages, "linear")
-    for goal, begin, end in zip(goals, [0, *ends[:-1]], ends, strict=True):
-      begun = time.process_time()
-      made = methods.METHODS[settings.method](
-        *pair,
-        settings,
-        lambda step, first=number: fresh.batch(first + step),
-        target=goal,
-        batch=BATCH,
-        mesh=self.mesh,
-        full=full,
-        kept=kept,
-        seed=cell.seed,
-      )
-      number += len(made.trace)
-      left = surgery.relative_to(kept, made.kept)
-      params, _ = methods.refit_after(
-        pair,
-        made,
-        left,
-        settings,
-        lambda step=number: for_refit.batch(step),
-        BATCH,
-        self.mesh,
-      )
-      seconds += time.process_time() - begun
-      if carry and state is not None:
-        _, state = surgery.gather(pair[0], state, left, self.mesh)
-      else:
-        state = None
-      kept = made.kept
-      params, state = self.fit(cell, made.config, params, state, begin, end)
-      pair = made.config, params
-    return *pair, {"prune_seconds": seconds, "prune_steps": number}
-
-  def settings(self, cell: Cell) -> tuple[Prune, int, bool]:
-    """Of the method; samples a step; whether moments are carried over."""
-    shared = Prune(refit="final")
-    if cell.method.startswith("curvature"):
-      shared = Prune(refit="2", refit_all=True)  # as configs/oneshot.py
-    settings = contenders.settings_of(cell.method, cell.ratio, shared)
-    beside = {"samples": SAMPLES, "carry_moments": Train().carry_moments}
-    name, value = cell.change or ("", None)
-    if name in beside:
-      beside[name] = value
-    elif name and cell.change != BEST_TEMPERATURE:
-      settings = dataclasses.replace(settings, **{name: value})
-    return settings, *beside.values()
-
-  def steps(self, cell: Cell) -> int:
-    return cell.tokens // (ROWS * ROW_LEN)
-
-  def fit(
-    self, cell: Cell, config: Any, params: Any, state: Any, begin: int, end: int
-  ) -> tuple:
-    """(params, optimizer state) after the steps from `begin` to `end`."""
-    if begin == end:
-      return params, state
-    self.schedule = optim.schedule(
-      Train(learning_rate=cell.rate, min_learning_rate=cell.rate / 10),
-      self.steps(cell),
-    )
-    step_fn = self.step_fn(config)
-    params = jax.tree.map(jnp.copy, params)  # the step eats its argument
-    if state is None:
-      state = train.init_optimizer(params, Train(), self.mesh)
-    params, state, _ = train.recover(
-      step_fn,
-      params,
-      state,
-      self.rows(cell.base, cell.seed).batches(begin),
-      begin,
-      end,
-      self.mesh,
-    )
-    return jax.block_until_ready((params, state))
-
-  @functools.lru_cache(maxsize=1)  # noqa: B019
-  def step_fn(self, config: model.ModelConfig) -> train.Step:
-    """Compiled once a shape, whatever the schedule is."""
-    return train.make_step(
-      config, Train(), lambda step: self.schedule(step), self.mesh
-    )
-
-  @functools.lru_cache(maxsize=1)  # noqa: B019
-  def rows(self, base: str, seed: int) -> data.TrainData:
-    found = self.base(base)
-    source = Data(f"text:{found.train_file}", ROW_LEN, ROWS)
-    return data.train_data(source, found.tokenizer, found.config.V, seed)
-
-  @functools.lru_cache(maxsize=1)  # noqa: B019
-  def base(self, name: str) -> Base:
-    """Opens a base; 85 % of its text is for calibration and training."""
-    folder, text, heldout = self.where[name]
-    config, params = load.load(str(folder))
-    tokenizer = tokens.load_tokenizer(folder)
-    whole = sources.read_text(text)
-    cut = whole.rfind("\n", 0, int(len(whole) * 0.85))
-    file = self.out / f"{name}.txt"
-    workdir.write_text(file, whole[:cut])
-    ids = lambda text: np.array(tokenizer.encode(text), np.int32)
-    slices = {
-      "tune": whole[cut:],
-      "test": sources.read_text(heldout),
-      "wikitext": self.where["wikitext"].read_text(encoding="utf-8"),
-    }
-    return Base(
-      config,
-      params,
-      tokenizer,
-      file,
-      ids(whole[:cut]),
-      {n: ids(t[: 8 * EVAL_TOKENS])[:EVAL_TOKENS] for n, t in slices.items()},
-    )
-
-  def rate(self, base: str, method: str) -> float:
-    """The best of the grid on the tuning text."""
-    grid = SCRATCH_RATES if method == SCRATCH else RATES
-    cells = [Cell(base, 0, method, tokens=3 * UNIT, rate=rate) for rate in grid]
-    return min(cells, key=lambda cell: self.get(cell)["tune"]).rate
-
-
 # ---- What is measured --------------------------------------------------------
+
+
+def best_rate(bench: Bench, base: str, method: str) -> float:
+  """The best of the grid on the tuning text."""
+  grid = SCRATCH_RATES if method == SCRATCH else RATES
+  cells = [Cell(base, 0, method, tokens=3 * UNIT, rate=rate) for rate in grid]
+  return min(cells, key=lambda cell: bench.get(cell)["tune"]).rate
 
 
 def claim1(bench: Bench, base: str) -> Iterator[Cell]:
@@ -353,7 +93,7 @@ def claim1(bench: Bench, base: str) -> Iterator[Cell]:
 def decisive(bench: Bench, base: str) -> Iterator[Cell]:
   """Whether the lead survives training."""
   for method in DECISIVE:
-    rate = bench.rate(base, method)
+    rate = best_rate(bench, base, method)
     for seed in range(SEEDS):
       yield Cell(base, seed, method)
       for units in bench.units:
@@ -363,7 +103,7 @@ def decisive(bench: Bench, base: str) -> Iterator[Cell]:
 def claim2(bench: Bench, base: str) -> Iterator[Cell]:
   """Random weights in the shape that the paper leaves."""
   yield from decisive(bench, base)
-  rate = bench.rate(base, SCRATCH)
+  rate = best_rate(bench, base, SCRATCH)
   for seed in range(SEEDS):
     for units in (3, *(10 * u for u in bench.units[:2])):
       yield Cell(base, seed, SCRATCH, tokens=units * UNIT, rate=rate)
@@ -372,7 +112,7 @@ def claim2(bench: Bench, base: str) -> Iterator[Cell]:
 def claim3(bench: Bench, base: str) -> Iterator[Cell]:
   """Equal tokens in more and more stages."""
   for method in DECISIVE:
-    rate = bench.rate(base, method)
+    rate = best_rate(bench, base, method)
     for stages in (1, 2, 5, 10) if method == "paper" else (1, 5):
       for seed in range(SEEDS):
         yield Cell(base, seed, method, 0.4, stages, STAGED, rate)
@@ -385,7 +125,7 @@ def ablations(bench: Bench, base: str) -> Iterator[Cell]:
       for value in values:
         for seed in range(SEEDS):
           yield Cell(base, seed, method, change=(name, value))
-  rate = bench.rate(base, "paper")
+  rate = best_rate(bench, base, "paper")
   for seed in range(SEEDS):
     cell = Cell(base, seed, "paper", 0.4, 5, STAGED, rate)
     yield dataclasses.replace(cell, change=("carry_moments", False))
@@ -402,7 +142,7 @@ def temperature(bench: Bench, base: str) -> Iterator[Cell]:
   """Each text at its best temperature: is a lead only one of confidence?"""
   yield Cell(base, 0, DENSE, 0.0, change=BEST_TEMPERATURE)
   for method in DECISIVE:
-    rate = bench.rate(base, method)
+    rate = best_rate(bench, base, method)
     for seed in range(SEEDS):
       cell = Cell(base, seed, method, tokens=3 * UNIT, rate=rate)
       yield dataclasses.replace(cell, change=BEST_TEMPERATURE)

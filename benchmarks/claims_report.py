@@ -18,7 +18,7 @@ from adapt_pruner_jax.comparison import save_figure, style
 
 
 class Key(NamedTuple):
-  """A `claims.Cell` without its seed."""
+  """A `claims_bench.Cell` without its seed."""
 
   base: str
   method: str
@@ -52,7 +52,7 @@ def write(found: dict, unit: int, out: Path) -> None:
   """Writes claims.md and the plots.
 
   Args:
-    found: results of `claims.Cell`s.
+    found: results of `claims_bench.Cell`s.
     unit: tokens of a unit of training.
   """
   results = by_key(found)

@@ -23,9 +23,11 @@ SIZES = {
 def claims(monkeypatch):
   monkeypatch.syspath_prepend(ROOT / "benchmarks")
   import claims
+  import claims_bench
 
   for name, value in SIZES.items():
-    monkeypatch.setattr(claims, name, value)
+    module = claims if name == "UNIT" else claims_bench
+    monkeypatch.setattr(module, name, value)
   return claims
 
 
