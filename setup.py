@@ -76,5 +76,5 @@ setuptools.setup(
   package_data={"": ["*"]},
   install_requires=CORE,
   extras_require=EXTRAS,
-  entry_points={"console_scripts": [f"adapt-pruner={PACKAGE}.main:main"]},
+  entry_points={"console_scripts": [f"adapt-pruner={PACKAGE}.cli:main"]},
 )

@@ -1,4 +1,4 @@
-from adapt_pruner_jax.main import main
+from adapt_pruner_jax.cli import main
 
 if __name__ == "__main__":
   main()

@@ -12,8 +12,8 @@ Each does what a command does, without a work directory.
 import os
 from typing import Any, NamedTuple
 
-from adapt_pruner_jax.axes import Params
-from adapt_pruner_jax.model import ModelConfig
+from adapt_pruner_jax.models.axes import Params
+from adapt_pruner_jax.models.model_config import ModelConfig
 
 
 class Model(NamedTuple):
@@ -36,9 +36,9 @@ def load(
   Raises:
     UserError: it is missing, damaged, or of an unknown family.
   """
-  from adapt_pruner_jax import convert
+  from adapt_pruner_jax.formats import opening
 
-  config, params, folder = convert.open_model(str(path), dtype, ignore_fields)
+  config, params, folder = opening.open_model(str(path), dtype, ignore_fields)
   return Model(config, params, str(folder))
 
 
@@ -67,9 +67,9 @@ def prune(
   Raises:
     UserError: bad settings, or a target out of reach.
   """
-  from adapt_pruner_jax import data, methods
-  from adapt_pruner_jax import prune as core
   from adapt_pruner_jax.config import Calibration, Config, Prune, check
+  from adapt_pruner_jax.data.calibration import pruning_data
+  from adapt_pruner_jax.pruning import methods, targets
 
   recipe = Prune(ratio=ratio, target_params=target_params, **settings)
   source = Calibration(calibration, samples, seq_len, batch, refit_samples)
@@ -77,7 +77,7 @@ def prune(
   tokenizer = None
   if not calibration.startswith("npy:"):
     tokenizer = _tokenizer(model)
-  windows, for_refit = data.pruning_data(
+  windows, for_refit = pruning_data(
     source, recipe.refit != "none", tokenizer, model.config.V, seed
   )
   old = (model.config, model.params)
@@ -85,7 +85,7 @@ def prune(
     *old,
     recipe,
     windows.batch,
-    target=core.resolve_target(model.config, recipe),
+    target=targets.resolve_target(model.config, recipe),
     batch=batch,
     seed=seed,
   )
@@ -111,7 +111,7 @@ def save(
   Raises:
     UserError: `path` exists, or the format cannot express the model.
   """
-  from adapt_pruner_jax import convert
+  from adapt_pruner_jax.formats import convert
 
   convert.write(
     model.config,
@@ -131,15 +131,20 @@ def perplexity(
   Raises:
     UserError: fewer than two tokens.
   """
-  from adapt_pruner_jax import data, evaluate
+  from adapt_pruner_jax.data import packing
+  from adapt_pruner_jax.evaluation import perplexity as perplexity_
 
-  ids = data.heldout_tokens(text, _tokenizer(model), model.config.V, "the text")
-  length = evaluate.window(model.config, seq_len)
-  return evaluate.perplexity(model.config, model.params, ids, length, batch)[0]
+  ids = packing.heldout_tokens(
+    text, _tokenizer(model), model.config.V, "the text"
+  )
+  length = perplexity_.window(model.config, seq_len)
+  return perplexity_.perplexity(model.config, model.params, ids, length, batch)[
+    0
+  ]
 
 
 def _tokenizer(model: Model) -> Any:
-  from adapt_pruner_jax import tokens
+  from adapt_pruner_jax.data.tokenizer import load_tokenizer
   from adapt_pruner_jax.errors import UserError
 
   if model.source is None:
@@ -147,4 +152,4 @@ def _tokenizer(model: Model) -> Any:
       "the model has no tokenizer: give Model(..., source=DIR), a directory "
       "with one"
     )
-  return tokens.load_tokenizer(model.source)
+  return load_tokenizer(model.source)

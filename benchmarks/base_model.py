@@ -14,8 +14,10 @@ import argparse
 import zlib
 from pathlib import Path
 
-from adapt_pruner_jax import data, evaluate, sources, tiny
-from adapt_pruner_jax.hf import save
+from adapt_pruner_jax.data import packing, sources
+from adapt_pruner_jax.evaluation import perplexity
+from adapt_pruner_jax.formats.hf import save
+from adapt_pruner_jax.runs import tiny_model
 
 
 def arguments() -> argparse.Namespace:
@@ -34,9 +36,9 @@ def arguments() -> argparse.Namespace:
   return parser.parse_args()
 
 
-def recipe_of(flags: argparse.Namespace) -> tiny.Recipe:
+def recipe_of(flags: argparse.Namespace) -> tiny_model.Recipe:
   """LLaMA's proportions: an MLP of 8/3 the width."""
-  return tiny.Recipe(
+  return tiny_model.Recipe(
     V=flags.vocab,
     D=flags.width,
     L=flags.layers,
@@ -74,12 +76,14 @@ def main() -> None:
   out.mkdir(parents=True)
   train, heldout = split(flags.text, out)
   recipe = recipe_of(flags)
-  tokenizer = tiny.train_tokenizer(out / "tokenizer", recipe.V, train)
-  config, params = tiny.fit(
+  tokenizer = tiny_model.train_tokenizer(out / "tokenizer", recipe.V, train)
+  config, params = tiny_model.fit(
     recipe, tokenizer, print, f"text:{out / 'train.txt'}"
   )
-  ids = data.heldout_tokens(heldout, tokenizer, recipe.V, "the held-out text")
-  found = evaluate.perplexity(config, params, ids, recipe.context, 8)
+  ids = packing.heldout_tokens(
+    heldout, tokenizer, recipe.V, "the held-out text"
+  )
+  found = perplexity.perplexity(config, params, ids, recipe.context, 8)
   print(f"held-out perplexity {found[0]:.2f} on {found[2]:,} tokens")
   save.save(config, params, out / "model", source=out / "tokenizer")
 

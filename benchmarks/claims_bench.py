@@ -11,32 +11,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adapt_pruner_jax import (
-  contenders,
-  data,
-  evaluate,
-  methods,
-  model,
-  optim,
-  prune,
-  sharding,
-  sources,
-  sparsity,
-  surgery,
-  tiny,
-  tokens,
-  train,
-  workdir,
-)
 from adapt_pruner_jax.config import Data, Prune, Train
-from adapt_pruner_jax.hf import load
+from adapt_pruner_jax.data import packing, sources
+from adapt_pruner_jax.data.calibration import WindowData
+from adapt_pruner_jax.data.tokenizer import load_tokenizer
+from adapt_pruner_jax.distributed import sharding
+from adapt_pruner_jax.evaluation import perplexity
+from adapt_pruner_jax.formats.hf import load
+from adapt_pruner_jax.models import model_config
+from adapt_pruner_jax.pruning import methods, schedule, surgery, targets
+from adapt_pruner_jax.runs import compare_methods, tiny_model
+from adapt_pruner_jax.storage import json_files, publish
+from adapt_pruner_jax.training import loop, optimizer
+from adapt_pruner_jax.training.step import Step, init_optimizer, make_step
 
 SAMPLES, REFIT_SAMPLES, SAMPLE_LEN, BATCH = 64, 512, 64, 32
 ROWS, ROW_LEN = 4, 256  # of a train step
 EVAL_TOKENS = 20_480
 TEMPERATURES = (1.0, 1.15, 1.3, 1.5, 1.75, 2.0)
 BEST_TEMPERATURE = ("temperature", "best")  # a change of how it is measured
-SCRATCH, DENSE = contenders.SCRATCH, contenders.DENSE
+SCRATCH, DENSE = compare_methods.SCRATCH, compare_methods.DENSE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +51,7 @@ class Cell:
 class Base:
   """A dense model with its texts."""
 
-  config: model.ModelConfig
+  config: model_config.ModelConfig
   params: Any
   tokenizer: Any
   train_file: Path
@@ -87,7 +81,7 @@ class Bench:
       result = self.measure(cell)
       self.found[cell] = result
       row = {"cell": dataclasses.asdict(cell), "result": result}
-      workdir.append_line(self.file, row)
+      json_files.append_line(self.file, row)
       print(
         f"{time.monotonic() - begun:6.1f} s {cell}: test {result['test']:.3f}",
         flush=True,
@@ -105,7 +99,7 @@ class Bench:
       shape = self.get(Cell(cell.base, cell.seed, "paper", cell.ratio))
       width = {"K": shape["kv_groups"], "F": shape["ffn"]}
       config = surgery.with_widths(base.config, width)
-      params = tiny.init_params(config, cell.seed, self.mesh)
+      params = tiny_model.init_params(config, cell.seed, self.mesh)
       params, _ = self.fit(cell, config, params, None, 0, self.steps(cell))
       facts = {}
     elif cell.stages == 1:
@@ -124,7 +118,7 @@ class Bench:
       losses
       | facts
       | {
-        "params": model.count_params(config),
+        "params": model_config.count_params(config),
         "kv_groups": list(config.K),
         "ffn": list(config.F),
       }
@@ -136,7 +130,7 @@ class Bench:
     """Nats per token, with the logits over `temperature`."""
     norm = params["final_norm"] / temperature  # logits are linear in it
     params = params | {"final_norm": norm}
-    _, total, number = evaluate.perplexity(
+    _, total, number = perplexity.perplexity(
       config, params, ids, ROW_LEN, 8, self.mesh
     )
     return total / number
@@ -150,17 +144,17 @@ class Bench:
     base = self.base(cell.base)
     full, pair = base.config, (base.config, base.params)
     settings, samples, carry = self.settings(cell)
-    windows = lambda count, seed: data.WindowData(
+    windows = lambda count, seed: WindowData(
       [base.calibration], [count], SAMPLE_LEN, seed
     )
     fresh = windows(samples, cell.seed)
     for_refit = windows(REFIT_SAMPLES, cell.seed + 1)
     kept, number, seconds, state = surgery.everything(full), 0, 0.0, None
-    target = prune.resolve_target(full, settings)
-    goals = sparsity.stage_targets(
-      model.count_params(full), target, cell.stages
+    target = targets.resolve_target(full, settings)
+    goals = schedule.stage_targets(
+      model_config.count_params(full), target, cell.stages
     )
-    ends = sparsity.stage_ends(self.steps(cell), cell.stages, "linear")
+    ends = schedule.stage_ends(self.steps(cell), cell.stages, "linear")
     for goal, begin, end in zip(goals, [0, *ends[:-1]], ends, strict=True):
       begun = time.process_time()
       made = methods.METHODS[settings.method](
@@ -200,7 +194,7 @@ class Bench:
     shared = Prune(refit="final")
     if cell.method.startswith("curvature"):
       shared = Prune(refit="2", refit_all=True)  # as configs/oneshot.py
-    settings = contenders.settings_of(cell.method, cell.ratio, shared)
+    settings = compare_methods.settings_of(cell.method, cell.ratio, shared)
     beside = {"samples": SAMPLES, "carry_moments": Train().carry_moments}
     name, value = cell.change or ("", None)
     if name in beside:
@@ -218,15 +212,15 @@ class Bench:
     """(params, optimizer state) after the steps from `begin` to `end`."""
     if begin == end:
       return params, state
-    self.schedule = optim.schedule(
+    self.schedule = optimizer.schedule(
       Train(learning_rate=cell.rate, min_learning_rate=cell.rate / 10),
       self.steps(cell),
     )
     step_fn = self.step_fn(config)
     params = jax.tree.map(jnp.copy, params)  # the step eats its argument
     if state is None:
-      state = train.init_optimizer(params, Train(), self.mesh)
-    params, state, _ = train.recover(
+      state = init_optimizer(params, Train(), self.mesh)
+    params, state, _ = loop.recover(
       step_fn,
       params,
       state,
@@ -238,28 +232,28 @@ class Bench:
     return jax.block_until_ready((params, state))
 
   @functools.lru_cache(maxsize=1)  # noqa: B019
-  def step_fn(self, config: model.ModelConfig) -> train.Step:
+  def step_fn(self, config: model_config.ModelConfig) -> Step:
     """Compiled once a shape, whatever the schedule is."""
-    return train.make_step(
+    return make_step(
       config, Train(), lambda step: self.schedule(step), self.mesh
     )
 
   @functools.lru_cache(maxsize=1)  # noqa: B019
-  def rows(self, base: str, seed: int) -> data.TrainData:
+  def rows(self, base: str, seed: int) -> packing.TrainData:
     found = self.base(base)
     source = Data(f"text:{found.train_file}", ROW_LEN, ROWS)
-    return data.train_data(source, found.tokenizer, found.config.V, seed)
+    return packing.train_data(source, found.tokenizer, found.config.V, seed)
 
   @functools.lru_cache(maxsize=1)  # noqa: B019
   def base(self, name: str) -> Base:
     """Opens a base; 85 % of its text is for calibration and training."""
     folder, text, heldout = self.where[name]
     config, params = load.load(str(folder))
-    tokenizer = tokens.load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder)
     whole = sources.read_text(text)
     cut = whole.rfind("\n", 0, int(len(whole) * 0.85))
     file = self.out / f"{name}.txt"
-    workdir.write_text(file, whole[:cut])
+    publish.write_text(file, whole[:cut])
     ids = lambda text: np.array(tokenizer.encode(text), np.int32)
     slices = {
       "tune": whole[cut:],

@@ -13,8 +13,9 @@ from typing import NamedTuple
 import numpy as np
 from matplotlib.figure import Figure
 
-from adapt_pruner_jax import markdown, workdir
-from adapt_pruner_jax.comparison import save_figure, style
+from adapt_pruner_jax.formats import markdown
+from adapt_pruner_jax.runs.compare_table import save_figure, style
+from adapt_pruner_jax.storage import publish
 
 
 class Key(NamedTuple):
@@ -70,7 +71,7 @@ def write(found: dict, unit: int, out: Path) -> None:
       *claim3(own, unit),
       *ablations(own),
     ]
-  workdir.write_text(out / "claims.md", "\n\n".join(parts) + "\n")
+  publish.write_text(out / "claims.md", "\n\n".join(parts) + "\n")
   for name, lines, label in (
     ("claim1", lines1, "parameters removed, %"),
     ("claim2", lines2, "training tokens"),

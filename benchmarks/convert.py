@@ -63,10 +63,11 @@ def make(flags: argparse.Namespace, path: Path) -> None:
   import jax.numpy as jnp
   import numpy as np
 
-  from adapt_pruner_jax import axes, model
-  from adapt_pruner_jax.hf import save
+  from adapt_pruner_jax.formats.hf import save
+  from adapt_pruner_jax.models import axes, model_config
+  from adapt_pruner_jax.models.rope import Rope
 
-  config = model.ModelConfig(
+  config = model_config.ModelConfig(
     family="llama",
     V=flags.vocab,
     D=flags.width,
@@ -75,7 +76,7 @@ def make(flags: argparse.Namespace, path: Path) -> None:
     K=(flags.kv_heads,) * flags.layers,
     F=(flags.ffn,) * flags.layers,
     norm_eps=1e-5,
-    rope=model.Rope(),
+    rope=Rope(),
     context=2048,
     tied=False,
   )
@@ -85,11 +86,11 @@ def make(flags: argparse.Namespace, path: Path) -> None:
     drawn = rng.standard_normal(leaf.shape, np.float32)
     return (drawn * 0.02 + ("norm" in name)).astype(leaf.dtype)
 
-  abstract = model.abstract_params(config, jnp.bfloat16)
+  abstract = model_config.abstract_params(config, jnp.bfloat16)
   params = axes.map_named(draw, abstract)
   shard = {"shard_bytes": flags.max_shard} if flags.max_shard else {}
   save.save(config, params, path, say=lambda _: None, **shard)
-  gigabytes = model.count_params(config) * 2 / 1e9
+  gigabytes = model_config.count_params(config) * 2 / 1e9
   print(f"model: {gigabytes:.2f} GB in bfloat16", flush=True)
 
 
@@ -130,8 +131,8 @@ class Peak:
 def ours(source: Path, out: Path, flags: argparse.Namespace) -> dict:
   import jax
 
-  from adapt_pruner_jax import sharding
-  from adapt_pruner_jax.hf import load, reopen, save
+  from adapt_pruner_jax.distributed import sharding
+  from adapt_pruner_jax.formats.hf import load, reopen, save
 
   mesh = sharding.make_mesh(1, flags.devices, 1)
   share = {}
@@ -153,7 +154,7 @@ def ours(source: Path, out: Path, flags: argparse.Namespace) -> dict:
 
 
 def files(source: Path, out: Path, flags: argparse.Namespace) -> dict:
-  from adapt_pruner_jax import convert
+  from adapt_pruner_jax.formats import convert
 
   with measured() as result:
     convert.convert(str(source), out, "hf", dtype=flags.dtype)

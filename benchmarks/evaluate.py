@@ -52,12 +52,16 @@ os.environ["XLA_FLAGS"] = (
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import torch  # noqa: E402
-import transformers  # noqa: E402
-from lm_eval.models.huggingface import HFLM  # noqa: E402
+import torch
+import transformers
+from lm_eval.models.huggingface import HFLM
 
-from adapt_pruner_jax import harness, lm, tokens  # noqa: E402
-from adapt_pruner_jax.hf import load  # noqa: E402
+from adapt_pruner_jax.data.tokenizer import load_tokenizer
+from adapt_pruner_jax.evaluation import (
+  lm_eval_model,
+  lm_eval_run,
+)
+from adapt_pruner_jax.formats.hf import load
 
 torch.set_num_threads(1)
 
@@ -101,11 +105,12 @@ def main() -> None:
   with tempfile.TemporaryDirectory() as folder:
     path = random_model(folder) if FLAGS.width else FLAGS.model
     config, params = load.load(path, "float32")
-    tokenizer = tokens.load_tokenizer(path)
+    tokenizer = load_tokenizer(path)
     spent: dict[str, list] = {"jax": [], "hf": []}
     models = {
       "jax": timed(
-        lm.JaxLM(config, params, tokenizer, FLAGS.batch), spent["jax"]
+        lm_eval_model.JaxLM(config, params, tokenizer, FLAGS.batch),
+        spent["jax"],
       ),
       "hf": timed(
         HFLM(
@@ -121,7 +126,7 @@ def main() -> None:
     raw = {}
     for _ in range(FLAGS.rounds + 1):
       for name, model in models.items():
-        raw[name] = harness.run(
+        raw[name] = lm_eval_run.run(
           wanted, FLAGS.tasks_dir, FLAGS.limit or None, None, model
         )
   number = sum(len(samples) for samples in raw["jax"]["samples"].values())

@@ -68,19 +68,24 @@ def make_inputs(folder: Path) -> tuple[Path, Path]:
   """A small random model with a tokenizer, and texts."""
   import jax
 
-  from adapt_pruner_jax import sharding, sources, tiny, workdir
-  from adapt_pruner_jax.hf import save
+  from adapt_pruner_jax.data import sources
+  from adapt_pruner_jax.distributed import sharding
+  from adapt_pruner_jax.formats.hf import save
+  from adapt_pruner_jax.runs import tiny_model
+  from adapt_pruner_jax.storage import json_files
 
-  recipe = tiny.Recipe(V=300, D=32, L=3, K=4, G=2, H=8, F=48, context=64)
-  tiny.train_tokenizer(folder / "tokenizer", recipe.V)
-  config = tiny.config_of(recipe)
+  recipe = tiny_model.Recipe(V=300, D=32, L=3, K=4, G=2, H=8, F=48, context=64)
+  tiny_model.train_tokenizer(folder / "tokenizer", recipe.V)
+  config = tiny_model.config_of(recipe)
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
-  params = jax.tree.map(lambda x: x * 3, tiny.init_params(config, 0, mesh))
+  params = jax.tree.map(
+    lambda x: x * 3, tiny_model.init_params(config, 0, mesh)
+  )
   model = folder / "source"
   save.save(config, params, model, source=folder / "tokenizer")
   text = sources.embedded_text("heldout")
   rows = [{"text": text[i : i + 400]} for i in range(0, 40_000, 400)]
-  workdir.rewrite_lines(folder / "texts.jsonl", rows)
+  json_files.rewrite_lines(folder / "texts.jsonl", rows)
   return model, folder / "texts.jsonl"
 
 
@@ -92,12 +97,12 @@ def run(arguments: list[str]) -> tuple[int, str]:
 
 def run_here(arguments: list[str]) -> tuple[int, str]:
   """The same in this process, which has imported and compiled what it takes."""
-  from adapt_pruner_jax import main
+  from adapt_pruner_jax import cli
 
   text, code = io.StringIO(), 0
   with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
     try:
-      main.main(arguments[3:])  # without python -m adapt_pruner_jax
+      cli.main(arguments[3:])  # without python -m adapt_pruner_jax
     except SystemExit as end:
       code = end.code or 0
     except Exception:
@@ -256,12 +261,13 @@ def newest(work: Path) -> int:
 def all_damages(
   tries: int, whole: Path, cut: Path, make: Callable[[Path], list[str]]
 ) -> Iterator[tuple]:
-  from adapt_pruner_jax import convert, tiny
   from adapt_pruner_jax.errors import UserError
+  from adapt_pruner_jax.formats import orbax
+  from adapt_pruner_jax.runs import tiny_model
 
   def verified(copy: Path) -> str:
     try:
-      convert.verify(str(copy))
+      orbax.verify(str(copy))
     except UserError:
       return "detected"
     return "LOST"
@@ -292,11 +298,11 @@ def all_damages(
     "the token cache": "cache/**/*.*",
   }.items():
     yield from damages(name, few, cut, pattern, continued)
-  recipe = tiny.Recipe(V=300, D=16, L=1, K=2, G=1, H=8, F=16, steps=2)
-  cached = tiny.base_model(cut.parent / "tiny", lambda _: None, recipe)
+  recipe = tiny_model.Recipe(V=300, D=16, L=1, K=2, G=1, H=8, F=16, steps=2)
+  cached = tiny_model.base_model(cut.parent / "tiny", lambda _: None, recipe)
 
   def made_again(copy: Path) -> str:
-    return "LOST" if tiny.is_intact(copy) else "detected"
+    return "LOST" if tiny_model.is_intact(copy) else "detected"
 
   yield from damages("the cached tiny model", tries, cached, "*.*", made_again)
 

@@ -53,23 +53,40 @@ if FLAGS.threads == 1:
   os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + one
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+import torch.nn.functional as F
 
-from adapt_pruner_jax import axes, importance, model, prune, sharding, surgery  # noqa: E402
-from adapt_pruner_jax.config import Prune  # noqa: E402
-from adapt_pruner_jax.rope import rope_frequencies  # noqa: E402
+from adapt_pruner_jax.config import Prune
+from adapt_pruner_jax.distributed import (
+  placement,
+  sharding,
+)
+from adapt_pruner_jax.models import (
+  axes,
+  decoder,
+)
+from adapt_pruner_jax.models.model_config import (
+  ModelConfig,
+  count_params,
+  unit_cost,
+)
+from adapt_pruner_jax.models.rope import Rope, rope_frequencies
+from adapt_pruner_jax.pruning import (
+  adapt,
+  surgery,
+)
+from adapt_pruner_jax.pruning.scores import measure_step
 
 torch.set_num_threads(FLAGS.threads)
 SCORED = axes.SCORED["K"] + axes.SCORED["F"]
 
 
-def model_config() -> model.ModelConfig:
+def model_config() -> ModelConfig:
   f = FLAGS
-  return model.ModelConfig(
+  return ModelConfig(
     family="llama",
     V=f.vocab,
     D=f.width,
@@ -78,7 +95,7 @@ def model_config() -> model.ModelConfig:
     K=(f.kv_heads,) * f.layers,
     F=(f.ffn,) * f.layers,
     norm_eps=1e-5,
-    rope=model.Rope(),
+    rope=Rope(),
     context=2048,
     tied=False,
   )
@@ -87,7 +104,7 @@ def model_config() -> model.ModelConfig:
 # ---- The peers ---------------------------------------------------------------
 
 
-def torch_params(params: axes.Params, config: model.ModelConfig) -> dict:
+def torch_params(params: axes.Params, config: ModelConfig) -> dict:
   """Weights as torch.nn.Linear has them, [out, in]; biases there are none."""
 
   def one(name, _, array):
@@ -105,9 +122,7 @@ def torch_params(params: axes.Params, config: model.ModelConfig) -> dict:
 class Peer:
   """A LLaMA in plain PyTorch, and its scoring step."""
 
-  def __init__(
-    self, params: axes.Params, config: model.ModelConfig, lean: bool
-  ):
+  def __init__(self, params: axes.Params, config: ModelConfig, lean: bool):
     self.config, self.lean = config, lean
     self.weights = torch_params(params, config)
     self.layers = [self.weights[f"layer_{i}"] for i in range(config.L)]
@@ -235,7 +250,7 @@ class Peer:
 class Ours:
   """The compiled step, on one device."""
 
-  def __init__(self, params: axes.Params, config: model.ModelConfig):
+  def __init__(self, params: axes.Params, config: ModelConfig):
     self.config, self.mesh = (
       config,
       sharding.make_mesh(devices=jax.devices()[:1]),
@@ -243,16 +258,16 @@ class Ours:
     everything = surgery.everything(config)
     self.stacked = surgery.expand(config, params, everything, config, self.mesh)
     masks = surgery.to_masks(everything, config)
-    self.masks = sharding.replicate(masks, self.mesh)
+    self.masks = placement.replicate(masks, self.mesh)
     self.options = {"kind": "taylor", "measure": "cosine", "mesh": self.mesh}
 
   def compile(self, samples: np.ndarray) -> None:
-    self.compiled = importance.measure_step.lower(
+    self.compiled = measure_step.lower(
       self.config, self.stacked, self.masks, *self.data(samples), **self.options
     ).compile()
 
   def data(self, samples):
-    return sharding.minibatches(samples, FLAGS.batch, self.mesh)
+    return placement.minibatches(samples, FLAGS.batch, self.mesh)
 
   def step(self, samples: np.ndarray):
     found = self.compiled(self.stacked, self.masks, *self.data(samples))
@@ -276,10 +291,10 @@ def cpu_seconds(fn, *args) -> float:
   return time.process_time() - start
 
 
-def useful_flops(config: model.ModelConfig) -> float:
+def useful_flops(config: ModelConfig) -> float:
   """Of the lean step: forward, gradients of inputs and of scored matrices."""
   c = config
-  cost = model.unit_cost(c)
+  cost = unit_cost(c)
   scored = sum(c.K) * cost["K"] + sum(c.F) * cost["F"]
   attention = 4 * FLAGS.tokens * c.G * c.H * sum(c.K) / 2  # causal: half
   per_token = 6 * scored + 4 * c.D * c.V + 3 * attention
@@ -310,7 +325,7 @@ def largest_difference(ours, theirs) -> float:
   return worst
 
 
-def compare_steps(params: axes.Params, config: model.ModelConfig) -> None:
+def compare_steps(params: axes.Params, config: ModelConfig) -> None:
   rng = np.random.default_rng(0)
   shape = (FLAGS.samples, FLAGS.tokens)
   samples = rng.integers(0, config.V, shape).astype(np.int32)
@@ -352,7 +367,7 @@ def compare_steps(params: axes.Params, config: model.ModelConfig) -> None:
   )
 
 
-def compare_stages(params: axes.Params, config: model.ModelConfig) -> None:
+def compare_stages(params: axes.Params, config: ModelConfig) -> None:
   """A stage of some steps, from the first compile to the smaller model."""
   rng = np.random.default_rng(0)
   shape = (FLAGS.stage, FLAGS.samples, FLAGS.tokens)
@@ -360,7 +375,7 @@ def compare_stages(params: axes.Params, config: model.ModelConfig) -> None:
   recipe = Prune(amplitude=0.0, max_steps=FLAGS.stage)
 
   def ours():
-    prune.prune(
+    adapt.prune(
       config, params, recipe, lambda step: samples[step], batch=FLAGS.batch
     )
 
@@ -385,9 +400,11 @@ def compare_stages(params: axes.Params, config: model.ModelConfig) -> None:
 
 def main() -> None:
   config = model_config()
-  params = model.init_params(config, jax.random.key(0), jnp.dtype(FLAGS.dtype))
+  params = decoder.init_params(
+    config, jax.random.key(0), jnp.dtype(FLAGS.dtype)
+  )
   print(
-    f"{model.count_params(config) / 1e6:.1f}M parameters, {FLAGS.layers} "
+    f"{count_params(config) / 1e6:.1f}M parameters, {FLAGS.layers} "
     f"layers, {FLAGS.samples} x {FLAGS.tokens} tokens in minibatches of "
     f"{FLAGS.batch}, {FLAGS.dtype}, {FLAGS.threads} thread(s)"
   )

@@ -56,22 +56,37 @@ else:  # two libraries share the card's memory
   os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.45")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-import jax  # noqa: E402
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
+import jax
+import numpy as np
+import torch
 
-from adapt_pruner_jax import log, model, optim, plan, sharding, train  # noqa: E402
-from adapt_pruner_jax.config import Train  # noqa: E402
-from adapt_pruner_jax.hf import save  # noqa: E402
+from adapt_pruner_jax.config import Train
+from adapt_pruner_jax.distributed import sharding
+from adapt_pruner_jax.formats.hf import save
+from adapt_pruner_jax.models import (
+  decoder,
+  model_config,
+)
+from adapt_pruner_jax.models.rope import Rope
+from adapt_pruner_jax.planning import plan
+from adapt_pruner_jax.reporting import log
+from adapt_pruner_jax.training import (
+  loop,
+  optimizer,
+)
+from adapt_pruner_jax.training.step import (
+  init_optimizer,
+  make_step,
+)
 
 LEARNING_RATE = 1e-4
 
 
-def pruned_config() -> model.ModelConfig:
+def pruned_config() -> model_config.ModelConfig:
   """Every second layer has lost a KV group and a fifth of its channels."""
   f = FLAGS
   thin = [i % 2 for i in range(f.layers)]
-  return model.ModelConfig(
+  return model_config.ModelConfig(
     family="llama",
     V=f.vocab,
     D=f.width,
@@ -80,7 +95,7 @@ def pruned_config() -> model.ModelConfig:
     K=tuple(f.kv_heads - t for t in thin),
     F=tuple(f.ffn - t * (f.ffn // 5) for t in thin),
     norm_eps=1e-5,
-    rope=model.Rope(),
+    rope=Rope(),
     context=f.tokens,
     tied=False,
   )
@@ -89,14 +104,16 @@ def pruned_config() -> model.ModelConfig:
 class Ours:
   """`train.make_step` on one device."""
 
-  def __init__(self, config: model.ModelConfig, params, tokens_BS: np.ndarray):
+  def __init__(
+    self, config: model_config.ModelConfig, params, tokens_BS: np.ndarray
+  ):
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     settings = Train(dtype=FLAGS.dtype, remat=FLAGS.remat)
     constant = lambda step: LEARNING_RATE
-    self.run = train.make_step(config, settings, constant, mesh)
+    self.run = make_step(config, settings, constant, mesh)
     placed = sharding.param_shardings(params, mesh)
     self.params = jax.device_put(params, placed)
-    self.state = train.init_optimizer(self.params, settings, mesh)
+    self.state = init_optimizer(self.params, settings, mesh)
     ones = np.ones((FLAGS.batch, FLAGS.tokens), np.int32)
     batch = {
       "tokens_BT": tokens_BS[:, :-1],
@@ -105,7 +122,7 @@ class Ours:
       "positions_BT": np.cumsum(ones, axis=1) - 1,
       "weights_BT": ones.astype(np.float32),
     }
-    self.batch = train.place(batch, mesh)
+    self.batch = loop.place(batch, mesh)
 
   def step(self) -> float:
     self.params, self.state, metrics = self.run(
@@ -133,7 +150,7 @@ class Transformers:
     self.optimizer = torch.optim.AdamW(
       self.model.parameters(),
       lr=LEARNING_RATE,
-      betas=(optim.B1, optim.B2),
+      betas=(optimizer.B1, optimizer.B2),
       weight_decay=0.0,
       fused=True,
     )
@@ -148,7 +165,7 @@ class Transformers:
       logits.float().flatten(0, 1), self.targets.flatten()
     )
     loss.backward()
-    torch.nn.utils.clip_grad_norm_(self.model.parameters(), optim.CLIP_NORM)
+    torch.nn.utils.clip_grad_norm_(self.model.parameters(), optimizer.CLIP_NORM)
     self.optimizer.step()
     self.optimizer.zero_grad()
     return loss.item()  # waits for the device
@@ -162,7 +179,7 @@ def seconds(fn) -> tuple[float, float]:
   return clock() - start, result
 
 
-def step_flops(config: model.ModelConfig) -> float:
+def step_flops(config: model_config.ModelConfig) -> float:
   """Forward and twice that backward; what remat repeats does not count."""
   forward = sum(plan.forward_flops(config, FLAGS.tokens))
   return 3 * forward * FLAGS.batch * FLAGS.tokens
@@ -178,7 +195,7 @@ def peak_flops() -> float:
 
 def main() -> None:
   config = pruned_config()
-  params = jax.device_get(model.init_params(config, jax.random.key(0)))
+  params = jax.device_get(decoder.init_params(config, jax.random.key(0)))
   shape = (FLAGS.batch, FLAGS.tokens + 1)
   tokens_BS = np.random.default_rng(0).integers(0, config.V, shape)
   with tempfile.TemporaryDirectory() as folder:
@@ -198,8 +215,9 @@ def main() -> None:
     max(peaks),
   )
   kind = "CPU s" if CPU else "s"
+  size = model_config.count_params(config)
   print(
-    f"{model.count_params(config) / 1e6:.1f}M parameters, {FLAGS.batch} x "
+    f"{size / 1e6:.1f}M parameters, {FLAGS.batch} x "
     f"{FLAGS.tokens} tokens, {FLAGS.dtype}, {FLAGS.device}; peak "
     f"{peak / 1e9:.0f} GFLOP/s; first losses {first['ours'][1]:.4f} and "
     f"{first['torch'][1]:.4f}"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs the linter and all tests, or what the arguments ask of pytest:
 #
-#   bash launch/test.sh [tests/prune_test.py -k name ...]
+#   bash launch/test.sh [tests/pruning/adapt_test.py -k name ...]
 #
 # Needs Python 3.11 or newer, nothing else.
 set -euo pipefail

@@ -4,15 +4,17 @@ import jax
 import numpy as np
 import pytest
 
-from adapt_pruner_jax import adapt, api, sources
+from adapt_pruner_jax import api
+from adapt_pruner_jax.data import sources
 from adapt_pruner_jax.errors import UserError
-from tests.runs import recipe
+from adapt_pruner_jax.runs import run as run_
+from tests.small_runs import recipe
 
 
 def test_the_same_as_a_run(small_model, tmp_path):
   """Also what is drawn for the refit; saved and opened again."""
   config = recipe(small_model, stages=1, refit="final")
-  summary = adapt.run(config, tmp_path / "work")
+  summary = run_.run(config, tmp_path / "work")
   text = sources.embedded_text("heldout")
 
   model = api.load(small_model)

@@ -11,21 +11,18 @@ import numpy as np
 import pytest
 from absl import flags
 
-from adapt_pruner_jax import (
-  importance,
-  main,
-  model,
-  optim,
-  prune,
-  sharding,
-  sparsity,
-  surgery,
-  train,
-)
+from adapt_pruner_jax import cli
 from adapt_pruner_jax.config import Config, check, field_names, get
+from adapt_pruner_jax.data.sources import parse_sources
+from adapt_pruner_jax.distributed import sharding
 from adapt_pruner_jax.errors import UserError
-from adapt_pruner_jax.hf import config_json
-from adapt_pruner_jax.sources import parse_sources
+from adapt_pruner_jax.formats.hf import config_json
+from adapt_pruner_jax.models import model_config
+from adapt_pruner_jax.pruning import scores, surgery
+from adapt_pruner_jax.pruning.schedule import stage_targets
+from adapt_pruner_jax.pruning.targets import resolve_target
+from adapt_pruner_jax.training import optimizer
+from adapt_pruner_jax.training.step import make_step
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
@@ -313,12 +310,12 @@ def test_colon_on_the_command_line(monkeypatch, tmp_path):
   monkeypatch.chdir(tmp_path)  # the recipes are found from anywhere
   argv = ["--config=configs/llama31_8b_oneshot.py:0.4", "--config.seed=7"]
   flag_values = flags.FlagValues()
-  main._define_config(flag_values, argv)
-  main._parse("run", argv, flag_values)
-  config = main._config(flag_values)
+  cli._define_config(flag_values, argv)
+  cli._parse("run", argv, flag_values)
+  config = cli._config(flag_values)
   assert (config.prune.ratio, config.seed) == (0.4, 7)
   with pytest.raises(UserError, match="did you mean llama31_8b_oneshot"):
-    main._found_config("--config=configs/llama31_8b_onesho.py:0.4")
+    cli._found_config("--config=configs/llama31_8b_onesho.py:0.4")
 
 
 # ---- Full-size models, without weights ---------------------------------------
@@ -327,7 +324,7 @@ def test_colon_on_the_command_line(monkeypatch, tmp_path):
 @pytest.mark.parametrize("path", MODELS)
 def test_parameters_of_the_released_models(path):
   raw, params = MODELS[path]
-  assert model.count_params(config_json.read(raw)) == params
+  assert model_config.count_params(config_json.read(raw)) == params
 
 
 def test_paper_counts_the_shared_embedding_twice():
@@ -336,12 +333,12 @@ def test_paper_counts_the_shared_embedding_twice():
     (_mobilellm(30, 9, 3, 1536), 143_067_456),
   ):
     config = dataclasses.replace(config_json.read(raw), tied=False)
-    assert model.count_params(config) == params
+    assert model_config.count_params(config) == params
   # The paper's result, 960 channels wide, with its embedding counted once.
   assert 143_067_456 - 32000 * 960 == 112_347_456
 
 
-def full_size(name: str) -> tuple[Config, model.ModelConfig]:
+def full_size(name: str) -> tuple[Config, model_config.ModelConfig]:
   config = build(name)
   return config, config_json.read(MODELS[config.model.path][0])
 
@@ -352,9 +349,9 @@ FULL = [n for n in RECIPES if n not in ("tiny", *BASES)]
 @pytest.mark.parametrize("name", FULL)
 def test_targets_are_reachable(name):
   config, full = full_size(name)
-  target = prune.resolve_target(full, config.prune)
-  size = model.count_params(full)
-  targets = sparsity.stage_targets(size, target, config.prune.stages)
+  target = resolve_target(full, config.prune)
+  size = model_config.count_params(full)
+  targets = stage_targets(size, target, config.prune.stages)
   assert len(targets) == config.prune.stages
   assert targets[-1] == target
   if config.prune.stages > 1:  # about 5 % of what was there, the paper says
@@ -375,8 +372,8 @@ def test_scoring_step_traces(name):
   config, full = full_size(name)
   mesh = sharding.make_mesh()
   dtype = jnp.dtype("float32" if config.train.tokens else config.model.dtype)
-  params = model.abstract_params(full, dtype)
-  stacked = {n: params[n] for n in model.outer_names(full)}
+  params = model_config.abstract_params(full, dtype)
+  stacked = {n: params[n] for n in model_config.outer_names(full)}
   stacked["layers"] = {
     n: jax.ShapeDtypeStruct((full.L, *x.shape), dtype)
     for n, x in params["layer_0"].items()
@@ -385,7 +382,7 @@ def test_scoring_step_traces(name):
   shape = (rows, config.calibration.batch, config.calibration.seq_len)
   found = jax.eval_shape(
     partial(
-      importance.measure_step,
+      scores.measure_step,
       kind=config.prune.group_importance,
       measure=config.prune.layer_importance,
       mesh=mesh,
@@ -410,12 +407,12 @@ def test_train_step_traces(name):
   """Also for one-shot recipes: `compare --recover_tokens` trains them."""
   config, full = full_size(name)
   mesh = sharding.make_mesh()
-  params = model.abstract_params(full, jnp.float32)
-  transform = optim.optimizer(config.train.weight_decay)
+  params = model_config.abstract_params(full, jnp.float32)
+  transform = optimizer.optimizer(config.train.weight_decay)
   state = jax.eval_shape(transform.init, params)
   steps = config.train.tokens // config.data.step_tokens
-  schedule = optim.schedule(config.train, steps)
-  step = train.make_step(full, config.train, schedule, mesh)
+  schedule = optimizer.schedule(config.train, steps)
+  step = make_step(full, config.train, schedule, mesh)
   shape = (config.data.batch, config.data.seq_len)
   names = "tokens_BT", "targets_BT", "segments_BT", "positions_BT"
   batch = {n: jax.ShapeDtypeStruct(shape, jnp.int32) for n in names}
@@ -423,7 +420,7 @@ def test_train_step_traces(name):
   new, new_state, metrics = jax.eval_shape(
     lambda *args: step(*args, 0), params, state, batch
   )
-  assert jax.tree.map(lambda x: x.shape, new) == model.param_shapes(full)
+  assert jax.tree.map(lambda x: x.shape, new) == model_config.param_shapes(full)
   assert jax.tree.structure(new_state) == jax.tree.structure(state)
   assert metrics["loss"].shape == ()
   assert all(x.dtype == np.float32 for x in jax.tree.leaves(new))

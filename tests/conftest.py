@@ -51,9 +51,9 @@ def subprocess_env(process_env):
 @pytest.fixture(scope="session")
 def small_model(tmp_path_factory) -> pathlib.Path:
   """A random model with a tokenizer; not to be changed."""
-  from tests import runs
+  from tests import small_runs
 
-  return runs.make_model(tmp_path_factory.mktemp("small"))
+  return small_runs.make_model(tmp_path_factory.mktemp("small"))
 
 
 @pytest.fixture(scope="session")

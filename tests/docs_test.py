@@ -15,8 +15,10 @@ import subprocess
 import jax
 import pytest
 
-from adapt_pruner_jax import main, sharding, sources
-from tests import runs
+from adapt_pruner_jax import cli
+from adapt_pruner_jax.data import sources
+from adapt_pruner_jax.distributed import sharding
+from tests import small_runs
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -121,16 +123,16 @@ def test_reasons_are_of_commands(part):
 def test_command_that_is_not_run_parses(line, monkeypatch):
   """Stopped once the flags are read, before anything else."""
   _, command, *arguments = words(line)
-  real = main._parse
+  real = cli._parse
 
   def parse(*args):
     real(*args)
     raise Parsed
 
-  monkeypatch.setattr(main, "_parse", parse)
+  monkeypatch.setattr(cli, "_parse", parse)
   monkeypatch.chdir(ROOT)
   with pytest.raises(Parsed):
-    main.COMMANDS[command](command, arguments)
+    cli.COMMANDS[command](command, arguments)
 
 
 @pytest.fixture
@@ -140,7 +142,7 @@ def place(small_model, tmp_path, tmp_path_factory, monkeypatch):
   for name in ("FILE", "HELDOUT"):
     (tmp_path / name).write_text(text)
   (tmp_path / "DIR").symlink_to(small_model)
-  runs.write_questions(tmp_path / "QUESTIONS")
+  small_runs.write_questions(tmp_path / "QUESTIONS")
   cache = tmp_path_factory.getbasetemp() / "cache"  # what a page has compiled
   monkeypatch.setenv("ADAPT_PRUNER_CACHE", str(cache))
   monkeypatch.chdir(tmp_path)
@@ -161,7 +163,7 @@ def test_commands_run(file, place, monkeypatch):
     program, *arguments = words(line) + small.split()
     if program == "adapt-pruner":
       with pytest.raises(SystemExit) as stop:
-        main.main(arguments)
+        cli.main(arguments)
       assert not stop.value.code, line
     else:
       assert line.startswith("bash launch/"), line  # see the next test

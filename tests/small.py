@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adapt_pruner_jax import axes, model, sharding
-from adapt_pruner_jax.model import ModelConfig
-from adapt_pruner_jax.rope import Rope
+from adapt_pruner_jax.distributed import sharding
+from adapt_pruner_jax.models import axes, model_config
+from adapt_pruner_jax.models.model_config import ModelConfig
+from adapt_pruner_jax.models.rope import Rope
 
 CONFIG = ModelConfig(
   family="llama",
@@ -69,7 +70,7 @@ def random_params(
     drawn = middle + 0.2 * rng.normal(size=leaf.shape)
     return np.asarray(drawn, np.float32).astype(leaf.dtype)
 
-  return axes.map_named(draw, model.abstract_params(config, dtype))
+  return axes.map_named(draw, model_config.abstract_params(config, dtype))
 
 
 def random_kept(config: ModelConfig, seed: int = 0, share: float = 0.6):

@@ -1,0 +1,149 @@
+"""Text to batches: calibration windows, packed training rows, held-out tokens.
+
+All of it is arithmetic on token streams (`streams.py`) with random access:
+`batch(step)` of any step is the same whatever was read before, so the position
+that a checkpoint has to save is the step, and it means the same on any number
+of processes.
+"""
+
+import dataclasses
+import os
+from collections.abc import Sequence
+
+import numpy as np
+
+from adapt_pruner_jax.config import Calibration
+from adapt_pruner_jax.data.sources import parse_sources
+from adapt_pruner_jax.data.token_store import tokenise
+from adapt_pruner_jax.data.tokenizer import Tokenizer, check_ids
+from adapt_pruner_jax.errors import UserError
+
+# ---- Calibration -------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class WindowData:
+  """Windows drawn anywhere from token streams, fresh ones for each step."""
+
+  streams: Sequence[np.ndarray]  # int32 [N] each
+  counts: Sequence[int]  # windows a step from each stream
+  seq_len: int
+  seed: int
+
+  def batch(self, step: int) -> np.ndarray:
+    """Samples of pruning step `step` (from 0), int32 [samples, seq_len]."""
+    windows = []
+    for i, (tokens, count) in enumerate(
+      zip(self.streams, self.counts, strict=True)
+    ):
+      random = np.random.default_rng((self.seed % 2**32, step, i))
+      last = len(tokens) - self.seq_len
+      start = random.choice(last + 1, size=count, replace=False)
+      windows.append(tokens[start[:, None] + np.arange(self.seq_len)])
+    return np.concatenate(windows)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class GivenData:
+  """Samples that a file lists step by step."""
+
+  path: str
+  samples: np.ndarray  # integer [steps, samples, tokens]
+
+  def batch(self, step: int) -> np.ndarray:
+    """Samples of pruning step `step` (from 0), int32 [samples, tokens]."""
+    if step >= len(self.samples):
+      raise UserError(
+        f"npy:{self.path} has samples for {len(self.samples)} pruning steps, "
+        f"and step {step + 1} is asked for; give more, lower "
+        "--config.prune.max_steps or take larger steps; a refit at the end "
+        "takes one more"
+      )
+    return np.asarray(self.samples[step], np.int32)
+
+
+def calibration_data(
+  config: Calibration,
+  tokenizer: Tokenizer | None,
+  vocab_size: int,
+  seed: int,
+  cache_dir: str | os.PathLike | None = None,
+) -> WindowData | GivenData:
+  """Opens `config.source`; `batch(step)` then gives the samples of any step.
+
+  No window is padded, and a step has no window twice. `npy:FILE` decides the
+  number and length of the samples itself, and needs no tokenizer.
+
+  Raises:
+    UserError: the source is unreadable or too short, or has unknown ids.
+  """
+  sources = parse_sources(config.source, "calibration.source")
+  if sources[0].kind == "npy":
+    return _given(sources[0].name, vocab_size)
+  shares = np.array([s.weight for s in sources])
+  # Shares of the samples, rounded so that they add up.
+  edges = np.round(np.cumsum(shares) / shares.sum() * config.samples)
+  counts = np.diff(edges, prepend=0).astype(int).tolist()
+  streams = []
+  for source, count in zip(sources, counts, strict=True):
+    tokens = tokenise(source, tokenizer, vocab_size, cache_dir).tokens
+    need = config.seq_len + max(count, 1) - 1
+    if len(tokens) < need:
+      raise UserError(
+        f"{source} is too short for calibration: it has {len(tokens)} tokens, "
+        f"and {count} different windows of {config.seq_len} need {need}; give "
+        "a longer text, or lower --config.calibration.seq_len, .samples or "
+        ".refit_samples"
+      )
+    streams.append(tokens)
+  return WindowData(streams, counts, config.seq_len, seed)
+
+
+def pruning_data(
+  config: Calibration,
+  refit: bool,
+  tokenizer: Tokenizer | None,
+  vocab_size: int,
+  seed: int,
+  cache_dir: str | os.PathLike | None = None,
+) -> tuple[WindowData | GivenData, WindowData | GivenData]:
+  """What pruning steps read and, where there are refits, what these read.
+
+  A refit has `config.refit_samples` windows of its own.
+
+  Raises:
+    UserError: as `calibration_data`.
+  """
+  opened = lambda config, seed: calibration_data(
+    config, tokenizer, vocab_size, seed, cache_dir
+  )
+  steps = opened(config, seed)
+  if not refit:
+    return steps, steps
+  more = dataclasses.replace(config, samples=config.refit_samples)
+  return steps, opened(more, seed + 1)
+
+
+def _given(path: str, vocab_size: int) -> GivenData:
+  try:
+    samples = np.load(path, mmap_mode="r", allow_pickle=False)
+  except OSError as error:
+    raise UserError(f"npy:{path}: {error.strerror or error}") from error
+  except (ValueError, EOFError) as error:
+    raise UserError(
+      f"npy:{path} is not a plain .npy array: {error}; write it with np.save, "
+      "int32 [steps, samples, tokens]"
+    ) from error
+  shape = getattr(samples, "shape", None)  # an .npz has none
+  if shape is None or len(shape) != 3 or 0 in shape or shape[2] < 2:
+    raise UserError(
+      f"npy:{path} has shape {shape}; it must be [steps, samples, tokens], "
+      "none empty, with at least 2 tokens"
+    )
+  if samples.dtype.kind not in "iu":
+    raise UserError(
+      f"npy:{path} has dtype {samples.dtype}; it must be an integer, as int32"
+    )
+  for step, ids in enumerate(samples):
+    check_ids(ids, vocab_size, f"npy:{path} step {step}")
+  return GivenData(path, samples)

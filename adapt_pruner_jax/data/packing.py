@@ -1,0 +1,151 @@
+"""Text to batches: calibration windows, packed training rows, held-out tokens.
+
+All of it is arithmetic on token streams (`streams.py`) with random access:
+`batch(step)` of any step is the same whatever was read before, so the position
+that a checkpoint has to save is the step, and it means the same on any number
+of processes.
+"""
+
+import dataclasses
+import itertools
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from adapt_pruner_jax.config import Data
+from adapt_pruner_jax.data.sources import parse_sources
+from adapt_pruner_jax.data.token_store import Stream, digest, tokenise
+from adapt_pruner_jax.data.tokenizer import Tokenizer, check_ids
+from adapt_pruner_jax.errors import UserError
+
+# ---- Training ----------------------------------------------------------------
+
+
+class PackedRows:
+  """Fixed rows of a stream, by index.
+
+  Row r has the inputs [r*T, (r+1)*T) and, one further, the targets, so that
+  every token but the first of a document is predicted exactly once. A document
+  that goes on in the next row starts there anew: nothing before it is seen.
+  """
+
+  def __init__(self, stream: Stream, seq_len: int):
+    self.stream, self.seq_len = stream, seq_len
+
+  def __len__(self) -> int:
+    return -(-(len(self.stream.tokens) - 1) // self.seq_len)
+
+  def __getitem__(self, row: int) -> dict[str, np.ndarray]:
+    """A row of each array that `TrainData.batch` stacks, [T]."""
+    T = self.seq_len
+    tokens = self.stream.tokens[row * T : row * T + T + 1]
+    at = np.arange(row * T, row * T + len(tokens))
+    document = np.searchsorted(self.stream.starts, at, side="right")
+    start = np.maximum(self.stream.starts[document - 1], row * T)
+    counts = document[1:] == document[:-1]
+    if self.stream.trained is not None:
+      counts = counts & self.stream.trained[row * T + 1 : row * T + len(tokens)]
+    padding = T + 1 - len(tokens)
+    columns = {
+      "tokens_BT": (tokens[:-1], np.int32),
+      "targets_BT": (tokens[1:], np.int32),
+      "segments_BT": ((document - document[0] + 1)[:-1], np.int32),
+      "positions_BT": ((at - start)[:-1], np.int32),
+      "weights_BT": (counts, np.float32),
+    }
+    return {
+      name: np.pad(column, (0, padding)).astype(dtype)
+      for name, (column, dtype) in columns.items()
+    }
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TrainData:
+  """Shuffled, endlessly repeated rows.
+
+  Every process reads all rows of a batch. They are few bytes, and which of them
+  its devices need depends on the mesh: those of one `tensor` group need the
+  same ones, also where it spans processes.
+  """
+
+  rows: Any  # grain.MapDataset: index -> row, over all epochs
+  size: int  # rows a step
+  num_tokens: int  # of one epoch, over all sources
+  fingerprint: str  # of all tokens; a run only continues on the same ones
+
+  def batch(self, step: int) -> dict[str, np.ndarray]:
+    """Batch of train step `step` (from 0).
+
+    Returns:
+      Arrays [B, T]: `tokens_BT` and the `targets_BT` that follow them,
+      `segments_BT` (documents of the row from 1; 0 = padding) and
+      `positions_BT` (from 0 in each of them), all int32, and `weights_BT`,
+      float32, 1 where the target is to be learnt.
+    """
+    first = step * self.size
+    rows = [self.rows[i] for i in range(first, first + self.size)]
+    return {name: np.stack([r[name] for r in rows]) for name in rows[0]}
+
+  def batches(self, first_step: int) -> Iterator[dict[str, np.ndarray]]:
+    """`batch` of `first_step` and of all steps after it."""
+    return map(self.batch, itertools.count(first_step))
+
+
+def train_data(
+  config: Data,
+  tokenizer: Tokenizer,
+  vocab_size: int,
+  seed: int,
+  cache_dir: str | os.PathLike | None = None,
+) -> TrainData:
+  """Opens `config.source`; `batch(step)` then gives the rows of any step.
+
+  Rows are shuffled over the whole of each source, anew in every epoch.
+
+  Raises:
+    UserError: the source is unreadable or empty.
+  """
+  import grain  # takes a second to import
+
+  sources = parse_sources(config.source, "data.source")
+  if sources[0].kind == "npy":
+    raise UserError(
+      f"--config.data.source={config.source}: npy is for calibration only; "
+      "give text:FILE, jsonl:FILE, hf:NAME, tfds:NAME or embedded"
+    )
+  streams = [tokenise(s, tokenizer, vocab_size, cache_dir) for s in sources]
+  parts = [
+    grain.MapDataset.source(PackedRows(stream, config.seq_len))
+    .seed((seed + i) % 2**32)
+    .shuffle()
+    .repeat()
+    for i, stream in enumerate(streams)
+  ]
+  rows = parts[0]
+  if len(parts) > 1:
+    rows = grain.MapDataset.mix(parts, [s.weight for s in sources])
+  return TrainData(
+    rows=rows,
+    size=config.batch,
+    num_tokens=sum(len(s.tokens) for s in streams),
+    fingerprint=digest(*[s.fingerprint.encode() for s in streams]),
+  )
+
+
+def heldout_tokens(
+  text: str, tokenizer: Tokenizer, vocab_size: int, where: str = "eval.text"
+) -> np.ndarray:
+  """A whole text as int32 [N], encoded at once, for the perplexity.
+
+  Raises:
+    UserError: fewer than 2 tokens, or ids outside the vocabulary.
+  """
+  ids = np.array(tokenizer.encode(text), np.int64)
+  if len(ids) < 2:
+    raise UserError(
+      f"{where} has {len(ids)} tokens; a perplexity needs at least 2"
+    )
+  check_ids(ids, vocab_size, where, tokenizer)
+  return ids.astype(np.int32)

@@ -1,0 +1,64 @@
+"""Devices: the mesh, and where each array lives on it.
+
+The mesh has three axes: `data` (replicas), `fsdp` (parameters cut, batch cut),
+`tensor` (heads and MLP channels cut). Arrays name their dims by letter
+(`axes.AXES`), and `RULES` maps letters to mesh axes. D comes first: it is never
+pruned, so it goes on dividing, while K and F stop dividing after a prune. What
+does not divide moves to another dim that does, and is replicated only as a last
+resort (JAX refuses uneven shards).
+"""
+
+import math
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from adapt_pruner_jax.distributed.sharding import BATCH, replicated
+
+
+def batch_shards(mesh: Mesh) -> int:
+  """How many parts a batch is cut into."""
+  return math.prod(mesh.shape[axis] for axis in BATCH)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+  """First dim (rows) over all devices but those of `tensor`."""
+  return NamedSharding(mesh, PartitionSpec(BATCH))
+
+
+def place_rows(rows: np.ndarray, mesh: Mesh) -> jax.Array:
+  """A host array, the same in every process, cut by rows."""
+  cut = batch_sharding(mesh)
+  return jax.make_array_from_callback(rows.shape, cut, lambda at: rows[at])
+
+
+def replicate(tree: Any, mesh: Mesh) -> Any:
+  """Host arrays, the same in every process, on all devices."""
+  where = replicated(mesh)
+  return jax.tree.map(
+    lambda x: jax.make_array_from_callback(x.shape, where, lambda at: x[at]),
+    tree,
+  )
+
+
+def minibatches(
+  tokens_NT: np.ndarray, batch: int, mesh: Mesh
+) -> tuple[jax.Array, jax.Array]:
+  """Samples in order as [M, B, T] and which rows are real, bool [M, B].
+
+  The last minibatch may be short, as the authors' is. Rows that only fill a
+  minibatch, or the devices, are repeated samples marked False.
+  """
+  N, T = tokens_NT.shape
+  batch = min(batch, N)
+  M = -(-N // batch)
+  shards = batch_shards(mesh)
+  rows = -(-batch // shards) * shards
+  index = np.full((M, rows), -1)
+  index[:, :batch] = np.arange(M * batch).reshape(M, batch)
+  index[index >= N] = -1
+  valid_MB = index >= 0
+  tokens_MBT = np.asarray(tokens_NT, np.int32)[np.where(valid_MB, index, 0)]
+  return replicate(tokens_MBT, mesh), replicate(valid_MB, mesh)

@@ -1,0 +1,130 @@
+"""Devices: the mesh, and where each array lives on it.
+
+The mesh has three axes: `data` (replicas), `fsdp` (parameters cut, batch cut),
+`tensor` (heads and MLP channels cut). Arrays name their dims by letter
+(`axes.AXES`), and `RULES` maps letters to mesh axes. D comes first: it is never
+pruned, so it goes on dividing, while K and F stop dividing after a prune. What
+does not divide moves to another dim that does, and is replicated only as a last
+resort (JAX refuses uneven shards).
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from adapt_pruner_jax.errors import UserError
+from adapt_pruner_jax.models import axes
+
+MESH_AXES = ("data", "fsdp", "tensor")
+BATCH = ("data", "fsdp")  # mesh axes that cut the batch
+RULES = dict.fromkeys(axes.RESIDUAL, "fsdp") | {
+  "K": "tensor",
+  "F": "tensor",
+  "V": "tensor",
+}
+
+
+def make_mesh(
+  data: int = 1,
+  fsdp: int = -1,
+  tensor: int = 1,
+  devices: Sequence[jax.Device] | None = None,
+) -> Mesh:
+  """A (data, fsdp, tensor) mesh; one of the sizes may be -1 (what is left).
+
+  Raises:
+    UserError: the sizes do not multiply to the number of devices.
+  """
+  devices = jax.devices() if devices is None else devices
+  sizes = [data, fsdp, tensor]
+  text = f"mesh data={data} fsdp={fsdp} tensor={tensor}"
+  if sizes.count(-1) > 1 or any(s < 1 and s != -1 for s in sizes):
+    raise UserError(f"{text}: sizes are at least 1, and one of them may be -1")
+  known = math.prod(s for s in sizes if s != -1)
+  sizes = [len(devices) // known if s == -1 else s for s in sizes]
+  if math.prod(sizes) != len(devices):
+    raise UserError(
+      f"{text} does not match the {len(devices)} device(s): the product of "
+      "--config.mesh.data, .fsdp and .tensor must be their number"
+    )
+  grid = np.asarray(devices).reshape(sizes)
+  return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def one_device() -> Mesh:
+  """The mesh of whoever gives none."""
+  return make_mesh(devices=jax.local_devices()[:1])
+
+
+def spec(letters: str, shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
+  """Where an array with these dim letters is cut.
+
+  Each mesh axis goes to the dim that `RULES` wants if the size divides, else
+  to the largest other dim that divides, else nowhere.
+  """
+  cut: list[str | None] = [None] * len(letters)
+  for axis in ("fsdp", "tensor"):
+    size = mesh.shape[axis]
+    if size == 1:
+      continue
+    wanted = [
+      i for i, letter in enumerate(letters) if RULES.get(letter) == axis
+    ]
+    if not wanted:
+      continue
+    others = sorted(
+      set(range(len(shape))) - set(wanted), key=lambda i: -shape[i]
+    )
+    for i in wanted + others:
+      # L is scanned over: cutting it would gather each layer from one device.
+      if cut[i] is None and shape[i] % size == 0 and letters[i] != "L":
+        cut[i] = axis
+        break
+  return PartitionSpec(*cut)
+
+
+def param_sharding(
+  name: str, shape: Sequence[int], mesh: Mesh, stacked: bool = False
+) -> NamedSharding:
+  """Sharding of parameter `name`; `stacked` has a leading layer dim."""
+  letters = "L" * stacked + axes.AXES[name]
+  return NamedSharding(mesh, spec(letters, shape, mesh))
+
+
+def param_shardings(tree: axes.Params, mesh: Mesh) -> axes.Params:
+  """Shardings for a tree with parameters inside, such as params or moments.
+
+  Leaves that are not parameters (counters) are replicated.
+  """
+
+  def one(name: str | None, _: int | None, leaf: jax.Array) -> NamedSharding:
+    if name is None:
+      return replicated(mesh)
+    return param_sharding(name, leaf.shape, mesh)
+
+  return axes.map_named(one, tree)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  return NamedSharding(mesh, PartitionSpec())
+
+
+def whole(tree: Any, mesh: Mesh | None) -> Any:
+  """Within `jit`: results that every process can read."""
+  if mesh is None:
+    return tree
+  return jax.lax.with_sharding_constraint(tree, replicated(mesh))
+
+
+def whole_embedding(params: axes.Params, mesh: Mesh) -> axes.Params:
+  """Within `jit`: params with the table of the embedding on every device.
+
+  A look-up in a table cut along D would leave the residual stream cut along D,
+  of all rows on every device; from a whole table it is cut by rows, and what is
+  gathered from then on is weights.
+  """
+  return params | {"embedding": whole(params["embedding"], mesh)}

@@ -1,0 +1,344 @@
+"""Text from a model: compiled prefill and decode with a cache of keys, values.
+
+Prompts are padded on the left, so that all rows write their next token to the
+same column. The cache of a layer is as wide as that layer's K.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, PartitionSpec
+
+from adapt_pruner_jax.distributed import placement, sharding
+from adapt_pruner_jax.errors import UserError
+from adapt_pruner_jax.models.axes import Params
+from adapt_pruner_jax.models.decoder import Decoder
+from adapt_pruner_jax.models.model_config import ModelConfig
+
+CHUNK = 32  # tokens decoded before the host looks at them
+
+# Keys and values [B, S, K, H] of each layer; None where K = 0.
+Caches = list[tuple[jax.Array, jax.Array] | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+  """How the next token is drawn; temperature 0 takes the likeliest."""
+
+  temperature: float = 0.0
+  top_k: int = 0  # only among the k likeliest; 0 = all
+  top_p: float = 1.0  # only among the likeliest that hold this probability
+
+
+def generate(
+  config: ModelConfig,
+  params: Params,
+  prompts: Sequence[Sequence[int]],
+  max_new_tokens: int,
+  temperature: float = 0.0,
+  top_k: int = 0,
+  top_p: float = 1.0,
+  seed: int = 0,
+  eos_ids: Sequence[int] | None = None,
+  mesh: Mesh | None = None,
+  finished: Callable[[list[int]], bool] | None = None,
+) -> list[list[int]]:
+  """The new tokens of each prompt, up to and with its end token.
+
+  What a row draws depends on the seed and its place, not on the other rows.
+
+  Args:
+    prompts: token ids, each at least one; the same in every process.
+    max_new_tokens: per prompt.
+    temperature, top_k, top_p: as in `Sampling`.
+    eos_ids: ids that end a row; default the config's.
+    finished: asked about a row's new tokens every `CHUNK` of them; True ends it
+      early, its tokens so far are returned.
+
+  Raises:
+    UserError: an empty prompt, ids outside the vocabulary, sampling out of
+      range, or prompt and new tokens do not fit the model's context.
+  """
+  sampling = Sampling(temperature, top_k, top_p)
+  check_request(config, prompts, max_new_tokens, sampling)
+  if mesh is None:
+    mesh = sharding.one_device()
+  eos = tuple(config.eos_ids if eos_ids is None else eos_ids)
+  tokens_BT, starts_B = pad_left(prompts, mesh)
+  B, T = tokens_BT.shape
+  starts = placement.place_rows(starts_B, mesh)
+  # A whole number of chunks, or the last one would write outside.
+  rounds = -(-max_new_tokens // CHUNK)
+  slots = padded_length(T + rounds * CHUNK)
+  logits, caches = prefill(
+    config, mesh, slots, params, placement.place_rows(tokens_BT, mesh), starts
+  )
+  new: list[list[int]] = [[] for _ in prompts]
+  done = np.arange(B) >= len(prompts)  # rows that only fill the mesh
+  for i in range(rounds):
+    logits, caches, drawn_BC = decode(
+      *(config, mesh, sampling, eos, CHUNK, params, caches, logits),
+      *(
+        np.int32(T),
+        np.int32(i * CHUNK),
+        starts,
+        placement.place_rows(done, mesh),
+      ),
+      np.uint32(seed),
+    )
+    drawn_BC = np.asarray(drawn_BC)
+    for row, tokens in enumerate(new):
+      if not done[row]:
+        tokens += drawn_BC[row].tolist()
+        done[row] = _trim(tokens, max_new_tokens, eos)
+        done[row] |= finished is not None and finished(tokens)
+    if done.all():
+      break
+  return new
+
+
+def check_request(
+  config: ModelConfig,
+  prompts: Sequence[Sequence[int]],
+  max_new_tokens: int,
+  sampling: Sampling,
+) -> None:
+  """Raises a UserError unless these prompts can be continued."""
+  if max_new_tokens < 1:
+    raise UserError(f"max_new_tokens={max_new_tokens} must be at least 1")
+  if not prompts or not all(len(prompt) for prompt in prompts):
+    raise UserError("generation needs a prompt of at least one token")
+  low = min(min(prompt) for prompt in prompts)
+  high = max(max(prompt) for prompt in prompts)
+  if low < 0 or high >= config.V:
+    raise UserError(
+      f"token id {low if low < 0 else high} is outside the model's vocabulary "
+      f"of {config.V}: the tokenizer is not this model's"
+    )
+  longest = max(len(prompt) for prompt in prompts)
+  if longest + max_new_tokens > config.context:
+    raise UserError(
+      f"a prompt of {longest} tokens and {max_new_tokens} new ones are longer "
+      f"than the model's context of {config.context}: use a shorter prompt or "
+      f"at most {max(config.context - longest, 0)} new tokens"
+    )
+  s = sampling
+  if not (s.temperature >= 0 and s.top_k >= 0 and 0 < s.top_p <= 1):
+    raise UserError(
+      f"temperature={s.temperature} and top_k={s.top_k} must be at least 0, "
+      f"top_p={s.top_p} in (0, 1]"
+    )
+
+
+def padded_length(length: int) -> int:
+  """The next of 32, 48, 64, 96, 128, ...: few shapes, each compiled once."""
+  power = 32
+  while power < length:
+    power *= 2
+  return power * 3 // 4 if power > 32 and length <= power * 3 // 4 else power
+
+
+def pad_left(
+  prompts: Sequence[Sequence[int]], mesh: Mesh
+) -> tuple[np.ndarray, np.ndarray]:
+  """Tokens int32 [B, T] and the column at which each row starts [B].
+
+  B is what the mesh divides; rows beyond the prompts hold one token, 0.
+  """
+  shards = placement.batch_shards(mesh)
+  B = -(-len(prompts) // shards) * shards
+  T = padded_length(max(len(prompt) for prompt in prompts))
+  tokens = np.zeros((B, T), np.int32)
+  starts = np.full(B, T - 1, np.int32)
+  for row, prompt in enumerate(prompts):
+    starts[row] = T - len(prompt)
+    tokens[row, starts[row] :] = prompt
+  return tokens, starts
+
+
+@partial(jax.jit, static_argnames=("config", "mesh", "slots"))
+def prefill(
+  config: ModelConfig,
+  mesh: Mesh,
+  slots: int,
+  params: Params,
+  tokens_BT: jax.Array,
+  starts_B: jax.Array,
+) -> tuple[jax.Array, Caches]:
+  """Logits [B, V] behind the prompts, and caches of `slots` columns."""
+  params = sharding.whole_embedding(params, mesh)
+  B, T = tokens_BT.shape
+  x_BTD, caches = Decoder(config).apply(
+    {"params": params},
+    tokens_BT,
+    starts_B,
+    method=partial(_continue, caches=None, column=0),
+  )
+  logits_BTV = head(config, params, x_BTD[:, -1:])
+
+  def widen(kv_BTKH):
+    K = kv_BTKH.shape[2]
+    kv_BSKH = jnp.pad(kv_BTKH, ((0, 0), (0, slots - T), (0, 0), (0, 0)))
+    axis = "tensor" if K % mesh.shape["tensor"] == 0 else None
+    cut = PartitionSpec(sharding.BATCH, None, axis)
+    placed = jax.sharding.NamedSharding(mesh, cut)
+    return jax.lax.with_sharding_constraint(kv_BSKH, placed)
+
+  return logits_BTV[:, 0], jax.tree.map(widen, caches)
+
+
+@partial(
+  jax.jit,
+  static_argnames=("config", "mesh", "sampling", "eos_ids", "count"),
+  donate_argnames=("caches", "logits_BV"),
+)
+def decode(
+  config: ModelConfig,
+  mesh: Mesh,
+  sampling: Sampling,
+  eos_ids: tuple[int, ...],
+  count: int,
+  params: Params,
+  caches: Caches,
+  logits_BV: jax.Array,
+  prompt: jax.Array,
+  first: jax.Array,
+  starts_B: jax.Array,
+  done_B: jax.Array,
+  seed: jax.Array,
+) -> tuple[jax.Array, Caches, jax.Array]:
+  """Draws up to `count` tokens, fewer once all rows are done.
+
+  Args:
+    logits_BV: of the token to be drawn first.
+    prompt: columns of the cache before the first of all new tokens.
+    first: number of new tokens drawn so far.
+    done_B: rows that have ended.
+
+  Returns:
+    The next logits, the caches, and the tokens int32 [B, count], replicated.
+  """
+  params = sharding.whole_embedding(params, mesh)
+  B = logits_BV.shape[0]
+  key = jax.random.key(seed)
+
+  def more(carry):
+    i, done_B, _, _, _ = carry
+    return (i < count) & ~done_B.all()
+
+  def step(carry):
+    i, done_B, logits_BV, caches, drawn_BC = carry
+    token_B = _draw(logits_BV, jax.random.fold_in(key, first + i), sampling)
+    drawn_BC = jax.lax.dynamic_update_slice(drawn_BC, token_B[:, None], (0, i))
+    for eos in eos_ids:
+      done_B |= token_B == eos
+    x_BTD, caches = Decoder(config).apply(
+      {"params": params},
+      token_B[:, None],
+      starts_B,
+      method=partial(_continue, caches=caches, column=prompt + first + i),
+    )
+    logits_BTV = head(config, params, x_BTD)
+    return i + 1, done_B, logits_BTV[:, 0], caches, drawn_BC
+
+  drawn_BC = jnp.zeros((B, count), jnp.int32)
+  carry = (0, done_B, logits_BV, caches, drawn_BC)
+  _, _, logits_BV, caches, drawn_BC = jax.lax.while_loop(more, step, carry)
+  return logits_BV, caches, sharding.whole(drawn_BC, mesh)
+
+
+def residual(
+  decoder: Decoder,
+  tokens_BT: jax.Array,
+  positions_BT: jax.Array,
+  see: Callable[[int], jax.Array],
+  caches: Caches | None = None,
+  column: jax.Array | int = 0,
+) -> tuple[jax.Array, Caches]:
+  """The residual stream behind the last layer, and each layer's (k, v).
+
+  The forward of `Decoder` for other masks; call it with
+  `Decoder.apply(method=)`.
+
+  Args:
+    positions_BT: for the rotary angles, at least 0.
+    see: the mask bool [B, 1, T, S] of layers with this window; as
+      `attention.attend` wants it.
+    caches: keys and values that the new ones are written into, at `column`;
+      None = the queries see only the tokens given.
+  """
+  c = decoder.config
+  ropes = c.rope_tables(positions_BT)
+  windows = c.window or (0,) * c.L
+  masks = {window: see(window) for window in sorted(set(windows))}
+  x_BTD = decoder.embed(tokens_BT)
+  found: Caches = []
+  for i, layer in enumerate(decoder.layer):
+    y_BTKGH = kv = None
+    if layer.K:
+      q_BTKGH, *kv = layer.qkv(x_BTD, ropes[c.rope_ids()[i]])
+      if caches is not None:
+        write = jax.lax.dynamic_update_slice_in_dim
+        pairs = zip(caches[i], kv, strict=True)
+        kv = [write(cache, new, column, axis=1) for cache, new in pairs]
+      y_BTKGH = layer.attend(q_BTKGH, *kv, masks[windows[i]])
+    x_BTD = layer.mlp(layer.add_attention(x_BTD, y_BTKGH))
+    found.append(kv and tuple(kv))
+  return x_BTD, found
+
+
+def _continue(decoder, tokens_BT, starts_B, *, caches, column):
+  """`residual` of left-padded rows whose next columns these tokens are."""
+  T = tokens_BT.shape[1]
+  layers = [] if caches is None else [kv for kv in caches if kv]
+  S = layers[0][0].shape[1] if layers else T
+  positions_BT = column + jnp.arange(T) - starts_B[:, None]
+  keys_BS = jnp.arange(S) - starts_B[:, None]
+
+  def see(window):
+    distance = positions_BT[:, :, None] - keys_BS[:, None, :]
+    seen = (distance >= 0) & (keys_BS >= 0)[:, None, :]
+    return (seen & (distance < window) if window else seen)[:, None]
+
+  positions_BT = jnp.maximum(positions_BT, 0)
+  return residual(decoder, tokens_BT, positions_BT, see, caches, column)
+
+
+def head(config: ModelConfig, params: Params, x_BTD: jax.Array) -> jax.Array:
+  return Decoder(config).apply({"params": params}, x_BTD, method="head")
+
+
+def _draw(logits_BV: jax.Array, key: jax.Array, sampling: Sampling):
+  """One token a row, int32 [B]."""
+  if not sampling.temperature:
+    return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+  logits_BV = logits_BV / sampling.temperature
+  B, V = logits_BV.shape
+  if 0 < sampling.top_k < V:
+    least_B1 = jax.lax.top_k(logits_BV, sampling.top_k)[0][:, -1:]
+    logits_BV = jnp.where(logits_BV < least_B1, -jnp.inf, logits_BV)
+  if sampling.top_p < 1:
+    sorted_BV = -jnp.sort(-logits_BV, axis=-1)
+    share_BV = jax.nn.softmax(sorted_BV, axis=-1)
+    before_BV = jnp.cumsum(share_BV, axis=-1) - share_BV
+    kept_BV = jnp.where(before_BV < sampling.top_p, sorted_BV, jnp.inf)
+    least_B1 = kept_BV.min(axis=-1, keepdims=True)
+    logits_BV = jnp.where(logits_BV < least_B1, -jnp.inf, logits_BV)
+  keys_B = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(B))
+  drawn_B = jax.vmap(jax.random.categorical)(keys_B, logits_BV)
+  return drawn_B.astype(jnp.int32)
+
+
+def _trim(
+  tokens: list[int], max_new_tokens: int, eos_ids: tuple[int, ...]
+) -> bool:
+  """Cuts `tokens` in place behind the first end token; True = row complete."""
+  ends = (i + 1 for i, token in enumerate(tokens) if token in eos_ids)
+  end = min(next(ends, max_new_tokens), max_new_tokens)
+  complete = len(tokens) >= end
+  del tokens[end:]
+  return complete

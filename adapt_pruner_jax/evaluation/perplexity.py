@@ -1,0 +1,177 @@
+"""How good a model is: perplexity on a text, tasks, latency.
+
+`evaluate` is what `adapt-pruner evaluate` does; lm-eval is only imported when a
+task of its is asked for.
+"""
+
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from adapt_pruner_jax.data import sources
+from adapt_pruner_jax.data.tokenizer import Tokenizer
+from adapt_pruner_jax.distributed import placement, sharding
+from adapt_pruner_jax.errors import UserError
+from adapt_pruner_jax.models import decoder
+from adapt_pruner_jax.models.axes import Params
+from adapt_pruner_jax.models.model_config import ModelConfig
+from adapt_pruner_jax.training import losses
+
+LONGEST = 2048  # tokens a window has unless more are asked for
+
+
+def text_perplexity(
+  config: ModelConfig,
+  params: Params,
+  tokenizer: Tokenizer,
+  path: str,
+  seq_len: int = 0,
+  batch: int = 8,
+  mesh: Mesh | None = None,
+) -> dict:
+  """Perplexity of a text file by token, word and byte.
+
+  The first token of a window is not predicted; words and bytes are charged the
+  mean of the predicted tokens for it.
+
+  Args:
+    seq_len: tokens a window; 0 = the model's context, at most 2048.
+
+  Raises:
+    UserError: the file cannot be read, or as `perplexity`.
+  """
+  text = sources.read_text(path)
+  check_length(config, seq_len, "seq_len")
+  seq_len = window(config, seq_len)
+  tokens = np.array(tokenizer.encode(text), np.int64)
+  value, nll, count = perplexity(config, params, tokens, seq_len, batch, mesh)
+  whole = nll / count * len(tokens)  # nats, every token charged
+  words, size = len(text.split()), len(text.encode())
+  return {
+    "perplexity": value,
+    "word_perplexity": _exp(whole / words) if words else math.inf,
+    "byte_perplexity": _exp(whole / size),
+    "bits_per_byte": whole / size / math.log(2),
+    "nll": nll,
+    "tokens": count,
+    "words": words,
+    "bytes": size,
+    "seq_len": seq_len,
+    "text": str(path),
+  }
+
+
+def check_length(config: ModelConfig, seq_len: int, name: str) -> None:
+  """Raises a UserError for windows that are longer than the context.
+
+  Positions that a model has never seen give results without a warning.
+  """
+  if seq_len > config.context:
+    raise UserError(
+      f"--{name}={seq_len} is longer than the model's context: give at most "
+      f"--{name}={config.context}"
+    )
+
+
+def window(config: ModelConfig, seq_len: int = 0) -> int:
+  """Tokens a window of a text has: `seq_len`, 0 = the context up to LONGEST."""
+  return seq_len or min(config.context, LONGEST)
+
+
+def perplexity(
+  config: ModelConfig,
+  params: Params,
+  tokens: np.ndarray,
+  seq_len: int,
+  batch: int,
+  mesh: Mesh | None = None,
+) -> tuple[float, float, int]:
+  """exp(mean nll), total nll in nats, number of predicted tokens.
+
+  The text is cut into disjoint windows of `seq_len` tokens, the last one
+  shorter; each window predicts its tokens but the first.
+
+  Args:
+    tokens: ids of the whole text, [number of tokens]; the same array in every
+      process.
+    batch: windows at a time; rounded up to what the mesh divides.
+
+  Raises:
+    UserError: fewer than 2 tokens, or ids outside the vocabulary.
+  """
+  tokens = np.asarray(tokens)
+  check_tokens(tokens, config.V)
+  if seq_len < 2:
+    raise UserError(
+      f"a window of {seq_len} token(s) predicts none: use 2 or more"
+    )
+  if mesh is None:
+    mesh = sharding.one_device()
+  shards = placement.batch_shards(mesh)
+  batch = -(-batch // shards) * shards
+  rows_BT, lengths_B = windows(tokens, min(seq_len, len(tokens)), batch)
+  total, count = 0.0, 0
+  for i in range(0, len(rows_BT), batch):
+    rows = placement.place_rows(rows_BT[i : i + batch], mesh)
+    lengths = placement.place_rows(lengths_B[i : i + batch], mesh)
+    nll, number = _window_loss(config, mesh, params, rows, lengths)
+    total += float(nll)
+    count += int(number)
+  return _exp(total / count), total, count
+
+
+def windows(
+  tokens: np.ndarray, seq_len: int, batch: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """Rows int32 [B, seq_len], zero padded, and their lengths [B].
+
+  B is padded with empty rows to a multiple of `batch`, so that one compiled
+  shape serves all.
+  """
+  number = -(-len(tokens) // seq_len)
+  rows = -(-number // batch) * batch
+  flat = np.zeros(rows * seq_len, np.int32)
+  flat[: len(tokens)] = tokens
+  left = len(tokens) - seq_len * np.arange(rows)
+  lengths = np.clip(left, 0, seq_len).astype(np.int32)
+  return flat.reshape(rows, seq_len), lengths
+
+
+def check_tokens(tokens: np.ndarray, vocab_size: int) -> None:
+  """Raises a UserError unless `tokens` can be evaluated."""
+  if tokens.ndim != 1 or tokens.size < 2:
+    raise UserError(
+      f"perplexity needs at least 2 tokens, the text has {tokens.size}"
+    )
+  low, high = tokens.min(), tokens.max()
+  if low < 0 or high >= vocab_size:
+    raise UserError(
+      f"token id {low if low < 0 else high} is outside the model's vocabulary "
+      f"of {vocab_size}: the tokenizer is not this model's"
+    )
+
+
+@partial(jax.jit, static_argnames=("config", "mesh"))
+def _window_loss(
+  config: ModelConfig,
+  mesh: Mesh,
+  params: Params,
+  rows_BT: jax.Array,
+  lengths_B: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+  """Summed nll and number of predicted tokens of one batch, on all devices."""
+  params = sharding.whole_embedding(params, mesh)
+  logits_BTV, _ = decoder.Decoder(config).apply({"params": params}, rows_BT)
+  positions_T = jnp.arange(1, rows_BT.shape[1])
+  weights_BT = positions_T < lengths_B[:, None]
+  found = losses.next_token(logits_BTV[:, :-1], rows_BT[:, 1:], weights_BT)
+  return sharding.whole(found, mesh)
+
+
+def _exp(nats: float) -> float:
+  """A ruined model can be worse than any float: infinite, not an error."""
+  return math.exp(nats) if nats < 700 else math.inf

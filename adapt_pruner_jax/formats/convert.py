@@ -1,0 +1,118 @@
+"""Formats of a model: hf, hf_uniform, gguf, and orbax (our own, on any mesh).
+
+An orbax directory has the arrays in `params/`, the ModelConfig and a
+fingerprint of each array in `model.json`, the tokenizer's files and SHA256SUMS.
+It can hold every model there is, also those that other formats cannot express.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from adapt_pruner_jax.errors import UserError, nearest
+from adapt_pruner_jax.formats.hf import load, save
+from adapt_pruner_jax.formats.opening import check_dtype, open_model
+from adapt_pruner_jax.formats.orbax import facts, is_orbax, write_orbax
+from adapt_pruner_jax.models.axes import Params
+from adapt_pruner_jax.models.model_config import ModelConfig
+
+FORMATS = ("hf", "hf_uniform", "gguf", "orbax")
+
+
+def convert(
+  source: str,
+  out: Path,
+  format: str,
+  *,
+  dtype: str = "",
+  overwrite: bool = False,
+  ignore_fields: str = "",
+) -> None:
+  """Reads a model in one format and writes it in another.
+
+  Args:
+    source: a HuggingFace directory or hub id, or an orbax directory.
+    dtype: of the weights, "" = as they are stored; for gguf f32 (which "" is),
+      f16 or q8_0.
+
+  Raises:
+    UserError: unknown format or dtype, `out` exists, or the format cannot
+      express the model.
+  """
+  _check_format(format)
+  _check_free(out, overwrite)
+  quantization = ""
+  if format == "gguf":
+    quantization, dtype = dtype or "f32", "float32"
+  check_dtype(dtype)
+  if format == "orbax" or is_orbax(source):
+    config, params, folder = open_model(source, dtype or None, ignore_fields)
+  else:  # from file to file: one tensor in memory
+    folder = load.resolve(source)
+    config, params = load.stored(folder, dtype or None, ignore_fields)
+  write(
+    config,
+    params,
+    out,
+    format,
+    source=folder,
+    overwrite=overwrite,
+    quantization=quantization,
+    facts=facts(folder),
+  )
+
+
+def write(
+  config: ModelConfig,
+  params: Params,
+  out: str | os.PathLike,
+  format: str = "hf",
+  *,
+  source: str | Path | None = None,
+  overwrite: bool = False,
+  quantization: str = "f32",
+  facts: dict[str, Any] | None = None,
+) -> None:
+  """Writes a model; the result is opened again and compared before it counts.
+
+  Args:
+    source: the directory that tokenizer and licence come from.
+    quantization: of gguf only.
+    facts: for the model card, as in a run's summary.json.
+
+  Raises:
+    UserError: as `convert`.
+  """
+  _check_format(format)
+  out, source = Path(out), Path(source) if source else None
+  _check_free(out, overwrite)
+  if format == "orbax":
+    write_orbax(config, params, out, source, overwrite)
+  elif format == "gguf":
+    from adapt_pruner_jax.formats.gguf import writer
+
+    writer.write(config, params, out, source=source, kind=quantization)
+  else:
+    save.save(
+      config,
+      params,
+      out,
+      source=source,
+      format=format,
+      overwrite=overwrite,
+      facts=facts,
+    )
+
+
+def _check_format(format: str) -> None:
+  """Raises a UserError unless it is one of `FORMATS`."""
+  if format not in FORMATS:
+    raise UserError(
+      f"--format={format} is not one of {', '.join(FORMATS)}"
+      f"{nearest(format, FORMATS)}"
+    )
+
+
+def _check_free(out: Path, overwrite: bool) -> None:
+  if out.exists() and not overwrite:
+    raise UserError(f"{out} exists: give another --out, or --overwrite")

@@ -1,0 +1,273 @@
+"""Opens a HuggingFace model: `load(path) -> (ModelConfig, params)`.
+
+Tensors go from the mapped file to their place and dtype on the devices, a few
+at a time, so that the host never holds the model; each process reads only what
+its devices need.
+"""
+
+import dataclasses
+import math
+import os
+import re
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from jax.sharding import Mesh
+
+from adapt_pruner_jax.distributed import sharding
+from adapt_pruner_jax.errors import UserError, first_line
+from adapt_pruner_jax.formats.hf import config_json, tensors
+from adapt_pruner_jax.formats.hf.families import OUTER
+from adapt_pruner_jax.formats.hf.files import (
+  CONFIG,
+  LICENCES,
+  Checkpoint,
+  read_json,
+)
+from adapt_pruner_jax.formats.hf.tensors import Place
+from adapt_pruner_jax.models import axes
+from adapt_pruner_jax.models.axes import Params
+from adapt_pruner_jax.models.model_config import ModelConfig
+
+DOWNLOADED = (
+  *("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.md"),
+  *LICENCES,
+)
+# Folders, and Mistral's second copy of the weights.
+NOT_DOWNLOADED = ("*/*", "consolidated*")
+NOT_PARAMETERS = ("rotary_emb.inv_freq",)  # endings; old checkpoints have them
+HUB_ID = r"[\w-][\w.-]*/[\w.-]+"
+COMPARED_BYTES = 1 << 26
+WORKDIR_MODEL = "model"
+READERS = 4
+
+
+def resolve(path: str | os.PathLike) -> Path:
+  """The directory of a model: `path` itself, or a download of this hub id.
+
+  Raises:
+    UserError: neither is there.
+  """
+  folder = Path(path).expanduser()
+  if folder.is_dir():
+    if (folder / WORKDIR_MODEL / CONFIG).is_file():
+      raise UserError(
+        f"{path} is a work directory; its model is {folder / WORKDIR_MODEL}"
+      )
+    return folder
+  if folder.exists():
+    raise UserError(f"{path} is a file; a model directory is needed")
+  if not re.fullmatch(HUB_ID, str(path)):
+    raise UserError(
+      f"{path} does not exist; give a directory or a hub id such as "
+      "HuggingFaceTB/SmolLM2-135M"
+    )
+  import huggingface_hub
+
+  try:
+    return Path(
+      huggingface_hub.snapshot_download(
+        str(path), allow_patterns=DOWNLOADED, ignore_patterns=NOT_DOWNLOADED
+      )
+    )
+  except Exception as error:
+    raise UserError(
+      f"{path} is not a directory, and the HuggingFace hub does not give it: "
+      f"{first_line(error)} Check the name and the network; log in "
+      "with `hf auth login` if the model asks for it"
+    ) from error
+
+
+def read_config(
+  path: str | os.PathLike, ignore_fields: str = ""
+) -> ModelConfig:
+  """The config of the model at `path`; no weights are needed.
+
+  Args:
+    path: directory or hub id.
+    ignore_fields: fields of config.json to ignore, separated by commas.
+
+  Raises:
+    UserError: see `config_json.read`.
+  """
+  file = resolve(path) / CONFIG
+  return config_json.read(read_json(file), ignore_fields, str(file))
+
+
+def load(
+  path: str | os.PathLike,
+  dtype: str | None = "float32",
+  mesh: Mesh | None = None,
+  ignore_fields: str = "",
+) -> tuple[ModelConfig, Params]:
+  """The model at `path`.
+
+  Args:
+    path: directory or hub id.
+    dtype: of the parameters; None = as they are stored.
+    mesh: where they go, by `sharding.param_sharding`; None = default device.
+    ignore_fields: fields of config.json to ignore, separated by commas.
+
+  Raises:
+    UserError: as `stored`.
+  """
+  config, tree = stored(path, dtype, ignore_fields)
+  leaves, structure = jax.tree.flatten(tree)
+  with ThreadPoolExecutor(READERS) as threads:
+    arrays = list(threads.map(lambda leaf: leaf.place_on(mesh), leaves))
+  return config, jax.tree.unflatten(structure, arrays)
+
+
+def stored(
+  path: str | os.PathLike, dtype: str | None = None, ignore_fields: str = ""
+) -> tuple[ModelConfig, Params]:
+  """The model at `path` with its parameters left in the files, as `Stored`.
+
+  Raises:
+    UserError: what `config_json.read` raises; files that are missing, damaged
+      or unsafe; tensors that are missing, unexpected or of another shape. All
+      of this is known before any weight is read.
+  """
+  folder = resolve(path)
+  config = read_config(folder, ignore_fields)
+  repeats = config_json.repeats(read_json(folder / CONFIG))
+  if repeats > 1:
+    logging.warning(
+      "%s runs each layer %d times; they become layers of their own",
+      path,
+      repeats,
+    )
+  checkpoint = Checkpoint(folder)
+  check_tensors(checkpoint, config, repeats)
+  params: Params = {}
+  for (layer, name), place in tensors.places(config, repeats).items():
+    tree = params
+    if layer is not None:
+      tree = params.setdefault(axes.layer_name(layer), {})
+    kind = jnp.dtype(dtype or checkpoint.dtypes[place.tensor])
+    tree[name] = Stored(checkpoint, name, place, config.sizes(layer), kind)
+  return config, params
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+  """A parameter in its file.
+
+  Attributes:
+    sizes: of its dim letters.
+    dtype: what it becomes when it is read.
+  """
+
+  checkpoint: Checkpoint
+  name: str
+  place: Place
+  sizes: dict[str, int]
+  dtype: np.dtype
+
+  def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
+    """All of it; a view of the file if the dtype is that of the file."""
+    part = self._part(self._tensor(), self._whole)
+    return part.astype(dtype or self.dtype, copy=bool(copy))
+
+  @property
+  def _whole(self) -> tuple[slice, ...]:
+    return (slice(None),) * len(axes.AXES[self.name])
+
+  def _tensor(self) -> np.ndarray:
+    return self.checkpoint.array(self.place.tensor)
+
+  def _part(self, tensor: np.ndarray, index: Sequence[slice]) -> np.ndarray:
+    """A view of part `index` of the parameter in its tensor.
+
+    A dim of the tensor holds several of our dims, as KGH: the first of them is
+    cut in the file's layout, the others afterwards.
+    """
+    cut = dict(zip(axes.AXES[self.name], index, strict=True))
+    sizes, ranges = dict(self.sizes), []
+    for letters in tensors.hf_letters(self.name):
+      first, inner = letters[0], math.prod(sizes[x] for x in letters[1:])
+      start, stop, _ = cut[first].indices(sizes[first])
+      ranges.append(slice(start * inner, stop * inner))
+      sizes[first] = stop - start
+      cut[first] = slice(None)
+    start, rows = self.place.start, ranges[0]
+    ranges[0] = slice(rows.start + start, rows.stop + start)
+    part = tensors.from_hf(self.name, tensor[tuple(ranges)], sizes)
+    return part[tuple(cut[letter] for letter in axes.AXES[self.name])]
+
+  def place_on(self, mesh: Mesh | None) -> jax.Array:
+    """On the mesh or, None, the default device; reads what is needed there."""
+    tensor = self._tensor()
+    if mesh is None:
+      return jax.device_put(self._read(tensor, self._whole))
+    shape = axes.shape(self.name, self.sizes)
+    where = sharding.param_sharding(self.name, shape, mesh)
+    parts: dict[tuple, np.ndarray] = {}  # replicas are read once
+    arrays = []
+    for device, index in where.addressable_devices_indices_map(shape).items():
+      key = tuple((cut.start, cut.stop) for cut in index)
+      if key not in parts:
+        parts[key] = self._read(tensor, index)
+      arrays.append(jax.device_put(parts[key], device))
+    return jax.make_array_from_single_device_arrays(shape, where, arrays)
+
+  def _read(self, tensor: np.ndarray, index: Sequence[slice]) -> np.ndarray:
+    """Part `index`, to be put on a device, which transposes it on the way.
+
+    What needs no transposition is copied: JAX keeps memory that it can use as
+    it is, and that of a file may change.
+    """
+    part = self._part(tensor, index)
+    return part.astype(self.dtype, copy=part.flags.c_contiguous)
+
+
+def check_tensors(
+  checkpoint: Checkpoint, config: ModelConfig, repeats: int = 1
+) -> None:
+  """Raises a UserError unless the checkpoint has the model's tensors."""
+  expected = tensors.tensor_shapes(config, repeats)
+  found = {
+    tensor: shape
+    for tensor, shape in checkpoint.shapes.items()
+    if not tensor.endswith(NOT_PARAMETERS)
+  }
+  if config.tied and OUTER["lm_head"] in found:
+    _check_tied(checkpoint)
+    del found[OUTER["lm_head"]]
+  problems = [f"{t} is missing" for t in expected if t not in found]
+  problems += [f"{t} is unexpected" for t in found if t not in expected]
+  problems += [
+    f"{t} has shape {list(found[t])}, expected {list(shape)}"
+    for t, shape in expected.items()
+    if t in found and found[t] != shape
+  ]
+  if problems:
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    raise UserError(
+      f"{checkpoint.folder}: the tensor {problems[0]}{more}; the weights do "
+      f"not belong to its {CONFIG}"
+    )
+
+
+def _check_tied(checkpoint: Checkpoint) -> None:
+  """Some checkpoints store a tied matrix twice: fine if both are equal."""
+  one, two = OUTER["embedding"], OUTER["lm_head"]
+  shape = checkpoint.shapes.get(one)
+  same = shape == checkpoint.shapes[two]
+  if same:
+    step = max(1, COMPARED_BYTES // (4 * shape[1]))
+    for row in range(0, shape[0], step):
+      rows = slice(row, min(row + step, shape[0]))
+      first = checkpoint.array(one)[rows]
+      same &= np.array_equal(first, checkpoint.array(two)[rows])
+  if not same:
+    raise UserError(
+      f"{checkpoint.folder}: {CONFIG} says that {two} is {one} "
+      "(tie_word_embeddings), but they differ"
+    )

@@ -1,0 +1,173 @@
+"""Opens a written directory again and compares it with the model.
+
+Parameters are compared block by block. Where logits are compared too, both
+models are run side by side layer by layer in float32, so that only one layer,
+or a part of the vocabulary, is held a second time.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from adapt_pruner_jax.distributed import agreement
+from adapt_pruner_jax.errors import UserError
+from adapt_pruner_jax.formats.hf import load, tensors
+from adapt_pruner_jax.formats.hf.weights import Get, getter
+from adapt_pruner_jax.models.attention import attention_mask
+from adapt_pruner_jax.models.axes import Params
+from adapt_pruner_jax.models.decoder import Block, Decoder
+from adapt_pruner_jax.models.model_config import ModelConfig, layer_names
+
+TOKENS = 16
+VOCABULARY_PART = 8192
+TOLERANCE = 1e-4  # of the largest value
+
+
+def compare(
+  config: ModelConfig,
+  get: Get,
+  written: ModelConfig,
+  written_get: Get,
+  dtype: np.dtype,
+  folder: Path | None,
+) -> None:
+  """Compares what a directory gives when it is opened with the model.
+
+  Every parameter must be finite and come back bit for bit. Under the same
+  config that is the same function, for all inputs, which logits of a few tokens
+  would not show; they are computed, and compared, where another config comes
+  back, as after padding.
+
+  Args:
+    config, get: the model; all processes take part in each `get`.
+    written, written_get: what was written of it, padded or not.
+    dtype: of the files.
+    folder: what was written; None on processes that did not.
+
+  Raises:
+    UserError: a parameter is NaN or infinite, or one of those logits is.
+    RuntimeError: they differ.
+  """
+  opened = agreement.on_writer(lambda: load.stored(folder))
+  found, tree = opened or (config, None)
+  _agree(_wrong_parameter(written, written_get, dtype, tree))
+  if not agreement.all_agree(found == config):
+    _agree(_wrong_logits(config, get, found, tree))
+
+
+def _agree(wrong: Exception | None) -> None:
+  if not agreement.all_agree(wrong is None):
+    raise wrong or UserError("process 0 refused the export; see its message")
+
+
+def _wrong_parameter(
+  config: ModelConfig, get: Get, dtype: np.dtype, tree: Params | None
+) -> Exception | None:
+  """What is wrong with the first parameter that is not as in `tree`.
+
+  Both are compared in the layout of the file: equal there, they are equal.
+  """
+  wrong = None
+  unsigned = np.dtype(f"u{dtype.itemsize}")
+  infinity = np.array(np.inf, dtype).view(unsigned)  # all bits of the exponent
+  for layer, name in tensors.places(config):
+    expected = get((layer, name))
+    if tree is None or wrong is not None:
+      continue  # only take part in the gathering
+    where = name if layer is None else f"{name} of layer {layer}"
+    found = getter(tree)((layer, name))
+    if (found.shape, found.dtype) != (expected.shape, dtype):
+      wrong = RuntimeError(f"{where} comes back as {found.dtype}{found.shape}")
+      continue
+    one, two = (tensors.to_hf(name, array) for array in (expected, found))
+    for rows, block in tensors.blocks(one, dtype):
+      bits = block.view(unsigned)
+      if (bits & infinity).max() == infinity:
+        wrong = UserError(
+          f"the model is not written: {where} has NaN or infinite values"
+        )
+      elif not np.array_equal(bits, two[rows].view(unsigned)):
+        wrong = RuntimeError(f"{where} does not come back as it was written")
+  return wrong
+
+
+def _wrong_logits(
+  config: ModelConfig, get: Get, found: ModelConfig, tree: Params | None
+) -> Exception | None:
+  """How far the logits are apart, if they are, or the output of a layer."""
+  wrong = None
+  length = min(TOKENS, config.context)
+  ids = np.random.default_rng(0).integers(config.V, size=(1, length))
+  other = None if tree is None else walk(found, getter(tree), ids)
+  for where, expected in walk(config, get, ids):
+    if other is None or wrong is not None:
+      continue
+    difference = np.abs(next(other)[1] - expected).max()
+    largest = np.abs(expected).max()
+    if not np.isfinite(largest):
+      wrong = UserError(
+        f"the model is not written: {where} has NaN or infinite values"
+      )
+    elif not difference <= TOLERANCE * max(1, largest):
+      wrong = RuntimeError(
+        f"what was written is another function than the model: {where} differs "
+        f"by {difference:.2g}"
+      )
+  return wrong
+
+
+def walk(
+  config: ModelConfig, get: Get, ids_BT: np.ndarray
+) -> Iterator[tuple[str, np.ndarray]]:
+  """The residual stream of one row after each layer, then its logits."""
+  positions_BT = jnp.broadcast_to(jnp.arange(ids_BT.shape[1]), ids_BT.shape)
+  ropes = config.rope_tables(positions_BT)
+
+  def weights(layer: int | None, names: list[str]) -> dict:
+    return {n: jnp.asarray(get((layer, n)), jnp.float32) for n in names}
+
+  outer = weights(None, ["final_norm"])
+  rows_TD = get((None, "embedding"))[ids_BT[0]]
+  x_BTD = _outside(config, outer, rows_TD, np.arange(len(rows_TD))[None])
+  for i in range(config.L):
+    window = config.window[i] if config.window else 0
+    mask = attention_mask(positions_BT, None, jnp.int32(window))
+    one = dataclasses.replace(
+      config, K=config.K[i : i + 1], F=config.F[i : i + 1], window=()
+    )
+    rope = ropes[config.rope_ids()[i]]
+    x_BTD = _layer(one, weights(i, layer_names(config, i)), x_BTD, rope, mask)
+    yield f"the output of layer {i}", np.asarray(x_BTD)
+  if config.tied:
+    matrix_VD = get((None, "embedding"))
+  else:
+    matrix_VD = get((None, "lm_head")).T
+  logits = [
+    _outside(config, outer, matrix_VD[i : i + VOCABULARY_PART], x_BTD)
+    for i in range(0, config.V, VOCABULARY_PART)
+  ]
+  yield "logits", np.concatenate(logits, axis=-1)
+
+
+def _outside(config, outer, rows_VD, inputs):
+  """What the embedding makes of ids, or the output matrix of x_BTD.
+
+  Either knows the rows `rows_VD` only.
+  """
+  config = dataclasses.replace(
+    config, V=len(rows_VD), tied=True, K=(), F=(), window=()
+  )
+  params = outer | {"embedding": jnp.asarray(rows_VD, jnp.float32)}
+  method = "embed" if inputs.ndim == 2 else "head"
+  return Decoder(config).apply({"params": params}, inputs, method=method)
+
+
+@partial(jax.jit, static_argnums=0)
+def _layer(config, weights, x_BTD, rope, mask_BNTS):
+  block = Block(config, config.K[0], config.F[0])
+  return block.apply({"params": weights}, x_BTD, rope, mask_BNTS)

@@ -1,0 +1,253 @@
+"""Writes a HuggingFace directory: `save(config, params, path)`.
+
+Tensors go one by one from the devices, or from other files, to the file. The
+directory is written under another name, opened again and compared with the
+model, and only then gets its name. In a run of many processes all of them call
+`save`; process 0 writes.
+"""
+
+import contextlib
+import dataclasses
+import os
+import shutil
+import string
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from adapt_pruner_jax.distributed import agreement
+from adapt_pruner_jax.errors import UserError, nearest
+from adapt_pruner_jax.formats.hf import (
+  card,
+  config_json,
+  reopen,
+  uniform,
+  weights,
+)
+from adapt_pruner_jax.formats.hf.families import FAMILIES
+from adapt_pruner_jax.formats.hf.files import (
+  CONFIG,
+  LICENCES,
+  MANIFEST,
+  write_json,
+)
+from adapt_pruner_jax.models import axes
+from adapt_pruner_jax.models.axes import Params
+from adapt_pruner_jax.models.model_config import ModelConfig, layer_names
+
+FORMATS = ("hf", "hf_uniform")
+TOKENIZER = (
+  "tokenizer.json",
+  "tokenizer.model",
+  "tokenizer_config.json",
+  "spiece.model",
+  "special_tokens_map.json",
+  "added_tokens.json",
+  "vocab.json",
+  "vocab.txt",
+  "merges.txt",
+  "chat_template.jinja",
+  "chat_template.json",
+)
+
+
+def save(
+  config: ModelConfig,
+  params: Params,
+  path: str | os.PathLike,
+  *,
+  source: str | os.PathLike | None = None,
+  format: str = "hf",
+  overwrite: bool = False,
+  shard_bytes: int = 5 * 10**9,
+  facts: dict[str, Any] | None = None,
+  say: Callable[[str], None] = print,
+) -> None:
+  """Writes the model to the directory `path`.
+
+  Args:
+    source: the parent's directory: tokenizer, generation config and licence
+      come from there.
+    format: "hf": layers as they are; where they differ, Transformers opens it
+      with `trust_remote_code=True`. "hf_uniform": zero-padded to one size, the
+      same function, opens everywhere.
+    overwrite: replace the model that is at `path`.
+    shard_bytes: a file of weights is at most this large.
+    facts: for the model card, as in a run's summary.json.
+    say: gets a line of text about what is missing or costs something.
+
+  Raises:
+    UserError: `path` exists or cannot be written, or the format cannot express
+      the model.
+  """
+  path, source = Path(path), Path(source) if source is not None else None
+  if format not in FORMATS:
+    raise UserError(
+      f"format {format} is not one of {', '.join(FORMATS)}"
+      f"{nearest(format, FORMATS)}"
+    )
+  config, params = without_empty_layers(config, params)
+  get = weights.getter(params)
+  written, written_get, notes = config, get, []
+  if format == "hf_uniform":
+    written = uniform.pad_config(config)
+    written_get = uniform.padded_getter(config, written, get)
+    notes = uniform.cost(config, written, (facts or {}).get("params_before"))
+  raw = config_json.write(written)
+  dtype = jnp.result_type(*(x.dtype for x in jax.tree.leaves(params)))
+  raw |= {"torch_dtype": str(dtype), "dtype": str(dtype)}
+  with directory(path, overwrite) as folder:
+    if folder is not None:
+      write_json(folder / CONFIG, raw)
+      if not config_json.is_stock(written):
+        _write_classes(folder, written)
+      notes += _copy_files(folder, source)
+      for note in notes:
+        say(note)
+    sums = weights.write(folder, written, written_get, dtype, shard_bytes)
+    reopen.compare(config, get, written, written_get, dtype, folder)
+    if folder is not None:
+      card.write(folder, config, written, source, facts or {}, notes, sums)
+
+
+def copy_tokenizer(source: Path, folder: Path) -> list[str]:
+  """Copies the tokenizer's files; returns their names."""
+  return _copy(source, folder, TOKENIZER)
+
+
+def without_empty_layers(
+  config: ModelConfig, params: Params
+) -> tuple[ModelConfig, Params]:
+  """Leaves out the layers that pass their input on."""
+  full = [i for i in range(config.L) if layer_names(config, i)]
+  if len(full) == config.L:
+    return config, params
+  if not full:
+    raise UserError("the model has no layer left: there is nothing to write")
+  kept = {n: x for n, x in params.items() if not n.startswith("layer_")}
+  for new, old in enumerate(full):
+    kept[axes.layer_name(new)] = params[axes.layer_name(old)]
+  config = dataclasses.replace(
+    config,
+    K=tuple(config.K[i] for i in full),
+    F=tuple(config.F[i] for i in full),
+    window=tuple(config.window[i] for i in full) if config.window else (),
+  )
+  return config, kept
+
+
+@contextlib.contextmanager
+def directory(path: Path, overwrite: bool) -> Iterator[Path | None]:
+  """A directory that is renamed to `path` at the end; None if not the writer.
+
+  Nothing is left at `path` if anything is raised inside.
+
+  Args:
+    overwrite: replace what is there, if it is empty or a model.
+
+  Raises:
+    UserError: `path` may not be replaced or cannot be written.
+  """
+  folder = agreement.on_writer(lambda: _temporary(path, overwrite))
+  try:
+    yield folder
+    agreement.all_agree(True)
+    if folder is not None:
+      _publish(folder, path)
+  except OSError as error:
+    raise unwritable(path, error) from error
+  finally:
+    if folder is not None:
+      shutil.rmtree(folder, ignore_errors=True)
+
+
+def _temporary(path: Path, overwrite: bool) -> Path:
+  if path.exists():
+    if not overwrite:
+      raise UserError(f"{path} exists: give another name, or --overwrite")
+    if not path.is_dir() or (
+      any(path.iterdir())
+      and not any((path / name).is_file() for name in (CONFIG, MANIFEST))
+    ):
+      raise UserError(
+        f"{path} is not a model directory and is not overwritten: give another "
+        "name"
+      )
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent)
+  except OSError as error:
+    raise unwritable(path, error) from error
+  os.chmod(folder, 0o755)
+  return Path(folder)
+
+
+def _publish(folder: Path, path: Path) -> None:
+  if not path.exists():
+    folder.rename(path)
+    return
+  old = Path(tempfile.mkdtemp(prefix=f".{path.name}-old-", dir=path.parent))
+  path.rename(old / path.name)
+  try:
+    folder.rename(path)
+  except OSError:
+    (old / path.name).rename(path)
+    old.rmdir()
+    raise
+  shutil.rmtree(old)
+
+
+def unwritable(path: Path, error: OSError) -> UserError:
+  """What to raise when a model cannot be written to `path`."""
+  return UserError(
+    f"{path} cannot be written: {error.strerror or error}; give a directory "
+    "with room that you may write to"
+  )
+
+
+def _write_classes(folder: Path, config: ModelConfig) -> None:
+  """The two files by which Transformers opens unequal layers."""
+  family = FAMILIES[config.family]
+  norms = {
+    half: [
+      family.tensors[name].removesuffix(".weight")
+      for name in (f"{half}_norm", f"{half}_post_norm")
+      if name in layer_names(config)
+    ]
+    for half in ("attn", "mlp")
+  }
+  names = {
+    "family": config.family,
+    "module": family.module,
+    "prefix": family.prefix,
+    "config_class": family.config_class,
+    "model_class": family.model_class,
+    "attention_norms": norms["attn"],
+    "mlp_norms": norms["mlp"],
+  }
+  for kind in ("configuration", "modeling"):
+    template = Path(__file__).with_name(f"{kind}.py.template")
+    made = string.Template(template.read_text("utf-8")).substitute(names)
+    name = f"{kind}_{config_json.PRUNED}{config.family}.py"
+    (folder / name).write_text(made, "utf-8")
+
+
+def _copy_files(folder: Path, source: Path | None) -> list[str]:
+  """Copies what goes along with the weights; says what is missing."""
+  if source is None:
+    return ["no tokenizer is written: the model came without a directory"]
+  _copy(source, folder, ("generation_config.json", *LICENCES))
+  if not copy_tokenizer(source, folder):
+    return [f"no tokenizer is written: {source} has none"]
+  return []
+
+
+def _copy(source: Path, folder: Path, patterns: tuple[str, ...]) -> list[str]:
+  found = [f for p in patterns for f in source.glob(p) if f.is_file()]
+  for file in found:
+    shutil.copyfile(file, folder / file.name)
+  return [file.name for file in found]

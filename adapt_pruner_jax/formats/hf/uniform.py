@@ -1,0 +1,116 @@
+"""The same function with layers of one size, by zeros.
+
+Heads and channels are added behind those of each layer. An added channel gives
+silu(0) * 0 = 0; an added head averages zero values. Stock classes open it, at
+the cost of the largest layer everywhere.
+"""
+
+import dataclasses
+
+import numpy as np
+
+from adapt_pruner_jax.errors import UserError
+from adapt_pruner_jax.formats.hf import config_json
+from adapt_pruner_jax.formats.hf.families import FAMILIES
+from adapt_pruner_jax.formats.hf.tensors import Key, places
+from adapt_pruner_jax.formats.hf.weights import Get, getter
+from adapt_pruner_jax.models import axes
+from adapt_pruner_jax.models.axes import Params
+from adapt_pruner_jax.models.model_config import ModelConfig, count_params
+
+
+def pad_config(config: ModelConfig) -> ModelConfig:
+  """The smallest config of equal layers that the family's class can hold.
+
+  Raises:
+    UserError: there is none; says which format can.
+  """
+  family = FAMILIES[config.family]
+  K, F = max(config.K), max(config.F)
+  if config.qk_norm == "all" and len({*config.K}) > 1:
+    raise UserError(
+      f"{config.family} norms all heads of a layer together, so that added "
+      "heads would change the others: write it with --format=hf"
+    )
+  if not K or not F:
+    raise UserError(
+      "no layer has attention, or none has an MLP, which stock classes cannot "
+      "express: write it with --format=hf"
+    )
+  if family.divides:
+    legal = [k for k in range(K, config.D + 1) if not config.D % (k * config.G)]
+    if not legal:
+      raise UserError(
+        f"{config.family} wants a number of heads that divides the hidden size "
+        f"{config.D}; {K * config.G} heads in groups of {config.G} cannot be "
+        "padded to one: write it with --format=hf"
+      )
+    K = legal[0]
+  padded = dataclasses.replace(
+    config,
+    K=(K,) * config.L,
+    F=(F,) * config.L,
+    # A class may have all biases where the model has some; others are zero.
+    qkv_bias=config.qkv_bias
+    or (config.o_bias and "attention_bias" in family.fields),
+    gate_up_bias=config.gate_up_bias
+    or (config.down_bias and "mlp_bias" in family.fields),
+  )
+  if extra := config_json.extra_biases(padded):
+    raise UserError(
+      f"{config.family} has no bias in {', '.join(extra)}, but this model has: "
+      "write it with --format=hf"
+    )
+  return padded
+
+
+def pad(config: ModelConfig, params: Params) -> tuple[ModelConfig, Params]:
+  """The model padded to `pad_config`, as numpy arrays."""
+  padded = pad_config(config)
+  get = padded_getter(config, padded, getter(params))
+  tree: Params = {}
+  for layer, name in places(padded):
+    branch = tree
+    if layer is not None:
+      branch = tree.setdefault(axes.layer_name(layer), {})
+    branch[name] = get((layer, name))
+  return padded, tree
+
+
+def padded_getter(config: ModelConfig, padded: ModelConfig, get: Get) -> Get:
+  """Gives the parameters of `padded`, made from those of `config`."""
+
+  def padded_get(key: Key) -> np.ndarray:
+    layer, name = key
+    array = get(key)
+    shape = axes.shape(name, padded.sizes(layer))
+    if array is None:  # any norm will do where nothing follows
+      fill = 1 - config.norm_offset if "norm" in name else 0
+      return np.full(shape, fill, np.float32)
+    more = [(0, new - old) for new, old in zip(shape, array.shape, strict=True)]
+    return np.pad(array, more)
+
+  return padded_get
+
+
+def cost(
+  config: ModelConfig, padded: ModelConfig, before: int | None
+) -> list[str]:
+  """What the padding costs, in words.
+
+  Args:
+    before: parameters that the model had before it was pruned, if known.
+  """
+  params, new = count_params(config), count_params(padded)
+  cache = sum(padded.K) / max(1, sum(config.K))
+  notes = [
+    f"padded to {padded.K[0] * padded.G} heads and MLP width {padded.F[0]} in "
+    f"all {padded.L} layers: {new:,} parameters, {new / params:.2f} times those"
+    f" of the pruned model; KV cache {cache:.2f} times"
+  ]
+  if before and new >= before:
+    notes.append(
+      "nothing is gained by hf_uniform: the padded model is as large as the "
+      "one before pruning"
+    )
+  return notes

@@ -1,0 +1,167 @@
+"""Writes safetensors files, block by block of one tensor after the other.
+
+The format: 8 bytes with the header's size, the header in JSON, the tensors
+(https://github.com/huggingface/safetensors#format).
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from adapt_pruner_jax.distributed import agreement
+from adapt_pruner_jax.errors import UserError
+from adapt_pruner_jax.formats.hf import tensors
+from adapt_pruner_jax.formats.hf.files import DTYPES, INDEX, SINGLE, write_json
+from adapt_pruner_jax.formats.hf.tensors import Key
+from adapt_pruner_jax.models import axes
+from adapt_pruner_jax.models.axes import Params
+from adapt_pruner_jax.models.model_config import ModelConfig
+
+# A parameter as a numpy array, None if the model has none of that name. All
+# processes have to ask for the same ones in the same order.
+Get = Callable[[Key], np.ndarray | None]
+
+
+def getter(params: Params) -> Get:
+  """Parameters of a tree, gathered from wherever they are, one at a time."""
+
+  def get(key: Key) -> np.ndarray | None:
+    layer, name = key
+    tree = params if layer is None else params[axes.layer_name(layer)]
+    if name not in tree:
+      return None
+    array = tree[name]
+    return (
+      _on_host(array) if isinstance(array, jax.Array) else array.__array__()
+    )
+
+  return get
+
+
+def _on_host(array: jax.Array) -> np.ndarray:
+  if not array.is_fully_addressable:
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.process_allgather(array, tiled=True)
+  devices = array.devices()
+  if len(devices) > 1 or next(iter(devices)).platform != "cpu":
+    # An array keeps what it was copied to: let that be one which goes.
+    array = jax.device_put(array, array.sharding, may_alias=False)
+  return np.asarray(array)
+
+
+def write(
+  folder: Path | None,
+  config: ModelConfig,
+  get: Get,
+  dtype: np.dtype,
+  shard_bytes: int,
+) -> dict[str, str]:
+  """Writes all tensors of the model, and the index if there are several files.
+
+  Args:
+    folder: None on processes that only take part in gathering.
+    dtype: of all tensors.
+    shard_bytes: of a file, at most; a larger tensor has a file for itself.
+
+  Returns:
+    SHA-256 of each file of weights, by its name.
+
+  Raises:
+    OSError: it cannot be written; a UserError on the other processes.
+  """
+  shapes = tensors.tensor_shapes(config)
+  keys: dict[str, list[Key]] = {}
+  for key, place in tensors.places(config).items():
+    keys.setdefault(place.tensor, []).append(key)
+  sizes = {t: math.prod(s) * dtype.itemsize for t, s in shapes.items()}
+  shards = _shards(sizes, shard_bytes)
+  names = [
+    f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
+    for i in range(len(shards))
+  ]
+  if len(shards) == 1:
+    names = [SINGLE]
+  sums: dict[str, str] = {}
+  failed = None
+  for name, shard in zip(names, shards, strict=True):
+    arrays = (
+      tensors.to_hf(key[1], get(key))
+      for tensor in shard
+      for key in keys[tensor]
+    )
+    if folder is not None and failed is None:
+      header = {t: shapes[t] for t in shard}
+      try:
+        sums[name] = _write_file(folder / name, header, dtype, arrays)
+      except OSError as error:
+        failed = error
+    for _ in arrays:  # the other processes take part in the gathering
+      pass
+  if not agreement.all_agree(failed is None):
+    raise failed or UserError("process 0 cannot write; see its message")
+  if folder is not None and len(shards) > 1:
+    where = {t: n for n, s in zip(names, shards, strict=True) for t in s}
+    total = {"total_size": sum(sizes.values())}
+    write_json(folder / INDEX, {"metadata": total, "weight_map": where})
+  return sums
+
+
+def _shards(sizes: dict[str, int], limit: int) -> list[list[str]]:
+  """Tensors of each file, in their order."""
+  shards: list[list[str]] = [[]]
+  filled = 0
+  for tensor, size in sizes.items():
+    if shards[-1] and filled + size > limit:
+      shards.append([])
+      filled = 0
+    shards[-1].append(tensor)
+    filled += size
+  return shards
+
+
+def _write_file(
+  file: Path,
+  shapes: dict[str, tuple[int, ...]],
+  dtype: np.dtype,
+  arrays: Iterable[np.ndarray],
+) -> str:
+  """One file; `arrays` are its contents in the order of `shapes`.
+
+  Returns its SHA-256. A thread hashes each block while it is written and the
+  next one is made.
+  """
+  code = {name: code for code, name in DTYPES.items()}[str(dtype)]
+  header: dict = {"__metadata__": {"format": "pt"}}
+  end = 0
+  for tensor, shape in shapes.items():
+    start, end = end, end + math.prod(shape) * dtype.itemsize
+    header[tensor] = {
+      "dtype": code,
+      "shape": list(shape),
+      "data_offsets": [start, end],
+    }
+  text = json.dumps(header, separators=(",", ":")).encode()
+  text += b" " * (-len(text) % 8)
+  head = len(text).to_bytes(8, "little") + text
+  digest = hashlib.sha256(head)
+  hashed: Future | None = None
+  with open(file, "wb") as out, ThreadPoolExecutor(1) as thread:
+    out.write(head)
+    for array in arrays:
+      for _, block in tensors.blocks(array, dtype):
+        # numpy hands out no buffer of bfloat16, but of its bytes.
+        content = block.reshape(-1).view(np.uint8).data
+        if hashed is not None:
+          hashed.result()
+        hashed = thread.submit(digest.update, content)
+        out.write(content)
+    if out.tell() != len(head) + end:
+      raise RuntimeError(f"{file} has another size than its header says")
+  return digest.hexdigest()

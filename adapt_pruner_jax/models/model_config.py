@@ -1,0 +1,176 @@
+"""The decoder: `ModelConfig`, parameter counts, and the Flax modules.
+
+A model is always the pair `(ModelConfig, params)`. Layers may differ in their
+number of KV groups K and MLP width F; everything else is shared. Parameters are
+a plain dict: {"embedding", "layer_0": {...}, ..., "final_norm", "lm_head"},
+with the dims given by `axes.AXES`. Arithmetic is done in the dtype of the
+parameters, norms, rotary angles, softmax and logits in float32.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from adapt_pruner_jax.models import axes
+from adapt_pruner_jax.models.axes import Params
+from adapt_pruner_jax.models.rope import Rope, RopeTables, rope_tables
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  """Everything that shapes the function; letters as in `axes`.
+
+  A layer with K = 0 has no attention, one with F = 0 no MLP, one with neither
+  is not there: it passes its input on (a down or output bias would still add).
+  """
+
+  family: str  # a row of hf.families.FAMILIES
+  V: int
+  D: int
+  G: int
+  H: int
+  K: tuple[int, ...]  # KV groups of each layer
+  F: tuple[int, ...]  # MLP width of each layer
+  norm_eps: float
+  rope: Rope
+  context: int  # longest sequence the model was made for
+  tied: bool  # the output matrix is the embedding
+  qkv_bias: bool = False
+  o_bias: bool = False
+  gate_up_bias: bool = False
+  down_bias: bool = False
+  activation: str = "silu"  # silu | gelu_tanh
+  norm_order: str = "pre"  # pre | post | sandwich, around each half layer
+  norm_offset: float = 0.0  # added to norm weights (Gemma: 1)
+  qk_norm: str = ""  # "" | head (each head) | all (over all heads together)
+  attn_scale: float = 0.0  # of q k^T; 0 = H ** -0.5
+  attn_softcap: float = 0.0  # 0 = none
+  final_softcap: float = 0.0
+  embed_scale: float = 1.0
+  residual_scale: float = 1.0  # of what each half layer adds
+  logit_scale: float = 1.0
+  window: tuple[int, ...] = ()  # keys each layer sees; 0 or () = all
+  local_rope: Rope | None = None  # of the layers with a window, if another
+  # Residual widths (D, M, E) of each layer in a model cut by SliceGPT; () = D
+  # throughout and no shortcut matrices. Norms go on dividing by D.
+  residual: tuple[tuple[int, int, int], ...] = ()
+  bos_id: int | None = None
+  eos_ids: tuple[int, ...] = ()
+  pad_id: int | None = None
+
+  @property
+  def L(self) -> int:
+    return len(self.K)
+
+  def sizes(self, layer: int | None = None) -> dict[str, int]:
+    """Size of each dim letter; without `layer` those outside the layers."""
+    sizes = {"V": self.V, "G": self.G, "H": self.H}
+    sizes |= {"D": self.D, "M": self.D, "E": self.D}
+    if layer is not None:
+      sizes |= {"K": self.K[layer], "F": self.F[layer]}
+      if self.residual:
+        sizes |= dict(zip("DME", self.residual[layer], strict=True))
+    elif self.residual:
+      sizes |= {"D": self.residual[0][0], "E": self.residual[-1][2]}
+    return sizes
+
+  def units(self) -> dict[str, tuple[int, ...]]:
+    return {"K": self.K, "F": self.F}
+
+  def rope_tables(self, positions_BT: jax.Array) -> tuple[RopeTables, ...]:
+    """Tables of each distinct rope; layers choose by `rope_ids`."""
+    ropes = (self.rope, self.local_rope) if self.local_rope else (self.rope,)
+    return tuple(rope_tables(rope, self.H, positions_BT) for rope in ropes)
+
+  def rope_ids(self) -> tuple[int, ...]:
+    """Which of `rope_tables` each layer uses, [L]."""
+    local = self.local_rope is not None and self.window
+    return tuple(int(bool(w)) for w in self.window) if local else (0,) * self.L
+
+
+def to_json(config: ModelConfig) -> dict:
+  return dataclasses.asdict(config)
+
+
+def from_json(fields: dict) -> ModelConfig:
+  """Inverse of `to_json`, also after JSON made lists of the tuples."""
+
+  def tuples(value: Any) -> Any:
+    return (
+      tuple(map(tuples, value)) if isinstance(value, list | tuple) else value
+    )
+
+  fields = {name: tuples(value) for name, value in fields.items()}
+  for name in ("rope", "local_rope"):
+    if fields[name] is not None:
+      fields[name] = Rope(**fields[name])
+  return ModelConfig(**fields)
+
+
+def layer_names(config: ModelConfig, layer: int | None = None) -> list[str]:
+  """Names of the parameters of a layer; without `layer`, of a full one."""
+  attention, mlp = ["q", "k", "v", "o"], ["gate", "up", "down"]
+  attention += ["q_bias", "k_bias", "v_bias"] * config.qkv_bias
+  attention += {
+    "": [],
+    "head": ["q_norm", "k_norm"],
+    "all": ["q_norm_all", "k_norm_all"],
+  }[config.qk_norm]
+  mlp += ["gate_bias", "up_bias"] * config.gate_up_bias
+  before = config.norm_order != "post"
+  after = config.norm_order != "pre"
+  attention += ["attn_norm"] * before + ["attn_post_norm"] * after
+  mlp += ["mlp_norm"] * before + ["mlp_post_norm"] * after
+  if layer is not None:
+    attention = attention if config.K[layer] else []
+    mlp = mlp if config.F[layer] else []
+  shortcuts = ["attn_shortcut", "mlp_shortcut"] * bool(config.residual)
+  biases = ["o_bias"] * config.o_bias + ["down_bias"] * config.down_bias
+  return attention + mlp + biases + shortcuts
+
+
+def outer_names(config: ModelConfig) -> list[str]:
+  """Names of the parameters outside the layers."""
+  return ["embedding", "final_norm"] + ["lm_head"] * (not config.tied)
+
+
+def param_shapes(config: ModelConfig) -> dict:
+  """The parameter tree with shapes in place of arrays."""
+  sizes = config.sizes()
+  tree = {n: axes.shape(n, sizes) for n in outer_names(config)}
+  for i in range(config.L):
+    sizes = config.sizes(i)
+    tree[axes.layer_name(i)] = {
+      n: axes.shape(n, sizes) for n in layer_names(config, i)
+    }
+  return tree
+
+
+def abstract_params(config: ModelConfig, dtype: jnp.dtype) -> Params:
+  """`param_shapes` as `jax.ShapeDtypeStruct`s."""
+  return jax.tree.map(
+    lambda s: jax.ShapeDtypeStruct(s, dtype),
+    param_shapes(config),
+    is_leaf=lambda s: isinstance(s, tuple),
+  )
+
+
+def count_params(config: ModelConfig) -> int:
+  """Number of parameters, each once: a tied matrix counts once."""
+  shapes = jax.tree.leaves(
+    param_shapes(config), is_leaf=lambda s: isinstance(s, tuple)
+  )
+  return sum(math.prod(s) for s in shapes)
+
+
+def unit_cost(config: ModelConfig) -> dict[str, int]:
+  """Parameters of one KV group (K) and of one MLP channel (F)."""
+  sizes = config.sizes() | {"K": 1, "F": 1}
+  cost = dict.fromkeys(axes.UNITS, 0)
+  for name in layer_names(config):
+    if unit := axes.unit_of(name):
+      cost[unit] += math.prod(axes.shape(name, sizes))
+  return cost

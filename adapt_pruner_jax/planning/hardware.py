@@ -1,0 +1,149 @@
+"""What a run is planned for: devices that are here, or that are only named."""
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from absl import flags
+
+from adapt_pruner_jax.errors import UserError, first_line, nearest
+from adapt_pruner_jax.reporting.log import PEAK_FLOPS, peak_flops
+
+# Memory of one device in bytes, from the makers' data sheets; as PEAK_FLOPS.
+MEMORY = {
+  "TPU v4": 32e9,
+  "TPU v5 lite": 16e9,
+  "TPU v5e": 16e9,
+  "TPU v5p": 95e9,
+  "TPU v5": 95e9,
+  "TPU v6 lite": 32e9,
+  "TPU v6e": 32e9,
+  "NVIDIA A100": 80e9,
+  "NVIDIA H100": 80e9,
+  "NVIDIA H200": 141e9,
+}
+USABLE = 0.92  # share of a device's memory that a program gets
+
+
+@dataclasses.dataclass(frozen=True)
+class Hardware:
+  """What the run is planned for; empty and 0 = what is here."""
+
+  device: str = ""  # a name in PEAK_FLOPS, such as "NVIDIA H100"
+  devices: int = 0
+  memory: float = 0.0  # bytes of one device
+  peak: float = 0.0  # FLOP/s of one device
+  mfu: float = 0.4  # share of the peak that is reached
+  topology: str = ""  # compile for these TPUs (libtpu is needed): "v5e:2x4"
+
+
+def define_flags(values: flags.FlagValues) -> None:
+  """The flags of `adapt-pruner plan` beside --config."""
+  known = ", ".join(PEAK_FLOPS)
+  text, number = flags.DEFINE_string, flags.DEFINE_float
+  text("device", "", f"what it will run on: {known}", flag_values=values)
+  flags.DEFINE_integer("devices", 0, "how many of them", flag_values=values)
+  number("memory_gb", 0, "memory of one device", flag_values=values)
+  number("tflops", 0, "peak of one device", flag_values=values)
+  number("mfu", 0.4, "share of the peak that is reached", flag_values=values)
+  text(
+    "topology",
+    "",
+    "compile for these TPUs, such as v5e:2x4; needs libtpu and minutes",
+    flag_values=values,
+  )
+
+
+def flag_values(values: flags.FlagValues) -> dict[str, Any]:
+  """The flags as arguments of `plan`."""
+  return {
+    "hardware": Hardware(
+      values.device,
+      values.devices,
+      values.memory_gb * 1e9,
+      values.tflops * 1e12,
+      values.mfu,
+      values.topology,
+    )
+  }
+
+
+def resolve(hardware: Hardware) -> Hardware:
+  """Fills in what is here, and what is known of a named device."""
+  if hardware.mfu <= 0 or hardware.mfu > 1:
+    raise UserError(f"--mfu={hardware.mfu} must be in (0, 1]")
+  if hardware.topology:
+    slice_ = topology_devices(hardware.topology)
+    kind = slice_[0].device_kind
+    hardware = dataclasses.replace(hardware, device=kind, devices=len(slice_))
+  if hardware.device:
+    names = {name.lower(): name for name in PEAK_FLOPS}
+    wanted = hardware.device.lower()
+    found = [full for low, full in names.items() if wanted in low]
+    if not found:
+      raise UserError(
+        f"--device={hardware.device} is not known"
+        f"{nearest(hardware.device, PEAK_FLOPS)}; known are "
+        f"{', '.join(PEAK_FLOPS)}; of another give --tflops and --memory_gb"
+      )
+    name = min(found, key=len)
+    size = next(m for n, m in MEMORY.items() if name.startswith(n))
+    return dataclasses.replace(
+      hardware,
+      device=name,
+      devices=hardware.devices or 1,
+      memory=hardware.memory or size,
+      peak=hardware.peak or PEAK_FLOPS[name],
+    )
+  here = jax.devices()[0]
+  return dataclasses.replace(
+    hardware,
+    device="" if hardware.memory or hardware.peak else here.device_kind,
+    devices=hardware.devices or jax.device_count(),
+    memory=hardware.memory or _memory_of(here),
+    peak=hardware.peak or peak_flops(here) or 0.0,
+  )
+
+
+def _memory_of(device: jax.Device) -> float:
+  stats = device.memory_stats()
+  if stats and "bytes_limit" in stats:
+    return float(stats["bytes_limit"]) / USABLE
+  # CPU devices share the machine.
+  whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+  return whole / jax.local_device_count()
+
+
+def compile_for(hardware: Hardware) -> Sequence[jax.Device] | int:
+  """The devices that programs are compiled for, or how many stand-ins."""
+  if hardware.topology:
+    return topology_devices(hardware.topology)
+  is_here = hardware.device == jax.devices()[0].device_kind
+  if is_here and hardware.devices <= jax.device_count():
+    return jax.devices()[: hardware.devices]
+  return hardware.devices
+
+
+def source(devices: Sequence[jax.Device] | int) -> str:
+  """Where the figures of memory come from."""
+  if not isinstance(devices, int):
+    return f"compiled for {len(devices)} x {devices[0].device_kind}"
+  return (
+    f"scoring is compiled for {devices} virtual CPU device(s) in float32, an "
+    "upper bound; training is an estimate, nothing was compiled"
+  )
+
+
+def topology_devices(name: str) -> Sequence[jax.Device]:
+  """Devices of a TPU slice that is not here; they can only be compiled for."""
+  from jax.experimental import topologies
+
+  try:
+    return topologies.get_topology_desc(name, "tpu").devices
+  except Exception as error:
+    raise UserError(
+      f"--topology={name}: {first_line(error)}; a name is such as "
+      "v5e:2x4, and libtpu must be installed (pip install libtpu)"
+    ) from error

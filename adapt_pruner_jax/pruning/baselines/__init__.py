@@ -1,0 +1,25 @@
+"""Other people's pruning methods, to compare with.
+
+One method a file, a pure function with the signature of `prune.prune`.
+Adapt-Pruner with `prune.amplitude=0` is the uniform ablation.
+"""
+
+from adapt_pruner_jax.pruning.baselines import (
+  flap,
+  llm_pruner,
+  magnitude,
+  random_units,
+  shortgpt,
+  slicegpt,
+  wanda_sp,
+)
+
+METHODS = {
+  "llm_pruner": llm_pruner.prune,
+  "flap": flap.prune,
+  "wanda_sp": wanda_sp.prune,
+  "slicegpt": slicegpt.prune,
+  "shortgpt": shortgpt.prune,
+  "magnitude": magnitude.prune,
+  "random": random_units.prune,
+}

@@ -1,0 +1,118 @@
+"""The calibration pass of the baselines: a minibatch, half layer by half layer.
+
+What a method measures is reduced minibatch by minibatch, so memory does not
+grow with the number of samples. Layers keep their own sizes; equal ones share
+one compiled program. The batch is cut over the mesh.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from adapt_pruner_jax.distributed import sharding
+from adapt_pruner_jax.distributed.placement import minibatches
+from adapt_pruner_jax.models import axes, model_config
+from adapt_pruner_jax.models.attention import attention_mask
+from adapt_pruner_jax.models.axes import Params
+from adapt_pruner_jax.models.decoder import Block, Decoder
+from adapt_pruner_jax.models.model_config import ModelConfig
+
+
+def batches(
+  tokens_NT: np.ndarray, batch: int, mesh: Mesh
+) -> Iterator[tuple[jax.Array, np.ndarray]]:
+  """Minibatches [B, T] in order, each with which of its rows are real, [B]."""
+  tokens_MBT, valid_MB = minibatches(tokens_NT, batch, mesh)
+  yield from zip(tokens_MBT, np.asarray(valid_MB), strict=True)
+
+
+def half(
+  config: ModelConfig,
+  params: Params,
+  layer: int,
+  unit: str,
+  x_BTD: jax.Array,
+  mesh: Mesh,
+  mask: np.ndarray | None = None,
+) -> tuple[jax.Array, jax.Array | None]:
+  """Runs the attention (unit K) or the MLP (F) of a layer.
+
+  Args:
+    x_BTD: the residual stream in front of it.
+    mask: units that count, bool [K] or [F]; None = all.
+
+  Returns:
+    The residual stream behind it, and its activations, the input of `o`
+    [B, T, K, G, H] or of `down` [B, T, F] as they are without the mask; None
+    if this half is absent.
+  """
+  one = dataclasses.replace(
+    config,
+    K=config.K[layer : layer + 1],
+    F=config.F[layer : layer + 1],
+    window=config.window[layer : layer + 1],
+    residual=config.residual[layer : layer + 1],
+  )
+  return _half(one, unit, params[axes.layer_name(layer)], x_BTD, mask, mesh)
+
+
+@partial(jax.jit, static_argnames=("config", "unit", "mesh"))
+def _half(config, unit, layer, x_BTD, mask, mesh):
+  x_BTD = _cut(x_BTD, mesh)
+  block = Block(config, config.K[0], config.F[0])
+  run = partial(block.apply, {"params": layer})
+  if not config.units()[unit][0]:
+    add = Block.add_attention if unit == "K" else Block.add_mlp
+    return run(x_BTD, None, method=add), None
+  if unit == "F":
+    y_BTF = run(x_BTD, method=Block.hidden)
+    counted = y_BTF if mask is None else y_BTF * mask.astype(y_BTF.dtype)
+    return run(x_BTD, counted, method=Block.add_mlp), y_BTF
+  rows_1T = jnp.arange(x_BTD.shape[1])[None]
+  rope = config.rope_tables(rows_1T)[config.rope_ids()[0]]
+  seen = None
+  if any(config.window):
+    seen = attention_mask(rows_1T, None, config.window[0])
+  masks = None if mask is None else {"K": mask}
+  qkv = run(x_BTD, rope, masks, method=Block.qkv)
+  y_BTKGH = run(*qkv, seen, method=Block.attend)
+  counted = y_BTKGH
+  if mask is not None:
+    counted *= mask[:, None, None].astype(y_BTKGH.dtype)
+  return run(x_BTD, counted, method=Block.add_attention), y_BTKGH
+
+
+def embed(
+  config: ModelConfig, params: Params, tokens_BT: jax.Array, mesh: Mesh
+) -> jax.Array:
+  """The residual stream in front of the first layer, [B, T, D]."""
+  outer = {n: params[n] for n in model_config.outer_names(config)}
+  return _embed(config, outer, tokens_BT, mesh)
+
+
+@partial(jax.jit, static_argnames=("config", "mesh"))
+def _embed(config, outer, tokens_BT, mesh):
+  variables = {"params": sharding.whole_embedding(outer, mesh)}
+  decoder = Decoder(config)
+  return _cut(decoder.apply(variables, tokens_BT, method=Decoder.embed), mesh)
+
+
+def reduced(fn: Callable) -> Callable:
+  """`fn(*arrays)` compiled, its results whole on the host; the last argument
+  of what is returned is the mesh."""
+
+  @partial(jax.jit, static_argnames="mesh")
+  def on_devices(*arrays, mesh):
+    return sharding.whole(fn(*arrays), mesh)
+
+  return lambda *arrays, mesh: jax.device_get(on_devices(*arrays, mesh=mesh))
+
+
+def _cut(x: jax.Array, mesh: Mesh) -> jax.Array:
+  where = NamedSharding(mesh, PartitionSpec(sharding.BATCH))
+  return jax.lax.with_sharding_constraint(x, where)

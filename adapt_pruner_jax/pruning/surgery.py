@@ -1,0 +1,215 @@
+"""Which units a model has left, and its arrays cut to them.
+
+`Kept` numbers units as the original model does. Pruning itself works in dense
+stacked coordinates, where removed units are only masked: `expand` goes there,
+`compact` comes back, `gather` cuts any tree that has parameters in it.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from adapt_pruner_jax.distributed import sharding
+from adapt_pruner_jax.models import axes, model_config
+from adapt_pruner_jax.models.axes import UNITS, Params
+from adapt_pruner_jax.models.model_config import ModelConfig
+
+# {"K": one int array a layer, "F": ...}: units left, in the original numbering.
+Kept = dict[str, tuple[np.ndarray, ...]]
+Masks = dict[str, np.ndarray]  # {"K": bool [L, K], "F": bool [L, F]}
+
+
+# ---- Sizes and numberings ----------------------------------------------------
+
+
+def count(full: ModelConfig, masks: Masks) -> int:
+  """Parameters of the model that the masks leave."""
+  return model_config.count_params(with_widths(full, widths(masks)))
+
+
+def widths(masks: Masks) -> dict[str, np.ndarray]:
+  return {u: m.sum(axis=1) for u, m in masks.items()}
+
+
+def with_widths(
+  config: ModelConfig, width: Mapping[str, np.ndarray]
+) -> ModelConfig:
+  units = {u: tuple(int(n) for n in width[u]) for u in UNITS}
+  return dataclasses.replace(config, **units)
+
+
+def with_units(config: ModelConfig, keep: Kept) -> ModelConfig:
+  width = {u: np.array([len(units) for units in keep[u]]) for u in UNITS}
+  return with_widths(config, width)
+
+
+def everything(config: ModelConfig) -> Kept:
+  """All units of a model."""
+  return {u: tuple(map(np.arange, w)) for u, w in config.units().items()}
+
+
+def to_masks(kept: Kept, full: ModelConfig) -> Masks:
+  masks = {u: np.zeros((full.L, max(w)), bool) for u, w in full.units().items()}
+  for u in UNITS:
+    for mask, units in zip(masks[u], kept[u], strict=True):
+      mask[units] = True
+  return masks
+
+
+def to_kept(masks: Masks) -> Kept:
+  return {u: tuple(map(np.flatnonzero, m)) for u, m in masks.items()}
+
+
+def relative_to(kept: Kept, left: Kept) -> Kept:
+  """`left` in the numbering of a model that has just the units `kept`."""
+  return {u: tuple(map(np.searchsorted, kept[u], left[u])) for u in UNITS}
+
+
+# ---- Arrays ------------------------------------------------------------------
+
+
+def dense(full: ModelConfig) -> ModelConfig:
+  """The config of the stacked coordinates: all layers as wide as the widest."""
+  width = {u: np.full(full.L, max(w)) for u, w in full.units().items()}
+  return with_widths(full, width)
+
+
+def gather(
+  config: ModelConfig, tree: Any, keep: Kept, mesh: Mesh
+) -> tuple[ModelConfig, Any]:
+  """Keeps units of params, or of any tree with params inside (Adam's moments).
+
+  Args:
+    keep: in the numbering of `config`.
+  """
+  new = with_units(config, keep)
+  # A half without units has no parameters at all, not even its norms.
+  names = [set(model_config.layer_names(new, i)) for i in range(new.L)]
+
+  def cut(tree):
+    def one(name, layer, leaf):
+      if name is None or layer is None:
+        return leaf
+      return axes.take(name, leaf, {u: keep[u][layer] for u in UNITS})
+
+    return axes.map_named(one, _without(tree, names))
+
+  return new, transform(cut, tree, mesh)
+
+
+def expand(
+  config: ModelConfig, params: Params, kept: Kept, full: ModelConfig, mesh: Mesh
+) -> Params:
+  """Params in dense stacked coordinates: {"layers": {name: [L, ...]}, outer}.
+
+  Inverse of `compact`: removed units are zeros, norms of absent halves ones.
+  """
+  wide = dense(full)
+
+  def stack(params):
+    like = params["embedding"]
+    layers = []
+    for i in range(config.L):
+      at = {u: kept[u][i] for u in UNITS}
+      layers.append(widen(params[axes.layer_name(i)], at, wide, like))
+    library = np if _on_host(like) else jnp
+    outer = {n: params[n] for n in model_config.outer_names(config)}
+    together = jax.tree.map(lambda *parts: library.stack(parts), *layers)
+    return outer | {"layers": together}
+
+  return transform(stack, params, mesh)
+
+
+def widen(
+  layer: Params, at: Mapping[str, np.ndarray], wide: ModelConfig, like: Any
+) -> Params:
+  """One layer in dense coordinates: its units at `at`, zeros elsewhere.
+
+  Norms of an absent half are ones. `like`: any array of the same model.
+  """
+  sizes = wide.sizes(0)
+  library = np if _on_host(like) else jnp
+
+  def absent(name):
+    fill = 1 if "norm" in name else 0
+    return library.full(axes.shape(name, sizes), fill, like.dtype)
+
+  return {
+    n: axes.put(n, layer[n], at, sizes) if n in layer else absent(n)
+    for n in model_config.layer_names(wide)
+  }
+
+
+def compact(
+  stacked: Params, kept: Kept, full: ModelConfig, mesh: Mesh
+) -> tuple[ModelConfig, Params]:
+  """The model that dense stacked params and kept units stand for."""
+  new = with_units(full, kept)
+
+  def split(stacked):
+    params = {n: stacked[n] for n in model_config.outer_names(new)}
+    for i in range(new.L):
+      at = {u: kept[u][i] for u in UNITS}
+      params[axes.layer_name(i)] = {
+        n: axes.take(n, stacked["layers"][n][i], at)
+        for n in model_config.layer_names(new, i)
+      }
+    return params
+
+  return new, transform(split, stacked, mesh)
+
+
+def _without(tree: Any, names: list[set[str]]) -> Any:
+  """A tree without the parameters that a smaller model does not have."""
+
+  def one(node: Any) -> Any:
+    if not isinstance(node, dict):
+      return node
+    found = {}
+    for key, value in node.items():
+      if str(key).startswith("layer_"):
+        have = names[int(key.removeprefix("layer_"))]
+        found[key] = {n: v for n, v in value.items() if n in have}
+      else:
+        found[key] = one(value)
+    return found
+
+  return jax.tree.map(one, tree, is_leaf=lambda x: isinstance(x, dict))
+
+
+def _on_host(array: Any) -> bool:
+  return isinstance(array, np.ndarray)
+
+
+def transform(fn: Callable, tree: Any, mesh: Mesh) -> Any:
+  """`fn` of a tree of arrays, the result where it belongs on the mesh.
+
+  On a CPU in one process numpy does it, which compiles nothing. Elsewhere the
+  gather comes first and the sharding second: a gather with an output sharding
+  aborts XLA in jax 0.11.2.
+  """
+  if _with_numpy(mesh):
+    made = fn(jax.device_get(tree))
+    return jax.device_put(made, _shardings(made, mesh))
+  made = jax.jit(fn)(tree)
+  return jax.jit(lambda x: x, out_shardings=_shardings(made, mesh))(made)
+
+
+def _with_numpy(mesh: Mesh) -> bool:
+  return jax.process_count() == 1 and mesh.devices.flat[0].platform == "cpu"
+
+
+def _shardings(tree: Any, mesh: Mesh) -> Any:
+  if not (isinstance(tree, dict) and "layers" in tree):
+    return sharding.param_shardings(tree, mesh)
+  outer = {n: v for n, v in tree.items() if n != "layers"}
+  layers = {
+    n: sharding.param_sharding(n, v.shape, mesh, stacked=True)
+    for n, v in tree["layers"].items()
+  }
+  return sharding.param_shardings(outer, mesh) | {"layers": layers}

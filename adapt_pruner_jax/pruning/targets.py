@@ -1,0 +1,87 @@
+"""Adapt-Pruner: scores and a schedule decide which units stay (2502.03460).
+
+Within a stage units are only masked, in dense stacked coordinates, so that one
+executable scores every step of every stage; at its end the kept units are
+gathered into a smaller model (`surgery`).
+"""
+
+import dataclasses
+import math
+
+import numpy as np
+
+from adapt_pruner_jax.config import Prune, layer_range
+from adapt_pruner_jax.errors import UserError
+from adapt_pruner_jax.models import model_config
+from adapt_pruner_jax.models.axes import UNITS
+from adapt_pruner_jax.models.model_config import ModelConfig
+from adapt_pruner_jax.pruning.surgery import Masks
+
+# ---- Sizes and targets -------------------------------------------------------
+
+
+def prunable_modules(config: ModelConfig, settings: Prune) -> Masks:
+  """Which modules may be pruned, {"K": bool [L], "F": ...}.
+
+  Raises:
+    UserError: none, or a range of layers that there is not.
+  """
+  ranges = {
+    "K": ("prune.attention_layers", settings.attention_layers),
+    "F": ("prune.mlp_layers", settings.mlp_layers),
+  }
+  found = {
+    u: np.isin(np.arange(config.L), layer_range(text, config.L, name))
+    & (np.array(config.units()[u]) > 0)
+    for u, (name, text) in ranges.items()
+  }
+  if not any(modules.any() for modules in found.values()):
+    raise UserError(
+      "no layer is left that may be pruned: give more of them "
+      "(--config.prune.attention_layers, .mlp_layers)"
+    )
+  return found
+
+
+def smallest(config: ModelConfig, settings: Prune) -> int:
+  """Parameters with one unit (or one block of channels) left in each module."""
+  prunable = prunable_modules(config, settings)
+  least = {"K": 1, "F": settings.round_ffn_to}
+  units = {
+    u: tuple(
+      min(w, least[u]) if p else w
+      for w, p in zip(config.units()[u], prunable[u], strict=True)
+    )
+    for u in UNITS
+  }
+  return model_config.count_params(dataclasses.replace(config, **units))
+
+
+def resolve_target(config: ModelConfig, settings: Prune) -> int | None:
+  """Parameters to keep, from `ratio` or `target_params`; None if neither.
+
+  Raises:
+    UserError: above the model's size, or below what can be reached.
+  """
+  size = model_config.count_params(config)
+  if settings.ratio:
+    target = math.floor(size * (1 - settings.ratio))
+  elif settings.target_params:
+    target = settings.target_params
+  else:
+    return None
+  if target >= size:
+    raise UserError(
+      f"prune.target_params={target:,} is not below the model's {size:,} "
+      "parameters: nothing would be pruned"
+    )
+  low = smallest(config, settings)
+  # SliceGPT narrows the residual stream, and knows its own limit.
+  if target < low and settings.method != "slicegpt":
+    raise UserError(
+      f"a target of {target:,} parameters cannot be reached: with one KV group "
+      f"and {settings.round_ffn_to} MLP channel(s) left in each layer that may "
+      f"be pruned, {low:,} of {size:,} remain (prune.ratio="
+      f"{1 - low / size:.4f})"
+    )
+  return target

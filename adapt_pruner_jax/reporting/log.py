@@ -1,0 +1,233 @@
+"""What a run tells: the console, metrics.jsonl, TensorBoard, trackers.
+
+Only process 0 speaks and writes. Durations come from a clock that never goes
+backwards; the wall clock is only noted in the rows of metrics.jsonl.
+"""
+
+import contextlib
+import importlib
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from adapt_pruner_jax.distributed import agreement
+from adapt_pruner_jax.errors import UserError, nearest
+from adapt_pruner_jax.reporting.progress import Phase, show
+from adapt_pruner_jax.reporting.tensorboard import Events
+from adapt_pruner_jax.storage import json_files
+
+METRICS = "metrics.jsonl"
+TRACKERS = ("wandb", "trackio")
+PROJECT = "adapt-pruner"
+EVERY = 10.0  # seconds between the lines of a phase without a terminal
+
+# Dense bfloat16 FLOP/s of one device, from the makers' data sheets. The first
+# name that `device_kind` starts with counts.
+PEAK_FLOPS = {
+  "TPU v4": 275e12,
+  "TPU v5 lite": 197e12,
+  "TPU v5e": 197e12,
+  "TPU v5p": 459e12,
+  "TPU v5": 459e12,
+  "TPU v6 lite": 918e12,
+  "TPU v6e": 918e12,
+  "NVIDIA A100": 312e12,
+  "NVIDIA H100 PCIe": 756e12,
+  "NVIDIA H100 NVL": 835e12,
+  "NVIDIA H100": 989e12,
+  "NVIDIA H200": 989e12,
+}
+
+
+def peak_flops(device: jax.Device) -> float | None:
+  """bfloat16 FLOP/s that the device can do at best, None if not known."""
+  kind = device.device_kind
+  return next((f for n, f in PEAK_FLOPS.items() if kind.startswith(n)), None)
+
+
+class Log:
+  """The voice of a run; also a context manager."""
+
+  def __init__(
+    self, workdir: Path | None, tensorboard: bool = True, trackers: str = ""
+  ):
+    """Opens the trackers; files are made when there is something to write.
+
+    Args:
+      workdir: gets metrics.jsonl and tensorboard/; None = console only.
+      trackers: "wandb", "trackio", or both with a comma.
+
+    Raises:
+      UserError: a tracker is unknown or not installed.
+    """
+    self._console = Console(quiet=not agreement.is_writer())
+    self._workdir = workdir if agreement.is_writer() else None
+    self._tensorboard = tensorboard
+    self._events: dict[str, Events] = {}  # of each kind
+    self._restart: dict[str, int] = {}  # first step that is done again
+    self._trackers = []
+    for name in filter(None, trackers.split(",")):
+      module = _import_tracker(name.strip())
+      if self._workdir is not None:
+        module.init(project=PROJECT, name=self._workdir.name)
+        self._trackers.append(module)
+
+  def __enter__(self) -> "Log":
+    return self
+
+  def __exit__(self, *_: Any) -> None:
+    self.close()
+
+  def say(self, text: str) -> None:
+    """A line on the console."""
+    self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+  def metrics(self, kind: str, step: int, values: dict[str, Any]) -> None:
+    """A row {"kind", "step", ..., "time"} of metrics.jsonl, and its scalars.
+
+    Args:
+      kind: what `step` counts, such as "train"; TensorBoard shows it as a run.
+    """
+    if self._workdir is None:
+      return
+    values = json_files.plain(values)  # what is not finite becomes a string
+    row = {"kind": kind, "step": step, **values, "time": time.time()}
+    json_files.append_line(self._workdir / METRICS, row)
+    scalars = {n: v for n, v in values.items() if isinstance(v, int | float)}
+    if self._tensorboard and scalars:
+      self._events_of(kind).add(step, scalars)
+    for module in self._trackers:
+      # Trackers want one step count that only rises; each kind has its own.
+      named = {f"{kind}/{name}": value for name, value in scalars.items()}
+      module.log({f"{kind}/step": step} | named)
+
+  def rewind(self, kind: str, step: int) -> None:
+    """Forgets the rows of this kind from `step` on: a resumed run redoes them.
+
+    Raises:
+      UserError: metrics.jsonl is damaged.
+    """
+    if self._workdir is None:
+      return
+    path = self._workdir / METRICS
+    rows = json_files.read_lines(path)
+    kept = [r for r in rows if r["kind"] != kind or r["step"] < step]
+    if len(kept) < len(rows):
+      json_files.rewrite_lines(path, kept)
+    self._restart[kind] = step
+    if kind in self._events:
+      self._events.pop(kind).close()
+
+  @contextlib.contextmanager
+  def phase(
+    self, title: str, total: float, unit: str, flops: float = 0.0
+  ) -> Iterator[Phase]:
+    """Shows how far something is: live on a terminal, else a line at times.
+
+    Args:
+      title: such as "stage 2 of 4: train".
+      total: what `Phase.update` will end at, in `unit`s.
+      unit: such as "tokens"; shown, and shown a second.
+      flops: model FLOPs for each unit, all devices together; shows the MFU if
+        the device's peak is known.
+    """
+    peak = peak_flops(jax.devices()[0])
+    seconds = flops / (peak * jax.device_count()) if peak and flops else None
+    if not self._console.is_terminal:
+      phase = Phase(title, total, unit, seconds, _in_lines(self.say))
+      yield phase
+      phase.end()
+      self.say(phase.line())
+      return
+    with Live(console=self._console) as live:
+      phase = Phase(
+        title, total, unit, seconds, lambda p: live.update(_view(p))
+      )
+      yield phase
+      phase.end()
+      live.update(_view(phase))
+
+  def table(
+    self, title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]
+  ) -> None:
+    """A table; numbers are right-aligned, and written with commas."""
+    cells = [[show(value) for value in row] for row in rows]
+    right = [
+      all(isinstance(row[i], int | float | None) for row in rows)
+      for i in range(len(columns))
+    ]
+    if self._console.is_terminal:
+      table = Table(title=Text(title), title_justify="left")
+      for name, number in zip(columns, right, strict=True):
+        table.add_column(name, justify="right" if number else "left")
+      for row in cells:
+        table.add_row(*map(Text, row))
+      self._console.print(table)
+      return
+    lines = [list(columns), *cells]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
+    self.say(title)
+    for line in lines:
+      aligned = [
+        cell.rjust(width) if number else cell.ljust(width)
+        for cell, width, number in zip(line, widths, right, strict=True)
+      ]
+      self.say("  ".join(aligned).rstrip())
+
+  def close(self) -> None:
+    """Writes out what TensorBoard and the trackers still hold."""
+    while self._events:
+      self._events.popitem()[1].close()
+    while self._trackers:
+      self._trackers.pop().finish()
+
+  def _events_of(self, kind: str) -> Events:
+    if kind not in self._events:
+      directory = self._workdir / "tensorboard" / kind
+      self._events[kind] = Events(directory, self._restart.pop(kind, None))
+    return self._events[kind]
+
+
+def _in_lines(say: Callable[[str], None]) -> Callable[[Phase], None]:
+  """Shows a phase as a line, at once and then every EVERY seconds."""
+  last = -math.inf
+
+  def show_line(phase: Phase) -> None:
+    nonlocal last
+    now = time.monotonic()
+    if now - last >= EVERY:
+      last = now
+      say(phase.line())
+
+  return show_line
+
+
+def _view(phase: Phase) -> Group:
+  """A phase on a terminal: its title with a bar, and the details below."""
+  bar = ProgressBar(phase.total, phase.done, width=30)
+  head = Table.grid(padding=(0, 1))
+  head.add_row(Text(phase.title, style="bold"), bar)
+  return Group(head, Text(phase.details()))
+
+
+def _import_tracker(name: str) -> Any:
+  if name not in TRACKERS:
+    raise UserError(
+      f"tracker {name} is not one of {', '.join(TRACKERS)}"
+      + nearest(name, TRACKERS)
+    )
+  try:
+    return importlib.import_module(name)
+  except ImportError as error:
+    raise UserError(
+      f"tracker {name} is not installed: pip install {name}"
+    ) from error

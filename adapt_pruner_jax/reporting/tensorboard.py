@@ -1,0 +1,80 @@
+"""TensorBoard's event files, one directory for each kind of row.
+
+tensorboardX has the format. Its `SummaryWriter` is not used: it writes from a
+thread, and when the disk is full that thread dies and the run waits for ever.
+"""
+
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from adapt_pruner_jax.storage import publish
+
+FLUSH = 10.0  # seconds; a kill loses no more of the curves than this
+
+
+class Events:
+  """A new event file in `directory`."""
+
+  def __init__(self, directory: Path, restart: int | None):
+    """Makes the file.
+
+    Args:
+      restart: the first step that this file has anew; older files' values from
+        there on are no longer shown. None = nothing was there before.
+
+    Raises:
+      UserError: it cannot be written, as in `add` and `close`.
+    """
+    with _without_torch():
+      from tensorboardX.event_file_writer import EventsWriter
+      from tensorboardX.proto import event_pb2
+    self._event = event_pb2.Event
+    self._directory = directory
+    # The file's own name only has the second in it.
+    suffix = f".{os.getpid()}.{time.monotonic_ns()}"
+    with self._explained():
+      directory.mkdir(parents=True, exist_ok=True)
+      self._file = EventsWriter(str(directory / "events"), suffix)
+      if restart is not None:
+        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._file.write_event(self._event(step=restart, session_log=start))
+    self._flushed = time.monotonic()
+
+  def add(self, step: int, scalars: Mapping[str, float]) -> None:
+    """The values of one step."""
+    event = self._event(step=step, wall_time=time.time())
+    for name, value in scalars.items():
+      event.summary.value.add(tag=name, simple_value=value)
+    with self._explained():
+      self._file.write_event(event)
+      if time.monotonic() - self._flushed >= FLUSH:
+        self._file.flush()
+        self._flushed = time.monotonic()
+
+  def close(self) -> None:
+    with self._explained():
+      self._file.close()
+
+  @contextlib.contextmanager
+  def _explained(self) -> Iterator[None]:
+    try:
+      yield
+    except OSError as error:
+      raise publish.unwritable(self._directory, error) from error
+
+
+@contextlib.contextmanager
+def _without_torch() -> Iterator[None]:
+  """tensorboardX imports it if it is there: seconds and 400 MB for nothing."""
+  if "torch" in sys.modules:
+    yield
+    return
+  sys.modules["torch"] = None
+  try:
+    yield
+  finally:
+    del sys.modules["torch"]

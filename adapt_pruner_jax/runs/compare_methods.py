@@ -1,0 +1,122 @@
+"""Who takes part in a comparison: methods by name, and their settings."""
+
+import dataclasses
+
+from adapt_pruner_jax.config import Config, Prune, check
+from adapt_pruner_jax.errors import UserError, nearest
+from adapt_pruner_jax.pruning import methods
+
+# Names beside those of `methods.METHODS`, as settings of prune.*.
+VARIANTS = {
+  "uniform": {"method": "adapt", "amplitude": 0.0},
+  # The published selection; the target is met exactly all the same.
+  "paper": {"method": "adapt", "gqa_fold": "reference", "trim": True},
+}
+NAMES = (*methods.METHODS, *VARIANTS)
+REFIT = "+refit"  # after a name: with prune.refit, "final" if that is none
+ALL = (*NAMES, "adapt" + REFIT, "curvature" + REFIT)
+DENSE, SCRATCH = "dense", "from_scratch"
+
+
+def parse_names(text: str) -> list[str]:
+  """Reads --methods: names with commas between, or "all".
+
+  A name is one of `config.CHOICES["prune.method"]`, `uniform` (amplitude 0) or
+  `paper` (heads counted as the authors' code does), with `+refit` behind it or
+  not.
+
+  Raises:
+    UserError: an unknown name, or one that is given twice.
+  """
+  if text == "all":
+    return list(ALL)
+  names = [name.strip() for name in text.split(",") if name.strip()]
+  for name in names:
+    if name.removesuffix(REFIT) not in NAMES:
+      raise UserError(
+        f"--methods={text}: no method {name}{nearest(name, ALL)}; there are "
+        f"{', '.join(NAMES)}, each also with {REFIT}, and all"
+      )
+  if not names or len({*names}) < len(names):
+    raise UserError(
+      f"--methods={text}: give names once each, with commas between, or all"
+    )
+  return names
+
+
+def parse_ratios(text: str) -> list[float]:
+  """Reads --ratios: shares of all parameters to remove, rising.
+
+  Raises:
+    UserError: not numbers between 0 and 1.
+  """
+  try:
+    ratios = sorted({float(part) for part in text.split(",")})
+  except ValueError:
+    ratios = []
+  if not ratios or not all(0 < ratio < 1 for ratio in ratios):
+    raise UserError(
+      f"--ratios={text}: give shares to remove, above 0 and below 1, with "
+      "commas between, such as 0.2,0.4,0.6"
+    )
+  return ratios
+
+
+def settings_of(name: str, ratio: float, base: Prune) -> Prune:
+  """The settings that a method's name stands for, at a ratio.
+
+  Args:
+    base: of `shared_recipe`.
+  """
+  plain = name.removesuffix(REFIT)
+  refit = "none" if plain == name else base.refit
+  if refit.isdigit() and plain != "curvature":
+    refit = "final"
+  variant = VARIANTS.get(plain, {"method": plain})
+  return dataclasses.replace(base, **variant, ratio=ratio, refit=refit)
+
+
+def shared_recipe(config: Config, recover_tokens: int) -> Config:
+  """What all rows share; the work directory's config.json."""
+  return dataclasses.replace(
+    config,
+    prune=dataclasses.replace(
+      config.prune,
+      method="adapt",
+      ratio=0.0,
+      target_params=0,
+      max_steps=0,
+      stages=1,
+      # What +refit means; not "none", so that its calibration is opened.
+      refit="final" if config.prune.refit == "none" else config.prune.refit,
+    ),
+    train=dataclasses.replace(config.train, tokens=recover_tokens),
+    oneshot_control=False,
+  )
+
+
+def check_input(
+  config: Config,
+  names: list[str],
+  jobs: list[tuple[str, float]],
+  recover_tokens: int,
+  from_scratch: bool,
+) -> None:
+  """Raises a UserError for what no comparison can be made of."""
+  if not (config.eval.text or config.eval.tasks):
+    raise UserError(
+      "nothing to compare by: give --config.eval.text=FILE for perplexity, "
+      "--config.eval.tasks=arc_easy,... for accuracy, or both"
+    )
+  if from_scratch and not recover_tokens:
+    raise UserError("--from_scratch needs --recover_tokens=N to train on")
+  if from_scratch and "adapt" not in names:
+    raise UserError(
+      "--from_scratch trains the shapes that adapt leaves: add adapt to "
+      "--methods"
+    )
+  shared = shared_recipe(config, recover_tokens)
+  for name, ratio in jobs:
+    if name not in (DENSE, SCRATCH):
+      settings = settings_of(name, ratio, shared.prune)
+      check(dataclasses.replace(shared, prune=settings))

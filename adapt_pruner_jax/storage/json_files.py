@@ -1,0 +1,121 @@
+"""Files of a run that survive anything: one writer, whole files or none.
+
+JSON is always valid JSON: NaN and the infinities, which it does not have, are
+written as the strings "NaN", "Infinity" and "-Infinity" (`float` reads them).
+"""
+
+import errno
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from adapt_pruner_jax.errors import UserError
+from adapt_pruner_jax.storage.publish import unwritable, write_text
+
+# ---- JSON --------------------------------------------------------------------
+
+
+def read_json(path: Path) -> Any:
+  """The content of a JSON file.
+
+  Raises:
+    UserError: it is not there, unreadable, or damaged.
+  """
+  try:
+    return json.loads(path.read_bytes())
+  except OSError as error:
+    raise UserError(f"cannot read {path}: {error.strerror}") from error
+  except ValueError as error:
+    raise UserError(
+      f"{path} is damaged, it is not JSON: {error}; restore it from a copy, or "
+      "move it away"
+    ) from error
+
+
+def write_json(path: Path, value: Any) -> None:
+  """Writes a whole JSON file, or leaves the old one as it was."""
+  write_text(path, json.dumps(plain(value), indent=2) + "\n")
+
+
+def digest(content: Any) -> str:
+  """sha256 of JSON in one fixed form, the same before and after writing."""
+  content = json.loads(json.dumps(content))  # keys become strings, then sorted
+  return hashlib.sha256(
+    json.dumps(content, sort_keys=True).encode()
+  ).hexdigest()
+
+
+# ---- JSON lines --------------------------------------------------------------
+
+
+def read_lines(path: Path) -> list[Any]:
+  """The rows of a JSONL file, none if there is no file.
+
+  A last line without its newline was cut off by a kill, and is left out.
+
+  Raises:
+    UserError: unreadable, or another line is damaged.
+  """
+  try:
+    *lines, _ = path.read_bytes().split(b"\n")
+  except FileNotFoundError:
+    return []
+  except OSError as error:
+    raise UserError(f"cannot read {path}: {error.strerror}") from error
+  rows = []
+  for number, line in enumerate(lines, start=1):
+    try:
+      rows.append(json.loads(line))
+    except ValueError as error:
+      raise UserError(
+        f"{path}, line {number} is damaged, it is not JSON: {error}; restore "
+        "the file from a copy, or move it away"
+      ) from error
+  return rows
+
+
+def append_line(path: Path, row: Any) -> None:
+  """Adds a row; a line that a kill had cut off before is removed first.
+
+  One `write`, so that a kill leaves all or nothing of it; not synced to disk,
+  as this is called often.
+  """
+  line = json.dumps(plain(row)).encode() + b"\n"
+  try:
+    with open(path, "ab+", buffering=0) as file:
+      size = file.seek(0, os.SEEK_END)
+      file.seek(max(size - 1, 0))
+      if file.read(1) not in (b"", b"\n"):
+        file.seek(0)
+        size = file.read().rfind(b"\n") + 1
+        file.truncate(size)
+      if file.write(line) != len(line):
+        file.truncate(size)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+  except OSError as error:
+    raise unwritable(path, error) from error
+
+
+def rewrite_lines(path: Path, rows: Iterable[Any]) -> None:
+  """Writes a whole JSONL file, or leaves the old one as it was."""
+  write_text(path, "".join(json.dumps(plain(row)) + "\n" for row in rows))
+
+
+def plain(value: Any) -> Any:
+  """`value` out of what JSON has: no numpy, no NaN, no infinities."""
+  if isinstance(value, dict):
+    return {key: plain(child) for key, child in value.items()}
+  if isinstance(value, list | tuple):
+    return [plain(child) for child in value]
+  if isinstance(value, np.ndarray | np.generic | jax.Array):
+    return plain(value.tolist())
+  if isinstance(value, float) and not math.isfinite(value):
+    return json.dumps(value)
+  return value

@@ -1,0 +1,79 @@
+"""Files of a run that survive anything: one writer, whole files or none.
+
+JSON is always valid JSON: NaN and the infinities, which it does not have, are
+written as the strings "NaN", "Infinity" and "-Infinity" (`float` reads them).
+"""
+
+import contextlib
+import errno
+import fcntl
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+from absl import logging
+
+from adapt_pruner_jax.distributed.agreement import on_writer
+from adapt_pruner_jax.errors import UserError
+from adapt_pruner_jax.storage.publish import unwritable
+
+LOCK = "run.lock"
+# What flock says on a file system that has no locks.
+_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
+
+
+# ---- One run at a time -------------------------------------------------------
+
+
+@contextlib.contextmanager
+def lock(workdir: Path) -> Iterator[None]:
+  """Makes the work directory and holds it; freed however the process ends.
+
+  Raises:
+    UserError: another run holds it, or it cannot be written to.
+  """
+  file = on_writer(lambda: _take(workdir))
+  try:
+    yield
+  finally:
+    if file is not None:
+      os.close(file)
+
+
+def _take(workdir: Path) -> int:
+  path = workdir / LOCK
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+  except OSError as error:
+    raise UserError(
+      f"--workdir={workdir} cannot be written to: {error.strerror}; give a "
+      "directory that you may write to"
+    ) from error
+  try:
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError as error:
+    holder = os.read(file, 1000).decode(errors="replace") or "a process"
+    os.close(file)
+    raise UserError(
+      f"--workdir={workdir} is in use by another run ({holder}): wait for it "
+      "to end, stop it, or give another directory"
+    ) from error
+  except OSError as error:
+    if error.errno not in _NO_LOCKS:
+      os.close(file)
+      raise
+    logging.warning(
+      "%s: no file locks here (%s); a second run would not be refused",
+      path,
+      error.strerror,
+    )
+  holder = f"process {os.getpid()} on {socket.gethostname()}"
+  try:
+    os.ftruncate(file, 0)
+    os.pwrite(file, holder.encode(), 0)
+  except OSError as error:
+    os.close(file)
+    raise unwritable(path, error) from error
+  return file

@@ -1,0 +1,98 @@
+"""The train step, and the recovery of one stage: full, distilled, or LoRA.
+
+Weights and Adam's moments are float32; the arithmetic may be bfloat16. What is
+trained is a pytree: the params themselves or, with LoRA, the adapters beside
+frozen params. A batch is a dict of arrays [B, T] as `data` makes them:
+`tokens_BT, targets_BT, segments_BT, positions_BT, weights_BT`.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+
+from adapt_pruner_jax.distributed import sharding
+from adapt_pruner_jax.models import axes, model_config
+from adapt_pruner_jax.models.axes import Params
+from adapt_pruner_jax.models.model_config import ModelConfig
+
+LORA_NAMES = ("q", "k", "v", "o", "gate", "up", "down")
+
+
+def init_lora(
+  config: ModelConfig, rank: int, key: jax.Array, mesh: Mesh
+) -> dict[str, Any]:
+  """Adapters that change nothing yet (arXiv 2106.09685), float32.
+
+  One {"a": [in..., rank], "b": [rank, out...]} for each of the seven matrices
+  of each layer; `a` is random, `b` zero.
+  """
+  abstract, placed = abstract_adapters(config, rank, mesh)
+
+  def build(key):
+    leaves, tree = jax.tree.flatten(abstract)
+    keys = jax.random.split(key, len(leaves))
+    drawn = [
+      jax.random.normal(k, x.shape) / math.sqrt(math.prod(x.shape[:-1]))
+      for k, x in zip(keys, leaves, strict=True)
+    ]
+    return {
+      layer: {
+        name: {"a": f["a"], "b": jnp.zeros_like(f["b"])}
+        for name, f in factors.items()
+      }
+      for layer, factors in tree.unflatten(drawn).items()
+    }
+
+  return jax.jit(build, out_shardings=placed)(key)
+
+
+def merge_lora(
+  params: Params, adapters: dict[str, Any], lora_alpha: float
+) -> Params:
+  """Params with a @ b * (lora_alpha / rank) added, in the params' dtype."""
+
+  def merged(weight, factor):
+    scale = lora_alpha / factor["b"].shape[0]
+    delta = jnp.tensordot(factor["a"], factor["b"], axes=1) * scale
+    return (weight.astype(jnp.float32) + delta).astype(weight.dtype)
+
+  new = dict(params)
+  for layer, factors in adapters.items():
+    changed = {n: merged(params[layer][n], f) for n, f in factors.items()}
+    new[layer] = params[layer] | changed
+  return new
+
+
+def full_model(config: ModelConfig, mesh: Mesh) -> tuple[Any, Any]:
+  abstract = model_config.abstract_params(config, jnp.float32)
+  return abstract, sharding.param_shardings(abstract, mesh)
+
+
+def abstract_adapters(
+  config: ModelConfig, rank: int, mesh: Mesh
+) -> tuple[Any, Any]:
+  """The adapter tree as shapes, and as shardings."""
+  shapes, placed = {}, {}
+  for i in range(config.L):
+    layer = axes.layer_name(i)
+    sizes = config.sizes(i) | {"R": rank}
+    shapes[layer], placed[layer] = {}, {}
+    for name in LORA_NAMES:
+      if name not in model_config.layer_names(config, i):
+        continue  # this half of the layer is gone
+      letters = axes.AXES[name]
+      # The residual width D is the side where a matrix reads, or writes.
+      cut = 1 if letters[0] in axes.RESIDUAL else len(letters) - 1
+      pair = {"a": letters[:cut] + "R", "b": "R" + letters[cut:]}
+      shape = {f: tuple(sizes[x] for x in pair[f]) for f in pair}
+      shapes[layer][name] = {
+        f: jax.ShapeDtypeStruct(shape[f], jnp.float32) for f in pair
+      }
+      placed[layer][name] = {
+        f: NamedSharding(mesh, sharding.spec(pair[f], shape[f], mesh))
+        for f in pair
+      }
+  return shapes, placed

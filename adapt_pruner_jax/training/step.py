@@ -1,0 +1,167 @@
+"""The train step, and the recovery of one stage: full, distilled, or LoRA.
+
+Weights and Adam's moments are float32; the arithmetic may be bfloat16. What is
+trained is a pytree: the params themselves or, with LoRA, the adapters beside
+frozen params. A batch is a dict of arrays [B, T] as `data` makes them:
+`tokens_BT, targets_BT, segments_BT, positions_BT, weights_BT`.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from adapt_pruner_jax.config import Train
+from adapt_pruner_jax.distributed import placement, sharding
+from adapt_pruner_jax.errors import UserError
+from adapt_pruner_jax.models.axes import Params
+from adapt_pruner_jax.models.decoder import Decoder
+from adapt_pruner_jax.models.model_config import ModelConfig
+from adapt_pruner_jax.training import losses, optimizer
+from adapt_pruner_jax.training.lora import (
+  abstract_adapters,
+  full_model,
+  merge_lora,
+)
+
+Batch = Mapping[str, Any]
+Metrics = dict[str, Any]
+# (trained, optimizer state, batch, global step) -> the first two and metrics
+Step = Callable[[Any, Any, Batch, int], tuple[Any, Any, Metrics]]
+
+
+def make_step(
+  config: ModelConfig,
+  settings: Train,
+  schedule: optimizer.Schedule,
+  mesh: Mesh,
+  base: Params | None = None,
+  teacher: tuple[ModelConfig, Params] | None = None,
+) -> Step:
+  """The train step of one model shape, compiled at its first call.
+
+  A step whose loss or gradient is not finite changes nothing but its metrics
+  (`loss`, `grad_norm`, `tokens`, `learning_rate`, and with a teacher
+  `next_token`, the loss without distillation). The trees passed in are donated.
+
+  Args:
+    base: the frozen params under LoRA; the step then trains adapters.
+    teacher: the pair to distil from, needed if `settings.distill_alpha` > 0.
+  """
+  alpha = settings.distill_alpha
+  assert not alpha or teacher is not None, "distillation without a teacher"
+  transform = optimizer.optimizer(settings.weight_decay)
+  dtype = jnp.dtype(settings.dtype)
+  student = Decoder(config, remat=settings.remat)
+
+  def mean_loss(trained, base, teacher_params, batch, count):
+    params = trained
+    if base is not None:
+      params = merge_lora(base, trained, settings.lora_alpha)
+    logits = _logits(student, cast(params, dtype), batch, mesh)
+    targets, weights = batch["targets_BT"], batch["weights_BT"]
+    nll = losses.next_token(logits, targets, weights)[0] / count
+    if not alpha:
+      return nll, nll
+    decoder = Decoder(teacher[0])
+    taught = _logits(decoder, cast(teacher_params, dtype), batch, mesh)
+    kl = losses.distillation(logits, taught, weights)[0] / count
+    return (1 - alpha) * nll + alpha * kl, nll
+
+  def step_fn(trained, opt_state, base, teacher_params, batch, rate):
+    # Dividing each microbatch by the weight of the whole batch makes the sum
+    # of microbatches exactly the mean over the batch.
+    count = jnp.maximum(batch["weights_BT"].sum(), 1)
+    gradient = jax.value_and_grad(mean_loss, has_aux=True)
+
+    def add(total, microbatch):
+      found = gradient(trained, base, teacher_params, microbatch, count)
+      return jax.tree.map(jnp.add, total, found), None
+
+    if settings.accumulation == 1:
+      total = gradient(trained, base, teacher_params, batch, count)
+    else:
+      zero = jnp.zeros(())
+      zeros = ((zero, zero), jax.tree.map(jnp.zeros_like, trained))
+      split = microbatches(batch, settings.accumulation, mesh)
+      total, _ = jax.lax.scan(add, zeros, split)
+    (value, nll), grads = total
+    norm = optax.tree.norm(grads)
+    updates, new_state = transform.update(grads, opt_state, trained)
+    new = jax.tree.map(lambda p, u: p - rate * u, trained, updates)
+    good = jnp.isfinite(value) & jnp.isfinite(norm)
+    new, new_state = jax.tree.map(
+      partial(jnp.where, good), (new, new_state), (trained, opt_state)
+    )
+    metrics = {"loss": value, "grad_norm": norm, "learning_rate": rate}
+    metrics |= {"tokens": batch["weights_BT"].sum()}
+    metrics |= {"next_token": nll} if alpha else {}
+    return new, new_state, metrics
+
+  if base is None:
+    abstract, placed = full_model(config, mesh)
+  else:
+    abstract, placed = abstract_adapters(config, settings.lora_rank, mesh)
+  state = optimizer.state_shardings(transform, abstract, placed, mesh)
+  out = (placed, state, sharding.replicated(mesh))
+  compiled = jax.jit(step_fn, donate_argnums=(0, 1), out_shardings=out)
+  teacher_params = teacher[1] if alpha else None
+
+  def run(trained, opt_state, batch, step):
+    rows = batch["tokens_BT"].shape[0]
+    check_rows(rows, settings.accumulation, mesh)
+    rate = np.float32(schedule(step))
+    return compiled(trained, opt_state, base, teacher_params, batch, rate)
+
+  return run
+
+
+def init_optimizer(trained: Any, settings: Train, mesh: Mesh) -> Any:
+  """Fresh optimizer state for params, or for adapters, placed like them."""
+  transform = optimizer.optimizer(settings.weight_decay)
+  placed = jax.tree.map(lambda x: x.sharding, trained)
+  return optimizer.init(transform, trained, placed, mesh)
+
+
+def cast(params: Params, dtype: jnp.dtype) -> Params:
+  return jax.tree.map(lambda p: p.astype(dtype), params)
+
+
+def microbatches(batch: Batch, number: int, mesh: Mesh) -> Batch:
+  """[B, T] -> [number, B / number, T], each microbatch on all devices."""
+  spec = PartitionSpec(None, sharding.BATCH)
+
+  def split(x):
+    # Every number-th row, so that no row leaves its device.
+    x = x.reshape(-1, number, *x.shape[1:]).swapaxes(0, 1)
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+  return jax.tree.map(split, batch)
+
+
+def _logits(
+  decoder: Decoder, params: Params, batch: Batch, mesh: Mesh
+) -> jax.Array:
+  logits_BTV, _ = decoder.apply(
+    {"params": sharding.whole_embedding(params, mesh)},
+    batch["tokens_BT"],
+    batch["segments_BT"],
+    batch["positions_BT"],
+  )
+  return logits_BTV
+
+
+def check_rows(rows: int, accumulation: int, mesh: Mesh) -> None:
+  """Raises a UserError if the rows of a batch cannot be dealt out evenly."""
+  devices = placement.batch_shards(mesh)
+  if rows % (devices * accumulation):
+    raise UserError(
+      f"a batch of {rows} rows does not divide over {devices} device(s) x "
+      f"{accumulation} microbatch(es): make --config.data.batch a multiple of "
+      f"{devices * accumulation}"
+    )

@@ -1,0 +1,251 @@
+"""Families against Transformers, and config.json as it is found in the wild."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from adapt_pruner_jax.errors import UserError
+from adapt_pruner_jax.formats.hf import config_json, families, load
+from adapt_pruner_jax.models import decoder, model_config
+from tests.formats import zoo
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("torch")
+
+
+@pytest.fixture(scope="module")
+def animals(tmp_path_factory):
+  return zoo.make(tmp_path_factory.mktemp("zoo"))
+
+
+def logits_of(config, params, tokens):
+  return decoder.Decoder(config).apply({"params": params}, tokens)[0]
+
+
+def old_spelling(raw):
+  """A config.json of Transformers 5 as version 4 would have written it."""
+  raw = dict(raw)
+  rope = raw.pop("rope_parameters")
+  if "sliding_attention" in rope:
+    raw["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+    rope = rope["full_attention"]
+  rope = dict(rope)
+  raw["rope_theta"] = rope.pop("rope_theta")
+  raw["partial_rotary_factor"] = rope.pop("partial_rotary_factor", ...)
+  rope["type"] = rope.pop("rope_type")
+  raw["rope_scaling"] = rope if rope["type"] != "default" else None
+  raw["torch_dtype"] = raw.pop("dtype")
+  return {name: value for name, value in raw.items() if value is not ...}
+
+
+@pytest.mark.parametrize("name", zoo.CASES)
+def test_logits_equal_transformers(animals, name):
+  animal = animals[name]
+  config, params = load.load(animal.path)
+  found = logits_of(config, params, animal.tokens_BT)
+  assert np.abs(animal.logits_BTV).max() > 0.5
+  np.testing.assert_allclose(found, animal.logits_BTV, rtol=0, atol=1e-4)
+  shapes = jax.tree.map(np.shape, params)
+  assert shapes == model_config.param_shapes(config)
+  assert config.eos_ids == ((2,) if name == "llama" else (2, 3))
+
+
+@pytest.mark.parametrize("name", zoo.CASES)
+def test_spellings_and_inverse(animals, name):
+  raw = json.loads((animals[name].path / "config.json").read_text())
+  config = config_json.read(raw)
+  assert config_json.read(old_spelling(raw)) == config
+  written = config_json.write(config)
+  assert config_json.read(written) == config
+  # Either spelling alone, as one version of Transformers sees it.
+  assert (
+    config_json.read(old_spelling(written | {"dtype": "float32"})) == config
+  )
+  for field in ("rope_theta", "rope_scaling", "rope_local_base_freq"):
+    written.pop(field, None)
+  assert config_json.read(written) == config
+
+
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_defaults_are_those_of_transformers(family):
+  peer = transformers.AutoConfig.for_model(family)
+  rope = peer.rope_parameters
+  same = {
+    "rope_theta": rope.get("full_attention", rope).get("rope_theta"),
+    "rope_local_base_freq": rope.get("sliding_attention", {}).get("rope_theta"),
+    "partial_rotary_factor": rope.get("partial_rotary_factor"),
+    "rope_scaling": None,
+    "rope_parameters": None,
+    "sliding_window_pattern": 6,  # in code; no field any more
+    "_sliding_window_pattern": None,
+  }
+  for field, default in families.FAMILIES[family].fields.items():
+    if default is families.REQUIRED or field == "layer_types":
+      continue
+    if field in ("head_dim", "num_key_value_heads") and default is None:
+      continue  # they follow from other fields
+    expected = same[field] if field in same else getattr(peer, field)
+    if field == "sliding_window" and not getattr(
+      peer, "use_sliding_window", True
+    ):
+      expected = default  # Transformers blanks what is not used
+    assert default == expected, field
+
+
+@pytest.mark.parametrize(
+  "family, layers", [("gemma2", 5), ("gemma3_text", 13), ("qwen2", 30)]
+)
+def test_windows_are_those_of_transformers(family, layers):
+  """Where layer_types is absent, as in older files."""
+  fields = {**zoo.BASE, "num_hidden_layers": layers, "sliding_window": 8}
+  fields["use_sliding_window"] = True
+  peer = transformers.AutoConfig.for_model(family, **fields)
+  if not family.startswith("qwen"):
+    del fields["use_sliding_window"]
+  config = config_json.read(fields | {"model_type": family})
+  expected = [8 * (kind == "sliding_attention") for kind in peer.layer_types]
+  assert 0 in expected
+  assert 8 in expected
+  assert list(config.window) == expected
+
+
+@pytest.mark.parametrize(
+  "name",
+  [
+    "meta-llama/Llama-3.2-1B",
+    "HuggingFaceTB/SmolLM2-135M",
+    "TinyLlama/TinyLlama-1.1B",
+    "mistralai/Mistral-7B-v0.1",
+    "Qwen/Qwen2.5-0.5B",
+    "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B",
+    "Qwen/Qwen3-0.6B",
+    "google/gemma-2-2b",
+    "google/gemma-3-1b-pt",
+    "microsoft/Phi-3-mini-4k-instruct",
+    "facebook/MobileLLM-125M",
+  ],
+)
+def test_published_models(golden, name):
+  """Their config.json, and the number of parameters on their pages."""
+  found = json.loads((golden / "hub_configs.json").read_text())[name]
+  config = config_json.read(found["config"])
+  assert model_config.count_params(config) == found["parameters"]
+  assert config_json.read(config_json.write(config)) == config
+
+
+LLAMA = zoo.BASE | {"model_type": "llama"}
+
+
+def refusal(**changes):
+  raw = {k: v for k, v in (LLAMA | changes).items() if v is not ...}
+  with pytest.raises(UserError) as caught:
+    config_json.read(raw, path="dir/config.json")
+  text = str(caught.value)
+  assert "\n" not in text
+  return text
+
+
+@pytest.mark.parametrize(
+  "changes, words",
+  [
+    ({"model_type": "bert"}, ["bert", "llama, mistral, qwen2"]),
+    ({"model_type": "qwen4"}, ["qwen4", "did you mean qwen"]),
+    ({"model_type": ...}, ["model_type None"]),
+    ({"architectures": ["LlamaForSequenceClassification"]}, ["not a causal"]),
+    ({"architectures": ["LlamaModel"]}, ["LlamaModel", "not a causal"]),
+    ({"quantization_config": {"bits": 4}}, ["quantization_config"]),
+    ({"alibi": True}, ["alibi=True is not supported", "ignore_fields=alibi"]),
+    ({"logit_cap": 3}, ["logit_cap=3 is not known", "ignore_fields=logit_cap"]),
+    ({"atention_bias": True}, ["did you mean attention_bias"]),
+    ({"sliding_window": 8}, ["sliding_window=8"]),
+    ({"rope_scaling": {"type": "yarn", "factor": 2}}, ["rope type yarn"]),
+    ({"rope_scaling": {"rope_type": "dynamic"}}, ["rope type dynamic"]),
+    ({"rope_scaling": {"type": "linear"}}, ["linear needs the field factor"]),
+    (
+      {"rope_scaling": {"type": "linear", "factor": 2.0, "beta_fast": 1}},
+      ["rope field beta_fast"],
+    ),
+    ({"hidden_act": "relu"}, ["hidden_act=relu", "silu"]),
+    ({"hidden_size": ...}, ["hidden_size is missing"]),
+    ({"hidden_size": "32"}, ["hidden_size='32' must be int"]),
+    ({"num_hidden_layers": 0}, ["num_hidden_layers=0 must be from 1"]),
+    ({"vocab_size": True}, ["vocab_size=True must be int"]),
+    ({"tie_word_embeddings": "no"}, ["tie_word_embeddings='no' must be bool"]),
+    ({"num_key_value_heads": 3}, ["8 heads on 3 key/value heads"]),
+    ({"per_layer_config": {"9": {}}}, ["per_layer_config has no layer 9"]),
+    (
+      {"per_layer_config": {"1": {"head_dim": 8}}},
+      ["per_layer_config.1.head_dim"],
+    ),
+    (
+      {"per_layer_config": {"1": {"num_key_value_heads": 1}}},
+      ["layer 1", "8 heads on 1"],
+    ),
+  ],
+)
+def test_refused(changes, words):
+  text = refusal(**changes)
+  assert text.startswith("dir/config.json: ")
+  assert all(word in text for word in words), text
+
+
+def test_ignored_fields():
+  config = config_json.read(LLAMA)
+  raw = LLAMA | {"logit_cap": 3, "sliding_window": 8}
+  assert config_json.read(raw, "logit_cap, sliding_window") == config
+  # Switched off, harmless, or not there.
+  raw = LLAMA | {"alibi": False, "some_future_field": None, "temperature": 0.7}
+  assert config_json.read(raw) == config
+  yarn = {"type": "yarn", "factor": 4.0, "beta_fast": 32}
+  raw = LLAMA | {"rope_scaling": yarn}
+  assert config_json.read(raw, "rope_scaling") == config
+
+
+def test_families_that_refuse_by_name():
+  long = {"type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}
+  for family, changes, word in [
+    ("phi3", {"rope_scaling": long}, "rope type longrope"),
+    ("gemma2", {"sliding_window": None}, "sliding_window"),
+    ("gemma2", {"layer_types": ["chunked"]}, "layer_types"),
+    (
+      "gemma3_text",
+      {"use_bidirectional_attention": True},
+      "use_bidirectional_attention",
+    ),
+  ]:
+    with pytest.raises(UserError, match=word):
+      config_json.read(LLAMA | {"model_type": family} | changes)
+
+
+def test_shared_layers_become_layers_of_their_own(tmp_path, animals, caplog):
+  """MobileLLM-LS: each stored layer runs twice; truth by doubling it."""
+  path = tmp_path / "shared"
+  shutil.copytree(animals["llama"].path, path)
+  mobile = {
+    "model_type": "mobilellm",
+    "architectures": ["MobileLLMForCausalLM"],
+  }
+  zoo.rewrite_config(path, **mobile, layer_sharing=True, share_embedding=False)
+  config, params = load.load(path)
+  assert "2 times" in caplog.text
+  assert config.L == 6
+  assert config.family == "llama"
+  assert params["layer_0"]["q"] is not None
+  np.testing.assert_array_equal(
+    params["layer_4"]["down"], params["layer_5"]["down"]
+  )
+  torch = pytest.importorskip("torch")
+  peer = transformers.AutoModelForCausalLM.from_pretrained(
+    animals["llama"].path
+  )
+  layers = [layer for layer in peer.model.layers for _ in range(2)]
+  peer.model.layers = torch.nn.ModuleList(layers)
+  peer.config.num_hidden_layers = 6
+  tokens = animals["llama"].tokens_BT
+  with torch.no_grad():
+    expected = peer(torch.tensor(tokens), use_cache=False).logits.numpy()
+  found = logits_of(config, params, tokens)
+  np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)

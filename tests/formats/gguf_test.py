@@ -1,0 +1,280 @@
+"""GGUF files, read back and, where llama.cpp is installed, run by it."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from adapt_pruner_jax.data.tokenizer import load_tokenizer
+from adapt_pruner_jax.distributed import sharding
+from adapt_pruner_jax.errors import UserError
+from adapt_pruner_jax.evaluation import generate
+from adapt_pruner_jax.formats.gguf import vocab, writer
+from adapt_pruner_jax.formats.hf import load
+from adapt_pruner_jax.models import decoder
+from adapt_pruner_jax.models.model_config import ModelConfig
+from adapt_pruner_jax.models.rope import Rope
+from adapt_pruner_jax.pruning import surgery
+from adapt_pruner_jax.runs import tiny_model
+from tests import small
+
+UNEVEN = ModelConfig(
+  family="llama",
+  V=64,
+  D=32,
+  G=2,
+  H=8,
+  K=(2, 1, 2),
+  F=(32, 64, 40),
+  norm_eps=1e-5,
+  rope=Rope(),
+  context=64,
+  tied=False,
+)
+LLAMA3 = Rope(
+  theta=5e5,
+  kind="llama3",
+  factor=8.0,
+  low_freq_factor=1.0,
+  high_freq_factor=4.0,
+  original_context=16,
+)
+CASES = {
+  "llama": {},
+  "smallest layer first": {"K": (1, 2, 2), "F": (32, 64, 40)},
+  "tied": {"tied": True},
+  "equal layers": {"K": (2, 2, 2), "F": (48, 48, 48)},
+  "llama3 rope": {"rope": LLAMA3},
+  "linear rope": {"rope": Rope(kind="linear", factor=4.0)},
+  "mobilellm": {"family": "mobilellm", "tied": True},
+  "mistral": {"family": "mistral"},
+  "qwen2": {"family": "qwen2", "qkv_bias": True},
+  "qwen2 tied": {"family": "qwen2", "qkv_bias": True, "tied": True},
+  "qwen3 tied": {"family": "qwen3", "qk_norm": "head", "tied": True},
+  "qwen3": {"family": "qwen3", "qk_norm": "head"},
+  "qwen3 tied, attention gone": {
+    "family": "qwen3",
+    "qk_norm": "head",
+    "tied": True,
+    "K": (2, 0, 1),
+  },
+  "all biases": {
+    "qkv_bias": True,
+    "o_bias": True,
+    "gate_up_bias": True,
+    "down_bias": True,
+  },
+  "FLAP's biases": {"o_bias": True, "down_bias": True},
+}
+IDS = [1, 5, 9, 33, 2, 17, 60, 8, 40, 3]
+
+
+def case(name):
+  config = dataclasses.replace(UNEVEN, **CASES[name])
+  return config, small.random_params(config)
+
+
+def logits_of(config, params, ids):
+  found, _ = decoder.Decoder(config).apply({"params": params}, np.array([ids]))
+  return np.asarray(found[0])
+
+
+def llama_logits(path, ids):
+  llama_cpp = pytest.importorskip(
+    "llama_cpp",
+    reason="llama-cpp-python is not installed (see docs/formats.md)",
+  )
+  llama = llama_cpp.Llama(
+    str(path),
+    n_ctx=64,
+    logits_all=True,
+    verbose=False,
+    type_k=llama_cpp.GGML_TYPE_F32,
+    type_v=llama_cpp.GGML_TYPE_F32,
+    n_threads=1,
+  )
+  llama.eval(ids)
+  return np.array(llama.scores[: len(ids)])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_llama_cpp_computes_the_same(name, tmp_path):
+  config, params = case(name)
+  writer.write(config, params, tmp_path / "model.gguf")
+  got = llama_logits(tmp_path / "model.gguf", IDS)
+  want = logits_of(config, params, IDS)
+  assert np.abs(want).max() > 0.5
+  np.testing.assert_allclose(got, want, atol=1e-4 * max(1, np.abs(want).max()))
+
+
+@pytest.mark.parametrize("kind", ["f16", "q8_0"])
+def test_smaller_files_compute_nearly_the_same(kind, tmp_path):
+  config, params = case("llama")
+  writer.write(config, params, tmp_path / "full.gguf")
+  writer.write(config, params, tmp_path / "model.gguf", kind=kind)
+  full, smaller = (
+    (tmp_path / n).stat().st_size for n in ("full.gguf", "model.gguf")
+  )
+  assert smaller < full
+  want = logits_of(config, params, IDS)
+  got = llama_logits(tmp_path / "model.gguf", IDS)
+  assert 0 < np.abs(got - want).max() < 0.05 * np.abs(want).max()
+
+
+def test_layers_that_are_gone_are_left_out(tmp_path):
+  config = dataclasses.replace(UNEVEN, K=(2, 0, 1), F=(32, 0, 64))
+  params = small.random_params(config)
+  writer.write(config, params, tmp_path / "model.gguf")
+  got = llama_logits(tmp_path / "model.gguf", IDS)
+  np.testing.assert_allclose(got, logits_of(config, params, IDS), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+  "changes, said",
+  [
+    ({"family": "gemma2"}, "hf_uniform"),
+    ({"residual": ((32, 32, 32),) * 3}, "only orbax"),
+    ({"window": (8, 8, 8), "family": "mistral"}, "sliding windows"),
+    ({"K": (2, 0, 1)}, "without attention"),
+    (
+      {
+        "family": "qwen3",
+        "qk_norm": "head",
+        "tied": True,
+        "o_bias": True,
+        "down_bias": True,
+      },
+      "--format=hf",
+    ),
+  ],
+)
+def test_what_llama_cpp_cannot_express_is_refused(changes, said, tmp_path):
+  config = dataclasses.replace(UNEVEN, **changes)
+  with pytest.raises(UserError, match=said):
+    writer.write(config, {}, tmp_path / "model.gguf")
+  assert not list(tmp_path.iterdir())
+
+
+def test_tokenizer_of_the_tiny_model(tmp_path):
+  tokenizer = tiny_model.train_tokenizer(tmp_path / "tokenizer", 300)
+  config = dataclasses.replace(UNEVEN, V=320, bos_id=0, eos_ids=(0,))
+  writer.write(
+    config,
+    small.random_params(config),
+    tmp_path / "model.gguf",
+    source=tmp_path / "tokenizer",
+  )
+  assert_tokenises_alike(tmp_path / "model.gguf", tokenizer)
+
+
+PROBES = (
+  "Once upon a time",
+  "It's 12,345 o'clock.\n\n  Two  spaces",
+  "naïve café 中文 🙂",
+)
+
+
+def assert_tokenises_alike(path, tokenizer):
+  llama_cpp = pytest.importorskip("llama_cpp")
+  llama = llama_cpp.Llama(str(path), vocab_only=True, verbose=False)
+  for text in PROBES:
+    got = llama.tokenize(text.encode(), add_bos=True, special=False)
+    assert got == tokenizer.encode(text), text
+
+
+TEMPLATE = {"single": [{"SpecialToken": {"id": "<s>"}}, {"Sequence": {}}]}
+
+
+@pytest.mark.parametrize(
+  "content, special, space",
+  [
+    ({}, False, False),
+    ({"post_processor": TEMPLATE}, True, False),
+    # LLaMA 3
+    (
+      {"post_processor": {"processors": [{"type": "ByteLevel"}, TEMPLATE]}},
+      True,
+      False,
+    ),
+    ({"post_processor": {"single": [{"Sequence": {}}]}}, False, False),
+    # LLaMA 2, by Transformers 4 and 5
+    (
+      {"normalizer": {"normalizers": [{"type": "Prepend"}]}},
+      False,
+      True,
+    ),
+    (
+      {"pre_tokenizer": {"type": "Metaspace", "prepend_scheme": "first"}},
+      False,
+      True,
+    ),
+    (
+      {"pre_tokenizer": {"type": "Metaspace", "prepend_scheme": "never"}},
+      False,
+      False,
+    ),
+  ],
+)
+def test_what_is_put_in_front_of_a_text(content, special, space):
+  assert vocab.begins_with_special(content) == special
+  assert vocab.begins_with_space(content) == space
+
+
+@pytest.mark.parametrize("added", [True, False])
+def test_tokens_that_the_model_does_not_have(added, tmp_path, caplog):
+  """An added one is left out; of others there is something wrong."""
+  folder = tmp_path / "tokenizer"
+  tiny_model.train_tokenizer(folder, 300)
+  file = folder / "tokenizer.json"
+  content = json.loads(file.read_text())
+  size = len(content["model"]["vocab"])
+  if added:
+    token = dict(content["added_tokens"][0], id=size, content="[PAD]")
+    content["added_tokens"].append(token)
+    file.write_text(json.dumps(content))
+  config = dataclasses.replace(UNEVEN, V=size if added else size - 1)
+  pair = config, small.random_params(config)
+  out = tmp_path / "model.gguf"
+  if added:
+    writer.write(*pair, out, source=folder)
+    assert out.stat().st_size > 1000
+  else:
+    with pytest.raises(UserError, match="more tokens than the model's"):
+      writer.write(*pair, out, source=folder)
+    assert not out.exists()
+
+
+def test_unknown_pre_tokenizer_is_refused(tmp_path):
+  settings = {"type": "Split", "pattern": {"Regex": "x+"}}
+  with pytest.raises(UserError, match="pre-tokenizer"):
+    vocab.pre_tokenizer(settings, tmp_path / "tokenizer.json")
+
+
+def test_a_story_told_by_llama_cpp(shared_data, tmp_path):
+  """The real model, pruned by 30 %, says the same in both."""
+  folder = shared_data / "models" / "stories260K"
+  config, params = load.load(str(folder))
+  keep = {
+    "K": tuple(np.arange(k) for k in (4, 3, 4, 2, 3)),
+    "F": tuple(np.arange(f) for f in (172, 96, 100, 110, 128)),
+  }
+  mesh = sharding.make_mesh(devices=jax.devices()[:1])
+  config, params = surgery.gather(config, params, keep, mesh)
+  writer.write(config, params, tmp_path / "model.gguf", source=folder)
+  tokenizer = load_tokenizer(folder)
+  assert_tokenises_alike(tmp_path / "model.gguf", tokenizer)
+  prompt = tokenizer.encode("Once upon a time")
+  (want,) = generate.generate(config, params, [prompt], 40, eos_ids=())
+  llama_cpp = pytest.importorskip("llama_cpp")
+  llama = llama_cpp.Llama(
+    str(tmp_path / "model.gguf"),
+    n_ctx=128,
+    verbose=False,
+    type_k=llama_cpp.GGML_TYPE_F32,
+    type_v=llama_cpp.GGML_TYPE_F32,
+    n_threads=1,
+  )
+  told = llama.generate(prompt, temp=0.0, repeat_penalty=1.0)
+  assert [next(told) for _ in range(40)] == want

@@ -1,0 +1,523 @@
+"""Exports, opened by Transformers in a process of its own, and bad input."""
+
+import dataclasses
+import json
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors
+
+from adapt_pruner_jax.errors import UserError
+from adapt_pruner_jax.formats.hf import (
+  card,
+  load,
+  reopen,
+  save,
+  tensors,
+  uniform,
+  weights,
+)
+from adapt_pruner_jax.models import axes, decoder, model_config
+from adapt_pruner_jax.models.rope import Rope
+from tests.formats import zoo
+
+PEER = Path(__file__).parent / "transformers_peer.py"
+TRANSFORMERS_4 = (
+  "transformers==4.57.6",
+  "huggingface_hub==0.36.0",
+  "tokenizers==0.22.1",
+)
+UNEVEN = {"K": (4, 1, 2), "F": (24, 17, 5)}
+HOLES = {"K": (0, 4, 1), "F": (24, 0, 7)}  # the first layer has no attention
+quiet = {"say": lambda _: None}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compile_fast():
+  """Most of the time goes into compiling programs that run once."""
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield
+  jax.config.update("jax_disable_most_optimizations", False)
+
+
+def cut(config, params, K, F):
+  """The model with the first K groups and F channels of each layer."""
+  new = dataclasses.replace(config, K=K, F=F)
+
+  def one(name, layer, x):
+    if layer is None:
+      return x
+    indices = {"K": np.arange(K[layer]), "F": np.arange(F[layer])}
+    return axes.take(name, x, indices)
+
+  params = axes.map_named(one, params)
+  for i in range(new.L):
+    tree, names = params[axes.layer_name(i)], model_config.layer_names(new, i)
+    params[axes.layer_name(i)] = {n: tree[n] for n in names}
+  return new, params
+
+
+def with_output_biases(config, params):
+  """As FLAP leaves it."""
+  rng = np.random.default_rng(0)
+  for i in range(config.L):
+    for name in ("o_bias", "down_bias"):
+      bias = rng.normal(0, 0.3, config.D)
+      params[axes.layer_name(i)][name] = jnp.asarray(bias, jnp.float32)
+  return dataclasses.replace(config, o_bias=True, down_bias=True), params
+
+
+def same(one, two):
+  return jax.tree.all(jax.tree.map(np.array_equal, one, two))
+
+
+@pytest.fixture(scope="module")
+def animals(tmp_path_factory):
+  pytest.importorskip("torch")
+  pytest.importorskip("transformers")
+  return zoo.make(tmp_path_factory.mktemp("zoo"))
+
+
+@pytest.fixture(scope="module")
+def exports(animals, tmp_path_factory):
+  """Every family pruned unevenly, in each format; some with whole halves gone.
+
+  Gives the directory and {name: (config, params)}.
+  """
+  pytest.importorskip("accelerate")
+  pytest.importorskip("peft")
+  root = tmp_path_factory.mktemp("exports")
+  pairs = {}
+  tokens = animals["llama"].tokens_BT[:1, : reopen.TOKENS]
+  np.save(root / "tokens.npy", tokens)
+
+  def export(name, format, config, params):
+    path = root / f"{name}-{format}"
+    save.save(config, params, path, format=format, **quiet)
+    # The programs that `save` compiled; `reopen` has a test of its own.
+    *_, (_, logits) = reopen.walk(config, weights.getter(params), tokens)
+    np.save(path / "logits.npy", logits)
+    pairs[path.name] = config, params
+
+  for name in zoo.CASES:
+    if name in ("llama", "llama_linear"):
+      continue
+    whole = load.load(animals[name].path)
+    pruned = cut(*whole, **UNEVEN)
+    export(name, "hf", *pruned)
+    if name != "olmo2":
+      export(name, "hf_uniform", *pruned)
+    if name in ("llama3", "qwen2", "gemma2", "gemma3_text", "phi3"):
+      holed = with_output_biases(*cut(*whole, **HOLES))
+      export(f"{name}_holes", "hf", *holed)
+    if name == "llama_bias":
+      export(f"{name}_holes", "hf", *cut(*whole, **HOLES))
+      export(f"{name}_holes", "hf_uniform", *cut(*whole, **HOLES))
+  return root, pairs
+
+
+def run_peer(root, env):
+  done = subprocess.run(
+    [sys.executable, str(PEER), str(root)],
+    capture_output=True,
+    text=True,
+    env=env,
+  )
+  assert done.returncode == 0, done.stderr[-3000:]
+  return json.loads(done.stdout.splitlines()[-1])
+
+
+def check_peer(result):
+  for name, found in result["found"].items():
+    assert found["class"].startswith("Pruned") == name.endswith("-hf"), name
+    assert found["logits"] < 1e-4, name
+    assert found.get("sdpa", 0) < 1e-4, name
+    assert found["dynamic"] == found["by_hand"], name
+    assert found["static"] == found["by_hand"], name
+    for dtype, most in (("float16", 0.02), ("bfloat16", 0.1)):
+      off, made = found[f"torch.{dtype}"]
+      assert off < most, (name, dtype)
+      assert made == 6, (name, dtype)
+    checkpointing, helped = found["fine_tune"]
+    assert checkpointing < 1e-5, name
+    assert helped, name
+    # Stock Gemma 2 reopens with another attention on Transformers 4.
+    if "gemma2" not in name or result["version"][0] != "4":
+      assert found["reload"] < 1e-4, name
+  trained = {n: f for n, f in result["found"].items() if "train" in f}
+  assert len(trained) == 3
+  for name, found in trained.items():
+    losses, saved = found["train"]
+    assert losses == sorted(losses, reverse=True), name
+    assert saved == 0, name
+    changed, saved, merged = found["lora"]
+    assert changed > 1e-3, name  # else the adapter did nothing
+    assert saved == 0, name
+    assert merged < 1e-4, name
+
+
+@pytest.mark.slow
+def test_opens_in_transformers(exports, subprocess_env):
+  root, pairs = exports
+  result = run_peer(root, subprocess_env())
+  assert result["found"].keys() == pairs.keys()
+  check_peer(result)
+
+
+@pytest.mark.slow
+def test_opens_in_transformers_4(exports, tmp_path, subprocess_env):
+  """In an older release, which needs other versions of its dependencies."""
+  command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps"]
+  command += ["--target", str(tmp_path / "old"), *TRANSFORMERS_4]
+  done = subprocess.run(command, capture_output=True, text=True)
+  if done.returncode:
+    pytest.skip(f"no Transformers 4: {done.stderr.strip()[-200:]}")
+  env = subprocess_env()
+  env["PYTHONPATH"] = str(tmp_path / "old")
+  root, _ = exports
+  result = run_peer(root, env)
+  assert result["version"] == "4.57.6"
+  check_peer(result)
+
+
+@pytest.mark.slow  # only because of the fixture
+def test_read_back(exports):
+  """A pruned model is a model like any other."""
+  root, pairs = exports
+  for name, (config, params) in pairs.items():
+    found, again = load.load(root / name)
+    if name.endswith("-hf"):
+      assert found == config, name
+      assert same(again, params), name
+    else:
+      assert len({*found.K}) == len({*found.F}) == 1, name
+      assert model_config.count_params(found) > model_config.count_params(
+        config
+      ), name
+
+
+@pytest.mark.parametrize("name", zoo.CASES)
+def test_unpruned_tensors_are_byte_identical(animals, tmp_path, name):
+  original = animals[name].path
+  pair = load.load(original, None)
+  path = tmp_path / "again"
+  save.save(*pair, path, source=original, **quiet)
+  assert not list(path.glob("*.py"))  # a plain model of its family
+  raw = json.loads((path / "config.json").read_text())
+  assert "auto_map" not in raw
+  file = original / "model.safetensors"
+  with (
+    safetensors.safe_open(file, "numpy") as one,
+    safetensors.safe_open(path / file.name, "numpy") as two,
+  ):
+    assert {*one.keys()} == {*two.keys()}
+    assert two.metadata() == {"format": "pt"}
+    for tensor in one.keys():  # noqa: SIM118
+      first, second = one.get_tensor(tensor), two.get_tensor(tensor)
+      assert first.dtype == second.dtype
+      assert first.tobytes() == second.tobytes()
+  import transformers
+
+  peer = transformers.AutoModelForCausalLM.from_pretrained(path)
+  assert type(peer).__name__ == raw["architectures"][0]
+  old = transformers.AutoConfig.from_pretrained(original).to_dict()
+  new = peer.config.to_dict()
+  different = {field for field in old if old[field] != new.get(field)}
+  # What only new models, models with windows, or longrope use.
+  unused = {"initializer_range", "original_max_position_embeddings"}
+  if not pair[0].window:
+    unused.add("max_window_layers")
+  assert different <= {"_name_or_path", *unused}
+
+
+def transformers_ids(path, **options):
+  import transformers
+
+  tokenizer = transformers.AutoTokenizer.from_pretrained(path, **options)
+  return tokenizer("Once upon a time, 12 cats").input_ids
+
+
+def test_real_model(shared_data, tmp_path):
+  """With tokenizer, generation config, model card and checksums."""
+  source = shared_data / "models" / "stories260K"
+  config, params = load.load(source)
+  pruned = cut(config, params, (4, 2, 1, 3, 4), (172, 100, 31, 64, 90))
+  facts = {
+    "method": "adapt",
+    "model": "someone/stories",
+    "params_before": model_config.count_params(config),
+    "perplexity_before": 10.0,
+    "perplexity_after": 12.5,
+    "kv_heads_before": list(config.K),
+    "ffn_before": list(config.F),
+  }
+  path = tmp_path / "out" / "model"
+  said = []
+  save.save(*pruned, path, source=source, facts=facts, say=said.append)
+  assert said == []
+  for name in ("tokenizer.json", "generation_config.json"):
+    assert (path / name).read_bytes() == (source / name).read_bytes()
+  ids = transformers_ids(source)
+  assert transformers_ids(path, trust_remote_code=True) == ids
+  assert transformers_ids(path, trust_remote_code=False) == ids
+  modes = {stat.S_IMODE(file.stat().st_mode) for file in path.iterdir()}
+  assert modes == {0o644}
+  assert stat.S_IMODE(path.stat().st_mode) == 0o755
+  text = (path / card.CARD).read_text()
+  for words in (
+    "base_model: someone/stories",
+    "| method | adapt |",
+    "| perplexity | 10.000 → 12.500 |",
+    f"{model_config.count_params(pruned[0]):,} (-3",
+    "| 2 | 8 → 2 | 4 → 1 | 172 → 31 |",
+    "trust_remote_code=True",
+    "hf_uniform",
+  ):
+    assert words in text
+  card.verify(path)
+  (path / "config.json").write_text("{}")
+  with pytest.raises(UserError, match="was changed after"):
+    card.verify(path)
+  (path / "config.json").unlink()
+  with pytest.raises(UserError, match="is missing"):
+    card.verify(path)
+  with pytest.raises(UserError, match="no SHA256SUMS"):
+    card.verify(source)
+
+
+TINY = model_config.ModelConfig(
+  family="llama",
+  V=24,
+  D=16,
+  G=2,
+  H=4,
+  K=(2, 2),
+  F=(12, 12),
+  norm_eps=1e-5,
+  rope=Rope(),
+  context=32,
+  tied=True,
+)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+  return TINY, decoder.init_params(TINY, jax.random.key(0))
+
+
+def refusal(pair, path, **options):
+  with pytest.raises(UserError) as caught:
+    save.save(*pair, path, **quiet, **options)
+  assert not list(path.parent.glob(f".{path.name}-*"))
+  text = str(caught.value)
+  assert "\n" not in text
+  return text
+
+
+def test_licence_is_carried_over(tiny, tmp_path):
+  source = tmp_path / "parent"
+  source.mkdir()
+  head = "---\nlanguage: en\nlicense: apache-2.0\nlicense_link: LICENSE\n---\n"
+  (source / "README.md").write_text(f"{head}# The parent\nlicense: not this")
+  (source / "LICENSE").write_text("You may.")
+  said = []
+  save.save(*tiny, tmp_path / "out", source=source, say=said.append)
+  text = (tmp_path / "out" / "README.md").read_text()
+  assert "\nlicense: apache-2.0\nlicense_link: LICENSE\n" in text
+  assert "not this" not in text
+  assert (tmp_path / "out" / "LICENSE").read_text() == "You may."
+  assert said == [f"no tokenizer is written: {source} has none"]
+
+
+def test_empty_layers_are_left_out(tiny, tmp_path):
+  config, params = cut(*tiny, K=(0, 2), F=(0, 12))
+  config = dataclasses.replace(config, window=())
+  save.save(config, params, tmp_path / "out", **quiet)
+  found, again = load.load(tmp_path / "out")
+  assert found.K == (2,)
+  assert same(again["layer_0"], params["layer_1"])
+  assert not list((tmp_path / "out").glob("*.py"))
+  nothing = cut(*tiny, K=(0, 0), F=(0, 0))
+  assert "no layer left" in refusal(nothing, tmp_path / "none")
+
+
+def test_heads_that_do_not_divide(tiny, tmp_path):
+  """Transformers 5 refuses them in a plain LLaMA, so they get the classes."""
+  config = dataclasses.replace(TINY, K=(3, 3), D=16)
+  params = decoder.init_params(config, jax.random.key(0))
+  save.save(config, params, tmp_path / "hf", **quiet)
+  assert (tmp_path / "hf" / "modeling_pruned_llama.py").is_file()
+  save.save(config, params, tmp_path / "u", format="hf_uniform", **quiet)
+  assert load.read_config(tmp_path / "u").K == (4, 4)
+  config = dataclasses.replace(TINY, G=3)
+  params = decoder.init_params(config, jax.random.key(0))
+  pair = config, params
+  text = refusal(pair, tmp_path / "no", format="hf_uniform")
+  assert "divides the hidden size 16" in text
+
+
+def test_padding_says_what_it_costs(tiny, tmp_path):
+  save.save(*tiny, tmp_path / "parent", **quiet)
+  pruned = cut(*tiny, K=(2, 1), F=(12, 3))
+  said = []
+  save.save(
+    *pruned,
+    tmp_path / "out",
+    source=tmp_path / "parent",
+    format="hf_uniform",
+    facts={"params_before": model_config.count_params(TINY)},
+    say=said.append,
+  )
+  factor = model_config.count_params(TINY) / model_config.count_params(
+    pruned[0]
+  )
+  assert f"{factor:.2f} times" in said[0]
+  assert "KV cache 1.33 times" in said[0]
+  assert "nothing is gained" in said[1]
+  assert said[0] in (tmp_path / "out" / "README.md").read_text()
+  few = {"params_before": model_config.count_params(TINY) + 1}
+  for number, facts in enumerate((few, None)):
+    said.clear()
+    out = tmp_path / f"out{number}"
+    options = {"format": "hf_uniform", "facts": facts, "say": said.append}
+    save.save(*pruned, out, source=tmp_path / "parent", **options)
+    assert not any("nothing is gained" in line for line in said)
+
+
+def test_what_formats_cannot_express(tiny, tmp_path, animals):
+  config, params = load.load(animals["olmo2"].path)
+  pair = cut(config, params, **UNEVEN)
+  text = refusal(pair, tmp_path / "out", format="hf_uniform")
+  assert "--format=hf" in text
+  pair = with_output_biases(*load.load(animals["mistral"].path))
+  text = refusal(pair, tmp_path / "out", format="hf_uniform")
+  assert "mistral has no bias in self_attn.o_proj" in text
+  sliced = dataclasses.replace(TINY, residual=((8, 8, 8), (8, 8, 8)))
+  pair = sliced, decoder.init_params(sliced, jax.random.key(0))
+  assert "--format=orbax" in refusal(pair, tmp_path / "out")
+  assert "did you mean hf_uniform" in refusal(
+    tiny, tmp_path / "out", format="hf_unifrom"
+  )
+
+
+def test_nothing_is_overwritten(tiny, tmp_path):
+  path = tmp_path / "out"
+  save.save(*tiny, path, **quiet)
+  assert "exists" in refusal(tiny, path)
+  (path / "mark").write_text("old")
+  save.save(*tiny, path, overwrite=True, **quiet)
+  assert not (path / "mark").exists()
+  home = tmp_path / "home"
+  home.mkdir()
+  (home / "thesis").write_text("years")
+  assert "not a model directory" in refusal(tiny, home, overwrite=True)
+  assert (home / "thesis").read_text() == "years"
+  text = refusal(tiny, home / "thesis" / "model")
+  assert "cannot be written" in text
+
+
+def test_interrupted_or_wrong_writing_leaves_nothing(
+  tiny, tmp_path, monkeypatch
+):
+  path = tmp_path / "out"
+  whole = weights.write
+
+  def stop(*args):
+    whole(*args)
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(weights, "write", stop)
+  with pytest.raises(KeyboardInterrupt):
+    save.save(*tiny, path, **quiet)
+  assert list(tmp_path.iterdir()) == []
+
+  def wrong(folder, config, get, *rest):
+    twisted = lambda key: -get(key) if key == (1, "down") else get(key)
+    whole(folder, config, twisted, *rest)
+
+  monkeypatch.setattr(weights, "write", wrong)
+  with pytest.raises(RuntimeError, match="down of layer 1 does not come back"):
+    save.save(*tiny, path, **quiet)
+  assert list(tmp_path.iterdir()) == []
+
+  def full(*args):
+    raise OSError(28, "No space left on device")
+
+  monkeypatch.setattr(weights, "write", full)
+  assert "No space left on device" in refusal(tiny, path)
+  assert list(tmp_path.iterdir()) == []
+
+
+def test_others_gather_to_the_end_when_the_disk_is_full(
+  tiny, tmp_path, monkeypatch
+):
+  """They would wait for process 0 forever."""
+  config, params = tiny
+  get, asked = weights.getter(params), []
+
+  def full(*_):
+    raise OSError(28, "No space left on device")
+
+  def counted(key):
+    asked.append(key)
+    return get(key)
+
+  monkeypatch.setattr(weights, "_write_file", full)
+  with pytest.raises(OSError, match="No space"):
+    weights.write(tmp_path, config, counted, np.dtype("float32"), 2000)
+  assert asked == list(tensors.places(config))
+
+
+def test_wrong_padding_is_another_function(tiny, tmp_path, monkeypatch):
+  """All bits come back, and only the logits can tell."""
+  pad = uniform.padded_getter
+
+  def wrong(*args):
+    get = pad(*args)
+    return lambda key: get(key) + (key == (1, "down"))
+
+  monkeypatch.setattr(uniform, "padded_getter", wrong)
+  pair = cut(*tiny, K=(2, 1), F=(12, 3))
+  text = "another function than the model: the output of layer 1 differs"
+  with pytest.raises(RuntimeError, match=text):
+    save.save(*pair, tmp_path / "out", format="hf_uniform", **quiet)
+  assert list(tmp_path.iterdir()) == []
+
+
+def test_not_a_number(tiny, tmp_path):
+  config, params = tiny
+  params = jax.tree.map(lambda x: x, params)
+  params["layer_1"]["down"] = params["layer_1"]["down"].at[0, 0].set(jnp.nan)
+  text = refusal((config, params), tmp_path / "out")
+  assert "down of layer 1 has NaN" in text
+
+
+def test_sharded_params(tiny, tmp_path):
+  """From a mesh, to the same bytes."""
+  from adapt_pruner_jax.distributed import sharding
+
+  config, params = tiny
+  mesh = sharding.make_mesh(2, 2, 2)
+  placed = jax.device_put(params, sharding.param_shardings(params, mesh))
+  for name, tree in (("one", params), ("eight", placed)):
+    save.save(config, tree, tmp_path / name, **quiet)
+  one, eight = (
+    (tmp_path / name / "model.safetensors").read_bytes()
+    for name in ("one", "eight")
+  )
+  assert one == eight
+
+
+def test_comparison_is_that_of_the_whole_model(tiny):
+  """`reopen` goes layer by layer; the logits are those of the Decoder."""
+  config, params = cut(*tiny, K=(2, 1), F=(0, 5))
+  ids = np.arange(20)[None] % config.V
+  *_, (_, logits) = reopen.walk(config, weights.getter(params), ids)
+  expected = decoder.Decoder(config).apply({"params": params}, ids)[0]
+  np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-5)

@@ -1,0 +1,323 @@
+import dataclasses
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from adapt_pruner_jax.config import Config
+from adapt_pruner_jax.distributed import sharding
+from adapt_pruner_jax.errors import UserError
+from adapt_pruner_jax.models import model_config
+from adapt_pruner_jax.models.decoder import Decoder
+from adapt_pruner_jax.models.model_config import ModelConfig
+from adapt_pruner_jax.models.rope import Rope
+from adapt_pruner_jax.planning import memory, plan
+from adapt_pruner_jax.planning.hardware import Hardware, resolve
+from adapt_pruner_jax.pruning import targets
+
+SMALL = ModelConfig(
+  "llama", 512, 64, 2, 16, (4,) * 4, (96,) * 4, 1e-5, Rope(), 128, False
+)
+LLAMA_8B = ModelConfig(
+  "llama", 128256, 4096, 4, 128, (8,) * 32, (14336,) * 32, 1e-5, Rope(), 8192,
+  False,
+)  # fmt: skip
+LLAMA_8B_JSON = {
+  "architectures": ["LlamaForCausalLM"],
+  "hidden_act": "silu",
+  "hidden_size": 4096,
+  "intermediate_size": 14336,
+  "max_position_embeddings": 131072,
+  "model_type": "llama",
+  "num_attention_heads": 32,
+  "num_hidden_layers": 32,
+  "num_key_value_heads": 8,
+  "rms_norm_eps": 1e-05,
+  "rope_scaling": {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+    "rope_type": "llama3",
+  },
+  "rope_theta": 500000.0,
+  "tie_word_embeddings": False,
+  "torch_dtype": "bfloat16",
+  "vocab_size": 128256,
+}
+
+
+def recipe(**fields):
+  """A Config; `recipe(prune__ratio=0.2)` sets prune.ratio."""
+  config = Config()
+  config.prune.ratio = 0.2
+  config.calibration.samples, config.calibration.batch = 16, 8
+  config.data.batch, config.data.seq_len = 8, 32
+  for name, value in fields.items():
+    section, field = name.split("__")
+    setattr(getattr(config, section), field, value)
+  return config
+
+
+def one_device():
+  return sharding.make_mesh(devices=jax.devices()[:1])
+
+
+# ---- Sizes, tokens, FLOPs ----------------------------------------------------
+
+
+@pytest.mark.parametrize("ratio", [0.05, 0.2, 0.5, 0.6])
+def test_even_pruning_ends_just_below_the_target(ratio):
+  full = SMALL
+  settings = recipe(prune__ratio=ratio).prune
+  target = targets.resolve_target(full, settings)
+  config = plan.evenly(full, settings, target)
+  size = model_config.count_params(config)
+  a_channel_everywhere = model_config.unit_cost(full)["F"] * full.L
+  assert target - a_channel_everywhere < size <= target
+  assert len(set(config.K)) == len(set(config.F)) == 1
+  assert 1 <= config.K[0] <= 4
+  # Groups and channels lose about the same share.
+  assert abs(config.K[0] / 4 - config.F[0] / 96) < 0.3
+
+
+def test_even_pruning_keeps_to_its_layers_and_blocks():
+  settings = recipe(
+    prune__attention_layers="1:3", prune__mlp_layers="2:4",
+    prune__round_ffn_to=8,
+  ).prune  # fmt: skip
+  config = plan.evenly(
+    SMALL, settings, int(0.9 * model_config.count_params(SMALL))
+  )
+  assert [config.K[i] for i in (0, 3)] == [4] * 2
+  assert config.F[:2] == (96, 96)
+  assert config.F[2] < 96
+  assert all(f % 8 == 0 for f in config.F)
+
+
+def test_stages_by_hand():
+  """20 % in two stages; 2:1 of 30 steps of 8 x 32 tokens."""
+  config = recipe(prune__stages=2, train__tokens=30 * 256)
+  size = model_config.count_params(SMALL)
+  rows = plan.stage_table(config, SMALL, int(0.8 * size))
+  assert [r["train_steps"] for r in rows] == [10, 20]
+  assert [r["train_tokens"] for r in rows] == [2560, 5120]
+  assert rows[0]["params"] <= 0.9 * size
+  assert rows[1]["params"] <= 0.8 * size
+  # A stage takes a tenth of the model; what may be pruned is most of it.
+  prunable = size - 2 * 512 * 64 - 9 * 64
+  steps = math.ceil((size - rows[0]["params"]) / prunable / 0.02)
+  assert rows[0]["prune_steps"] == steps
+
+
+def test_max_steps_without_a_target():
+  config = recipe(prune__ratio=0.0, prune__max_steps=5)
+  rows = plan.stage_table(config, SMALL, None)
+  assert [r["prune_steps"] for r in rows] == [5]
+  prunable = model_config.count_params(SMALL) - 2 * 512 * 64 - 9 * 64
+  assert rows[0]["params"] <= model_config.count_params(SMALL) - 0.1 * prunable
+
+
+def test_flops_are_those_of_the_compiled_model():
+  """The forward pass, counted by XLA."""
+  config = dataclasses.replace(SMALL, K=(4, 2, 1, 3), F=(96, 40, 8, 64))
+  tokens = jax.ShapeDtypeStruct((4, 64), jnp.int32)
+  params = model_config.abstract_params(config, jnp.float32)
+  forward = jax.jit(lambda p, t: Decoder(config).apply({"params": p}, t)[0])
+  counted = forward.lower(params, tokens).compile().cost_analysis()["flops"]
+  mine = 4 * 64 * sum(plan.forward_flops(config, 64))
+  assert mine < counted < 1.15 * mine
+
+
+def test_flops_of_scoring_8b():
+  """N (8 Np + 4 Nh): 1.9e15 for 512 x 64 tokens, and a little attention."""
+  config = recipe(calibration__samples=512, calibration__seq_len=64)
+  inside, matrix = 6_979_588_096, 128256 * 4096
+  assert model_config.count_params(LLAMA_8B) == inside + 2 * matrix
+  found = plan.scoring_flops(LLAMA_8B, config)
+  assert found == pytest.approx(512 * 64 * (8 * inside + 4 * matrix), rel=0.005)
+  config.prune.group_importance = "l1"
+  assert plan.scoring_flops(LLAMA_8B, config) < found / 3
+  config.prune.method = "curvature"
+  grams = 32 * (2 * 4096**2 + 4096**2 + 14336**2)
+  assert plan.scoring_flops(LLAMA_8B, config) == pytest.approx(
+    512 * 64 * (6 * inside + 4 * matrix + 2 * grams), rel=0.005
+  )
+
+
+# ---- Memory ------------------------------------------------------------------
+
+
+def test_held_memory_is_what_the_arrays_take():
+  config = recipe(train__tokens=1000, train__distill_alpha=0.5)
+  mesh = one_device()
+  student = plan.evenly(SMALL, config.prune, 150_000)
+  held = memory.estimated_training(config, SMALL, student, mesh)
+  assert held["weights"] == 4 * model_config.count_params(student)
+  assert held["optimizer"] == 8 * model_config.count_params(student) + 4
+  assert held["teacher"] == 4 * model_config.count_params(SMALL)
+
+
+def test_weights_are_cut_over_the_devices():
+  config = recipe(train__tokens=1000, mesh__fsdp=4, mesh__tensor=2)
+  mesh = sharding.make_mesh(1, 4, 2)
+  held = memory.estimated_training(config, SMALL, SMALL, mesh)
+  shapes = model_config.abstract_params(SMALL, jnp.float32)
+  zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
+  params = jax.device_put(zeros, sharding.param_shardings(zeros, mesh))
+  here = sum(
+    x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(params)
+  )
+  assert held["weights"] == here
+
+
+def test_training_memory():
+  """Two and three layers stand for four; the estimate is near.
+
+  Without rematerialisation, which the CPU's compiler undoes.
+  """
+  config, mesh = recipe(train__tokens=1000), one_device()
+  found = memory.training(config, SMALL, SMALL, mesh)
+  compiled = memory._compile_train(config, SMALL, SMALL, SMALL.L, mesh)
+  whole = memory._temporary(compiled)
+  assert found["temporary"] == pytest.approx(whole, rel=0.05)
+  guess = memory.estimated_training(config, SMALL, SMALL, mesh)
+  assert 0.75 < sum(guess.values()) / sum(found.values()) < 1.35
+
+
+def test_stand_ins_in_a_process_of_their_own():
+  """16 devices, of which this process has 8."""
+  config = recipe(calibration__batch=16, data__batch=16, train__tokens=1000)
+  found = memory.measure(config, SMALL, SMALL, 16)
+  size = model_config.count_params(SMALL)
+  scored, trained = found["scoring"], found["training"]
+  assert scored["stacked copy"] == pytest.approx(4 * size / 16, rel=0.05)
+  assert trained["optimizer"] == pytest.approx(8 * size / 16, rel=0.05)
+  assert scored["temporary"] > 0
+
+
+def test_curvature_and_refit():
+  """A refit holds two models, four streams and a Gram matrix."""
+  config = recipe(
+    prune__method="curvature", prune__refit="5", calibration__refit_samples=64
+  )
+  found = memory.measure(config, SMALL, SMALL, jax.devices()[:1])
+  assert found.keys() == {"scoring", "refit"}
+  size = 4 * model_config.count_params(SMALL)
+  assert found["scoring"]["stacked copy"] >= size
+  refit, T = found["refit"], config.calibration.seq_len
+  assert refit["weights"] == 2 * size
+  assert refit["streams"] == 4 * 64 * T * SMALL.D * 4
+  C = SMALL.K[0] * SMALL.G * SMALL.H
+  assert refit["least squares"] == 4 * (C * C + C * SMALL.D)
+  assert refit["temporary"] >= 4 * C * C  # the factor
+  config.prune.refit_all = True
+  narrow = dataclasses.replace(SMALL, K=(1,) * SMALL.L, F=(64,) * SMALL.L)
+  found = memory.measure(config, narrow, narrow, jax.devices()[:1])["refit"]
+  # gate and up, from D channels to twice F
+  assert found["least squares"] == 4 * (64 * 64 + 64 * 128)
+  fewer = dataclasses.replace(SMALL, F=(SMALL.F[0] // 2,) * SMALL.L)
+  gone = model_config.count_params(SMALL) - model_config.count_params(fewer)
+  assert plan.prune_steps(SMALL, fewer, SMALL, config.prune) == math.ceil(
+    gone / (0.05 * model_config.count_params(SMALL))
+  )
+
+
+def test_batches_that_do_not_fit_the_devices():
+  with pytest.raises(UserError, match=r"config\.data\.batch a multiple of 6"):
+    memory.measure(recipe(train__tokens=99), SMALL, SMALL, 6)
+  with pytest.raises(UserError, match="multiple of 16"):  # from the process
+    memory.measure(recipe(train__tokens=99), SMALL, SMALL, 16)
+  with pytest.raises(UserError, match="does not match the 6 device"):
+    memory.measure(recipe(mesh__tensor=4), SMALL, SMALL, 6)
+
+
+# ---- The whole ---------------------------------------------------------------
+
+
+def test_plan_of_the_tiny_model(capsys):
+  config = recipe(prune__stages=2, train__tokens=5000)
+  found = plan.plan(config, Hardware("v5e", devices=4, mfu=0.5))
+  json.dumps(found)
+  out = capsys.readouterr().out
+  assert f"tiny: {found['params']:,} parameters" in out
+  assert "4 x TPU v5e" in out
+  assert found["target_params"] == math.floor(found["params"] * 0.8)
+  assert found["hours"] == pytest.approx(
+    found["flops"] / (4 * 197e12 * 0.5) / 3600
+  )
+  last = found["stages"][-1]["params"]
+  assert found["disk"]["export"] == 4 * last
+  assert found["disk"]["checkpoint"] == 12 * found["stages"][0]["params"]
+  assert [w for w in found["warnings"] if "needs" in w] == []
+
+
+def test_plan_says_what_to_change(capsys):
+  config = recipe(train__tokens=5000, prune__max_steps=1)
+  tiny_memory = Hardware(devices=1, memory=4e6, peak=1e12)
+  found = plan.plan(config, tiny_memory)
+  text = "\n".join(found["warnings"])
+  assert "scoring needs" in text
+  assert "training needs" in text
+  assert "--config.train.lora_rank=16" in text
+  assert "--config.mesh.fsdp=-1" in text
+  assert "prune.max_steps=1 ends a stage above its target" in text
+  assert "--config.train.dtype=bfloat16" in text
+  assert "WARNING: scoring needs" in capsys.readouterr().out
+
+
+def test_unreachable_target_is_refused():
+  with pytest.raises(UserError, match=r"cannot be reached.*208,768 of"):
+    plan.plan(recipe(prune__ratio=0.9))
+
+
+def test_bad_hardware():
+  with pytest.raises(UserError, match=r"did you mean NVIDIA H100\?"):
+    resolve(Hardware("NVIDIA H10O"))
+  with pytest.raises(UserError, match=r"--mfu=1\.5"):
+    resolve(Hardware(mfu=1.5))
+  assert resolve(Hardware("h200")).memory == 141e9
+  here = resolve(Hardware())
+  assert here.devices == 8
+  assert 1e8 < here.memory < 1e13
+
+
+def test_a_model_that_is_not_there():
+  with pytest.raises(UserError, match=r"someone/else is not a directory"):
+    plan.original(recipe(model__path="someone/else"))
+
+
+@pytest.mark.slow
+def test_8b_on_one_80_gb_device(tmp_path, capsys):
+  """From config.json alone; nothing is written."""
+  (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B_JSON))
+  config = recipe(model__path=str(tmp_path), model__dtype="bfloat16")
+  config.calibration.samples, config.calibration.batch = 512, 32
+  found = plan.plan(config, Hardware("h100"))
+  assert found["params"] == 8_030_261_248
+  need = sum(found["memory"]["scoring"].values())
+  # Weights twice, the stream in front of 64 half layers, and some more.
+  least = 2 * 16.06e9 + 64 * 512 * 64 * 4096 * 2
+  assert least < need < least + 8e9
+  assert found["warnings"] == []
+  assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
+  config.model.dtype = "float32"
+  found = plan.plan(config, Hardware("h100"))
+  assert "--config.model.dtype=bfloat16" in found["warnings"][0]
+
+
+@pytest.mark.slow
+def test_8b_on_eight_16_gb_devices(tmp_path):
+  (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B_JSON))
+  config = recipe(model__path=str(tmp_path), model__dtype="bfloat16")
+  config.calibration.samples, config.calibration.batch = 512, 32
+  found = plan.plan(config, Hardware("v5e", devices=8))
+  assert found["warnings"] == []
+  weights = found["memory"]["scoring"]["weights"]
+  assert weights == pytest.approx(16.06e9 / 8, rel=0.01)
+  config.train.tokens, config.train.dtype = 10**9, "bfloat16"
+  found = plan.plan(config, Hardware("v5e", devices=8))
+  assert "--config.train.remat=True" in found["warnings"][-1]

@@ -1,0 +1,538 @@
+"""The baselines against recordings of each method's published code.
+
+`golden/baselines` holds what that code did to two small random LLaMAs, one
+with as many KV heads as query heads (mha) and one with fewer (gqa).
+"""
+
+import dataclasses
+import functools
+import json
+import pathlib
+import re
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from adapt_pruner_jax.config import Prune
+from adapt_pruner_jax.distributed import sharding
+from adapt_pruner_jax.errors import UserError
+from adapt_pruner_jax.formats.hf import load
+from adapt_pruner_jax.models import model_config
+from adapt_pruner_jax.models.decoder import Block, Decoder
+from adapt_pruner_jax.models.model_config import ModelConfig
+from adapt_pruner_jax.models.rope import Rope
+from adapt_pruner_jax.pruning import baselines, surgery, targets
+from adapt_pruner_jax.pruning.baselines import (
+  activations,
+  budget,
+  flap,
+  llm_pruner,
+  shortgpt,
+  slicegpt,
+  wanda_sp,
+)
+
+ROOT = pathlib.Path(__file__).parent.parent / "golden" / "baselines"
+LOGITS = {"rtol": 2e-3, "atol": 2e-3}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _compile_fast():
+  """These tests compile for much longer than they compute."""
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield
+  jax.config.update("jax_disable_most_optimizations", False)
+
+
+@functools.cache
+def dense(name):
+  """The pair in folder `name`; float16 files, float32 params."""
+  return load.load(str(ROOT / name), dtype="float32")
+
+
+def array(*path):
+  return np.load(ROOT.joinpath(*path).with_suffix(".npy"))
+
+
+def trace(*path):
+  return json.loads(ROOT.joinpath(*path, "trace.json").read_text())
+
+
+def logits(config, params, tokens_BT):
+  decoder = Decoder(config)
+  return np.asarray(jax.jit(decoder.apply)({"params": params}, tokens_BT)[0])
+
+
+def check_logits(pruned, name, case=""):
+  found = logits(pruned.config, pruned.params, array(name, "eval_ids"))
+  np.testing.assert_allclose(found, array(name, case, "logits"), **LOGITS)
+
+
+def run(
+  method,
+  name,
+  *,
+  target=None,
+  batch=4,
+  mesh=None,
+  settings=None,
+  **options,
+):
+  """A method on a golden model, with all of its calibration tokens."""
+  config, params = dense(name)
+  if mesh is not None:
+    params = jax.device_put(params, sharding.param_shardings(params, mesh))
+  return method.prune(
+    config,
+    params,
+    settings or Prune(),
+    lambda step: array(name, "calib"),
+    target=target,
+    batch=batch,
+    mesh=mesh,
+    **options,
+  )
+
+
+@pytest.mark.parametrize("name", ["mha", "gqa"])
+def test_dense_logits(name):
+  found = logits(*dense(name), array(name, "eval_ids"))
+  np.testing.assert_allclose(found, array(name, "logits"), rtol=1e-4, atol=1e-4)
+
+
+# ---- SliceGPT ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  "case",
+  [
+    "mha/slicegpt_d48",
+    "mha/slicegpt_d48_keepmean",
+    "mha/slicegpt_d64",
+    "mha/slicegpt_d64_keepmean",
+    "gqa/slicegpt_d48",
+    "gqa/slicegpt_d64",
+    "gqa/slicegpt_d64_keepmean",
+  ],
+)
+def test_slicegpt_golden(case, monkeypatch):
+  name, folder = case.split("/")
+  want = trace(name, folder)
+  eigenvalues = []
+
+  def principal(covariance):
+    eigenvalues.append(found := plain(covariance))
+    return found
+
+  plain = slicegpt.principal
+  monkeypatch.setattr(slicegpt, "principal", principal)
+  settings = Prune(slice_subtract_mean=want["demean_embeddings"])
+  pruned = run(slicegpt, name, settings=settings, width=want["dim"])
+  norms = 2 * 4 * want["dim"] + 64  # the tool has none: they no longer scale
+  assert (
+    model_config.count_params(pruned.config) == want["params_sliced"] + norms
+  )
+  np.testing.assert_allclose(
+    [e[0] for e in eigenvalues],
+    array(name, folder, "eigenvalues"),
+    rtol=1e-4,
+  )
+  check_logits(pruned, name, folder)
+
+
+def test_slicegpt_reaches_a_target():
+  target = 150_000
+  pruned = run(slicegpt, "gqa", target=target)
+  size = model_config.count_params(pruned.config)
+  assert size == pruned.trace[0]["params"]
+  # No place could be one wider.
+  widths = slicegpt.place_widths(pruned.config)
+  assert max(widths[:-1]) - min(widths[:-1]) <= 1
+  assert widths[-1] == 64
+  for place in range(len(widths) - 1):
+    more = [w + (i == place) for i, w in enumerate(widths)]
+    wider = slicegpt.with_place_widths(pruned.config, more)
+    assert size <= target < model_config.count_params(wider)
+
+
+def test_slicegpt_of_nothing_changes_nothing():
+  """Not even with biases, scaled embeddings, head norms and absent halves."""
+  config = ModelConfig(
+    family="llama",
+    V=32,
+    D=16,
+    G=2,
+    H=4,
+    K=(2, 0, 1),
+    F=(12, 8, 0),
+    norm_eps=1e-6,
+    rope=Rope(),
+    context=16,
+    tied=True,
+    qkv_bias=True,
+    o_bias=True,
+    down_bias=True,
+    qk_norm="head",
+    norm_offset=1.0,
+    embed_scale=4.0,
+    residual_scale=0.5,
+    window=(0, 0, 2),
+  )
+  random = np.random.default_rng(0)
+  params = jax.tree.map(
+    lambda x: jnp.asarray(random.normal(0, 0.3, x.shape), x.dtype),
+    model_config.abstract_params(config, jnp.float32),
+  )
+  tokens = random.integers(0, 32, (2, 8), dtype=np.int32)
+  pruned = slicegpt.prune(
+    config, params, Prune(), lambda step: tokens, width=config.D
+  )
+  want = logits(config, params, tokens)
+  found = logits(pruned.config, pruned.params, tokens)
+  np.testing.assert_allclose(found, want, rtol=1e-3, atol=1e-4)
+
+
+def test_slicegpt_can_slice_again():
+  """A second time to the same width changes nothing."""
+  first = run(slicegpt, "gqa", width=48)
+  second = slicegpt.prune(
+    first.config,
+    first.params,
+    Prune(),
+    lambda step: array("gqa", "calib"),
+    width=48,
+  )
+  assert second.config == first.config
+  tokens = array("gqa", "eval_ids")
+  np.testing.assert_allclose(
+    logits(second.config, second.params, tokens),
+    logits(first.config, first.params, tokens),
+    **LOGITS,
+  )
+
+
+def test_slicegpt_refuses_norms_that_it_cannot_fold():
+  config, params = dense("gqa")
+  config = dataclasses.replace(config, norm_order="sandwich")
+  with pytest.raises(UserError, match="norms behind its attention"):
+    slicegpt.prune(config, params, Prune(), None, target=1)
+
+
+def test_slicegpt_says_what_it_can_reach():
+  with pytest.raises(UserError, match=r"width of 1 .* remain"):
+    run(slicegpt, "gqa", target=10_000)
+
+
+# ---- ShortGPT ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["mha", "gqa"])
+def test_shortgpt_golden(name):
+  want = trace(name, "shortgpt")
+  pruned = run(shortgpt, name, layers=len(want["removed"]))
+  influence = [layer["importance"] for layer in pruned.trace[0]["layers"]]
+  np.testing.assert_allclose(
+    np.array(influence) * want["tokens"],
+    want["bi_sum_raw_block_outputs"],
+    rtol=1e-4,
+  )
+  assert np.argsort(influence).tolist() == want["order_raw"]
+  assert [i for i in range(4) if pruned.config.K[i]] == want["kept"]
+  assert [bool(f) for f in pruned.config.F] == [k > 0 for k in pruned.config.K]
+  check_logits(pruned, name, "shortgpt")
+
+
+# ---- FLAP --------------------------------------------------------------------
+
+FLAP = sorted(path.name for path in (ROOT / "mha").glob("flap_*_p*"))
+
+
+@functools.cache
+def moments():
+  """Statistics of the MHA model, and what was recorded of them."""
+  mesh = sharding.make_mesh(devices=jax.local_devices()[:1])
+  return flap.statistics(*dense("mha"), array("mha", "calib"), 3, mesh)
+
+
+@pytest.mark.parametrize("unit, part", [("K", "attn"), ("F", "mlp")])
+def test_flap_statistics(unit, part):
+  for field, recorded in [
+    ("mean", "mean"),
+    ("fluctuation", "fluc"),
+    ("square", "sqnorm"),
+  ]:
+    found = [getattr(m, field).ravel() for m in moments()[unit]]
+    want = array("mha", f"flap_stat_{part}_{recorded}")
+    np.testing.assert_allclose(found, want, rtol=1e-4, atol=1e-7)
+
+
+def check_kept(pruned, want):
+  assert [k.tolist() for k in pruned.kept["K"]] == [
+    np.flatnonzero(k).tolist() for k in want["head_keep"]
+  ]
+  assert [
+    sorted(set(range(176)) - set(k.tolist())) for k in pruned.kept["F"]
+  ] == want["ffn_pruned"]
+
+
+@pytest.mark.parametrize("case", FLAP)
+def test_flap_golden(case, monkeypatch):
+  monkeypatch.setattr(flap, "statistics", lambda *_: moments())
+  want = trace("mha", case)
+  settings = Prune(
+    flap_metric=want["metrics"],
+    flap_structure=want["structure"].replace("-", ""),
+  )
+  groups = want["remove_heads"] if want["remove_heads"] >= 0 else None
+  pruned = run(
+    flap,
+    "mha",
+    settings=settings,
+    ratio=want["pruning_ratio"],
+    groups=groups,
+  )
+  check_kept(pruned, want)
+  assert model_config.count_params(pruned.config) == want["params_total"]
+  for name in ("o_bias", "down_bias"):
+    found = [pruned.params[f"layer_{i}"][name] for i in range(4)]
+    np.testing.assert_allclose(
+      found, array("mha", case, name), rtol=1e-4, atol=1e-5
+    )
+  check_logits(pruned, "mha", case)
+
+
+@pytest.mark.parametrize("case", ["wanda_sp_p50", "mag_sp_p50"])
+def test_wanda_sp_golden(case):
+  want = trace("mha", case)
+  pruned = run(
+    wanda_sp,
+    "mha",
+    ratio=want["pruning_ratio"],
+    weights_only=want["method"] == "mag_sp",
+  )
+  check_kept(pruned, want)
+  biases = 2 * 4 * 64  # the tool adds them, as zeros
+  assert (
+    model_config.count_params(pruned.config) == want["params_total"] - biases
+  )
+  check_logits(pruned, "mha", case)
+
+
+# ---- LLM-Pruner, magnitude, random -------------------------------------------
+
+KIND = {
+  "param_first": "taylor",
+  "param_second": "taylor_second",
+  "param_mix": "taylor_mix",
+  "vectorize": "taylor_vectorize",
+}
+
+
+def removed_of(pruned, unit, layer):
+  count = {"K": 4, "F": 176}[unit]
+  return sorted(set(range(count)) - set(pruned.kept[unit][layer].tolist()))
+
+
+def recorded_removals(want):
+  """What a recording removed, in the numbering of the whole model."""
+  left = {
+    u: [list(range(n)) for _ in range(4)] for u, n in (("K", 4), ("F", 176))
+  }
+  for number in range(1, want["iterative_steps"] + 1):
+    for event in want["pruned"]:
+      if event["step"] != number:
+        continue
+      unit = "K" if "removed_heads" in event else "F"
+      gone = event["removed_heads" if unit == "K" else "removed"]
+      units = left[unit][int(event["root"].split(".")[2])]
+      for index in sorted(gone, reverse=True):
+        del units[index]
+  return left
+
+
+LLM_PRUNER = sorted(
+  f"{name}/{path.name}"
+  for name in ("mha", "gqa")
+  for path in (ROOT / name).glob("llmpruner_*")
+)
+
+
+@pytest.mark.parametrize("case", LLM_PRUNER)
+def test_llm_pruner_golden(case):
+  name, folder = case.split("/")
+  want = trace(name, folder)
+  kind = KIND[want["taylor"]] if want["taylor"] else want["pruner_type"]
+  layers = "{}:{}".format(*want["layers"])
+  settings = Prune(
+    group_importance=kind,
+    attention_layers=layers,
+    mlp_layers=layers,
+    gqa_fold="reference",
+    llm_pruner_steps=want["iterative_steps"],
+    llm_pruner_ranking="global" if want["global_pruning"] else "layer",
+  )
+  steps = []
+  config, params = dense(name)
+  pruned = llm_pruner.prune(
+    config,
+    params,
+    settings,
+    lambda step: array(name, "calib")[: want["num_examples"]],
+    batch=want["num_examples"],
+    ratio=want["pruning_ratio"],
+    log=lambda record, step: steps.append(step),
+  )
+  if want["score_order"]:
+    rows = slice(*want["layers"])
+    for unit, part in (("K", "attn_group"), ("F", "mlp")):
+      np.testing.assert_allclose(
+        steps[0].scores[unit][rows],
+        array(name, folder, f"{part}_scores"),
+        rtol=1e-4,
+      )
+  left = recorded_removals(want)
+  for unit in "KF":
+    assert [k.tolist() for k in pruned.kept[unit]] == left[unit]
+  assert model_config.count_params(pruned.config) == want["params_total"]
+  check_logits(pruned, name, folder)
+
+
+# ---- All of them -------------------------------------------------------------
+
+METHODS = {
+  "llm_pruner": Prune(),
+  "llm_pruner in 2 steps": Prune(llm_pruner_steps=2),
+  "llm_pruner, global": Prune(llm_pruner_ranking="global"),
+  "flap": Prune(),
+  "flap ALMM": Prune(flap_structure="ALMM"),
+  "flap ULUM": Prune(flap_structure="ULUM"),
+  "flap ULMM": Prune(flap_structure="ULMM"),
+  "wanda_sp": Prune(),
+  "magnitude": Prune(),
+  "random": Prune(),
+}
+
+
+def method(name):
+  return SimpleNamespace(prune=baselines.METHODS[re.split(r",| ", name)[0]])
+
+
+@pytest.mark.parametrize(
+  "kind", ["ALAM", "ALMM", "ULUM", "ULMM", "layer", "global"]
+)
+@pytest.mark.parametrize("round_to", [1, 4])
+def test_any_target_is_met_within_a_channel(kind, round_to):
+  random = np.random.default_rng(round_to)
+  for G, H in ((1, 8), (3, 4)):
+    full = dataclasses.replace(
+      dense("gqa")[0], G=G, H=H, K=(4, 2, 3), F=(64, 96, 33), o_bias=True
+    )
+    masks = surgery.to_masks(surgery.everything(full), full)
+    scores = {u: random.normal(size=m.shape) for u, m in masks.items()}
+    scores["F"][1, :40] = -1.0  # ties, such as of dead channels
+    settings = Prune()
+    prunable = targets.prunable_modules(full, settings)
+    if kind.isupper():
+      settings.flap_structure = kind
+      counts_at = flap.counter(full, masks, scores, prunable, settings)
+    else:
+      settings.llm_pruner_ranking = kind
+      counts_at = llm_pruner.counter(
+        full, masks, masks, scores, prunable, settings
+      )
+    size = model_config.count_params(full)
+    for target in range(size // 2, size, size // 29):
+      left = budget.solve(
+        full, masks, scores, counts_at, prunable, target, round_to
+      )
+      step = model_config.unit_cost(full)["F"] * round_to
+      assert target - step < surgery.count(full, left) <= target
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_width_methods_meet_the_target(name):
+  pruned = run(method(name), "gqa", target=150_000, settings=METHODS[name])
+  size = model_config.count_params(pruned.config)
+  shapes = jax.tree.map(lambda x: x.shape, pruned.params)
+  assert shapes == model_config.param_shapes(pruned.config)
+  assert pruned.trace[-1]["params"] == size
+  assert 150_000 - model_config.unit_cost(pruned.config)["F"] < size <= 150_000
+
+
+@pytest.mark.parametrize("name", ["llm_pruner", "flap", "shortgpt"])
+def test_a_target_out_of_reach(name):
+  with pytest.raises(UserError, match="cannot reach 20,000 parameters"):
+    run(method(name), "gqa", target=20_000)
+
+
+def test_flap_bias_is_the_mean_of_what_is_gone():
+  pruned = run(flap, "gqa", target=150_000)
+  config, params = dense("gqa")
+  mesh = sharding.make_mesh(devices=jax.local_devices()[:1])
+  moments = flap.statistics(config, params, array("gqa", "calib"), 4, mesh)
+  masks = surgery.to_masks(pruned.kept, config)
+  assert not all(m.all() for m in masks["K"])
+  tokens = array("gqa", "eval_ids")
+  x = activations.embed(config, params, tokens, mesh)
+  for i in range(config.L):
+    block = Block(config, config.K[i], config.F[i])
+    for unit, add in zip("KF", ("add_attention", "add_mlp"), strict=True):
+      _, y = activations.half(config, params, i, unit, x, mesh)
+      gone = ~masks[unit][i].reshape(-1, *[1] * (y.ndim - 3))
+      y = jnp.where(gone, moments[unit][i].mean, y)
+      x = block.apply({"params": params[f"layer_{i}"]}, x, y, method=add)
+  want = Decoder(config).apply({"params": params}, x, method="head")
+  found = logits(pruned.config, pruned.params, tokens)
+  np.testing.assert_allclose(found, want, rtol=1e-3, atol=1e-3)
+
+
+EIGHT = {
+  "gqa/llmpruner_taylor_first_p50": (
+    llm_pruner,
+    Prune(gqa_fold="reference"),
+    {"ratio": 0.5, "batch": 16},
+  ),
+  "mha/flap_wifv_alam_p50": (flap, Prune(), {"ratio": 0.5}),
+  "gqa/shortgpt": (shortgpt, Prune(), {"layers": 1}),
+  "mha/slicegpt_d48_keepmean": (slicegpt, Prune(), {"width": 48}),
+}
+
+
+@pytest.mark.parametrize("case", EIGHT)
+def test_golden_on_eight_devices(case):
+  """A batch of 6 fills neither the devices nor the 16 samples evenly."""
+  name, folder = case.split("/")
+  method, settings, options = EIGHT[case]
+  options = {"batch": 6} | options
+  mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+  pruned = run(method, name, mesh=mesh, settings=settings, **options)
+  on_one = dataclasses.replace(pruned, params=jax.device_get(pruned.params))
+  check_logits(on_one, name, folder)
+
+
+@pytest.mark.parametrize("name", ["magnitude", "flap", "shortgpt"])
+def test_a_second_stage(name):
+  """Units keep their original numbers, and nothing comes back."""
+  config, params = dense("gqa")
+  first = run(method(name), "gqa", target=190_000)
+  second = method(name).prune(
+    first.config,
+    first.params,
+    Prune(),
+    lambda step: array("gqa", "calib"),
+    target=150_000,
+    full=config,
+    kept=first.kept,
+  )
+  assert model_config.count_params(second.config) <= 150_000
+  for unit in "KF":
+    for was, now in zip(first.kept[unit], second.kept[unit], strict=True):
+      assert set(now) <= set(was)
+  i = max(range(4), key=lambda i: second.config.F[i])
+  np.testing.assert_array_equal(
+    second.params[f"layer_{i}"]["gate"],
+    params[f"layer_{i}"]["gate"][:, second.kept["F"][i]],
+  )

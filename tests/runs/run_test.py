@@ -1,0 +1,264 @@
+"""Whole runs: what they leave, how they go on, how they refuse."""
+
+import json
+import shutil
+import signal
+import time
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from adapt_pruner_jax.distributed import sharding
+from adapt_pruner_jax.errors import EXIT_STOPPED, UserError
+from adapt_pruner_jax.formats.hf import load
+from adapt_pruner_jax.models import model_config
+from adapt_pruner_jax.pruning import surgery
+from adapt_pruner_jax.runs import run
+from tests.small_runs import SMALL, finish, output, recipe, start
+
+
+def weights(path):
+  return load_file(path / "model" / "model.safetensors")
+
+
+def assert_same_weights(a, b):
+  a, b = weights(a), weights(b)
+  assert a.keys() == b.keys()
+  for name in a:
+    np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+
+
+def assert_close_weights(a, b):
+  a, b = weights(a), weights(b)
+  assert a.keys() == b.keys()
+  for name in a:
+    np.testing.assert_allclose(a[name], b[name], atol=2e-3, err_msg=name)
+
+
+def test_what_a_run_leaves(small_model, tmp_path):
+  work = tmp_path / "work"
+  summary = run.run(recipe(small_model), work)
+  config, params = load.load(str(work / "model"))
+  dense = load.read_config(str(small_model))
+  target = int(model_config.count_params(dense) * 0.7)
+  channel = model_config.unit_cost(dense)["F"]
+  assert target - channel < model_config.count_params(config) <= target
+  assert summary["params_after"] == model_config.count_params(config)
+  assert summary["target_params"] == target
+  on_disk = json.loads((work / "summary.json").read_text())
+  assert on_disk == json.loads(json.dumps(summary))
+  for name in ("method", "params_before", "seconds", "perplexity_before"):
+    assert on_disk[name] is not None
+
+  trace = [json.loads(x) for x in (work / "trace.jsonl").open()]
+  assert [r["stage"] for r in trace] == sorted(r["stage"] for r in trace)
+  assert {r["stage"] for r in trace} == {1, 2}
+  sizes = [r["params"] for r in trace]
+  assert sizes == sorted(sizes, reverse=True)
+  assert sizes[-1] == on_disk["params_after"]
+  names = {"kv_groups", "ffn", "attn_importance", "mlp_importance"}
+  names |= {"attn_sparsity", "mlp_sparsity"}
+  assert names <= trace[0]["layers"][0].keys()
+  assert json.loads((work / "config.json").read_text())["prune"]["ratio"] == 0.3
+  assert (work / "report.html").stat().st_size > 1000
+
+  # kept.json says which units of the original model these are.
+  kept = json.loads((work / "kept.json").read_text())["layers"]
+  keep = {
+    "K": tuple(np.array(x["kv_groups"]) for x in kept),
+    "F": tuple(np.array(x["ffn"]) for x in kept),
+  }
+  original = load.load(str(small_model))
+  mesh = sharding.make_mesh(devices=jax.devices()[:1])
+  again, gathered = surgery.gather(*original, keep, mesh)
+  assert again.units() == config.units()
+  jax.tree.map(np.testing.assert_array_equal, gathered, params)
+
+
+def test_finished_run_does_nothing_and_another_recipe_is_refused(
+  small_model, tmp_path, monkeypatch, capsys
+):
+  work = tmp_path / "work"
+  config = recipe(small_model, stages=1)
+  first = run.run(config, work)
+  monkeypatch.setattr(run, "_run", None)
+  assert run.run(config, work) == json.loads(json.dumps(first))
+  assert "finished" in capsys.readouterr().out
+  config.prune.amplitude = 0.5
+  with pytest.raises(UserError, match=r"prune\.amplitude: 0\.02 -> 0\.5"):
+    run.run(config, work)
+
+
+@pytest.mark.parametrize(
+  "change",
+  [
+    {"prune.refit": "final"},
+    {"prune.method": "curvature"},
+    {"prune.method": "flap"},
+    {"train.tokens": 512, "train.lora_rank": 2},
+    {"train.tokens": 512, "train.distill_alpha": 0.5},
+  ],
+  ids=lambda change: ",".join(map(str, change.values())),
+)
+def test_every_sort_of_run_ends_with_a_model(small_model, tmp_path, change):
+  config = recipe(small_model, stages=1)
+  config.eval.text = ""
+  config.mesh.data, config.mesh.fsdp = 8, 1
+  for name, value in change.items():
+    section, field = name.split(".")
+    setattr(getattr(config, section), field, value)
+  summary = run.run(config, tmp_path / "work")
+  small, params = load.load(str(tmp_path / "work" / "model"))
+  dense = load.read_config(str(small_model))
+  target = int(model_config.count_params(dense) * 0.7)
+  assert model_config.count_params(small) == summary["params_after"] <= target
+  assert all(np.isfinite(x).all() for x in jax.tree.leaves(params))
+  assert summary["train_tokens"] == config.train.tokens
+  # Refit, bias and training change what was merely gathered.
+  kept = json.loads((tmp_path / "work" / "kept.json").read_text())["layers"]
+  keep = {
+    "K": tuple(np.array(x["kv_groups"]) for x in kept),
+    "F": tuple(np.array(x["ffn"]) for x in kept),
+  }
+  mesh = sharding.make_mesh(devices=jax.devices()[:1])
+  _, gathered = surgery.gather(*load.load(str(small_model)), keep, mesh)
+  got, want = (dict(jax.tree.leaves_with_path(t)) for t in (params, gathered))
+  same = got.keys() == want.keys() and all(
+    np.array_equal(got[path], want[path]) for path in want
+  )
+  assert same == (config.prune.method == "curvature")
+
+
+# ---- Processes of their own, stopped -----------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(small_model):
+  return recipe(small_model, stages=2, tokens=24 * 256)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(trained, tmp_path_factory, process_env):
+  """A run with training on one device that nothing happens to."""
+  path = tmp_path_factory.mktemp("trained") / "work"
+  finish(trained, path, process_env(1))
+  return path
+
+
+def rows(work, kind):
+  file = work / "metrics.jsonl"
+  return file.read_text().count(f'"kind": "{kind}"') if file.exists() else 0
+
+
+def wait_for(moment, work, process):
+  while not moment(work):
+    assert process.poll() is None, output(work)
+    time.sleep(0.01)
+
+
+# What the files say as a run goes on, to aim at its phases. Each holds for the
+# first time after the one before it, also in the process that goes on.
+MOMENTS = {
+  "started": lambda w: (w / "config.json").exists(),
+  "prune": lambda w: (w / "pruning.json").exists(),
+  "train": lambda w: rows(w, "train") >= 5,
+  "second prune": lambda w: rows(w, "eval") and (w / "pruning.json").exists(),
+  "second train": lambda w: rows(w, "train") >= 14,
+  "export": lambda w: rows(w, "eval") >= 2,
+}
+
+
+@pytest.mark.slow
+def test_killed_in_every_phase_ends_the_same(
+  trained, uninterrupted, process_env, tmp_path
+):
+  work = tmp_path / "work"
+  for moment in MOMENTS.values():
+    process = start(trained, work, process_env(1))
+    wait_for(moment, work, process)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (work / "summary.json").exists()
+  finish(trained, work, process_env(1))
+  assert_same_weights(work, uninterrupted)
+  got, want = (
+    json.loads((path / "summary.json").read_text())
+    for path in (work, uninterrupted)
+  )
+  assert got["perplexity_after"] == want["perplexity_after"]
+  metrics = map(json.loads, (work / "metrics.jsonl").open())
+  steps = [row["step"] for row in metrics if row["kind"] == "train"]
+  assert steps == list(range(24))
+  assert (work / "trace.jsonl").read_text() == (
+    uninterrupted / "trace.jsonl"
+  ).read_text()
+
+
+@pytest.mark.slow
+def test_sigterm_saves_and_another_mesh_goes_on(
+  trained, uninterrupted, process_env, tmp_path
+):
+  work = tmp_path / "work"
+  for devices, steps in ((8, 5), (2, 14)):
+    process = start(trained, work, process_env(devices))
+    wait_for(lambda w, n=steps: rows(w, "train") >= n, work, process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(300) == EXIT_STOPPED, output(work)
+    assert "the same command continues" in output(work)
+  said = finish(trained, work, process_env(1))
+  assert "continuing at stage 2" in said
+  assert_close_weights(work, uninterrupted)
+
+
+@pytest.mark.parametrize("method", ["adapt", "curvature"])
+def test_a_cut_prune_goes_on(
+  small_model, tmp_path, monkeypatch, capsys, method
+):
+  """From its last step, or anew where the file that says it is damaged."""
+  config = recipe(small_model, stages=1)
+  config.eval.text = ""
+  if method == "curvature":  # the weights change between the steps
+    config.prune.method, config.prune.refit = method, "2"
+  whole, work, broken = (tmp_path / x for x in ("whole", "work", "broken"))
+  run.run(config, whole)
+  trace = (whole / "trace.jsonl").read_text()
+  assert len(trace.splitlines()) > 4
+  assert ("refit" in trace) == (method == "curvature")
+  real = run.write_pruning
+
+  def cut(*args):
+    real(*args)
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(run, "write_pruning", cut)
+  for expected in (1, 2, 3):
+    with pytest.raises(KeyboardInterrupt):
+      run.run(config, work)
+    lines = (work / "trace.jsonl").read_text().splitlines()
+    assert len(lines) == expected
+  monkeypatch.undo()
+  shutil.copytree(work, broken)
+  file = broken / "pruning.json"
+  content = json.loads(file.read_text())
+  content["content"]["kept"]["F"][0][0] ^= 1
+  file.write_text(json.dumps(content))
+  capsys.readouterr()
+  for path in (work, broken):
+    run.run(config, path)
+    damage = f"{file} is damaged" in capsys.readouterr().out
+    assert damage == (path == broken)
+    assert (path / "trace.jsonl").read_text() == trace
+    assert_same_weights(path, whole)
+
+
+def test_given_samples_are_only_asked_for_steps(small_model, tmp_path):
+  """A file with samples for the steps and none more is enough."""
+  config = recipe(small_model, stages=1, max_steps=2)
+  config.prune.ratio = 0.0
+  file = tmp_path / "samples.npy"
+  ids = np.random.default_rng(0).integers(0, SMALL.V, (2, 8, 16))
+  np.save(file, ids.astype(np.int32))
+  config.calibration.source = f"npy:{file}"
+  assert run.run(config, tmp_path / "work")["prune_steps"] == 2
