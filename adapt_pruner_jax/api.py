@@ -78,7 +78,7 @@ def prune(
   if not calibration.startswith("npy:"):
     tokenizer = _tokenizer(model)
   windows, for_refit = pruning_data(
-    source, recipe.refit != "none", tokenizer, model.config.V, seed
+    source, recipe.refit != "none", tokenizer, model.config.vocab_size, seed
   )
   old = (model.config, model.params)
   found = methods.METHODS[recipe.method](
@@ -135,7 +135,7 @@ def perplexity(
   from adapt_pruner_jax.evaluation import perplexity as perplexity_
 
   ids = packing.heldout_tokens(
-    text, _tokenizer(model), model.config.V, "the text"
+    text, _tokenizer(model), model.config.vocab_size, "the text"
   )
   length = perplexity_.window(model.config, seq_len)
   return perplexity_.perplexity(model.config, model.params, ids, length, batch)[

@@ -119,8 +119,8 @@ class Bench:
       | facts
       | {
         "params": model_config.count_params(config),
-        "kv_groups": list(config.K),
-        "ffn": list(config.F),
+        "kv_groups": list(config.kv_groups),
+        "ffn": list(config.ffn_widths),
       }
     )
 
@@ -242,7 +242,9 @@ class Bench:
   def rows(self, base: str, seed: int) -> packing.TrainData:
     found = self.base(base)
     source = Data(f"text:{found.train_file}", ROW_LEN, ROWS)
-    return packing.train_data(source, found.tokenizer, found.config.V, seed)
+    return packing.train_data(
+      source, found.tokenizer, found.config.vocab_size, seed
+    )
 
   @functools.lru_cache(maxsize=1)  # noqa: B019
   def base(self, name: str) -> Base:

@@ -69,12 +69,12 @@ def make(flags: argparse.Namespace, path: Path) -> None:
 
   config = model_config.ModelConfig(
     family="llama",
-    V=flags.vocab,
-    D=flags.width,
-    G=flags.heads // flags.kv_heads,
-    H=flags.width // flags.heads,
-    K=(flags.kv_heads,) * flags.layers,
-    F=(flags.ffn,) * flags.layers,
+    vocab_size=flags.vocab,
+    hidden_size=flags.width,
+    queries_per_group=flags.heads // flags.kv_heads,
+    head_dim=flags.width // flags.heads,
+    kv_groups=(flags.kv_heads,) * flags.layers,
+    ffn_widths=(flags.ffn,) * flags.layers,
     norm_eps=1e-5,
     rope=Rope(),
     context=2048,

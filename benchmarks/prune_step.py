@@ -88,12 +88,12 @@ def model_config() -> ModelConfig:
   f = FLAGS
   return ModelConfig(
     family="llama",
-    V=f.vocab,
-    D=f.width,
-    G=f.heads // f.kv_heads,
-    H=f.head_dim,
-    K=(f.kv_heads,) * f.layers,
-    F=(f.ffn,) * f.layers,
+    vocab_size=f.vocab,
+    hidden_size=f.width,
+    queries_per_group=f.heads // f.kv_heads,
+    head_dim=f.head_dim,
+    kv_groups=(f.kv_heads,) * f.layers,
+    ffn_widths=(f.ffn,) * f.layers,
     norm_eps=1e-5,
     rope=Rope(),
     context=2048,
@@ -110,7 +110,7 @@ def torch_params(params: axes.Params, config: ModelConfig) -> dict:
   def one(name, _, array):
     array = np.asarray(array, np.float32)
     if name in ("q", "k", "v", "gate", "up"):
-      array = array.reshape(config.D, -1).T
+      array = array.reshape(config.hidden_size, -1).T
     elif name in ("o", "down", "lm_head"):
       array = array.reshape(-1, array.shape[-1]).T
     tensor = torch.tensor(np.ascontiguousarray(array))
@@ -125,9 +125,9 @@ class Peer:
   def __init__(self, params: axes.Params, config: ModelConfig, lean: bool):
     self.config, self.lean = config, lean
     self.weights = torch_params(params, config)
-    self.layers = [self.weights[f"layer_{i}"] for i in range(config.L)]
+    self.layers = [self.weights[f"layer_{i}"] for i in range(config.num_layers)]
     self.track()
-    frequency = torch.tensor(rope_frequencies(config.rope, config.H))
+    frequency = torch.tensor(rope_frequencies(config.rope, config.head_dim))
     angle = torch.arange(FLAGS.tokens)[:, None] * frequency
     angle = torch.cat([angle, angle], dim=-1)
     dtype = getattr(torch, FLAGS.dtype)
@@ -142,7 +142,9 @@ class Peer:
       self.weights[name].requires_grad_(not self.lean)
 
   def norm(self, x, scale):
-    return F.rms_norm(x, (self.config.D,), scale, self.config.norm_eps)
+    return F.rms_norm(
+      x, (self.config.hidden_size,), scale, self.config.norm_eps
+    )
 
   def rotate(self, x):
     half = x.shape[-1] // 2
@@ -151,13 +153,13 @@ class Peer:
 
   def block(self, layer, x):
     B, T, _ = x.shape
-    heads = lambda y: y.view(B, T, -1, self.config.H).transpose(1, 2)
+    heads = lambda y: y.view(B, T, -1, self.config.head_dim).transpose(1, 2)
     h = self.norm(x, layer["attn_norm"])
     q = self.rotate(heads(F.linear(h, layer["q"])))
     k = self.rotate(heads(F.linear(h, layer["k"])))
     v = heads(F.linear(h, layer["v"]))
     said = F.scaled_dot_product_attention(
-      q, k, v, is_causal=True, enable_gqa=self.config.G > 1
+      q, k, v, is_causal=True, enable_gqa=self.config.queries_per_group > 1
     )
     x = x + F.linear(said.transpose(1, 2).reshape(B, T, -1), layer["o"])
     h = self.norm(x, layer["mlp_norm"])
@@ -181,7 +183,7 @@ class Peer:
 
   def step(self, samples: np.ndarray):
     """(scores of each scored matrix per layer, importances)."""
-    importances = np.zeros(self.config.L)
+    importances = np.zeros(self.config.num_layers)
     tokens_NT = torch.tensor(samples, dtype=torch.long)
     for tokens in tokens_NT.split(FLAGS.batch):
       if self.lean:
@@ -203,7 +205,9 @@ class Peer:
     """Sums |W g| over the width, and over the channels of a head."""
     out = name in ("q", "k", "v", "gate", "up")
     score = (weight.float() * weight.grad.float()).abs().sum(1 if out else 0)
-    return score.view(-1, self.config.H).sum(1) if name in "qkvo" else score
+    return (
+      score.view(-1, self.config.head_dim).sum(1) if name in "qkvo" else score
+    )
 
   def memory(self, samples: np.ndarray) -> int:
     """Bytes that autograd saves for a minibatch, and of the gradients."""
@@ -226,7 +230,7 @@ class Peer:
 
   def prune(self, scores: list[dict], share: float) -> None:
     """Removes the share of each module's units with the lowest scores."""
-    H, G = self.config.H, self.config.G
+    H, G = self.config.head_dim, self.config.queries_per_group
     for layer, found in zip(self.layers, scores, strict=True):
       kv = found["k"] + found["v"]
       kv = kv + found["q"].view(-1, G).sum(1) + found["o"].view(-1, G).sum(1)
@@ -275,7 +279,7 @@ class Ours:
     per_layer = lambda i: {
       n: s[i].reshape(-1) for n, s in found["salience"].items()
     }
-    scores = [per_layer(i) for i in range(self.config.L)]
+    scores = [per_layer(i) for i in range(self.config.num_layers)]
     return scores, found["importance_ML"].sum(0)
 
   def memory(self) -> int:
@@ -295,9 +299,11 @@ def useful_flops(config: ModelConfig) -> float:
   """Of the lean step: forward, gradients of inputs and of scored matrices."""
   c = config
   cost = unit_cost(c)
-  scored = sum(c.K) * cost["K"] + sum(c.F) * cost["F"]
-  attention = 4 * FLAGS.tokens * c.G * c.H * sum(c.K) / 2  # causal: half
-  per_token = 6 * scored + 4 * c.D * c.V + 3 * attention
+  scored = sum(c.kv_groups) * cost["K"] + sum(c.ffn_widths) * cost["F"]
+  attention = (
+    4 * FLAGS.tokens * c.queries_per_group * c.head_dim * sum(c.kv_groups) / 2
+  )  # causal: half
+  per_token = 6 * scored + 4 * c.hidden_size * c.vocab_size + 3 * attention
   return per_token * FLAGS.samples * FLAGS.tokens
 
 
@@ -328,7 +334,7 @@ def largest_difference(ours, theirs) -> float:
 def compare_steps(params: axes.Params, config: ModelConfig) -> None:
   rng = np.random.default_rng(0)
   shape = (FLAGS.samples, FLAGS.tokens)
-  samples = rng.integers(0, config.V, shape).astype(np.int32)
+  samples = rng.integers(0, config.vocab_size, shape).astype(np.int32)
   ours = Ours(params, config)
   compile_seconds = cpu_seconds(ours.compile, samples)
   peers = {
@@ -371,7 +377,7 @@ def compare_stages(params: axes.Params, config: ModelConfig) -> None:
   """A stage of some steps, from the first compile to the smaller model."""
   rng = np.random.default_rng(0)
   shape = (FLAGS.stage, FLAGS.samples, FLAGS.tokens)
-  samples = rng.integers(0, config.V, shape).astype(np.int32)
+  samples = rng.integers(0, config.vocab_size, shape).astype(np.int32)
   recipe = Prune(amplitude=0.0, max_steps=FLAGS.stage)
 
   def ours():

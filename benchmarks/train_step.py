@@ -88,12 +88,12 @@ def pruned_config() -> model_config.ModelConfig:
   thin = [i % 2 for i in range(f.layers)]
   return model_config.ModelConfig(
     family="llama",
-    V=f.vocab,
-    D=f.width,
-    G=f.heads // f.kv_heads,
-    H=f.head_dim,
-    K=tuple(f.kv_heads - t for t in thin),
-    F=tuple(f.ffn - t * (f.ffn // 5) for t in thin),
+    vocab_size=f.vocab,
+    hidden_size=f.width,
+    queries_per_group=f.heads // f.kv_heads,
+    head_dim=f.head_dim,
+    kv_groups=tuple(f.kv_heads - t for t in thin),
+    ffn_widths=tuple(f.ffn - t * (f.ffn // 5) for t in thin),
     norm_eps=1e-5,
     rope=Rope(),
     context=f.tokens,
@@ -197,7 +197,7 @@ def main() -> None:
   config = pruned_config()
   params = jax.device_get(decoder.init_params(config, jax.random.key(0)))
   shape = (FLAGS.batch, FLAGS.tokens + 1)
-  tokens_BS = np.random.default_rng(0).integers(0, config.V, shape)
+  tokens_BS = np.random.default_rng(0).integers(0, config.vocab_size, shape)
   with tempfile.TemporaryDirectory() as folder:
     save.save(config, params, f"{folder}/model", say=lambda line: None)
     theirs = Transformers(f"{folder}/model", tokens_BS.astype(np.int32))

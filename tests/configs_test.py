@@ -375,7 +375,7 @@ def test_scoring_step_traces(name):
   params = model_config.abstract_params(full, dtype)
   stacked = {n: params[n] for n in model_config.outer_names(full)}
   stacked["layers"] = {
-    n: jax.ShapeDtypeStruct((full.L, *x.shape), dtype)
+    n: jax.ShapeDtypeStruct((full.num_layers, *x.shape), dtype)
     for n, x in params["layer_0"].items()
   }
   rows = config.calibration.samples // config.calibration.batch
@@ -390,15 +390,22 @@ def test_scoring_step_traces(name):
     ),
     stacked=stacked,
     masks={
-      u: jax.ShapeDtypeStruct((full.L, w[0]), bool)
+      u: jax.ShapeDtypeStruct((full.num_layers, w[0]), bool)
       for u, w in full.units().items()
     },
     tokens_MBT=jax.ShapeDtypeStruct(shape, jnp.int32),
     valid_MB=jax.ShapeDtypeStruct(shape[:2], bool),
   )
-  assert found["importance_ML"].shape == (rows, full.L)
-  assert found["salience"]["q"].shape == (full.L, full.K[0], full.G)
-  assert found["salience"]["down"].shape == (full.L, full.F[0])
+  assert found["importance_ML"].shape == (rows, full.num_layers)
+  assert found["salience"]["q"].shape == (
+    full.num_layers,
+    full.kv_groups[0],
+    full.queries_per_group,
+  )
+  assert found["salience"]["down"].shape == (
+    full.num_layers,
+    full.ffn_widths[0],
+  )
   assert found["salience"]["q"].dtype == jnp.float32
 
 

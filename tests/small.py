@@ -13,12 +13,12 @@ from adapt_pruner_jax.models.rope import Rope
 
 CONFIG = ModelConfig(
   family="llama",
-  V=40,
-  D=16,
-  G=2,
-  H=4,
-  K=(4, 2, 3),
-  F=(24, 40, 17),
+  vocab_size=40,
+  hidden_size=16,
+  queries_per_group=2,
+  head_dim=4,
+  kv_groups=(4, 2, 3),
+  ffn_widths=(24, 40, 17),
   norm_eps=1e-5,
   rope=Rope(),
   context=64,
@@ -90,4 +90,4 @@ def one_device() -> jax.sharding.Mesh:
 
 def tokens(config: ModelConfig, rows: int, length: int, seed: int = 0):
   rng = np.random.default_rng(seed)
-  return rng.integers(0, config.V, (rows, length)).astype(np.int32)
+  return rng.integers(0, config.vocab_size, (rows, length)).astype(np.int32)

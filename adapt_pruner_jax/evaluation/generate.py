@@ -114,10 +114,10 @@ def check_request(
     raise UserError("generation needs a prompt of at least one token")
   low = min(min(prompt) for prompt in prompts)
   high = max(max(prompt) for prompt in prompts)
-  if low < 0 or high >= config.V:
+  if low < 0 or high >= config.vocab_size:
     raise UserError(
       f"token id {low if low < 0 else high} is outside the model's vocabulary "
-      f"of {config.V}: the tokenizer is not this model's"
+      f"of {config.vocab_size}: the tokenizer is not this model's"
     )
   longest = max(len(prompt) for prompt in prompts)
   if longest + max_new_tokens > config.context:
@@ -273,13 +273,13 @@ def residual(
   """
   c = decoder.config
   ropes = c.rope_tables(positions_BT)
-  windows = c.window or (0,) * c.L
+  windows = c.window or (0,) * c.num_layers
   masks = {window: see(window) for window in sorted(set(windows))}
   x_BTD = decoder.embed(tokens_BT)
   found: Caches = []
   for i, layer in enumerate(decoder.layer):
     y_BTKGH = kv = None
-    if layer.K:
+    if layer.kv_groups:
       q_BTKGH, *kv = layer.qkv(x_BTD, ropes[c.rope_ids()[i]])
       if caches is not None:
         write = jax.lax.dynamic_update_slice_in_dim

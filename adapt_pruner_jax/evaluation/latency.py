@@ -54,7 +54,7 @@ def measure(
     mesh = sharding.one_device()
   sampling = generate.Sampling()
   rng = np.random.default_rng(0)
-  prompts = rng.integers(0, config.V, (batch, prompt_len)).tolist()
+  prompts = rng.integers(0, config.vocab_size, (batch, prompt_len)).tolist()
   generate.check_request(config, prompts, new_tokens, sampling)
   tokens_BT, starts_B = generate.pad_left(prompts, mesh)
   # The length asked for, not the bucket it would be padded to.
@@ -140,7 +140,7 @@ def ffn_advice(
     `width`, `ms` {multiple or 1: milliseconds of one MLP at its width},
     `round_ffn_to` (1 = would not pay), and one line, `text`.
   """
-  widths = sorted(width for width in config.F if width)
+  widths = sorted(width for width in config.ffn_widths if width)
   if not widths:
     raise UserError("the model has no MLP whose width could be rounded")
   width = widths[len(widths) // 2]
@@ -190,12 +190,12 @@ def _mlp_ms(
   """Milliseconds of gate, up, activation and down at this width."""
   act = ACTIVATIONS[config.activation]
   key = jax.random.key(0)
-  scale = config.D**-0.5
+  scale = config.hidden_size**-0.5
   gate, up, down_t = (
-    (scale * jax.random.normal(k, (config.D, width))).astype(dtype)
+    (scale * jax.random.normal(k, (config.hidden_size, width))).astype(dtype)
     for k in jax.random.split(key, 3)
   )
-  x_BD = jnp.ones((rows, config.D), dtype)
+  x_BD = jnp.ones((rows, config.hidden_size), dtype)
 
   @jax.jit
   def run(x_BD, gate, up, down):

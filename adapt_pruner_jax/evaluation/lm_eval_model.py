@@ -172,7 +172,7 @@ class JaxLM(TemplateLM):
     """
     rows = make_rows(pairs, self.model_config.context)
     ids = [t for row in rows for t in (*row.tokens, *_targets(row))]
-    _check_vocabulary(ids, self.model_config.V)
+    _check_vocabulary(ids, self.model_config.vocab_size)
     sent = []
     for T, members in by_length(rows, 2 * self.batch):
       # Rows of a batch are to have about as many queries, see `_score`.

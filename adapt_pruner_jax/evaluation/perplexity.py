@@ -104,7 +104,7 @@ def perplexity(
     UserError: fewer than 2 tokens, or ids outside the vocabulary.
   """
   tokens = np.asarray(tokens)
-  check_tokens(tokens, config.V)
+  check_tokens(tokens, config.vocab_size)
   if seq_len < 2:
     raise UserError(
       f"a window of {seq_len} token(s) predicts none: use 2 or more"

@@ -61,8 +61,8 @@ class Block(nn.Module):
     # The names depend on the sizes of this block, not on those of the config.
     here = dataclasses.replace(
       c,
-      K=(self.K,),
-      F=(self.F,),
+      kv_groups=(self.K,),
+      ffn_widths=(self.F,),
       window=(),
       residual=c.residual[self.index : self.index + 1],
     )
@@ -131,13 +131,15 @@ class Block(nn.Module):
     elif c.qk_norm == "all":
       q_BTKGH = self._norm_all("q_norm_all", q_BTKGH, masks)
       k_BTKH = self._norm_all("k_norm_all", k_BTKH, masks)
-    q_BTNH = rotate(q_BTKGH.reshape(B, T, self.K * c.G, c.H), rope)
+    q_BTNH = rotate(
+      q_BTKGH.reshape(B, T, self.K * c.queries_per_group, c.head_dim), rope
+    )
     return q_BTNH.reshape(q_BTKGH.shape), rotate(k_BTKH, rope), v_BTKH
 
   def attend(self, q_BTKGH, k_BSKH, v_BSKH, mask_BNTS):
     """What the heads say, [B, T, K, G, H], see `attention.attend`."""
     c = self.config
-    scale = c.attn_scale or c.H**-0.5
+    scale = c.attn_scale or c.head_dim**-0.5
     qkv = q_BTKGH, k_BSKH, v_BSKH
     return attention_.attend(*qkv, mask_BNTS, scale, c.attn_softcap)
 
@@ -185,7 +187,7 @@ class Block(nn.Module):
       return x
     c = self.config
     sliced = c.residual and axes.AXES[name] in axes.RESIDUAL
-    width = c.D if sliced else None
+    width = c.hidden_size if sliced else None
     return rms_norm(x, self.weight[name], c.norm_eps, c.norm_offset, width)
 
   def _norm_all(self, name, x_BTKH, masks):
@@ -215,7 +217,9 @@ class Decoder(nn.Module):
       for name in outer_names(c)
     }
     block = nn.remat(Block) if self.remat else Block
-    self.layer = [block(c, c.K[i], c.F[i], i) for i in range(c.L)]
+    self.layer = [
+      block(c, c.kv_groups[i], c.ffn_widths[i], i) for i in range(c.num_layers)
+    ]
 
   def embed(self, tokens_BT: jax.Array) -> jax.Array:
     x_BTD = self.weight["embedding"][tokens_BT]
@@ -225,7 +229,7 @@ class Decoder(nn.Module):
   def head(self, x_BTD: jax.Array) -> jax.Array:
     """Logits in float32, [B, T, V]."""
     c = self.config
-    width = c.D if c.residual else None
+    width = c.hidden_size if c.residual else None
     x_BTD = rms_norm(
       x_BTD, self.weight["final_norm"], c.norm_eps, c.norm_offset, width
     )

@@ -26,7 +26,7 @@ Place = tuple[jax.Array, jax.Array]  # a layer's attention window, its rope
 
 def places(config: ModelConfig) -> tuple[np.ndarray, np.ndarray]:
   """The `Place` of all layers, int32 [L] each."""
-  window_L = np.array(config.window or (0,) * config.L, np.int32)
+  window_L = np.array(config.window or (0,) * config.num_layers, np.int32)
   return window_L, np.array(config.rope_ids(), np.int32)
 
 
@@ -43,7 +43,7 @@ def fed(
     if name in HALVES[writer]:
       eps, offset = config.norm_eps, config.norm_offset
       return rms_norm(x_BTD, layer[norm], eps, offset)
-  block = Block(config, config.K[0], config.F[0])
+  block = Block(config, config.kv_groups[0], config.ffn_widths[0])
   call = partial(block.apply, {"params": layer})
   if name == "down":
     return call(x_BTD, method=Block.hidden)
@@ -69,7 +69,12 @@ def add(
   """The stream behind a half whose matrix `o` or `down` is fed y."""
   method = Block.add_mlp
   if name == "o":
-    y_BTC = y_BTC.reshape(*x_BTD.shape[:2], config.K[0], config.G, config.H)
+    y_BTC = y_BTC.reshape(
+      *x_BTD.shape[:2],
+      config.kv_groups[0],
+      config.queries_per_group,
+      config.head_dim,
+    )
     method = Block.add_attention
-  block = Block(config, config.K[0], config.F[0])
+  block = Block(config, config.kv_groups[0], config.ffn_widths[0])
   return block.apply({"params": layer}, x_BTD, y_BTC, method=method)

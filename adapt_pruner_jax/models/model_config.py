@@ -9,6 +9,7 @@ parameters, norms, rotary angles, softmax and logits in float32.
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -21,19 +22,20 @@ from adapt_pruner_jax.models.rope import Rope, RopeTables, rope_tables
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-  """Everything that shapes the function; letters as in `axes`.
+  """Everything that shapes the function.
 
-  A layer with K = 0 has no attention, one with F = 0 no MLP, one with neither
-  is not there: it passes its input on (a down or output bias would still add).
+  A layer without KV groups has no attention, one of width 0 no MLP, one with
+  neither is not there: it passes its input on (a down or output bias would
+  still add).
   """
 
   family: str  # a row of hf.families.FAMILIES
-  V: int
-  D: int
-  G: int
-  H: int
-  K: tuple[int, ...]  # KV groups of each layer
-  F: tuple[int, ...]  # MLP width of each layer
+  vocab_size: int
+  hidden_size: int
+  queries_per_group: int
+  head_dim: int
+  kv_groups: tuple[int, ...]  # of each layer
+  ffn_widths: tuple[int, ...]  # of each layer
   norm_eps: float
   rope: Rope
   context: int  # longest sequence the model was made for
@@ -62,15 +64,23 @@ class ModelConfig:
   pad_id: int | None = None
 
   @property
-  def L(self) -> int:
-    return len(self.K)
+  def num_layers(self) -> int:
+    return len(self.kv_groups)
 
   def sizes(self, layer: int | None = None) -> dict[str, int]:
     """Size of each dim letter; without `layer` those outside the layers."""
-    sizes = {"V": self.V, "G": self.G, "H": self.H}
-    sizes |= {"D": self.D, "M": self.D, "E": self.D}
+    sizes = {
+      "V": self.vocab_size,
+      "G": self.queries_per_group,
+      "H": self.head_dim,
+    }
+    sizes |= {
+      "D": self.hidden_size,
+      "M": self.hidden_size,
+      "E": self.hidden_size,
+    }
     if layer is not None:
-      sizes |= {"K": self.K[layer], "F": self.F[layer]}
+      sizes |= {"K": self.kv_groups[layer], "F": self.ffn_widths[layer]}
       if self.residual:
         sizes |= dict(zip("DME", self.residual[layer], strict=True))
     elif self.residual:
@@ -78,21 +88,45 @@ class ModelConfig:
     return sizes
 
   def units(self) -> dict[str, tuple[int, ...]]:
-    return {"K": self.K, "F": self.F}
+    """Units of each layer by their letter: {"K": [L], "F": [L]}."""
+    return {"K": self.kv_groups, "F": self.ffn_widths}
+
+  def with_units(self, units: Mapping[str, tuple[int, ...]]) -> "ModelConfig":
+    """This model with other sizes, given as `units` gives them."""
+    return dataclasses.replace(
+      self, kv_groups=units["K"], ffn_widths=units["F"]
+    )
 
   def rope_tables(self, positions_BT: jax.Array) -> tuple[RopeTables, ...]:
     """Tables of each distinct rope; layers choose by `rope_ids`."""
     ropes = (self.rope, self.local_rope) if self.local_rope else (self.rope,)
-    return tuple(rope_tables(rope, self.H, positions_BT) for rope in ropes)
+    return tuple(
+      rope_tables(rope, self.head_dim, positions_BT) for rope in ropes
+    )
 
   def rope_ids(self) -> tuple[int, ...]:
     """Which of `rope_tables` each layer uses, [L]."""
     local = self.local_rope is not None and self.window
-    return tuple(int(bool(w)) for w in self.window) if local else (0,) * self.L
+    return (
+      tuple(int(bool(w)) for w in self.window)
+      if local
+      else (0,) * self.num_layers
+    )
 
 
 def to_json(config: ModelConfig) -> dict:
   return dataclasses.asdict(config)
+
+
+# What `to_json` wrote before 0.2: the dim letters.
+OLD_NAMES = {
+  "V": "vocab_size",
+  "D": "hidden_size",
+  "G": "queries_per_group",
+  "H": "head_dim",
+  "K": "kv_groups",
+  "F": "ffn_widths",
+}
 
 
 def from_json(fields: dict) -> ModelConfig:
@@ -103,7 +137,9 @@ def from_json(fields: dict) -> ModelConfig:
       tuple(map(tuples, value)) if isinstance(value, list | tuple) else value
     )
 
-  fields = {name: tuples(value) for name, value in fields.items()}
+  fields = {
+    OLD_NAMES.get(name, name): tuples(value) for name, value in fields.items()
+  }
   for name in ("rope", "local_rope"):
     if fields[name] is not None:
       fields[name] = Rope(**fields[name])
@@ -125,8 +161,8 @@ def layer_names(config: ModelConfig, layer: int | None = None) -> list[str]:
   attention += ["attn_norm"] * before + ["attn_post_norm"] * after
   mlp += ["mlp_norm"] * before + ["mlp_post_norm"] * after
   if layer is not None:
-    attention = attention if config.K[layer] else []
-    mlp = mlp if config.F[layer] else []
+    attention = attention if config.kv_groups[layer] else []
+    mlp = mlp if config.ffn_widths[layer] else []
   shortcuts = ["attn_shortcut", "mlp_shortcut"] * bool(config.residual)
   biases = ["o_bias"] * config.o_bias + ["down_bias"] * config.down_bias
   return attention + mlp + biases + shortcuts
@@ -141,7 +177,7 @@ def param_shapes(config: ModelConfig) -> dict:
   """The parameter tree with shapes in place of arrays."""
   sizes = config.sizes()
   tree = {n: axes.shape(n, sizes) for n in outer_names(config)}
-  for i in range(config.L):
+  for i in range(config.num_layers):
     sizes = config.sizes(i)
     tree[axes.layer_name(i)] = {
       n: axes.shape(n, sizes) for n in layer_names(config, i)

@@ -108,7 +108,9 @@ def scoring(
   T = recipe.seq_len
   whole = sharding.replicated(mesh)
   masks = {
-    unit: jax.ShapeDtypeStruct((full.L, max(width)), bool, sharding=whole)
+    unit: jax.ShapeDtypeStruct(
+      (full.num_layers, max(width)), bool, sharding=whole
+    )
     for unit, width in full.units().items()
   }
   program, how = curvature.measure_step, {}
@@ -128,7 +130,9 @@ def scoring(
   temporary = _temporary(lowered.compile())
   if not real and dtype.itemsize == 2:
     # The residual stream in front of each half layer is what is stored.
-    temporary -= 2 * full.L * M * (B // shards) * T * full.D * 2
+    temporary -= (
+      2 * full.num_layers * M * (B // shards) * T * full.hidden_size * 2
+    )
   found = {
     "weights": size(_placed(model_config.abstract_params(full, dtype), mesh)),
     "stacked copy": size(_stacked(full, dtype, mesh)),
@@ -148,18 +152,25 @@ def refitting(config: Config, full: ModelConfig, mesh: Mesh) -> Bytes:
   shards = placement.batch_shards(mesh)
   rows = -(-min(recipe.batch, recipe.refit_samples) // shards)
   number = -(-recipe.refit_samples // shards)
-  stream = 4 * number * recipe.seq_len * full.D
+  stream = 4 * number * recipe.seq_len * full.hidden_size
   wide = surgery.dense(full)
-  channels = max(wide.K[0] * full.G * full.H, wide.F[0], full.D)
+  channels = max(
+    wide.kv_groups[0] * full.queries_per_group * full.head_dim,
+    wide.ffn_widths[0],
+    full.hidden_size,
+  )
   array = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
-  matrix = {"down": array(channels, full.D)}
+  matrix = {"down": array(channels, full.hidden_size)}
   solve = refit.solve.lower(array(channels, channels), matrix, matrix, array())
   fed = 2 * 4 * rows * recipe.seq_len * channels  # a matrix's input, weighted
-  equations = channels**2 + channels * full.D
+  equations = channels**2 + channels * full.hidden_size
   if config.prune.refit_all:  # what gate and up give, and should give
-    outputs = max(2 * wide.F[0], wide.K[0] * (full.G + 2) * full.H)
-    fed = max(fed, 2 * 4 * rows * recipe.seq_len * (full.D + outputs))
-    equations = max(equations, full.D**2 + full.D * outputs)
+    outputs = max(
+      2 * wide.ffn_widths[0],
+      wide.kv_groups[0] * (full.queries_per_group + 2) * full.head_dim,
+    )
+    fed = max(fed, 2 * 4 * rows * recipe.seq_len * (full.hidden_size + outputs))
+    equations = max(equations, full.hidden_size**2 + full.hidden_size * outputs)
   return {
     "weights": 2 * model_size,
     # In front of a half layer and behind it, of both models.
@@ -178,7 +189,7 @@ def training(
     for layers in FEW_LAYERS
   )
   slope = max(more - few, 0) / (FEW_LAYERS[1] - FEW_LAYERS[0])
-  temporary = few + slope * (student.L - FEW_LAYERS[0])
+  temporary = few + slope * (student.num_layers - FEW_LAYERS[0])
   found = _held(config, full, student, mesh)
   return found | {"temporary": round(temporary)}
 
@@ -196,27 +207,37 @@ def estimated_training(
 
   def activations(layer: int) -> float:
     """Bytes that the backward pass of a layer needs."""
-    heads, groups = c.K[layer] * c.G / tensor, c.K[layer] / tensor
+    heads, groups = (
+      c.kv_groups[layer] * c.queries_per_group / tensor,
+      c.kv_groups[layer] / tensor,
+    )
     # Norms and residuals; q, k, v, rotated q and k, the heads' output; the
     # gate, its activation, up, and their product.
-    width = 4 * c.D + (3 * heads + 3 * groups) * c.H + 4 * c.F[layer] / tensor
+    width = (
+      4 * c.hidden_size
+      + (3 * heads + 3 * groups) * c.head_dim
+      + 4 * c.ffn_widths[layer] / tensor
+    )
     scores = 3 * heads * T * 4  # float32, as written; flash needs none
     return tokens * (width * itemsize + scores)
 
-  layers = [activations(i) for i in range(c.L)]
+  layers = [activations(i) for i in range(c.num_layers)]
   kept = sum(layers)
   if settings.remat:
-    kept = c.L * tokens * c.D * itemsize + max(layers)
-  vocabulary = tokens * c.V / tensor * 4 * 2  # logits and their gradient
+    kept = c.num_layers * tokens * c.hidden_size * itemsize + max(layers)
+  vocabulary = (
+    tokens * c.vocab_size / tensor * 4 * 2
+  )  # logits and their gradient
   if settings.distill_alpha:
     vocabulary *= 2
   # Two layers and the vocabulary's matrices are whole on each device when they
   # are used, the gradients of one layer when they are reduced.
   shapes = model_config.param_shapes(c)
   biggest = max(
-    sum(map(math.prod, shapes[axes.layer_name(i)].values())) for i in range(c.L)
+    sum(map(math.prod, shapes[axes.layer_name(i)].values()))
+    for i in range(c.num_layers)
   )
-  matrices = c.V * c.D * (1 if c.tied else 2)
+  matrices = c.vocab_size * c.hidden_size * (1 if c.tied else 2)
   gathered = 0
   if mesh.size > 1:
     gathered = (2 * biggest / tensor + matrices) * itemsize + biggest * 4
@@ -263,7 +284,7 @@ def _stacked(full: ModelConfig, dtype: jnp.dtype, mesh: Mesh) -> Any:
   sizes = wide.sizes(0)
   layers = {}
   for name in model_config.layer_names(wide):
-    shape = (full.L, *axes.shape(name, sizes))
+    shape = (full.num_layers, *axes.shape(name, sizes))
     where = sharding.param_sharding(name, shape, mesh, stacked=True)
     layers[name] = jax.ShapeDtypeStruct(shape, dtype, sharding=where)
   params = model_config.abstract_params(wide, dtype)
@@ -346,8 +367,8 @@ def few_layers(config: ModelConfig, layers: int) -> ModelConfig:
   """The model with its first layers only, each as wide as the widest."""
   return dataclasses.replace(
     config,
-    K=(max(config.K),) * layers,
-    F=(max(config.F),) * layers,
+    kv_groups=(max(config.kv_groups),) * layers,
+    ffn_widths=(max(config.ffn_widths),) * layers,
     window=config.window[:layers],
     residual=config.residual[:layers],
   )

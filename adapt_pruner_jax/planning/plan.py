@@ -123,8 +123,8 @@ def stage_table(
         "stage": i + 1,
         "config": after,
         "params": model_config.count_params(after),
-        "kv_groups": _spread(after.K),
-        "ffn": _spread(after.F),
+        "kv_groups": _spread(after.kv_groups),
+        "ffn": _spread(after.ffn_widths),
         "steps_needed": needed,
         "prune_steps": steps,
         "train_steps": last - trained,
@@ -163,7 +163,7 @@ def evenly(full: ModelConfig, settings: Prune, target: int) -> ModelConfig:
     )
 
   def made(K: tuple, share: float) -> ModelConfig:
-    return dataclasses.replace(full, K=K, F=cut("F", share))
+    return dataclasses.replace(full, kv_groups=K, ffn_widths=cut("F", share))
 
   def fits(config: ModelConfig) -> bool:
     return model_config.count_params(config) <= target
@@ -209,8 +209,10 @@ def scoring_flops(config: ModelConfig, recipe: Config) -> float:
   layer, head = forward_flops(config, recipe.calibration.seq_len)
   each = 4 * layer + 2 * head
   if recipe.prune.method == "curvature":
-    heads = [K * config.G * config.H for K in config.K]
-    grams = [n**2 + config.D**2 for n in (*heads, *config.F)]
+    heads = [
+      K * config.queries_per_group * config.head_dim for K in config.kv_groups
+    ]
+    grams = [n**2 + config.hidden_size**2 for n in (*heads, *config.ffn_widths)]
     each = 3 * layer + 2 * head + 2 * sum(grams)
   elif not recipe.prune.group_importance.startswith("taylor"):
     each = layer + head
@@ -232,10 +234,16 @@ def training_flops(
 
 def forward_flops(config: ModelConfig, seq_len: int) -> tuple[float, float]:
   """Of one token: (all layers, the output matrix)."""
-  matrix = config.V * config.D
+  matrix = config.vocab_size * config.hidden_size
   outside = matrix * (1 if config.tied else 2)
   inside = model_config.count_params(config) - outside
-  scores = 2 * seq_len * config.H * config.G * sum(config.K)  # q k^T and a v
+  scores = (
+    2
+    * seq_len
+    * config.head_dim
+    * config.queries_per_group
+    * sum(config.kv_groups)
+  )  # q k^T and a v
   return 2.0 * (inside + scores), 2.0 * matrix
 
 

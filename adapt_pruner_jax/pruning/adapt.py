@@ -111,7 +111,7 @@ def steps(
   prunable = prunable_modules(full, settings)
   initial = surgery.widths(surgery.to_masks(kept, full))
   if after is None:
-    zeros = {u: np.zeros(full.L) for u in UNITS}
+    zeros = {u: np.zeros(full.num_layers) for u in UNITS}
     size = model_config.count_params(config)
     after = Step(0, surgery.to_masks(kept, full), zeros, size)
   last_change, patience = after.number, math.ceil(1 / settings.step_size) + 1
@@ -200,7 +200,7 @@ def _counts(
   target: int | None,
 ) -> dict[str, np.ndarray]:
   """Units to remove from each module, {"K": int [L], "F": ...}."""
-  group = {"K": full.H, "F": 1}
+  group = {"K": full.head_dim, "F": 1}
   round_to = {"K": 1, "F": settings.round_ffn_to}
   counts = {
     u: schedule.removals(

@@ -248,7 +248,7 @@ def choose(
         taken += n
   # Ties: attention before MLP of the same layer, then the lower index.
   found.sort(key=lambda a: (a[0], a[2], a[1] != "K"))
-  counts = {u: np.zeros(full.L, np.int64) for u in UNITS}
+  counts = {u: np.zeros(full.num_layers, np.int64) for u in UNITS}
   fine = any(a[1] == "F" for a in found)
   for _, u, layer, n in found:
     if size <= aim:

@@ -53,7 +53,7 @@ def trim(
   chosen = with_groups(len(groups))
   if len(groups) * cost["K"] - need >= round_to * cost["F"]:
     chosen = with_groups(len(groups) - 1) or chosen
-  result = {u: np.zeros(full.L, np.int64) for u in UNITS}
+  result = {u: np.zeros(full.num_layers, np.int64) for u in UNITS}
   for unit, layer, units in chosen:
     result[unit][layer] += units
   return result

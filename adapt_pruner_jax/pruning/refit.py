@@ -84,7 +84,7 @@ def refit(
   (dense_config, dense_params), (config, params) = dense, pruned
   mesh = mesh or sharding.one_device()
   wide_dense = surgery.dense(dense_config)
-  wide = dataclasses.replace(config, **wide_dense.units())
+  wide = config.with_units(wide_dense.units())
   all_masks = surgery.to_masks(kept, dense_config)
   everything = surgery.everything(dense_config)
 
@@ -247,10 +247,10 @@ def _ridge(task: _Task, masks: dict[str, np.ndarray], tokens_NT) -> float:
   """WEAK or STRONG, by the tokens for each live input channel."""
   config = task.config
   channels = {
-    "o": int(masks["K"].sum()) * config.G * config.H,
+    "o": int(masks["K"].sum()) * config.queries_per_group * config.head_dim,
     "down": int(masks["F"].sum()),
   }
-  width = channels.get(task.names[0], config.D)
+  width = channels.get(task.names[0], config.hidden_size)
   rows = len(tokens_NT) - _held_rows(tokens_NT)
   return WEAK if rows * tokens_NT.shape[1] >= ENOUGH * width else STRONG
 

@@ -61,13 +61,13 @@ def measure_step(
   decoder = Decoder(config)
   layers = stacked["layers"]
   outer = {"params": {k: v for k, v in stacked.items() if k != "layers"}}
-  block = Block(config, config.K[0], config.F[0])
+  block = Block(config, config.kv_groups[0], config.ffn_widths[0])
   rows_1T = jnp.arange(T)[None]
   ropes = jax.tree.map(
     lambda *tables: jnp.stack(tables), *config.rope_tables(rows_1T)
   )
   rope_id_L = jnp.asarray(config.rope_ids())
-  window_L = jnp.asarray(config.window or (0,) * config.L)
+  window_L = jnp.asarray(config.window or (0,) * config.num_layers)
   tokens_share_MB = valid_MB / jnp.sum(valid_MB, axis=1, keepdims=True) / T
 
   def half(method, layer, mask, place, x_BTD):

@@ -5,7 +5,6 @@ stacked coordinates, where removed units are only masked: `expand` goes there,
 `compact` comes back, `gather` cuts any tree that has parameters in it.
 """
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -40,7 +39,7 @@ def with_widths(
   config: ModelConfig, width: Mapping[str, np.ndarray]
 ) -> ModelConfig:
   units = {u: tuple(int(n) for n in width[u]) for u in UNITS}
-  return dataclasses.replace(config, **units)
+  return config.with_units(units)
 
 
 def with_units(config: ModelConfig, keep: Kept) -> ModelConfig:
@@ -54,7 +53,10 @@ def everything(config: ModelConfig) -> Kept:
 
 
 def to_masks(kept: Kept, full: ModelConfig) -> Masks:
-  masks = {u: np.zeros((full.L, max(w)), bool) for u, w in full.units().items()}
+  masks = {
+    u: np.zeros((full.num_layers, max(w)), bool)
+    for u, w in full.units().items()
+  }
   for u in UNITS:
     for mask, units in zip(masks[u], kept[u], strict=True):
       mask[units] = True
@@ -75,7 +77,7 @@ def relative_to(kept: Kept, left: Kept) -> Kept:
 
 def dense(full: ModelConfig) -> ModelConfig:
   """The config of the stacked coordinates: all layers as wide as the widest."""
-  width = {u: np.full(full.L, max(w)) for u, w in full.units().items()}
+  width = {u: np.full(full.num_layers, max(w)) for u, w in full.units().items()}
   return with_widths(full, width)
 
 
@@ -89,7 +91,7 @@ def gather(
   """
   new = with_units(config, keep)
   # A half without units has no parameters at all, not even its norms.
-  names = [set(model_config.layer_names(new, i)) for i in range(new.L)]
+  names = [set(model_config.layer_names(new, i)) for i in range(new.num_layers)]
 
   def cut(tree):
     def one(name, layer, leaf):
@@ -114,7 +116,7 @@ def expand(
   def stack(params):
     like = params["embedding"]
     layers = []
-    for i in range(config.L):
+    for i in range(config.num_layers):
       at = {u: kept[u][i] for u in UNITS}
       layers.append(widen(params[axes.layer_name(i)], at, wide, like))
     library = np if _on_host(like) else jnp
@@ -153,7 +155,7 @@ def compact(
 
   def split(stacked):
     params = {n: stacked[n] for n in model_config.outer_names(new)}
-    for i in range(new.L):
+    for i in range(new.num_layers):
       at = {u: kept[u][i] for u in UNITS}
       params[axes.layer_name(i)] = {
         n: axes.take(n, stacked["layers"][n][i], at)

@@ -5,7 +5,6 @@ executable scores every step of every stage; at its end the kept units are
 gathered into a smaller model (`surgery`).
 """
 
-import dataclasses
 import math
 
 import numpy as np
@@ -31,7 +30,9 @@ def prunable_modules(config: ModelConfig, settings: Prune) -> Masks:
     "F": ("prune.mlp_layers", settings.mlp_layers),
   }
   found = {
-    u: np.isin(np.arange(config.L), layer_range(text, config.L, name))
+    u: np.isin(
+      np.arange(config.num_layers), layer_range(text, config.num_layers, name)
+    )
     & (np.array(config.units()[u]) > 0)
     for u, (name, text) in ranges.items()
   }
@@ -54,7 +55,7 @@ def smallest(config: ModelConfig, settings: Prune) -> int:
     )
     for u in UNITS
   }
-  return model_config.count_params(dataclasses.replace(config, **units))
+  return model_config.count_params(config.with_units(units))
 
 
 def resolve_target(config: ModelConfig, settings: Prune) -> int | None:

@@ -322,8 +322,8 @@ def _facts(config: ModelConfig, setting: Setting) -> dict:
   return {
     "params": size,
     "removed": 1 - size / model_config.count_params(setting.full),
-    "kv_groups": list(config.K),
-    "ffn": list(config.F),
+    "kv_groups": list(config.kv_groups),
+    "ffn": list(config.ffn_widths),
   }
 
 

@@ -64,7 +64,7 @@ def prepare(config: Config, path: Path, log: Log) -> Setting:
     config.calibration,
     config.prune.refit != "none",
     tokenizer,
-    full.V,
+    full.vocab_size,
     config.seed,
     cache,
   )
@@ -72,14 +72,14 @@ def prepare(config: Config, path: Path, log: Log) -> Setting:
   if config.train.tokens:
     check_rows(config.data.batch, config.train.accumulation, mesh)
     rows = packing.train_data(
-      config.data, tokenizer, full.V, config.seed, cache
+      config.data, tokenizer, full.vocab_size, config.seed, cache
     )
     per_step = config.data.step_tokens
     total_steps = -(-config.train.tokens // per_step)
   eval_tokens = None
   if config.eval.text:
     tokenizer = tokenizer or load_tokenizer(source)
-    eval_tokens = read_eval_text(config.eval.text, tokenizer, full.V)
+    eval_tokens = read_eval_text(config.eval.text, tokenizer, full.vocab_size)
   if config.eval.tasks:
     tokenizer = tokenizer or load_tokenizer(source)
     names = task_names(config.eval)

@@ -127,7 +127,7 @@ def prune_stage(state: State, setting: Setting, stop_if_asked: Any) -> None:
   first = len(state.trace)
   steps, after = read_pruning(state, setting)
   setting.log.rewind("prune", first + len(steps) + 1)
-  refits_before = (state.stage - 1) * MATRICES * setting.full.L
+  refits_before = (state.stage - 1) * MATRICES * setting.full.num_layers
   setting.log.rewind("refit", refits_before)
   title = f"stage {state.stage} of {settings.stages}: pruning"
   size = model_config.count_params(state.config)

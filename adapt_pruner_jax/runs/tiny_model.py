@@ -114,12 +114,12 @@ def is_intact(path: Path) -> bool:
 def config_of(recipe: Recipe) -> ModelConfig:
   return ModelConfig(
     family="llama",
-    V=recipe.V,
-    D=recipe.D,
-    G=recipe.G,
-    H=recipe.H,
-    K=(recipe.K,) * recipe.L,
-    F=(recipe.F,) * recipe.L,
+    vocab_size=recipe.V,
+    hidden_size=recipe.D,
+    queries_per_group=recipe.G,
+    head_dim=recipe.H,
+    kv_groups=(recipe.K,) * recipe.L,
+    ffn_widths=(recipe.F,) * recipe.L,
     norm_eps=1e-5,
     rope=Rope(),
     context=recipe.context,
@@ -176,7 +176,7 @@ def init_params(config: ModelConfig, seed: int, mesh: Mesh) -> axes.Params:
   Drawn on the host: compiling JAX's generators would take five seconds.
   """
   rng = np.random.default_rng(seed)
-  deep = 1 / math.sqrt(2 * config.L)  # GPT-2's scaling
+  deep = 1 / math.sqrt(2 * config.num_layers)  # GPT-2's scaling
 
   def draw(name: str, _: int | None, leaf: Any) -> np.ndarray:
     if name.endswith("norm"):
@@ -198,13 +198,13 @@ def heldout_losses(
 ) -> dict[str, float]:
   """Perplexity and loss on the held-out text, and what frequencies give."""
   heldout = packing.heldout_tokens(
-    embedded_text("heldout"), tokenizer, config.V, "the held-out text"
+    embedded_text("heldout"), tokenizer, config.vocab_size, "the held-out text"
   )
   found = perplexity.perplexity(
     config, params, heldout, config.context, 8, mesh
   )
   trained = np.array(tokenizer.encode(embedded_text("train")))
-  counts = np.bincount(trained, minlength=config.V) + 1
+  counts = np.bincount(trained, minlength=config.vocab_size) + 1
   unigram = -np.log(counts / counts.sum())[heldout].mean()
   return {
     "perplexity": found[0],

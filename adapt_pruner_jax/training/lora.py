@@ -76,7 +76,7 @@ def abstract_adapters(
 ) -> tuple[Any, Any]:
   """The adapter tree as shapes, and as shardings."""
   shapes, placed = {}, {}
-  for i in range(config.L):
+  for i in range(config.num_layers):
     layer = axes.layer_name(i)
     sizes = config.sizes(i) | {"R": rank}
     shapes[layer], placed[layer] = {}, {}

@@ -755,12 +755,12 @@ def test_packed_documents_do_not_see_each_other():
   """Logits of a packed row are those of its documents alone."""
   config = model_config.ModelConfig(
     family="llama",
-    V=V,
-    D=16,
-    G=2,
-    H=4,
-    K=(2, 1),
-    F=(24, 16),
+    vocab_size=V,
+    hidden_size=16,
+    queries_per_group=2,
+    head_dim=4,
+    kv_groups=(2, 1),
+    ffn_widths=(24, 16),
     norm_eps=1e-5,
     rope=Rope(),
     context=64,

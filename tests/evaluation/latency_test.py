@@ -12,12 +12,12 @@ from adapt_pruner_jax.models.rope import Rope
 
 CONFIG = ModelConfig(
   family="llama",
-  V=48,
-  D=16,
-  G=2,
-  H=8,
-  K=(2, 0),
-  F=(20, 13),
+  vocab_size=48,
+  hidden_size=16,
+  queries_per_group=2,
+  head_dim=8,
+  kv_groups=(2, 0),
+  ffn_widths=(20, 13),
   norm_eps=1e-5,
   rope=Rope(),
   context=64,
@@ -66,7 +66,9 @@ def test_compare(measured):
   ],
 )
 def test_advice_follows_the_times(monkeypatch, times, expected):
-  config = dataclasses.replace(CONFIG, K=(1, 1, 1), F=(0, 101, 90))
+  config = dataclasses.replace(
+    CONFIG, kv_groups=(1, 1, 1), ffn_widths=(0, 101, 90)
+  )
   monkeypatch.setattr(
     latency, "_mlp_ms", lambda config, width, *_: times[width]
   )

@@ -29,12 +29,12 @@ from adapt_pruner_jax.models.rope import Rope
 # Windows, two ropes, a softcap, a layer without heads.
 ODD = ModelConfig(
   family="gemma2",
-  V=48,
-  D=16,
-  G=2,
-  H=8,
-  K=(2, 0, 1),
-  F=(12, 9, 7),
+  vocab_size=48,
+  hidden_size=16,
+  queries_per_group=2,
+  head_dim=8,
+  kv_groups=(2, 0, 1),
+  ffn_widths=(12, 9, 7),
   norm_eps=1e-5,
   rope=Rope(),
   local_rope=Rope(theta=100.0),
@@ -249,7 +249,7 @@ def test_branches_do_not_see_each_other(odd_params):
 def test_greedy_is_told(odd_params):
   new = generate.generate(ODD, odd_params, [[1, 2, 3]], 4)[0]
   scorer = lm_eval_model.JaxLM(ODD, odd_params, Letters(), batch=2)
-  other = [(new[0] + 1) % ODD.V, *new[1:]]
+  other = [(new[0] + 1) % ODD.vocab_size, *new[1:]]
   found = scorer.score([([1, 2, 3], new), ([1, 2, 3], other)])
   assert [greedy for _, greedy in found] == [True, False]
 

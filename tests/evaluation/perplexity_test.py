@@ -19,12 +19,12 @@ from tests import small
 
 CONFIG = ModelConfig(
   family="llama",
-  V=48,
-  D=16,
-  G=2,
-  H=8,
-  K=(3, 1),
-  F=(20, 13),
+  vocab_size=48,
+  hidden_size=16,
+  queries_per_group=2,
+  head_dim=8,
+  kv_groups=(3, 1),
+  ffn_widths=(20, 13),
   norm_eps=1e-5,
   rope=Rope(),
   context=32,
@@ -44,7 +44,7 @@ def params():
 
 
 def text(length):
-  return np.random.default_rng(1).integers(0, CONFIG.V, length)
+  return np.random.default_rng(1).integers(0, CONFIG.vocab_size, length)
 
 
 def by_hand(params, tokens, seq_len):

@@ -115,7 +115,7 @@ def test_from_file_to_file(written, tmp_path, monkeypatch):
   convert.convert(str(path), tmp_path / "gguf", "gguf")
   monkeypatch.undo()
   _, again = load.load(tmp_path / "u")
-  F = small.CONFIG.F[1]
+  F = small.CONFIG.ffn_widths[1]
   found = again["layer_1"]["gate"][:, :F]
   assert np.array_equal(found, params["layer_1"]["gate"].astype(np.float32))
 
@@ -321,7 +321,9 @@ def test_a_run_is_converted(shared_data, tmp_path, capsys):
   """A real model as a run leaves it: everything that its family allows."""
   source = shared_data / "models" / "stories260K"
   config, params = load.load(source)
-  small_config = dataclasses.replace(config, K=(2, *config.K[1:]))
+  small_config = dataclasses.replace(
+    config, kv_groups=(2, *config.kv_groups[1:])
+  )
   layer = params["layer_0"]
   layer |= {name: layer[name][:, :2] for name in "qkv"} | {"o": layer["o"][:2]}
   run = tmp_path / "run"
@@ -349,4 +351,4 @@ def test_a_run_is_converted(shared_data, tmp_path, capsys):
       tensors = safetensors.numpy.load_file(out / "model.safetensors")
       heads = 8 if format == "hf_uniform" else 4
       q = tensors["model.layers.0.self_attn.q_proj.weight"]
-      assert q.shape == (heads * config.H, config.D)
+      assert q.shape == (heads * config.head_dim, config.hidden_size)

@@ -231,7 +231,7 @@ def test_shared_layers_become_layers_of_their_own(tmp_path, animals, caplog):
   zoo.rewrite_config(path, **mobile, layer_sharing=True, share_embedding=False)
   config, params = load.load(path)
   assert "2 times" in caplog.text
-  assert config.L == 6
+  assert config.num_layers == 6
   assert config.family == "llama"
   assert params["layer_0"]["q"] is not None
   np.testing.assert_array_equal(

@@ -22,12 +22,12 @@ from tests import small
 
 UNEVEN = ModelConfig(
   family="llama",
-  V=64,
-  D=32,
-  G=2,
-  H=8,
-  K=(2, 1, 2),
-  F=(32, 64, 40),
+  vocab_size=64,
+  hidden_size=32,
+  queries_per_group=2,
+  head_dim=8,
+  kv_groups=(2, 1, 2),
+  ffn_widths=(32, 64, 40),
   norm_eps=1e-5,
   rope=Rope(),
   context=64,
@@ -124,7 +124,9 @@ def test_smaller_files_compute_nearly_the_same(kind, tmp_path):
 
 
 def test_layers_that_are_gone_are_left_out(tmp_path):
-  config = dataclasses.replace(UNEVEN, K=(2, 0, 1), F=(32, 0, 64))
+  config = dataclasses.replace(
+    UNEVEN, kv_groups=(2, 0, 1), ffn_widths=(32, 0, 64)
+  )
   params = small.random_params(config)
   writer.write(config, params, tmp_path / "model.gguf")
   got = llama_logits(tmp_path / "model.gguf", IDS)
@@ -159,7 +161,7 @@ def test_what_llama_cpp_cannot_express_is_refused(changes, said, tmp_path):
 
 def test_tokenizer_of_the_tiny_model(tmp_path):
   tokenizer = tiny_model.train_tokenizer(tmp_path / "tokenizer", 300)
-  config = dataclasses.replace(UNEVEN, V=320, bos_id=0, eos_ids=(0,))
+  config = dataclasses.replace(UNEVEN, vocab_size=320, bos_id=0, eos_ids=(0,))
   writer.write(
     config,
     small.random_params(config),
@@ -234,7 +236,7 @@ def test_tokens_that_the_model_does_not_have(added, tmp_path, caplog):
     token = dict(content["added_tokens"][0], id=size, content="[PAD]")
     content["added_tokens"].append(token)
     file.write_text(json.dumps(content))
-  config = dataclasses.replace(UNEVEN, V=size if added else size - 1)
+  config = dataclasses.replace(UNEVEN, vocab_size=size if added else size - 1)
   pair = config, small.random_params(config)
   out = tmp_path / "model.gguf"
   if added:

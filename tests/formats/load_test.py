@@ -18,12 +18,12 @@ from adapt_pruner_jax.models.rope import Rope
 
 CONFIG = ModelConfig(
   family="llama",
-  V=24,
-  D=16,
-  G=2,
-  H=4,
-  K=(2, 2),
-  F=(12, 12),
+  vocab_size=24,
+  hidden_size=16,
+  queries_per_group=2,
+  head_dim=4,
+  kv_groups=(2, 2),
+  ffn_widths=(12, 12),
   norm_eps=1e-5,
   rope=Rope(),
   context=32,
@@ -76,7 +76,7 @@ def test_real_models(shared_data, name):
   transformers = pytest.importorskip("transformers")
   path = shared_data / "models" / name
   config, params = load.load(path)
-  tokens = np.random.default_rng(0).integers(config.V, size=(1, 48))
+  tokens = np.random.default_rng(0).integers(config.vocab_size, size=(1, 48))
   peer = transformers.AutoModelForCausalLM.from_pretrained(path)
   with torch.no_grad():
     expected = peer(torch.tensor(tokens)).logits.numpy()

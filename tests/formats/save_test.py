@@ -48,7 +48,7 @@ def compile_fast():
 
 def cut(config, params, K, F):
   """The model with the first K groups and F channels of each layer."""
-  new = dataclasses.replace(config, K=K, F=F)
+  new = dataclasses.replace(config, kv_groups=K, ffn_widths=F)
 
   def one(name, layer, x):
     if layer is None:
@@ -57,7 +57,7 @@ def cut(config, params, K, F):
     return axes.take(name, x, indices)
 
   params = axes.map_named(one, params)
-  for i in range(new.L):
+  for i in range(new.num_layers):
     tree, names = params[axes.layer_name(i)], model_config.layer_names(new, i)
     params[axes.layer_name(i)] = {n: tree[n] for n in names}
   return new, params
@@ -66,9 +66,9 @@ def cut(config, params, K, F):
 def with_output_biases(config, params):
   """As FLAP leaves it."""
   rng = np.random.default_rng(0)
-  for i in range(config.L):
+  for i in range(config.num_layers):
     for name in ("o_bias", "down_bias"):
-      bias = rng.normal(0, 0.3, config.D)
+      bias = rng.normal(0, 0.3, config.hidden_size)
       params[axes.layer_name(i)][name] = jnp.asarray(bias, jnp.float32)
   return dataclasses.replace(config, o_bias=True, down_bias=True), params
 
@@ -196,7 +196,7 @@ def test_read_back(exports):
       assert found == config, name
       assert same(again, params), name
     else:
-      assert len({*found.K}) == len({*found.F}) == 1, name
+      assert len({*found.kv_groups}) == len({*found.ffn_widths}) == 1, name
       assert model_config.count_params(found) > model_config.count_params(
         config
       ), name
@@ -254,8 +254,8 @@ def test_real_model(shared_data, tmp_path):
     "params_before": model_config.count_params(config),
     "perplexity_before": 10.0,
     "perplexity_after": 12.5,
-    "kv_heads_before": list(config.K),
-    "ffn_before": list(config.F),
+    "kv_heads_before": list(config.kv_groups),
+    "ffn_before": list(config.ffn_widths),
   }
   path = tmp_path / "out" / "model"
   said = []
@@ -293,12 +293,12 @@ def test_real_model(shared_data, tmp_path):
 
 TINY = model_config.ModelConfig(
   family="llama",
-  V=24,
-  D=16,
-  G=2,
-  H=4,
-  K=(2, 2),
-  F=(12, 12),
+  vocab_size=24,
+  hidden_size=16,
+  queries_per_group=2,
+  head_dim=4,
+  kv_groups=(2, 2),
+  ffn_widths=(12, 12),
   norm_eps=1e-5,
   rope=Rope(),
   context=32,
@@ -340,7 +340,7 @@ def test_empty_layers_are_left_out(tiny, tmp_path):
   config = dataclasses.replace(config, window=())
   save.save(config, params, tmp_path / "out", **quiet)
   found, again = load.load(tmp_path / "out")
-  assert found.K == (2,)
+  assert found.kv_groups == (2,)
   assert same(again["layer_0"], params["layer_1"])
   assert not list((tmp_path / "out").glob("*.py"))
   nothing = cut(*tiny, K=(0, 0), F=(0, 0))
@@ -349,13 +349,13 @@ def test_empty_layers_are_left_out(tiny, tmp_path):
 
 def test_heads_that_do_not_divide(tiny, tmp_path):
   """Transformers 5 refuses them in a plain LLaMA, so they get the classes."""
-  config = dataclasses.replace(TINY, K=(3, 3), D=16)
+  config = dataclasses.replace(TINY, kv_groups=(3, 3), hidden_size=16)
   params = decoder.init_params(config, jax.random.key(0))
   save.save(config, params, tmp_path / "hf", **quiet)
   assert (tmp_path / "hf" / "modeling_pruned_llama.py").is_file()
   save.save(config, params, tmp_path / "u", format="hf_uniform", **quiet)
-  assert load.read_config(tmp_path / "u").K == (4, 4)
-  config = dataclasses.replace(TINY, G=3)
+  assert load.read_config(tmp_path / "u").kv_groups == (4, 4)
+  config = dataclasses.replace(TINY, queries_per_group=3)
   params = decoder.init_params(config, jax.random.key(0))
   pair = config, params
   text = refusal(pair, tmp_path / "no", format="hf_uniform")
@@ -517,7 +517,7 @@ def test_sharded_params(tiny, tmp_path):
 def test_comparison_is_that_of_the_whole_model(tiny):
   """`reopen` goes layer by layer; the logits are those of the Decoder."""
   config, params = cut(*tiny, K=(2, 1), F=(0, 5))
-  ids = np.arange(20)[None] % config.V
+  ids = np.arange(20)[None] % config.vocab_size
   *_, (_, logits) = reopen.walk(config, weights.getter(params), ids)
   expected = decoder.Decoder(config).apply({"params": params}, ids)[0]
   np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-5)

@@ -23,12 +23,12 @@ HERE = Path(__file__).parent
 # Smaller heads than of 32 are more than vLLM's attention on a CPU can do.
 LLAMA = model_config.ModelConfig(
   family="llama",
-  V=64,
-  D=256,
-  G=2,
-  H=32,
-  K=(4, 1, 2),
-  F=(96, 40, 64),
+  vocab_size=64,
+  hidden_size=256,
+  queries_per_group=2,
+  head_dim=32,
+  kv_groups=(4, 1, 2),
+  ffn_widths=(96, 40, 64),
   norm_eps=1e-5,
   rope=Rope(),
   context=64,
@@ -64,7 +64,7 @@ def test_computes_the_same(runtime, family, format, runs_as, tmp_path):
   params = small.random_params(config)
   path, tokens = tmp_path / f"{family}-{format}", tmp_path / "tokens.npy"
   save.save(config, params, path, format=format, say=lambda _: None)
-  ids = np.random.default_rng(0).integers(config.V, size=40)
+  ids = np.random.default_rng(0).integers(config.vocab_size, size=40)
   np.save(tokens, ids)
   peer = HERE / f"{runtime}_peer.py"
   done = subprocess.run(

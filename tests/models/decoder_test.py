@@ -38,12 +38,24 @@ def test_init_has_the_shapes_and_number_of_params(option):
 def test_counts_of_published_models():
   # SmolLM2-135M and Qwen2.5-0.5B, as counted by Transformers.
   smol = dataclasses.replace(
-    small.CONFIG, V=49152, D=576, G=3, H=64, K=(3,) * 30, F=(1536,) * 30
+    small.CONFIG,
+    vocab_size=49152,
+    hidden_size=576,
+    queries_per_group=3,
+    head_dim=64,
+    kv_groups=(3,) * 30,
+    ffn_widths=(1536,) * 30,
   )
   smol = dataclasses.replace(smol, tied=True)
   assert model_config.count_params(smol) == 134_515_008
   qwen = dataclasses.replace(
-    smol, V=151936, D=896, G=7, K=(2,) * 24, F=(4864,) * 24, qkv_bias=True
+    smol,
+    vocab_size=151936,
+    hidden_size=896,
+    queries_per_group=7,
+    kv_groups=(2,) * 24,
+    ffn_widths=(4864,) * 24,
+    qkv_bias=True,
   )
   assert model_config.count_params(qwen) == 494_032_768
 
@@ -52,8 +64,8 @@ def test_counts_of_published_models():
 def test_unit_cost_is_what_a_unit_less_saves(option):
   config = small.option(option)
   size = model_config.count_params(config)
-  fewer_K = dataclasses.replace(config, K=(3, 2, 3))
-  fewer_F = dataclasses.replace(config, F=(24, 40, 16))
+  fewer_K = dataclasses.replace(config, kv_groups=(3, 2, 3))
+  fewer_F = dataclasses.replace(config, ffn_widths=(24, 40, 16))
   cost = model_config.unit_cost(config)
   assert size - model_config.count_params(fewer_K) == cost["K"]
   assert size - model_config.count_params(fewer_F) == cost["F"]
@@ -86,7 +98,7 @@ def test_config_survives_json(option):
 def test_layer_without_units_passes_its_input_on(halves):
   units = {u: small.CONFIG.units()[u] for u in axes.UNITS}
   units |= {u: (units[u][0], 0, units[u][2]) for u in halves}
-  config = dataclasses.replace(small.CONFIG, **units)
+  config = small.CONFIG.with_units(units)
   params = small.random_params(config)
   left = set(params["layer_1"])
   assert left.isdisjoint(axes.SCORED[halves[0]])
@@ -132,7 +144,7 @@ def test_project_keeps_the_dtype_of_each_gradient():
 def attention_by_hand(config, q_TKGH, k_SKH, v_SKH, seen_TS):
   """One head and one query at a time, in float64."""
   out = np.zeros(q_TKGH.shape)
-  scale = config.attn_scale or config.H**-0.5
+  scale = config.attn_scale or config.head_dim**-0.5
   for t, k, g in np.ndindex(q_TKGH.shape[:3]):
     keys = np.flatnonzero(seen_TS[t])
     score = k_SKH[keys, k].astype(np.float64) @ q_TKGH[t, k, g] * scale
@@ -157,7 +169,7 @@ def heads(T: int) -> list[np.ndarray]:
 def test_attention(option, window, T):
   config = small.option(option)
   q, k, v = heads(T)
-  assert q.shape[3:] == (config.G, config.H)
+  assert q.shape[3:] == (config.queries_per_group, config.head_dim)
   rows = np.arange(T)[None]
   mask = window and attention.attention_mask(rows, None, window)
   block = decoder.Block(config, 4, 24)

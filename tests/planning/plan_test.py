@@ -76,12 +76,12 @@ def test_even_pruning_ends_just_below_the_target(ratio):
   target = targets.resolve_target(full, settings)
   config = plan.evenly(full, settings, target)
   size = model_config.count_params(config)
-  a_channel_everywhere = model_config.unit_cost(full)["F"] * full.L
+  a_channel_everywhere = model_config.unit_cost(full)["F"] * full.num_layers
   assert target - a_channel_everywhere < size <= target
-  assert len(set(config.K)) == len(set(config.F)) == 1
-  assert 1 <= config.K[0] <= 4
+  assert len(set(config.kv_groups)) == len(set(config.ffn_widths)) == 1
+  assert 1 <= config.kv_groups[0] <= 4
   # Groups and channels lose about the same share.
-  assert abs(config.K[0] / 4 - config.F[0] / 96) < 0.3
+  assert abs(config.kv_groups[0] / 4 - config.ffn_widths[0] / 96) < 0.3
 
 
 def test_even_pruning_keeps_to_its_layers_and_blocks():
@@ -92,10 +92,10 @@ def test_even_pruning_keeps_to_its_layers_and_blocks():
   config = plan.evenly(
     SMALL, settings, int(0.9 * model_config.count_params(SMALL))
   )
-  assert [config.K[i] for i in (0, 3)] == [4] * 2
-  assert config.F[:2] == (96, 96)
-  assert config.F[2] < 96
-  assert all(f % 8 == 0 for f in config.F)
+  assert [config.kv_groups[i] for i in (0, 3)] == [4] * 2
+  assert config.ffn_widths[:2] == (96, 96)
+  assert config.ffn_widths[2] < 96
+  assert all(f % 8 == 0 for f in config.ffn_widths)
 
 
 def test_stages_by_hand():
@@ -123,7 +123,9 @@ def test_max_steps_without_a_target():
 
 def test_flops_are_those_of_the_compiled_model():
   """The forward pass, counted by XLA."""
-  config = dataclasses.replace(SMALL, K=(4, 2, 1, 3), F=(96, 40, 8, 64))
+  config = dataclasses.replace(
+    SMALL, kv_groups=(4, 2, 1, 3), ffn_widths=(96, 40, 8, 64)
+  )
   tokens = jax.ShapeDtypeStruct((4, 64), jnp.int32)
   params = model_config.abstract_params(config, jnp.float32)
   forward = jax.jit(lambda p, t: Decoder(config).apply({"params": p}, t)[0])
@@ -181,7 +183,7 @@ def test_training_memory():
   """
   config, mesh = recipe(train__tokens=1000), one_device()
   found = memory.training(config, SMALL, SMALL, mesh)
-  compiled = memory._compile_train(config, SMALL, SMALL, SMALL.L, mesh)
+  compiled = memory._compile_train(config, SMALL, SMALL, SMALL.num_layers, mesh)
   whole = memory._temporary(compiled)
   assert found["temporary"] == pytest.approx(whole, rel=0.05)
   guess = memory.estimated_training(config, SMALL, SMALL, mesh)
@@ -210,16 +212,22 @@ def test_curvature_and_refit():
   assert found["scoring"]["stacked copy"] >= size
   refit, T = found["refit"], config.calibration.seq_len
   assert refit["weights"] == 2 * size
-  assert refit["streams"] == 4 * 64 * T * SMALL.D * 4
-  C = SMALL.K[0] * SMALL.G * SMALL.H
-  assert refit["least squares"] == 4 * (C * C + C * SMALL.D)
+  assert refit["streams"] == 4 * 64 * T * SMALL.hidden_size * 4
+  C = SMALL.kv_groups[0] * SMALL.queries_per_group * SMALL.head_dim
+  assert refit["least squares"] == 4 * (C * C + C * SMALL.hidden_size)
   assert refit["temporary"] >= 4 * C * C  # the factor
   config.prune.refit_all = True
-  narrow = dataclasses.replace(SMALL, K=(1,) * SMALL.L, F=(64,) * SMALL.L)
+  narrow = dataclasses.replace(
+    SMALL,
+    kv_groups=(1,) * SMALL.num_layers,
+    ffn_widths=(64,) * SMALL.num_layers,
+  )
   found = memory.measure(config, narrow, narrow, jax.devices()[:1])["refit"]
   # gate and up, from D channels to twice F
   assert found["least squares"] == 4 * (64 * 64 + 64 * 128)
-  fewer = dataclasses.replace(SMALL, F=(SMALL.F[0] // 2,) * SMALL.L)
+  fewer = dataclasses.replace(
+    SMALL, ffn_widths=(SMALL.ffn_widths[0] // 2,) * SMALL.num_layers
+  )
   gone = model_config.count_params(SMALL) - model_config.count_params(fewer)
   assert plan.prune_steps(SMALL, fewer, SMALL, config.prune) == math.ceil(
     gone / (0.05 * model_config.count_params(SMALL))

@@ -33,7 +33,9 @@ FEW = settings(MANY, max_examples=25)
 
 
 def config_of(K, F, **changes):
-  return dataclasses.replace(small.CONFIG, K=tuple(K), F=tuple(F), **changes)
+  return dataclasses.replace(
+    small.CONFIG, kv_groups=tuple(K), ffn_widths=tuple(F), **changes
+  )
 
 
 def same(tree, other):
@@ -50,8 +52,8 @@ def planned_removals(draw):
     draw(st.lists(st.integers(1, 5), min_size=L, max_size=L)),
     draw(st.lists(st.integers(1, 40), min_size=L, max_size=L)),
     qkv_bias=draw(st.booleans()),
-    H=draw(st.sampled_from([1, 4])),
-    D=draw(st.sampled_from([2, 16])),
+    head_dim=draw(st.sampled_from([1, 4])),
+    hidden_size=draw(st.sampled_from([2, 16])),
   )
   prunable = {
     u: np.array(draw(st.lists(st.booleans(), min_size=L, max_size=L)))
@@ -88,14 +90,14 @@ def test_trim_ends_just_below_the_target(case):
     return
   assert size <= target
   cost = model_config.unit_cost(full)
-  channels = any(prunable["F"] & (np.array(full.F) > round_to))
+  channels = any(prunable["F"] & (np.array(full.ffn_widths) > round_to))
   for u in UNITS:
     units = np.array(full.units()[u])
     assert np.all(got[u] >= 0)
     assert np.all(got[u] < units)  # no module is emptied
     assert np.all(got[u][~prunable[u]] == 0)
   assert np.all(got["K"] <= counts["K"])
-  touched = (np.array(full.F) - got["F"])[got["F"] > 0]
+  touched = (np.array(full.ffn_widths) - got["F"])[got["F"] > 0]
   assert np.all(touched % round_to == 0)
   if got["K"].sum() == 0 or target - size < round_to * cost["F"]:
     # Only channels went, or they made up the difference.
@@ -107,7 +109,7 @@ def test_trim_ends_just_below_the_target(case):
     if channels:
       spare = sum(
         (w - 1) // round_to * round_to
-        for w, p in zip(full.F, prunable["F"], strict=True)
+        for w, p in zip(full.ffn_widths, prunable["F"], strict=True)
         if p
       )
       assert (
@@ -147,12 +149,12 @@ def fake_scores(monkeypatch):
   def measure_step(config, stacked, masks, tokens_MBT, valid_MB, **_):
     # Of what is measured, so that a repeated step is the same.
     rng = np.random.default_rng(int(np.sum(tokens_MBT) + masks["F"].sum()))
-    sizes = config.sizes(0) | {"L": config.L}
+    sizes = config.sizes(0) | {"L": config.num_layers}
     letters = {"q": "LKG", "k": "LK", "v": "LK", "o": "LKG"}
     letters |= dict.fromkeys(("gate", "up", "down"), "LF")
     return {
       "loss_M": np.ones(len(tokens_MBT), np.float32),
-      "importance_ML": rng.normal(size=(len(tokens_MBT), config.L)),
+      "importance_ML": rng.normal(size=(len(tokens_MBT), config.num_layers)),
       "salience": {
         n: rng.random([sizes[x] for x in text]) for n, text in letters.items()
       },
@@ -195,9 +197,9 @@ def test_target_is_met_within_a_channel(
   size = model_config.count_params(pruned.config)
   assert size == pruned.trace[-1]["params"] <= target
   assert target - size < round_to * model_config.unit_cost(config)["F"]
-  for width, full in zip(pruned.config.F, F, strict=True):
+  for width, full in zip(pruned.config.ffn_widths, F, strict=True):
     assert width == full or width % round_to == 0
-  assert min(pruned.config.K) > 0
+  assert min(pruned.config.kv_groups) > 0
 
 
 @pytest.mark.parametrize(
@@ -243,8 +245,10 @@ def test_units_and_trace_are_numbered_as_the_original_model(fake_scores):
   same(second.params, want)
   last = second.trace[-1]
   assert last["params"] == model_config.count_params(second.config) <= target
-  assert [x["ffn"] for x in last["layers"]] == list(second.config.F)
-  assert [x["kv_groups"] for x in last["layers"]] == list(second.config.K)
+  assert [x["ffn"] for x in last["layers"]] == list(second.config.ffn_widths)
+  assert [x["kv_groups"] for x in last["layers"]] == list(
+    second.config.kv_groups
+  )
   json.dumps(second.trace, allow_nan=False)
 
 
@@ -393,8 +397,8 @@ def masked_logits(config, stacked, masks, tokens):
   rows = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
   ropes = config.rope_tables(rows)
   x_BTD = decoder.apply(outer, tokens, method="embed")
-  for i in range(config.L):
-    block = Block(config, config.K[i], config.F[i], i)
+  for i in range(config.num_layers):
+    block = Block(config, config.kv_groups[i], config.ffn_widths[i], i)
     layer = {n: p[i] for n, p in stacked["layers"].items()}
     window = config.window[i] if config.window else 0
     seen = attention.attention_mask(rows, None, window)
@@ -431,7 +435,7 @@ def test_gather_takes_the_units_of_every_tensor():
   keep = small.random_kept(config)
   keep["F"] = (np.zeros(0, int), *keep["F"][1:])
   cut, got = surgery.gather(config, params, keep, mesh)
-  assert cut.F[0] == 0
+  assert cut.ffn_widths[0] == 0
   layer, was = got["layer_1"], params["layer_1"]
   k, f = keep["K"][1], keep["F"][1]
   np.testing.assert_array_equal(layer["q"], was["q"][:, k])

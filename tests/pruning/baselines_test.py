@@ -162,12 +162,12 @@ def test_slicegpt_of_nothing_changes_nothing():
   """Not even with biases, scaled embeddings, head norms and absent halves."""
   config = ModelConfig(
     family="llama",
-    V=32,
-    D=16,
-    G=2,
-    H=4,
-    K=(2, 0, 1),
-    F=(12, 8, 0),
+    vocab_size=32,
+    hidden_size=16,
+    queries_per_group=2,
+    head_dim=4,
+    kv_groups=(2, 0, 1),
+    ffn_widths=(12, 8, 0),
     norm_eps=1e-6,
     rope=Rope(),
     context=16,
@@ -188,7 +188,7 @@ def test_slicegpt_of_nothing_changes_nothing():
   )
   tokens = random.integers(0, 32, (2, 8), dtype=np.int32)
   pruned = slicegpt.prune(
-    config, params, Prune(), lambda step: tokens, width=config.D
+    config, params, Prune(), lambda step: tokens, width=config.hidden_size
   )
   want = logits(config, params, tokens)
   found = logits(pruned.config, pruned.params, tokens)
@@ -240,8 +240,10 @@ def test_shortgpt_golden(name):
     rtol=1e-4,
   )
   assert np.argsort(influence).tolist() == want["order_raw"]
-  assert [i for i in range(4) if pruned.config.K[i]] == want["kept"]
-  assert [bool(f) for f in pruned.config.F] == [k > 0 for k in pruned.config.K]
+  assert [i for i in range(4) if pruned.config.kv_groups[i]] == want["kept"]
+  assert [bool(f) for f in pruned.config.ffn_widths] == [
+    k > 0 for k in pruned.config.kv_groups
+  ]
   check_logits(pruned, name, "shortgpt")
 
 
@@ -428,7 +430,12 @@ def test_any_target_is_met_within_a_channel(kind, round_to):
   random = np.random.default_rng(round_to)
   for G, H in ((1, 8), (3, 4)):
     full = dataclasses.replace(
-      dense("gqa")[0], G=G, H=H, K=(4, 2, 3), F=(64, 96, 33), o_bias=True
+      dense("gqa")[0],
+      queries_per_group=G,
+      head_dim=H,
+      kv_groups=(4, 2, 3),
+      ffn_widths=(64, 96, 33),
+      o_bias=True,
     )
     masks = surgery.to_masks(surgery.everything(full), full)
     scores = {u: random.normal(size=m.shape) for u, m in masks.items()}
@@ -477,8 +484,8 @@ def test_flap_bias_is_the_mean_of_what_is_gone():
   assert not all(m.all() for m in masks["K"])
   tokens = array("gqa", "eval_ids")
   x = activations.embed(config, params, tokens, mesh)
-  for i in range(config.L):
-    block = Block(config, config.K[i], config.F[i])
+  for i in range(config.num_layers):
+    block = Block(config, config.kv_groups[i], config.ffn_widths[i])
     for unit, add in zip("KF", ("add_attention", "add_mlp"), strict=True):
       _, y = activations.half(config, params, i, unit, x, mesh)
       gone = ~masks[unit][i].reshape(-1, *[1] * (y.ndim - 3))
@@ -531,7 +538,7 @@ def test_a_second_stage(name):
   for unit in "KF":
     for was, now in zip(first.kept[unit], second.kept[unit], strict=True):
       assert set(now) <= set(was)
-  i = max(range(4), key=lambda i: second.config.F[i])
+  i = max(range(4), key=lambda i: second.config.ffn_widths[i])
   np.testing.assert_array_equal(
     second.params[f"layer_{i}"]["gate"],
     params[f"layer_{i}"]["gate"][:, second.kept["F"][i]],

@@ -22,12 +22,12 @@ from adapt_pruner_jax.pruning import adapt, curvature, refit, surgery
 
 CONFIG = ModelConfig(
   family="llama",
-  V=31,
-  D=16,
-  G=2,
-  H=4,
-  K=(3, 3),
-  F=(24, 24),
+  vocab_size=31,
+  hidden_size=16,
+  queries_per_group=2,
+  head_dim=4,
+  kv_groups=(3, 3),
+  ffn_widths=(24, 24),
   norm_eps=1e-5,
   rope=Rope(),
   context=16,
@@ -50,7 +50,7 @@ def random_params(config, seed=0):
 
 def samples(step):
   rng = np.random.default_rng(step)
-  return rng.integers(0, CONFIG.V, (16, 8), np.int32)
+  return rng.integers(0, CONFIG.vocab_size, (16, 8), np.int32)
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +96,7 @@ def test_score_is_the_loss_after_the_best_refit(units):
 
 def scores_by_hand(params, masks, tokens):
   """Scores from inputs and gradients of a plain unrolled model, float64."""
-  c, L = CONFIG, CONFIG.L
+  c, L = CONFIG, CONFIG.num_layers
   B, T = tokens.shape
   block, decoder = Block(c, 3, 24), Decoder(c)
   rows = jnp.broadcast_to(jnp.arange(T), (B, T))
@@ -121,7 +121,7 @@ def scores_by_hand(params, masks, tokens):
     picked = jnp.take_along_axis(logp, tokens[:, 1:, None], -1)
     return -picked.mean(1).sum(), inputs
 
-  nudges = [jnp.zeros((B, T, c.D))] * (2 * L)
+  nudges = [jnp.zeros((B, T, c.hidden_size))] * (2 * L)
   grads, inputs = jax.jit(jax.grad(run, has_aux=True))(nudges)
   scores = {"K": np.zeros((L, 3)), "F": np.zeros((L, 24))}
   for j in range(2 * L):
@@ -129,7 +129,7 @@ def scores_by_hand(params, masks, tokens):
     x, g = np.asarray(inputs[j], np.float64), np.asarray(grads[j], np.float64)
     g = g.reshape(B * T, -1)
     layer = params[f"layer_{j // 2}"]
-    W = np.asarray(layer[name], np.float64).reshape(-1, c.D)
+    W = np.asarray(layer[name], np.float64).reshape(-1, c.hidden_size)
     mask = masks[unit][j // 2]
     live = np.repeat(mask, len(W) // len(mask))
     x, W = x[:, live], W[live]
@@ -336,9 +336,13 @@ def test_better_than_the_paper_on_a_real_model(shared_data):
   source = Calibration(
     source=f"text:{text / 'tinystories_train.txt'}", samples=64
   )
-  windows = calibration.calibration_data(source, tokenizer, config.V, 0)
+  windows = calibration.calibration_data(
+    source, tokenizer, config.vocab_size, 0
+  )
   many = dataclasses.replace(source, samples=512)
-  many = calibration.calibration_data(many, tokenizer, config.V, 1).batch(0)
+  many = calibration.calibration_data(
+    many, tokenizer, config.vocab_size, 1
+  ).batch(0)
   heldout = np.array(
     tokenizer.encode((text / "tinystories_heldout.txt").read_text())
   )

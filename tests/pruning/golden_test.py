@@ -183,7 +183,7 @@ def test_aligned_fold_removes_what_the_heads_attend_with(name):
   for module in first["modules"]:
     if key in module:
       kept = pruned.kept["K"][module["layer"]]
-      gone = set(range(config.K[0])) - set(kept.tolist())
+      gone = set(range(config.kv_groups[0])) - set(kept.tolist())
       assert gone == set(module[key])
 
 
@@ -204,7 +204,7 @@ def test_one_executable_for_all_steps_of_all_stages():
       kept=kept,
     )
     config, params, kept = done.config, done.params, done.kept
-  assert config.F != full.F
+  assert config.ffn_widths != full.ffn_widths
   assert scores.measure_step._cache_size() == 1
 
 

@@ -16,12 +16,12 @@ from adapt_pruner_jax.pruning import linear_algebra, refit, surgery
 
 CONFIG = ModelConfig(
   family="llama",
-  V=31,
-  D=16,
-  G=2,
-  H=4,
-  K=(3, 3),
-  F=(24, 24),
+  vocab_size=31,
+  hidden_size=16,
+  queries_per_group=2,
+  head_dim=4,
+  kv_groups=(3, 3),
+  ffn_widths=(24, 24),
   norm_eps=1e-5,
   rope=Rope(),
   context=16,
@@ -32,7 +32,9 @@ KEPT = {
   "K": (np.array([0, 2]), np.array([1])),
   "F": (np.arange(3, 20), np.arange(0, 24, 2)),
 }
-TOKENS = np.random.default_rng(0).integers(0, CONFIG.V, (40, 8), np.int32)
+TOKENS = np.random.default_rng(0).integers(
+  0, CONFIG.vocab_size, (40, 8), np.int32
+)
 
 
 def random_params(config, seed=0):
@@ -107,22 +109,22 @@ def refit_by_hand(dense, pruned, tokens, ridge, fit_rows):
   """The new `o` and `down` of each layer."""
   z = u = dense["embedding"][tokens]
   found = []
-  for i in range(CONFIG.L):
+  for i in range(CONFIG.num_layers):
     full, left = dense[f"layer_{i}"], dict(pruned[f"layer_{i}"])
     for name, inputs in INPUTS.items():
-      W = full[name].reshape(-1, CONFIG.D)
+      W = full[name].reshape(-1, CONFIG.hidden_size)
       z = z + 0.7 * inputs(full, z) @ W
       x = inputs(left, u)
-      W = left[name].reshape(-1, CONFIG.D)
+      W = left[name].reshape(-1, CONFIG.hidden_size)
       lacks = (z - u) / 0.7 - x @ W
       # Tokens of more than ten medians of the minibatch weigh less.
       energy = (x * x).sum(-1)
       weight = np.minimum(1, 10 * np.median(energy) / energy)
       keep = np.sqrt(weight[:fit_rows]).ravel()[:, None]
       A = x[:fit_rows].reshape(-1, x.shape[-1]) * keep
-      b = lacks[:fit_rows].reshape(-1, CONFIG.D) * keep
+      b = lacks[:fit_rows].reshape(-1, CONFIG.hidden_size) * keep
       shrink = np.sqrt(ridge * np.median((A * A).sum(0))) * np.eye(A.shape[1])
-      zeros = np.zeros((A.shape[1], CONFIG.D))
+      zeros = np.zeros((A.shape[1], CONFIG.hidden_size))
       change, *_ = np.linalg.lstsq(
         np.concatenate([A, shrink]), np.concatenate([b, zeros]), rcond=None
       )
@@ -157,7 +159,7 @@ def test_changes_only_what_writes_and_keeps_shapes(pair, refitted):
   assert jax.tree.map(jnp.shape, new) == jax.tree.map(jnp.shape, pruned)
   changed = [
     (i, n)
-    for i in range(config.L)
+    for i in range(config.num_layers)
     for n in new[f"layer_{i}"]
     if not np.array_equal(new[f"layer_{i}"][n], pruned[f"layer_{i}"][n])
   ]
@@ -238,9 +240,9 @@ def test_output_biases_and_absent_halves(pair):
   config, params = surgery.gather(CONFIG, dense, kept, one_device())
   config = dataclasses.replace(config, o_bias=True, down_bias=True)
   rng = np.random.default_rng(1)
-  for i in range(config.L):
+  for i in range(config.num_layers):
     for name in ("o_bias", "down_bias"):
-      bias = jnp.asarray(rng.normal(0, 0.1, CONFIG.D), jnp.float32)
+      bias = jnp.asarray(rng.normal(0, 0.1, CONFIG.hidden_size), jnp.float32)
       params[f"layer_{i}"][name] = bias
   new, records = refit.refit(
     (CONFIG, dense), (config, params), kept, TOKENS, 40
@@ -248,7 +250,7 @@ def test_output_biases_and_absent_halves(pair):
   names = [(r["layer"], r["matrix"]) for r in records]
   assert names == [(0, "o"), (1, "down")]
   assert all(r["refitted"] for r in records)
-  for i in range(config.L):
+  for i in range(config.num_layers):
     for name in ("o_bias", "down_bias"):
       np.testing.assert_array_equal(
         new[f"layer_{i}"][name], params[f"layer_{i}"][name]
@@ -286,7 +288,9 @@ def massive_model():
   layer["gate"] = layer["gate"].at[:, 5].set(0).at[0, 5].set(30)
   layer["up"] = layer["up"].at[:, 5].set(0).at[0, 5].set(30)
   params = params | {"embedding": jnp.asarray(table), "layer_0": layer}
-  tokens = np.random.default_rng(4).integers(1, CONFIG.V, (60, 8), np.int32)
+  tokens = np.random.default_rng(4).integers(
+    1, CONFIG.vocab_size, (60, 8), np.int32
+  )
   tokens[:, 0] = 0
   return params, tokens
 

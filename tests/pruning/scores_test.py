@@ -96,7 +96,7 @@ def test_taylor_is_weight_times_summed_gradient(option, kind):
   np.testing.assert_allclose(found["loss_M"], losses, rtol=2e-6)
   got = scores.group_scores(found["salience"], masks, kind, "aligned")
   for unit in axes.UNITS:
-    for layer in range(config.L):
+    for layer in range(config.num_layers):
       want = scores_by_hand(params, grads, unit, layer, "vec" in kind)
       kept = got[unit][layer][masks[unit][layer]]
       np.testing.assert_allclose(kept, want, rtol=2e-4, atol=1e-6)
@@ -109,7 +109,7 @@ def test_norm_over_all_heads_is_over_those_that_are_left():
   config, params, grads, losses, _ = plain("norm of all heads")
   np.testing.assert_allclose(found["loss_M"], losses, rtol=2e-6)
   got = scores.group_scores(found["salience"], masks, "taylor", "aligned")
-  for layer in range(config.L):
+  for layer in range(config.num_layers):
     want = scores_by_hand(params, grads, "K", layer, False)
     kept = got["K"][layer][masks["K"][layer]]
     np.testing.assert_allclose(kept, want, rtol=2e-4, atol=1e-6)
@@ -121,7 +121,7 @@ def test_layer_importance(measure):
   config, _, _, losses, streams = plain("plain")
   np.testing.assert_allclose(found["loss_M"], losses, rtol=2e-6)
   for m, stream in enumerate(streams):
-    for layer in range(config.L):
+    for layer in range(config.num_layers):
       x, y = stream[layer], stream[layer + 1]
       size = {
         "cosine": lambda x, y: (
@@ -142,7 +142,7 @@ def test_bfloat16_params_have_float32_sums():
   config, params, grads, losses, _ = plain("plain", "bfloat16")
   np.testing.assert_allclose(found["loss_M"], losses, rtol=2e-2)
   got = scores.group_scores(found["salience"], masks, "taylor", "aligned")
-  for layer in range(config.L):
+  for layer in range(config.num_layers):
     want = scores_by_hand(params, grads, "F", layer, False)
     kept = got["F"][layer][masks["F"][layer]]
     np.testing.assert_allclose(kept, want, rtol=0.25)
@@ -152,7 +152,7 @@ def test_bfloat16_params_have_float32_sums():
 def test_sums_of_bfloat16_gradients_do_not_lose_the_small_ones():
   # 1 + 2^-9 is 1 in bfloat16. One loud minibatch, then 64 quiet ones.
   M = 65
-  config = dataclasses.replace(small.CONFIG, K=(1,), F=(8,))
+  config = dataclasses.replace(small.CONFIG, kv_groups=(1,), ffn_widths=(8,))
   params = small.random_params(config, dtype=jnp.bfloat16)
   mesh = small.one_device()
   everything = surgery.everything(config)

@@ -31,15 +31,15 @@ def layers(number):
   """Layer i loses i channels a step, the odd ones a KV group in step 2."""
   return [
     {
-      "kv_groups": FULL.K[i] - (i % 2 and number >= 2),
-      "ffn": FULL.F[i] - i * number,
+      "kv_groups": FULL.kv_groups[i] - (i % 2 and number >= 2),
+      "ffn": FULL.ffn_widths[i] - i * number,
       "importance": -0.9,
       "attn_importance": None,
       "mlp_importance": 1 - i / 2.5,
       "attn_sparsity": 0.0,
       "mlp_sparsity": 0.02 * number,
     }
-    for i in range(FULL.L)
+    for i in range(FULL.num_layers)
   ]
 
 
@@ -79,11 +79,11 @@ def summary():
     "perplexity_after": 23.0,
     "train_tokens": 30_000,
     "seconds": 3725.0,
-    "heads_before": [k * FULL.G for k in FULL.K],
-    "heads_after": [k * FULL.G for k in groups],
-    "kv_heads_before": list(FULL.K),
+    "heads_before": [k * FULL.queries_per_group for k in FULL.kv_groups],
+    "heads_after": [k * FULL.queries_per_group for k in groups],
+    "kv_heads_before": list(FULL.kv_groups),
     "kv_heads_after": groups,
-    "ffn_before": list(FULL.F),
+    "ffn_before": list(FULL.ffn_widths),
     "ffn_after": [x["ffn"] for x in last],
     "versions": {"jax": "1.2.3"},
     "hardware": "1 x <abacus>",
@@ -172,9 +172,9 @@ def test_everything_is_escaped(text):
 def test_bars_are_what_is_kept_and_what_went_when(text):
   for kind in "wide", "narrow":
     root = svgs(text)[f"removed-{kind}"]
-    whole = height(root, f"removed-{kind}-ffn-kept-0") / FULL.F[0]
+    whole = height(root, f"removed-{kind}-ffn-kept-0") / FULL.ffn_widths[0]
     last = summary()["ffn_after"]
-    for layer in range(FULL.L):
+    for layer in range(FULL.num_layers):
       kept = height(root, f"removed-{kind}-ffn-kept-{layer}")
       assert kept / whole == pytest.approx(last[layer], rel=1e-3)
       for stage in range(1, STAGES + 1) if layer else ():
@@ -192,7 +192,9 @@ def test_bars_are_what_is_kept_and_what_went_when(text):
 def test_lines_have_the_data(text):
   found = svgs(text)
   path = by_id(found["sparsity-wide"], "sparsity-wide-path-ffn-5")
-  assert path[0].text == f"layer 5: {100 * 30 / FULL.F[5]:.1f} % removed"
+  assert (
+    path[0].text == f"layer 5: {100 * 30 / FULL.ffn_widths[5]:.1f} % removed"
+  )
   # Steps: the share that is gone grows equally at each.
   levels = sorted({y for _, y in numbers(path)})
   assert len(levels) == STAGES * STEPS + 1
@@ -227,9 +229,9 @@ def test_both_panels_show_all_of_the_paths():
 def test_importance_cells(text):
   root = svgs(text)["importance-wide"]
   cells = [e for e in root.iter() if "-cell-" in (e.get("id") or "")]
-  assert len(cells) == STAGES * FULL.L
+  assert len(cells) == STAGES * FULL.num_layers
   colours = []
-  for layer in 0, FULL.L - 1:
+  for layer in 0, FULL.num_layers - 1:
     cell = by_id(root, f"importance-wide-cell-0-{layer}")
     style = next(e.get("style") for e in cell.iter() if e.get("style"))
     colours.append(re.search(r"fill: var\(--(\w+)\)", style)[1])
@@ -239,8 +241,11 @@ def test_importance_cells(text):
 def test_json_has_the_same_data(run):
   found = json_files.read_json(run / "report.json")
   assert found["finished"]
-  assert found["before"] == {"kv_groups": list(FULL.K), "ffn": list(FULL.F)}
-  assert found["heads_per_kv_group"] == FULL.G
+  assert found["before"] == {
+    "kv_groups": list(FULL.kv_groups),
+    "ffn": list(FULL.ffn_widths),
+  }
+  assert found["heads_per_kv_group"] == FULL.queries_per_group
   assert found["after"]["ffn"] == summary()["ffn_after"]
   assert found["perplexity"] == [[0, 20.0], [1, 21.0], [2, 22.0], [3, 23.0]]
   assert len(found["trace"]) == STAGES * STEPS

@@ -108,9 +108,9 @@ def test_rows_equal_what_the_parts_give(finished, recipe):
   config, params = load.load(recipe.model.path, "float32")
   tokenizer = load_tokenizer(recipe.model.path)
   windows = calibration.calibration_data(
-    recipe.calibration, tokenizer, config.V, 0
+    recipe.calibration, tokenizer, config.vocab_size, 0
   )
-  text = read_eval_text(recipe.eval.text, tokenizer, config.V)
+  text = read_eval_text(recipe.eval.text, tokenizer, config.vocab_size)
   row = by_key(found)["adapt", 0.4]
   settings = dataclasses.replace(recipe.prune, ratio=0.4)
   pruned = adapt.prune(
@@ -121,8 +121,8 @@ def test_rows_equal_what_the_parts_give(finished, recipe):
     target=targets.resolve_target(config, settings),
     batch=16,
   )
-  assert row["kv_groups"] == list(pruned.config.K)
-  assert row["ffn"] == list(pruned.config.F)
+  assert row["kv_groups"] == list(pruned.config.kv_groups)
+  assert row["ffn"] == list(pruned.config.ffn_widths)
   assert row["calibration_tokens"] == len(pruned.trace) * 16 * 64
   length = min(config.context, 2048)
   want = perplexity.perplexity(pruned.config, pruned.params, text, length, 8)[0]

@@ -113,7 +113,7 @@ def test_directory_opens_as_a_model(made):
     tiny_model.config_of(SMALL)
   )
   tokens = packing.heldout_tokens(
-    embedded_text("heldout"), load_tokenizer(path), config.V
+    embedded_text("heldout"), load_tokenizer(path), config.vocab_size
   )
   logits, _ = decoder.Decoder(config).apply(
     {"params": params}, tokens[None, :8]

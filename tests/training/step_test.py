@@ -20,12 +20,12 @@ from adapt_pruner_jax.training.step import check_rows, init_optimizer, make_step
 
 UNEVEN = ModelConfig(
   family="llama",
-  V=48,
-  D=16,
-  G=2,
-  H=8,
-  K=(3, 1),
-  F=(20, 13),
+  vocab_size=48,
+  hidden_size=16,
+  queries_per_group=2,
+  head_dim=8,
+  kv_groups=(3, 1),
+  ffn_widths=(20, 13),
   norm_eps=1e-5,
   rope=Rope(),
   context=32,
@@ -51,8 +51,12 @@ def random_batch(config, rows, length, seed=0):
   segments = 1 + (np.arange(length) >= length // 3) * np.ones((rows, 1))
   starts = np.where(np.arange(length) >= length // 3, length // 3, 0)
   return {
-    "tokens_BT": rng.integers(0, config.V, (rows, length)).astype(np.int32),
-    "targets_BT": rng.integers(0, config.V, (rows, length)).astype(np.int32),
+    "tokens_BT": rng.integers(0, config.vocab_size, (rows, length)).astype(
+      np.int32
+    ),
+    "targets_BT": rng.integers(0, config.vocab_size, (rows, length)).astype(
+      np.int32
+    ),
     "segments_BT": segments.astype(np.int32),
     "positions_BT": np.tile(np.arange(length) - starts, (rows, 1)).astype(
       np.int32
@@ -313,7 +317,7 @@ def test_distillation_weight_zero_is_plain_training(plain):
 def test_distillation_loss(plain, shape, accumulation):
   """The teacher may have other sizes than the student."""
   params, batches, _ = plain
-  wide = dataclasses.replace(UNEVEN, K=(4, 2), F=(24, 16))
+  wide = dataclasses.replace(UNEVEN, kv_groups=(4, 2), ffn_widths=(24, 16))
   teacher = (wide, random_params(wide, seed=1))
   mesh = sharding.make_mesh(*shape, devices=jax.devices()[: math.prod(shape)])
   teacher = (wide, placed_params(teacher[1], mesh))
@@ -373,7 +377,11 @@ def test_merged_lora_computes_what_the_adapters_do(plain):
   params, batches, _ = plain
   base, adapters, _ = lora_run(params, batches, one_device(), rank=3)
   merged = lora.merge_lora(base, adapters, 6.0)
-  x = np.random.default_rng(0).normal(size=(5, UNEVEN.D)).astype(np.float32)
+  x = (
+    np.random.default_rng(0)
+    .normal(size=(5, UNEVEN.hidden_size))
+    .astype(np.float32)
+  )
   w, f = base["layer_0"]["q"], adapters["layer_0"]["q"]
   expected = np.einsum("bd,dkgh->bkgh", x, w) + 2.0 * np.einsum(
     "br,rkgh->bkgh", x @ f["a"], f["b"]
@@ -401,7 +409,9 @@ def test_lora_on_eight_devices_equals_one(plain):
 def test_step_equals_torch(plain):
   torch = pytest.importorskip("torch")
   transformers = pytest.importorskip("transformers")
-  config = dataclasses.replace(UNEVEN, K=(4, 4), F=(20, 20), qkv_bias=False)
+  config = dataclasses.replace(
+    UNEVEN, kv_groups=(4, 4), ffn_widths=(20, 20), qkv_bias=False
+  )
   params = random_params(config)
   batch = random_batch(config, 4, 12)
   batch["segments_BT"][:] = 1
@@ -446,10 +456,10 @@ def torch_weights(config, params):
     "model.embed_tokens.weight": params["embedding"],
     "model.norm.weight": params["final_norm"],
   }
-  for i in range(config.L):
+  for i in range(config.num_layers):
     p = {n: np.asarray(x) for n, x in params[f"layer_{i}"].items()}
     prefix = f"model.layers.{i}."
-    D = config.D
+    D = config.hidden_size
     for n in "qkv":
       found[f"{prefix}self_attn.{n}_proj.weight"] = p[n].reshape(D, -1).T
     found[f"{prefix}self_attn.o_proj.weight"] = p["o"].reshape(-1, D).T
@@ -463,13 +473,13 @@ def torch_weights(config, params):
 def torch_peer(torch, transformers, config, params):
   peer = transformers.LlamaForCausalLM(
     transformers.LlamaConfig(
-      vocab_size=config.V,
-      hidden_size=config.D,
-      intermediate_size=config.F[0],
-      num_hidden_layers=config.L,
-      num_attention_heads=config.K[0] * config.G,
-      num_key_value_heads=config.K[0],
-      head_dim=config.H,
+      vocab_size=config.vocab_size,
+      hidden_size=config.hidden_size,
+      intermediate_size=config.ffn_widths[0],
+      num_hidden_layers=config.num_layers,
+      num_attention_heads=config.kv_groups[0] * config.queries_per_group,
+      num_key_value_heads=config.kv_groups[0],
+      head_dim=config.head_dim,
       rms_norm_eps=config.norm_eps,
       tie_word_embeddings=True,
       attn_implementation="eager",
@@ -483,7 +493,7 @@ def torch_peer(torch, transformers, config, params):
 
 def test_fsdp_gathers_weights_not_activations():
   """No device ever holds the logits, or the MLP, of the whole batch."""
-  config = dataclasses.replace(UNEVEN, V=96, F=(40, 72))
+  config = dataclasses.replace(UNEVEN, vocab_size=96, ffn_widths=(40, 72))
   mesh = sharding.make_mesh(1, 8, 1)
   rows, length = 16, 12
   text = compiled_text(config, mesh, rows, length)

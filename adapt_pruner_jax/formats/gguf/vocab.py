@@ -38,17 +38,17 @@ def write(writer: Any, config: ModelConfig, source: Path | None) -> None:
       f"{file} is a {inner['type']} tokenizer; gguf files can hold BPE: use "
       "--format=hf_uniform and llama.cpp's own converter"
     )
-  tokens = [f"[PAD{i}]" for i in range(config.V)]
-  types = [UNUSED] * config.V
-  if max(inner["vocab"].values(), default=0) >= config.V:
+  tokens = [f"[PAD{i}]" for i in range(config.vocab_size)]
+  types = [UNUSED] * config.vocab_size
+  if max(inner["vocab"].values(), default=0) >= config.vocab_size:
     raise UserError(
-      f"{file} has more tokens than the model's {config.V}: it is not this "
-      "model's"
+      f"{file} has more tokens than the model's {config.vocab_size}: it is not "
+      "this model's"
     )
   for token, number in inner["vocab"].items():
     tokens[number], types[number] = token, NORMAL
   for added in content["added_tokens"]:
-    if added["id"] >= config.V:
+    if added["id"] >= config.vocab_size:
       logging.warning(
         "%s: the model has no embedding of %s, which is left out",
         file,

@@ -124,7 +124,7 @@ def architecture(config: ModelConfig) -> str:
   elif config.family == "qwen3" and _biases(config):
     why = "biases beside norms of queries and keys; --format=hf can"
   elif config.family == "qwen3":
-    holes = 0 in config.K or 0 in config.F
+    holes = 0 in config.kv_groups or 0 in config.ffn_widths
     uneven = not _is_uniform(config)
     return "openelm" if config.tied and uneven and not holes else "qwen3"
   elif config.family not in LLAMA_LIKE:
@@ -137,7 +137,7 @@ def architecture(config: ModelConfig) -> str:
       "sliding windows; exact within the window only: drop them with "
       "--ignore_fields=sliding_window if your prompts are shorter"
     )
-  elif 0 in config.K or 0 in config.F:
+  elif 0 in config.kv_groups or 0 in config.ffn_widths:
     why = "layers without attention or MLP; --format=hf can"
   if why:
     raise UserError(f"gguf has no architecture for {why}")
@@ -152,17 +152,17 @@ def tensors(
   def array(name: str, leaf: jax.Array) -> np.ndarray:
     made = to_hf(name, np.asarray(jax.device_get(leaf), np.float32))
     if arch in ("llama", "deci") and name in INTERLEAVED:
-      made = interleave(made, config.H)
+      made = interleave(made, config.head_dim)
     return np.ascontiguousarray(made)
 
   for name in model_config.outer_names(config):
     yield NAMES[name], array(name, params[name])
   if config.rope.kind == "llama3":
     plain = Rope(theta=config.rope.theta)
-    slowed = rope_frequencies(config.rope, config.H)
-    ratio = rope_frequencies(plain, config.H) / slowed
+    slowed = rope_frequencies(config.rope, config.head_dim)
+    ratio = rope_frequencies(plain, config.head_dim) / slowed
     yield "rope_freqs.weight", ratio.astype(np.float32)
-  for i in range(config.L):
+  for i in range(config.num_layers):
     layer = params[axes.layer_name(i)]
     names = model_config.layer_names(config, i)
     if arch == "openelm":  # q, k and v one below the other
@@ -182,19 +182,23 @@ def interleave(rows: np.ndarray, head_dim: int) -> np.ndarray:
 def _write_sizes(writer: Any, config: ModelConfig, kind: str) -> None:
   gguf = _package()
   uniform = _is_uniform(config)
-  heads = [k * config.G for k in config.K]
-  writer.add_block_count(config.L)
+  heads = [k * config.queries_per_group for k in config.kv_groups]
+  writer.add_block_count(config.num_layers)
   writer.add_context_length(config.context)
-  writer.add_embedding_length(config.D)
-  writer.add_feed_forward_length(config.F[0] if uniform else list(config.F))
+  writer.add_embedding_length(config.hidden_size)
+  writer.add_feed_forward_length(
+    config.ffn_widths[0] if uniform else list(config.ffn_widths)
+  )
   writer.add_head_count(heads[0] if uniform else heads)
-  writer.add_head_count_kv(config.K[0] if uniform else list(config.K))
+  writer.add_head_count_kv(
+    config.kv_groups[0] if uniform else list(config.kv_groups)
+  )
   writer.add_layer_norm_rms_eps(config.norm_eps)
-  writer.add_key_length(config.H)
-  writer.add_value_length(config.H)
-  writer.add_rope_dimension_count(config.H)
+  writer.add_key_length(config.head_dim)
+  writer.add_value_length(config.head_dim)
+  writer.add_rope_dimension_count(config.head_dim)
   writer.add_rope_freq_base(config.rope.theta)
-  writer.add_vocab_size(config.V)
+  writer.add_vocab_size(config.vocab_size)
   if config.rope.kind == "linear":
     writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
     writer.add_rope_scaling_factor(config.rope.factor)
@@ -245,7 +249,7 @@ def _biases(config: ModelConfig) -> bool:
 
 
 def _is_uniform(config: ModelConfig) -> bool:
-  return len(set(config.K)) == 1 and len(set(config.F)) == 1
+  return len(set(config.kv_groups)) == 1 and len(set(config.ffn_widths)) == 1
 
 
 def _package() -> Any:

@@ -81,13 +81,20 @@ def _summary(name: str, config: ModelConfig, facts: dict[str, Any]) -> str:
 
 
 def _layers(config: ModelConfig, facts: dict[str, Any]) -> str:
-  kept = list(zip(config.K, config.F, strict=True))
-  rows = [(i, k * config.G, k, f) for i, (k, f) in enumerate(kept)]
+  kept = list(zip(config.kv_groups, config.ffn_widths, strict=True))
+  rows = [
+    (i, k * config.queries_per_group, k, f) for i, (k, f) in enumerate(kept)
+  ]
   columns = ("layer", "heads", "KV heads", "MLP width")
   old = [facts.get("kv_heads_before"), facts.get("ffn_before")]
-  if all(x and len(x) == config.L for x in old):
+  if all(x and len(x) == config.num_layers for x in old):
     rows = [
-      (i, f"{k0 * config.G} → {heads}", f"{k0} → {k}", f"{f0} → {f}")
+      (
+        i,
+        f"{k0 * config.queries_per_group} → {heads}",
+        f"{k0} → {k}",
+        f"{f0} → {f}",
+      )
       for (i, heads, k, f), k0, f0 in zip(rows, *old, strict=True)
     ]
   return markdown.table(columns, rows)

@@ -62,9 +62,9 @@ def read(
   }
   values |= _read_sizes(raw, path) | _read_biases(raw)
   values |= _read_ropes(raw, path)
-  values["window"] = _read_windows(raw, family, len(values["K"]), path)
+  values["window"] = _read_windows(raw, family, len(values["kv_groups"]), path)
   if name.startswith("gemma"):
-    values["embed_scale"] = values["D"] ** 0.5
+    values["embed_scale"] = values["hidden_size"] ** 0.5
   return ModelConfig(**{"family": name, **values, **family.fixed})
 
 
@@ -76,11 +76,16 @@ def repeats(raw: Raw) -> int:
 
 def is_stock(config: ModelConfig) -> bool:
   """Whether the family's class in Transformers can hold the model."""
-  even = len({*config.K}) == len({*config.F}) == 1
-  if not even or not config.K[0] or not config.F[0] or extra_biases(config):
+  even = len({*config.kv_groups}) == len({*config.ffn_widths}) == 1
+  if (
+    not even
+    or not config.kv_groups[0]
+    or not config.ffn_widths[0]
+    or extra_biases(config)
+  ):
     return False
-  heads = config.K[0] * config.G
-  return not FAMILIES[config.family].divides or config.D % heads == 0
+  heads = config.kv_groups[0] * config.queries_per_group
+  return not FAMILIES[config.family].divides or config.hidden_size % heads == 0
 
 
 def extra_biases(config: ModelConfig) -> list[str]:
@@ -112,11 +117,11 @@ def write(config: ModelConfig) -> dict[str, Any]:
   raw = {
     "model_type": config.family if stock else PRUNED + config.family,
     "architectures": [f"{family.prefix}ForCausalLM"],
-    "num_hidden_layers": config.L,
-    "num_attention_heads": max(config.K) * config.G,
-    "num_key_value_heads": max(config.K),
-    "intermediate_size": max(config.F),
-    "head_dim": config.H,
+    "num_hidden_layers": config.num_layers,
+    "num_attention_heads": max(config.kv_groups) * config.queries_per_group,
+    "num_key_value_heads": max(config.kv_groups),
+    "intermediate_size": max(config.ffn_widths),
+    "head_dim": config.head_dim,
   }
   for name in family.fields:
     if name in FIELDS:
@@ -202,19 +207,23 @@ def _read_sizes(raw: Raw, path: str) -> dict[str, Any]:
   if not 1 <= head_dim <= MAX_SIZE:
     raise UserError(f"{path}: head_dim={head_dim} must be at least 1")
   return {
-    "K": tuple(layer["num_key_value_heads"] for layer in layers),
-    "F": tuple(layer["intermediate_size"] for layer in layers),
-    "G": heads // groups,
-    "H": head_dim,
+    "kv_groups": tuple(layer["num_key_value_heads"] for layer in layers),
+    "ffn_widths": tuple(layer["intermediate_size"] for layer in layers),
+    "queries_per_group": heads // groups,
+    "head_dim": head_dim,
   }
 
 
 def _write_pruned(config: ModelConfig, family: Family) -> dict[str, Any]:
   """Sizes by layer, and where the classes are that read them."""
-  digits = len(str(config.L - 1))  # so that the keys sort
+  digits = len(str(config.num_layers - 1))  # so that the keys sort
   sizes = {
-    str(i).zfill(digits): dict(zip(SIZES, (K * config.G, K, F), strict=True))
-    for i, (K, F) in enumerate(zip(config.K, config.F, strict=True))
+    str(i).zfill(digits): dict(
+      zip(SIZES, (K * config.queries_per_group, K, F), strict=True)
+    )
+    for i, (K, F) in enumerate(
+      zip(config.kv_groups, config.ffn_widths, strict=True)
+    )
   }
   kind = PRUNED + config.family
   return {
@@ -399,7 +408,7 @@ def _slides(types: Any, L: int, path: str) -> list[bool]:
 def _write_windows(config: ModelConfig, family: Family) -> dict[str, Any]:
   if not family.windows:
     return {}
-  windows = config.window or (0,) * config.L
+  windows = config.window or (0,) * config.num_layers
   size = max(windows) or None
   if family.windows == "all":
     return {"sliding_window": size}
@@ -408,7 +417,7 @@ def _write_windows(config: ModelConfig, family: Family) -> dict[str, Any]:
     "sliding_window": size,
   }
   if family.windows == "last":
-    first = next((i for i, w in enumerate(windows) if w), config.L)
+    first = next((i for i, w in enumerate(windows) if w), config.num_layers)
     raw |= {"use_sliding_window": bool(size), "max_window_layers": first}
   elif not size:  # Transformers wants a number even if no layer uses it
     raw["sliding_window"] = family.fields["sliding_window"]

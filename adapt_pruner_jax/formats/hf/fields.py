@@ -53,8 +53,8 @@ SOFTCAP = {
 }
 
 FIELDS = {
-  "vocab_size": Field("V", (int,)),
-  "hidden_size": Field("D", (int,)),
+  "vocab_size": Field("vocab_size", (int,)),
+  "hidden_size": Field("hidden_size", (int,)),
   "rms_norm_eps": Field("norm_eps", NUMBER, float),
   "max_position_embeddings": Field("context", (int,)),
   "tie_word_embeddings": Field("tied", (bool,)),

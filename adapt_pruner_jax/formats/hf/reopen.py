@@ -102,7 +102,7 @@ def _wrong_logits(
   """How far the logits are apart, if they are, or the output of a layer."""
   wrong = None
   length = min(TOKENS, config.context)
-  ids = np.random.default_rng(0).integers(config.V, size=(1, length))
+  ids = np.random.default_rng(0).integers(config.vocab_size, size=(1, length))
   other = None if tree is None else walk(found, getter(tree), ids)
   for where, expected in walk(config, get, ids):
     if other is None or wrong is not None:
@@ -134,11 +134,14 @@ def walk(
   outer = weights(None, ["final_norm"])
   rows_TD = get((None, "embedding"))[ids_BT[0]]
   x_BTD = _outside(config, outer, rows_TD, np.arange(len(rows_TD))[None])
-  for i in range(config.L):
+  for i in range(config.num_layers):
     window = config.window[i] if config.window else 0
     mask = attention_mask(positions_BT, None, jnp.int32(window))
     one = dataclasses.replace(
-      config, K=config.K[i : i + 1], F=config.F[i : i + 1], window=()
+      config,
+      kv_groups=config.kv_groups[i : i + 1],
+      ffn_widths=config.ffn_widths[i : i + 1],
+      window=(),
     )
     rope = ropes[config.rope_ids()[i]]
     x_BTD = _layer(one, weights(i, layer_names(config, i)), x_BTD, rope, mask)
@@ -149,7 +152,7 @@ def walk(
     matrix_VD = get((None, "lm_head")).T
   logits = [
     _outside(config, outer, matrix_VD[i : i + VOCABULARY_PART], x_BTD)
-    for i in range(0, config.V, VOCABULARY_PART)
+    for i in range(0, config.vocab_size, VOCABULARY_PART)
   ]
   yield "logits", np.concatenate(logits, axis=-1)
 
@@ -160,7 +163,12 @@ def _outside(config, outer, rows_VD, inputs):
   Either knows the rows `rows_VD` only.
   """
   config = dataclasses.replace(
-    config, V=len(rows_VD), tied=True, K=(), F=(), window=()
+    config,
+    vocab_size=len(rows_VD),
+    tied=True,
+    kv_groups=(),
+    ffn_widths=(),
+    window=(),
   )
   params = outer | {"embedding": jnp.asarray(rows_VD, jnp.float32)}
   method = "embed" if inputs.ndim == 2 else "head"
@@ -169,5 +177,5 @@ def _outside(config, outer, rows_VD, inputs):
 
 @partial(jax.jit, static_argnums=0)
 def _layer(config, weights, x_BTD, rope, mask_BNTS):
-  block = Block(config, config.K[0], config.F[0])
+  block = Block(config, config.kv_groups[0], config.ffn_widths[0])
   return block.apply({"params": weights}, x_BTD, rope, mask_BNTS)

@@ -123,8 +123,8 @@ def without_empty_layers(
   config: ModelConfig, params: Params
 ) -> tuple[ModelConfig, Params]:
   """Leaves out the layers that pass their input on."""
-  full = [i for i in range(config.L) if layer_names(config, i)]
-  if len(full) == config.L:
+  full = [i for i in range(config.num_layers) if layer_names(config, i)]
+  if len(full) == config.num_layers:
     return config, params
   if not full:
     raise UserError("the model has no layer left: there is nothing to write")
@@ -133,8 +133,8 @@ def without_empty_layers(
     kept[axes.layer_name(new)] = params[axes.layer_name(old)]
   config = dataclasses.replace(
     config,
-    K=tuple(config.K[i] for i in full),
-    F=tuple(config.F[i] for i in full),
+    kv_groups=tuple(config.kv_groups[i] for i in full),
+    ffn_widths=tuple(config.ffn_widths[i] for i in full),
     window=tuple(config.window[i] for i in full) if config.window else (),
   )
   return config, kept

@@ -47,7 +47,7 @@ def places(config: ModelConfig, repeats: int = 1) -> dict[Key, Place]:
   for name in outer_names(config):
     rows = hf_shape(name, config.sizes())[0]
     found[None, name] = Place(OUTER[name], 0, rows)
-  for i in range(config.L):
+  for i in range(config.num_layers):
     filled: dict[str, int] = {}
     for name in layer_names(config, i):
       tensor = f"model.layers.{i // repeats}.{names[name]}"

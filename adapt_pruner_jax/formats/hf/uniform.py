@@ -26,8 +26,8 @@ def pad_config(config: ModelConfig) -> ModelConfig:
     UserError: there is none; says which format can.
   """
   family = FAMILIES[config.family]
-  K, F = max(config.K), max(config.F)
-  if config.qk_norm == "all" and len({*config.K}) > 1:
+  K, F = max(config.kv_groups), max(config.ffn_widths)
+  if config.qk_norm == "all" and len({*config.kv_groups}) > 1:
     raise UserError(
       f"{config.family} norms all heads of a layer together, so that added "
       "heads would change the others: write it with --format=hf"
@@ -37,19 +37,20 @@ def pad_config(config: ModelConfig) -> ModelConfig:
       "no layer has attention, or none has an MLP, which stock classes cannot "
       "express: write it with --format=hf"
     )
+  G, D = config.queries_per_group, config.hidden_size
   if family.divides:
-    legal = [k for k in range(K, config.D + 1) if not config.D % (k * config.G)]
+    legal = [k for k in range(K, D + 1) if not D % (k * G)]
     if not legal:
       raise UserError(
         f"{config.family} wants a number of heads that divides the hidden size "
-        f"{config.D}; {K * config.G} heads in groups of {config.G} cannot be "
-        "padded to one: write it with --format=hf"
+        f"{D}; {K * G} heads in groups of {G} cannot be padded to one: write "
+        "it with --format=hf"
       )
     K = legal[0]
   padded = dataclasses.replace(
     config,
-    K=(K,) * config.L,
-    F=(F,) * config.L,
+    kv_groups=(K,) * config.num_layers,
+    ffn_widths=(F,) * config.num_layers,
     # A class may have all biases where the model has some; others are zero.
     qkv_bias=config.qkv_bias
     or (config.o_bias and "attention_bias" in family.fields),
@@ -102,11 +103,12 @@ def cost(
     before: parameters that the model had before it was pruned, if known.
   """
   params, new = count_params(config), count_params(padded)
-  cache = sum(padded.K) / max(1, sum(config.K))
+  cache = sum(padded.kv_groups) / max(1, sum(config.kv_groups))
+  heads = padded.kv_groups[0] * padded.queries_per_group
   notes = [
-    f"padded to {padded.K[0] * padded.G} heads and MLP width {padded.F[0]} in "
-    f"all {padded.L} layers: {new:,} parameters, {new / params:.2f} times those"
-    f" of the pruned model; KV cache {cache:.2f} times"
+    f"padded to {heads} heads and MLP width {padded.ffn_widths[0]} in all "
+    f"{padded.num_layers} layers: {new:,} parameters, {new / params:.2f} times "
+    f"those of the pruned model; KV cache {cache:.2f} times"
   ]
   if before and new >= before:
     notes.append(

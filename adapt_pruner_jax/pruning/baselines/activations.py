@@ -53,8 +53,8 @@ def half(
   """
   one = dataclasses.replace(
     config,
-    K=config.K[layer : layer + 1],
-    F=config.F[layer : layer + 1],
+    kv_groups=config.kv_groups[layer : layer + 1],
+    ffn_widths=config.ffn_widths[layer : layer + 1],
     window=config.window[layer : layer + 1],
     residual=config.residual[layer : layer + 1],
   )
@@ -64,7 +64,7 @@ def half(
 @partial(jax.jit, static_argnames=("config", "unit", "mesh"))
 def _half(config, unit, layer, x_BTD, mask, mesh):
   x_BTD = _cut(x_BTD, mesh)
-  block = Block(config, config.K[0], config.F[0])
+  block = Block(config, config.kv_groups[0], config.ffn_widths[0])
   run = partial(block.apply, {"params": layer})
   if not config.units()[unit][0]:
     add = Block.add_attention if unit == "K" else Block.add_mlp

@@ -169,7 +169,7 @@ def step(
   Args:
     before: units at the start of the stage, which the sparsities refer to.
   """
-  nan_L = np.full(full.L, np.nan)
+  nan_L = np.full(full.num_layers, np.nan)
   was, now = surgery.widths(before), surgery.widths(masks)
   return Step(
     number,

@@ -135,13 +135,16 @@ def statistics(
 ) -> dict[str, list[Moments]]:
   """Moments of the inputs of `o` and `down` of each layer, in one pass."""
   found = {
-    "K": [_empty((k, config.G, config.H)) for k in config.K],
-    "F": [_empty((f,)) for f in config.F],
+    "K": [
+      _empty((k, config.queries_per_group, config.head_dim))
+      for k in config.kv_groups
+    ],
+    "F": [_empty((f,)) for f in config.ffn_widths],
   }
   T = tokens_NT.shape[1]
   for tokens_BT, valid_B in activations.batches(tokens_NT, batch, mesh):
     x_BTD = activations.embed(config, params, tokens_BT, mesh)
-    for i in range(config.L):
+    for i in range(config.num_layers):
       for unit in UNITS:
         x_BTD, y = activations.half(config, params, i, unit, x_BTD, mesh)
         if y is None:
@@ -186,7 +189,7 @@ def unit_scores(
   adaptive = structure.startswith("AL")
   found = {u: [] for u in UNITS}
   for unit in UNITS:
-    for i in range(config.L):
+    for i in range(config.num_layers):
       if not config.units()[unit][i]:
         found[unit].append(np.zeros(0))
         continue
@@ -219,8 +222,11 @@ def counter(
   there = {u: masks[u] & prunable[u][:, None] for u in UNITS}
   total = surgery.widths(there)
   # Weights of a KV group, in those of a channel: an integer, as published.
-  weight = {"K": (2 * full.G + 2) * full.H // 3, "F": 1}
-  cost = {"K": (2 * full.G + 2) * full.H, "F": 3}  # both times D
+  weight = {"K": (2 * full.queries_per_group + 2) * full.head_dim // 3, "F": 1}
+  cost = {
+    "K": (2 * full.queries_per_group + 2) * full.head_dim,
+    "F": 3,
+  }  # both times D
 
   def below(threshold: dict[str, float]) -> Counts:
     return {
@@ -258,7 +264,9 @@ def counter(
     if settings.flap_structure == "ULUM":
       return {u: (ratio * total[u]).astype(int) for u in UNITS}
     if settings.flap_structure == "ULMM":
-      each = (ratio * K).astype(int) if groups is None else groups // full.L
+      each = (
+        (ratio * K).astype(int) if groups is None else groups // full.num_layers
+      )
       gone = np.minimum(each, K)
       return {"K": gone, "F": channels(ratio, K, F, gone)}
     gone = int(ratio * K.sum()) if groups is None else groups
@@ -278,7 +286,7 @@ def compensate(
 ) -> tuple[ModelConfig, Params]:
   """The model with what the units not in `keep` add on average as biases."""
   params = dict(params)
-  for i in range(config.L):
+  for i in range(config.num_layers):
     name, sizes = axes.layer_name(i), config.sizes(i)
     layer = dict(params[name])
     for unit, bias_name in BIAS.items():
@@ -309,7 +317,7 @@ def _spread(
   scores: list[np.ndarray], kept: Any, full: ModelConfig, unit: str
 ) -> np.ndarray:
   """Scores of layers, in the original numbering: [L, units], 0 elsewhere."""
-  wide = np.zeros((full.L, max(full.units()[unit])))
+  wide = np.zeros((full.num_layers, max(full.units()[unit])))
   for row, score, units in zip(wide, scores, kept, strict=True):
     row[units] = score
   return wide

@@ -60,7 +60,7 @@ def prune(
   """
   budget.check_target(target, ratio)
   full, kept, mesh = budget.defaults(config, full, kept, mesh)
-  settings = spared(settings, full.L)
+  settings = spared(settings, full.num_layers)
   prunable = prunable_modules(full, settings)
   before = masks = surgery.to_masks(kept, full)
   if ratio is None:
@@ -137,7 +137,7 @@ def counter(
 
   def each_layer(ratio: float) -> Counts:
     counts = {}
-    for u, size in (("K", full.H), ("F", 1)):
+    for u, size in (("K", full.head_dim), ("F", 1)):
       keep = np.trunc(initial[u] * size * (1 - ratio)).astype(int)
       gone = np.minimum((left[u] * size - keep) // size, left[u] - 1)
       counts[u] = np.where(prunable[u], np.maximum(gone, 0), 0)

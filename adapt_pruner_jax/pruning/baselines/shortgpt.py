@@ -97,10 +97,10 @@ def influence(
   mesh: Mesh,
 ) -> np.ndarray:
   """Block influence of each layer, float64 [L]."""
-  total_L = np.zeros(config.L)
+  total_L = np.zeros(config.num_layers)
   for tokens_BT, valid_B in activations.batches(tokens_NT, batch, mesh):
     x_BTD = activations.embed(config, params, tokens_BT, mesh)
-    for i in range(config.L):
+    for i in range(config.num_layers):
       y_BTD, _ = activations.half(config, params, i, "K", x_BTD, mesh)
       y_BTD, _ = activations.half(config, params, i, "F", y_BTD, mesh)
       total_L[i] += _change(x_BTD, y_BTD, valid_B, mesh=mesh)

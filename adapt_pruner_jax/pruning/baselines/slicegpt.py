@@ -71,7 +71,7 @@ def prune(
   if width is None:
     widths = solve_widths(config, target, settings.slice_multiple)
   else:
-    widths = (width,) * (2 * config.L) + (config.sizes()["E"],)
+    widths = (width,) * (2 * config.num_layers) + (config.sizes()["E"],)
   tokens_NT = samples(0)
   eigenvalues = []
   for place, width_ in enumerate(widths):
@@ -112,7 +112,7 @@ def solve_widths(
   def size(widths):
     return model_config.count_params(with_place_widths(config, cap(widths)))
 
-  places = 2 * config.L
+  places = 2 * config.num_layers
   candidates = range(multiple, max(now) + multiple, multiple)
   low = size((multiple,) * places)
   if low > target:
@@ -140,7 +140,7 @@ def fuse(
     subtract_mean: take each embedding row's mean away, as published. Right
       for LayerNorm only: a model with RMSNorm is changed by it.
   """
-  D, offset = config.D, config.norm_offset
+  D, offset = config.hidden_size, config.norm_offset
   if config.residual:
     return config, params
   gain = {"q": "attn_norm", "k": "attn_norm", "v": "attn_norm"}
@@ -152,7 +152,7 @@ def fuse(
   head = params["embedding"].T if config.tied else params["lm_head"]
   fused["lm_head"] = _scaled(head, params["final_norm"], offset)
   fused["final_norm"] = _unit_norm(params["final_norm"], D, offset)
-  for i in range(config.L):
+  for i in range(config.num_layers):
     layer = dict(params[axes.layer_name(i)])
     for name, norm in gain.items():
       if name in layer:
@@ -166,7 +166,7 @@ def fuse(
       )
     fused[axes.layer_name(i)] = layer
   config = dataclasses.replace(
-    config, tied=False, residual=((D, D, D),) * config.L
+    config, tied=False, residual=((D, D, D),) * config.num_layers
   )
   return config, fused
 
@@ -220,7 +220,7 @@ def project(
     letters = {layer: "M"}
   elif place == 0:
     letters = {None: "D", 0: "D"}
-  elif layer == config.L:
+  elif layer == config.num_layers:
     letters = {layer - 1: "E", None: "E"}
   else:
     letters = {layer - 1: "E", layer: "D"}
@@ -249,7 +249,9 @@ def place_widths(config: ModelConfig) -> tuple[int, ...]:
 
 
 def with_place_widths(config: ModelConfig, widths) -> ModelConfig:
-  residual = tuple(tuple(widths[2 * i : 2 * i + 3]) for i in range(config.L))
+  residual = tuple(
+    tuple(widths[2 * i : 2 * i + 3]) for i in range(config.num_layers)
+  )
   return dataclasses.replace(config, residual=residual)
 
 

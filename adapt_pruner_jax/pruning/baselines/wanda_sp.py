@@ -79,7 +79,7 @@ def prune(
     counts = counts_at(ratio)
   keep = surgery.everything(config)
   tokens_NT = samples(0)
-  for layer in range(config.L):
+  for layer in range(config.num_layers):
     scores = layer_scores(
       config, params, keep, layer, tokens_NT, batch, mesh, weights_only
     )

@@ -87,8 +87,8 @@ def _beginning(config: dict, summary: dict | None, trace: list[dict]) -> dict:
   if config["prune"]["ratio"]:
     target = math.floor(size * (1 - config["prune"]["ratio"]))
   return {
-    "before": {"kv_groups": list(full.K), "ffn": list(full.F)},
-    "heads_per_kv_group": full.G,
+    "before": {"kv_groups": list(full.kv_groups), "ffn": list(full.ffn_widths)},
+    "heads_per_kv_group": full.queries_per_group,
     "params_before": size,
     "target_params": target or None,
   }
