@@ -12,7 +12,15 @@ import pytest
 from absl import flags
 
 from adapt_pruner_jax import cli
-from adapt_pruner_jax.config import Config, check, field_names, get
+from adapt_pruner_jax.config import (
+  OLD_FIELDS,
+  Config,
+  check,
+  difference,
+  field_names,
+  from_json,
+  get,
+)
 from adapt_pruner_jax.data.sources import parse_sources
 from adapt_pruner_jax.distributed import sharding
 from adapt_pruner_jax.errors import UserError
@@ -262,6 +270,47 @@ def values(config: Config) -> dict:
 
 def test_fields_are_the_contract():
   assert field_names(Config()) == FIELDS
+
+
+def test_old_names_are_read():
+  """As they stand in the config.json of earlier versions."""
+  stored = dataclasses.asdict(Config())
+  for section in ("ranking", "uniform", "llm_pruner", "flap", "slicegpt"):
+    stored["prune"].pop(section, None)
+  del stored["train"]["carry_moments"]
+  assert difference(stored, dataclasses.asdict(Config())) == []
+  config = Config()
+  config.train.carry_moments = False
+  line = "train.carry_moments: True -> False"
+  assert difference(stored, dataclasses.asdict(config)) == [line]
+  assert from_json(dataclasses.asdict(config)) == config
+  stored["train"]["other"] = 1
+  with pytest.raises(UserError, match=r"no config field train\.other"):
+    from_json(stored)
+
+
+def test_a_renamed_field(monkeypatch):
+  """Mapped where it is stored, refused with its new name where it is typed."""
+  monkeypatch.setitem(OLD_FIELDS, "train.rate", "train.learning_rate")
+  stored = {"train": {"rate": 0.5}}
+  assert from_json(stored).train.learning_rate == 0.5
+  line = "train.learning_rate: 0.5 -> 2e-05"
+  assert difference(stored, dataclasses.asdict(Config())) == [line]
+  argv = ["--config.train.rate=0.5"]
+  with pytest.raises(
+    UserError, match=r"--config\.train\.rate is now --config\.train\.learning_r"
+  ):
+    cli._define_config(flags.FlagValues(), argv)
+  for write in (
+    lambda: setattr(Config().train, "rate", 0.5),
+    lambda: dataclasses.replace(Config().train, rate=0.5),
+  ):
+    with pytest.raises(
+      UserError, match=r"train\.rate is now train\.learning_r"
+    ):
+      write()
+  with pytest.raises(UserError, match=r"no field train\.tokns.*mean tokens"):
+    Config().train.tokns = 1
 
 
 def test_every_recipe_is_in_the_table():
