@@ -274,13 +274,13 @@ def _define_config(values: flags.FlagValues, argv: list[str]) -> None:
   """--config=FILE and --config.section.field=value."""
   from ml_collections import config_flags
 
-  from adapt_pruner_jax.config import Config, field_names, new_name
+  from adapt_pruner_jax.config import OLD_FIELDS, Config, field_names
 
   names = field_names(Config())
   for argument in argv:
     name = argument.lstrip("-").split("=")[0]
-    if new_name(name[7:]) != name[7:]:
-      raise UserError(f"--{name} is now --config.{new_name(name[7:])}")
+    if name[7:] in OLD_FIELDS:
+      raise UserError(f"--{name} is now --config.{OLD_FIELDS[name[7:]]}")
     if name.startswith("config.") and name[7:] not in names:
       raise UserError(
         f"no config field {name}{nearest(name[7:], names)}; "

@@ -272,21 +272,32 @@ def test_fields_are_the_contract():
   assert field_names(Config()) == FIELDS
 
 
-def test_old_names_are_read():
-  """As they stand in the config.json of earlier versions."""
-  stored = dataclasses.asdict(Config())
+def test_old_recipes_are_read():
+  """As they stand in the config.json of the first version."""
+  assert {*OLD_FIELDS.values()} <= {*field_names(Config())}
+  new, old = dataclasses.asdict(Config()), dataclasses.asdict(Config())
+  for name, today in OLD_FIELDS.items():
+    _, section, field = today.split(".")
+    old["prune"][name.removeprefix("prune.")] = new["prune"][section][field]
   for section in ("ranking", "uniform", "llm_pruner", "flap", "slicegpt"):
-    stored["prune"].pop(section, None)
-  del stored["train"]["carry_moments"]
-  assert difference(stored, dataclasses.asdict(Config())) == []
-  config = Config()
-  config.train.carry_moments = False
+    del old["prune"][section]
+  del old["prune"]["magnitude"], old["prune"]["allotment"]
+  old["prune"]["group_importance"] = "taylor"
+  assert difference(old, new) == []
+  assert from_json(old) == Config()
+  old["prune"]["flap_metric"] = "IFV"
+  assert difference(old, new) == ["prune.flap.metric: IFV -> WIFV"]
+  assert from_json(old).prune.flap.metric == "IFV"
+  del old["train"]["carry_moments"]  # as if it came later
+  new["train"]["carry_moments"] = False
   line = "train.carry_moments: True -> False"
-  assert difference(stored, dataclasses.asdict(config)) == [line]
-  assert from_json(dataclasses.asdict(config)) == config
-  stored["train"]["other"] = 1
+  assert difference(old, new)[1:] == [line]
+  # Where the version is said, the words are today's.
+  new = {"version": "1", "prune": {"group_importance": "taylor"}}
+  line = "prune.group_importance: taylor -> "
+  assert difference(new, dataclasses.asdict(Config())) == [line]
   with pytest.raises(UserError, match=r"no config field train\.other"):
-    from_json(stored)
+    from_json({"train": {"other": 1}})
 
 
 def test_a_renamed_field(monkeypatch):
@@ -311,6 +322,12 @@ def test_a_renamed_field(monkeypatch):
       write()
   with pytest.raises(UserError, match=r"no field train\.tokns.*mean tokens"):
     Config().train.tokns = 1
+  with pytest.raises(
+    UserError, match=r"prune\.flap_metric is now prune\.flap\.m"
+  ):
+    Config().prune.flap_metric = "IFV"
+  with pytest.raises(UserError, match=r"no field prune\.flap\.metrc"):
+    Config().prune.flap.metrc = "IFV"
 
 
 def test_every_recipe_is_in_the_table():

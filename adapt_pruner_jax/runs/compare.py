@@ -22,8 +22,8 @@ from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.models import decoder, model_config
 from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.model_config import ModelConfig
-from adapt_pruner_jax.pruning import surgery, targets, task
-from adapt_pruner_jax.pruning.methods import check
+from adapt_pruner_jax.pruning import surgery, targets
+from adapt_pruner_jax.pruning.task import Step
 from adapt_pruner_jax.reporting.log import Log
 from adapt_pruner_jax.runs import compare_methods, compare_table, prune_once
 from adapt_pruner_jax.runs.inputs import Inputs, load_model, open_inputs
@@ -202,7 +202,6 @@ def prune(
   Returns:
     The pair, and {"target_params", "calibration_tokens"}.
   """
-  check(inputs.full, settings)
   target = targets.resolve_target(inputs.full, settings)
   used = {}
   counted = dataclasses.replace(
@@ -213,14 +212,12 @@ def prune(
   size = model_config.count_params(inputs.full)
   with inputs.log.phase(title, size - target, "parameters") as phase:
 
-    def note(record: dict, _: task.Step) -> None:
+    def note(record: dict, _: Step) -> None:
       done = size - record["params"]
       phase.update(done, params=record["params"], target=target)
       stop_if_asked()
 
-    pruned, _ = prune_once.prune(
-      dense, counted, settings, target=target, log=note
-    )
+    pruned = prune_once.prune(dense, counted, settings, target=target, log=note)
   facts = {"target_params": target, "calibration_tokens": sum(used.values())}
   return jax.block_until_ready((pruned.config, pruned.params)), facts
 

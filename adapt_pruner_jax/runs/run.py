@@ -31,7 +31,8 @@ from adapt_pruner_jax.formats import convert
 from adapt_pruner_jax.models import layer, model_config
 from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.model_config import ModelConfig
-from adapt_pruner_jax.pruning import methods, surgery, task
+from adapt_pruner_jax.pruning import methods, surgery
+from adapt_pruner_jax.pruning.task import Pruned, Step
 from adapt_pruner_jax.reporting.html import report
 from adapt_pruner_jax.reporting.log import Log
 from adapt_pruner_jax.runs import prune_once
@@ -199,7 +200,7 @@ def prune(
   unit = "parameters" if target else "steps"
   with log.phase(title, total, unit) as phase:
 
-    def note(record: dict, step: task.Step) -> None:
+    def note(record: dict, step: Step) -> None:
       record = {"stage": state.stage} | record
       steps.append(record)
       if agreement.is_writer():
@@ -212,7 +213,7 @@ def prune(
       log.metrics("prune", first + len(steps), values)
       stop_if_asked()
 
-    pruned, refits = prune_once.prune(
+    pruned = prune_once.prune(
       (state.config, state.params),
       inputs,
       settings,
@@ -222,7 +223,7 @@ def prune(
       after=after,
       log=note,
     )
-  for number, row in enumerate(refits):
+  for number, row in enumerate(pruned.refits):
     log.metrics("refit", refits_before + number, {"stage": state.stage} | row)
   if state.opt_state is not None:
     state.opt_state = carried_moments(state, pruned, inputs)
@@ -231,7 +232,7 @@ def prune(
   state.trace += steps
 
 
-def carried_moments(state: State, pruned: task.Pruned, inputs: Inputs):
+def carried_moments(state: State, pruned: Pruned, inputs: Inputs):
   """Adam's state of the parameters that are left; None = begin with a new one.
 
   Args:
