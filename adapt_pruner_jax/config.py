@@ -82,9 +82,9 @@ def _place(section: type, within: type) -> list[str]:
   for field in dataclasses.fields(within):
     if field.type is section:
       return [field.name]
-    if dataclasses.is_dataclass(field.type):
-      if found := _place(section, field.type):
-        return [field.name, *found]
+    inside = dataclasses.is_dataclass(field.type)
+    if inside and (found := _place(section, field.type)):
+      return [field.name, *found]
   return []
 
 

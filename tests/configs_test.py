@@ -322,9 +322,7 @@ def test_a_renamed_field(monkeypatch):
       write()
   with pytest.raises(UserError, match=r"no field train\.tokns.*mean tokens"):
     Config().train.tokns = 1
-  with pytest.raises(
-    UserError, match=r"prune\.flap_metric is now prune\.flap\.m"
-  ):
+  with pytest.raises(UserError, match=r"_metric is now prune\.flap\.metric"):
     Config().prune.flap_metric = "IFV"
   with pytest.raises(UserError, match=r"no field prune\.flap\.metrc"):
     Config().prune.flap.metrc = "IFV"
