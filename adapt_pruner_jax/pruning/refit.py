@@ -33,7 +33,16 @@ from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.models import axes, model_config
 from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.decoder import Decoder
-from adapt_pruner_jax.models.layer import HALVES, add, fed, places
+from adapt_pruner_jax.models.layer import (
+  HALVES,
+  NAMES,
+  Place,
+  attention_inputs,
+  norm,
+  places,
+  read,
+  write,
+)
 from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.pruning import linear_algebra, surgery
 
@@ -143,7 +152,7 @@ def layers(
   linear_algebra.check(config)
   z, fit, held = _start(config, outer, tokens_NT, batch, mesh)
   u = z
-  for i, place in enumerate(zip(*places(config), strict=True)):
+  for i, place in enumerate(map(Place, *places(config))):
     dense_layer, layer, masks = layer_at(i)
     dense = _without_biases(config, dense_layer)
     if u is z and _same(dense_layer, layer):
@@ -314,8 +323,9 @@ def _embed(config, outer, tokens_BT, *, mesh):
 
 @partial(jax.jit, static_argnames=("config", "writer", "mesh"))
 def _half(config, writer, layer, place, x_BTD, *, mesh):
-  fed_BTC = fed(config, writer, layer, place, x_BTD)
-  return _cut(add(config, writer, layer, x_BTD, fed_BTC), mesh)
+  fed = _fed(config, writer, layer, place, x_BTD)
+  unit = axes.unit_of(writer)
+  return _cut(write(unit, config, layer, x_BTD, fed), mesh)
 
 
 @partial(jax.jit, static_argnames="task")
@@ -348,27 +358,41 @@ def _lacking(task, parts, z_BTD, u_BTD, weight_BT):
     weight_BT: lowered so that no token's input energy exceeds CAP medians.
   """
   config, names, layer = task.config, task.names, parts.layer
-  fed_BTC = fed(config, names[0], layer, parts.place, u_BTD)
+  fed = _fed(config, names[0], layer, parts.place, u_BTD)
   found = {}
   if names[0] in HALVES:
-    given_BTD = add(config, names[0], layer, u_BTD, fed_BTC)
+    unit = axes.unit_of(names[0])
+    given_BTD = write(unit, config, layer, u_BTD, fed)
     scale = config.residual_scale
     found[names[0]] = (z_BTD - given_BTD) / scale, (z_BTD - u_BTD) / scale
   else:
     dense = parts.dense_layer
-    dense_BTD = fed(config, names[0], dense, parts.place, z_BTD)
+    dense_BTD = _fed(config, names[0], dense, parts.place, z_BTD)
     for n in names:
       # Biases are the same in both and need no part in it.
       left = linear_algebra.as_matrix(n, axes.mask(n, dense[n], parts.masks))
       target_BTE = linear_algebra.product("btd,de->bte", dense_BTD, left)
       weight = linear_algebra.as_matrix(n, layer[n])
-      given_BTE = linear_algebra.product("btd,de->bte", fed_BTC, weight)
+      given_BTE = linear_algebra.product("btd,de->bte", fed, weight)
       found[n] = target_BTE - given_BTE, target_BTE
-  fed_BTC = fed_BTC.astype(jnp.float32)
+  fed_BTC = fed.reshape(*fed.shape[:2], -1).astype(jnp.float32)
   energy_BT = jnp.sum(jnp.square(fed_BTC), axis=-1)
   most = CAP * jnp.median(energy_BT)
   weight_BT *= jnp.minimum(1, most / jnp.maximum(energy_BT, 1e-30))
   return fed_BTC, found, weight_BT
+
+
+def _fed(config, name, layer, place, x_BTD):
+  """What matrix `name` of a layer multiplies, in its dtype.
+
+  Args:
+    x_BTD: the residual stream in front of the half.
+  """
+  x_BTD, unit = x_BTD.astype(layer[name].dtype), axes.unit_of(name)
+  if name not in HALVES:
+    return norm(config, layer, f"{NAMES[unit]}_norm", x_BTD)
+  inputs = attention_inputs(config, x_BTD.shape[1])
+  return read(unit, config, layer, place, inputs, x_BTD)[0]
 
 
 @jax.jit

@@ -162,6 +162,10 @@ def heads(T: int) -> list[np.ndarray]:
   return [rng.normal(size=size).astype(np.float32) * 2 for size in sizes]
 
 
+def inputs_of(T: int, segments=None) -> attention.AttentionInputs:
+  return attention.AttentionInputs(jnp.arange(T)[None], (), segments)
+
+
 # One block of queries, and three of which the last is short.
 @pytest.mark.parametrize("T", [7, 150])
 @pytest.mark.parametrize("option", ["plain", "sandwich", "scales"])
@@ -170,11 +174,13 @@ def test_attention(option, window, T):
   config = small.option(option)
   q, k, v = heads(T)
   assert q.shape[3:] == (config.queries_per_group, config.head_dim)
-  rows = np.arange(T)[None]
-  mask = window and attention.attention_mask(rows, None, window)
-  block = decoder.Block(config, 4, 24)
-  params = {"params": small.random_params(config)["layer_0"]}
-  got = block.apply(params, q, k, v, mask, method="attend")
+  got = attention.attend(
+    *(q, k, v),
+    inputs_of(T),
+    window or 0,
+    scale=config.attn_scale or config.head_dim**-0.5,
+    softcap=config.attn_softcap,
+  )
   distance = np.arange(T)[:, None] - np.arange(T)
   seen = (distance >= 0) & (distance < (window or T))
   want = attention_by_hand(config, q[0], k[0], v[0], seen)
@@ -185,10 +191,11 @@ def test_attention(option, window, T):
 def test_attention_has_the_gradients_of_jax(T):
   q, k, v = heads(T)
   segments = np.arange(T)[None] // 40
-  mask = attention.attention_mask(np.arange(T)[None], segments, 0)
+  inputs = inputs_of(T, segments)
+  mask = attention.seen(inputs, 0, 0, T)[:, None]
 
   def ours(q, k, v):
-    return attention.attend(q, k, v, mask, 0.3)
+    return attention.attend(q, k, v, inputs, scale=0.3)
 
   def theirs(q, k, v):
     q = q.reshape(1, T, 8, 4)
@@ -202,10 +209,11 @@ def test_attention_has_the_gradients_of_jax(T):
     np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
 
 
-def test_attention_mask():
-  rows = np.arange(5)[None]
+@pytest.mark.parametrize("window", [2, jnp.int32(2)])
+def test_who_sees_whom(window):
+  # Two documents; in the second the window hides the first of three.
   segments = np.array([[1, 1, 2, 2, 2]])
-  got = attention.attention_mask(rows, segments, 2)[0, 0].astype(int)
+  got = attention.seen(inputs_of(5, segments), window, 0, 5)
   want = [
     [1, 0, 0, 0, 0],
     [1, 1, 0, 0, 0],
@@ -213,7 +221,43 @@ def test_attention_mask():
     [0, 0, 1, 1, 0],
     [0, 0, 0, 1, 1],
   ]
+  np.testing.assert_array_equal(got[0], want)
+  # A block of queries, and a window of 0 positions, which is none.
+  got = attention.seen(inputs_of(5, segments), window * 0, 3, 4)
+  np.testing.assert_array_equal(got[0], [[0, 0, 1, 1]])
+
+
+def test_who_sees_whom_in_a_cache():
+  # Padding, two old tokens, two new ones, and columns that are still empty.
+  inputs = dataclasses.replace(
+    inputs_of(4), positions=jnp.array([[2, 3]]), cached=jnp.arange(6)[None] - 1
+  )
+  got = attention.seen(inputs, 0, 0, 2)[0]
+  want = [[0, 1, 1, 1, 0, 0], [0, 1, 1, 1, 1, 0]]
   np.testing.assert_array_equal(got, want)
+  got = attention.seen(inputs, 2, 0, 2)[0]
+  want = [[0, 0, 1, 1, 0, 0], [0, 0, 0, 1, 1, 0]]
+  np.testing.assert_array_equal(got, want)
+
+
+def test_who_sees_a_prefix():
+  segments = np.array([[0, 0, 1, 2, 2]])
+  inputs = dataclasses.replace(
+    inputs_of(5, segments),
+    positions=jnp.array([[0, 1, 2, 2, 3]]),
+    prefix=True,
+  )
+  want = [
+    [1, 0, 0, 0, 0],
+    [1, 1, 0, 0, 0],
+    [1, 1, 1, 0, 0],
+    [1, 1, 0, 1, 0],
+    [1, 1, 0, 1, 1],
+  ]
+  np.testing.assert_array_equal(attention.seen(inputs, 0, 0, 5)[0], want)
+  got = attention.seen(inputs, 2, 0, 5)[0]
+  want = [[0, 1, 1, 0, 0], [0, 1, 0, 1, 0], [0, 0, 0, 1, 1]]
+  np.testing.assert_array_equal(got[2:], want)
 
 
 def test_llama3_rope_slows_low_frequencies_only():
