@@ -33,7 +33,7 @@ from adapt_pruner_jax.training import losses
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Masked:
+class Stacked:
   """A model in dense coordinates and the units of it that count.
 
   Attributes:
@@ -106,7 +106,7 @@ class Found(NamedTuple):
 
 
 def walk(
-  model: Masked,
+  model: Stacked,
   tokens_MBT: jax.Array,
   valid_MB: jax.Array,
   counts_MB: jax.Array,

@@ -348,7 +348,7 @@ def measure_step(
     mean over their tokens.
   """
   found = backward.walk(
-    backward.Masked(config, stacked, masks, mesh),
+    backward.Stacked(config, stacked, masks, mesh),
     tokens_MBT,
     valid_MB,
     valid_MB.astype(jnp.float32),

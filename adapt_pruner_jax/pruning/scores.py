@@ -57,7 +57,7 @@ def measure_step(
   """
   tokens_share_MB = valid_MB / jnp.sum(valid_MB, axis=1, keepdims=True)
   found = backward.walk(
-    backward.Masked(config, stacked, masks, mesh),
+    backward.Stacked(config, stacked, masks, mesh),
     tokens_MBT,
     valid_MB,
     tokens_share_MB,
