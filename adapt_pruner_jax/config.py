@@ -31,13 +31,17 @@ CHOICES = {
     "l1",
     "l2",
     "random",
+    "curvature",
+    "fluctuation",
+    "",
   ),
+  "prune.allotment": ("adapt", "uniform", "ranking", ""),
   "prune.layer_importance": ("cosine", "euclidean", "manhattan"),
   "prune.gqa_fold": ("aligned", "reference"),
-  "prune.llm_pruner_ranking": ("layer", "global"),
-  "prune.flap_metric": ("WIFV", "WIFN", "IFV"),
-  "prune.flap_structure": ("ALAM", "ALMM", "ULUM", "ULMM"),
-  "prune.magnitude_norm": ("l1", "l2"),
+  "prune.llm_pruner.ranking": ("layer", "global"),
+  "prune.flap.metric": ("WIFV", "WIFN", "IFV"),
+  "prune.flap.structure": ("ALAM", "ALMM", "ULUM", "ULMM"),
+  "prune.magnitude.norm": ("l1", "l2"),
   "train.schedule": ("wsd", "cosine"),
   "train.dtype": ("float32", "bfloat16"),
   "train.data_share": ("linear", "constant", "cosine"),
@@ -52,6 +56,61 @@ class Model:
 
 
 @dataclasses.dataclass
+class Ranking:
+  """One ranking of all units by score per parameter."""
+
+  step_size: float = 0.05  # of all parameters, removed a step
+  cap: float = 0.2  # of a module's units, removed a step at most
+
+
+@dataclasses.dataclass
+class Uniform:
+  """The same share of every layer."""
+
+  steps: int = 1  # scores are taken anew for each
+
+
+@dataclasses.dataclass
+class LlmPruner:
+  ranking: str = "layer"  # units compete in their layer, or "global"
+
+
+@dataclasses.dataclass
+class Flap:
+  metric: str = "WIFV"
+  structure: str = "ALAM"  # adaptive or uniform over layers, over modules
+
+
+@dataclasses.dataclass
+class SliceGpt:
+  multiple: int = 1  # of residual widths; published (and faster): 8
+  subtract_mean: bool = False  # published, but wrong for RMSNorm
+
+
+@dataclasses.dataclass
+class Magnitude:
+  norm: str = "l2"
+
+
+# The published pairs: which allotment and which unit score a method is. Names
+# that are not choices of prune.allotment and prune.group_importance are the
+# method's own.
+PUBLISHED = {
+  "adapt": ("adapt", "taylor"),
+  "curvature": ("ranking", "curvature"),
+  "llm_pruner": ("llm_pruner", "taylor"),
+  "flap": ("flap", "flap"),
+  "wanda_sp": ("wanda_sp", "wanda_sp"),
+  "slicegpt": ("slicegpt", "slicegpt"),
+  "shortgpt": ("shortgpt", "shortgpt"),
+  "magnitude": ("llm_pruner", "magnitude"),
+  "random": ("llm_pruner", "random"),
+}
+# Methods whose score and allotment are one thing.
+WHOLE = ("wanda_sp", "slicegpt", "shortgpt")
+
+
+@dataclasses.dataclass
 class Prune:
   method: str = "adapt"
   # The target: parameters to keep, or the share of all parameters to remove.
@@ -62,29 +121,35 @@ class Prune:
   step_size: float = 0.02  # growth of the mean sparsity a step
   max_steps: int = 0  # steps a stage; 0 = as many as the target needs
   amplitude: float = 0.02  # sparsity moved from important to unimportant layers
-  group_importance: str = "taylor"
+  # How much goes from each module and what a unit is worth; empty = as
+  # published with the method.
+  allotment: str = ""
+  group_importance: str = ""
   layer_importance: str = "cosine"
   attention_layers: str = ""  # "2:6", half open; empty = all
   mlp_layers: str = ""
   gqa_fold: str = "aligned"  # "reference" = the authors' code
   trim: bool = True  # end just below the target; False = the authors'
   round_ffn_to: int = 1  # MLP widths become multiples of this
-  # Least squares on what is left, after any method: none, final, or every so
-  # many steps (curvature only).
+  # Least squares on what is left: none, final, or every so many steps and at
+  # the end.
   refit: str = "none"
   refit_ridge: float = 0.0  # 0 = by the number of tokens
   refit_all: bool = False  # all seven matrices, not just o and down
-  # Curvature: what a step removes of all parameters, and at most of a module.
-  curvature_step: float = 0.05
-  cap: float = 0.2
-  # Of the other methods; the defaults are the published ones.
-  llm_pruner_steps: int = 1  # scores are taken anew for each
-  llm_pruner_ranking: str = "layer"  # units compete in their layer, or "global"
-  flap_metric: str = "WIFV"
-  flap_structure: str = "ALAM"  # adaptive or uniform over layers, over modules
-  slice_multiple: int = 1  # of residual widths; published (and faster): 8
-  slice_subtract_mean: bool = False  # published, but wrong for RMSNorm
-  magnitude_norm: str = "l2"
+  # Of single allotments and methods; the defaults are the published ones.
+  ranking: Ranking = dataclasses.field(default_factory=Ranking)
+  uniform: Uniform = dataclasses.field(default_factory=Uniform)
+  llm_pruner: LlmPruner = dataclasses.field(default_factory=LlmPruner)
+  flap: Flap = dataclasses.field(default_factory=Flap)
+  slicegpt: SliceGpt = dataclasses.field(default_factory=SliceGpt)
+  magnitude: Magnitude = dataclasses.field(default_factory=Magnitude)
+
+  def pair(self) -> tuple[str, str]:
+    """The allotment and the unit score that these settings ask for."""
+    allotment, score = PUBLISHED[self.method]
+    if score == "magnitude":
+      score = self.magnitude.norm
+    return self.allotment or allotment, self.group_importance or score
 
 
 @dataclasses.dataclass
@@ -235,8 +300,8 @@ def check(config: Config) -> None:
     "prune.amplitude": 0,
     "prune.stages": 1,
     "prune.round_ffn_to": 1,
-    "prune.llm_pruner_steps": 1,
-    "prune.slice_multiple": 1,
+    "prune.uniform.steps": 1,
+    "prune.slicegpt.multiple": 1,
     "prune.refit_ridge": 0,
     "calibration.refit_samples": 2,
     "calibration.samples": 1,
@@ -277,7 +342,11 @@ def check(config: Config) -> None:
       "--config.eval.text=FILE for perplexity, --config.eval.latency=True for "
       "latency"
     )
-  for name in ("prune.step_size", "prune.curvature_step", "prune.cap"):
+  for name in (
+    "prune.step_size",
+    "prune.ranking.step_size",
+    "prune.ranking.cap",
+  ):
     if not 0 < get(config, name) <= 1:
       raise UserError(f"{name}={get(config, name)} must be in (0, 1]")
   if not isinstance(p.refit, str):
@@ -287,11 +356,18 @@ def check(config: Config) -> None:
       f"--config.prune.refit={p.refit} is not none, final, or a number of "
       "pruning steps (such as 2) after which to refit"
     )
-  if p.refit.isdigit() and p.method != "curvature":
+  if p.refit != "none" and p.method == "slicegpt":
     raise UserError(
-      f"--config.prune.refit={p.refit} refits between the steps of curvature; "
-      f"with --config.prune.method={p.method} give final or none"
+      "SliceGPT changes the residual width, which a refit compares: give "
+      "--config.prune.refit=none"
     )
+  for name in ("allotment", "group_importance"):
+    if getattr(p, name) and p.method in WHOLE:
+      raise UserError(
+        f"--config.prune.{name}={getattr(p, name)} cannot be combined with "
+        f"--config.prune.method={p.method}, whose scores and allotment are one "
+        "thing: leave it out, or give --config.prune.method=adapt"
+      )
 
 
 def layer_range(text: str, num_layers: int, name: str) -> range:

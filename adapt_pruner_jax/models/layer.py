@@ -151,12 +151,12 @@ def run_half(
   fed, cache = read(unit, config, weights, place, inputs, x_BTD, masks, cache)
   counted = fed
   if fed is not None and masks is not None:
-    counted = fed * masked(masks[unit], fed)
+    counted = fed * spread_mask(masks[unit], fed)
   y_BTD = write(unit, config, weights, x_BTD, counted)
   return y_BTD, Tap({unit: fed}, cache=cache)
 
 
-def masked(mask_U: jax.Array, fed: jax.Array) -> jax.Array:
+def spread_mask(mask_U: jax.Array, fed: jax.Array) -> jax.Array:
   """A mask of units, to multiply what `read` gives with."""
   return mask_U.reshape(-1, *(1,) * (fed.ndim - 3)).astype(fed.dtype)
 

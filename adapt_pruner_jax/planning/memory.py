@@ -30,6 +30,7 @@ from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.models import axes, model_config
 from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.pruning import surgery
+from adapt_pruner_jax.pruning.scores import KINDS
 from adapt_pruner_jax.training import lora, optimizer
 from adapt_pruner_jax.training.step import check_rows, make_step
 
@@ -83,7 +84,7 @@ def _measure(
   if config.train.tokens:
     check_rows(config.data.batch, config.train.accumulation, mesh)
   found = {}
-  if config.prune.method in ("adapt", "curvature"):
+  if config.prune.pair()[1] in (*KINDS, "curvature"):
     found["scoring"] = scoring(config, full, mesh, real)
   if config.prune.refit != "none":
     found["refit"] = refitting(config, full, mesh)
@@ -114,9 +115,10 @@ def scoring(
     for unit, width in full.units().items()
   }
   program, how = curvature.measure_step, {}
-  if config.prune.method == "adapt":
+  kind = config.prune.pair()[1]
+  if kind in KINDS:
     program = measure_step
-    how["kind"] = config.prune.group_importance
+    how["kind"] = kind
     how["measure"] = config.prune.layer_importance
   lowered = program.lower(
     surgery.dense(full),

@@ -141,9 +141,12 @@ def stage_table(
 
 def even_target(full: ModelConfig, settings: Prune) -> int:
   """Parameters that `max_steps` steps leave, without a target."""
-  sparsity_ = min(settings.max_steps * _step_size(settings), 1)
   size = model_config.count_params(full)
-  gone = int(_prunable_params(full, settings) * sparsity_)
+  if settings.pair()[0] == "ranking":
+    gone = int(size * settings.max_steps * settings.ranking.step_size)
+  else:
+    share = min(settings.max_steps * settings.step_size, 1)
+    gone = int(_prunable_params(full, settings) * share)
   return max(size - gone, smallest(full, settings))
 
 
@@ -181,22 +184,20 @@ def prune_steps(
 ) -> int:
   """Steps of a stage.
 
-  Each grows the mean sparsity by `step_size` or, for curvature, removes
-  `curvature_step` of the original's parameters.
+  Each grows the mean sparsity by `step_size` or, of one ranking, removes
+  `ranking.step_size` of the original's parameters.
   """
-  if settings.method not in ("adapt", "curvature"):
-    return settings.llm_pruner_steps if settings.method == "llm_pruner" else 1
+  allotment, _ = settings.pair()
   gone = model_config.count_params(before) - model_config.count_params(after)
-  if settings.method == "curvature":
+  if allotment == "ranking":
     share = gone / model_config.count_params(full)
-  else:
+    return max(math.ceil(share / settings.ranking.step_size - 1e-9), 1)
+  if allotment == "adapt":
     share = gone / max(_prunable_params(before, settings), 1)
-  return max(math.ceil(share / _step_size(settings) - 1e-9), 1)
-
-
-def _step_size(settings: Prune) -> float:
-  curvature = settings.method == "curvature"
-  return settings.curvature_step if curvature else settings.step_size
+    return max(math.ceil(share / settings.step_size - 1e-9), 1)
+  if allotment in ("uniform", "llm_pruner"):
+    return settings.uniform.steps
+  return 1
 
 
 def scoring_flops(config: ModelConfig, recipe: Config) -> float:
@@ -208,13 +209,14 @@ def scoring_flops(config: ModelConfig, recipe: Config) -> float:
   """
   layer, head = forward_flops(config, recipe.calibration.seq_len)
   each = 4 * layer + 2 * head
-  if recipe.prune.method == "curvature":
+  _, score = recipe.prune.pair()
+  if score == "curvature":
     heads = [
       K * config.queries_per_group * config.head_dim for K in config.kv_groups
     ]
     grams = [n**2 + config.hidden_size**2 for n in (*heads, *config.ffn_widths)]
     each = 3 * layer + 2 * head + 2 * sum(grams)
-  elif not recipe.prune.group_importance.startswith("taylor"):
+  elif not score.startswith("taylor"):
     each = layer + head
   return recipe.calibration.samples * recipe.calibration.seq_len * each
 

@@ -1,27 +1,34 @@
-"""The last step, trimmed: the size ends at the target or just below it."""
+"""A target met exactly: the size ends at it, or less than a channel below.
+
+A schedule's last step is trimmed (`trim`); a method that says how many units
+go at a ratio has its ratio solved for (`solve`).
+"""
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import numpy as np
 
+from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.models import model_config
 from adapt_pruner_jax.models.axes import UNITS
 from adapt_pruner_jax.models.model_config import ModelConfig
-from adapt_pruner_jax.pruning import surgery
+from adapt_pruner_jax.pruning import choice, surgery, targets
 from adapt_pruner_jax.pruning.surgery import Masks
+from adapt_pruner_jax.pruning.task import Counts, PruneTask, Scores
 
 Removal = tuple[str, int, int]  # unit letter, layer, how many units
+CountsAt = Callable[[float], Counts]  # units that go at a ratio, not falling
 
 
 def trim(
   full: ModelConfig,
   masks: Masks,
-  counts: Mapping[str, np.ndarray],
+  counts: Counts,
   prunable: Masks,
   target: int,
   round_to: int = 1,
-) -> dict[str, np.ndarray]:
+) -> Counts:
   """Fewer removals, so that the size ends at the target or just below it.
 
   Modules give up what they planned in proportion. The result is not above the
@@ -106,3 +113,126 @@ def _until(
     found.append((unit, layer, units))
     need -= units * cost[unit]
   return found if need <= 0 else None
+
+
+# ---- A ratio solved for the target -------------------------------------------
+
+
+def solve(
+  full: ModelConfig,
+  masks: Masks,
+  scores: Scores,
+  counts_at: CountsAt,
+  prunable: Masks,
+  target: int,
+  round_to: int = 1,
+) -> Masks:
+  """The masks of the largest model not above `target` parameters.
+
+  What lies between the last ratio above the target and the first one not above
+  it is given up in proportion, as in `trim`, so that the result ends within one
+  MLP channel.
+
+  Args:
+    full: sizes of the original model.
+    masks: units left now.
+    scores: of the units, [L, K] and [L, F]; the lowest of a module go first.
+    counts_at: units that go at ratio p in [0, 1], not falling with p.
+    prunable: which modules may lose channels, bool [L] each.
+    round_to: MLP widths become multiples of this.
+
+  Raises:
+    UserError: not even p = 1 reaches the target.
+  """
+  order = choice.order(scores, masks)
+
+  def at(ratio: float) -> tuple[Counts, Masks, int]:
+    counts = rounded(counts_at(ratio), masks, round_to)
+    left = choice.remove(masks, order, counts)
+    return counts, left, surgery.count(full, left)
+
+  low, high = 0.0, 1.0
+  if at(high)[2] > target:
+    raise unreachable(target, at(high)[2])
+  if at(low)[2] <= target:
+    return at(low)[1]
+  for _ in range(60):  # as fine as floats are
+    middle = (low + high) / 2
+    if at(middle)[2] > target:
+      low = middle
+    else:
+      high = middle
+  # A budget of its own for each unit letter may take fewer channels when one
+  # more group goes: what both ratios remove is sure, the rest is trimmed.
+  both = {u: np.minimum(at(low)[0][u], at(high)[0][u]) for u in UNITS}
+  more = {u: at(high)[0][u] - both[u] for u in UNITS}
+  left = choice.remove(masks, order, both)
+  more = trim(full, left, more, prunable, target, round_to)
+  left = choice.remove(left, choice.order(scores, left), more)
+  return _give_back(full, masks, left, scores, target, round_to)
+
+
+def _give_back(
+  full: ModelConfig,
+  masks: Masks,
+  left: Masks,
+  scores: Scores,
+  target: int,
+  round_to: int,
+) -> Masks:
+  """Puts the best removed channels back while they fit.
+
+  `trim` does not know that a half layer without units loses its norms too.
+  """
+  cost = model_config.unit_cost(full)["F"] * round_to
+  left = left | {"F": left["F"].copy()}
+  while surgery.count(full, left) + cost <= target:
+    gone = masks["F"] & ~left["F"] & left["F"].any(axis=1)[:, None]
+    gone &= (gone.sum(axis=1) >= round_to)[:, None]
+    if not gone.any():
+      break
+    score = np.where(gone, scores["F"], -np.inf)
+    layer = score.max(axis=1).argmax()
+    best = np.argsort(-score[layer], kind="stable")[:round_to]
+    left["F"][layer, best] = True
+  return left
+
+
+def check_target(task: PruneTask) -> None:
+  """Raises a UserError if there is no target."""
+  if task.target is None:
+    raise UserError(
+      "this method needs a target: give --config.prune.ratio=0.2 (share of all "
+      "parameters to remove) or --config.prune.target_params=N"
+    )
+
+
+def check_reachable(task: PruneTask, least: Mapping[str, int]) -> None:
+  """Raises a UserError, before any work, for a target that is too small.
+
+  Args:
+    least: units that a prunable module is left with, {"K": int, "F": int}.
+  """
+  prunable = targets.prunable_modules(task.full, task.settings)
+  width = {
+    u: np.where(prunable[u], np.minimum(w, least[u]), w)
+    for u, w in surgery.widths(task.begin).items()
+  }
+  size = model_config.count_params(surgery.with_widths(task.full, width))
+  if task.target is not None and size > task.target:
+    raise unreachable(task.target, size)
+
+
+def unreachable(target: int, closest: int) -> UserError:
+  return UserError(
+    f"this method cannot reach {target:,} parameters: the closest it can get "
+    f"is {closest:,}; raise the target, or let it prune more layers "
+    "(--config.prune.attention_layers=0: --config.prune.mlp_layers=0:)"
+  )
+
+
+def rounded(counts: Counts, masks: Masks, round_to: int) -> Counts:
+  """Counts that leave MLP widths rounded up to multiples of `round_to`."""
+  left = surgery.widths(masks)["F"]
+  keep = -(-(left - counts["F"]) // round_to) * round_to
+  return counts | {"F": np.maximum(left - keep, 0)}

@@ -11,6 +11,8 @@ minibatch loop is inside the walk over layers (`backward`). Only gradients of
 scored matrices are taken.
 """
 
+import dataclasses
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -18,13 +20,60 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from adapt_pruner_jax.distributed import sharding
+from adapt_pruner_jax.distributed import placement, sharding
 from adapt_pruner_jax.models import axes
 from adapt_pruner_jax.models.model_config import ModelConfig
-from adapt_pruner_jax.pruning import backward
+from adapt_pruner_jax.pruning import backward, surgery
+from adapt_pruner_jax.pruning.task import Masked, Measured
 
 TAYLOR = ("taylor", "taylor_vectorize", "taylor_second", "taylor_mix")
 SECOND = ("taylor_second", "taylor_mix")  # need each example's own gradient
+KINDS = (*TAYLOR, "l1", "l2", "random")
+
+
+def measure(masked: Masked, tokens_NT: np.ndarray, *, kind: str) -> Measured:
+  """Unit scores of a kind, and the importance of each layer.
+
+  Args:
+    kind: one of KINDS. Random scores follow the task's seed and the step.
+  """
+  task, settings = masked.task, masked.task.settings
+  tokens_MBT, valid_MB = placement.minibatches(tokens_NT, task.batch, task.mesh)
+  found = measure_step(
+    surgery.dense(task.full),
+    masked.stacked,
+    placement.replicate(masked.masks, task.mesh),
+    tokens_MBT,
+    valid_MB,
+    kind=kind,
+    measure=settings.layer_importance,
+    mesh=task.mesh,
+  )
+  found = jax.device_get(found)
+  if kind == "random":
+    random = np.random.default_rng((task.seed % 2**32, masked.number))
+    scores = {u: random.random(mask.shape) for u, mask in masked.masks.items()}
+  else:
+    scores = group_scores(
+      found["salience"], masked.masks, kind, settings.gqa_fold
+    )
+  importance_L = np.asarray(found["importance_ML"], np.float64).sum(0)
+  return Measured(scores, found["loss_M"], importance_L)
+
+
+def with_importance(
+  measure_units: Callable[[Masked, np.ndarray], Measured],
+  masked: Masked,
+  tokens_NT: np.ndarray,
+) -> Measured:
+  """What a score measures, with the importance of the layers beside it."""
+  measured = measure_units(masked, tokens_NT)
+  if measured.importance_L is not None:
+    return measured
+  forward = measure(masked, tokens_NT, kind="random")
+  return dataclasses.replace(
+    measured, importance_L=forward.importance_L, losses_M=forward.losses_M
+  )
 
 
 @partial(jax.jit, static_argnames=("config", "kind", "measure", "mesh"))

@@ -22,8 +22,9 @@ from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.models import decoder, model_config
 from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.model_config import ModelConfig
-from adapt_pruner_jax.pruning import surgery, targets, task
-from adapt_pruner_jax.pruning.methods import METHODS, check, refit_after
+from adapt_pruner_jax.pruning import methods as methods_
+from adapt_pruner_jax.pruning import surgery, targets
+from adapt_pruner_jax.pruning.task import PruneTask, Step
 from adapt_pruner_jax.reporting.log import Log
 from adapt_pruner_jax.runs import compare_methods, compare_table
 from adapt_pruner_jax.runs.inputs import Setting, load_model, prepare
@@ -196,7 +197,6 @@ def prune_once(
     The pair, and {"target_params", "calibration_tokens"}.
   """
   config = setting.config
-  check(setting.full, settings)
   target = targets.resolve_target(setting.full, settings)
   sizes = {}  # tokens of each step
 
@@ -205,40 +205,35 @@ def prune_once(
     sizes[step] = drawn_NT.size
     return drawn_NT
 
+  def for_refit(step: int) -> Any:
+    drawn_NT = setting.refit_data.batch(step)
+    sizes["refit"] = drawn_NT.size
+    return drawn_NT
+
   size = model_config.count_params(setting.full)
   with setting.log.phase(title, size - target, "parameters") as phase:
 
-    def note(record: dict, _: task.Step) -> None:
+    def note(record: dict, _: Step) -> None:
       done = size - record["params"]
       phase.update(done, params=record["params"], target=target)
       stop_if_asked()
 
-    pruned = METHODS[settings.method](
+    work = PruneTask(
       *dense,
       settings,
       samples,
-      target=target,
+      target,
+      refit_samples=for_refit,
       batch=config.calibration.batch,
       mesh=setting.mesh,
       seed=config.seed,
       log=note,
     )
-  pair, used = (pruned.config, pruned.params), sum(sizes.values())
-  if settings.refit != "none":
-    tokens_NT = setting.refit_data.batch(len(pruned.trace))
-    used += tokens_NT.size
-    params, _ = refit_after(
-      dense,
-      pruned,
-      pruned.kept,
-      settings,
-      lambda: tokens_NT,
-      config.calibration.batch,
-      setting.mesh,
-    )
-    pair = pruned.config, params
+    pruned = methods_.prune(work)
+  pruned = methods_.refit_after(work, pruned)
+  used = sum(sizes.values())
   facts = {"target_params": target, "calibration_tokens": used}
-  return jax.block_until_ready(pair), facts
+  return jax.block_until_ready((pruned.config, pruned.params)), facts
 
 
 def recover(

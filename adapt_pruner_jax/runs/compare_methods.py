@@ -2,17 +2,16 @@
 
 import dataclasses
 
-from adapt_pruner_jax.config import Config, Prune, check
+from adapt_pruner_jax.config import PUBLISHED, Config, Prune, check
 from adapt_pruner_jax.errors import UserError, nearest
-from adapt_pruner_jax.pruning import methods
 
-# Names beside those of `methods.METHODS`, as settings of prune.*.
+# Names beside those of `config.PUBLISHED`, as settings of prune.*.
 VARIANTS = {
   "uniform": {"method": "adapt", "amplitude": 0.0},
   # The published selection; the target is met exactly all the same.
   "paper": {"method": "adapt", "gqa_fold": "reference", "trim": True},
 }
-NAMES = (*methods.METHODS, *VARIANTS)
+NAMES = (*PUBLISHED, *VARIANTS)
 REFIT = "+refit"  # after a name: with prune.refit, "final" if that is none
 ALL = (*NAMES, "adapt" + REFIT, "curvature" + REFIT)
 DENSE, SCRATCH = "dense", "from_scratch"
@@ -73,7 +72,11 @@ def settings_of(name: str, ratio: float, base: Prune) -> Prune:
   if refit.isdigit() and plain != "curvature":
     refit = "final"
   variant = VARIANTS.get(plain, {"method": plain})
-  return dataclasses.replace(base, **variant, ratio=ratio, refit=refit)
+  variant = variant | {"ratio": ratio, "refit": refit, "allotment": ""}
+  # A kind of Taylor score is for the methods that have one.
+  if PUBLISHED[variant["method"]][1] != "taylor":
+    variant["group_importance"] = ""
+  return dataclasses.replace(base, **variant)
 
 
 def shared_recipe(config: Config, recover_tokens: int) -> Config:

@@ -30,8 +30,9 @@ from adapt_pruner_jax.distributed.stopping import (
 )
 from adapt_pruner_jax.formats import convert
 from adapt_pruner_jax.models import layer, model_config
-from adapt_pruner_jax.pruning import methods, surgery, task
+from adapt_pruner_jax.pruning import methods, surgery
 from adapt_pruner_jax.pruning.schedule import stage_ends, stage_targets
+from adapt_pruner_jax.pruning.task import PruneTask, Step
 from adapt_pruner_jax.reporting.html import report
 from adapt_pruner_jax.reporting.log import Log
 from adapt_pruner_jax.runs.inputs import Setting, prepare, teacher_of
@@ -139,7 +140,7 @@ def prune_stage(state: State, setting: Setting, stop_if_asked: Any) -> None:
     title, total, "parameters" if target else "steps"
   ) as p:
 
-    def note(record: dict, step: task.Step) -> None:
+    def note(record: dict, step: Step) -> None:
       record = {"stage": state.stage} | record
       steps.append(record)
       if agreement.is_writer():
@@ -153,33 +154,27 @@ def prune_stage(state: State, setting: Setting, stop_if_asked: Any) -> None:
       setting.log.metrics("prune", first + len(steps), values)
       stop_if_asked()
 
-    old = (state.config, state.params)
-    pruned = methods.METHODS[settings.method](
-      *old,
+    work = PruneTask(
+      state.config,
+      state.params,
       settings,
       lambda step: setting.calibration.batch(first + step),
-      target=target,
-      batch=config.calibration.batch,
-      mesh=setting.mesh,
-      full=setting.full,
-      kept=state.kept,
-      seed=config.seed,
-      after=after,
-      log=note,
+      target,
+      setting.full,
+      state.kept,
+      lambda step: setting.refit_data.batch(first + step),
+      config.calibration.batch,
+      setting.mesh,
+      config.seed,
+      after,
+      note,
     )
+    pruned = methods.prune(work)
   keep = surgery.relative_to(state.kept, pruned.kept)
   if settings.refit != "none":
     setting.log.say("refitting what is left")
-  params, refits = methods.refit_after(
-    old,
-    pruned,
-    keep,
-    settings,
-    lambda: setting.refit_data.batch(first + len(steps)),
-    config.calibration.batch,
-    setting.mesh,
-  )
-  for number, row in enumerate(refits):
+  pruned = methods.refit_after(work, pruned)
+  for number, row in enumerate(pruned.refits):
     row = {"stage": state.stage} | row
     setting.log.metrics("refit", refits_before + number, row)
   opt_state, state.opt_state = state.opt_state, None
@@ -190,7 +185,11 @@ def prune_stage(state: State, setting: Setting, stop_if_asked: Any) -> None:
       pruned.config
     ):
       state.opt_state = opt_state
-  state.config, state.params, state.kept = pruned.config, params, pruned.kept
+  state.config, state.params, state.kept = (
+    pruned.config,
+    pruned.params,
+    pruned.kept,
+  )
   state.trace += steps
   state.pruned = True
 

@@ -22,7 +22,8 @@ from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.evaluation import perplexity
 from adapt_pruner_jax.formats.hf import load
 from adapt_pruner_jax.models import model_config
-from adapt_pruner_jax.pruning import adapt, surgery, targets
+from adapt_pruner_jax.pruning import methods, surgery, targets
+from adapt_pruner_jax.pruning.task import PruneTask
 from adapt_pruner_jax.reporting.log import Log
 from adapt_pruner_jax.runs import compare, compare_methods, compare_table
 from adapt_pruner_jax.runs.inputs import load_model, prepare, read_eval_text
@@ -113,14 +114,9 @@ def test_rows_equal_what_the_parts_give(finished, recipe):
   text = read_eval_text(recipe.eval.text, tokenizer, config.vocab_size)
   row = by_key(found)["adapt", 0.4]
   settings = dataclasses.replace(recipe.prune, ratio=0.4)
-  pruned = adapt.prune(
-    config,
-    params,
-    settings,
-    windows.batch,
-    target=targets.resolve_target(config, settings),
-    batch=16,
-  )
+  target = targets.resolve_target(config, settings)
+  task = PruneTask(config, params, settings, windows.batch, target, batch=16)
+  pruned = methods.prune(task)
   assert row["kv_groups"] == list(pruned.config.kv_groups)
   assert row["ffn"] == list(pruned.config.ffn_widths)
   assert row["calibration_tokens"] == len(pruned.trace) * 16 * 64

@@ -20,6 +20,8 @@ from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.decoder import Decoder
 from adapt_pruner_jax.models.layer import attention_inputs, place, run_half
 from adapt_pruner_jax.models.model_config import ModelConfig
+from adapt_pruner_jax.pruning import surgery
+from adapt_pruner_jax.pruning.task import Masked
 
 
 def batches(
@@ -28,6 +30,15 @@ def batches(
   """Minibatches [B, T] in order, each with which of its rows are real, [B]."""
   tokens_MBT, valid_MB = minibatches(tokens_NT, batch, mesh)
   yield from zip(tokens_MBT, np.asarray(valid_MB), strict=True)
+
+
+def pair(masked: Masked) -> tuple[ModelConfig, Params]:
+  """A masked model in dense coordinates, layer by layer."""
+  stacked, config = masked.stacked, surgery.dense(masked.task.full)
+  params = {n: stacked[n] for n in model_config.outer_names(config)}
+  for i in range(config.num_layers):
+    params[axes.layer_name(i)] = {n: w[i] for n, w in stacked["layers"].items()}
+  return config, params
 
 
 def half(
