@@ -48,15 +48,55 @@ CHOICES = {
 }
 
 
+class Section:
+  """A part of the recipe; a name that it does not have is an error at once.
+
+  Else a recipe file with a misspelt field would change nothing, silently.
+  """
+
+  def __new__(cls, *_: Any, **given: Any) -> "Section":
+    for name in given:
+      cls._require(name)
+    return super().__new__(cls)
+
+  def __setattr__(self, name: str, value: Any) -> None:
+    self._require(name)
+    super().__setattr__(name, value)
+
+  @classmethod
+  def _require(cls, name: str) -> None:
+    names = [field.name for field in dataclasses.fields(cls)]
+    if name in names:
+      return
+    full = ".".join([*_place(cls, Config), name])
+    if full in OLD_FIELDS:
+      raise UserError(f"{full} is now {OLD_FIELDS[full]}")
+    raise UserError(
+      f"no field {full}{nearest(name, names)}; "
+      "adapt_pruner_jax/config.py lists them"
+    )
+
+
+def _place(section: type, within: type) -> list[str]:
+  """The names that lead to a section, ["prune", "flap"]; [] of `within`."""
+  for field in dataclasses.fields(within):
+    if field.type is section:
+      return [field.name]
+    inside = dataclasses.is_dataclass(field.type)
+    if inside and (found := _place(section, field.type)):
+      return [field.name, *found]
+  return []
+
+
 @dataclasses.dataclass
-class Model:
+class Model(Section):
   path: str = "tiny"  # HuggingFace directory, hub id, or "tiny" (embedded)
   dtype: str = "float32"
   ignore_fields: str = ""  # config.json fields to ignore, comma separated
 
 
 @dataclasses.dataclass
-class Ranking:
+class Ranking(Section):
   """One ranking of all units by score per parameter."""
 
   step_size: float = 0.05  # of all parameters, removed a step
@@ -64,31 +104,31 @@ class Ranking:
 
 
 @dataclasses.dataclass
-class Uniform:
+class Uniform(Section):
   """The same share of every layer."""
 
   steps: int = 1  # scores are taken anew for each
 
 
 @dataclasses.dataclass
-class LlmPruner:
+class LlmPruner(Section):
   ranking: str = "layer"  # units compete in their layer, or "global"
 
 
 @dataclasses.dataclass
-class Flap:
+class Flap(Section):
   metric: str = "WIFV"
   structure: str = "ALAM"  # adaptive or uniform over layers, over modules
 
 
 @dataclasses.dataclass
-class SliceGpt:
+class SliceGpt(Section):
   multiple: int = 1  # of residual widths; published (and faster): 8
   subtract_mean: bool = False  # published, but wrong for RMSNorm
 
 
 @dataclasses.dataclass
-class Magnitude:
+class Magnitude(Section):
   norm: str = "l2"
 
 
@@ -111,7 +151,7 @@ WHOLE = ("wanda_sp", "slicegpt", "shortgpt")
 
 
 @dataclasses.dataclass
-class Prune:
+class Prune(Section):
   method: str = "adapt"
   # The target: parameters to keep, or the share of all parameters to remove.
   # 0 = not given; exactly one of them, or neither and max_steps.
@@ -153,7 +193,7 @@ class Prune:
 
 
 @dataclasses.dataclass
-class Calibration:
+class Calibration(Section):
   # embedded | text:FILE | jsonl:FILE | hf:NAME | tfds:NAME, or several with
   # weights (see sources.py), or npy:FILE
   source: str = "embedded"
@@ -164,7 +204,7 @@ class Calibration:
 
 
 @dataclasses.dataclass
-class Data:
+class Data(Section):
   source: str = "embedded"  # as calibration.source, but npy
   seq_len: int = 1024
   batch: int = 32  # sequences a train step
@@ -176,7 +216,7 @@ class Data:
 
 
 @dataclasses.dataclass
-class Train:
+class Train(Section):
   tokens: int = 0  # recovery training over all stages; 0 = none
   learning_rate: float = 2e-5
   min_learning_rate: float = 2e-6
@@ -194,14 +234,14 @@ class Train:
 
 
 @dataclasses.dataclass
-class Mesh:
+class Mesh(Section):
   data: int = 1  # -1 = whatever is left, for one of the three
   fsdp: int = -1
   tensor: int = 1
 
 
 @dataclasses.dataclass
-class Eval:
+class Eval(Section):
   text: str = ""  # a text file for the perplexity, "embedded"; empty = none
   tasks: str = ""  # presets and lm-eval's tasks, comma separated; empty = none
   tasks_dir: str = ""  # jsonl files of the questions; empty = the network
@@ -211,19 +251,19 @@ class Eval:
 
 
 @dataclasses.dataclass
-class Checkpoint:
+class Checkpoint(Section):
   steps: int = 500  # train steps between checkpoints
   keep: int = 2  # the newest so many
 
 
 @dataclasses.dataclass
-class Log:
+class Log(Section):
   tensorboard: bool = True
   trackers: str = ""  # wandb, trackio, or both
 
 
 @dataclasses.dataclass
-class Config:
+class Config(Section):
   """A run; `dataclasses.asdict` of it is the work directory's config.json."""
 
   model: Model = dataclasses.field(default_factory=Model)
@@ -252,20 +292,81 @@ def field_names(config: Config) -> list[str]:
 def get(config: Config, name: str) -> Any:
   """Value of a dotted field."""
   value = config
-  for part in name.split("."):
+  for part in filter(None, name.split(".")):
     value = getattr(value, part)
   return value
 
 
+# Fields that once had another name. A stored recipe is read with the old names
+# too; a command line and a recipe file are told the new one.
+OLD_FIELDS = {
+  "prune.llm_pruner_steps": "prune.uniform.steps",
+  "prune.llm_pruner_ranking": "prune.llm_pruner.ranking",
+  "prune.flap_metric": "prune.flap.metric",
+  "prune.flap_structure": "prune.flap.structure",
+  "prune.slice_multiple": "prune.slicegpt.multiple",
+  "prune.slice_subtract_mean": "prune.slicegpt.subtract_mean",
+  "prune.magnitude_norm": "prune.magnitude.norm",
+  "prune.curvature_step": "prune.ranking.step_size",
+  "prune.cap": "prune.ranking.cap",
+}
+# Defaults that once were written out and now are other words for the same, in
+# files of before the version was stored.
+OLD_DEFAULTS = {"prune.group_importance": "taylor"}
+
+
+def from_json(stored: dict) -> Config:
+  """The recipe that a work directory's config.json holds.
+
+  Args:
+    stored: `dataclasses.asdict` of a `Config`, perhaps of an earlier version:
+      fields that it lacks are at their defaults, old names are read as new.
+
+  Raises:
+    UserError: it has a field that this version does not know.
+  """
+  config = Config()
+  names = field_names(config)
+  for name, value in _stored_fields(stored).items():
+    if name not in names:
+      raise UserError(
+        f"no config field {name}: a later version of adapt_pruner_jax wrote it"
+      )
+    *sections, last = name.split(".")
+    setattr(get(config, ".".join(sections)), last, value)
+  return config
+
+
 def difference(old: dict, new: dict) -> list[str]:
-  """One 'field: old -> new' for each field that two recipes do not share."""
-  old = {".".join(path): value for path, value in _leaves(old)}
-  new = {".".join(path): value for path, value in _leaves(new)}
+  """Says how two recipes differ.
+
+  Args:
+    old, new: contents of config.json or `dataclasses.asdict` of a `Config`;
+      fields that one lacks are at their defaults, see `from_json`.
+
+  Returns:
+    A "field: old -> new" for each field that is not the same.
+  """
+  default = _stored_fields(dataclasses.asdict(Config()))
+  old, new = (default | _stored_fields(recipe) for recipe in (old, new))
   return [
     f"{name}: {old.get(name, 'absent')} -> {new.get(name, 'absent')}"
     for name in sorted(old | new)
     if old.get(name, "absent") != new.get(name, "absent")
   ]
+
+
+def _stored_fields(stored: dict) -> dict[str, Any]:
+  """Values by today's dotted names.
+
+  Without "version" and "inputs", which `recipe.claim` writes beside them.
+  """
+  stored = {name: x for name, x in stored.items() if name != "inputs"}
+  named = {".".join(path): value for path, value in _leaves(stored)}
+  if named.pop("version", None) is None:
+    old = OLD_DEFAULTS.items()
+    named = {name: x for name, x in named.items() if (name, x) not in old}
+  return {OLD_FIELDS.get(name, name): value for name, value in named.items()}
 
 
 def check(config: Config) -> None:

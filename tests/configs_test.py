@@ -12,7 +12,15 @@ import pytest
 from absl import flags
 
 from adapt_pruner_jax import cli
-from adapt_pruner_jax.config import Config, check, field_names, get
+from adapt_pruner_jax.config import (
+  OLD_FIELDS,
+  Config,
+  check,
+  difference,
+  field_names,
+  from_json,
+  get,
+)
 from adapt_pruner_jax.data.sources import parse_sources
 from adapt_pruner_jax.distributed import sharding
 from adapt_pruner_jax.errors import UserError
@@ -262,6 +270,62 @@ def values(config: Config) -> dict:
 
 def test_fields_are_the_contract():
   assert field_names(Config()) == FIELDS
+
+
+def test_old_recipes_are_read():
+  """As they stand in the config.json of the first version."""
+  assert {*OLD_FIELDS.values()} <= {*field_names(Config())}
+  new, old = dataclasses.asdict(Config()), dataclasses.asdict(Config())
+  for name, today in OLD_FIELDS.items():
+    _, section, field = today.split(".")
+    old["prune"][name.removeprefix("prune.")] = new["prune"][section][field]
+  for section in ("ranking", "uniform", "llm_pruner", "flap", "slicegpt"):
+    del old["prune"][section]
+  del old["prune"]["magnitude"], old["prune"]["allotment"]
+  old["prune"]["group_importance"] = "taylor"
+  assert difference(old, new) == []
+  assert from_json(old) == Config()
+  old["prune"]["flap_metric"] = "IFV"
+  assert difference(old, new) == ["prune.flap.metric: IFV -> WIFV"]
+  assert from_json(old).prune.flap.metric == "IFV"
+  del old["train"]["carry_moments"]  # as if it came later
+  new["train"]["carry_moments"] = False
+  line = "train.carry_moments: True -> False"
+  assert difference(old, new)[1:] == [line]
+  # Where the version is said, the words are today's.
+  new = {"version": "1", "prune": {"group_importance": "taylor"}}
+  line = "prune.group_importance: taylor -> "
+  assert difference(new, dataclasses.asdict(Config())) == [line]
+  with pytest.raises(UserError, match=r"no config field train\.other"):
+    from_json({"train": {"other": 1}})
+
+
+def test_a_renamed_field(monkeypatch):
+  """Mapped where it is stored, refused with its new name where it is typed."""
+  monkeypatch.setitem(OLD_FIELDS, "train.rate", "train.learning_rate")
+  stored = {"train": {"rate": 0.5}}
+  assert from_json(stored).train.learning_rate == 0.5
+  line = "train.learning_rate: 0.5 -> 2e-05"
+  assert difference(stored, dataclasses.asdict(Config())) == [line]
+  argv = ["--config.train.rate=0.5"]
+  with pytest.raises(
+    UserError, match=r"--config\.train\.rate is now --config\.train\.learning_r"
+  ):
+    cli._define_config(flags.FlagValues(), argv)
+  for write in (
+    lambda: setattr(Config().train, "rate", 0.5),
+    lambda: dataclasses.replace(Config().train, rate=0.5),
+  ):
+    with pytest.raises(
+      UserError, match=r"train\.rate is now train\.learning_r"
+    ):
+      write()
+  with pytest.raises(UserError, match=r"no field train\.tokns.*mean tokens"):
+    Config().train.tokns = 1
+  with pytest.raises(UserError, match=r"_metric is now prune\.flap\.metric"):
+    Config().prune.flap_metric = "IFV"
+  with pytest.raises(UserError, match=r"no field prune\.flap\.metrc"):
+    Config().prune.flap.metrc = "IFV"
 
 
 def test_every_recipe_is_in_the_table():
