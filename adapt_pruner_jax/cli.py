@@ -284,7 +284,7 @@ def _define_config(values: flags.FlagValues, argv: list[str]) -> None:
     if name.startswith("config.") and name[7:] not in names:
       raise UserError(
         f"no config field {name}{nearest(name[7:], names)}; "
-        "adapt_pruner_jax/config.py lists them"
+        "`adapt-pruner run --help` lists them"
       )
   default = ROOT.parent / "configs" / "tiny.py"
   if not default.exists():

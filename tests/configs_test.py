@@ -38,13 +38,13 @@ CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 FIELDS = """
   model.path model.dtype model.ignore_fields
   prune.method prune.target_params prune.ratio prune.stages prune.step_size
-  prune.max_steps prune.amplitude prune.group_importance prune.layer_importance
+  prune.max_steps prune.amplitude prune.allotment prune.group_importance
+  prune.layer_importance
   prune.attention_layers prune.mlp_layers prune.gqa_fold prune.trim
   prune.round_ffn_to prune.refit prune.refit_ridge prune.refit_all
-  prune.curvature_step prune.cap
-  prune.llm_pruner_steps prune.llm_pruner_ranking prune.flap_metric
-  prune.flap_structure prune.slice_multiple prune.slice_subtract_mean
-  prune.magnitude_norm
+  prune.ranking.step_size prune.ranking.cap prune.uniform.steps
+  prune.llm_pruner.ranking prune.flap.metric prune.flap.structure
+  prune.slicegpt.multiple prune.slicegpt.subtract_mean prune.magnitude.norm
   calibration.source calibration.samples calibration.seq_len calibration.batch
   calibration.refit_samples
   data.source data.seq_len data.batch
@@ -142,7 +142,6 @@ PAPER = {
   "prune.method": "adapt",
   "prune.step_size": 0.02,
   "prune.amplitude": 0.02,
-  "prune.group_importance": "taylor",
   "prune.layer_importance": "cosine",
   "calibration.samples": 512,
   "calibration.seq_len": 64,
@@ -352,6 +351,7 @@ def test_paper_settings(name):
   got = values(build(name))
   want = PAPER | first
   assert {field: got[field] for field in want} == want
+  assert build(name).prune.pair() == ("adapt", "taylor")
 
 
 @pytest.mark.parametrize("name", RECIPES)

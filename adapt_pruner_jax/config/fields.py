@@ -5,7 +5,6 @@ command line overrides a field. Numbers in the comments are the paper's.
 """
 
 import dataclasses
-import re
 from typing import Any
 
 from adapt_pruner_jax.errors import UserError, nearest
@@ -73,7 +72,7 @@ class Section:
       raise UserError(f"{full} is now {OLD_FIELDS[full]}")
     raise UserError(
       f"no field {full}{nearest(name, names)}; "
-      "adapt_pruner_jax/config.py lists them"
+      "`adapt-pruner run --help` lists them"
     )
 
 
@@ -146,6 +145,7 @@ PUBLISHED = {
   "magnitude": ("llm_pruner", "magnitude"),
   "random": ("llm_pruner", "random"),
 }
+
 # Methods whose score and allotment are one thing.
 WHOLE = ("wanda_sp", "slicegpt", "shortgpt")
 
@@ -286,7 +286,7 @@ def task_names(recipe: Eval) -> list[str]:
 
 def field_names(config: Config) -> list[str]:
   """Dotted names of all fields, e.g. 'prune.ratio'."""
-  return [".".join(path) for path, _ in _leaves(dataclasses.asdict(config))]
+  return [".".join(path) for path, _ in leaves(dataclasses.asdict(config))]
 
 
 def get(config: Config, name: str) -> Any:
@@ -310,187 +310,14 @@ OLD_FIELDS = {
   "prune.curvature_step": "prune.ranking.step_size",
   "prune.cap": "prune.ranking.cap",
 }
-# Defaults that once were written out and now are other words for the same, in
-# files of before the version was stored.
-OLD_DEFAULTS = {"prune.group_importance": "taylor"}
 
 
-def from_json(stored: dict) -> Config:
-  """The recipe that a work directory's config.json holds.
-
-  Args:
-    stored: `dataclasses.asdict` of a `Config`, perhaps of an earlier version:
-      fields that it lacks are at their defaults, old names are read as new.
-
-  Raises:
-    UserError: it has a field that this version does not know.
-  """
-  config = Config()
-  names = field_names(config)
-  for name, value in _stored_fields(stored).items():
-    if name not in names:
-      raise UserError(
-        f"no config field {name}: a later version of adapt_pruner_jax wrote it"
-      )
-    *sections, last = name.split(".")
-    setattr(get(config, ".".join(sections)), last, value)
-  return config
-
-
-def difference(old: dict, new: dict) -> list[str]:
-  """Says how two recipes differ.
-
-  Args:
-    old, new: contents of config.json or `dataclasses.asdict` of a `Config`;
-      fields that one lacks are at their defaults, see `from_json`.
-
-  Returns:
-    A "field: old -> new" for each field that is not the same.
-  """
-  default = _stored_fields(dataclasses.asdict(Config()))
-  old, new = (default | _stored_fields(recipe) for recipe in (old, new))
-  return [
-    f"{name}: {old.get(name, 'absent')} -> {new.get(name, 'absent')}"
-    for name in sorted(old | new)
-    if old.get(name, "absent") != new.get(name, "absent")
-  ]
-
-
-def _stored_fields(stored: dict) -> dict[str, Any]:
-  """Values by today's dotted names.
-
-  Without "version" and "inputs", which `recipe.claim` writes beside them.
-  """
-  stored = {name: x for name, x in stored.items() if name != "inputs"}
-  named = {".".join(path): value for path, value in _leaves(stored)}
-  if named.pop("version", None) is None:
-    old = OLD_DEFAULTS.items()
-    named = {name: x for name, x in named.items() if (name, x) not in old}
-  return {OLD_FIELDS.get(name, name): value for name, value in named.items()}
-
-
-def check(config: Config) -> None:
-  """Raises a UserError for a value that no run can have."""
-  for name, allowed in CHOICES.items():
-    value = get(config, name)
-    if value not in allowed:
-      raise UserError(
-        f"--config.{name}={value} is not one of {', '.join(allowed)}"
-        + nearest(str(value), allowed)
-      )
-  p = config.prune
-  if p.ratio and p.target_params:
-    raise UserError(
-      f"prune.ratio={p.ratio} and prune.target_params={p.target_params} are "
-      "both given: give one of them"
-    )
-  if not (p.ratio or p.target_params or p.max_steps):
-    raise UserError(
-      "no target: give --config.prune.ratio=0.2 (share of all parameters to "
-      "remove), --config.prune.target_params=N, or --config.prune.max_steps=N"
-    )
-  if not 0 <= p.ratio < 1:
-    raise UserError(f"prune.ratio={p.ratio} must be in [0, 1)")
-  if p.stages > 1 and not (p.ratio or p.target_params):
-    raise UserError(
-      f"prune.stages={p.stages} needs prune.ratio or prune.target_params"
-    )
-  at_least = {
-    "prune.target_params": 0,
-    "prune.max_steps": 0,
-    "prune.amplitude": 0,
-    "prune.stages": 1,
-    "prune.round_ffn_to": 1,
-    "prune.uniform.steps": 1,
-    "prune.slicegpt.multiple": 1,
-    "prune.refit_ridge": 0,
-    "calibration.refit_samples": 2,
-    "calibration.samples": 1,
-    "calibration.seq_len": 2,
-    "calibration.batch": 1,
-    "data.seq_len": 2,
-    "data.batch": 1,
-    "train.tokens": 0,
-    "train.learning_rate": 0,
-    "train.min_learning_rate": 0,
-    "train.weight_decay": 0,
-    "train.accumulation": 1,
-    "train.distill_alpha": 0,
-    "train.lora_rank": 0,
-    "train.lora_alpha": 0,
-    "eval.seq_len": 0,
-    "eval.batch": 1,
-    "checkpoint.steps": 1,
-    "checkpoint.keep": 1,
-  }
-  for name, low in at_least.items():
-    value = get(config, name)
-    if not value >= low:  # written so that NaN fails
-      raise UserError(f"--config.{name}={value} must be at least {low}")
-  if config.train.distill_alpha > 1:
-    raise UserError(
-      f"train.distill_alpha={config.train.distill_alpha} must be in [0, 1]"
-    )
-  rate, least = config.train.learning_rate, config.train.min_learning_rate
-  if config.train.tokens and least > rate:
-    raise UserError(
-      f"--config.train.min_learning_rate={least} is above "
-      f"--config.train.learning_rate={rate}: the rate would rise at the end"
-    )
-  for name in {"perplexity", "latency"} & {*task_names(config.eval)}:
-    raise UserError(
-      f"--config.eval.tasks={config.eval.tasks}: {name} is no task here; give "
-      "--config.eval.text=FILE for perplexity, --config.eval.latency=True for "
-      "latency"
-    )
-  for name in (
-    "prune.step_size",
-    "prune.ranking.step_size",
-    "prune.ranking.cap",
-  ):
-    if not 0 < get(config, name) <= 1:
-      raise UserError(f"{name}={get(config, name)} must be in (0, 1]")
-  if not isinstance(p.refit, str):
-    raise UserError(f'prune.refit={p.refit!r} must be text: "{p.refit}"')
-  if not re.fullmatch(r"none|final|[1-9]\d*", p.refit):
-    raise UserError(
-      f"--config.prune.refit={p.refit} is not none, final, or a number of "
-      "pruning steps (such as 2) after which to refit"
-    )
-  if p.refit != "none" and p.method == "slicegpt":
-    raise UserError(
-      "SliceGPT changes the residual width, which a refit compares: give "
-      "--config.prune.refit=none"
-    )
-  for name in ("allotment", "group_importance"):
-    if getattr(p, name) and p.method in WHOLE:
-      raise UserError(
-        f"--config.prune.{name}={getattr(p, name)} cannot be combined with "
-        f"--config.prune.method={p.method}, whose scores and allotment are one "
-        "thing: leave it out, or give --config.prune.method=adapt"
-      )
-
-
-def layer_range(text: str, num_layers: int, name: str) -> range:
-  """Parses '2:6' (half open; either end may be left out; empty = all)."""
-  if not text:
-    return range(num_layers)
-  found = re.fullmatch(r"(\d*):(\d*)", text.strip())
-  start = int(found[1] or 0) if found else -1
-  stop = int(found[2] or num_layers) if found else -1
-  if not 0 <= start <= stop <= num_layers:
-    raise UserError(
-      f"--config.{name}={text} is not a range of layers START:STOP within "
-      f"0:{num_layers}"
-    )
-  return range(start, stop)
-
-
-def _leaves(tree: dict, path: tuple = ()) -> list[tuple[tuple, Any]]:
+def leaves(tree: dict, path: tuple = ()) -> list[tuple[tuple, Any]]:
+  """Lists the values in nested dicts, each with the keys that lead to it."""
   found = []
   for key, value in tree.items():
     if isinstance(value, dict):
-      found += _leaves(value, (*path, key))
+      found += leaves(value, (*path, key))
     else:
       found.append(((*path, key), value))
   return found
