@@ -80,7 +80,7 @@ def make_step(
     new = jax.tree.map(lambda p, u: p - rate * u, trained, updates), new_state
     new = jax.tree.map(partial(jnp.where, keep), new, (trained, opt_state))
     metrics = {"loss": value, "grad_norm": norm, "learning_rate": rate}
-    metrics |= {"tokens": batch["weights_BT"].sum()}
+    metrics["tokens"] = batch["weights_BT"].sum()
     return *new, metrics | ({"next_token": nll} if alpha else {})
 
   if base is None:
@@ -90,13 +90,12 @@ def make_step(
   state = optimizer.state_shardings(transform, abstract, placed, mesh)
   out = (placed, state, sharding.replicated(mesh))
   compiled = jax.jit(step_fn, donate_argnums=(0, 1), out_shardings=out)
-  teacher_params = teacher[1] if alpha else None
+  taught = teacher[1] if alpha else None
 
   def run(trained, opt_state, batch, step):
-    rows = batch["tokens_BT"].shape[0]
-    check_rows(rows, settings.accumulation, mesh)
+    check_rows(len(batch["tokens_BT"]), settings.accumulation, mesh)
     rate = np.float32(schedule(step))
-    return compiled(trained, opt_state, base, teacher_params, batch, rate)
+    return compiled(trained, opt_state, base, taught, batch, rate)
 
   return run
 
