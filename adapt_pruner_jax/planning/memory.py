@@ -149,7 +149,7 @@ def scoring(
 
 def refitting(config: Config, full: ModelConfig, mesh: Mesh) -> Bytes:
   """Adds up a refit: two models, two residual streams, one least squares."""
-  from adapt_pruner_jax.pruning import refit
+  from adapt_pruner_jax.pruning import least_squares
 
   dtype, recipe = arrays.weight_dtype(config), config.calibration
   model_size = arrays.size(
@@ -167,7 +167,9 @@ def refitting(config: Config, full: ModelConfig, mesh: Mesh) -> Bytes:
   )
   array = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
   matrix = {"down": array(channels, full.hidden_size)}
-  solve = refit.solve.lower(array(channels, channels), matrix, matrix, array())
+  solve = least_squares.solve.lower(
+    array(channels, channels), matrix, matrix, array()
+  )
   fed = 2 * 4 * rows * recipe.seq_len * channels  # a matrix's input, weighted
   equations = channels**2 + channels * full.hidden_size
   if config.prune.refit_all:  # what gate and up give, and should give

@@ -21,14 +21,14 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from adapt_pruner_jax.distributed import placement, sharding
 from adapt_pruner_jax.models.axes import Params
-from adapt_pruner_jax.models.decoder import Decoder
-from adapt_pruner_jax.models.layer import WRITERS, add, fed, places
+from adapt_pruner_jax.models.layer import WRITERS, spread_mask
 from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.pruning import (
+  backward,
   linear_algebra,
   surgery,
 )
@@ -79,83 +79,57 @@ def measure_step(
     [L, F]}. The loss behind the gradients is the sum over sequences of the
     mean over their tokens.
   """
-  M, B, T = tokens_MBT.shape
-  layers = stacked["layers"]
-  outer = {"params": {k: v for k, v in stacked.items() if k != "layers"}}
-  decoder = Decoder(config)
-  tokens = jnp.sum(valid_MB) * T
-
-  def cut(x):
-    where = NamedSharding(mesh, PartitionSpec(None, sharding.BATCH))
-    return jax.lax.with_sharding_constraint(x, where)
-
-  def half(unit, layer, masks, place, x_BTD):
-    """The stream behind a half, and what its units say, [B, T, C]."""
-    writer = WRITERS[unit]
-    y_BTC = fed(config, writer, layer, place, x_BTD)
-    live_C = jnp.repeat(masks[unit], y_BTC.shape[-1] // masks[unit].shape[0])
-    y_BTC *= live_C.astype(y_BTC.dtype)
-    return add(config, writer, layer, x_BTD, y_BTC), y_BTC
-
-  def forward(x_MBTD, xs):
-    def one(x_BTD):
-      mid_BTD, _ = half("K", *xs, x_BTD)
-      return mid_BTD, half("F", *xs, mid_BTD)[0]
-
-    mid, out = jax.lax.map(one, x_MBTD)
-    return cut(out), (x_MBTD, cut(mid))
-
-  def head_loss(x_BTD, tokens_BT, valid_B):
-    logits = decoder.apply(outer, x_BTD[:, :-1], method=Decoder.head)
-    logp = jax.nn.log_softmax(logits)
-    picked = jnp.take_along_axis(logp, tokens_BT[:, 1:, None], axis=-1)
-    return -jnp.sum(valid_B * jnp.mean(picked[..., 0], axis=-1))
-
-  def backward(unit, xs, x_MBTD, dy_MBTD):
-    """Scores of a half's units, and the gradient in front of it."""
-    layer, masks, place = xs
-    weight = linear_algebra.as_matrix(WRITERS[unit], layer[WRITERS[unit]])
-
-    def one(total, args):
-      x_BTD, dy_BTD, valid_B = args
-      _, vjp, y_BTC = jax.vjp(
-        lambda x: half(unit, layer, masks, place, x), x_BTD, has_aux=True
-      )
-      g_BTD = dy_BTD.astype(jnp.float32) * config.residual_scale
-      y_BTC = y_BTC.astype(jnp.float32) * valid_B[:, None, None]
-      found = (
-        linear_algebra.product("btc,bte->ce", y_BTC, y_BTC),
-        linear_algebra.product("btd,bte->de", g_BTD, g_BTD),
-      )
-      return jax.tree.map(jnp.add, total, found), vjp(dy_BTD)[0]
-
-    zeros = tuple(jnp.zeros((n, n), jnp.float32) for n in weight.shape)
-    xs_M = (x_MBTD, dy_MBTD, valid_MB)
-    (gram, hessian), dx_MBTD = jax.lax.scan(one, zeros, xs_M)
-    gram, hessian = sharding.whole((gram, hessian), mesh)
-    units = masks[unit].shape[0]
-    live = jnp.sum(masks[unit]) * (weight.shape[0] // units)
-    ridge = jnp.where(tokens >= ENOUGH * live, WEAK, STRONG)
-    return cut(dx_MBTD), unit_scores(
-      gram / tokens, hessian, weight, ridge, units
-    )
-
-  def reverse(dx_MBTD, inputs):
-    xs, x_MBTD, mid_MBTD = inputs
-    dx_MBTD, mlp = backward("F", xs, mid_MBTD, dx_MBTD)
-    dx_MBTD, attention = backward("K", xs, x_MBTD, dx_MBTD)
-    return dx_MBTD, {"K": attention, "F": mlp}
-
-  x_MBTD = cut(decoder.apply(outer, tokens_MBT, method=Decoder.embed))
-  xs = (layers, masks, places(config))
-  x_MBTD, (ins, mids) = jax.lax.scan(forward, x_MBTD, xs)
-  loss_M, dx_MBTD = jax.lax.map(
-    lambda a: jax.value_and_grad(head_loss)(*a),
-    (x_MBTD, tokens_MBT, valid_MB),
+  found = backward.walk(
+    backward.Stacked(config, stacked, masks, mesh),
+    tokens_MBT,
+    valid_MB,
+    valid_MB.astype(jnp.float32),
+    _grams(jnp.sum(valid_MB) * tokens_MBT.shape[-1], mesh),
   )
-  _, scores = jax.lax.scan(reverse, cut(dx_MBTD), (xs, ins, mids), reverse=True)
-  losses_M = loss_M / jnp.sum(valid_MB, axis=1)
-  return sharding.whole({"loss_M": losses_M, "scores": scores}, mesh)
+  losses_M = found.loss_M / jnp.sum(valid_MB, axis=1)
+  return sharding.whole({"loss_M": losses_M, "scores": found.kept}, mesh)
+
+
+def _grams(tokens: jax.Array, mesh: Mesh) -> backward.Visitor:
+  """Sums Gram matrices: of a writing matrix's input, and of the gradient at its
+  output; keeps the scores of its units.
+
+  Args:
+    tokens: how many the sums are over.
+  """
+
+  def matrix(half):
+    writer = WRITERS[half.unit]
+    return linear_algebra.as_matrix(writer, half.weights[writer])
+
+  def start(half):
+    return tuple(jnp.zeros((n, n), jnp.float32) for n in matrix(half).shape)
+
+  def run(half, x_BTD):
+    y_BTD, tap = half.run(x_BTD)
+    fed = tap.fed[half.unit]
+    return y_BTD, fed * spread_mask(half.masks[half.unit], fed)
+
+  def add(half, total, x_BTD, dy_BTD, valid_B):
+    _, vjp, fed = jax.vjp(lambda x: run(half, x), x_BTD, has_aux=True)
+    g_BTD = dy_BTD.astype(jnp.float32) * half.config.residual_scale
+    fed_BTC = fed.reshape(*fed.shape[:2], -1).astype(jnp.float32)
+    fed_BTC *= valid_B[:, None, None]
+    found = (
+      linear_algebra.product("btc,bte->ce", fed_BTC, fed_BTC),
+      linear_algebra.product("btd,bte->de", g_BTD, g_BTD),
+    )
+    return jax.tree.map(jnp.add, total, found), vjp(dy_BTD)[0]
+
+  def finish(half, sums):
+    gram_CC, hessian_DD = sharding.whole(sums, mesh)
+    weight_CD, mask_U = matrix(half), half.masks[half.unit]
+    live = jnp.sum(mask_U) * (weight_CD.shape[0] // mask_U.shape[0])
+    ridge = jnp.where(tokens >= ENOUGH * live, WEAK, STRONG)
+    gram_CC = gram_CC / tokens
+    return unit_scores(gram_CC, hessian_DD, weight_CD, ridge, len(mask_U))
+
+  return backward.Visitor(start, add, finish)
 
 
 def unit_scores(

@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from adapt_pruner_jax.config import Prune, Train
 from adapt_pruner_jax.distributed import placement, sharding
 from adapt_pruner_jax.errors import UserError
-from adapt_pruner_jax.models import attention, axes, model_config
+from adapt_pruner_jax.models import axes, model_config
 from adapt_pruner_jax.models.axes import UNITS
-from adapt_pruner_jax.models.decoder import Block, Decoder
+from adapt_pruner_jax.models.decoder import Decoder
+from adapt_pruner_jax.models.layer import attention_inputs, place, run_layer
 from adapt_pruner_jax.pruning import (
   choice,
   exact_target,
@@ -404,17 +405,13 @@ def test_masked_is_removed(option):
 def masked_logits(config, stacked, masks, tokens):
   decoder = Decoder(config)
   outer = {"params": {n: p for n, p in stacked.items() if n != "layers"}}
-  rows = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
-  ropes = config.rope_tables(rows)
+  inputs = attention_inputs(config, tokens.shape[1])
   x_BTD = decoder.apply(outer, tokens, method="embed")
   for i in range(config.num_layers):
-    block = Block(config, config.kv_groups[i], config.ffn_widths[i], i)
-    layer = {n: p[i] for n, p in stacked["layers"].items()}
-    window = config.window[i] if config.window else 0
-    seen = attention.attention_mask(rows, None, window)
+    weights = {n: p[i] for n, p in stacked["layers"].items()}
+    args = weights, place(config, i), inputs, x_BTD
     mask = {u: m[i] for u, m in masks.items()}
-    rope = ropes[config.rope_ids()[i]]
-    x_BTD = block.apply({"params": layer}, x_BTD, rope, seen, mask)
+    x_BTD, _ = run_layer(config, *args, mask)
   return decoder.apply(outer, x_BTD, method="head")
 
 

@@ -19,8 +19,8 @@ from adapt_pruner_jax.config import Flap, LlmPruner, Prune, SliceGpt, Uniform
 from adapt_pruner_jax.distributed import sharding
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.formats.hf import load
-from adapt_pruner_jax.models import model_config
-from adapt_pruner_jax.models.decoder import Block, Decoder
+from adapt_pruner_jax.models import layer, model_config
+from adapt_pruner_jax.models.decoder import Decoder
 from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.models.rope import Rope
 from adapt_pruner_jax.pruning import (
@@ -514,12 +514,12 @@ def test_flap_bias_is_the_mean_of_what_is_gone():
   tokens = array("gqa", "eval_ids")
   x = activations.embed(config, params, tokens, mesh)
   for i in range(config.num_layers):
-    block = Block(config, config.kv_groups[i], config.ffn_widths[i])
-    for unit, add in zip("KF", ("add_attention", "add_mlp"), strict=True):
+    weights = params[f"layer_{i}"]
+    for unit in "KF":
       _, y = activations.half(config, params, i, unit, x, mesh)
       gone = ~masks[unit][i].reshape(-1, *[1] * (y.ndim - 3))
       y = jnp.where(gone, moments[unit][i].mean, y)
-      x = block.apply({"params": params[f"layer_{i}"]}, x, y, method=add)
+      x = layer.write(unit, config, weights, x, y)
   want = Decoder(config).apply({"params": params}, x, method="head")
   found = logits(pruned.config, pruned.params, tokens)
   np.testing.assert_allclose(found, want, rtol=1e-3, atol=1e-3)

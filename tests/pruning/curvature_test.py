@@ -22,7 +22,8 @@ from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.evaluation import perplexity
 from adapt_pruner_jax.formats.hf import load
 from adapt_pruner_jax.models import axes, model_config
-from adapt_pruner_jax.models.decoder import Block, Decoder
+from adapt_pruner_jax.models.decoder import Decoder
+from adapt_pruner_jax.models.layer import attention_inputs, place, read
 from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.models.rope import Rope
 from adapt_pruner_jax.pruning import (
@@ -112,24 +113,20 @@ def scores_by_hand(params, masks, tokens):
   """Scores from inputs and gradients of a plain unrolled model, float64."""
   c, L = CONFIG, CONFIG.num_layers
   B, T = tokens.shape
-  block, decoder = Block(c, 3, 24), Decoder(c)
-  rows = jnp.broadcast_to(jnp.arange(T), (B, T))
-  rope = c.rope_tables(rows)[0]
+  decoder, plain = Decoder(c), attention_inputs(c, T)
+  fed = lambda u, w, x: read(u, c, w, place(c, 0), plain, x)[0]
 
   def run(nudges):
     inputs = []
     x = decoder.apply({"params": params}, tokens, method=Decoder.embed)
     for i in range(L):
-      w = {"params": params[f"layer_{i}"]}
-      qkv = block.apply(w, x, rope, method=Block.qkv)
-      y = block.apply(w, *qkv, None, method=Block.attend)
-      y = y * masks["K"][i][:, None, None]
+      w = params[f"layer_{i}"]
+      y = fed("K", w, x) * masks["K"][i][:, None, None]
       inputs.append(y.reshape(B * T, -1))
-      o = params[f"layer_{i}"]["o"]
-      x = x + 0.7 * (jnp.einsum("btkgh,kghd->btd", y, o) + nudges[2 * i])
-      y = block.apply(w, x, method=Block.hidden) * masks["F"][i]
+      x = x + 0.7 * (jnp.einsum("btkgh,kghd->btd", y, w["o"]) + nudges[2 * i])
+      y = fed("F", w, x) * masks["F"][i]
       inputs.append(y.reshape(B * T, -1))
-      x = x + 0.7 * (y @ params[f"layer_{i}"]["down"] + nudges[2 * i + 1])
+      x = x + 0.7 * (y @ w["down"] + nudges[2 * i + 1])
     logits = decoder.apply({"params": params}, x, method=Decoder.head)
     logp = jax.nn.log_softmax(logits)[:, :-1]
     picked = jnp.take_along_axis(logp, tokens[:, 1:, None], -1)
