@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from adapt_pruner_jax.distributed import sharding
 from adapt_pruner_jax.errors import UserError, first_line
-from adapt_pruner_jax.formats.hf import card, save
+from adapt_pruner_jax.formats.hf import card, parent_files, save
 from adapt_pruner_jax.formats.hf.files import MANIFEST
 from adapt_pruner_jax.models import model_config
 from adapt_pruner_jax.models.axes import Params
@@ -59,13 +59,14 @@ def write_orbax(
   manifest = {
     "model": model_config.to_json(config),
     "dtype": str(dtype),
+    "tokenizer": parent_files.tokenizer_fields(source),
     "fingerprints": fingerprints(_named(params)),
   }
   with save.directory(out, overwrite) as folder:
     with ocp.StandardCheckpointer() as checkpointer:
       checkpointer.save(folder.absolute() / "params", params)
     if source is not None:
-      save.copy_tokenizer(source, folder)
+      parent_files.copy_tokenizer(source, folder)
     json_files.write_json(folder / MANIFEST, manifest)
     card.write_sums(folder)
     _, manifest, abstract = _open_orbax(folder, None)

@@ -68,6 +68,8 @@ class Family:
     windows: which layers have a sliding window: "" none, "all", "last" (from
       max_window_layers on), "pattern" (all but every n-th).
     divides: Transformers insists that the heads divide the hidden size.
+    text: "Text" in the names of classes (Gemma 3).
+    heads: tasks for which Transformers has a class besides the language model.
   """
 
   module: str
@@ -77,7 +79,8 @@ class Family:
   tensors: dict[str, str] = dataclasses.field(default_factory=lambda: LAYER)
   windows: str = ""
   divides: bool = False
-  text: str = ""  # "Text" in the names of classes (Gemma 3)
+  text: str = ""
+  heads: tuple[str, ...] = ("SequenceClassification", "TokenClassification")
 
   @property
   def config_class(self) -> str:
@@ -86,6 +89,9 @@ class Family:
   @property
   def model_class(self) -> str:
     return f"{self.prefix}{self.text}Model"
+
+  def head_class(self, task: str) -> str:
+    return f"{self.prefix}{self.text}For{task}"
 
 
 COMMON = {
@@ -191,6 +197,7 @@ FAMILIES = {
     windows="pattern",
     divides=True,
     text="Text",
+    heads=("SequenceClassification",),
   ),
   "phi3": Family(
     "phi3",
@@ -223,6 +230,7 @@ FAMILIES = {
     },
     fixed={"norm_order": "post", "qk_norm": "all"},
     tensors=LAYER | POST | QK_NORM_ALL,
+    heads=(),
   ),
   "granite": Family(
     "granite",
@@ -234,6 +242,7 @@ FAMILIES = {
       "residual_multiplier": 1.0,
       "logits_scaling": 1.0,
     },
+    heads=(),
   ),
 }
 # MobileLLM is LLaMA under another name; `config_json` translates it.

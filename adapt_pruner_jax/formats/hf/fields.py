@@ -10,6 +10,8 @@ from typing import Any
 from adapt_pruner_jax.errors import UserError, nearest
 
 Raw = Mapping[str, Any]  # a parsed config.json
+# Kinds of attention, as `layer_types` and `rope_parameters` name them.
+FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,3 +155,12 @@ def require(found: Any, types: tuple[type, ...], name: str, path: str) -> None:
   if not good:
     allowed = " or ".join("null" if t is NONE else t.__name__ for t in types)
     raise UserError(f"{path}: {name}={found!r} must be {allowed}")
+
+
+def mapping(raw: Raw, name: str, path: str) -> dict[str, Any]:
+  """A field that is an object, or is absent or null."""
+  found = raw.get(name)
+  if found is None:
+    return {}
+  require(found, (dict,), name, path)
+  return found
