@@ -40,6 +40,7 @@ def convert(
       express the model.
   """
   _check_format(format)
+  out = Path(out).expanduser()
   _check_free(out, overwrite)
   quantization = ""
   if format == "gguf":
@@ -69,6 +70,7 @@ def write(
   format: str = "hf",
   *,
   source: str | Path | None = None,
+  dtypes: Params | None = None,
   overwrite: bool = False,
   quantization: str = "f32",
   facts: dict[str, Any] | None = None,
@@ -77,6 +79,8 @@ def write(
 
   Args:
     source: the directory that tokenizer and licence come from.
+    dtypes: a tree like `params` with the dtype of each (see `dtypes`); None =
+      as they are.
     quantization: of gguf only.
     facts: for the model card, as in a run's summary.json.
 
@@ -84,10 +88,10 @@ def write(
     UserError: as `convert`.
   """
   _check_format(format)
-  out, source = Path(out), Path(source) if source else None
+  out, source = Path(out).expanduser(), Path(source) if source else None
   _check_free(out, overwrite)
   if format == "orbax":
-    write_orbax(config, params, out, source, overwrite)
+    write_orbax(config, params, out, source, overwrite, dtypes)
   elif format == "gguf":
     from adapt_pruner_jax.formats.gguf import writer
 
@@ -99,6 +103,7 @@ def write(
       out,
       source=source,
       format=format,
+      dtypes=dtypes,
       overwrite=overwrite,
       facts=facts,
     )

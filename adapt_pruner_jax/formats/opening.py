@@ -34,7 +34,7 @@ def open_model(
   if is_orbax(source):
     folder = Path(source).expanduser()
     return *read_orbax(folder, dtype, mesh), folder
-  inner = Path(source) / load.WORKDIR_MODEL
+  inner = Path(source).expanduser() / load.WORKDIR_MODEL
   if (inner / MANIFEST).is_file():
     raise UserError(f"{source} is a work directory; its model is {inner}")
   folder = load.resolve(source)

@@ -5,18 +5,20 @@ fingerprint of each array in `model.json`, the tokenizer's files and SHA256SUMS.
 It can hold every model there is, also those that other formats cannot express.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from adapt_pruner_jax.distributed import sharding
 from adapt_pruner_jax.errors import UserError, first_line
-from adapt_pruner_jax.formats.hf import card, parent_files, save
+from adapt_pruner_jax.formats.hf import card, parent_files, save, weights
 from adapt_pruner_jax.formats.hf.files import MANIFEST
-from adapt_pruner_jax.models import model_config
+from adapt_pruner_jax.models import axes, model_config
 from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.storage import json_files, orbax_messages
@@ -33,7 +35,7 @@ def verify(path: str) -> None:
   Raises:
     UserError: a file is missing, changed, or not listed.
   """
-  card.verify(Path(path))
+  card.verify(Path(path).expanduser())
   print(f"{path}: all files are as they were written")
 
 
@@ -43,8 +45,14 @@ def write_orbax(
   out: Path,
   source: Path | None = None,
   overwrite: bool = False,
+  dtypes: Params | None = None,
 ) -> None:
   """Writes an orbax directory, from one process.
+
+  Args:
+    source: the parent's directory, which the tokenizer comes from.
+    overwrite: replace the model that is at `out`.
+    dtypes: a tree like `params` with the dtype of each; None = as they are.
 
   Raises:
     UserError: `out` exists or cannot be written.
@@ -54,11 +62,15 @@ def write_orbax(
   orbax_messages.orbax()
   if jax.process_count() > 1:
     raise UserError("orbax models are written from one process only")
-  dtype = jnp.result_type(*jax.tree.leaves(params))
-  params = jax.tree.map(lambda x: jnp.asarray(x, dtype), params)
+  if dtypes is None:
+    dtypes = jax.tree.map(lambda x: np.dtype(x.dtype), params)
+  params = jax.tree.map(jnp.asarray, params, dtypes)
+  usual = str(weights.usual_dtype(config, dtypes))
+  others = {n: str(d) for n, d in _named(dtypes).items() if str(d) != usual}
   manifest = {
     "model": model_config.to_json(config),
-    "dtype": str(dtype),
+    "dtype": usual,
+    "other_dtypes": others,
     "tokenizer": parent_files.tokenizer_fields(source),
     "fingerprints": fingerprints(_named(params)),
   }
@@ -87,8 +99,7 @@ def read_orbax(
   """
   config, manifest, abstract = _open_orbax(path, mesh)
   leaves, tree = jax.tree.flatten(_restore(path, manifest, abstract))
-  dtype = jnp.dtype(dtype or manifest["dtype"])
-  for i, leaf in enumerate(leaves):  # one at a time in two types
+  for i, leaf in enumerate(leaves if dtype else ()):  # one at a time in both
     leaves[i] = leaf.astype(dtype)
   return config, jax.tree.unflatten(tree, leaves)
 
@@ -98,12 +109,24 @@ def _open_orbax(
 ) -> tuple[ModelConfig, dict[str, Any], Params]:
   """The config, the manifest and the abstract params of an orbax directory."""
   card.verify(path, only=MANIFEST)
-  manifest = json_files.read_json(path / MANIFEST)
-  config = model_config.from_json(manifest["model"])
+  try:
+    manifest = json_files.read_json(path / MANIFEST)
+    config = model_config.from_json(manifest["model"])
+    kinds = _kinds(manifest)
+    abstract = model_config.abstract_params(config, kinds("embedding"))
+    names = _named(abstract).keys()
+    if names != manifest["fingerprints"].keys():
+      raise ValueError("its parameters are not those of its model")
+  except (ValueError, KeyError, TypeError, AttributeError) as error:
+    raise UserError(
+      f"{path / MANIFEST} is damaged ({type(error).__name__}: "
+      f"{first_line(error)}): get the directory again"
+    ) from error
   mesh = mesh or sharding.one_device()
-  abstract = model_config.abstract_params(config, jnp.dtype(manifest["dtype"]))
-  abstract = jax.tree.map(
-    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+  abstract = jax.tree_util.tree_map_with_path(
+    lambda path, x, s: jax.ShapeDtypeStruct(
+      x.shape, kinds(_name(path)), sharding=s
+    ),
     abstract,
     sharding.param_shardings(abstract, mesh),
   )
@@ -135,9 +158,30 @@ def _restore(path: Path, manifest: dict[str, Any], abstract: Params) -> Params:
   return params
 
 
-def _named(params: Params) -> dict[str, jax.Array]:
+def _named(params: Params) -> dict[str, Any]:
   leaves = jax.tree_util.tree_leaves_with_path(params)
-  return {"/".join(str(k.key) for k in path): leaf for path, leaf in leaves}
+  return {_name(path): leaf for path, leaf in leaves}
+
+
+def _name(path: tuple) -> str:
+  """As in the manifest: "layer_0/q"."""
+  return "/".join(str(k.key) for k in path)
+
+
+def _kinds(manifest: dict[str, Any]) -> Callable[[str], jnp.dtype]:
+  """Gives the stored dtype of a parameter by its name in the manifest."""
+  others = manifest.get("other_dtypes", {})  # before 0.2 there were none
+  return lambda name: jnp.dtype(others.get(name, manifest["dtype"]))
+
+
+def stored_dtypes(path: Path) -> dict[tuple[int | None, str], str]:
+  """The dtype of each parameter of an orbax directory, by layer and name."""
+  _, _, abstract = _open_orbax(path, None)
+  found = {}
+  axes.map_named(
+    lambda name, layer, x: found.update({(layer, name): str(x.dtype)}), abstract
+  )
+  return found
 
 
 def facts(folder: Path) -> dict[str, Any] | None:

@@ -264,7 +264,9 @@ def _held(
 
 def weight_dtype(config: Config) -> jnp.dtype:
   """Of the weights of a run: float32 where they are trained."""
-  return jnp.dtype("float32" if config.train.tokens else config.model.dtype)
+  return jnp.dtype(
+    "float32" if config.train.tokens else config.model.dtype or "float32"
+  )
 
 
 def size(tree: Any) -> int:

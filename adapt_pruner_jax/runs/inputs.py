@@ -135,7 +135,7 @@ def read_eval_text(
 def load_model(setting: Setting) -> tuple[ModelConfig, Params]:
   """The original model."""
   # Master weights are float32 whatever the arithmetic.
-  dtype = setting.config.model.dtype
+  dtype = setting.config.model.dtype or "float32"
   return load.load(
     str(setting.source),
     "float32" if setting.total_steps else dtype,

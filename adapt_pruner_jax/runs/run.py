@@ -28,7 +28,7 @@ from adapt_pruner_jax.distributed.stopping import (
   asked_to_stop,
   stop_signals,
 )
-from adapt_pruner_jax.formats import convert
+from adapt_pruner_jax.formats import convert, dtypes
 from adapt_pruner_jax.models import layer, model_config
 from adapt_pruner_jax.pruning import methods, surgery, task
 from adapt_pruner_jax.pruning.schedule import stage_ends, stage_targets
@@ -283,6 +283,8 @@ def finish_stage(state: State, setting: Setting) -> None:
     alpha = setting.config.train.lora_alpha
     state.params = merge_lora(state.params, state.adapters, alpha)
     state.adapters = state.opt_state = None
+  if state.stage == setting.config.prune.stages:  # measured as it is exported
+    state.params = dtypes.rounded(state.params, export_dtypes(state, setting))
   result = {
     "stage": state.stage,
     "params": model_config.count_params(state.config),
@@ -312,6 +314,13 @@ def finish_stage(state: State, setting: Setting) -> None:
 # ---- After the stages --------------------------------------------------------
 
 
+def export_dtypes(state: State, setting: Setting) -> dtypes.Dtypes:
+  """As the original is stored, if the recipe does not say."""
+  return dtypes.for_export(
+    state.config, state.params, setting.source, setting.config.model.dtype
+  )
+
+
 def finish(state: State, setting: Setting, seconds: float) -> dict:
   """Exports the model and writes what a run leaves; summary.json comes last."""
   path = setting.path
@@ -330,6 +339,7 @@ def finish(state: State, setting: Setting, seconds: float) -> dict:
     path / "model",
     "orbax" if state.config.residual else "hf",  # SliceGPT fits no other
     source=setting.source,
+    dtypes=export_dtypes(state, setting),
     overwrite=True,
     facts=summary,
   )

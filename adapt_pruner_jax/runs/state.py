@@ -113,7 +113,9 @@ def abstract_state(meta: dict, setting: Setting) -> dict:
     setting.mesh,
   )
   dtype = jnp.dtype(
-    "float32" if setting.total_steps else setting.config.model.dtype
+    "float32"
+    if setting.total_steps
+    else setting.config.model.dtype or "float32"
   )
   params = model_config.abstract_params(config, dtype)
   placed = sharding.param_shardings(params, mesh)

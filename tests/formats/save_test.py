@@ -312,8 +312,9 @@ def test_others_gather_to_the_end_when_the_disk_is_full(
     return get(key)
 
   monkeypatch.setattr(weights, "_write_file", full)
+  kinds = dict.fromkeys(tensors.tensor_shapes(config), np.dtype("float32"))
   with pytest.raises(OSError, match="No space"):
-    weights.write(tmp_path, config, counted, np.dtype("float32"), 2000)
+    weights.write(tmp_path, config, counted, kinds, 2000)
   assert asked == list(tensors.places(config))
 
 

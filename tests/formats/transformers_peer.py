@@ -54,7 +54,7 @@ def warnings_of(path):
   with warnings.catch_warnings(record=True) as warned:
     warnings.simplefilter("always")
     load(path)
-  transformers.logging.remove_handler(handler)
+  logging.getLogger("transformers").removeHandler(handler)
   said += [str(warning.message) for warning in warned]
   return [x for x in said if not x.startswith("Reading global config value")]
 

@@ -40,9 +40,10 @@ def write(
   name = str(facts.get("model") or (source and source.name) or "a model")
   on_hub = re.fullmatch(HUB_ID, name) and not Path(name).exists()
   name = name if on_hub else Path(name).name
+  base = name.partition("@")[0]
   head = _licence(source)
   head += ["library_name: transformers", "tags:", "- pruned"]
-  head += [f"base_model: {name}"] if on_hub else []
+  head += [f"base_model: {base}"] if on_hub else []
   parts = [
     "\n".join(["---", *head, "---"]),
     f"# {name}, pruned",

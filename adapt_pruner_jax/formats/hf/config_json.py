@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from adapt_pruner_jax.errors import UserError, nearest
+from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.formats.hf import fields, layers, ropes, windows
 from adapt_pruner_jax.formats.hf.families import FAMILIES, REQUIRED, SUPPORTED
 from adapt_pruner_jax.formats.hf.fields import FIELDS, Raw, require
@@ -10,6 +10,13 @@ from adapt_pruner_jax.models.model_config import ModelConfig
 
 # Began the model_type of an export whose layers differ, before 0.2.
 OLD_PRUNED = "pruned_"
+UNWRAP = (
+  'python -c "import transformers as t; '
+  "m = t.AutoModelForImageTextToText.from_pretrained('MODEL', dtype='auto'); "
+  "x = t.AutoModelForCausalLM.from_config(m.config.text_config); "
+  "x.model, x.lm_head = m.model.language_model, m.lm_head; "
+  "x.to(m.dtype).save_pretrained('TEXT')\""
+)
 
 
 def read(
@@ -42,7 +49,7 @@ def read(
     if f in FIELDS
   }
   values |= layers.read_sizes(raw, path) | layers.read_biases(raw)
-  values |= ropes.read(raw, path)
+  values |= ropes.read(raw, family, path)
   values["window"] = windows.read(raw, family, len(values["kv_groups"]), path)
   if name.startswith("gemma"):
     values["embed_scale"] = values["hidden_size"] ** 0.5
@@ -95,9 +102,17 @@ def _family(raw: Raw, path: str) -> tuple[str, Raw]:
   kind = raw.get("model_type")
   name = str(kind).removeprefix(OLD_PRUNED)
   if name not in SUPPORTED:
+    text = raw.get("text_config")
+    inner = text.get("model_type") if isinstance(text, dict) else None
+    if inner in SUPPORTED:
+      raise UserError(
+        f"{path}: a model of type {kind} holds a language model of type "
+        f"{inner} among other parts; save that by itself, and its tokenizer "
+        f"beside it: {UNWRAP}"
+      )
     raise UserError(
-      f"{path}: model_type {kind} is not supported{nearest(name, SUPPORTED)}; "
-      f"supported: {', '.join(SUPPORTED)}"
+      f"{path}: model_type {kind} is not supported; supported: "
+      f"{', '.join(SUPPORTED)}"
     )
   made_for = raw.get("architectures") or ["ForCausalLM"]
   require(made_for, (list,), "architectures", path)

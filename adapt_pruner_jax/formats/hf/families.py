@@ -68,6 +68,7 @@ class Family:
     windows: which layers have a sliding window: "" none, "all", "last" (from
       max_window_layers on), "pattern" (all but every n-th).
     divides: Transformers insists that the heads divide the hidden size.
+    ropes: kinds of rotary embedding that its config class lets pass.
     text: "Text" in the names of classes (Gemma 3).
     heads: tasks for which Transformers has a class besides the language model.
   """
@@ -79,6 +80,7 @@ class Family:
   tensors: dict[str, str] = dataclasses.field(default_factory=lambda: LAYER)
   windows: str = ""
   divides: bool = False
+  ropes: tuple[str, ...] = ("default", "linear", "llama3")
   text: str = ""
   heads: tuple[str, ...] = ("SequenceClassification", "TokenClassification")
 
@@ -190,7 +192,6 @@ FAMILIES = {
       "attn_logit_softcapping": None,
       "rope_local_base_freq": 1e4,
       "sliding_window_pattern": 6,
-      "_sliding_window_pattern": None,
     },
     fixed={**GEMMA_FIXED, "qk_norm": "head"},
     tensors=LAYER | SANDWICH | QK_NORM,
@@ -215,6 +216,7 @@ FAMILIES = {
     },
     tensors=LAYER | FUSED,
     windows="all",
+    ropes=("default",),
   ),
   "olmo2": Family(
     "olmo2",

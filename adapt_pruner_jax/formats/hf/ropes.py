@@ -17,64 +17,79 @@ from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.models.rope import Rope
 
 
-def read(raw: Raw, path: str) -> dict[str, Rope | None]:
-  """`rope` and `local_rope`; Transformers lets rope_scaling win."""
-  theta, context = raw["rope_theta"], raw["max_position_embeddings"]
-  share = raw.get("partial_rotary_factor", 1.0)
+def read(raw: Raw, family: Family, path: str) -> dict[str, Rope | None]:
+  """`rope` and `local_rope`; as in Transformers, rope_scaling wins.
+
+  Raises:
+    UserError: a kind of rope that is not supported, or not in this family.
+  """
+  context = raw["max_position_embeddings"]
+  theta = {"rope_theta": raw["rope_theta"]}
   new = mapping(raw, "rope_parameters", path)
   old = mapping(raw, "rope_scaling", path)
+  share = {}
+  if "partial_rotary_factor" in family.fields:
+    share = {"partial_rotary_factor": raw["partial_rotary_factor"]}
   if "rope_local_base_freq" not in raw:
-    rope = _rope(old or new, theta, share, context, path)
+    rope = _rope({**theta, **share, **(old or new)}, family, context, path)
     return {"rope": rope, "local_rope": None}
-  local = mapping(new, SLIDING, path)
-  full = {**mapping(new, FULL, path), **old}
   for name in new:
     if name not in (FULL, SLIDING):
       raise UserError(
         f"{path}: rope_parameters.{name} is not supported; {FULL} and "
         f"{SLIDING} are"
       )
+  full = {**theta, **mapping(new, FULL, path), **old}
+  local = {"rope_theta": raw["rope_local_base_freq"]}
+  local |= mapping(new, SLIDING, path)
   return {
-    "rope": _rope(full, theta, share, context, path),
-    "local_rope": _rope(
-      local, raw["rope_local_base_freq"], share, context, path
-    ),
+    "rope": _rope(full, family, context, path),
+    "local_rope": _rope(local, family, context, path),
   }
 
 
-def _rope(
-  raw: Raw, theta: float, share: float, context: int, path: str
-) -> Rope:
-  """One rotary embedding; `theta` and `share` if it does not say itself."""
+# What Transformers calls the numbers of a rope, and what we do.
+NAMES = {
+  "factor": "factor",
+  "low_freq_factor": "low_freq_factor",
+  "high_freq_factor": "high_freq_factor",
+  "original_max_position_embeddings": "original_context",
+  "rope_theta": "theta",
+  "partial_rotary_factor": "partial",
+}
+NEEDED = {
+  "default": (),
+  "linear": ("factor",),
+  "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+}
+
+
+def _rope(raw: Raw, family: Family, context: int, path: str) -> Rope:
+  """One rotary embedding."""
   kind = raw.get("rope_type", raw.get("type", "default"))
-  if kind not in ("default", "linear", "llama3"):
+  if kind not in family.ropes:
     raise UserError(
-      f"{path}: rope type {kind} is not supported; default, linear and llama3 "
-      "are"
+      f"{path}: rope type {kind} is not supported in {family.module}; "
+      f"{' and '.join(family.ropes)} {'are' if family.ropes[1:] else 'is'}"
     )
-  names = {
-    "factor": "factor",
-    "low_freq_factor": "low_freq_factor",
-    "high_freq_factor": "high_freq_factor",
-    "original_max_position_embeddings": "original_context",
-    "rope_theta": "theta",
-    "partial_rotary_factor": "partial",
-  }
   for name, found in raw.items():
-    if name not in (*names, "rope_type", "type") and found is not None:
+    if name not in (*NAMES, "rope_type", "type") and found is not None:
       raise UserError(f"{path}: the rope field {name} is not supported")
-  needed = {
-    "default": (),
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
-  }[kind]
-  raw = {"rope_theta": theta, "partial_rotary_factor": share, **raw}
-  used = (*needed, "rope_theta", "partial_rotary_factor")
+  used = (*NEEDED[kind], "rope_theta")
+  share = raw.get("partial_rotary_factor")
+  if "partial_rotary_factor" in family.fields:
+    used += ("partial_rotary_factor",)
+  elif kind != "default" and share not in (None, 1):
+    # In a default rope, classes of such families pass over it: so do we.
+    raise UserError(
+      f"{path}: partial_rotary_factor={share} with a rope of type {kind} is "
+      f"more than {family.module} models can compute"
+    )
   for name in used:
     if name not in raw:
       raise UserError(f"{path}: rope type {kind} needs the field {name}")
     require(raw[name], NUMBER, name, path)
-  values = {names[name]: float(raw[name]) for name in used}
+  values = {NAMES[name]: float(raw[name]) for name in used}
   if kind == "llama3":
     original = raw.get("original_max_position_embeddings", context)
     require(original, NUMBER, "original_max_position_embeddings", path)
@@ -83,9 +98,11 @@ def _rope(
 
 
 def write(config: ModelConfig, family: Family) -> dict[str, Any]:
+  """The fields in both spellings; each version passes over the other's."""
   rope, local = config.rope, config.local_rope
   new = _rope_parameters(rope)
-  old = {n: v for n, v in new.items() if n != "rope_theta"}
+  beside = ("rope_theta", "partial_rotary_factor")  # fields of their own
+  old = {n: v for n, v in new.items() if n not in beside}
   raw = {
     "rope_theta": fields.tidy(rope.theta),
     "rope_scaling": None if old == {"rope_type": "default"} else old,

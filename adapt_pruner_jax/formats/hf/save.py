@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 
 from adapt_pruner_jax.distributed import agreement
 from adapt_pruner_jax.errors import UserError, nearest
@@ -46,6 +46,7 @@ def save(
   *,
   source: str | os.PathLike | None = None,
   format: str = "hf",
+  dtypes: Params | None = None,
   overwrite: bool = False,
   shard_bytes: int = 5 * 10**9,
   facts: dict[str, Any] | None = None,
@@ -59,6 +60,8 @@ def save(
     format: "hf": layers as they are; where they differ, Transformers opens it
       with `trust_remote_code=True`. "hf_uniform": zero-padded to one size, the
       same function, opens everywhere.
+    dtypes: a tree like `params` with the dtype of each in the files; None = as
+      they are.
     overwrite: replace the model that is at `path`.
     shard_bytes: a file of weights is at most this large.
     facts: for the model card, as in a run's summary.json.
@@ -74,16 +77,19 @@ def save(
       f"format {format} is not one of {', '.join(FORMATS)}"
       f"{nearest(format, FORMATS)}"
     )
+  if dtypes is None:
+    dtypes = jax.tree.map(lambda x: np.dtype(x.dtype), params)
+  _, dtypes = without_empty_layers(config, dtypes)
   config, params = without_empty_layers(config, params)
-  get = weights.getter(params)
+  get = weights.getter(params, dtypes)
   written, written_get, notes = config, get, []
   if format == "hf_uniform":
     written = uniform.pad_config(config)
     written_get = uniform.padded_getter(config, written, get)
     notes = uniform.cost(config, written, (facts or {}).get("params_before"))
   raw = config_json.write(written)
-  dtype = jnp.result_type(*(x.dtype for x in jax.tree.leaves(params)))
-  raw |= {"torch_dtype": str(dtype), "dtype": str(dtype)}
+  usual = weights.usual_dtype(config, dtypes)
+  raw |= {"torch_dtype": str(usual), "dtype": str(usual)}
   raw |= parent_files.tokenizer_fields(source)
   with directory(path, overwrite) as folder:
     more = agreement.on_writer(
@@ -93,8 +99,9 @@ def save(
       notes += more
       for note in notes:
         say(note)
-    sums = weights.write(folder, written, written_get, dtype, shard_bytes)
-    reopen.compare(config, get, written, written_get, dtype, folder)
+    kinds = weights.tensor_dtypes(written, dtypes, usual)
+    sums = weights.write(folder, written, written_get, kinds, shard_bytes)
+    reopen.compare(config, get, written, written_get, kinds, folder)
     if folder is not None:
       card.write(folder, config, written, source, facts or {}, notes, sums)
 

@@ -7,11 +7,13 @@ The format: 8 bytes with the header's size, the header in JSON, the tensors
 import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from adapt_pruner_jax.distributed import agreement
@@ -28,20 +30,56 @@ from adapt_pruner_jax.models.model_config import ModelConfig
 Get = Callable[[Key], np.ndarray | None]
 
 
-def getter(params: Params) -> Get:
-  """Parameters of a tree, gathered from wherever they are, one at a time."""
+def getter(params: Params, dtypes: Params | None = None) -> Get:
+  """Parameters of a tree, gathered from wherever they are, one at a time.
+
+  Args:
+    dtypes: a tree of the dtypes that they get; None = they keep theirs.
+  """
 
   def get(key: Key) -> np.ndarray | None:
     layer, name = key
-    tree = params if layer is None else params[axes.layer_name(layer)]
-    if name not in tree:
+    trees = [
+      tree if layer is None or tree is None else tree[axes.layer_name(layer)]
+      for tree in (params, dtypes)
+    ]
+    if name not in trees[0]:
       return None
-    array = tree[name]
-    return (
+    array = trees[0][name]
+    array = (
       _on_host(array) if isinstance(array, jax.Array) else array.__array__()
     )
+    return array if dtypes is None else array.astype(trees[1][name], copy=False)
 
   return get
+
+
+def tensor_dtypes(
+  config: ModelConfig, dtypes: Params, usual: np.dtype
+) -> dict[str, np.dtype]:
+  """The dtype of each tensor of the model.
+
+  Args:
+    config: the model as it is written.
+    dtypes: a tree like the parameters.
+    usual: of what is written but not in `dtypes`, as after padding.
+  """
+  found: dict[str, list[np.dtype]] = {}
+  for (layer, name), place in tensors.places(config).items():
+    tree = dtypes if layer is None else dtypes[axes.layer_name(layer)]
+    found.setdefault(place.tensor, []).append(tree.get(name, usual))
+  return {t: np.dtype(jnp.result_type(*ds)) for t, ds in found.items()}
+
+
+def usual_dtype(config: ModelConfig, dtypes: Params) -> np.dtype:
+  """The one that most of the model is in."""
+  counted: Counter[np.dtype] = Counter()
+
+  def count(name: str, layer: int | None, dtype: np.dtype) -> None:
+    counted[dtype] += math.prod(axes.shape(name, config.sizes(layer)))
+
+  axes.map_named(count, dtypes)
+  return counted.most_common(1)[0][0]
 
 
 def _on_host(array: jax.Array) -> np.ndarray:
@@ -60,14 +98,14 @@ def write(
   folder: Path | None,
   config: ModelConfig,
   get: Get,
-  dtype: np.dtype,
+  dtypes: dict[str, np.dtype],
   shard_bytes: int,
 ) -> dict[str, str]:
   """Writes all tensors of the model, and the index if there are several files.
 
   Args:
     folder: None on processes that only take part in gathering.
-    dtype: of all tensors.
+    dtypes: of each tensor.
     shard_bytes: of a file, at most; a larger tensor has a file for itself.
 
   Returns:
@@ -80,8 +118,12 @@ def write(
   keys: dict[str, list[Key]] = {}
   for key, place in tensors.places(config).items():
     keys.setdefault(place.tensor, []).append(key)
-  sizes = {t: math.prod(s) * dtype.itemsize for t, s in shapes.items()}
-  shards = _shards(sizes, shard_bytes)
+  sizes = {t: math.prod(s) * dtypes[t].itemsize for t, s in shapes.items()}
+  # Wider types come first in a file, as readers want each one aligned.
+  shards = [
+    sorted(shard, key=lambda t: -dtypes[t].itemsize)
+    for shard in _shards(sizes, shard_bytes)
+  ]
   names = [
     f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
     for i in range(len(shards))
@@ -92,14 +134,14 @@ def write(
   failed = None
   for name, shard in zip(names, shards, strict=True):
     arrays = (
-      tensors.to_hf(key[1], get(key))
+      (tensors.to_hf(key[1], get(key)), dtypes[tensor])
       for tensor in shard
       for key in keys[tensor]
     )
     if folder is not None and failed is None:
-      header = {t: shapes[t] for t in shard}
+      header = {t: (shapes[t], dtypes[t]) for t in shard}
       try:
-        sums[name] = _write_file(folder / name, header, dtype, arrays)
+        sums[name] = _write_file(folder / name, header, arrays)
       except OSError as error:
         failed = error
     for _ in arrays:  # the other processes take part in the gathering
@@ -128,22 +170,25 @@ def _shards(sizes: dict[str, int], limit: int) -> list[list[str]]:
 
 def _write_file(
   file: Path,
-  shapes: dict[str, tuple[int, ...]],
-  dtype: np.dtype,
-  arrays: Iterable[np.ndarray],
+  kinds: dict[str, tuple[tuple[int, ...], np.dtype]],
+  arrays: Iterable[tuple[np.ndarray, np.dtype]],
 ) -> str:
-  """One file; `arrays` are its contents in the order of `shapes`.
+  """Writes one file; returns its SHA-256.
 
-  Returns its SHA-256. A thread hashes each block while it is written and the
+  Args:
+    kinds: shape and dtype of each tensor.
+    arrays: their contents in the same order, each with its dtype in the file.
+
+  A thread hashes each block while it is written and the
   next one is made.
   """
-  code = {name: code for code, name in DTYPES.items()}[str(dtype)]
+  codes = {name: code for code, name in DTYPES.items()}
   header: dict = {"__metadata__": {"format": "pt"}}
   end = 0
-  for tensor, shape in shapes.items():
+  for tensor, (shape, dtype) in kinds.items():
     start, end = end, end + math.prod(shape) * dtype.itemsize
     header[tensor] = {
-      "dtype": code,
+      "dtype": codes[str(dtype)],
       "shape": list(shape),
       "data_offsets": [start, end],
     }
@@ -154,7 +199,7 @@ def _write_file(
   hashed: Future | None = None
   with open(file, "wb") as out, ThreadPoolExecutor(1) as thread:
     out.write(head)
-    for array in arrays:
+    for array, dtype in arrays:
       for _, block in tensors.blocks(array, dtype):
         # numpy hands out no buffer of bfloat16, but of its bytes.
         content = block.reshape(-1).view(np.uint8).data

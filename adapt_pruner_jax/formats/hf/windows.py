@@ -23,9 +23,7 @@ def read(raw: Raw, family: Family, L: int, path: str) -> tuple[int, ...]:
   elif family.windows == "last":
     slides = [i >= raw["max_window_layers"] for i in range(L)]
   else:
-    period = raw.get("_sliding_window_pattern") or raw.get(
-      "sliding_window_pattern", 2
-    )
+    period = raw.get("sliding_window_pattern", 2)
     slides = [bool((i + 1) % period) for i in range(L)]
   if family.windows == "pattern" and any(slides) and not size:
     raise UserError(f"{path}: sliding_window={size} must be at least 1")
