@@ -124,11 +124,10 @@ def save(
 
   convert.write(
     model.config,
-    model.params,
+    dtypes.for_export(*model),
     path,
     format,
     source=model.source,
-    dtypes=dtypes.for_export(*model),
     overwrite=overwrite,
   )
 

@@ -1,8 +1,8 @@
-"""Formats of a model: hf, hf_uniform, gguf, and orbax (our own, on any mesh).
+"""Our own format: arrays that any mesh opens, of every model there is.
 
-An orbax directory has the arrays in `params/`, the ModelConfig and a
+A directory has the arrays in `params/`, the ModelConfig, dtypes and a
 fingerprint of each array in `model.json`, the tokenizer's files and SHA256SUMS.
-It can hold every model there is, also those that other formats cannot express.
+It also holds models that other formats cannot express.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
 from adapt_pruner_jax.distributed import sharding
@@ -26,6 +25,7 @@ from adapt_pruner_jax.storage.fingerprint import fingerprints
 
 
 def is_orbax(source: str) -> bool:
+  """Returns whether a path is a directory in this format."""
   return (Path(source).expanduser() / MANIFEST).is_file()
 
 
@@ -45,14 +45,14 @@ def write_orbax(
   out: Path,
   source: Path | None = None,
   overwrite: bool = False,
-  dtypes: Params | None = None,
 ) -> None:
   """Writes an orbax directory, from one process.
 
   Args:
+    config, params: the model; each parameter is written in its dtype.
+    out: the directory.
     source: the parent's directory, which the tokenizer comes from.
     overwrite: replace the model that is at `out`.
-    dtypes: a tree like `params` with the dtype of each; None = as they are.
 
   Raises:
     UserError: `out` exists or cannot be written.
@@ -62,11 +62,10 @@ def write_orbax(
   orbax_messages.orbax()
   if jax.process_count() > 1:
     raise UserError("orbax models are written from one process only")
-  if dtypes is None:
-    dtypes = jax.tree.map(lambda x: np.dtype(x.dtype), params)
-  params = jax.tree.map(jnp.asarray, params, dtypes)
-  usual = str(weights.usual_dtype(config, dtypes))
-  others = {n: str(d) for n, d in _named(dtypes).items() if str(d) != usual}
+  params = jax.tree.map(jnp.asarray, params)
+  usual = str(weights.usual_dtype(config, params))
+  others = {n: str(x.dtype) for n, x in _named(params).items()}
+  others = {n: dtype for n, dtype in others.items() if dtype != usual}
   manifest = {
     "model": model_config.to_json(config),
     "dtype": usual,
@@ -92,10 +91,12 @@ def read_orbax(
   """Opens what `write_orbax` wrote, on any mesh.
 
   Args:
+    path: the directory.
     dtype: of the parameters; None = as they are stored.
+    mesh: where they go; None = the default device.
 
   Raises:
-    UserError: damaged.
+    UserError: it is damaged.
   """
   config, manifest, abstract = _open_orbax(path, mesh)
   leaves, tree = jax.tree.flatten(_restore(path, manifest, abstract))
@@ -185,7 +186,7 @@ def stored_dtypes(path: Path) -> dict[tuple[int | None, str], str]:
 
 
 def facts(folder: Path) -> dict[str, Any] | None:
-  """What the run that left this model says about it."""
+  """Returns what the run that left this model says about it, if one did."""
   summary = folder.parent / "summary.json"
   if folder.name != "model" or not summary.is_file():
     return None

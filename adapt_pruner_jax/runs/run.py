@@ -284,7 +284,7 @@ def finish_stage(state: State, setting: Setting) -> None:
     state.params = merge_lora(state.params, state.adapters, alpha)
     state.adapters = state.opt_state = None
   if state.stage == setting.config.prune.stages:  # measured as it is exported
-    state.params = dtypes.rounded(state.params, export_dtypes(state, setting))
+    state.params = dtypes.rounded(state.params, to_export(state, setting))
   result = {
     "stage": state.stage,
     "params": model_config.count_params(state.config),
@@ -314,8 +314,8 @@ def finish_stage(state: State, setting: Setting) -> None:
 # ---- After the stages --------------------------------------------------------
 
 
-def export_dtypes(state: State, setting: Setting) -> dtypes.Dtypes:
-  """As the original is stored, if the recipe does not say."""
+def to_export(state: State, setting: Setting) -> Any:
+  """The parameters as they are written: as the original, if not as asked."""
   return dtypes.for_export(
     state.config, state.params, setting.source, setting.config.model.dtype
   )
@@ -335,11 +335,10 @@ def finish(state: State, setting: Setting, seconds: float) -> dict:
       shutil.rmtree(left, ignore_errors=True)
   convert.write(
     state.config,
-    state.params,
+    to_export(state, setting),
     path / "model",
     "orbax" if state.config.residual else "hf",  # SliceGPT fits no other
     source=setting.source,
-    dtypes=export_dtypes(state, setting),
     overwrite=True,
     facts=summary,
   )

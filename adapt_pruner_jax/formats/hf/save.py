@@ -16,9 +16,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
-
 from adapt_pruner_jax.distributed import agreement
 from adapt_pruner_jax.errors import UserError, nearest
 from adapt_pruner_jax.formats.hf import (
@@ -46,7 +43,6 @@ def save(
   *,
   source: str | os.PathLike | None = None,
   format: str = "hf",
-  dtypes: Params | None = None,
   overwrite: bool = False,
   shard_bytes: int = 5 * 10**9,
   facts: dict[str, Any] | None = None,
@@ -55,13 +51,13 @@ def save(
   """Writes the model to the directory `path`.
 
   Args:
+    config, params: the model; each parameter is written in its dtype (see
+      `formats.dtypes`).
     source: the parent's directory: tokenizer, generation config and licence
       come from there.
     format: "hf": layers as they are; where they differ, Transformers opens it
       with `trust_remote_code=True`. "hf_uniform": zero-padded to one size, the
       same function, opens everywhere.
-    dtypes: a tree like `params` with the dtype of each in the files; None = as
-      they are.
     overwrite: replace the model that is at `path`.
     shard_bytes: a file of weights is at most this large.
     facts: for the model card, as in a run's summary.json.
@@ -77,29 +73,25 @@ def save(
       f"format {format} is not one of {', '.join(FORMATS)}"
       f"{nearest(format, FORMATS)}"
     )
-  if dtypes is None:
-    dtypes = jax.tree.map(lambda x: np.dtype(x.dtype), params)
-  _, dtypes = without_empty_layers(config, dtypes)
   config, params = without_empty_layers(config, params)
-  get = weights.getter(params, dtypes)
+  get = weights.getter(params)
   written, written_get, notes = config, get, []
   if format == "hf_uniform":
     written = uniform.pad_config(config)
     written_get = uniform.padded_getter(config, written, get)
     notes = uniform.cost(config, written, (facts or {}).get("params_before"))
   raw = config_json.write(written)
-  usual = weights.usual_dtype(config, dtypes)
+  usual = weights.usual_dtype(config, params)
   raw |= {"torch_dtype": str(usual), "dtype": str(usual)}
   raw |= parent_files.tokenizer_fields(source)
   with directory(path, overwrite) as folder:
     more = agreement.on_writer(
       lambda: _write_around(folder, raw, written, source)
     )
-    if folder is not None:
-      notes += more
-      for note in notes:
-        say(note)
-    kinds = weights.tensor_dtypes(written, dtypes, usual)
+    notes += more or []
+    for note in notes if folder is not None else ():
+      say(note)
+    kinds = weights.tensor_dtypes(written, params, usual)
     sums = weights.write(folder, written, written_get, kinds, shard_bytes)
     reopen.compare(config, get, written, written_get, kinds, folder)
     if folder is not None:

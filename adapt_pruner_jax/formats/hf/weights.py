@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,59 +31,52 @@ from adapt_pruner_jax.models.model_config import ModelConfig
 Get = Callable[[Key], np.ndarray | None]
 
 
-def getter(params: Params, dtypes: Params | None = None) -> Get:
-  """Parameters of a tree, gathered from wherever they are, one at a time.
-
-  Args:
-    dtypes: a tree of the dtypes that they get; None = they keep theirs.
-  """
+def getter(params: Params) -> Get:
+  """Parameters of a tree, gathered from wherever they are, one at a time."""
 
   def get(key: Key) -> np.ndarray | None:
     layer, name = key
-    trees = [
-      tree if layer is None or tree is None else tree[axes.layer_name(layer)]
-      for tree in (params, dtypes)
-    ]
-    if name not in trees[0]:
+    tree = params if layer is None else params[axes.layer_name(layer)]
+    if name not in tree:
       return None
-    array = trees[0][name]
-    array = (
-      _on_host(array) if isinstance(array, jax.Array) else array.__array__()
-    )
-    return array if dtypes is None else array.astype(trees[1][name], copy=False)
+    array = tree[name]
+    return on_host(array) if isinstance(array, jax.Array) else array.__array__()
 
   return get
 
 
 def tensor_dtypes(
-  config: ModelConfig, dtypes: Params, usual: np.dtype
+  config: ModelConfig, params: Params, usual: np.dtype
 ) -> dict[str, np.dtype]:
   """The dtype of each tensor of the model.
 
   Args:
     config: the model as it is written.
-    dtypes: a tree like the parameters.
-    usual: of what is written but not in `dtypes`, as after padding.
+    params: whose leaves have a dtype.
+    usual: of what is written but not in `params`, as after padding.
   """
   found: dict[str, list[np.dtype]] = {}
   for (layer, name), place in tensors.places(config).items():
-    tree = dtypes if layer is None else dtypes[axes.layer_name(layer)]
-    found.setdefault(place.tensor, []).append(tree.get(name, usual))
+    tree = params if layer is None else params[axes.layer_name(layer)]
+    dtype = tree[name].dtype if name in tree else usual
+    found.setdefault(place.tensor, []).append(dtype)
   return {t: np.dtype(jnp.result_type(*ds)) for t, ds in found.items()}
 
 
-def usual_dtype(config: ModelConfig, dtypes: Params) -> np.dtype:
-  """The one that most of the model is in."""
+def usual_dtype(config: ModelConfig, params: Params) -> np.dtype:
+  """The dtype that most of the model is in."""
   counted: Counter[np.dtype] = Counter()
 
-  def count(name: str, layer: int | None, dtype: np.dtype) -> None:
-    counted[dtype] += math.prod(axes.shape(name, config.sizes(layer)))
+  def count(name: str, layer: int | None, leaf: Any) -> None:
+    size = math.prod(axes.shape(name, config.sizes(layer)))
+    counted[np.dtype(leaf.dtype)] += size
 
-  axes.map_named(count, dtypes)
+  axes.map_named(count, params)
   return counted.most_common(1)[0][0]
 
 
-def _on_host(array: jax.Array) -> np.ndarray:
+def on_host(array: jax.Array) -> np.ndarray:
+  """All of an array, in this process."""
   if not array.is_fully_addressable:
     from jax.experimental import multihost_utils
 
