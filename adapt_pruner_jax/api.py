@@ -17,20 +17,27 @@ from adapt_pruner_jax.models.model_config import ModelConfig
 
 
 class Model(NamedTuple):
-  """A model, and where its tokenizer is."""
+  """A model, where its tokenizer is, and in which dtype it is saved.
+
+  Attributes:
+    source: the directory that it was loaded from.
+    dtype: of all its weights in files; "" = as they are stored in `source`.
+  """
 
   config: ModelConfig
   params: Params
   source: str | None = None
+  dtype: str = ""
 
 
 def load(
-  path: str | os.PathLike, dtype: str = "float32", ignore_fields: str = ""
+  path: str | os.PathLike, dtype: str = "", ignore_fields: str = ""
 ) -> Model:
   """Opens a HuggingFace directory, a hub id, or an orbax directory.
 
   Args:
-    dtype: of the parameters; float32, bfloat16 or float16.
+    dtype: of the parameters, the arithmetic, and what `save` writes: float32,
+      bfloat16 or float16. "" = float32, saved as each weight was stored.
     ignore_fields: fields of config.json to ignore, separated by commas.
 
   Raises:
@@ -38,8 +45,10 @@ def load(
   """
   from adapt_pruner_jax.formats import opening
 
-  config, params, folder = opening.open_model(str(path), dtype, ignore_fields)
-  return Model(config, params, str(folder))
+  config, params, folder = opening.open_model(
+    str(path), dtype or "float32", ignore_fields
+  )
+  return Model(config, params, str(folder), dtype)
 
 
 def prune(
@@ -92,7 +101,7 @@ def prune(
     seed=seed,
   )
   found = methods.refit_after(task, methods.prune(task))
-  return Model(found.config, found.params, model.source)
+  return Model(found.config, found.params, model.source, model.dtype)
 
 
 def save(
@@ -106,11 +115,11 @@ def save(
   Raises:
     UserError: `path` exists, or the format cannot express the model.
   """
-  from adapt_pruner_jax.formats import convert
+  from adapt_pruner_jax.formats import convert, dtypes
 
   convert.write(
     model.config,
-    model.params,
+    dtypes.for_export(*model),
     path,
     format,
     source=model.source,

@@ -447,7 +447,9 @@ def place(tree, shardings):
 def test_scoring_step_traces(name):
   config, full = full_size(name)
   mesh = sharding.make_mesh()
-  dtype = jnp.dtype("float32" if config.train.tokens else config.model.dtype)
+  dtype = jnp.dtype(
+    "float32" if config.train.tokens else config.model.dtype or "float32"
+  )
   params = model_config.abstract_params(full, dtype)
   stacked = {n: params[n] for n in model_config.outer_names(full)}
   stacked["layers"] = {

@@ -10,7 +10,7 @@ from typing import Any
 from adapt_pruner_jax.errors import UserError, nearest
 
 CHOICES = {
-  "model.dtype": ("float32", "bfloat16", "float16"),
+  "model.dtype": ("", "float32", "bfloat16", "float16"),
   "prune.method": (
     "adapt",
     "curvature",
@@ -90,7 +90,9 @@ def _place(section: type, within: type) -> list[str]:
 @dataclasses.dataclass
 class Model(Section):
   path: str = "tiny"  # HuggingFace directory, hub id, or "tiny" (embedded)
-  dtype: str = "float32"
+  # Of the result's weights; "" = as they are stored, each its own. With any
+  # other, what does not train is computed in it as well, else in float32.
+  dtype: str = ""
   ignore_fields: str = ""  # config.json fields to ignore, comma separated
 
 

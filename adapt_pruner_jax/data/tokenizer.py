@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from adapt_pruner_jax.errors import UserError, first_line
+from adapt_pruner_jax.storage.confinement import confined
 
 # Any of these makes a directory without tokenizer.json worth converting.
 CONVERTIBLE = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
@@ -144,6 +145,9 @@ def load_tokenizer(model_dir: str | os.PathLike) -> Tokenizer:
   folder = Path(model_dir)
   if not folder.is_dir():
     raise UserError(f"tokenizer: no such directory: {folder}")
+  for file in folder.iterdir():
+    if file.suffix in (".json", ".jinja", ".model", ".txt"):
+      confined(file, folder)
   if (folder / "tokenizer.json").is_file():
     tokenizer = _from_json(folder)
   elif any((folder / name).is_file() for name in CONVERTIBLE):

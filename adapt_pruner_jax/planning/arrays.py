@@ -18,7 +18,9 @@ Bytes = dict[str, int]  # by what they hold, on the fullest device
 
 def weight_dtype(config: Config) -> jnp.dtype:
   """Says what a run's weights are kept in: float32 where they are trained."""
-  return jnp.dtype("float32" if config.train.tokens else config.model.dtype)
+  return jnp.dtype(
+    "float32" if config.train.tokens else config.model.dtype or "float32"
+  )
 
 
 def model_bytes(config: ModelConfig, dtype: jnp.dtype, mesh: Mesh) -> int:

@@ -29,9 +29,13 @@ def disk(
   if config.train.tokens and not config.train.lora_rank:
     checkpoint += 2 * largest * 4
   # While one is written, the old ones are still there.
+  original = original_bytes(configs[0], folder)
+  exported = model_config.count_params(configs[-1])
+  share = exported / model_config.count_params(configs[0])
+  asked = config.model.dtype and jnp.dtype(config.model.dtype).itemsize
   return {
-    "original": original_bytes(configs[0], folder),
-    "export": model_config.count_params(configs[-1]) * itemsize,
+    "original": original,
+    "export": exported * asked if asked else round(original * share),
     "checkpoint": checkpoint,
     "checkpoints": checkpoint * (config.checkpoint.keep + 1),
   }

@@ -176,7 +176,7 @@ def read_eval_text(
 def weight_dtype(inputs: Inputs) -> jnp.dtype:
   """Of the weights: where they are trained, float32 whatever is computed in."""
   return jnp.dtype(
-    "float32" if inputs.total_steps else inputs.recipe.model.dtype
+    "float32" if inputs.total_steps else inputs.recipe.model.dtype or "float32"
   )
 
 

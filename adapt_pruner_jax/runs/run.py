@@ -27,7 +27,7 @@ from adapt_pruner_jax.distributed.stopping import (
   asked_to_stop,
   stop_signals,
 )
-from adapt_pruner_jax.formats import convert
+from adapt_pruner_jax.formats import convert, dtypes
 from adapt_pruner_jax.models import layer, model_config
 from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.model_config import ModelConfig
@@ -318,6 +318,8 @@ def evaluate(state: State, inputs: Inputs) -> None:
     alpha = inputs.recipe.train.lora_alpha
     state.params = merge_lora(state.params, state.adapters, alpha)
     state.adapters = state.opt_state = None
+  if state.stage == inputs.recipe.prune.stages:  # measured as it is exported
+    state.params = dtypes.rounded(state.params, to_export(state, inputs))
   result = read_evaluated(state, inputs)
   if result is None:
     result = stage_result(state, inputs)
@@ -355,6 +357,13 @@ def stage_result(state: State, inputs: Inputs) -> dict:
 # ---- Save --------------------------------------------------------------------
 
 
+def to_export(state: State, inputs: Inputs) -> Params:
+  """The parameters as they are written: as the original, if not as asked."""
+  return dtypes.for_export(
+    state.config, state.params, inputs.source, inputs.recipe.model.dtype
+  )
+
+
 def finish(state: State, inputs: Inputs, seconds: float) -> dict:
   """Exports the model and writes what a run leaves; summary.json comes last."""
   path, log, latency = inputs.path, inputs.log, None
@@ -368,7 +377,7 @@ def finish(state: State, inputs: Inputs, seconds: float) -> dict:
       shutil.rmtree(left, ignore_errors=True)
   convert.write(
     state.config,
-    state.params,
+    to_export(state, inputs),
     path / "model",
     "orbax" if state.config.residual else "hf",  # SliceGPT fits no other
     source=inputs.source,

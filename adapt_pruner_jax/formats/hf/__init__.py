@@ -1,0 +1,12 @@
+"""HuggingFace directories: read, and written so that Transformers opens them.
+
+load: finds a model and puts it on devices. save: writes a directory.
+reopen: opens what was written and compares it. files: the files of a directory,
+checked. weights: writes safetensors. tensors: where each parameter is in them,
+and in which layout. config_json: config.json, with its parts in fields (single
+fields), layers (sizes by layer, biases), ropes and windows. families: one row
+of a table for each family. uniform: layers padded to one size. parent_files:
+tokenizer and licence. card: the model card and SHA256SUMS.
+modeling.py.template, head.py.template: the classes that go along with layers of
+unequal size.
+"""

@@ -33,7 +33,7 @@ def compare(
   get: Get,
   written: ModelConfig,
   written_get: Get,
-  dtype: np.dtype,
+  dtypes: dict[str, np.dtype],
   folder: Path | None,
 ) -> None:
   """Compares what a directory gives when it is opened with the model.
@@ -46,7 +46,7 @@ def compare(
   Args:
     config, get: the model; all processes take part in each `get`.
     written, written_get: what was written of it, padded or not.
-    dtype: of the files.
+    dtypes: of each tensor in the files.
     folder: what was written; None on processes that did not.
 
   Raises:
@@ -55,7 +55,7 @@ def compare(
   """
   opened = agreement.on_writer(lambda: load.stored(folder))
   found, tree = opened or (config, None)
-  _agree(_wrong_parameter(written, written_get, dtype, tree))
+  _agree(_wrong_parameter(written, written_get, dtypes, tree))
   if not agreement.all_agree(found == config):
     _agree(_wrong_logits(config, get, found, tree))
 
@@ -66,16 +66,20 @@ def _agree(wrong: Exception | None) -> None:
 
 
 def _wrong_parameter(
-  config: ModelConfig, get: Get, dtype: np.dtype, tree: Params | None
+  config: ModelConfig,
+  get: Get,
+  dtypes: dict[str, np.dtype],
+  tree: Params | None,
 ) -> Exception | None:
   """What is wrong with the first parameter that is not as in `tree`.
 
   Both are compared in the layout of the file: equal there, they are equal.
   """
   wrong = None
-  unsigned = np.dtype(f"u{dtype.itemsize}")
-  infinity = np.array(np.inf, dtype).view(unsigned)  # all bits of the exponent
-  for layer, name in tensors.places(config):
+  for (layer, name), stored in tensors.places(config).items():
+    dtype = dtypes[stored.tensor]
+    unsigned = np.dtype(f"u{dtype.itemsize}")
+    infinity = np.array(np.inf, dtype).view(unsigned)  # the exponent's bits
     expected = get((layer, name))
     if tree is None or wrong is not None:
       continue  # only take part in the gathering
