@@ -38,6 +38,7 @@ CHOICES = {
   "prune.flap_metric": ("WIFV", "WIFN", "IFV"),
   "prune.flap_structure": ("ALAM", "ALMM", "ULUM", "ULMM"),
   "prune.magnitude_norm": ("l1", "l2"),
+  "data.bos": ("auto", "none"),
   "train.schedule": ("wsd", "cosine"),
   "train.dtype": ("float32", "bfloat16"),
   "train.data_share": ("linear", "constant", "cosine"),
@@ -103,6 +104,9 @@ class Data:
   source: str = "embedded"  # as calibration.source, but npy
   seq_len: int = 1024
   batch: int = 32  # sequences a train step
+  # Calibration windows, training rows and windows of the evaluation start with
+  # the token that the tokenizer puts before a text, if it does; none = without.
+  bos: str = "auto"
 
   @property
   def step_tokens(self) -> int:

@@ -59,7 +59,7 @@ def prepare(config: Config, path: Path, log: Log) -> Setting:
   cache = path / "cache"
   tokenizer = None
   if not config.calibration.source.startswith("npy:") or config.train.tokens:
-    tokenizer = load_tokenizer(source)
+    tokenizer = load_tokenizer(source, config.data.bos)
   calibration, refit_data = pruning_data(
     config.calibration,
     config.prune.refit != "none",
@@ -67,21 +67,22 @@ def prepare(config: Config, path: Path, log: Log) -> Setting:
     full.vocab_size,
     config.seed,
     cache,
+    log.say,
   )
   rows, total_steps = None, 0
   if config.train.tokens:
     check_rows(config.data.batch, config.train.accumulation, mesh)
     rows = packing.train_data(
-      config.data, tokenizer, full.vocab_size, config.seed, cache
+      config.data, tokenizer, full.vocab_size, config.seed, cache, log.say
     )
     per_step = config.data.step_tokens
     total_steps = -(-config.train.tokens // per_step)
   eval_tokens = None
   if config.eval.text:
-    tokenizer = tokenizer or load_tokenizer(source)
+    tokenizer = tokenizer or load_tokenizer(source, config.data.bos)
     eval_tokens = read_eval_text(config.eval.text, tokenizer, full.vocab_size)
   if config.eval.tasks:
-    tokenizer = tokenizer or load_tokenizer(source)
+    tokenizer = tokenizer or load_tokenizer(source, config.data.bos)
     names = task_names(config.eval)
     evaluate.import_harness().check(names, config.eval.tasks_dir)
   return Setting(

@@ -17,8 +17,15 @@ def measure(config: ModelConfig, params: Params, setting: Setting) -> dict:
     perplexity.window(setting.full, recipe.seq_len),
     recipe.batch,
     setting.mesh,
+    setting.tokenizer.begin_id,
   )
   return {"perplexity": found[0], "loss": found[1] / found[2]}
+
+
+def windows_note(setting: Setting) -> str:
+  """Said after a perplexity: what its windows start with, in brackets."""
+  found = perplexity.windows_start(setting.tokenizer, "--config.data.bos")
+  return f" ({found})" if found else ""
 
 
 def measure_tasks(

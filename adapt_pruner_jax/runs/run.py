@@ -39,6 +39,7 @@ from adapt_pruner_jax.runs.measure import (
   measure,
   measure_latency,
   measure_tasks,
+  windows_note,
 )
 from adapt_pruner_jax.runs.pruning_log import (
   PRUNING,
@@ -295,7 +296,7 @@ def finish_stage(state: State, setting: Setting) -> None:
   setting.log.metrics("eval", state.stage, row | {"train_step": state.step})
   quality = ""
   if "perplexity" in result:
-    quality = f", perplexity {result['perplexity']:.3f}"
+    quality = f", perplexity {result['perplexity']:.3f}{windows_note(setting)}"
   setting.log.say(
     f"stage {state.stage} of {setting.config.prune.stages} done: "
     f"{result['params']:,} parameters{quality}"

@@ -14,7 +14,11 @@ from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.pruning import surgery
 from adapt_pruner_jax.runs.inputs import Setting, load_model
-from adapt_pruner_jax.runs.measure import measure, measure_tasks
+from adapt_pruner_jax.runs.measure import (
+  measure,
+  measure_tasks,
+  windows_note,
+)
 from adapt_pruner_jax.storage import json_files
 from adapt_pruner_jax.storage.checkpoints import Checkpoints
 from adapt_pruner_jax.training import lora, optimizer
@@ -76,7 +80,8 @@ def resume(setting: Setting, checkpoints: Checkpoints) -> State:
       state.before = measure(config, params, setting)
       perplexity = state.before["perplexity"]
       size = model_config.count_params(config)
-      setting.log.say(f"{size:,} parameters, perplexity {perplexity:.3f}")
+      note = windows_note(setting)
+      setting.log.say(f"{size:,} parameters, perplexity {perplexity:.3f}{note}")
     if setting.config.eval.tasks:
       setting.log.say(f"original: {setting.config.eval.tasks}")
       state.before["evaluation"] = measure_tasks(config, params, setting)

@@ -30,6 +30,9 @@ def summarise(
     "target_params": setting.target,
     "perplexity_before": state.before.get("perplexity"),
     "perplexity_after": after.get("perplexity"),
+    "bos": setting.config.data.bos,
+    # What windows and rows of text start with; null = nothing.
+    "begin_token": setting.tokenizer and setting.tokenizer.begin_token,
     "tasks_before": tasks[0],
     "tasks_after": tasks[1],
     "latency": times,
@@ -68,7 +71,9 @@ def tell(summary: dict, path: Path, log: Log) -> None:
   ]
   if summary["perplexity_after"] is not None:
     low, high = summary["perplexity_before"], summary["perplexity_after"]
-    rows.append(_change("perplexity", low, high))
+    start = summary.get("begin_token")  # an older run has none
+    name = f"perplexity, windows from {start}" if start else "perplexity"
+    rows.append(_change(name, low, high))
   for name, low in (summary["tasks_before"] or {}).items():
     rows.append(_change(name, low, summary["tasks_after"][name]))
   if times := summary["latency"]:
