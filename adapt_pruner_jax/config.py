@@ -90,8 +90,8 @@ class Prune:
 
 @dataclasses.dataclass
 class Calibration:
-  # embedded | text:FILE | jsonl:FILE | hf:NAME | tfds:NAME, or several with
-  # weights (see sources.py), or npy:FILE
+  # embedded | text:FILE | jsonl:FILE | parquet:FILE | hf:NAME | tfds:NAME, or
+  # several with weights (docs/data.md), or npy:FILE
   source: str = "embedded"
   samples: int = 512  # sequences, fresh ones for each step
   seq_len: int = 64

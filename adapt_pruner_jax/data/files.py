@@ -79,7 +79,10 @@ def lines(path: str | Path) -> Iterator[str]:
 
 
 def json_rows(path: str | Path) -> Iterator[tuple[str, Any]]:
-  """Where each row is, and the row: of a line each, or of one JSON array.
+  """Where each row is, and the row.
+
+  A row is a line, or an item of one JSON array or of the `instances` of one
+  object, as LMFlow writes them.
 
   Raises:
     UserError: as `lines`, or not JSON (says which line).
@@ -88,16 +91,16 @@ def json_rows(path: str | Path) -> Iterator[tuple[str, Any]]:
   for number, line in numbered:
     if not line.strip():
       continue
-    if number == 1 and line.lstrip().startswith("["):
-      rest = "".join(text for _, text in numbered)
-      yield from _array(path, line + rest)
-      return
     where = f"{path} line {number}"
-    try:
-      row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-      raise UserError(f"{where} is not valid JSON: {error}") from error
-    yield where, row
+    if number == 1 and line.strip().startswith("["):
+      text = line + "".join(text for _, text in numbered)
+      yield from _array(path, text)
+      return
+    if number == 1 and line.strip() == "{":
+      text = line + "".join(text for _, text in numbered)
+      yield from _instances(str(path), _parsed(str(path), text))
+      return
+    yield from _instances(where, _parsed(where, line))
 
 
 def parquet_rows(path: str | Path) -> Iterator[tuple[str, dict]]:
@@ -218,6 +221,23 @@ def _zstd_frame(path: str | Path) -> Callable[[], Any]:
       "'adapt_pruner_jax[data]'"
     ) from error
   return lambda: zstandard.ZstdDecompressor().decompressobj()
+
+
+def _parsed(where: str, text: str) -> Any:
+  try:
+    return json.loads(text)
+  except (ValueError, RecursionError) as error:
+    raise UserError(f"{where} is not valid JSON: {error}") from error
+
+
+def _instances(where: str, row: Any) -> Iterator[tuple[str, Any]]:
+  """The row, or those in it if it is a file of LMFlow, the authors' trainer."""
+  rows = row.get("instances") if isinstance(row, dict) else None
+  if not isinstance(rows, list):
+    yield where, row
+    return
+  for number, inner in enumerate(rows):
+    yield f"{where} instance {number}", inner
 
 
 def _array(path: str | Path, text: str) -> Iterator[tuple[str, Any]]:

@@ -14,6 +14,7 @@ assistant may call, `history` of Alpaca earlier pairs. A prompt and a completion
 may also be lists of turns.
 """
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -21,7 +22,7 @@ from typing import Any, NamedTuple
 from adapt_pruner_jax.errors import UserError
 
 TURNS = ("messages", "conversations")
-QUESTIONS = ("instruction", "question", "query", "prompt")
+QUESTIONS = ("instruction", "question", "query", "prompt", "input")
 ANSWERS = ("output", "response", "answer", "completion")
 SYSTEMS = ("system", "system_prompt")
 ALLOWED = (
@@ -137,6 +138,14 @@ def _pair(row: Mapping) -> tuple[str, str] | None:
 def _of_field(where: str, row: Mapping, name: str, loss: str) -> Document:
   """The document of a field with a text or with turns."""
   content = row[name]
+  if isinstance(content, Mapping):  # how `datasets` shows a list of objects
+    turns = zip(*content.values(), strict=False)
+    content = [dict(zip(content, turn, strict=True)) for turn in turns]
+  if name == "conversations" and _all_strings(content):
+    # LIMA's: only what is said, turn by turn.
+    roles = itertools.cycle(("user", "assistant"))
+    turns = zip(roles, content, strict=False)
+    content = [{"role": role, "content": said} for role, said in turns]
   if isinstance(content, list):
     messages = _with_system(where, row, _turns(f"{where}: {name}", content))
     return Document(where, messages, tools=_tools(where, row))
@@ -154,6 +163,10 @@ def _of_field(where: str, row: Mapping, name: str, loss: str) -> Document:
   return Document(where, _text(f"{where}: {name}", content))
 
 
+def _all_strings(value: Any) -> bool:
+  return isinstance(value, list) and all(isinstance(x, str) for x in value)
+
+
 def _of_pair(where: str, row: Mapping, ask: str, answer: str) -> Document:
   """The document of a question and its answer."""
   question, said = row[ask], row[answer]
@@ -167,7 +180,9 @@ def _of_pair(where: str, row: Mapping, ask: str, answer: str) -> Document:
   said = _text(f"{where}: {answer}", said)
   if (ask, answer) == ("prompt", "completion"):
     return Document(where, question + said, len(question))
-  more = next((row[n] for n in ("input", "context") if n in row), "")
+  more = next(
+    (row[n] for n in ("input", "context") if n in row and n != ask), ""
+  )
   more = _text(f"{where}: input", more)
   messages = _history(where, row)
   # As LLaMA-Factory joins them.

@@ -278,7 +278,8 @@ def _from_json(folder: Path) -> Tokenizer:
     _special(backend, settings, "eos_token", ids),
     template,
     tool_template,
-    _template_tokens(settings),
+    # Transformers takes a token to pad with from tokenizer.json too.
+    _template_tokens((backend.padding or {}) | settings),
   )
 
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from adapt_pruner_jax.data import sources
+from adapt_pruner_jax.data import packing, sources
 from adapt_pruner_jax.data.tokenizer import Tokenizer
 from adapt_pruner_jax.distributed import placement, sharding
 from adapt_pruner_jax.errors import UserError
@@ -49,7 +49,7 @@ def text_perplexity(
   text = sources.read_text(path)
   check_length(config, seq_len, "seq_len")
   seq_len = window(config, seq_len)
-  tokens = np.array(tokenizer.encode(text), np.int64)
+  tokens = packing.heldout_tokens(text, tokenizer, config.vocab_size, str(path))
   begin = tokenizer.begin_id
   value, nll, count = perplexity(
     config, params, tokens, seq_len, batch, mesh, begin

@@ -105,6 +105,18 @@ def test_json_array(tmp_path):
     contents(f"jsonl:{path}")
 
 
+@pytest.mark.parametrize("indent", [None, 4])
+def test_lmflow(tmp_path, indent):
+  """The files of the authors' trainer: one object with all rows."""
+  rows = {"type": "text_only", "instances": [*ROWS, {"text": 3}]}
+  write(tmp_path / "a.json", json.dumps(rows, indent=indent))
+  source = sources.Source("jsonl", f"{tmp_path}/a.json", limit=2)
+  found = [document.content for document in sources.read_documents(source)]
+  assert found == ["one", "two"]
+  with error("a.json.* instance 2: text is int"):
+    contents(f"jsonl:{tmp_path}/a.json")
+
+
 @pytest.mark.parametrize(
   ("text", "match"),
   [

@@ -1,6 +1,8 @@
 """Rows of data sets as people have them, and what is learnt of each."""
 
 import dataclasses
+import pathlib
+import re
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from tests.data.words import (
   write,
 )
 
+ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 SYSTEM = {"role": "system", "content": "w0"}
 USER1, SAID1, USER2, SAID2 = CHAT
 CALL = {
@@ -87,6 +90,12 @@ FORMS = {
     {"system_prompt": "w0", "question": "w1 w2", "response": "w3"},
     [SYSTEM, USER1, SAID1],
   ),
+  "LIMA": ({"conversations": ["w1 w2", "w3", "w4", "w5 w6"]}, CHAT),
+  "a list of objects as datasets shows it": (
+    {"conversations": {"from": ["human", "gpt"], "value": ["w1 w2", "w3"]}},
+    [USER1, SAID1],
+  ),
+  "LMFlow's text2text": ({"input": "w1 w2", "output": "w3"}, [USER1, SAID1]),
   "MetaMath": ({"query": "w1 w2", "response": "w3"}, [USER1, SAID1]),
   "prompt and completion": ({"prompt": "w1 ", "completion": "w3"}, "w1 w3"),
   "turns of both": ({"prompt": CHAT[:3], "completion": CHAT[3:]}, CHAT),
@@ -213,6 +222,8 @@ BOTH = [*ANSWER, *ids_of("w5", "w6"), END]
     ("system turn", BOTH),
     ("ShareGPT", BOTH),
     ("Alpaca", ANSWER),
+    ("LIMA", BOTH),
+    ("LMFlow's text2text", ANSWER),
     ("Alpaca with input", ANSWER),
     ("OpenOrca", ANSWER),
     ("parts", ANSWER),
@@ -258,10 +269,39 @@ def test_alpaca_without_a_chat_template(tmp_path, words):
     learnt(tmp_path, {"messages": CHAT}, base)
 
 
+def test_examples_of_the_docs(tmp_path):
+  """docs/data.md: each row is read, and each source is one."""
+  page = (ROOT / "docs" / "data.md").read_text()
+  [block] = re.findall(r"^```json\n(.*?)^```", page, re.M | re.S)
+  examples = block.splitlines()
+  assert len(examples) == 8
+  path = write(tmp_path / "a.jsonl", block)
+  found = list(sources.read_documents(sources.Source("jsonl", str(path))))
+  assert len(found) == len(examples)
+  assert [bool(document.tools) for document in found] == [False] * 7 + [True]
+  learnable = sources.Source("jsonl", str(path), loss="assistant")
+  with error("a.jsonl line 1 is plain text"):
+    list(sources.read_documents(learnable))
+  [block] = re.findall(r"^```source\n(.*?)^```", page, re.M | re.S)
+  for line in block.splitlines():
+    sources.parse_sources(line, "data.source")
+  for kind in sources.OPTIONS:
+    assert f"| `{kind}` |" in page
+
+
 def test_mask_equals_transformers(tmp_path, folder, unbegun):
   """Its mask of the template's own tag, on many turns."""
   transformers = pytest.importorskip("transformers")
   theirs = transformers.AutoTokenizer.from_pretrained(folder)
+  template = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|im_end|>\n"
+    "{% endgeneration %}{% else %}{{ m.content }}<|im_end|>\n{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+  )
+  theirs.chat_template = template
+  unbegun = dataclasses.replace(unbegun, chat_template=template)
   row, content = FORMS["ShareGPT"]
   found = theirs.apply_chat_template(
     content, return_assistant_tokens_mask=True, return_dict=True

@@ -1,6 +1,7 @@
 """Sources as streams of tokens, and the copies on disk."""
 
 import dataclasses
+import re
 
 import numpy as np
 import pytest
@@ -149,3 +150,26 @@ def test_cache_that_cannot_be_written(tmp_path, words):
   path = write(tmp_path / "a.txt", "w1 w2")
   with error("tokens cannot be kept there"):
     token_store.tokenise(sources.Source("text", str(path)), words, V, path)
+
+
+def test_progress(tmp_path, words, monkeypatch):
+  """A line at times and one at the end, with what was read and how fast."""
+  rows = [{"text": f"w{i}"} for i in range(9)]
+  source = sources.Source("jsonl", str(write(tmp_path / "a.jsonl", rows)))
+  said = []
+  monkeypatch.setattr(token_store, "GROUP_CHARS", 6)  # three rows
+  monkeypatch.setattr(token_store, "SAY_EVERY", 0.0)
+  token_store.tokenise(source, words, V, tmp_path / "cache", said.append)
+  number = r"[\d,]+ tokens/s"
+  assert len(said) == 4
+  for line, count in zip(said, (3, 6, 9), strict=False):
+    start = f"tokenising {source}: {count} documents, {3 * count} tokens, "
+    assert re.fullmatch(f"{re.escape(start)}{number} so far", line)
+  start = f"tokenised {source}: 9 documents, 27 tokens, "
+  assert re.fullmatch(f"{re.escape(start)}{number}", said[3])
+  said.clear()
+  token_store.tokenise(source, words, V, tmp_path / "cache", said.append)
+  assert not said  # it was kept
+  monkeypatch.setattr(token_store, "SAY_EVERY", 60.0)
+  token_store.tokenise(source, words, V, None, said.append)
+  assert len(said) == 1

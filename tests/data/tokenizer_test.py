@@ -151,3 +151,66 @@ def test_begin_token_is_what_transformers_puts_first(
 def test_begin_token_choices(folder):
   with error("bos=yes is not one of auto, none"):
     load_tokenizer(folder, "yes")
+
+
+# ---- As others read it -------------------------------------------------------
+
+TEXTS = [
+  "Hello world",
+  " two  spaces\n\nand 1234567 numbers, 3.14",
+  "tab\there é ü 中文 🙂 <s> x </s> y <|im_start|>user",
+  "",
+  "  ",
+  "I'm can't WON'T",
+]
+
+
+@pytest.mark.parametrize(
+  "name",
+  [
+    "tokenizers/gpt2",
+    "tokenizers/minimind",
+    "tokenizers/storyllamas-4096",
+    "models/babyllama-char105-930K",
+    "models/babyllama-char361-960K",
+    "models/stories260K",
+  ],
+)
+def test_real_tokenizers_as_transformers(shared_data, name):
+  transformers = pytest.importorskip("transformers")
+  path = shared_data / name
+  ours = load_tokenizer(path)
+  theirs = transformers.AutoTokenizer.from_pretrained(path)
+  want = [theirs(text)["input_ids"] for text in TEXTS]
+  assert [ours.encode(text) for text in TEXTS] == want
+  assert ours.encode_batch(TEXTS) == want
+  plain = [theirs(t, add_special_tokens=False)["input_ids"] for t in TEXTS]
+  assert [ours.encode_plain(text) for text in TEXTS] == plain
+  assert (ours.bos_id, ours.eos_id) == (
+    theirs.bos_token_id,
+    theirs.eos_token_id,
+  )
+  file = path / "tokenizer.json"
+  if file.is_file():
+    backend = tokenizers.Tokenizer.from_file(str(file))
+    assert [backend.encode(text).ids for text in TEXTS] == want
+
+
+def test_where_transformers_5_reads_something_else(shared_data, tmp_path):
+  """docs/data.md says so: then `tokenizers` decides here."""
+  transformers = pytest.importorskip("transformers")
+  if int(transformers.__version__.split(".")[0]) < 5:
+    pytest.skip("4.57 reads what tokenizers reads")
+  for file in (shared_data / "models" / "stories260K").glob("tok*.json"):
+    write(tmp_path / file.name, file.read_text())
+  settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+  settings["tokenizer_class"] = "LlamaTokenizer"
+  write(tmp_path / "tokenizer_config.json", json.dumps(settings))
+  write(tmp_path / "config.json", '{"model_type": "llama"}')
+  theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+  backend = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+  ours = load_tokenizer(tmp_path)
+  for text in TEXTS:
+    assert ours.encode(text) == backend.encode(text).ids
+  differ = [t for t in TEXTS if ours.encode(t) != theirs(t)["input_ids"]]
+  assert differ == [TEXTS[1], TEXTS[2], TEXTS[4]]  # spaces
