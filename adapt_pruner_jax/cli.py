@@ -145,6 +145,13 @@ def evaluate(command: str, argv: list[str]) -> int:
   text("dtype", "float32", "of the arithmetic", flag_values=values)
   _define_ignore_fields(values)
   text("out", "", "JSON file for the result", flag_values=values)
+  text(
+    "bos",
+    "auto",
+    "auto: windows of the perplexity start with the begin token, where the "
+    "tokenizer adds one; none: without",
+    flag_values=values,
+  )
   numbers("limit", 0, "questions a task; 0 = all", flag_values=values)
   numbers("seq_len", 0, "tokens a window; 0 = context", flag_values=values)
   numbers("batch", 8, "rows at a time", flag_values=values)
@@ -166,6 +173,7 @@ def evaluate(command: str, argv: list[str]) -> int:
     batch=values.batch,
     dtype=values.dtype,
     ignore_fields=values.ignore_fields,
+    bos=values.bos,
   )
   if agreement.is_writer():
     print(json.dumps(json_files.plain(found), indent=2))

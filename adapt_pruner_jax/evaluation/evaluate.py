@@ -30,6 +30,7 @@ def evaluate(
   batch: int = 8,
   dtype: str = "float32",
   ignore_fields: str = "",
+  bos: str = "auto",
   mesh: Mesh | None = None,
 ) -> dict:
   """All that was asked about a model, as a dict that JSON can hold.
@@ -44,6 +45,7 @@ def evaluate(
     seq_len: window of the perplexity; 0 = the model's context, at most 2048.
     batch: rows at a time. Latency is of one row.
     ignore_fields: fields of config.json to ignore, separated by commas.
+    bos: as `data.bos`, for the windows of the perplexity.
 
   Returns:
     {"model", "params", "dtype"} and, as asked, "perplexity", "latency", and
@@ -75,7 +77,7 @@ def evaluate(
   ]
   pairs, dirs = [o[:2] for o in opened], [o[2] for o in opened]
   tokenizers = [
-    load_tokenizer(d) for d in dirs if "perplexity" in names or others
+    load_tokenizer(d, bos) for d in dirs if "perplexity" in names or others
   ]
   found = [
     {

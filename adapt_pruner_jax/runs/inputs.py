@@ -72,7 +72,7 @@ def open_inputs(recipe: Config, path: Path, log: Log) -> Inputs:
   _check_lengths(recipe, full)
   tokenizer = None
   if _reads_text(recipe):
-    tokenizer = load_tokenizer(source)
+    tokenizer = load_tokenizer(source, recipe.data.bos)
   calibration, refit_data = pruning_data(
     recipe.calibration,
     recipe.prune.refit != "none",
@@ -80,6 +80,7 @@ def open_inputs(recipe: Config, path: Path, log: Log) -> Inputs:
     full.vocab_size,
     recipe.seed,
     path / "cache",
+    log.say,
   )
   rows = open_training(recipe, tokenizer, full, mesh, path, log)
   eval_tokens = None
@@ -126,7 +127,12 @@ def open_training(
     return None
   check_rows(recipe.data.batch, recipe.train.accumulation, mesh)
   rows = packing.train_data(
-    recipe.data, tokenizer, full.vocab_size, recipe.seed, path / "cache"
+    recipe.data,
+    tokenizer,
+    full.vocab_size,
+    recipe.seed,
+    path / "cache",
+    log.say,
   )
   epochs = rows.epochs(tokens)
   log.say(

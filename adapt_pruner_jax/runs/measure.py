@@ -17,8 +17,15 @@ def measure(config: ModelConfig, params: Params, inputs: Inputs) -> dict:
     perplexity.window(inputs.full, recipe.seq_len),
     recipe.batch,
     inputs.mesh,
+    inputs.tokenizer.begin_id,
   )
   return {"perplexity": found[0], "loss": found[1] / found[2]}
+
+
+def windows_note(inputs: Inputs) -> str:
+  """Says after a perplexity what its windows start with, in brackets."""
+  found = perplexity.windows_start(inputs.tokenizer, "--config.data.bos")
+  return f" ({found})" if found else ""
 
 
 def measure_tasks(config: ModelConfig, params: Params, inputs: Inputs) -> dict:

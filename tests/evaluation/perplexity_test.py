@@ -71,6 +71,29 @@ def test_perplexity_equals_each_window_alone(params, length, seq_len):
   assert found[0] == pytest.approx(math.exp(total / count), rel=1e-5)
 
 
+@pytest.mark.parametrize("given", [True, False])
+@pytest.mark.parametrize("length", [36, 35, 29, 5, 1])
+def test_windows_with_a_begin_token(params, length, given):
+  """Each is the token and seven of text; all of the text is predicted once."""
+  begin, tokens = 7, text(length)
+  tokens[tokens == begin] = 3
+  total, count = 0.0, 0
+  for start in range(0, length, 7):
+    window = np.append(begin, tokens[start : start + 7])
+    found = by_hand(params, window, len(window))
+    total, count = total + found[0], count + found[1]
+  assert count == length
+  if given:  # by the tokenizer, in front of the whole text
+    tokens = np.append(begin, tokens)
+  if len(tokens) < 2:
+    return
+  found = perplexity.perplexity(
+    CONFIG, params, tokens, 8, batch=2, begin_id=begin
+  )
+  assert found[2] == length
+  assert found[1] == pytest.approx(total, rel=1e-5)
+
+
 def test_batch_and_mesh_do_not_matter(params):
   tokens = text(101)
   expected = perplexity.perplexity(CONFIG, params, tokens, 8, batch=13)
