@@ -291,8 +291,20 @@ def test_old_recipes_are_read():
   new["train"]["carry_moments"] = False
   line = "train.carry_moments: True -> False"
   assert difference(old, new)[1:] == [line]
-  # Where the version is said, the words are today's.
-  new = {"version": "1", "prune": {"group_importance": "taylor"}}
+  # What it wrote for a default is that, and the same word typed is the same.
+  new = dataclasses.asdict(Config())
+  old["train"]["carry_moments"] = True
+  old["prune"]["flap_metric"] = "WIFV"
+  for name in "", "taylor":
+    new["prune"]["group_importance"] = name
+    assert difference(old, new) == []
+  new["prune"]["group_importance"] = "l1"
+  line = "prune.group_importance: taylor -> l1"
+  assert difference(old, new) == [line]
+  # Later versions mean what they wrote.
+  new["prune"]["group_importance"] = "taylor"
+  assert difference(new, new) == []
+  assert from_json(new).prune.group_importance == "taylor"
   line = "prune.group_importance: taylor -> "
   assert difference(new, dataclasses.asdict(Config())) == [line]
   with pytest.raises(UserError, match=r"no config field train\.other"):

@@ -12,9 +12,10 @@ from adapt_pruner_jax.config.fields import (
 )
 from adapt_pruner_jax.errors import UserError
 
-# Defaults that once were written out and now are other words for the same, in
-# files of before the version was stored.
-OLD_DEFAULTS = {"prune.group_importance": "taylor"}
+# What the first version wrote for a field that was left at its default, where
+# the default now is another word for the same.
+OLD_DEFAULTS = {"prune.group_importance": "taylor", "model.dtype": "float32"}
+BESIDE = ("version", "inputs")  # in config.json, and no fields
 
 
 def from_json(stored: dict) -> Config:
@@ -29,7 +30,10 @@ def from_json(stored: dict) -> Config:
   """
   config = Config()
   names = field_names(config)
-  for name, value in _stored_fields(stored).items():
+  given = _stored_fields(stored)
+  for name in _at_old_defaults(stored):
+    del given[name]
+  for name, value in given.items():
     if name not in names:
       raise UserError(
         f"no config field {name}: a later version of adapt_pruner_jax wrote it"
@@ -50,7 +54,11 @@ def difference(old: dict, new: dict) -> list[str]:
     A "field: old -> new" for each field that is not the same.
   """
   default = _stored_fields(dataclasses.asdict(Config()))
+  alone = _at_old_defaults(old)
   old, new = (default | _stored_fields(recipe) for recipe in (old, new))
+  for name in alone:  # typed or not, it meant the same
+    if new[name] in (OLD_DEFAULTS[name], default[name]):
+      old[name] = new[name]
   return [
     f"{name}: {old.get(name, 'absent')} -> {new.get(name, 'absent')}"
     for name in sorted(old | new)
@@ -59,13 +67,15 @@ def difference(old: dict, new: dict) -> list[str]:
 
 
 def _stored_fields(stored: dict) -> dict[str, Any]:
-  """Values by today's dotted names.
-
-  Without "version" and "inputs", which `recipe.claim` writes beside them.
-  """
-  stored = {name: x for name, x in stored.items() if name != "inputs"}
+  """Values by today's names, without what `recipe.claim` writes beside."""
+  stored = {name: x for name, x in stored.items() if name not in BESIDE}
   named = {".".join(path): value for path, value in leaves(stored)}
-  if named.pop("version", None) is None:
-    old = OLD_DEFAULTS.items()
-    named = {name: x for name, x in named.items() if (name, x) not in old}
   return {OLD_FIELDS.get(name, name): value for name, value in named.items()}
+
+
+def _at_old_defaults(stored: dict) -> list[str]:
+  """Which fields a recipe of the first version, if it is one, left alone."""
+  named = {".".join(path): value for path, value in leaves(stored)}
+  if not OLD_FIELDS.keys() & named.keys():  # it wrote all of its fields
+    return []
+  return [name for name, x in OLD_DEFAULTS.items() if named.get(name) == x]

@@ -229,6 +229,32 @@ def test_other_recipe_is_refused(finished, recipe):
     compare.compare(recipe, finished[1], TWO, "0.2", recover_tokens=512)
 
 
+def test_overwrite(finished, recipe, tmp_path, monkeypatch):
+  """Another comparison goes, a finished one too; an unfinished one goes on."""
+  names = ("compare.json", "compare.md", "config.json")
+  for name in names:
+    (tmp_path / name).write_bytes((finished[1] / name).read_bytes())
+  (tmp_path / "notes.txt").write_text("mine")
+  begun_with = []
+
+  def run_jobs(jobs, found, inputs, stopping):
+    begun_with.append(len(found["rows"]))
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(compare, "run_jobs", run_jobs)
+  for recipe_, ratios in (
+    (recipe, "0.2,0.6"),  # has rows to add
+    (recipe, "0.2"),  # finished
+    (dataclasses.replace(recipe, seed=3), "0.2"),
+  ):
+    with pytest.raises(KeyboardInterrupt):
+      compare.compare(recipe_, tmp_path, TWO, ratios, overwrite=True)
+  assert begun_with == [5, 0, 0]
+  left = {path.name for path in tmp_path.iterdir()}
+  assert left - {"cache", "run.lock"} == {"config.json", "notes.txt"}
+  assert json.loads((tmp_path / "config.json").read_text())["seed"] == 3
+
+
 @pytest.mark.slow
 def test_kill_nine(recipe, tmp_path, subprocess_env):
   """The command, killed after its first row, then run to the end."""

@@ -144,9 +144,7 @@ def test_overwrite(small_model, tmp_path, monkeypatch, capsys):
   work = tmp_path / "work"
   config = recipe(small_model, stages=1, tokens=600, method="magnitude")
   config.data.source = f"text:{tmp_path / 'few.txt'}"
-  (tmp_path / "few.txt").write_text(
-    "a few words to train on, a few times. " * 9
-  )
+  (tmp_path / "few.txt").write_text("a few words to train on, often. " * 4)
   config.eval.text = ""
   summary = run.run(config, work)
   said = capsys.readouterr().out
