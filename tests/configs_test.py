@@ -41,7 +41,8 @@ FIELDS = """
   prune.max_steps prune.amplitude prune.allotment prune.group_importance
   prune.layer_importance
   prune.attention_layers prune.mlp_layers prune.gqa_fold prune.trim
-  prune.round_ffn_to prune.refit prune.refit_ridge prune.refit_all
+  prune.round_ffn_to prune.round_kv_to prune.refit prune.refit_ridge
+  prune.refit_all
   prune.ranking.step_size prune.ranking.cap prune.uniform.steps
   prune.llm_pruner.ranking prune.flap.metric prune.flap.structure
   prune.slicegpt.multiple prune.slicegpt.subtract_mean prune.magnitude.norm
@@ -95,7 +96,7 @@ RECIPES = {
   "mobilellm_350m_to_125m": STAGED
   | {
     "model.path": "facebook/MobileLLM-350M",
-    "prune.target_params": 143_067_456,
+    "prune.target_params": 112_347_456,
     "prune.stages": 20,
     "train.min_learning_rate": 0.0,
   },
@@ -420,6 +421,23 @@ def full_size(name: str) -> tuple[Config, model_config.ModelConfig]:
 
 
 FULL = [n for n in RECIPES if n not in ("tiny", *BASES)]
+
+
+def test_the_350m_recipe_keeps_the_layers_of_the_paper():
+  """Counted once, and its docstring says how the paper counts."""
+  recipe = build("mobilellm_350m_to_125m")
+  assert recipe.prune.target_params == 143_067_456 - 32000 * 960
+  said = (CONFIGS / "mobilellm_350m_to_125m.py").read_text()
+  assert "keeps the *layers* of the paper's result" in said
+  assert "count the shared embedding twice" in said
+
+
+@pytest.mark.parametrize("name", ["oneshot", "accel"])
+def test_the_bases_say_their_method_first(name):
+  """And where it was measured."""
+  first = (CONFIGS / f"{name}.py").read_text().splitlines()[0]
+  assert build(name).prune.method in first.lower()
+  assert "measured on" in first
 
 
 @pytest.mark.parametrize("name", FULL)

@@ -19,6 +19,7 @@ AT_LEAST = {
   "prune.amplitude": 0,
   "prune.stages": 1,
   "prune.round_ffn_to": 1,
+  "prune.round_kv_to": 1,
   "prune.uniform.steps": 1,
   "prune.slicegpt.multiple": 1,
   "prune.refit_ridge": 0,

@@ -174,6 +174,8 @@ class Prune(Section):
   gqa_fold: str = "aligned"  # "reference" = the authors' code
   trim: bool = True  # end just below the target; False = the authors'
   round_ffn_to: int = 1  # MLP widths become multiples of this
+  # So do the numbers of KV groups, as a tensor-parallel server needs.
+  round_kv_to: int = 1
   # Least squares on what is left: none, final, or every so many steps and at
   # the end.
   refit: str = "none"
@@ -186,6 +188,10 @@ class Prune(Section):
   flap: Flap = dataclasses.field(default_factory=Flap)
   slicegpt: SliceGpt = dataclasses.field(default_factory=SliceGpt)
   magnitude: Magnitude = dataclasses.field(default_factory=Magnitude)
+
+  def rounding(self) -> dict[str, int]:
+    """What widths become multiples of, by unit: KV groups, MLP channels."""
+    return {"K": self.round_kv_to, "F": self.round_ffn_to}
 
   def pair(self) -> tuple[str, str]:
     """The allotment and the unit score that these settings ask for."""

@@ -2,9 +2,11 @@
 
 import math
 
-from adapt_pruner_jax.config import Config
+from adapt_pruner_jax.config import Config, Prune
+from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.planning import arrays
 from adapt_pruner_jax.planning.hardware import USABLE, Hardware
+from adapt_pruner_jax.pruning.targets import prunable_modules
 from adapt_pruner_jax.runs.summary import in_bytes
 
 
@@ -37,6 +39,19 @@ def warnings(config: Config, found: dict, hardware: Hardware) -> list[str]:
       "--config.train.dtype=bfloat16"
     )
   return lines
+
+
+def fixed_attention(settings: Prune, full: ModelConfig) -> list[str]:
+  """A line if no layer's attention can lose a KV group; else nothing."""
+  prunable_L = prunable_modules(full, settings)["K"]
+  groups = [k for k, p in zip(full.kv_groups, prunable_L, strict=True) if p]
+  if not groups or max(groups) > settings.round_kv_to:
+    return []
+  return [
+    f"attention cannot shrink: a layer that may be pruned has {max(groups)} KV "
+    f"group(s), and {settings.round_kv_to} stay (--config.prune.round_kv_to); "
+    "the MLPs bear all of it"
+  ]
 
 
 def advice(

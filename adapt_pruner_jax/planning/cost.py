@@ -80,7 +80,7 @@ def evenly(full: ModelConfig, settings: Prune, target: int) -> ModelConfig:
   prunable = prunable_modules(full, settings)
 
   def cut(unit: str, share: float, rounding: Callable = math.floor) -> tuple:
-    block = settings.round_ffn_to if unit == "F" else 1
+    block = settings.rounding()[unit]
     return tuple(
       min(n, max(rounding(n * (1 - share) / block), 1) * block) if may else n
       for n, may in zip(full.units()[unit], prunable[unit], strict=True)

@@ -14,7 +14,7 @@ from adapt_pruner_jax.errors import UserError, first_line
 from adapt_pruner_jax.models import model_config
 from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.planning import memory
-from adapt_pruner_jax.planning.advice import warnings
+from adapt_pruner_jax.planning.advice import fixed_attention, warnings
 from adapt_pruner_jax.planning.cost import hours, stage_table
 from adapt_pruner_jax.planning.disk import disk
 from adapt_pruner_jax.planning.hardware import (
@@ -74,6 +74,7 @@ def plan(
   found["flops"] = flops
   found["hours"] = hours(flops, hardware)
   found["warnings"] = warnings(config, found, hardware)
+  found["warnings"] += fixed_attention(config.prune, full)
   show(found, config, hardware, log or Log(None))
   return found
 

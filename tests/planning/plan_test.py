@@ -7,14 +7,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from adapt_pruner_jax.config import Config
+from adapt_pruner_jax.config import Config, Prune
 from adapt_pruner_jax.distributed import sharding
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.models import model_config
 from adapt_pruner_jax.models.decoder import Decoder
 from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.models.rope import Rope
-from adapt_pruner_jax.planning import cost, memory, plan, training_memory
+from adapt_pruner_jax.planning import (
+  advice,
+  cost,
+  memory,
+  plan,
+  training_memory,
+)
 from adapt_pruner_jax.planning.arrays import temporary
 from adapt_pruner_jax.planning.hardware import Hardware, resolve
 from adapt_pruner_jax.pruning import targets
@@ -335,3 +341,12 @@ def test_8b_on_eight_16_gb_devices(tmp_path):
   config.train.tokens, config.train.dtype = 10**9, "bfloat16"
   found = plan.plan(config, Hardware("v5e", devices=8))
   assert "--config.train.remat=True" in found["warnings"][-1]
+
+
+def test_attention_that_cannot_shrink_is_said():
+  one = dataclasses.replace(SMALL, kv_groups=(1,) * 4)
+  assert "has 1 KV group(s)" in advice.fixed_attention(Prune(), one)[0]
+  assert not advice.fixed_attention(Prune(), SMALL)
+  found = advice.fixed_attention(Prune(round_kv_to=4), SMALL)
+  assert "has 4 KV group(s), and 4 stay" in found[0]
+  assert not advice.fixed_attention(Prune(attention_layers="0:0"), one)

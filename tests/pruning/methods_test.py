@@ -73,9 +73,11 @@ def same(one, other):
 
 @pytest.mark.parametrize(
   "allotment, score",
-  itertools.product(
-    ("adapt", "uniform", "ranking"),
-    ("taylor", "l2", "random", "curvature", "fluctuation"),
+  list(
+    itertools.product(
+      ("adapt", "uniform", "ranking"),
+      ("taylor", "l2", "random", "curvature", "fluctuation"),
+    )
   ),
 )
 def test_any_score_with_any_allotment_and_refits(params, allotment, score):
