@@ -208,11 +208,12 @@ def fingerprints(inputs: Inputs) -> dict[str, str]:
 
   Of a large weights file only parts are read: another model differs in each.
   """
-  weights = hashlib.sha256((inputs.source / files.CONFIG).read_bytes())
-  for file in sorted(inputs.source.glob("*.safetensors")):
-    size = file.stat().st_size
-    weights.update(f"{file.name} {size}".encode())
-    with open(file, "rb") as opened:
+  weights, source = hashlib.sha256(), inputs.source
+  paths = [source / files.CONFIG, *sorted(source.glob("*.safetensors"))]
+  for path in [source] if source.is_file() else paths:
+    size = path.stat().st_size
+    weights.update(f"{path.name} {size}".encode())
+    with open(path, "rb") as opened:
       for part in range(PARTS):
         opened.seek(part * size // PARTS)
         weights.update(opened.read(PART_BYTES))

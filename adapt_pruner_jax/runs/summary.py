@@ -75,6 +75,8 @@ def disk_sizes(source: Path, exported: Path) -> dict[str, int]:
 
 def weight_bytes(folder: Path) -> int:
   """Bytes of a model's safetensors files, or of all files without any."""
+  if folder.is_file():
+    return folder.stat().st_size
   for pattern in ("model.safetensors", "model-*.safetensors", "**/*"):
     files = [file for file in folder.glob(pattern) if file.is_file()]
     if files:
