@@ -97,24 +97,12 @@ def refit(
   all_masks = surgery.to_masks(kept, dense_config)
   everything = surgery.everything(dense_config)
 
-  def widen(params, i, units, config):
-    at = {u: units[u][i] for u in axes.UNITS}
-    zero = np.zeros((), params["embedding"].dtype)
-    layer = params[axes.layer_name(i)]
-    fn = lambda layer: surgery.widen(layer, at, config, zero)
-    return surgery.transform(fn, layer, mesh)
-
   def layer_at(i):
     return (
-      widen(dense_params, i, everything, wide_dense),
-      widen(params, i, kept, wide),
+      _widened(wide_dense, dense_params, i, everything, mesh),
+      _widened(wide, params, i, kept, mesh),
       {u: m[i] for u, m in all_masks.items()},
     )
-
-  def narrow(matrices, i):
-    at = {u: kept[u][i] for u in axes.UNITS}
-    take = lambda tree: {n: axes.take(n, w, at) for n, w in tree.items()}
-    return surgery.transform(take, matrices, mesh)
 
   outer = {n: params[n] for n in model_config.outer_names(config)}
   new, records = dict(params), []
@@ -122,9 +110,24 @@ def refit(
     wide, outer, layer_at, tokens_NT, batch, ridge, refit_all, mesh
   ):
     name = axes.layer_name(i)
-    new[name] = params[name] | narrow(matrices, i)
+    new[name] = params[name] | _narrowed(matrices, i, kept, mesh)
     records += found
   return new, records
+
+
+def _widened(config, params, i, units, mesh) -> Params:
+  """Layer i in dense coordinates: zero where `units` has none."""
+  at = {u: units[u][i] for u in axes.UNITS}
+  zero = np.zeros((), params["embedding"].dtype)
+  fn = lambda layer: surgery.widen(layer, at, config, zero)
+  return surgery.transform(fn, params[axes.layer_name(i)], mesh)
+
+
+def _narrowed(matrices, i, units, mesh) -> Params:
+  """Inverse of `_widened`, of some of layer i's matrices."""
+  at = {u: units[u][i] for u in axes.UNITS}
+  take = lambda tree: {n: axes.take(n, w, at) for n, w in tree.items()}
+  return surgery.transform(take, matrices, mesh)
 
 
 def layers(
