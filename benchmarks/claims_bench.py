@@ -24,7 +24,7 @@ from adapt_pruner_jax.pruning.task import PruneTask
 from adapt_pruner_jax.runs import compare_methods, tiny_model
 from adapt_pruner_jax.storage import json_files, publish
 from adapt_pruner_jax.training import loop, optimizer
-from adapt_pruner_jax.training.step import Step, init_optimizer, make_step
+from adapt_pruner_jax.training.step import Step, make_step
 
 SAMPLES, REFIT_SAMPLES, SAMPLE_LEN, BATCH = 64, 512, 64, 32
 ROWS, ROW_LEN = 4, 256  # of a train step
@@ -214,20 +214,22 @@ class Bench:
       Train(learning_rate=cell.rate, min_learning_rate=cell.rate / 10),
       self.steps(cell),
     )
-    step_fn = self.step_fn(config)
-    params = jax.tree.map(jnp.copy, params)  # the step eats its argument
-    if state is None:
-      state = init_optimizer(params, Train(), self.mesh)
-    params, state, _ = loop.recover(
-      step_fn,
-      params,
-      state,
+    params = jax.tree.map(jnp.copy, params)  # the step donates its argument
+    training, _ = loop.recover(
+      loop.start(
+        (config, params),
+        Train(),
+        self.schedule,
+        self.mesh,
+        opt_state=state,
+        step_fn=self.step_fn(config),
+      ),
       self.rows(cell.base, cell.seed).batches(begin),
       begin,
       end,
       self.mesh,
     )
-    return jax.block_until_ready((params, state))
+    return jax.block_until_ready((training.trained, training.opt_state))
 
   @functools.lru_cache(maxsize=1)  # noqa: B019
   def step_fn(self, config: model_config.ModelConfig) -> Step:

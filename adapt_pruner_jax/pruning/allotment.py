@@ -6,6 +6,7 @@ ranking  one ranking of all units by score per parameter
 """
 
 import math
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -47,20 +48,20 @@ def adapt(masked: Masked, measured: Measured) -> Allotted:
   wanted = {u: np.where(prunable[u], s, 0.0) for u, s in wanted.items()}
   initial, left = surgery.widths(task.begin), surgery.widths(masked.masks)
   group = {"K": full.head_dim, "F": 1}
-  round_to = {"K": 1, "F": settings.round_ffn_to}
+  rounding = settings.rounding()
   counts = {
     u: schedule.removals(
       initial[u],
       left[u],
       np.where(prunable[u], wanted[u], np.nan),
       group[u],
-      round_to[u],
+      rounding[u],
     )
     for u in UNITS
   }
   if task.target is not None and settings.trim:
     counts = exact_target.trim(
-      full, masked.masks, counts, prunable, task.target, settings.round_ffn_to
+      full, masked.masks, counts, prunable, task.target, rounding
     )
   return Allotted(counts, wanted, relative, measured.importance_L)
 
@@ -123,7 +124,7 @@ def by_ratio(
     counts_at,
     prunable,
     goals[min(masked.number, steps) - 1],
-    settings.round_ffn_to,
+    settings.rounding(),
   )
   was, now = surgery.widths(masked.masks), surgery.widths(left)
   return Allotted({u: was[u] - now[u] for u in UNITS})
@@ -152,7 +153,7 @@ def ranking(masked: Masked, measured: Measured) -> Allotted:
     masked.step.params - math.ceil(size * settings.ranking.step_size),
     task.target or 0,
     cap=settings.ranking.cap,
-    round_to=settings.round_ffn_to,
+    rounding=settings.rounding(),
   )
   if not any(n.any() for n in counts.values()):
     raise UserError(
@@ -178,13 +179,13 @@ def choose(
   aim: int,
   target: int,
   cap: float = 1.0,
-  round_to: int = 1,
+  rounding: Mapping[str, int] = exact_target.EACH,
 ) -> Counts:
   """Units to remove from each module, {"K": int [L], "F": ...}.
 
   One ranking of all modules by score per parameter. Units go until `aim`
   parameters are left, and never below `target` by an MLP channel (block of
-  `round_to`) or more, as long as there are channels: a KV group that would is
+  `rounding`) or more, as long as there are channels: a KV group that would is
   passed over. At least one unit (block) stays in each module.
 
   Args:
@@ -197,7 +198,7 @@ def choose(
   aim = max(aim, target)
   found = []  # (score per parameter, unit, layer, number of units)
   for u in UNITS:
-    block = round_to if u == "F" else 1
+    block = rounding[u]
     for layer in np.flatnonzero(prunable[u]):
       width = int(left[u][layer])
       score = np.sort(scores[u][layer][masks[u][layer]], kind="stable")

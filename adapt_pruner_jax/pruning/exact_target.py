@@ -18,6 +18,7 @@ from adapt_pruner_jax.pruning.surgery import Masks
 from adapt_pruner_jax.pruning.task import Counts, PruneTask, Scores
 
 Removal = tuple[str, int, int]  # unit letter, layer, how many units
+EACH = {"K": 1, "F": 1}  # widths become multiples of this many units
 CountsAt = Callable[[float], Counts]  # units that go at a ratio, not falling
 
 
@@ -27,12 +28,12 @@ def trim(
   counts: Counts,
   prunable: Masks,
   target: int,
-  round_to: int = 1,
+  rounding: Mapping[str, int] = EACH,
 ) -> Counts:
   """Fewer removals, so that the size ends at the target or just below it.
 
   Modules give up what they planned in proportion. The result is not above the
-  target, and within one MLP channel (a block of `round_to`) of it as long as
+  target, and within one MLP channel (a block of `rounding`) of it as long as
   there are channels, else within one KV group: channels that were not planned
   go in place of a KV group too much. Counts that do not reach the target stay.
 
@@ -41,25 +42,26 @@ def trim(
     prunable: modules from which more may be taken, bool [L] each.
   """
   cost = model_config.unit_cost(full)
-  width = surgery.widths(masks)["F"]
+  width = surgery.widths(masks)
   need = surgery.count(full, masks) - target
-  planned = _in_turn(counts, width, round_to)
+  planned = _in_turn(counts, width, rounding)
   enough = _until(planned, need, cost)
   if need <= 0 or enough is None:
     return dict(counts)
   groups = [r for r in enough if r[0] == "K"]
+  worth = lambda groups: cost["K"] * sum(units for _, _, units in groups)
 
-  def with_groups(number: int) -> list[Removal] | None:
+  def with_groups(groups: list[Removal]) -> list[Removal] | None:
     channels = itertools.chain(
       (r for r in planned if r[0] == "F"),
-      _more_channels(width - counts["F"], prunable["F"], round_to),
+      _more_channels(width["F"] - counts["F"], prunable["F"], rounding["F"]),
     )
-    found = _until(channels, need - number * cost["K"], cost)
-    return None if found is None else groups[:number] + found
+    found = _until(channels, need - worth(groups), cost)
+    return None if found is None else groups + found
 
-  chosen = with_groups(len(groups))
-  if len(groups) * cost["K"] - need >= round_to * cost["F"]:
-    chosen = with_groups(len(groups) - 1) or chosen
+  chosen = with_groups(groups)
+  if worth(groups) - need >= rounding["F"] * cost["F"]:
+    chosen = with_groups(groups[:-1]) or chosen
   result = {u: np.zeros(full.num_layers, np.int64) for u in UNITS}
   for unit, layer, units in chosen:
     result[unit][layer] += units
@@ -67,19 +69,18 @@ def trim(
 
 
 def _in_turn(
-  counts: Mapping[str, np.ndarray], width_L: np.ndarray, round_to: int
+  counts: Counts, width: Mapping[str, np.ndarray], rounding: Mapping[str, int]
 ) -> list[Removal]:
   """`counts` one by one, all modules in proportion to what they planned."""
   found = []  # (share of its module's removals, channels first, removal)
-  for layer, total in enumerate(counts["K"]):
-    for i in range(total):
-      found.append(((i + 1) / total, 1, ("K", layer, 1)))
-  for layer, total in enumerate(counts["F"]):
-    done = 0
-    while done < total:
-      size = min(_block(width_L[layer] - done, round_to), total - done)
-      done += size
-      found.append((done / total, 0, ("F", layer, size)))
+  for unit, rank in (("K", 1), ("F", 0)):
+    for layer, total in enumerate(counts[unit]):
+      done = 0
+      while done < total:
+        left = width[unit][layer] - done
+        size = min(_block(left, rounding[unit]), total - done)
+        done += size
+        found.append((done / total, rank, (unit, layer, size)))
   return [removal for _, _, removal in sorted(found)]
 
 
@@ -98,7 +99,7 @@ def _more_channels(
 
 
 def _block(width: int, round_to: int) -> int:
-  """Channels that bring a width down to the next multiple of `round_to`."""
+  """Units that bring a width down to the next multiple of `round_to`."""
   return int(width % round_to or round_to)
 
 
@@ -125,7 +126,7 @@ def solve(
   counts_at: CountsAt,
   prunable: Masks,
   target: int,
-  round_to: int = 1,
+  rounding: Mapping[str, int] = EACH,
 ) -> Masks:
   """The masks of the largest model not above `target` parameters.
 
@@ -139,7 +140,7 @@ def solve(
     scores: of the units, [L, K] and [L, F]; the lowest of a module go first.
     counts_at: units that go at ratio p in [0, 1], not falling with p.
     prunable: which modules may lose channels, bool [L] each.
-    round_to: MLP widths become multiples of this.
+    rounding: widths become multiples of so many units.
 
   Raises:
     UserError: not even p = 1 reaches the target.
@@ -147,7 +148,7 @@ def solve(
   order = choice.order(scores, masks)
 
   def at(ratio: float) -> tuple[Counts, Masks, int]:
-    counts = rounded(counts_at(ratio), masks, round_to)
+    counts = rounded(counts_at(ratio), masks, rounding)
     left = choice.remove(masks, order, counts)
     return counts, left, surgery.count(full, left)
 
@@ -167,9 +168,9 @@ def solve(
   both = {u: np.minimum(at(low)[0][u], at(high)[0][u]) for u in UNITS}
   more = {u: at(high)[0][u] - both[u] for u in UNITS}
   left = choice.remove(masks, order, both)
-  more = trim(full, left, more, prunable, target, round_to)
+  more = trim(full, left, more, prunable, target, rounding)
   left = choice.remove(left, choice.order(scores, left), more)
-  return _give_back(full, masks, left, scores, target, round_to)
+  return _give_back(full, masks, left, scores, target, rounding["F"])
 
 
 def _give_back(
@@ -231,8 +232,12 @@ def unreachable(target: int, closest: int) -> UserError:
   )
 
 
-def rounded(counts: Counts, masks: Masks, round_to: int) -> Counts:
-  """Counts that leave MLP widths rounded up to multiples of `round_to`."""
-  left = surgery.widths(masks)["F"]
-  keep = -(-(left - counts["F"]) // round_to) * round_to
-  return counts | {"F": np.maximum(left - keep, 0)}
+def rounded(
+  counts: Counts, masks: Masks, rounding: Mapping[str, int]
+) -> Counts:
+  """Counts that leave widths rounded up to multiples of `rounding`."""
+  found = {}
+  for u, left in surgery.widths(masks).items():
+    keep = -(-(left - counts[u]) // rounding[u]) * rounding[u]
+    found[u] = np.maximum(left - keep, 0)
+  return found

@@ -17,7 +17,7 @@ from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.models.axes import UNITS, Params
 from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.pruning import choice, surgery
-from adapt_pruner_jax.pruning.refit_between import refit_masked
+from adapt_pruner_jax.pruning.refit import refit_masked
 from adapt_pruner_jax.pruning.surgery import Kept
 from adapt_pruner_jax.pruning.task import (
   Allotted,

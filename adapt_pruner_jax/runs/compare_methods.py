@@ -98,14 +98,19 @@ def shared_recipe(config: Config, recover_tokens: int) -> Config:
   )
 
 
-def check_input(
+def jobs(
   config: Config,
-  names: list[str],
-  jobs: list[tuple[str, float]],
+  methods: str,
+  ratios: list[float],
   recover_tokens: int,
   from_scratch: bool,
-) -> None:
-  """Raises a UserError for what no comparison can be made of."""
+) -> list[tuple[str, float]]:
+  """The rows of a comparison: names with their ratios, the original first.
+
+  Raises:
+    UserError: unknown names, or what no comparison can be made of.
+  """
+  names = parse_names(methods)
   if not (config.eval.text or config.eval.tasks):
     raise UserError(
       "nothing to compare by: give --config.eval.text=FILE for perplexity, "
@@ -118,8 +123,11 @@ def check_input(
       "--from_scratch trains the shapes that adapt leaves: add adapt to "
       "--methods"
     )
-  shared = shared_recipe(config, recover_tokens)
-  for name, ratio in jobs:
-    if name not in (DENSE, SCRATCH):
+  shared, found = shared_recipe(config, recover_tokens), [(DENSE, 0.0)]
+  for ratio in ratios:
+    for name in names:
       settings = settings_of(name, ratio, shared.prune)
       check(dataclasses.replace(shared, prune=settings))
+      found.append((name, ratio))
+    found += [(SCRATCH, ratio)] * from_scratch
+  return found

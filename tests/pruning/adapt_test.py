@@ -89,7 +89,8 @@ def size_after(full, counts):
 def test_trim_ends_just_below_the_target(case):
   full, prunable, counts, target, round_to = case
   masks = surgery.to_masks(surgery.everything(full), full)
-  got = exact_target.trim(full, masks, counts, prunable, target, round_to)
+  rounding = {"K": 1, "F": round_to}
+  got = exact_target.trim(full, masks, counts, prunable, target, rounding)
   size = size_after(full, got)
   if size_after(full, counts) > target or target >= model_config.count_params(
     full
@@ -190,14 +191,16 @@ def run(config, target, after=None, log=None, **recipe):
   K=st.lists(st.integers(1, 4), min_size=3, max_size=3),
   F=st.lists(st.integers(30, 60), min_size=3, max_size=3),
   round_to=st.sampled_from([1, 1, 4]),
+  round_kv=st.sampled_from([1, 1, 2]),
   fold=st.sampled_from(["aligned", "reference"]),
 )
 @FEW
 def test_target_is_met_within_a_channel(
-  fake_scores, share, K, F, round_to, fold
+  fake_scores, share, K, F, round_to, round_kv, fold
 ):
   config = config_of(K, F)
   recipe = {"round_ffn_to": round_to, "gqa_fold": fold}
+  recipe["round_kv_to"] = round_kv
   size = model_config.count_params(config)
   target = int(
     size - share * (size - targets.smallest(config, Prune(**recipe)))
@@ -208,7 +211,9 @@ def test_target_is_met_within_a_channel(
   assert target - size < round_to * model_config.unit_cost(config)["F"]
   for width, full in zip(pruned.config.ffn_widths, F, strict=True):
     assert width == full or width % round_to == 0
-  assert min(pruned.config.kv_groups) > 0
+  for groups, full in zip(pruned.config.kv_groups, K, strict=True):
+    assert groups > 0
+    assert groups == full or groups % round_kv == 0
 
 
 @pytest.mark.parametrize(

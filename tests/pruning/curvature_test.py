@@ -244,7 +244,7 @@ def test_widths_become_multiples():
   scores["F"][0] = 0
   masks = whole()
   masks["F"][0, :3] = False  # 21 left
-  found = choose(scores, 6 * CHANNEL, masks=masks, round_to=8)
+  found = choose(scores, 6 * CHANNEL, masks=masks, rounding={"K": 1, "F": 8})
   assert found["F"] == [5 + 8, 0]
 
 

@@ -93,9 +93,8 @@ def test_any_score_with_any_allotment_and_refits(params, allotment, score):
   size = model_config.count_params(whole.config)
   assert int(SIZE * 0.75) - CHANNEL < size <= int(SIZE * 0.75)
   assert len(seen) > 2
-  assert [r["step"] for r in whole.trace if "refit" in r] == [
-    step for step in range(2, len(seen), 2)
-  ]
+  steps_refitted = [r["step"] for r in whole.trace if "refit" in r]
+  assert steps_refitted == list(range(2, len(seen), 2))
   # What pruning.json keeps of a step.
   step = seen[1]
   left = Step(

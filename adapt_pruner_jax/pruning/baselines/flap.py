@@ -234,66 +234,76 @@ def counter(
 
   AL: all layers compete, UL: each layer gives the same share. AM: heads and
   channels compete, each head with the weight of its parameters; MM: they have
-  budgets of their own, in which `groups` are removed.
+  budgets of their own.
+
+  Args:
+    masks: units that are left.
+    groups: KV groups that go in all under MM, whatever the ratio.
   """
   full, structure = task.full, task.settings.flap.structure
   prunable = targets.prunable_modules(full, task.settings)
   there = {u: masks[u] & prunable[u][:, None] for u in UNITS}
   total = surgery.widths(there)
-  # Weights of a KV group, in those of a channel: an integer, as published.
-  weight = {"K": (2 * full.queries_per_group + 2) * full.head_dim // 3, "F": 1}
-  cost = {
-    "K": (2 * full.queries_per_group + 2) * full.head_dim,
-    "F": 3,
-  }  # both times D
-
-  def below(threshold: dict[str, float]) -> Counts:
-    return {
-      u: (there[u] & (scores[u] <= threshold[u])).sum(axis=1) for u in UNITS
-    }
-
-  listed = np.concatenate([scores[u][there[u]] for u in UNITS])
-  weights = np.concatenate([np.full(there[u].sum(), weight[u]) for u in UNITS])
-  order = np.argsort(-listed, kind="stable")
-  running = np.cumsum(weights[order])
-
-  def competing(ratio: float) -> Counts:
-    if ratio == 0:
-      return below(dict.fromkeys(UNITS, -np.inf))
-    at = np.argmin(np.abs(running - running[-1] * (1 - ratio)))
-    return below(dict.fromkeys(UNITS, listed[order[at]]))
-
-  def lowest(numbers: dict[str, int]) -> Counts:
-    """The lowest of all layers together."""
-    threshold = {}
-    for u in UNITS:
-      listed = np.sort(scores[u][there[u]])
-      threshold[u] = listed[numbers[u] - 1] if numbers[u] else -np.inf
-    return below(threshold)
+  if structure == "ALAM":
+    return _competing(full, there, scores)
+  if structure == "ULUM":
+    return lambda ratio: {u: (ratio * total[u]).astype(int) for u in UNITS}
+  # Over D: parameters of a KV group, and of a channel.
+  cost = {"K": (2 * full.queries_per_group + 2) * full.head_dim, "F": 3}
 
   def channels(ratio: float, K: np.ndarray, F: np.ndarray, gone) -> np.ndarray:
     """MLP channels that go when `gone` of K groups go, of F channels."""
     wanted = ratio * (K * cost["K"] + F * cost["F"]) - gone * cost["K"]
     return np.clip(wanted / cost["F"], 0, F).astype(int)
 
-  def counts_at(ratio: float) -> Counts:
+  def in_each_layer(ratio: float) -> Counts:
     K, F = total["K"], total["F"]
-    if structure == "ALAM":
-      return competing(ratio)
-    if structure == "ULUM":
-      return {u: (ratio * total[u]).astype(int) for u in UNITS}
-    if structure == "ULMM":
-      each = (
-        (ratio * K).astype(int) if groups is None else groups // full.num_layers
-      )
-      gone = np.minimum(each, K)
-      return {"K": gone, "F": channels(ratio, K, F, gone)}
-    gone = int(ratio * K.sum()) if groups is None else groups
-    return lowest(
-      {"K": gone, "F": int(channels(ratio, K.sum(), F.sum(), gone))}
-    )
+    each = (ratio * K).astype(int)
+    if groups is not None:
+      each = groups // full.num_layers
+    gone = np.minimum(each, K)
+    return {"K": gone, "F": channels(ratio, K, F, gone)}
+
+  def anywhere(ratio: float) -> Counts:
+    K, F = total["K"].sum(), total["F"].sum()
+    gone = int(ratio * K) if groups is None else groups
+    numbers = {"K": gone, "F": int(channels(ratio, K, F, gone))}
+    threshold = {}
+    for u in UNITS:
+      listed = np.sort(scores[u][there[u]])
+      threshold[u] = listed[numbers[u] - 1] if numbers[u] else -np.inf
+    return _below(threshold, there, scores)
+
+  return in_each_layer if structure == "ULMM" else anywhere
+
+
+def _competing(
+  full: ModelConfig, there: Masks, scores: Scores
+) -> exact_target.CountsAt:
+  """Units of all modules in one list, each with the weight of its parameters.
+
+  A KV group's weight, in channels, is an integer, as published.
+  """
+  weight = {"K": (2 * full.queries_per_group + 2) * full.head_dim // 3, "F": 1}
+  listed = np.concatenate([scores[u][there[u]] for u in UNITS])
+  weights = np.concatenate([np.full(there[u].sum(), weight[u]) for u in UNITS])
+  order = np.argsort(-listed, kind="stable")
+  running = np.cumsum(weights[order])
+
+  def counts_at(ratio: float) -> Counts:
+    if ratio == 0:
+      return _below(dict.fromkeys(UNITS, -np.inf), there, scores)
+    at = np.argmin(np.abs(running - running[-1] * (1 - ratio)))
+    return _below(dict.fromkeys(UNITS, listed[order[at]]), there, scores)
 
   return counts_at
+
+
+def _below(threshold: dict[str, float], there: Masks, scores: Scores) -> Counts:
+  """Units of each module whose scores are not above a threshold."""
+  return {
+    u: (there[u] & (scores[u] <= threshold[u])).sum(axis=1) for u in UNITS
+  }
 
 
 def compensated(

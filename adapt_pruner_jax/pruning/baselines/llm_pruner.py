@@ -43,7 +43,7 @@ def prepare(task: PruneTask) -> PruneTask:
     mlp_layers=settings.mlp_layers or inside,
   )
   task = dataclasses.replace(task, settings=settings)
-  exact_target.check_reachable(task, {"K": 1, "F": settings.round_ffn_to})
+  exact_target.check_reachable(task, settings.rounding())
   return task
 
 

@@ -5,7 +5,6 @@ command line overrides a field. Numbers in the comments are the paper's.
 """
 
 import dataclasses
-import re
 from typing import Any
 
 from adapt_pruner_jax.errors import UserError, nearest
@@ -48,15 +47,55 @@ CHOICES = {
 }
 
 
+class Section:
+  """A part of the recipe; a name that it does not have is an error at once.
+
+  Else a recipe file with a misspelt field would change nothing, silently.
+  """
+
+  def __new__(cls, *_: Any, **given: Any) -> "Section":
+    for name in given:
+      cls._require(name)
+    return super().__new__(cls)
+
+  def __setattr__(self, name: str, value: Any) -> None:
+    self._require(name)
+    super().__setattr__(name, value)
+
+  @classmethod
+  def _require(cls, name: str) -> None:
+    names = [field.name for field in dataclasses.fields(cls)]
+    if name in names:
+      return
+    full = ".".join([*_place(cls, Config), name])
+    if full in OLD_FIELDS:
+      raise UserError(f"{full} is now {OLD_FIELDS[full]}")
+    raise UserError(
+      f"no field {full}{nearest(name, names)}; "
+      "`adapt-pruner run --help` lists them"
+    )
+
+
+def _place(section: type, within: type) -> list[str]:
+  """The names that lead to a section, ["prune", "flap"]; [] of `within`."""
+  for field in dataclasses.fields(within):
+    if field.type is section:
+      return [field.name]
+    inside = dataclasses.is_dataclass(field.type)
+    if inside and (found := _place(section, field.type)):
+      return [field.name, *found]
+  return []
+
+
 @dataclasses.dataclass
-class Model:
+class Model(Section):
   path: str = "tiny"  # HuggingFace directory, hub id, or "tiny" (embedded)
   dtype: str = "float32"
   ignore_fields: str = ""  # config.json fields to ignore, comma separated
 
 
 @dataclasses.dataclass
-class Ranking:
+class Ranking(Section):
   """One ranking of all units by score per parameter."""
 
   step_size: float = 0.05  # of all parameters, removed a step
@@ -64,31 +103,31 @@ class Ranking:
 
 
 @dataclasses.dataclass
-class Uniform:
+class Uniform(Section):
   """The same share of every layer."""
 
   steps: int = 1  # scores are taken anew for each
 
 
 @dataclasses.dataclass
-class LlmPruner:
+class LlmPruner(Section):
   ranking: str = "layer"  # units compete in their layer, or "global"
 
 
 @dataclasses.dataclass
-class Flap:
+class Flap(Section):
   metric: str = "WIFV"
   structure: str = "ALAM"  # adaptive or uniform over layers, over modules
 
 
 @dataclasses.dataclass
-class SliceGpt:
+class SliceGpt(Section):
   multiple: int = 1  # of residual widths; published (and faster): 8
   subtract_mean: bool = False  # published, but wrong for RMSNorm
 
 
 @dataclasses.dataclass
-class Magnitude:
+class Magnitude(Section):
   norm: str = "l2"
 
 
@@ -106,12 +145,13 @@ PUBLISHED = {
   "magnitude": ("llm_pruner", "magnitude"),
   "random": ("llm_pruner", "random"),
 }
+
 # Methods whose score and allotment are one thing.
 WHOLE = ("wanda_sp", "slicegpt", "shortgpt")
 
 
 @dataclasses.dataclass
-class Prune:
+class Prune(Section):
   method: str = "adapt"
   # The target: parameters to keep, or the share of all parameters to remove.
   # 0 = not given; exactly one of them, or neither and max_steps.
@@ -131,6 +171,8 @@ class Prune:
   gqa_fold: str = "aligned"  # "reference" = the authors' code
   trim: bool = True  # end just below the target; False = the authors'
   round_ffn_to: int = 1  # MLP widths become multiples of this
+  # So do the numbers of KV groups, as a tensor-parallel server needs.
+  round_kv_to: int = 1
   # Least squares on what is left: none, final, or every so many steps and at
   # the end.
   refit: str = "none"
@@ -144,6 +186,10 @@ class Prune:
   slicegpt: SliceGpt = dataclasses.field(default_factory=SliceGpt)
   magnitude: Magnitude = dataclasses.field(default_factory=Magnitude)
 
+  def rounding(self) -> dict[str, int]:
+    """What widths become multiples of, by unit: KV groups, MLP channels."""
+    return {"K": self.round_kv_to, "F": self.round_ffn_to}
+
   def pair(self) -> tuple[str, str]:
     """The allotment and the unit score that these settings ask for."""
     allotment, score = PUBLISHED[self.method]
@@ -153,7 +199,7 @@ class Prune:
 
 
 @dataclasses.dataclass
-class Calibration:
+class Calibration(Section):
   # embedded | text:FILE | jsonl:FILE | hf:NAME | tfds:NAME, or several with
   # weights (see sources.py), or npy:FILE
   source: str = "embedded"
@@ -164,7 +210,7 @@ class Calibration:
 
 
 @dataclasses.dataclass
-class Data:
+class Data(Section):
   source: str = "embedded"  # as calibration.source, but npy
   seq_len: int = 1024
   batch: int = 32  # sequences a train step
@@ -176,7 +222,7 @@ class Data:
 
 
 @dataclasses.dataclass
-class Train:
+class Train(Section):
   tokens: int = 0  # recovery training over all stages; 0 = none
   learning_rate: float = 2e-5
   min_learning_rate: float = 2e-6
@@ -194,14 +240,14 @@ class Train:
 
 
 @dataclasses.dataclass
-class Mesh:
+class Mesh(Section):
   data: int = 1  # -1 = whatever is left, for one of the three
   fsdp: int = -1
   tensor: int = 1
 
 
 @dataclasses.dataclass
-class Eval:
+class Eval(Section):
   text: str = ""  # a text file for the perplexity, "embedded"; empty = none
   tasks: str = ""  # presets and lm-eval's tasks, comma separated; empty = none
   tasks_dir: str = ""  # jsonl files of the questions; empty = the network
@@ -211,19 +257,19 @@ class Eval:
 
 
 @dataclasses.dataclass
-class Checkpoint:
+class Checkpoint(Section):
   steps: int = 500  # train steps between checkpoints
   keep: int = 2  # the newest so many
 
 
 @dataclasses.dataclass
-class Log:
+class Log(Section):
   tensorboard: bool = True
   trackers: str = ""  # wandb, trackio, or both
 
 
 @dataclasses.dataclass
-class Config:
+class Config(Section):
   """A run; `dataclasses.asdict` of it is the work directory's config.json."""
 
   model: Model = dataclasses.field(default_factory=Model)
@@ -246,150 +292,38 @@ def task_names(recipe: Eval) -> list[str]:
 
 def field_names(config: Config) -> list[str]:
   """Dotted names of all fields, e.g. 'prune.ratio'."""
-  return [".".join(path) for path, _ in _leaves(dataclasses.asdict(config))]
+  return [".".join(path) for path, _ in leaves(dataclasses.asdict(config))]
 
 
 def get(config: Config, name: str) -> Any:
   """Value of a dotted field."""
   value = config
-  for part in name.split("."):
+  for part in filter(None, name.split(".")):
     value = getattr(value, part)
   return value
 
 
-def difference(old: dict, new: dict) -> list[str]:
-  """One 'field: old -> new' for each field that two recipes do not share."""
-  old = {".".join(path): value for path, value in _leaves(old)}
-  new = {".".join(path): value for path, value in _leaves(new)}
-  return [
-    f"{name}: {old.get(name, 'absent')} -> {new.get(name, 'absent')}"
-    for name in sorted(old | new)
-    if old.get(name, "absent") != new.get(name, "absent")
-  ]
+# Fields that once had another name. A stored recipe is read with the old names
+# too; a command line and a recipe file are told the new one.
+OLD_FIELDS = {
+  "prune.llm_pruner_steps": "prune.uniform.steps",
+  "prune.llm_pruner_ranking": "prune.llm_pruner.ranking",
+  "prune.flap_metric": "prune.flap.metric",
+  "prune.flap_structure": "prune.flap.structure",
+  "prune.slice_multiple": "prune.slicegpt.multiple",
+  "prune.slice_subtract_mean": "prune.slicegpt.subtract_mean",
+  "prune.magnitude_norm": "prune.magnitude.norm",
+  "prune.curvature_step": "prune.ranking.step_size",
+  "prune.cap": "prune.ranking.cap",
+}
 
 
-def check(config: Config) -> None:
-  """Raises a UserError for a value that no run can have."""
-  for name, allowed in CHOICES.items():
-    value = get(config, name)
-    if value not in allowed:
-      raise UserError(
-        f"--config.{name}={value} is not one of {', '.join(allowed)}"
-        + nearest(str(value), allowed)
-      )
-  p = config.prune
-  if p.ratio and p.target_params:
-    raise UserError(
-      f"prune.ratio={p.ratio} and prune.target_params={p.target_params} are "
-      "both given: give one of them"
-    )
-  if not (p.ratio or p.target_params or p.max_steps):
-    raise UserError(
-      "no target: give --config.prune.ratio=0.2 (share of all parameters to "
-      "remove), --config.prune.target_params=N, or --config.prune.max_steps=N"
-    )
-  if not 0 <= p.ratio < 1:
-    raise UserError(f"prune.ratio={p.ratio} must be in [0, 1)")
-  if p.stages > 1 and not (p.ratio or p.target_params):
-    raise UserError(
-      f"prune.stages={p.stages} needs prune.ratio or prune.target_params"
-    )
-  at_least = {
-    "prune.target_params": 0,
-    "prune.max_steps": 0,
-    "prune.amplitude": 0,
-    "prune.stages": 1,
-    "prune.round_ffn_to": 1,
-    "prune.uniform.steps": 1,
-    "prune.slicegpt.multiple": 1,
-    "prune.refit_ridge": 0,
-    "calibration.refit_samples": 2,
-    "calibration.samples": 1,
-    "calibration.seq_len": 2,
-    "calibration.batch": 1,
-    "data.seq_len": 2,
-    "data.batch": 1,
-    "train.tokens": 0,
-    "train.learning_rate": 0,
-    "train.min_learning_rate": 0,
-    "train.weight_decay": 0,
-    "train.accumulation": 1,
-    "train.distill_alpha": 0,
-    "train.lora_rank": 0,
-    "train.lora_alpha": 0,
-    "eval.seq_len": 0,
-    "eval.batch": 1,
-    "checkpoint.steps": 1,
-    "checkpoint.keep": 1,
-  }
-  for name, low in at_least.items():
-    value = get(config, name)
-    if not value >= low:  # written so that NaN fails
-      raise UserError(f"--config.{name}={value} must be at least {low}")
-  if config.train.distill_alpha > 1:
-    raise UserError(
-      f"train.distill_alpha={config.train.distill_alpha} must be in [0, 1]"
-    )
-  rate, least = config.train.learning_rate, config.train.min_learning_rate
-  if config.train.tokens and least > rate:
-    raise UserError(
-      f"--config.train.min_learning_rate={least} is above "
-      f"--config.train.learning_rate={rate}: the rate would rise at the end"
-    )
-  for name in {"perplexity", "latency"} & {*task_names(config.eval)}:
-    raise UserError(
-      f"--config.eval.tasks={config.eval.tasks}: {name} is no task here; give "
-      "--config.eval.text=FILE for perplexity, --config.eval.latency=True for "
-      "latency"
-    )
-  for name in (
-    "prune.step_size",
-    "prune.ranking.step_size",
-    "prune.ranking.cap",
-  ):
-    if not 0 < get(config, name) <= 1:
-      raise UserError(f"{name}={get(config, name)} must be in (0, 1]")
-  if not isinstance(p.refit, str):
-    raise UserError(f'prune.refit={p.refit!r} must be text: "{p.refit}"')
-  if not re.fullmatch(r"none|final|[1-9]\d*", p.refit):
-    raise UserError(
-      f"--config.prune.refit={p.refit} is not none, final, or a number of "
-      "pruning steps (such as 2) after which to refit"
-    )
-  if p.refit != "none" and p.method == "slicegpt":
-    raise UserError(
-      "SliceGPT changes the residual width, which a refit compares: give "
-      "--config.prune.refit=none"
-    )
-  for name in ("allotment", "group_importance"):
-    if getattr(p, name) and p.method in WHOLE:
-      raise UserError(
-        f"--config.prune.{name}={getattr(p, name)} cannot be combined with "
-        f"--config.prune.method={p.method}, whose scores and allotment are one "
-        "thing: leave it out, or give --config.prune.method=adapt"
-      )
-
-
-def layer_range(text: str, num_layers: int, name: str) -> range:
-  """Parses '2:6' (half open; either end may be left out; empty = all)."""
-  if not text:
-    return range(num_layers)
-  found = re.fullmatch(r"(\d*):(\d*)", text.strip())
-  start = int(found[1] or 0) if found else -1
-  stop = int(found[2] or num_layers) if found else -1
-  if not 0 <= start <= stop <= num_layers:
-    raise UserError(
-      f"--config.{name}={text} is not a range of layers START:STOP within "
-      f"0:{num_layers}"
-    )
-  return range(start, stop)
-
-
-def _leaves(tree: dict, path: tuple = ()) -> list[tuple[tuple, Any]]:
+def leaves(tree: dict, path: tuple = ()) -> list[tuple[tuple, Any]]:
+  """Lists the values in nested dicts, each with the keys that lead to it."""
   found = []
   for key, value in tree.items():
     if isinstance(value, dict):
-      found += _leaves(value, (*path, key))
+      found += leaves(value, (*path, key))
     else:
       found.append(((*path, key), value))
   return found
