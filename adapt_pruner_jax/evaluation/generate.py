@@ -56,8 +56,7 @@ def generate(
     max_new_tokens: per prompt.
     temperature, top_k, top_p: as in `Sampling`.
     eos_ids: ids that end a row; default the config's.
-    finished: asked about a row's new tokens every `CHUNK` of them; True ends it
-      early, its tokens so far are returned.
+    finished: asked about a row's tokens after each `CHUNK`; True ends it early.
 
   Raises:
     UserError: an empty prompt, ids outside the vocabulary, sampling out of
@@ -65,8 +64,7 @@ def generate(
   """
   sampling = Sampling(temperature, top_k, top_p)
   check_request(config, prompts, max_new_tokens, sampling)
-  if mesh is None:
-    mesh = sharding.one_device()
+  mesh = mesh or sharding.one_device()
   eos = tuple(config.eos_ids if eos_ids is None else eos_ids)
   tokens_BT, starts_B = pad_left(prompts, mesh)
   B, T = tokens_BT.shape
@@ -82,12 +80,8 @@ def generate(
   for i in range(rounds):
     logits, caches, drawn_BC = decode(
       *(config, mesh, sampling, eos, CHUNK, params, caches, logits),
-      *(
-        np.int32(T),
-        np.int32(i * CHUNK),
-        starts,
-        placement.place_rows(done, mesh),
-      ),
+      *(np.int32(T), np.int32(i * CHUNK), starts),
+      placement.place_rows(done, mesh),
       np.uint32(seed),
     )
     drawn_BC = np.asarray(drawn_BC)
