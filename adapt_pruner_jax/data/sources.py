@@ -161,7 +161,7 @@ def embedded_text(split: str) -> str:
 
 
 def read_text(path: str | Path) -> str:
-  """Reads a whole UTF-8 file, unpacked if it is .gz or .zst, line ends made \\n.
+  """Reads a whole UTF-8 file, unpacked if need be, line ends made \\n.
 
   Raises:
     UserError: missing, unreadable, not UTF-8 (says which byte), or empty.

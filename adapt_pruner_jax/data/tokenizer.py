@@ -103,7 +103,7 @@ class Tokenizer:
   def encode_batch(
     self, texts: Sequence[str], special: bool = True
   ) -> list[list[int]]:
-    """Encodes many texts, on all cores; `special` as of `encode`."""
+    """Encodes many texts, on all cores; not `special` = `encode_plain`."""
     found = self.backend.encode_batch_fast(
       list(texts), add_special_tokens=special
     )
