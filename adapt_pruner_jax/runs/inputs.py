@@ -8,13 +8,14 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from adapt_pruner_jax.config import Config, task_names
+from adapt_pruner_jax.config import Config, Eval, task_names
 from adapt_pruner_jax.data import packing, sources
 from adapt_pruner_jax.data.calibration import pruning_data
 from adapt_pruner_jax.data.tokenizer import Tokenizer, load_tokenizer
 from adapt_pruner_jax.distributed import agreement, sharding
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.evaluation import evaluate, perplexity
+from adapt_pruner_jax.evaluation.questions import Questions
 from adapt_pruner_jax.formats.hf import load
 from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.model_config import ModelConfig
@@ -83,7 +84,7 @@ def prepare(config: Config, path: Path, log: Log) -> Setting:
   if config.eval.tasks:
     tokenizer = tokenizer or load_tokenizer(source)
     names = task_names(config.eval)
-    evaluate.import_harness().check(names, config.eval.tasks_dir)
+    evaluate.import_harness().check(names, questions(config.eval))
   return Setting(
     config,
     path,
@@ -99,6 +100,11 @@ def prepare(config: Config, path: Path, log: Log) -> Setting:
     total_steps,
     log,
   )
+
+
+def questions(recipe: Eval) -> Questions:
+  """How a recipe asks its tasks."""
+  return Questions(recipe.tasks_dir, recipe.trust_tasks_dir)
 
 
 def _check_lengths(config: Config, full: ModelConfig) -> None:

@@ -4,7 +4,7 @@ from adapt_pruner_jax.config import task_names
 from adapt_pruner_jax.evaluation import evaluate, latency, perplexity
 from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.model_config import ModelConfig
-from adapt_pruner_jax.runs.inputs import Setting, load_model
+from adapt_pruner_jax.runs.inputs import Setting, load_model, questions
 
 
 def measure(config: ModelConfig, params: Params, setting: Setting) -> dict:
@@ -24,17 +24,14 @@ def measure(config: ModelConfig, params: Params, setting: Setting) -> dict:
 def measure_tasks(
   config: ModelConfig, params: Params, setting: Setting
 ) -> dict:
-  """Scores of `eval.tasks`, see `harness.evaluate_tasks`."""
+  """Scores of `eval.tasks`, see `lm_eval_run.evaluate_tasks`."""
   recipe = setting.config.eval
-  return evaluate.import_harness().evaluate_tasks(
-    config,
-    params,
-    setting.tokenizer,
-    task_names(recipe),
-    tasks_dir=recipe.tasks_dir or None,
-    batch=recipe.batch,
-    mesh=setting.mesh,
+  harness = evaluate.import_harness()
+  lm = harness.open_lm(
+    *(config, params, setting.tokenizer, recipe.batch, setting.mesh),
+    phase=setting.log.phase,
   )
+  return harness.evaluate_tasks(lm, task_names(recipe), questions(recipe))
 
 
 def measure_latency(
