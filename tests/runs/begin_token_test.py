@@ -30,7 +30,7 @@ def begun(small_model, tmp_path_factory):
 def opened(path, work, bos):
   config = recipe(path, stages=1, tokens=256)
   config.data.bos = bos
-  return inputs.prepare(config, work, Log(None))
+  return inputs.open_inputs(config, work, Log(None))
 
 
 def test_all_that_a_run_reads(begun, small_model, tmp_path):
