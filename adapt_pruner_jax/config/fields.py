@@ -257,6 +257,7 @@ class Eval(Section):
   text: str = ""  # a text file for the perplexity, "embedded"; empty = none
   tasks: str = ""  # presets and lm-eval's tasks, comma separated; empty = none
   tasks_dir: str = ""  # jsonl files of the questions; empty = the network
+  trust_tasks_dir: bool = False  # the folder's YAML may run its Python
   latency: bool = False  # `run` also times the original and the result
   seq_len: int = 0  # tokens a window; 0 = the model's context, at most 2048
   batch: int = 8

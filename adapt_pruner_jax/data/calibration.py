@@ -19,7 +19,7 @@ from adapt_pruner_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class WindowData:
-  """Windows drawn anywhere from token streams, fresh ones for each step.
+  """Draws windows anywhere from token streams, fresh ones for each step.
 
   With a begin token, it takes the place of each window's first token.
   """
@@ -31,7 +31,7 @@ class WindowData:
   begin_id: int | None = None
 
   def batch(self, step: int) -> np.ndarray:
-    """Samples of pruning step `step` (from 0), int32 [samples, seq_len]."""
+    """Draws pruning step `step`'s (from 0), int32 [samples, seq_len]."""
     windows = []
     for i, (stream, count) in enumerate(
       zip(self.streams, self.counts, strict=True)
@@ -62,13 +62,13 @@ class WindowData:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class GivenData:
-  """Samples that a file lists step by step."""
+  """Hands out the samples that a file lists step by step."""
 
   path: str
   samples: np.ndarray  # integer [steps, samples, tokens]
 
   def batch(self, step: int) -> np.ndarray:
-    """Samples of pruning step `step` (from 0), int32 [samples, tokens]."""
+    """Reads pruning step `step`'s (from 0), int32 [samples, tokens]."""
     if step >= len(self.samples):
       raise UserError(
         f"npy:{self.path} has samples for {len(self.samples)} pruning steps, "
@@ -136,7 +136,7 @@ def pruning_data(
   cache_dir: str | os.PathLike | None = None,
   say: Callable[[str], None] | None = None,
 ) -> tuple[WindowData | GivenData, WindowData | GivenData]:
-  """What pruning steps read and, where there are refits, what these read.
+  """Opens what pruning steps read and, where there are refits, what these do.
 
   A refit has `config.refit_samples` windows of its own.
 

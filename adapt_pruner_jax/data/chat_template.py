@@ -26,7 +26,7 @@ def render(
   prompt: bool = False,
   where: str = "the chat template",
 ) -> str:
-  """The text of a chat, as Transformers' `apply_chat_template` makes it.
+  """Lays out a chat as text, as Transformers' `apply_chat_template` does.
 
   As there, keys whose value is null are left out of the messages, and what an
   assistant thought has all the names that templates read.
@@ -64,7 +64,7 @@ def assistant_spans(
   first: int = 0,
   where: str = "the chat template",
 ) -> tuple[str, list[tuple[int, int]]]:
-  """The text of a chat and where in it the assistant speaks.
+  """Lays out a chat, and finds where in the text the assistant speaks.
 
   A turn starts after the prompt that asks for it and ends with what the
   template puts after it.

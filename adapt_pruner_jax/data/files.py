@@ -30,7 +30,7 @@ SPACE = re.compile(r"\s*")
 
 
 def files_of(kind: str, name: str) -> list[Path]:
-  """The files that a source names, sorted.
+  """Finds the files that a source names, sorted.
 
   A single file is returned whether it is there or not.
 
@@ -54,7 +54,7 @@ def files_of(kind: str, name: str) -> list[Path]:
 
 
 def lines(path: str | Path) -> Iterator[str]:
-  """Lines of a UTF-8 file, unpacked, with \\n as in Python's text mode.
+  """Reads lines of a UTF-8 file, unpacked, with \\n as in Python's text mode.
 
   Raises:
     UserError: missing, unreadable, cut off, or not UTF-8 (says which byte).
@@ -79,7 +79,7 @@ def lines(path: str | Path) -> Iterator[str]:
 
 
 def json_rows(path: str | Path) -> Iterator[tuple[str, Any]]:
-  """Where each row is, and the row.
+  """Reads rows of JSON: where each one is, and the row.
 
   A row is a line, or an item of one JSON array or of the `instances` of one
   object, as LMFlow writes them.
@@ -104,7 +104,7 @@ def json_rows(path: str | Path) -> Iterator[tuple[str, Any]]:
 
 
 def parquet_rows(path: str | Path) -> Iterator[tuple[str, dict]]:
-  """Where each row of a parquet file is, and the row.
+  """Reads rows of a parquet file: where each one is, and the row.
 
   Raises:
     UserError: missing, or not parquet.
@@ -154,7 +154,7 @@ def _files_below(kind: str, folder: Path) -> list[Path]:
 
 
 class _Unpacked(io.RawIOBase):
-  """The bytes of a packed file, which may have several frames."""
+  """Unpacks the bytes of a file, which may have several frames."""
 
   def __init__(self, path: str | Path, file: Any, make: Callable[[], Any]):
     """`make` gives an object that unpacks one frame, as zlib's do."""

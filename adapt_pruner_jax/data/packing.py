@@ -22,7 +22,7 @@ from adapt_pruner_jax.errors import UserError
 
 
 class PackedRows:
-  """Fixed rows of a stream, by index.
+  """Cuts a stream into fixed rows, by index.
 
   Row r has the targets [r*T + 1, (r+1)*T + 1) and, one before, the inputs, so
   that every token but the first of a document is predicted exactly once. A
@@ -51,7 +51,7 @@ class PackedRows:
     return -(-predicted // self.seq_len)
 
   def __getitem__(self, row: int) -> dict[str, np.ndarray]:
-    """A row of each array that `TrainData.batch` stacks, [T]."""
+    """Cuts one row of each array that `TrainData.batch` stacks, [T]."""
     T, stream = self.seq_len, self.stream
     first = row * T
     tokens = stream.tokens[first : first + T + 1]
@@ -86,7 +86,7 @@ class PackedRows:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TrainData:
-  """Shuffled, endlessly repeated rows.
+  """Hands out rows, shuffled and endlessly repeated.
 
   Every process reads all rows of a batch. They are few bytes, and which of them
   its devices need depends on the mesh: those of one `tensor` group need the
@@ -104,7 +104,7 @@ class TrainData:
     return max(share * tokens / size for share, size in self.sources)
 
   def batch(self, step: int) -> dict[str, np.ndarray]:
-    """Batch of train step `step` (from 0).
+    """Stacks the rows of train step `step` (from 0).
 
     Returns:
       Arrays [B, T]: `tokens_BT` and the `targets_BT` that follow them,
@@ -117,7 +117,7 @@ class TrainData:
     return {name: np.stack([r[name] for r in rows]) for name in rows[0]}
 
   def batches(self, first_step: int) -> Iterator[dict[str, np.ndarray]]:
-    """`batch` of `first_step` and of all steps after it."""
+    """Yields `batch` of `first_step` and of all steps after it."""
     return map(self.batch, itertools.count(first_step))
 
 
@@ -182,7 +182,7 @@ def train_data(
 def heldout_tokens(
   text: str, tokenizer: Tokenizer, vocab_size: int, where: str = "eval.text"
 ) -> np.ndarray:
-  """A whole text as int32 [N], encoded at once, for the perplexity.
+  """Encodes a whole text at once, for the perplexity: int32 [N].
 
   Raises:
     UserError: fewer than 2 tokens, or ids outside the vocabulary.

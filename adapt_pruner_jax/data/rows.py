@@ -61,7 +61,7 @@ ALPACA_INPUT = (
 
 
 class Document(NamedTuple):
-  """What is tokenised as one piece."""
+  """Holds what is tokenised as one piece."""
 
   where: str  # for messages, e.g. "a.jsonl line 12"
   content: str | list[dict]  # text, or the messages of a chat
@@ -76,7 +76,7 @@ class Document(NamedTuple):
 def to_document(
   where: str, row: Any, column: str = "", loss: str = "all"
 ) -> Document:
-  """The document in a row, checked.
+  """Reads and checks the document in a row.
 
   Args:
     where: the row's file and line, for messages.
@@ -111,7 +111,7 @@ def to_document(
 
 
 def without_null(value: Any) -> Any:
-  """A copy without the fields that are null: a table gives every row all the
+  """Copies without the fields that are null: a table gives every row all the
   fields that any row has."""
   if isinstance(value, Mapping):
     return {k: without_null(v) for k, v in value.items() if v is not None}

@@ -52,6 +52,8 @@ LONGEST_DOCUMENT = 1 << 22  # bytes
 
 @dataclasses.dataclass(frozen=True)
 class Source:
+  """Says what to read, and how; the options are at the top of this file."""
+
   kind: str
   name: str = ""
   weight: float = 1.0
@@ -130,7 +132,7 @@ def _with_option(source: Source, key: str, text: str, option: str) -> Source:
 
 
 def read_documents(source: Source) -> Iterator[Document]:
-  """The documents of a source, in order, without empty ones.
+  """Reads the documents of a source, in order, without empty ones.
 
   Raises:
     UserError: the source is missing, unreadable, broken or has no text.
@@ -153,13 +155,13 @@ def read_documents(source: Source) -> Iterator[Document]:
 
 
 def embedded_text(split: str) -> str:
-  """The embedded documents of `train` or `heldout` as one text."""
+  """Joins the embedded documents of `train` or `heldout` to one text."""
   documents = read_documents(Source("embedded", split=split))
   return "\n\n".join(d.content for d in documents)
 
 
 def read_text(path: str | Path) -> str:
-  """A whole UTF-8 file, unpacked if it is .gz or .zst, line ends made \\n.
+  """Reads a whole UTF-8 file, unpacked if need be, line ends made \\n.
 
   Raises:
     UserError: missing, unreadable, not UTF-8 (says which byte), or empty.

@@ -33,7 +33,7 @@ Chunk = tuple[np.ndarray, ...]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Stream:
-  """The documents of a source, tokenised, one after the other."""
+  """Holds the documents of a source, tokenised, one after the other."""
 
   tokens: np.ndarray  # int32 [N]
   starts: np.ndarray  # int64 [documents]: where each one starts
@@ -48,7 +48,7 @@ def tokenise(
   cache_dir: str | os.PathLike | None = None,
   say: Callable[[str], None] | None = None,
 ) -> Stream:
-  """All documents of a source as one stream.
+  """Encodes all documents of a source as one stream.
 
   Each text is encoded with the special tokens that its tokenizer adds, then
   closed with the end token. A chat is what its template makes of it. Where the
@@ -97,7 +97,7 @@ def tokenise(
 
 
 def digest(*parts: bytes | np.ndarray) -> str:
-  """SHA-256 of some bytes."""
+  """Computes the SHA-256 of some bytes."""
   total = hashlib.sha256()
   for part in parts:
     total.update(np.ascontiguousarray(part).data if len(part) else b"")

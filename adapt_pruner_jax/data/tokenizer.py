@@ -94,17 +94,17 @@ class Tokenizer:
     return hashlib.sha256(text.encode()).hexdigest()
 
   def encode(self, text: str) -> list[int]:
-    """Token ids, with the special tokens that the tokenizer adds by itself."""
+    """Encodes a text, with the special tokens that the tokenizer adds."""
     return self.backend.encode(text).ids
 
   def encode_plain(self, text: str) -> list[int]:
-    """Token ids without added special tokens."""
+    """Encodes a text without added special tokens."""
     return self.backend.encode(text, add_special_tokens=False).ids
 
   def encode_batch(
     self, texts: Sequence[str], special: bool = True
   ) -> list[list[int]]:
-    """`encode`, or `encode_plain`, of many texts, on all cores."""
+    """Encodes many texts, on all cores; not `special` = `encode_plain`."""
     found = self.backend.encode_batch_fast(
       list(texts), add_special_tokens=special
     )
@@ -116,7 +116,7 @@ class Tokenizer:
     spans: Sequence[Sequence[tuple[int, int]]],
     special: bool = True,
   ) -> list[tuple[list[int], np.ndarray]]:
-    """Token ids of many texts, and which of them are in given spans.
+    """Encodes many texts, and says which tokens are in given spans.
 
     Args:
       texts: each is encoded as by `encode_batch`.
@@ -140,17 +140,28 @@ class Tokenizer:
   def encode_chat(
     self, messages: Sequence[Mapping], tools: Sequence[Mapping] | None = None
   ) -> list[int]:
-    """Token ids of a chat, as the chat template lays it out.
+    """Encodes a chat, as the chat template lays it out.
 
     Raises:
       UserError: as `render_chat`.
     """
     return self.encode_plain(self.render_chat(messages, tools))
 
+  def chat_text(self, messages: Sequence[dict], prompt: bool = False) -> str:
+    """A chat as the chat template lays it out.
+
+    Args:
+      prompt: ends with what asks the assistant to speak.
+
+    Raises:
+      UserError: as `encode_chat`.
+    """
+    return self._apply_template(messages, prompt)
+
   def encode_chat_said(
     self, messages: Sequence[Mapping], tools: Sequence[Mapping] | None = None
   ) -> tuple[list[int], np.ndarray]:
-    """Token ids of a chat, and bool [N]: those that the assistant says.
+    """Encodes a chat; bool [N] tells the ids that the assistant says.
 
     They come after the prompt that asks it to speak, up to and with the end of
     its turn.
@@ -167,7 +178,7 @@ class Tokenizer:
     tools: Sequence[Mapping] | None = None,
     prompt: bool = False,
   ) -> str:
-    """The text of a chat, see `chat_template.render`.
+    """Lays out a chat as text, see `chat_template.render`.
 
     Raises:
       UserError: no chat template, or one that cannot render these messages.
@@ -192,7 +203,7 @@ class Tokenizer:
     tools: Sequence[Mapping] | None = None,
     first: int = 0,
   ) -> tuple[str, list[tuple[int, int]]]:
-    """The text of a chat, and where the assistant speaks from turn `first` on.
+    """Lays out a chat, and finds the assistant's turns from `first` on.
 
     Raises:
       UserError: as `render_chat`, or the turns cannot be told apart.
@@ -217,7 +228,7 @@ class Tokenizer:
 def load_tokenizer(
   model_dir: str | os.PathLike, bos: str = "auto"
 ) -> Tokenizer:
-  """The tokenizer of a HuggingFace directory. No code of it is ever run.
+  """Opens the tokenizer of a HuggingFace directory; runs no code of it.
 
   Args:
     model_dir: the directory.

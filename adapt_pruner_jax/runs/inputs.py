@@ -10,13 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from adapt_pruner_jax.config import Config, task_names
+from adapt_pruner_jax.config import Config, Eval, task_names
 from adapt_pruner_jax.data import packing, sources
 from adapt_pruner_jax.data.calibration import pruning_data
 from adapt_pruner_jax.data.tokenizer import Tokenizer, load_tokenizer
 from adapt_pruner_jax.distributed import agreement, sharding
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.evaluation import evaluate, perplexity
+from adapt_pruner_jax.evaluation.questions import Questions
 from adapt_pruner_jax.formats.hf import files, load
 from adapt_pruner_jax.models import model_config
 from adapt_pruner_jax.models.axes import Params
@@ -88,7 +89,7 @@ def open_inputs(recipe: Config, path: Path, log: Log) -> Inputs:
     eval_tokens = read_eval_text(recipe.eval.text, tokenizer, full.vocab_size)
   if recipe.eval.tasks:
     names = task_names(recipe.eval)
-    evaluate.import_harness().check(names, recipe.eval.tasks_dir)
+    evaluate.import_harness().check(names, questions(recipe.eval))
   return Inputs(
     recipe=recipe,
     path=path,
@@ -104,6 +105,11 @@ def open_inputs(recipe: Config, path: Path, log: Log) -> Inputs:
     total_steps=-(-recipe.train.tokens // recipe.data.step_tokens),
     log=log,
   )
+
+
+def questions(recipe: Eval) -> Questions:
+  """How a recipe asks its tasks."""
+  return Questions(recipe.tasks_dir, recipe.trust_tasks_dir)
 
 
 def _reads_text(recipe: Config) -> bool:

@@ -4,7 +4,7 @@ from adapt_pruner_jax.config import task_names
 from adapt_pruner_jax.evaluation import evaluate, latency, perplexity
 from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.model_config import ModelConfig
-from adapt_pruner_jax.runs.inputs import Inputs, load_model
+from adapt_pruner_jax.runs.inputs import Inputs, load_model, questions
 
 
 def measure(config: ModelConfig, params: Params, inputs: Inputs) -> dict:
@@ -31,15 +31,12 @@ def windows_note(inputs: Inputs) -> str:
 def measure_tasks(config: ModelConfig, params: Params, inputs: Inputs) -> dict:
   """Scores of `eval.tasks`, see `lm_eval_run.evaluate_tasks`."""
   recipe = inputs.recipe.eval
-  return evaluate.import_harness().evaluate_tasks(
-    config,
-    params,
-    inputs.tokenizer,
-    task_names(recipe),
-    tasks_dir=recipe.tasks_dir or None,
-    batch=recipe.batch,
-    mesh=inputs.mesh,
+  harness = evaluate.import_harness()
+  lm = harness.open_lm(
+    *(config, params, inputs.tokenizer, recipe.batch, inputs.mesh),
+    phase=inputs.log.phase,
   )
+  return harness.evaluate_tasks(lm, task_names(recipe), questions(recipe))
 
 
 def measure_latency(
