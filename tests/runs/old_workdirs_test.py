@@ -62,7 +62,8 @@ def test_today_continues_to_the_same_result(old, capsys):
 
 def test_an_old_run_had_no_begin_token(tmp_path, monkeypatch):
   """It goes on without one; where there is none, nothing need be said."""
-  monkeypatch.setattr(recipe, "fingerprints", lambda _: {})
+  prints = {"model": "", "calibration": ""}
+  monkeypatch.setattr(recipe, "fingerprints", lambda _: prints)
   stored = dataclasses.asdict(Config())
   del stored["data"]["bos"]
   (tmp_path / "config.json").write_text(json.dumps(stored))
