@@ -8,7 +8,6 @@ torch is installed.
 
 import dataclasses
 import functools
-import hashlib
 import json
 import os
 import re
@@ -19,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from adapt_pruner_jax.errors import UserError, first_line
+from adapt_pruner_jax.storage import digest, json_files
 
 # Any of these makes a directory without tokenizer.json worth converting.
 CONVERTIBLE = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
@@ -47,7 +47,7 @@ class Tokenizer:
     """SHA-256 of all that decides which ids a text or a chat becomes."""
     parts = (self.eos_token, self.bos_token, self.chat_template)
     text = json.dumps([self.backend.to_str(), *parts])
-    return hashlib.sha256(text.encode()).hexdigest()
+    return digest.of_bytes(text.encode())
 
   def encode(self, text: str) -> list[int]:
     """Token ids, with the special tokens that the tokenizer adds by itself."""
@@ -286,7 +286,4 @@ def _json(path: Path) -> dict:
   """Contents of an optional JSON file."""
   if not path.is_file():
     return {}
-  try:
-    return json.loads(path.read_text(encoding="utf-8"))
-  except ValueError as error:
-    raise UserError(f"{path} is not valid JSON: {error}") from error
+  return json_files.read_json(path)

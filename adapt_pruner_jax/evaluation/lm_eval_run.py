@@ -1,6 +1,5 @@
 """lm-eval's tasks on the pair: presets, scores, how two models differ."""
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -18,6 +17,7 @@ from adapt_pruner_jax.evaluation import lm_eval_tasks
 from adapt_pruner_jax.evaluation.lm_eval_model import JaxLM
 from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.model_config import ModelConfig
+from adapt_pruner_jax.storage import digest
 
 Pair = tuple[ModelConfig, Params]
 
@@ -158,7 +158,7 @@ def summary(
       "truncated": raw["truncated"].get(name, 0),
       "num_fewshot": raw["n-shot"][name],
       "source": raw["sources"][name],
-      "prompt_hash": hashlib.sha256("".join(hashes).encode()).hexdigest(),
+      "prompt_hash": digest.of_bytes("".join(hashes).encode()),
     }
   for name, values in raw.get("groups", {}).items():
     found["groups"][name] = _metrics(values)

@@ -20,7 +20,7 @@ from adapt_pruner_jax.models import model_config
 from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.storage import json_files, orbax_messages
-from adapt_pruner_jax.storage.fingerprint import fingerprints
+from adapt_pruner_jax.storage.fingerprint import fingerprints, named_leaves
 
 
 def is_orbax(source: str) -> bool:
@@ -59,7 +59,7 @@ def write_orbax(
   manifest = {
     "model": model_config.to_json(config),
     "dtype": str(dtype),
-    "fingerprints": fingerprints(_named(params)),
+    "fingerprints": fingerprints(named_leaves(params, "/")),
   }
   with save.directory(out, overwrite) as folder:
     with ocp.StandardCheckpointer() as checkpointer:
@@ -126,17 +126,12 @@ def _restore(path: Path, manifest: dict[str, Any], abstract: Params) -> Params:
     reason = first_line(error)
     raise UserError(f"{path / 'params'} is damaged: {reason[:200]}") from error
   saved = manifest["fingerprints"]
-  for name, found in fingerprints(_named(params)).items():
+  for name, found in fingerprints(named_leaves(params, "/")).items():
     if saved[name] != found:
       raise UserError(
         f"{path / 'params'} is damaged: {name} is not as it was written"
       )
   return params
-
-
-def _named(params: Params) -> dict[str, jax.Array]:
-  leaves = jax.tree_util.tree_leaves_with_path(params)
-  return {"/".join(str(k.key) for k in path): leaf for path, leaf in leaves}
 
 
 def facts(folder: Path) -> dict[str, Any] | None:

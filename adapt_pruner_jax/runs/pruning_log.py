@@ -8,7 +8,7 @@ from adapt_pruner_jax.distributed import agreement
 from adapt_pruner_jax.pruning import methods, surgery, task
 from adapt_pruner_jax.runs.inputs import Setting
 from adapt_pruner_jax.runs.state import State, _kept_from_json, _kept_to_json
-from adapt_pruner_jax.storage import json_files
+from adapt_pruner_jax.storage import digest, json_files
 
 PRUNING = "pruning.json"  # the decided steps of a prune under way
 
@@ -32,7 +32,7 @@ def write_pruning(
     ],
     "trace": json_files.plain(steps),
   }
-  record = {"sha256": json_files.digest(content), "content": content}
+  record = {"sha256": digest.of_json(content), "content": content}
   json_files.write_json(setting.path / PRUNING, record)
 
 
@@ -74,7 +74,7 @@ def _read_pruning(setting: Setting) -> dict | None:
     return None
   try:
     record = json.loads(file.read_bytes())
-    if record["sha256"] == json_files.digest(record["content"]):
+    if record["sha256"] == digest.of_json(record["content"]):
       return record["content"]
   except (ValueError, KeyError, TypeError):
     pass

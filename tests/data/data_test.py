@@ -158,7 +158,7 @@ def test_tokenizer_errors(folder, tmp_path):
     load_tokenizer(tmp_path)
   write(tmp_path / "tokenizer.json", (folder / "tokenizer.json").read_text())
   write(tmp_path / "tokenizer_config.json", "{")
-  with error("tokenizer_config.json is not valid JSON"):
+  with error("tokenizer_config.json is damaged, it is not JSON"):
     load_tokenizer(tmp_path)
 
 
@@ -557,7 +557,7 @@ def test_interrupted_cache_leaves_nothing(tmp_path, words):
 
 def test_cache_that_cannot_be_written(tmp_path, words):
   path = write(tmp_path / "a.txt", "w1 w2")
-  with error("tokens cannot be kept there"):
+  with error("cannot write"):
     token_store.tokenise(sources.Source("text", str(path)), words, V, path)
 
 

@@ -1,6 +1,5 @@
 """The files of a model directory: found, checked, mapped into memory."""
 
-import hashlib
 import json
 import math
 from pathlib import Path
@@ -10,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from adapt_pruner_jax.errors import UserError
+from adapt_pruner_jax.storage import json_files
 
 CONFIG = "config.json"
 MANIFEST = "model.json"  # what an orbax directory has in its place
@@ -23,33 +23,21 @@ CONVERT = (
 )
 
 
-def read_json(path: Path) -> dict[str, Any]:
-  """A file that holds a JSON object.
+def read_object(path: Path) -> dict[str, Any]:
+  """A file of a model directory that holds a JSON object.
 
   Raises:
     UserError: it is missing or holds something else.
   """
-  try:
-    found = json.loads(path.read_text(encoding="utf-8"))
-  except FileNotFoundError as error:
+  if not path.exists():
     raise UserError(
       f"{path.parent} has no {path.name}: a HuggingFace model directory is "
       "needed"
-    ) from error
-  except (ValueError, OSError) as error:
-    raise UserError(f"{path} cannot be read as JSON: {error}") from error
+    )
+  found = json_files.read_json(path)
   if not isinstance(found, dict):
     raise UserError(f"{path} must hold a JSON object")
   return found
-
-
-def write_json(file: Path, content: Any) -> None:
-  file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
-
-
-def sha256(file: Path) -> str:
-  with open(file, "rb") as opened:
-    return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 class Checkpoint:
@@ -127,7 +115,7 @@ def _weight_map(folder: Path) -> dict[str, Path]:
       "repository has pytorch_model.bin only, convert it once with: "
       f"{CONVERT.format('HUB_ID')}"
     )
-  found = read_json(folder / INDEX).get("weight_map")
+  found = read_object(folder / INDEX).get("weight_map")
   if not isinstance(found, dict) or not found:
     raise UserError(f"{folder / INDEX} has no weight_map")
   for name in {*found.values()}:

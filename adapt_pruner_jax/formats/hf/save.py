@@ -11,7 +11,6 @@ import dataclasses
 import os
 import shutil
 import string
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -33,13 +32,14 @@ from adapt_pruner_jax.formats.hf.files import (
   CONFIG,
   LICENCES,
   MANIFEST,
-  write_json,
 )
 from adapt_pruner_jax.models import axes
 from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.model_config import ModelConfig, layer_names
+from adapt_pruner_jax.storage import json_files, publish
 
 FORMATS = ("hf", "hf_uniform")
+MARKS = (CONFIG, MANIFEST)  # by which a directory is one of a model
 TOKENIZER = (
   "tokenizer.json",
   "tokenizer.model",
@@ -102,7 +102,7 @@ def save(
   raw |= {"torch_dtype": str(dtype), "dtype": str(dtype)}
   with directory(path, overwrite) as folder:
     if folder is not None:
-      write_json(folder / CONFIG, raw)
+      json_files.write_json(folder / CONFIG, raw, sort_keys=True)
       if not config_json.is_stock(written):
         _write_classes(folder, written)
       notes += _copy_files(folder, source)
@@ -152,61 +152,14 @@ def directory(path: Path, overwrite: bool) -> Iterator[Path | None]:
   Raises:
     UserError: `path` may not be replaced or cannot be written.
   """
-  folder = agreement.on_writer(lambda: _temporary(path, overwrite))
-  try:
-    yield folder
+  with contextlib.ExitStack() as stack:
+
+    def begin() -> Path:
+      publish.require_free(path, overwrite, MARKS)
+      return stack.enter_context(publish.directory(path, replace=overwrite))
+
+    yield agreement.on_writer(begin)
     agreement.all_agree(True)
-    if folder is not None:
-      _publish(folder, path)
-  except OSError as error:
-    raise unwritable(path, error) from error
-  finally:
-    if folder is not None:
-      shutil.rmtree(folder, ignore_errors=True)
-
-
-def _temporary(path: Path, overwrite: bool) -> Path:
-  if path.exists():
-    if not overwrite:
-      raise UserError(f"{path} exists: give another name, or --overwrite")
-    if not path.is_dir() or (
-      any(path.iterdir())
-      and not any((path / name).is_file() for name in (CONFIG, MANIFEST))
-    ):
-      raise UserError(
-        f"{path} is not a model directory and is not overwritten: give another "
-        "name"
-      )
-  try:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    folder = tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent)
-  except OSError as error:
-    raise unwritable(path, error) from error
-  os.chmod(folder, 0o755)
-  return Path(folder)
-
-
-def _publish(folder: Path, path: Path) -> None:
-  if not path.exists():
-    folder.rename(path)
-    return
-  old = Path(tempfile.mkdtemp(prefix=f".{path.name}-old-", dir=path.parent))
-  path.rename(old / path.name)
-  try:
-    folder.rename(path)
-  except OSError:
-    (old / path.name).rename(path)
-    old.rmdir()
-    raise
-  shutil.rmtree(old)
-
-
-def unwritable(path: Path, error: OSError) -> UserError:
-  """What to raise when a model cannot be written to `path`."""
-  return UserError(
-    f"{path} cannot be written: {error.strerror or error}; give a directory "
-    "with room that you may write to"
-  )
 
 
 def _write_classes(folder: Path, config: ModelConfig) -> None:
