@@ -29,7 +29,7 @@ from adapt_pruner_jax.distributed.stopping import (
   stop_signals,
 )
 from adapt_pruner_jax.formats import convert
-from adapt_pruner_jax.models import layer, model_config
+from adapt_pruner_jax.models import flops, layer, model_config
 from adapt_pruner_jax.pruning import methods, surgery, task
 from adapt_pruner_jax.pruning.schedule import stage_ends, stage_targets
 from adapt_pruner_jax.reporting.html import report
@@ -236,7 +236,8 @@ def recover_stage(
   setting.log.rewind("train", state.step)
   size = model_config.count_params(state.config)
   total = (last - begin) * per_step
-  with setting.log.phase(title, total, "tokens", flops=6.0 * size) as phase:
+  cost = flops.training_flops(state.config, config.data.seq_len)
+  with setting.log.phase(title, total, "tokens", flops=cost) as phase:
 
     def note(step: int, values: dict[str, float]) -> None:
       done = (step + 1 - begin) * per_step
