@@ -14,9 +14,11 @@ from absl import flags, logging
 # machine. JAX is not imported yet.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
+from adapt_pruner_jax.distributed import joining, virtual_devices
 from adapt_pruner_jax.errors import (
   EXIT_ERROR,
   EXIT_STOPPED,
+  StoppedError,
   UserError,
   first_line,
   nearest,
@@ -39,6 +41,10 @@ adapt-pruner COMMAND [--flags]; adapt-pruner COMMAND --help lists the flags
 def main(argv: Sequence[str] | None = None) -> None:
   """Runs a command and exits; docs/faults.md lists the exit codes."""
   argv = list(sys.argv[1:] if argv is None else argv)
+  flags.FLAGS.mark_as_parsed()  # absl warns of each line of a log before that
+  logging.set_verbosity(logging.WARNING)
+  logging.use_absl_handler()
+  virtual_devices.give_threads()
   try:
     command, rest = (argv[0], argv[1:]) if argv else ("--help", [])
     if command in ("--help", "-h", "help"):
@@ -50,6 +56,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"{', '.join(COMMANDS)}"
       )
     sys.exit(COMMANDS[command](command, rest))
+  except StoppedError as stopped:
+    print(stopped, file=sys.stderr)
+    sys.exit(EXIT_STOPPED)
   except UserError as error:
     print(f"error: {error}", file=sys.stderr)
     _fail(error)
@@ -63,27 +72,23 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run(command: str, argv: list[str]) -> int:
+  """Prunes a model, with or without recovery training."""
   values = flags.FlagValues()
   _define_config(values, argv)
   flags.DEFINE_string(
     "workdir", None, "where all of the run goes", flag_values=values
   )
-  _define_distributed(values)
+  joining.define_flags(values)
   _parse(command, argv, values, ["workdir"])
-  path = _workdir(values.workdir)
   _start_jax(values)
-  from adapt_pruner_jax.distributed import stopping
   from adapt_pruner_jax.runs import run as run_
 
-  try:
-    run_.run(_config(values), path)
-  except stopping.StoppedError as stopped:
-    print(stopped, file=sys.stderr)
-    return EXIT_STOPPED
+  run_.run(_config(values), _workdir(values.workdir))
   return 0
 
 
 def plan(command: str, argv: list[str]) -> int:
+  """Says what a run would do and cost."""
   from adapt_pruner_jax.planning import plan as plan_
 
   values = flags.FlagValues()
@@ -95,7 +100,7 @@ def plan(command: str, argv: list[str]) -> int:
 
 
 def compare(command: str, argv: list[str]) -> int:
-  from adapt_pruner_jax.distributed import stopping
+  """Several methods at equal budgets, in one table."""
   from adapt_pruner_jax.runs import compare as compare_
 
   values = flags.FlagValues()
@@ -113,26 +118,23 @@ def compare(command: str, argv: list[str]) -> int:
     "also train the shapes that adapt leaves from scratch",
     flag_values=values,
   )
-  _define_distributed(values)
+  joining.define_flags(values)
   _parse(command, argv, values, ["workdir"])
   path = _workdir(values.workdir)
   _start_jax(values)
-  try:
-    compare_.compare(
-      _config(values),
-      path,
-      values.methods,
-      values.ratios,
-      recover_tokens=values.recover_tokens,
-      from_scratch=values.from_scratch,
-    )
-  except stopping.StoppedError as stopped:
-    print(stopped, file=sys.stderr)
-    return EXIT_STOPPED
+  compare_.compare(
+    _config(values),
+    path,
+    values.methods,
+    values.ratios,
+    recover_tokens=values.recover_tokens,
+    from_scratch=values.from_scratch,
+  )
   return 0
 
 
 def evaluate(command: str, argv: list[str]) -> int:
+  """Perplexity, tasks and latency of a model, as JSON."""
   values = flags.FlagValues()
   text, numbers = flags.DEFINE_string, flags.DEFINE_integer
   text("model", None, "a directory or hub id", flag_values=values)
@@ -146,13 +148,17 @@ def evaluate(command: str, argv: list[str]) -> int:
   numbers("limit", 0, "questions a task; 0 = all", flag_values=values)
   numbers("seq_len", 0, "tokens a window; 0 = context", flag_values=values)
   numbers("batch", 8, "rows at a time", flag_values=values)
-  _define_distributed(values)
+  joining.define_flags(values)
   _parse(command, argv, values, ["model"])
   _start_jax(values)
   from adapt_pruner_jax.distributed import agreement
   from adapt_pruner_jax.evaluation import evaluate as evaluate_
-  from adapt_pruner_jax.storage import json_files
+  from adapt_pruner_jax.storage import json_files, publish
 
+  if values.out:  # asked before hours of work
+    agreement.on_writer(
+      lambda: publish.require_free(Path(values.out), overwrite=True)
+    )
   found = evaluate_.evaluate(
     values.model,
     [t for t in values.tasks.split(",") if t],
@@ -173,6 +179,7 @@ def evaluate(command: str, argv: list[str]) -> int:
 
 
 def generate(command: str, argv: list[str]) -> int:
+  """Continues a prompt."""
   values = flags.FlagValues()
   text, numbers = flags.DEFINE_string, flags.DEFINE_integer
   text("model", None, "a directory or hub id", flag_values=values)
@@ -210,6 +217,7 @@ def generate(command: str, argv: list[str]) -> int:
 
 
 def convert(command: str, argv: list[str]) -> int:
+  """Writes a model in another format, or checks a directory."""
   values = flags.FlagValues()
   text = flags.DEFINE_string
   text("model", None, "a directory or hub id", flag_values=values)
@@ -245,12 +253,15 @@ def convert(command: str, argv: list[str]) -> int:
 
 
 def report(command: str, argv: list[str]) -> int:
+  """Writes report.html of a work directory."""
   values = flags.FlagValues()
   flags.DEFINE_string("workdir", None, "of a run", flag_values=values)
   _parse(command, argv, values, ["workdir"])
   from adapt_pruner_jax.reporting.html import report as report_
+  from adapt_pruner_jax.runs import tiny_model
 
-  print(report_.write(Path(values.workdir)))
+  tiny = tiny_model.config_of(tiny_model.Recipe())
+  print(report_.write(Path(values.workdir), tiny))
   return 0
 
 
@@ -328,23 +339,6 @@ def _define_ignore_fields(values: flags.FlagValues) -> None:
   )
 
 
-def _define_distributed(values: flags.FlagValues) -> None:
-  flags.DEFINE_bool(
-    "distributed",
-    False,
-    "one of several processes (TPU pod, Slurm, or the three flags below)",
-    flag_values=values,
-  )
-  flags.DEFINE_string(
-    "coordinator", "", "HOST:PORT of process 0", flag_values=values
-  )
-  flags.DEFINE_integer("num_processes", 0, "in all", flag_values=values)
-  flags.DEFINE_integer("process_id", -1, "of this one", flag_values=values)
-  flags.DEFINE_integer(
-    "connect_seconds", 300, "wait for the others so long", flag_values=values
-  )
-
-
 def _parse(
   command: str,
   argv: list[str],
@@ -398,21 +392,9 @@ def _fail(error: Exception) -> None:
 
 
 def _start_jax(values: flags.FlagValues | None) -> None:
-  """Logging, several processes if asked for, and the compilation cache."""
-  logging.set_verbosity(logging.WARNING)
-  logging.use_absl_handler()
-  import jax
+  """Several processes if they are asked for, and the compilation cache."""
+  if values is not None:
+    joining.connect_if_asked(values)
+  from adapt_pruner_jax.storage import cache
 
-  if values is not None and (values.distributed or values.coordinator):
-    from adapt_pruner_jax.distributed import processes
-
-    processes.connect(
-      values.coordinator,
-      values.num_processes,
-      values.process_id,
-      values.connect_seconds,
-    )
-  cache = os.environ.get("ADAPT_PRUNER_CACHE")
-  home = Path(cache) if cache else Path.home() / ".cache" / "adapt_pruner_jax"
-  if not jax.config.jax_compilation_cache_dir:
-    jax.config.update("jax_compilation_cache_dir", str(home / "jax"))
+  cache.keep_compiled_programs()

@@ -31,7 +31,7 @@ from adapt_pruner_jax.evaluation import perplexity
 from adapt_pruner_jax.models import axes, model_config
 from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.models.rope import Rope
-from adapt_pruner_jax.storage import digest, json_files, publish
+from adapt_pruner_jax.storage import cache, digest, json_files, publish
 from adapt_pruner_jax.training import loop, optimizer
 from adapt_pruner_jax.training.step import init_optimizer, make_step
 
@@ -81,22 +81,22 @@ def base_model(
   Raises:
     UserError: the cache directory cannot be written.
   """
-  cache = Path(cache_dir or os.environ.get("ADAPT_PRUNER_CACHE") or _home())
-  path = cache / f"tiny-{_key(recipe)}"
+  folder = Path(cache_dir or cache.home())
+  path = folder / f"tiny-{_key(recipe)}"
   if path.exists():
     if is_intact(path):
       return path
     progress(f"tiny: {path} is damaged and is made again")
     shutil.rmtree(path)
   try:
-    cache.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     with (
       publish.directory(path, advice=ADVICE) as made,
       tempfile.TemporaryDirectory() as files,
     ):
       _make(made, Path(files), recipe, progress)
   except OSError as error:
-    raise publish.unwritable(cache, error, ADVICE) from error
+    raise publish.unwritable(folder, error, ADVICE) from error
   except UserError:
     if not is_intact(path):  # else another process was faster
       raise
@@ -308,7 +308,3 @@ def _checksums(path: Path) -> dict[str, str]:
     and file.name != MANIFEST
     and "__pycache__" not in file.parts
   }
-
-
-def _home() -> Path:
-  return Path.home() / ".cache" / "adapt_pruner_jax"
