@@ -2,6 +2,16 @@
 
 One method a file, a pure function with the signature of `prune.prune`.
 Adapt-Pruner with `prune.amplitude=0` is the uniform ablation.
+
+activations   the calibration pass that they share
+budget        meeting a parameter target exactly
+flap          what fluctuates least becomes a bias
+llm_pruner    the same share of every layer, by Taylor scores
+magnitude     ... by the size of the weights
+random_units  ... at random
+shortgpt      whole layers
+slicegpt      directions of the residual stream
+wanda_sp      weights times the size of their inputs
 """
 
 from adapt_pruner_jax.pruning.baselines import (
