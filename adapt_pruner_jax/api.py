@@ -17,20 +17,27 @@ from adapt_pruner_jax.models.model_config import ModelConfig
 
 
 class Model(NamedTuple):
-  """A model, and where its tokenizer is."""
+  """A model, where its tokenizer is, and in which dtype it is saved.
+
+  Attributes:
+    source: the directory that it was loaded from.
+    dtype: of all its weights in files; "" = as they are stored in `source`.
+  """
 
   config: ModelConfig
   params: Params
   source: str | None = None
+  dtype: str = ""
 
 
 def load(
-  path: str | os.PathLike, dtype: str = "float32", ignore_fields: str = ""
+  path: str | os.PathLike, dtype: str = "", ignore_fields: str = ""
 ) -> Model:
   """Opens a HuggingFace directory, a hub id, or an orbax directory.
 
   Args:
-    dtype: of the parameters; float32, bfloat16 or float16.
+    dtype: of the parameters, the arithmetic, and what `save` writes: float32,
+      bfloat16 or float16. "" = float32, saved as each weight was stored.
     ignore_fields: fields of config.json to ignore, separated by commas.
 
   Raises:
@@ -38,8 +45,10 @@ def load(
   """
   from adapt_pruner_jax.formats import opening
 
-  config, params, folder = opening.open_model(str(path), dtype, ignore_fields)
-  return Model(config, params, str(folder))
+  config, params, folder = opening.open_model(
+    str(path), dtype or "float32", ignore_fields
+  )
+  return Model(config, params, str(folder), dtype)
 
 
 def prune(
@@ -53,6 +62,7 @@ def prune(
   batch: int = 32,
   refit_samples: int = 512,
   seed: int = 0,
+  bos: str = "auto",
   **settings: Any,
 ) -> Model:
   """A smaller model, by any method, without training.
@@ -61,6 +71,7 @@ def prune(
     ratio, target_params: the target; one of them.
     calibration: as `calibration.source`, with `samples`, `seq_len`, `batch`
       and `refit_samples`.
+    bos: as `data.bos`: whether windows start with the model's begin token.
     settings: other fields of `config.Prune`, such as method="flap"; there is
       one stage.
 
@@ -70,34 +81,29 @@ def prune(
   from adapt_pruner_jax.config import Calibration, Config, Prune, check
   from adapt_pruner_jax.data.calibration import pruning_data
   from adapt_pruner_jax.pruning import methods, targets
+  from adapt_pruner_jax.pruning.task import PruneTask
 
   recipe = Prune(ratio=ratio, target_params=target_params, **settings)
   source = Calibration(calibration, samples, seq_len, batch, refit_samples)
   check(Config(prune=recipe, calibration=source))
   tokenizer = None
   if not calibration.startswith("npy:"):
-    tokenizer = _tokenizer(model)
+    tokenizer = _tokenizer(model, bos)
   windows, for_refit = pruning_data(
     source, recipe.refit != "none", tokenizer, model.config.vocab_size, seed
   )
-  old = (model.config, model.params)
-  found = methods.METHODS[recipe.method](
-    *old,
+  task = PruneTask(
+    model.config,
+    model.params,
     recipe,
     windows.batch,
-    target=targets.resolve_target(model.config, recipe),
+    targets.resolve_target(model.config, recipe),
+    refit_samples=for_refit.batch,
     batch=batch,
     seed=seed,
   )
-  params, _ = methods.refit_after(
-    old,
-    found,
-    found.kept,
-    recipe,
-    lambda: for_refit.batch(len(found.trace)),
-    batch,
-  )
-  return Model(found.config, params, model.source)
+  found = methods.refit_after(task, methods.prune(task))
+  return Model(found.config, found.params, model.source, model.dtype)
 
 
 def save(
@@ -111,11 +117,11 @@ def save(
   Raises:
     UserError: `path` exists, or the format cannot express the model.
   """
-  from adapt_pruner_jax.formats import convert
+  from adapt_pruner_jax.formats import convert, dtypes
 
   convert.write(
     model.config,
-    model.params,
+    dtypes.for_export(*model),
     path,
     format,
     source=model.source,
@@ -124,9 +130,19 @@ def save(
 
 
 def perplexity(
-  model: Model, text: str, seq_len: int = 0, batch: int = 8
+  model: Model,
+  text: str,
+  seq_len: int = 0,
+  batch: int = 8,
+  bos: str = "auto",
 ) -> float:
   """Perplexity per token of the model's tokenizer on a text.
+
+  Args:
+    seq_len: tokens a window; 0 = the model's context, at most 2048.
+    batch: windows at a time.
+    bos: "auto", each window starts with the begin token that the tokenizer
+      adds, if it adds one; "none", windows of text alone, as in many papers.
 
   Raises:
     UserError: fewer than two tokens.
@@ -134,16 +150,22 @@ def perplexity(
   from adapt_pruner_jax.data import packing
   from adapt_pruner_jax.evaluation import perplexity as perplexity_
 
+  tokenizer = _tokenizer(model, bos)
   ids = packing.heldout_tokens(
-    text, _tokenizer(model), model.config.vocab_size, "the text"
+    text, tokenizer, model.config.vocab_size, "the text"
   )
   length = perplexity_.window(model.config, seq_len)
-  return perplexity_.perplexity(model.config, model.params, ids, length, batch)[
-    0
-  ]
+  return perplexity_.perplexity(
+    model.config,
+    model.params,
+    ids,
+    length,
+    batch,
+    begin_id=tokenizer.begin_id,
+  )[0]
 
 
-def _tokenizer(model: Model) -> Any:
+def _tokenizer(model: Model, bos: str) -> Any:
   from adapt_pruner_jax.data.tokenizer import load_tokenizer
   from adapt_pruner_jax.errors import UserError
 
@@ -152,4 +174,4 @@ def _tokenizer(model: Model) -> Any:
       "the model has no tokenizer: give Model(..., source=DIR), a directory "
       "with one"
     )
-  return load_tokenizer(model.source)
+  return load_tokenizer(model.source, bos)

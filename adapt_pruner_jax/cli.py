@@ -1,6 +1,5 @@
 """Commands and flags; nothing else parses a command line."""
 
-import dataclasses
 import json
 import os
 import sys
@@ -14,6 +13,7 @@ from absl import flags, logging
 # machine. JAX is not imported yet.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
+from adapt_pruner_jax.config import recipe_flags
 from adapt_pruner_jax.distributed import joining, virtual_devices
 from adapt_pruner_jax.errors import (
   EXIT_ERROR,
@@ -24,7 +24,6 @@ from adapt_pruner_jax.errors import (
   nearest,
 )
 
-ROOT = Path(__file__).resolve().parent
 USAGE = """\
 adapt-pruner COMMAND [--flags]; adapt-pruner COMMAND --help lists the flags
 
@@ -74,16 +73,19 @@ def main(argv: Sequence[str] | None = None) -> None:
 def run(command: str, argv: list[str]) -> int:
   """Prunes a model, with or without recovery training."""
   values = flags.FlagValues()
-  _define_config(values, argv)
+  recipe_flags.define(values, argv)
   flags.DEFINE_string(
     "workdir", None, "where all of the run goes", flag_values=values
   )
+  _define_overwrite(values)
   joining.define_flags(values)
   _parse(command, argv, values, ["workdir"])
   _start_jax(values)
   from adapt_pruner_jax.runs import run as run_
 
-  run_.run(_config(values), _workdir(values.workdir))
+  run_.run(
+    recipe_flags.recipe(values), _workdir(values.workdir), values.overwrite
+  )
   return 0
 
 
@@ -92,10 +94,10 @@ def plan(command: str, argv: list[str]) -> int:
   from adapt_pruner_jax.planning import plan as plan_
 
   values = flags.FlagValues()
-  _define_config(values, argv)
+  recipe_flags.define(values, argv)
   plan_.define_flags(values)
   _parse(command, argv, values)
-  plan_.plan(_config(values), **plan_.flag_values(values))
+  plan_.plan(recipe_flags.recipe(values), **plan_.flag_values(values))
   return 0
 
 
@@ -104,7 +106,7 @@ def compare(command: str, argv: list[str]) -> int:
   from adapt_pruner_jax.runs import compare as compare_
 
   values = flags.FlagValues()
-  _define_config(values, argv)
+  recipe_flags.define(values, argv)
   text, numbers = flags.DEFINE_string, flags.DEFINE_integer
   text("workdir", None, "where the table goes", flag_values=values)
   text("methods", "all", "comma separated, or all", flag_values=values)
@@ -118,17 +120,19 @@ def compare(command: str, argv: list[str]) -> int:
     "also train the shapes that adapt leaves from scratch",
     flag_values=values,
   )
+  _define_overwrite(values)
   joining.define_flags(values)
   _parse(command, argv, values, ["workdir"])
   path = _workdir(values.workdir)
   _start_jax(values)
   compare_.compare(
-    _config(values),
+    recipe_flags.recipe(values),
     path,
     values.methods,
     values.ratios,
     recover_tokens=values.recover_tokens,
     from_scratch=values.from_scratch,
+    overwrite=values.overwrite,
   )
   return 0
 
@@ -140,21 +144,29 @@ def evaluate(command: str, argv: list[str]) -> int:
   text("model", None, "a directory or hub id", flag_values=values)
   text("tasks", "perplexity", "perplexity, latency, tasks", flag_values=values)
   text("text", "", "text file for the perplexity", flag_values=values)
-  text("tasks_dir", "", "jsonl files of the questions", flag_values=values)
   text("baseline", "", "a second model to compare with", flag_values=values)
   text("dtype", "float32", "of the arithmetic", flag_values=values)
   _define_ignore_fields(values)
   text("out", "", "JSON file for the result", flag_values=values)
-  numbers("limit", 0, "questions a task; 0 = all", flag_values=values)
+  text(
+    "bos",
+    "auto",
+    "auto: windows of the perplexity start with the begin token, where the "
+    "tokenizer adds one; none: without",
+    flag_values=values,
+  )
   numbers("seq_len", 0, "tokens a window; 0 = context", flag_values=values)
   numbers("batch", 8, "rows at a time", flag_values=values)
+  _define_questions(values)
   joining.define_flags(values)
   _parse(command, argv, values, ["model"])
   _start_jax(values)
   from adapt_pruner_jax.distributed import agreement
   from adapt_pruner_jax.evaluation import evaluate as evaluate_
+  from adapt_pruner_jax.reporting.log import Log
   from adapt_pruner_jax.storage import json_files, publish
 
+  given = {field: values[field].value for field in evaluate_.FIELDS}
   if values.out:  # asked before hours of work
     agreement.on_writer(
       lambda: publish.require_free(Path(values.out), overwrite=True)
@@ -162,14 +174,12 @@ def evaluate(command: str, argv: list[str]) -> int:
   found = evaluate_.evaluate(
     values.model,
     [t for t in values.tasks.split(",") if t],
-    text=values.text,
-    tasks_dir=values.tasks_dir,
     baseline=values.baseline,
-    limit=values.limit,
-    seq_len=values.seq_len,
-    batch=values.batch,
     dtype=values.dtype,
     ignore_fields=values.ignore_fields,
+    bos=values.bos,
+    phase=Log(None, stderr=True).phase,  # stdout is for the result
+    **given,
   )
   if agreement.is_writer():
     print(json.dumps(json_files.plain(found), indent=2))
@@ -196,6 +206,7 @@ def generate(command: str, argv: list[str]) -> int:
   from adapt_pruner_jax.data.tokenizer import load_tokenizer
   from adapt_pruner_jax.evaluation import generate as generate_
   from adapt_pruner_jax.formats import opening
+  from adapt_pruner_jax.formats.hf.generation_config import end_tokens
 
   config, params, folder = opening.open_model(
     values.model, values.dtype, values.ignore_fields
@@ -207,10 +218,9 @@ def generate(command: str, argv: list[str]) -> int:
     params,
     [prompt],
     values.max_new_tokens,
-    temperature=values.temperature,
-    top_k=values.top_k,
-    top_p=values.top_p,
-    seed=values.seed,
+    generate_.Sampling(values.temperature, values.top_k, values.top_p),
+    values.seed,
+    eos_ids=end_tokens(folder, config, tokenizer),
   )
   print(tokenizer.backend.decode(prompt + new, skip_special_tokens=True))
   return 0
@@ -279,63 +289,52 @@ COMMANDS: dict[str, Callable[[str, list[str]], int]] = {
 # ---- Flags -------------------------------------------------------------------
 
 
-def _define_config(values: flags.FlagValues, argv: list[str]) -> None:
-  """--config=FILE and --config.section.field=value."""
-  from ml_collections import config_flags
-
-  from adapt_pruner_jax.config import Config, field_names
-
-  names = field_names(Config())
-  for argument in argv:
-    name = argument.lstrip("-").split("=")[0]
-    if name.startswith("config.") and name[7:] not in names:
-      raise UserError(
-        f"no config field {name}{nearest(name[7:], names)}; "
-        "adapt_pruner_jax/config.py lists them"
-      )
-  default = ROOT.parent / "configs" / "tiny.py"
-  if not default.exists():
-    default = ROOT / "configs" / "tiny.py"
-  argv[:] = [_found_config(a) for a in argv]
-  config_flags.DEFINE_config_file(
-    "config", str(default), "the recipe", flag_values=values, sys_argv=argv
+def _define_overwrite(values: flags.FlagValues) -> None:
+  flags.DEFINE_bool(
+    "overwrite",
+    False,
+    "remove another recipe's run from --workdir, or a finished one, and start "
+    "anew; an unfinished run of this recipe is continued",
+    flag_values=values,
   )
-
-
-def _found_config(argument: str) -> str:
-  """--config=configs/X.py also finds the recipes that are installed.
-
-  What follows a colon, configs/X.py:0.4, is the argument of `get_config`.
-  """
-  flag, _, file = argument.partition("=")
-  if flag.lstrip("-") != "config" or not file:
-    return argument
-  file, colon, given = file.partition(":")
-  path = Path(file)
-  for place in (path, ROOT.parent / path, ROOT / path):
-    if place.is_file():
-      return f"{flag}={place}{colon}{given}"
-  folder = ROOT.parent / "configs"
-  folder = folder if folder.is_dir() else ROOT / "configs"
-  have = sorted(p.name for p in folder.glob("*.py") if p.stem != "__init__")
-  raise UserError(
-    f"--config={file}: no such file{nearest(path.name, have)}; there are "
-    f"{', '.join('configs/' + n for n in have)}"
-  )
-
-
-def _config(values: flags.FlagValues):
-  from adapt_pruner_jax.config import Config
-
-  config = values.config
-  if not isinstance(config, Config):
-    raise UserError("the --config file's get_config() must return a Config")
-  return config
 
 
 def _define_ignore_fields(values: flags.FlagValues) -> None:
   flags.DEFINE_string(
     "ignore_fields", "", "of config.json, comma separated", flag_values=values
+  )
+
+
+def _define_questions(values: flags.FlagValues) -> None:
+  """How tasks are asked, `evaluation.questions.Questions`."""
+  text, numbers = flags.DEFINE_string, flags.DEFINE_integer
+  yes = flags.DEFINE_bool
+  text("tasks_dir", "", "jsonl files of the questions", flag_values=values)
+  yes(
+    "trust_tasks_dir",
+    False,
+    "let YAML files in --tasks_dir run their Python",
+    flag_values=values,
+  )
+  numbers("limit", 0, "questions a task; 0 = all", flag_values=values)
+  numbers(
+    "num_fewshot",
+    None,
+    "examples shown; default the task's",
+    flag_values=values,
+  )
+  yes(
+    "apply_chat_template",
+    False,
+    "ask as a chat, by the tokenizer's template",
+    flag_values=values,
+  )
+  text("system_instruction", "", "said before all else", flag_values=values)
+  yes(
+    "fewshot_as_multiturn",
+    None,
+    "examples as turns of the chat; default with --apply_chat_template",
+    flag_values=values,
   )
 
 
@@ -348,15 +347,12 @@ def _parse(
   if "--help" in argv or "-h" in argv:
     print(f"adapt-pruner {command}\n{values.get_help()}")
     if "config" in values:
-      from adapt_pruner_jax.config import Config
+      from adapt_pruner_jax.config import Config, field_names, get
 
       print("\nconfig fields and their defaults; a recipe may set others:")
-      for section, content in dataclasses.asdict(Config()).items():
-        pairs = (
-          content.items() if isinstance(content, dict) else [("", content)]
-        )
-        for name, value in pairs:
-          print(f"  --config.{section}{'.' * bool(name)}{name}={value}")
+      config = Config()
+      for name in field_names(config):
+        print(f"  --config.{name}={get(config, name)}")
     sys.exit(0)
   try:
     rest = values([command, *argv])[1:]

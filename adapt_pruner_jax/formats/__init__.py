@@ -1,9 +1,7 @@
-"""Any format of a model to a pair, and back.
+"""Any format to a pair (ModelConfig, params) and back.
 
-opening   a model in any format that can be read
-convert   a model written in any format
-orbax     our own format, on any mesh
-markdown  tables in Markdown
-hf        HuggingFace directories
-gguf      files for llama.cpp
+opening: opens whatever can be read. convert: one format to another, or a pair
+to a file. dtypes: in which dtype each parameter is written. orbax: our own
+format, which holds every model, on any mesh. markdown: tables for model cards.
+hf: HuggingFace directories. gguf: files for llama.cpp.
 """

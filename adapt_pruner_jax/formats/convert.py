@@ -1,9 +1,4 @@
-"""Formats of a model: hf, hf_uniform, gguf, and orbax (our own, on any mesh).
-
-An orbax directory has the arrays in `params/`, the ModelConfig and a
-fingerprint of each array in `model.json`, the tokenizer's files and SHA256SUMS.
-It can hold every model there is, also those that other formats cannot express.
-"""
+"""Writes a model in any format, and turns one format into another."""
 
 import os
 from pathlib import Path
@@ -33,6 +28,10 @@ def convert(
 
   Args:
     source: a HuggingFace directory or hub id, or an orbax directory.
+    out: what is written, a directory or a gguf file.
+    format: one of `FORMATS`.
+    overwrite: replace the model that is at `out`.
+    ignore_fields: fields of config.json to ignore, separated by commas.
     dtype: of the weights, "" = as they are stored; for gguf f32 (which "" is),
       f16 or q8_0.
 
@@ -41,6 +40,7 @@ def convert(
       express the model.
   """
   _check_format(format)
+  out = Path(out).expanduser()
   publish.require_free(out, overwrite, () if format == "gguf" else save.MARKS)
   quantization = ""
   if format == "gguf":
@@ -77,7 +77,10 @@ def write(
   """Writes a model; the result is opened again and compared before it counts.
 
   Args:
+    config, params: the model; but for gguf, each parameter is written in its
+      dtype (see `dtypes.for_export`).
     source: the directory that tokenizer and licence come from.
+    out, format, overwrite: as in `convert`.
     quantization: of gguf only.
     facts: for the model card, as in a run's summary.json.
 
@@ -85,7 +88,7 @@ def write(
     UserError: as `convert`.
   """
   _check_format(format)
-  out, source = Path(out), Path(source) if source else None
+  out, source = Path(out).expanduser(), Path(source) if source else None
   if format == "orbax":
     write_orbax(config, params, out, source, overwrite)
   elif format == "gguf":

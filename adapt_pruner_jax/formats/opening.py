@@ -1,9 +1,4 @@
-"""Formats of a model: hf, hf_uniform, gguf, and orbax (our own, on any mesh).
-
-An orbax directory has the arrays in `params/`, the ModelConfig and a
-fingerprint of each array in `model.json`, the tokenizer's files and SHA256SUMS.
-It can hold every model there is, also those that other formats cannot express.
-"""
+"""Opens a model in whatever format it is."""
 
 from pathlib import Path
 
@@ -26,7 +21,17 @@ def open_model(
   ignore_fields: str = "",
   mesh: Mesh | None = None,
 ) -> tuple[ModelConfig, Params, Path]:
-  """A model in any format that can be read, and its directory.
+  """Opens a model.
+
+  Args:
+    source: a HuggingFace directory or hub id, or an orbax directory.
+    dtype: of the parameters, and so of the arithmetic; None = as they are
+      stored.
+    ignore_fields: fields of config.json to ignore, separated by commas.
+    mesh: where the parameters go; None = the default device.
+
+  Returns:
+    The model, and its directory.
 
   Raises:
     UserError: not there, damaged, or an unknown dtype.
@@ -36,7 +41,7 @@ def open_model(
   if is_orbax(source):
     folder = Path(source).expanduser()
     return *read_orbax(folder, dtype, mesh), folder
-  inner = Path(source) / load.WORKDIR_MODEL
+  inner = Path(source).expanduser() / load.WORKDIR_MODEL
   if (inner / MANIFEST).is_file():
     raise UserError(f"{source} is a work directory; its model is {inner}")
   folder = load.resolve(source)
@@ -45,6 +50,7 @@ def open_model(
 
 
 def check_dtype(dtype: str | None) -> None:
+  """Raises a UserError for a dtype that parameters cannot have."""
   if dtype and dtype not in DTYPES:
     raise UserError(
       f"--dtype={dtype} is not one of {', '.join(DTYPES)}"

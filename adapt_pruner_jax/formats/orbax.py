@@ -1,10 +1,11 @@
-"""Formats of a model: hf, hf_uniform, gguf, and orbax (our own, on any mesh).
+"""Our own format: arrays that any mesh opens, of every model there is.
 
-An orbax directory has the arrays in `params/`, the ModelConfig and a
+A directory has the arrays in `params/`, the ModelConfig, dtypes and a
 fingerprint of each array in `model.json`, the tokenizer's files and SHA256SUMS.
-It can hold every model there is, also those that other formats cannot express.
+It also holds models that other formats cannot express.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,9 @@ from jax.sharding import Mesh
 
 from adapt_pruner_jax.distributed import sharding
 from adapt_pruner_jax.errors import UserError, first_line
-from adapt_pruner_jax.formats.hf import card, save
+from adapt_pruner_jax.formats.hf import card, parent_files, save, weights
 from adapt_pruner_jax.formats.hf.files import MANIFEST
-from adapt_pruner_jax.models import model_config
+from adapt_pruner_jax.models import axes, model_config
 from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.storage import json_files, orbax_messages
@@ -24,6 +25,7 @@ from adapt_pruner_jax.storage.fingerprint import fingerprints, named_leaves
 
 
 def is_orbax(source: str) -> bool:
+  """Returns whether a path is a directory in this format."""
   return (Path(source).expanduser() / MANIFEST).is_file()
 
 
@@ -33,7 +35,7 @@ def verify(path: str) -> None:
   Raises:
     UserError: a file is missing, changed, or not listed.
   """
-  card.verify(Path(path))
+  card.verify(Path(path).expanduser())
   print(f"{path}: all files are as they were written")
 
 
@@ -46,6 +48,12 @@ def write_orbax(
 ) -> None:
   """Writes an orbax directory, from one process.
 
+  Args:
+    config, params: the model; each parameter is written in its dtype.
+    out: the directory.
+    source: the parent's directory, which the tokenizer comes from.
+    overwrite: replace the model that is at `out`.
+
   Raises:
     UserError: `out` exists or cannot be written.
   """
@@ -54,18 +62,22 @@ def write_orbax(
   orbax_messages.orbax()
   if jax.process_count() > 1:
     raise UserError("orbax models are written from one process only")
-  dtype = jnp.result_type(*jax.tree.leaves(params))
-  params = jax.tree.map(lambda x: jnp.asarray(x, dtype), params)
+  params = jax.tree.map(jnp.asarray, params)
+  usual = str(weights.usual_dtype(config, params))
+  others = {n: str(x.dtype) for n, x in named_leaves(params, "/").items()}
+  others = {n: dtype for n, dtype in others.items() if dtype != usual}
   manifest = {
     "model": model_config.to_json(config),
-    "dtype": str(dtype),
+    "dtype": usual,
+    "other_dtypes": others,
+    "tokenizer": parent_files.tokenizer_fields(source),
     "fingerprints": fingerprints(named_leaves(params, "/")),
   }
   with save.directory(out, overwrite) as folder:
     with ocp.StandardCheckpointer() as checkpointer:
       checkpointer.save(folder.absolute() / "params", params)
     if source is not None:
-      save.copy_tokenizer(source, folder)
+      parent_files.copy_tokenizer(source, folder)
     json_files.write_json(folder / MANIFEST, manifest)
     card.write_sums(folder)
     _, manifest, abstract = _open_orbax(folder, None)
@@ -79,15 +91,16 @@ def read_orbax(
   """Opens what `write_orbax` wrote, on any mesh.
 
   Args:
+    path: the directory.
     dtype: of the parameters; None = as they are stored.
+    mesh: where they go; None = the default device.
 
   Raises:
-    UserError: damaged.
+    UserError: it is damaged.
   """
   config, manifest, abstract = _open_orbax(path, mesh)
   leaves, tree = jax.tree.flatten(_restore(path, manifest, abstract))
-  dtype = jnp.dtype(dtype or manifest["dtype"])
-  for i, leaf in enumerate(leaves):  # one at a time in two types
+  for i, leaf in enumerate(leaves if dtype else ()):  # one at a time in both
     leaves[i] = leaf.astype(dtype)
   return config, jax.tree.unflatten(tree, leaves)
 
@@ -97,12 +110,24 @@ def _open_orbax(
 ) -> tuple[ModelConfig, dict[str, Any], Params]:
   """The config, the manifest and the abstract params of an orbax directory."""
   card.verify(path, only=MANIFEST)
-  manifest = json_files.read_json(path / MANIFEST)
-  config = model_config.from_json(manifest["model"])
+  try:
+    manifest = json_files.read_json(path / MANIFEST)
+    config = model_config.from_json(manifest["model"])
+    kinds = _kinds(manifest)
+    abstract = model_config.abstract_params(config, kinds("embedding"))
+    names = named_leaves(abstract, "/").keys()
+    if names != manifest["fingerprints"].keys():
+      raise ValueError("its parameters are not those of its model")
+  except (ValueError, KeyError, TypeError, AttributeError) as error:
+    raise UserError(
+      f"{path / MANIFEST} is damaged ({type(error).__name__}: "
+      f"{first_line(error)}): get the directory again"
+    ) from error
   mesh = mesh or sharding.one_device()
-  abstract = model_config.abstract_params(config, jnp.dtype(manifest["dtype"]))
-  abstract = jax.tree.map(
-    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+  abstract = jax.tree_util.tree_map_with_path(
+    lambda path, x, s: jax.ShapeDtypeStruct(
+      x.shape, kinds(_name(path)), sharding=s
+    ),
     abstract,
     sharding.param_shardings(abstract, mesh),
   )
@@ -134,8 +159,29 @@ def _restore(path: Path, manifest: dict[str, Any], abstract: Params) -> Params:
   return params
 
 
+def _name(path: tuple) -> str:
+  """As in the manifest: "layer_0/q"."""
+  return "/".join(str(k.key) for k in path)
+
+
+def _kinds(manifest: dict[str, Any]) -> Callable[[str], jnp.dtype]:
+  """Gives the stored dtype of a parameter by its name in the manifest."""
+  others = manifest.get("other_dtypes", {})  # before 0.2 there were none
+  return lambda name: jnp.dtype(others.get(name, manifest["dtype"]))
+
+
+def stored_dtypes(path: Path) -> dict[tuple[int | None, str], str]:
+  """The dtype of each parameter of an orbax directory, by layer and name."""
+  _, _, abstract = _open_orbax(path, None)
+  found = {}
+  axes.map_named(
+    lambda name, layer, x: found.update({(layer, name): str(x.dtype)}), abstract
+  )
+  return found
+
+
 def facts(folder: Path) -> dict[str, Any] | None:
-  """What the run that left this model says about it."""
+  """Returns what the run that left this model says about it, if one did."""
   summary = folder.parent / "summary.json"
   if folder.name != "model" or not summary.is_file():
     return None

@@ -1,16 +1,19 @@
-"""Which units go, and what the rest of a layer becomes.
+"""Pruning: which units of a model go, and what the rest becomes.
 
-methods         the methods by name
-task            what a prune works on
-adapt           Adapt-Pruner
-curvature       by the curvature of the loss
-schedule        how much of each module goes, in float64
-ranking         the units that score least
-targets         what a target means, and what can be reached
-exact_target    the last step, so that the size ends at the target
-scores          what a layer and a unit are worth
-refit           what is left learns to stand in for what was removed
-linear_algebra  Grams and their factors
-surgery         units that are left, and arrays cut to them
+task            what a prune works on, its steps, and what it gives back
+methods         the methods by name, made of a score and an allotment
+steps           the one loop: measure, allot, choose, refit
+scores          Taylor, magnitude and random scores; importance of layers
+curvature       second-order scores
+backward        the walk through a masked model and back that scores take
+allotment       how much goes where: adapt, uniform, one ranking
+schedule        Adapt-Pruner's schedule, targets of stages
+exact_target    a parameter target met within one channel
+targets         what may be pruned, and how far
+choice          the lowest units go
+surgery         kept units, masks, and the gather of arrays
+refit           least squares on what is left
+least_squares   how a refit is solved, layer by layer
+linear_algebra  factors and solves of Gram matrices
 baselines       other people's methods
 """

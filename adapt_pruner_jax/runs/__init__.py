@@ -1,11 +1,12 @@
 """Whole runs in a work directory, and comparisons of methods.
 
-run              stages of prune, refit, recover, evaluate, save
+run              a run, read top to bottom: prune, refit, recover, evaluate,
+                 save
 inputs           what a run reads, opened before any work
-recipe           whose work directory it is
-state            what a run changes, in memory and in checkpoints
-pruning_log      the decided steps of a prune under way
+state            what a run has done, in memory and on disk
+prune_once       one prune with its refit
 measure          perplexity, tasks and latency of a run's model
+recipe           whose work directory it is, and what --overwrite removes
 summary          summary.json, and the tables at the end
 compare          several methods at equal budgets
 compare_methods  the names that take part, and their settings

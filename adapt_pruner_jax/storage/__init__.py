@@ -7,5 +7,6 @@ lock            one run at a time in a work directory
 checkpoints     the newest states of a run, by Orbax
 fingerprint     a number for each array, by which a flipped bit shows
 orbax_messages  Orbax without what it prints besides what it raises
+confinement     files of a model directory are taken from inside it only
 cache           where what can be made again is kept between runs
 """

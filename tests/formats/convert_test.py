@@ -123,7 +123,7 @@ def test_from_file_to_file(written, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
   "changes",
   [
-    {"K": (0, 2, 3), "F": (24, 0, 17)},
+    {"kv_groups": (0, 2, 3), "ffn_widths": (24, 0, 17)},
     {"residual": ((16, 12, 10), (10, 9, 11), (11, 8, 7))},
   ],
   ids=["no attention", "SliceGPT"],
@@ -145,6 +145,33 @@ def test_orbax_on_a_mesh_and_in_another_dtype(written, orbax):
   assert same(params, expected)
   placed = sharding.param_shardings(params, mesh)
   assert params["layer_1"]["q"].sharding == placed["layer_1"]["q"]
+
+
+@pytest.mark.parametrize(
+  "content",
+  [
+    "",
+    "{",
+    "[]",
+    "7",
+    "{}",
+    '{"model": {}}',
+    '{"model": {"V": 3}, "dtype": "float32"}',
+    '{"model": [], "dtype": "float32", "fingerprints": {}}',
+    "dtype",
+    "fingerprints",
+  ],
+)
+def test_a_damaged_manifest_is_one_line(broken, capsys, tmp_path, content):
+  """Also if SHA256SUMS was made anew."""
+  file = broken / files.MANIFEST
+  if content in ("dtype", "fingerprints"):
+    raw = json.loads(file.read_text()) | {content: "years"}
+    content = json.dumps(raw)
+  file.write_text(content)
+  card.write_sums(broken)
+  text = refusal(capsys, f"--model={broken}", f"--out={tmp_path / 'out'}")
+  assert str(file) in text
 
 
 def test_damaged_arrays_are_refused(broken, capsys, tmp_path):
@@ -302,8 +329,8 @@ def test_what_is_refused_and_what_can(written, tmp_path, capsys):
     ({"residual": ((16, 9, 9),) * 3}, "hf", "orbax"),
     ({"residual": ((16, 9, 9),) * 3}, "hf_uniform", "orbax"),
     ({"residual": ((16, 9, 9),) * 3}, "gguf", "orbax"),
-    ({"K": (0, 0, 0)}, "hf_uniform", "--format=hf"),
-    ({"K": (0, 2, 3)}, "gguf", "--format=hf"),
+    ({"kv_groups": (0, 0, 0)}, "hf_uniform", "--format=hf"),
+    ({"kv_groups": (0, 2, 3)}, "gguf", "--format=hf"),
     ({"family": "gemma2"}, "gguf", "--format=hf_uniform"),
     ({"family": "olmo2", "qk_norm": "all"}, "hf_uniform", "--format=hf"),
     ({"family": "mistral", "o_bias": True}, "hf_uniform", "--format=hf"),

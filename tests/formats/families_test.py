@@ -80,7 +80,6 @@ def test_defaults_are_those_of_transformers(family):
     "rope_scaling": None,
     "rope_parameters": None,
     "sliding_window_pattern": 6,  # in code; no field any more
-    "_sliding_window_pattern": None,
   }
   for field, default in families.FAMILIES[family].fields.items():
     if default is families.REQUIRED or field == "layer_types":
@@ -110,6 +109,76 @@ def test_windows_are_those_of_transformers(family, layers):
   assert 0 in expected
   assert 8 in expected
   assert list(config.window) == expected
+
+
+def test_a_pattern_that_transformers_does_not_read():
+  """Gemma 3's files have it, with an underscore, beside layer_types or not."""
+  fields = {**zoo.BASE, "num_hidden_layers": 13, "sliding_window": 8}
+  fields["_sliding_window_pattern"] = 2
+  peer = transformers.AutoConfig.for_model("gemma3_text", **fields)
+  config = config_json.read(fields | {"model_type": "gemma3_text"})
+  expected = [8 * (kind == "sliding_attention") for kind in peer.layer_types]
+  assert expected.count(0) == 2
+  assert list(config.window) == expected
+
+
+@pytest.mark.parametrize(
+  "name",
+  ["llama_bias", "mistral", "qwen2", "qwen3", "gemma2", "olmo2", "granite"],
+)
+def test_a_partial_rope_where_transformers_ignores_it(animals, name, tmp_path):
+  import torch
+
+  path = tmp_path / name
+  shutil.copytree(animals[name].path, path)
+  rope = {"rope_type": "default", "rope_theta": 1e4}
+  zoo.rewrite_config(
+    path, rope_parameters=rope | {"partial_rotary_factor": 0.5}
+  )
+  peer = transformers.AutoModelForCausalLM.from_pretrained(
+    path, attn_implementation="eager"
+  )
+  tokens = animals[name].tokens_BT
+  with torch.no_grad():
+    expected = peer(torch.tensor(tokens)).logits.numpy()
+  found = logits_of(*load.load(path), tokens)
+  np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
+
+
+def test_a_partial_rope_of_phi3(animals, tmp_path):
+  import torch
+
+  path = tmp_path / "phi3"
+  shutil.copytree(animals["phi3"].path, path)
+  rope = {"rope_type": "default", "rope_theta": 1e4}
+  zoo.rewrite_config(
+    path, rope_parameters=rope | {"partial_rotary_factor": 0.5}
+  )
+  peer = transformers.AutoModelForCausalLM.from_pretrained(path)
+  tokens = animals["phi3"].tokens_BT
+  with torch.no_grad():
+    expected = peer(torch.tensor(tokens)).logits.numpy()
+  config, params = load.load(path)
+  assert config.rope.partial == 0.5
+  found = logits_of(config, params, tokens)
+  np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
+  written = config_json.write(config)
+  assert written["partial_rotary_factor"] == 0.5
+  assert written["rope_scaling"] is None  # version 4 knows longrope only
+
+
+@pytest.mark.parametrize("kind", ["linear", "llama3"])
+def test_ropes_that_the_config_class_refuses(kind):
+  rope = {**zoo.LLAMA3, "rope_type": kind}
+  fields = {**zoo.BASE, "rope_parameters": rope}
+  with pytest.raises(Exception, match="longrope"):
+    transformers.AutoConfig.for_model("phi3", **fields)
+  with pytest.raises(UserError, match=f"rope type {kind} is not supported in"):
+    config_json.read(fields | {"model_type": "phi3"})
+  share = {"partial_rotary_factor": 0.5}  # shapes do not fit in Transformers
+  fields |= {"rope_parameters": rope | share, "model_type": "llama"}
+  with pytest.raises(UserError, match="more than llama models can compute"):
+    config_json.read(fields)
 
 
 @pytest.mark.parametrize(
@@ -152,7 +221,7 @@ def refusal(**changes):
   "changes, words",
   [
     ({"model_type": "bert"}, ["bert", "llama, mistral, qwen2"]),
-    ({"model_type": "qwen4"}, ["qwen4", "did you mean qwen"]),
+    ({"model_type": "qwen4"}, ["qwen4 is not supported; supported: llama"]),
     ({"model_type": ...}, ["model_type None"]),
     ({"architectures": ["LlamaForSequenceClassification"]}, ["not a causal"]),
     ({"architectures": ["LlamaModel"]}, ["LlamaModel", "not a causal"]),
@@ -202,6 +271,56 @@ def test_ignored_fields():
   yarn = {"type": "yarn", "factor": 4.0, "beta_fast": 32}
   raw = LLAMA | {"rope_scaling": yarn}
   assert config_json.read(raw, "rope_scaling") == config
+
+
+def test_other_names_of_what_is_known():
+  config = config_json.read(LLAMA)
+  assert config_json.read(LLAMA | {"hidden_act": "swish"}) == config
+  assert config_json.write(config)["hidden_act"] == "silu"
+  # Falcon 3 says so, and no class reads it.
+  assert config_json.read(LLAMA | {"activation": "swiglu"}) == config
+  text = refusal(activation="geglu")
+  assert "activation=geglu is not known" in text
+
+
+def test_wrappers_of_a_language_model(tmp_path):
+  """The command that the refusal names makes a directory that can be read."""
+  import torch
+
+  fields = {**zoo.BASE, **zoo.GEMMA, "model_type": "gemma3_text"}
+  vision = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+  }
+  config = transformers.AutoConfig.for_model(
+    "gemma3",
+    text_config=fields,
+    vision_config=vision,
+    mm_tokens_per_image=4,
+    image_token_index=60,
+    boi_token_index=61,
+    eoi_token_index=62,
+  )
+  torch.manual_seed(0)
+  peer = transformers.AutoModelForImageTextToText.from_config(config).eval()
+  peer.save_pretrained(tmp_path / "wrapper")
+  with pytest.raises(UserError) as caught:
+    load.load(tmp_path / "wrapper")
+  text = str(caught.value)
+  assert "of type gemma3 holds a language model of type gemma3_text" in text
+  assert "did you mean" not in text
+  code = text[text.index('"') + 1 : -1]
+  code = code.replace("'MODEL'", repr(str(tmp_path / "wrapper")))
+  exec(code.replace("'TEXT'", repr(str(tmp_path / "text"))), {})
+  tokens = np.random.default_rng(0).integers(60, size=(1, 20))
+  with torch.no_grad():
+    expected = peer(torch.tensor(tokens)).logits.numpy()
+  found = logits_of(*load.load(tmp_path / "text"), tokens)
+  np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
 
 
 def test_families_that_refuse_by_name():

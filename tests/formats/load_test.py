@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from adapt_pruner_jax.data import tokenizer
 from adapt_pruner_jax.distributed import sharding
 from adapt_pruner_jax.errors import UserError
+from adapt_pruner_jax.formats import convert, opening, orbax
 from adapt_pruner_jax.formats.hf import load, save, tensors
 from adapt_pruner_jax.models import decoder
 from adapt_pruner_jax.models.model_config import ModelConfig
@@ -29,6 +31,9 @@ CONFIG = ModelConfig(
   context=32,
   tied=False,
 )
+
+
+UNTIED = {"tie_word_embeddings": False}
 
 
 @pytest.fixture(scope="module")
@@ -162,6 +167,19 @@ def test_tied_twice(written, broken):
   text = refusal(path)
   assert "lm_head.weight" in text
   assert "tie_word_embeddings" in text
+  # The remedy that it names, and what Transformers makes of the file.
+  assert 'set "tie_word_embeddings": false' in text
+  transformers = pytest.importorskip("transformers")
+  torch = pytest.importorskip("torch")
+  peer = transformers.AutoModelForCausalLM.from_pretrained(path)
+  ids = np.arange(12)[None]
+  with torch.no_grad():
+    expected = peer(torch.tensor(ids)).logits.numpy()
+  (path / "config.json").write_text(json.dumps({**raw, **UNTIED}))
+  config, params = load.load(path)
+  found = decoder.Decoder(config).apply({"params": params}, ids)[0]
+  np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+  (path / "config.json").write_text(json.dumps(raw))
 
   def tie(arrays):
     arrays["lm_head.weight"] = arrays["model.embed_tokens.weight"].copy()
@@ -170,6 +188,125 @@ def test_tied_twice(written, broken):
   config, params = load.load(path)
   assert config.tied
   assert "lm_head" not in params
+
+
+def test_an_index_that_lists_a_tied_matrix(broken):
+  """As some published ones do, though no file has it."""
+  raw = json.loads((broken / "config.json").read_text())
+  change_tensors(broken, lambda a: a.pop("lm_head.weight"))
+  names = safetensors.numpy.load_file(broken / "model.safetensors").keys()
+  shard = "model-00001-of-00001.safetensors"
+  (broken / "model.safetensors").rename(broken / shard)
+  index = {"weight_map": dict.fromkeys([*names, "lm_head.weight"], shard)}
+  (broken / "model.safetensors.index.json").write_text(json.dumps(index))
+  assert "has no tensor lm_head.weight" in refusal(broken)
+  raw["tie_word_embeddings"] = True
+  (broken / "config.json").write_text(json.dumps(raw))
+  config, _ = load.load(broken)
+  assert config.tied
+
+
+def test_shards_without_an_index(written, tmp_path):
+  path = tmp_path / "sharded"
+  _, params = written
+  save.save(CONFIG, params, path, shard_bytes=2000, say=lambda _: None)
+  (path / "model.safetensors.index.json").unlink()
+  _, found = load.load(path)
+  assert same(found, params)
+  files = sorted(path.glob("*.safetensors"))
+  files[1].unlink()
+  text = refusal(path)
+  assert files[0].name in text
+  assert f"of {len(files)} shards not number 2" in text
+  for file in files[:1] + files[2:]:
+    file.rename(path / file.name.replace(f"{len(files):05}", "00002"))
+  assert "of 2 shards" in refusal(path)
+
+
+@pytest.mark.parametrize(
+  "name", ["config.json", "model.safetensors", "LICENSE", "tokenizer.json"]
+)
+def test_links_out_of_the_directory(broken, tmp_path, name):
+  """They would be copied into the export, whatever they lead to."""
+  secret = tmp_path / "secret"
+  if (broken / name).exists():
+    (broken / name).rename(secret)
+  else:
+    secret.write_text("years")
+  (broken / name).symlink_to(secret)
+  with pytest.raises(UserError, match=r"is a link to .*secret, outside of"):
+    convert.convert(str(broken), tmp_path / "out", "hf")
+  assert not (tmp_path / "out").exists()
+  if name == "tokenizer.json":
+    with pytest.raises(UserError, match="is a link to"):
+      tokenizer.load_tokenizer(broken)
+  # Inside of it they may lead anywhere.
+  (broken / name).unlink()
+  secret.rename(broken / "elsewhere")
+  (broken / name).symlink_to("elsewhere")
+  if name != "tokenizer.json":  # which that is not
+    convert.convert(str(broken), tmp_path / "out", "hf")
+    copied = (tmp_path / "out" / name).read_bytes()
+    if name in ("model.safetensors", "LICENSE"):
+      assert copied == (broken / "elsewhere").read_bytes()
+
+
+@pytest.fixture
+def hub(written, tmp_path, monkeypatch):
+  """A cache that `from_pretrained` of Transformers has filled, offline."""
+  cache = tmp_path / "hub"
+  commits = {"main": "a" * 40, "v2": "b" * 40}
+  repository = cache / "models--someone--small"
+  listed = {}
+  for revision, commit in commits.items():
+    snapshot = repository / "snapshots" / commit
+    for folder in (snapshot, repository / "blobs", repository / "refs"):
+      folder.mkdir(parents=True, exist_ok=True)
+    (repository / "refs" / revision).write_text(commit)
+    for file in written[0].iterdir():
+      listed[file.name] = {"size": file.stat().st_size, "blob_id": file.name}
+      if file.name not in ("README.md", "SHA256SUMS"):
+        shutil.copyfile(file, repository / "blobs" / file.name)
+        (snapshot / file.name).symlink_to(f"../../blobs/{file.name}")
+    for name in ("LICENSE", "trainer_state.json"):
+      listed[name] = {"size": 1, "blob_id": name}
+    tree = repository / "trees" / f"{commit}.json"
+    tree.parent.mkdir(exist_ok=True)
+    tree.write_text(json.dumps({"format_version": 1, "files": listed}))
+  other = repository / "snapshots" / commits["v2"] / "config.json"
+  raw = json.loads(other.read_text()) | {"rms_norm_eps": 1e-3}
+  other.unlink()
+  other.write_text(json.dumps(raw))
+  import huggingface_hub
+
+  monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
+  return repository
+
+
+def test_a_hub_cache_without_card_and_licence(hub, written):
+  import huggingface_hub
+
+  with pytest.raises(Exception, match="LICENSE"):
+    huggingface_hub.snapshot_download("someone/small")
+  config, params = load.load("someone/small")
+  assert config == CONFIG
+  assert same(params, written[1])
+  config, _ = load.load("someone/small@v2")
+  assert config.norm_eps == 1e-3
+  assert load.read_config(f"someone/small@{'b' * 40}").norm_eps == 1e-3
+  assert "someone/small@v3 is not a directory" in refusal("someone/small@v3")
+  gone = hub / "snapshots" / ("a" * 40) / "model.safetensors"
+  gone.unlink()
+  assert "model.safetensors" in refusal("someone/small")
+
+
+def test_home_in_a_path(written, monkeypatch, tmp_path):
+  monkeypatch.setenv("HOME", str(written[0].parent))
+  assert load.read_config("~/model") == CONFIG
+  assert opening.open_model("~/model")[2] == written[0]
+  convert.convert("~/model", "~/again", "orbax")
+  assert opening.open_model("~/again")[0] == CONFIG
+  orbax.verify("~/again")
 
 
 def test_left_over_buffers_are_ignored(broken, written):

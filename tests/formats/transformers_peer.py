@@ -6,8 +6,10 @@ output: for each export what came out of each check.
 """
 
 import json
+import logging
 import sys
 import tempfile
+import warnings
 from pathlib import Path
 
 # `Trainer` imports it if it is there; it is too new for Transformers 4.
@@ -17,8 +19,6 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
 
-VERSION = int(transformers.__version__.split(".")[0])
-DTYPE = "dtype" if VERSION >= 5 else "torch_dtype"
 NEW = 6
 TRAINED = (
   "llama3-hf",
@@ -32,8 +32,54 @@ def load(path, dtype=torch.float32):
     path,
     trust_remote_code=path.name.endswith("-hf"),
     attn_implementation="eager",
-    **{DTYPE: dtype},
+    dtype=dtype,
   ).eval()
+
+
+def untrusted(path):
+  """What `from_pretrained` raises for want of trust."""
+  try:
+    transformers.AutoModelForCausalLM.from_pretrained(path)
+  except Exception as error:
+    return f"{type(error).__name__}: {error}"
+  return "opened"
+
+
+def warnings_of(path):
+  """All that is said on opening, but for one line that is Transformers' own."""
+  said = []
+  handler = logging.Handler(logging.WARNING)
+  handler.emit = lambda record: said.append(record.getMessage())
+  transformers.logging.add_handler(handler)
+  with warnings.catch_warnings(record=True) as warned:
+    warnings.simplefilter("always")
+    load(path)
+  logging.getLogger("transformers").removeHandler(handler)
+  said += [str(warning.message) for warning in warned]
+  return [x for x in said if not x.startswith("Reading global config value")]
+
+
+def heads(path, tokens):
+  """Difference of the body below each head from the model's own, by task."""
+  found = {}
+  options = {"trust_remote_code": True, "dtype": torch.float32}
+  body = transformers.AutoModel.from_pretrained(path, **options).eval()
+  for task in ("Sequence", "Token"):
+    auto = getattr(transformers, f"AutoModelFor{task}Classification")
+    if auto.__name__ not in body.config.auto_map:
+      continue
+    model = auto.from_pretrained(path, num_labels=3, **options).eval()
+    model.config.pad_token_id = 0
+    with tempfile.TemporaryDirectory() as saved:
+      model.save_pretrained(saved)
+      again = auto.from_pretrained(saved, **options).eval()
+    with torch.no_grad():
+      states = [m(tokens).last_hidden_state for m in (body, model.model)]
+      logits = [m(tokens).logits for m in (model, again)]
+    assert logits[0].shape[-1] == 3
+    offs = [(one - two).abs().max() for one, two in (states, logits)]
+    found[task] = float(max(offs))
+  return found
 
 
 def difference(model, tokens, expected):
@@ -156,6 +202,14 @@ def check(path, tokens):
     "class": type(model).__name__,
     "logits": difference(model, tokens, expected),
   }
+  if path.name.endswith("-hf") and path.name != "old-hf":
+    found["heads"] = heads(path, tokens)
+    # What was trusted once opens again in this process.
+    again = transformers.AutoModelForCausalLM.from_pretrained(
+      path, attn_implementation="eager", dtype=torch.float32
+    ).eval()
+    with torch.no_grad():
+      found["again"] = difference(again, tokens, model(tokens).logits)
   if "gemma2" not in path.name:  # which only has eager
     model.set_attn_implementation("sdpa")
     found["sdpa"] = difference(model, tokens, expected)
@@ -175,15 +229,20 @@ def check(path, tokens):
 
 
 def main():
-  transformers.logging.set_verbosity_error()
   transformers.logging.disable_progress_bar()
   torch.manual_seed(0)
   root = Path(sys.argv[1])
   tokens = torch.tensor(np.load(root / "tokens.npy"))
-  found = {
-    path.parent.name: check(path.parent, tokens)
-    for path in sorted(root.glob("*/logits.npy"))
-  }
+  paths = [path.parent for path in sorted(root.glob("*/logits.npy"))]
+  uneven = [path for path in paths if path.name.endswith("-hf")]
+  # Before any of their code is trusted.
+  before = {path.name: untrusted(path) for path in uneven}
+  said = {path.name: warnings_of(path) for path in uneven}
+  transformers.logging.set_verbosity_error()
+  found = {path.name: check(path, tokens) for path in paths}
+  for path in uneven:
+    found[path.name]["untrusted"] = before[path.name]
+    found[path.name]["warnings"] = said[path.name]
   assert not any(m.startswith("adapt_pruner_jax") for m in sys.modules)
   print(json.dumps({"version": transformers.__version__, "found": found}))
 

@@ -4,7 +4,10 @@ import dataclasses
 import json
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
+
+from adapt_pruner_jax.models import axes, model_config
 
 BASE = {
   "vocab_size": 64,
@@ -28,6 +31,8 @@ LLAMA3 = {
   "original_max_position_embeddings": 16,
 }
 GEMMA = {"head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 24}
+UNEVEN = {"K": (4, 1, 2), "F": (24, 17, 5)}
+HOLES = {"K": (0, 4, 1), "F": (24, 0, 7)}  # the first layer has no attention
 # name: (model_type, what differs from BASE). Sequences are longer than windows.
 CASES = {
   "llama": ("llama", {"num_key_value_heads": 8, "eos_token_id": 2}),
@@ -135,3 +140,30 @@ def rewrite_config(path: Path, **changes: object) -> None:
   raw = json.loads(file.read_text()) | changes
   raw = {name: value for name, value in raw.items() if value is not ...}
   file.write_text(json.dumps(raw))
+
+
+def cut(config, params, K, F):
+  """The model with the first K groups and F channels of each layer."""
+  new = dataclasses.replace(config, kv_groups=K, ffn_widths=F)
+
+  def one(name, layer, x):
+    if layer is None:
+      return x
+    indices = {"K": np.arange(K[layer]), "F": np.arange(F[layer])}
+    return axes.take(name, x, indices)
+
+  params = axes.map_named(one, params)
+  for i in range(new.num_layers):
+    tree, names = params[axes.layer_name(i)], model_config.layer_names(new, i)
+    params[axes.layer_name(i)] = {n: tree[n] for n in names}
+  return new, params
+
+
+def with_output_biases(config, params):
+  """As FLAP leaves it."""
+  rng = np.random.default_rng(0)
+  for i in range(config.num_layers):
+    for name in ("o_bias", "down_bias"):
+      bias = rng.normal(0, 0.3, config.hidden_size)
+      params[axes.layer_name(i)][name] = jnp.asarray(bias, jnp.float32)
+  return dataclasses.replace(config, o_bias=True, down_bias=True), params

@@ -1,14 +1,12 @@
-"""HuggingFace directories, read and written from the same tables.
+"""HuggingFace directories: read, and written so that Transformers opens them.
 
-families     a row for each family of models
-fields       which fields of config.json mean what
-config_json  config.json to a `ModelConfig` and back
-tensors      where each parameter is in a checkpoint, and in which layout
-files        files of a directory, found and mapped into memory
-load         a directory or hub id to a pair
-weights      safetensors files, written block by block
-save         a pair to a directory
-uniform      the same function with layers of one size, by zeros
-reopen       a written directory opened again and compared
-card         model card and SHA256SUMS
+load: finds a model and puts it on devices. save: writes a directory.
+reopen: opens what was written and compares it. files: the files of a directory,
+checked. weights: writes safetensors. tensors: where each parameter is in them,
+and in which layout. config_json: config.json, with its parts in fields (single
+fields), layers (sizes by layer, biases), ropes and windows. families: one row
+of a table for each family. uniform: layers padded to one size. parent_files:
+tokenizer and licence. generation_config: what ends an answer. card: the model card and SHA256SUMS.
+modeling.py.template, head.py.template: the classes that go along with layers of
+unequal size.
 """

@@ -9,7 +9,7 @@ import jax
 
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.formats import markdown
-from adapt_pruner_jax.formats.hf import config_json
+from adapt_pruner_jax.formats.hf import layers
 from adapt_pruner_jax.formats.hf.load import HUB_ID
 from adapt_pruner_jax.models.model_config import ModelConfig, count_params
 from adapt_pruner_jax.storage import digest
@@ -40,9 +40,10 @@ def write(
   name = str(facts.get("model") or (source and source.name) or "a model")
   on_hub = re.fullmatch(HUB_ID, name) and not Path(name).exists()
   name = name if on_hub else Path(name).name
+  base = name.partition("@")[0]
   head = _licence(source)
   head += ["library_name: transformers", "tags:", "- pruned"]
-  head += [f"base_model: {name}"] if on_hub else []
+  head += [f"base_model: {base}"] if on_hub else []
   parts = [
     "\n".join(["---", *head, "---"]),
     f"# {name}, pruned",
@@ -102,7 +103,7 @@ def _layers(config: ModelConfig, facts: dict[str, Any]) -> str:
 
 def _usage(config: ModelConfig) -> str:
   """How each runtime opens the directory."""
-  stock = config_json.is_stock(config)
+  stock = layers.is_stock(config)
   option = "" if stock else ", trust_remote_code=True"
   flag = "" if stock else " --trust-remote-code"
   eager = ""
@@ -115,7 +116,7 @@ def _usage(config: ModelConfig) -> str:
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("PATH"{option})
-tokenizer = AutoTokenizer.from_pretrained("PATH"{option})
+tokenizer = AutoTokenizer.from_pretrained("PATH")
 ```
 
 vLLM: `vllm serve PATH{flag}`"""
@@ -128,8 +129,8 @@ vLLM: `vllm serve PATH{flag}`"""
     text += (
       ", which runs it through its Transformers backend\n\n"
       "Layers differ in size, which config.json says in `per_layer_config`. "
-      "The two Python files beside it make each layer of Transformers' model "
-      'to its size; PEFT takes `target_modules="all-linear"`. For runtimes '
+      "The Python file beside it makes each layer of Transformers' model to "
+      "its size. For runtimes "
       "that load no code: `adapt-pruner convert --model=PATH --out=OTHER "
       "--format=hf_uniform` (zero-padded, the same function) or "
       "`--format=gguf` (llama.cpp)."

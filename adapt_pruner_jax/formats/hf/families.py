@@ -68,6 +68,9 @@ class Family:
     windows: which layers have a sliding window: "" none, "all", "last" (from
       max_window_layers on), "pattern" (all but every n-th).
     divides: Transformers insists that the heads divide the hidden size.
+    ropes: kinds of rotary embedding that its config class lets pass.
+    text: "Text" in the names of classes (Gemma 3).
+    heads: tasks for which Transformers has a class besides the language model.
   """
 
   module: str
@@ -77,7 +80,9 @@ class Family:
   tensors: dict[str, str] = dataclasses.field(default_factory=lambda: LAYER)
   windows: str = ""
   divides: bool = False
-  text: str = ""  # "Text" in the names of classes (Gemma 3)
+  ropes: tuple[str, ...] = ("default", "linear", "llama3")
+  text: str = ""
+  heads: tuple[str, ...] = ("SequenceClassification", "TokenClassification")
 
   @property
   def config_class(self) -> str:
@@ -86,6 +91,9 @@ class Family:
   @property
   def model_class(self) -> str:
     return f"{self.prefix}{self.text}Model"
+
+  def head_class(self, task: str) -> str:
+    return f"{self.prefix}{self.text}For{task}"
 
 
 COMMON = {
@@ -184,13 +192,13 @@ FAMILIES = {
       "attn_logit_softcapping": None,
       "rope_local_base_freq": 1e4,
       "sliding_window_pattern": 6,
-      "_sliding_window_pattern": None,
     },
     fixed={**GEMMA_FIXED, "qk_norm": "head"},
     tensors=LAYER | SANDWICH | QK_NORM,
     windows="pattern",
     divides=True,
     text="Text",
+    heads=("SequenceClassification",),
   ),
   "phi3": Family(
     "phi3",
@@ -208,6 +216,7 @@ FAMILIES = {
     },
     tensors=LAYER | FUSED,
     windows="all",
+    ropes=("default",),
   ),
   "olmo2": Family(
     "olmo2",
@@ -223,6 +232,7 @@ FAMILIES = {
     },
     fixed={"norm_order": "post", "qk_norm": "all"},
     tensors=LAYER | POST | QK_NORM_ALL,
+    heads=(),
   ),
   "granite": Family(
     "granite",
@@ -234,6 +244,7 @@ FAMILIES = {
       "residual_multiplier": 1.0,
       "logits_scaling": 1.0,
     },
+    heads=(),
   ),
 }
 # MobileLLM is LLaMA under another name; `config_json` translates it.

@@ -10,6 +10,8 @@ from typing import Any
 from adapt_pruner_jax.errors import UserError, nearest
 
 Raw = Mapping[str, Any]  # a parsed config.json
+# Kinds of attention, as `layer_types` and `rope_parameters` name them.
+FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +39,12 @@ def _from_ids(ids: tuple[int, ...]) -> int | list[int] | None:
   return list(ids) if len(ids) > 1 else (ids[0] if ids else None)
 
 
-ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+# Names in config.json; of two for the same function, the last is written.
+ACTIVATIONS = {
+  "swish": "silu",
+  "silu": "silu",
+  "gelu_pytorch_tanh": "gelu_tanh",
+}
 ACTIVATION = Field(
   "activation",
   (str,),
@@ -81,6 +88,7 @@ FIELDS = {
 # Passed over: bookkeeping, and what only training or `generate` reads.
 _HARMLESS = """
   _attn_implementation _attn_implementation_autoset _commit_hash _name_or_path
+  _sliding_window_pattern
   architectures attention_dropout auto_map bad_words_ids begin_suppress_tokens
   cache_implementation chunk_size_feed_forward decoder_start_token_id
   diversity_penalty do_sample dtype early_stopping embd_pdrop
@@ -105,6 +113,8 @@ _SWITCHES = """
   share_embedding sliding_window use_bidirectional_attention use_mrope
   use_qk_norm use_sliding_window
 """
+# Fields that no class reads, with what may stand there: what is so anyway.
+_TRUE_ANYWAY = {"activation": "swiglu"}  # Falcon 3
 HARMLESS = frozenset(_HARMLESS.split())
 SWITCHES = frozenset(_SWITCHES.split())
 
@@ -119,6 +129,8 @@ def check(raw: Raw, known: Collection[str], path: str) -> None:
     if name in known or name in HARMLESS or value is None:
       continue
     if name in SWITCHES and not value:
+      continue
+    if _TRUE_ANYWAY.get(name) == value:
       continue
     shown = str(value) if len(str(value)) < 60 else f"{str(value)[:57]}..."
     kind = "is not supported" if name in SWITCHES else "is not known"
@@ -153,3 +165,12 @@ def require(found: Any, types: tuple[type, ...], name: str, path: str) -> None:
   if not good:
     allowed = " or ".join("null" if t is NONE else t.__name__ for t in types)
     raise UserError(f"{path}: {name}={found!r} must be {allowed}")
+
+
+def mapping(raw: Raw, name: str, path: str) -> dict[str, Any]:
+  """A field that is an object, or is absent or null."""
+  found = raw.get(name)
+  if found is None:
+    return {}
+  require(found, (dict,), name, path)
+  return found

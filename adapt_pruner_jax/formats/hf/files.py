@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +12,14 @@ import numpy as np
 
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.storage import json_files
+from adapt_pruner_jax.storage.confinement import confined
 
 CONFIG = "config.json"
 MANIFEST = "model.json"  # what an orbax directory has in its place
 LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+SHARD = r"model-(\d+)-of-(\d+)\.safetensors"
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 CONVERT = (
   'python -c "from transformers import AutoModelForCausalLM as M; '
@@ -29,7 +33,7 @@ def read_object(path: Path) -> dict[str, Any]:
   Raises:
     UserError: it is missing or holds something else.
   """
-  if not path.exists():
+  if not confined(path, path.parent).exists():
     raise UserError(
       f"{path.parent} has no {path.name}: a HuggingFace model directory is "
       "needed"
@@ -47,18 +51,26 @@ class Checkpoint:
     shapes, dtypes: of each tensor, by name.
   """
 
-  def __init__(self, folder: Path):
-    """Raises a UserError for files that are missing, damaged or unsafe."""
+  def __init__(self, folder: Path, absent: Collection[str] = ()):
+    """Reads the headers of all files of weights.
+
+    Args:
+      absent: tensors that need not be there though the index has them.
+
+    Raises:
+      UserError: files are missing, damaged, or outside of the folder.
+    """
     self.folder = folder
     self.shapes: dict[str, tuple[int, ...]] = {}
     self.dtypes: dict[str, str] = {}
     self._file: dict[str, Path] = {}
     self._start: dict[str, int] = {}
     promised = _weight_map(folder)
-    for file in sorted({*promised.values()}):
-      self._read_header(file)
+    shards = {*promised.values()} if promised else _whole_files(folder)
+    for file in sorted(shards):
+      self._read_header(confined(file, folder))
     for tensor, file in promised.items():
-      if tensor and self._file.get(tensor) != file:
+      if self._file.get(tensor) != file and tensor not in absent:
         raise UserError(f"{file} has no tensor {tensor}, unlike {INDEX} says")
 
   def array(self, tensor: str) -> np.ndarray:
@@ -100,21 +112,9 @@ class Checkpoint:
 
 
 def _weight_map(folder: Path) -> dict[str, Path]:
-  """Tensor -> file, as the index says; {"": file} if there is no index."""
-  if (folder / SINGLE).is_file():
-    return {"": folder / SINGLE}
-  if not (folder / INDEX).is_file():
-    pickles = sorted([*folder.glob("*.bin"), *folder.glob("*.pt*")])
-    if pickles:
-      raise UserError(
-        f"{folder} has only {pickles[0].name}, which could run code when it is "
-        f"read; convert it once with: {CONVERT.format(folder)}"
-      )
-    raise UserError(
-      f"{folder} has no weights: no {SINGLE} and no {INDEX}; if its hub "
-      "repository has pytorch_model.bin only, convert it once with: "
-      f"{CONVERT.format('HUB_ID')}"
-    )
+  """Tensor -> file, as the index says; {} if there is none."""
+  if (folder / SINGLE).is_file() or not (folder / INDEX).is_file():
+    return {}
   found = read_object(folder / INDEX).get("weight_map")
   if not isinstance(found, dict) or not found:
     raise UserError(f"{folder / INDEX} has no weight_map")
@@ -125,6 +125,39 @@ def _weight_map(folder: Path) -> dict[str, Path]:
         f"{folder / INDEX}: {name!r} is not the name of a file in the folder"
       )
   return {tensor: folder / name for tensor, name in found.items()}
+
+
+def _whole_files(folder: Path) -> list[Path]:
+  """The file of weights, or all shards, where there is no index.
+
+  Raises:
+    UserError: there are none, or not all.
+  """
+  if (folder / SINGLE).is_file():
+    return [folder / SINGLE]
+  numbered = {f: re.fullmatch(SHARD, f.name) for f in folder.iterdir()}
+  shards = {int(m[1]): f for f, m in numbered.items() if m}
+  if shards:
+    total = max(int(m[2]) for m in numbered.values() if m)
+    gone = [n for n in range(1, total + 1) if n not in shards]
+    if not gone and len(shards) == total:
+      return list(shards.values())
+    raise UserError(
+      f"{folder} has {', '.join(sorted(f.name for f in shards.values()))}, but "
+      f"no {INDEX}, and of {total} shards not number "
+      f"{', '.join(map(str, gone))}: get them too"
+    )
+  pickles = sorted([*folder.glob("*.bin"), *folder.glob("*.pt*")])
+  if pickles:
+    raise UserError(
+      f"{folder} has only {pickles[0].name}, which could run code when it is "
+      f"read; convert it once with: {CONVERT.format(folder)}"
+    )
+  raise UserError(
+    f"{folder} has no weights: no {SINGLE} and no {INDEX}; if its hub "
+    "repository has pytorch_model.bin only, convert it once with: "
+    f"{CONVERT.format('HUB_ID')}"
+  )
 
 
 def _header(file: Path) -> tuple[int, dict[str, Any]]:

@@ -6,6 +6,7 @@ its devices need.
 """
 
 import dataclasses
+import functools
 import math
 import os
 import re
@@ -26,6 +27,7 @@ from adapt_pruner_jax.formats.hf import config_json, tensors
 from adapt_pruner_jax.formats.hf.families import OUTER
 from adapt_pruner_jax.formats.hf.files import (
   CONFIG,
+  INDEX,
   LICENCES,
   Checkpoint,
   read_object,
@@ -40,10 +42,19 @@ DOWNLOADED = (
   *("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.md"),
   *LICENCES,
 )
+# What is done without if the hub cannot be reached: cards, logs, licences, and
+# of a tokenizer what tokenizer.json stands for.
+NEEDED = (
+  CONFIG,
+  *("generation_config.json", "model*.safetensors", INDEX),
+  *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+  *("added_tokens.json", "chat_template*"),
+)
+VOCABULARIES = ("tokenizer.model", "spiece.model", "vocab.*", "merges.txt")
 # Folders, and Mistral's second copy of the weights.
 NOT_DOWNLOADED = ("*/*", "consolidated*")
 NOT_PARAMETERS = ("rotary_emb.inv_freq",)  # endings; old checkpoints have them
-HUB_ID = r"[\w-][\w.-]*/[\w.-]+"
+HUB_ID = r"(?P<name>[\w-][\w.-]*/[\w.-]+)(@(?P<revision>[\w./-]+))?"
 COMPARED_BYTES = 1 << 26
 WORKDIR_MODEL = "model"
 READERS = 4
@@ -65,25 +76,39 @@ def resolve(path: str | os.PathLike) -> Path:
     return folder
   if folder.exists():
     raise UserError(f"{path} is a file; a model directory is needed")
-  if not re.fullmatch(HUB_ID, str(path)):
+  asked = re.fullmatch(HUB_ID, str(path))
+  if not asked:
     raise UserError(
       f"{path} does not exist; give a directory or a hub id such as "
-      "HuggingFaceTB/SmolLM2-135M"
+      "HuggingFaceTB/SmolLM2-135M, with or without @REVISION"
     )
-  import huggingface_hub
-
   try:
-    return Path(
-      huggingface_hub.snapshot_download(
-        str(path), allow_patterns=DOWNLOADED, ignore_patterns=NOT_DOWNLOADED
-      )
-    )
+    return _from_hub(asked["name"], asked["revision"])
   except Exception as error:
     raise UserError(
       f"{path} is not a directory, and the HuggingFace hub does not give it: "
       f"{first_line(error)} Check the name and the network; log in "
       "with `hf auth login` if the model asks for it"
     ) from error
+
+
+def _from_hub(name: str, revision: str | None) -> Path:
+  """The snapshot of a hub repository, downloaded or in the cache."""
+  import huggingface_hub
+  from huggingface_hub.errors import IncompleteSnapshotError
+
+  get = functools.partial(
+    huggingface_hub.snapshot_download,
+    name,
+    revision=revision,
+    ignore_patterns=NOT_DOWNLOADED,
+  )
+  try:
+    return Path(get(allow_patterns=DOWNLOADED))
+  except IncompleteSnapshotError as error:  # and the hub cannot be reached
+    whole = (Path(error.snapshot_path) / "tokenizer.json").is_file()
+    needed = NEEDED if whole else (*NEEDED, *VOCABULARIES)
+    return Path(get(allow_patterns=needed, local_files_only=True))
 
 
 def read_config(
@@ -145,7 +170,8 @@ def stored(
       path,
       repeats,
     )
-  checkpoint = Checkpoint(folder)
+  # Some indices list a tied matrix twice, and some files have it twice.
+  checkpoint = Checkpoint(folder, absent=(OUTER["lm_head"],) * config.tied)
   check_tensors(checkpoint, config, repeats)
   params: Params = {}
   for (layer, name), place in tensors.places(config, repeats).items():
@@ -271,5 +297,6 @@ def _check_tied(checkpoint: Checkpoint) -> None:
   if not same:
     raise UserError(
       f"{checkpoint.folder}: {CONFIG} says that {two} is {one} "
-      "(tie_word_embeddings), but they differ"
+      "(tie_word_embeddings), but they differ; if both belong to the model, "
+      'as Transformers 5 takes it, set "tie_word_embeddings": false there'
     )

@@ -18,9 +18,9 @@ from adapt_pruner_jax.distributed import agreement
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.formats.hf import load, tensors
 from adapt_pruner_jax.formats.hf.weights import Get, getter
-from adapt_pruner_jax.models.attention import attention_mask
 from adapt_pruner_jax.models.axes import Params
-from adapt_pruner_jax.models.decoder import Block, Decoder
+from adapt_pruner_jax.models.decoder import Decoder
+from adapt_pruner_jax.models.layer import attention_inputs, place, run_layer
 from adapt_pruner_jax.models.model_config import ModelConfig, layer_names
 
 TOKENS = 16
@@ -33,7 +33,7 @@ def compare(
   get: Get,
   written: ModelConfig,
   written_get: Get,
-  dtype: np.dtype,
+  dtypes: dict[str, np.dtype],
   folder: Path | None,
 ) -> None:
   """Compares what a directory gives when it is opened with the model.
@@ -46,7 +46,7 @@ def compare(
   Args:
     config, get: the model; all processes take part in each `get`.
     written, written_get: what was written of it, padded or not.
-    dtype: of the files.
+    dtypes: of each tensor in the files.
     folder: what was written; None on processes that did not.
 
   Raises:
@@ -55,7 +55,7 @@ def compare(
   """
   opened = agreement.on_writer(lambda: load.stored(folder))
   found, tree = opened or (config, None)
-  _agree(_wrong_parameter(written, written_get, dtype, tree))
+  _agree(_wrong_parameter(written, written_get, dtypes, tree))
   if not agreement.all_agree(found == config):
     _agree(_wrong_logits(config, get, found, tree))
 
@@ -66,16 +66,20 @@ def _agree(wrong: Exception | None) -> None:
 
 
 def _wrong_parameter(
-  config: ModelConfig, get: Get, dtype: np.dtype, tree: Params | None
+  config: ModelConfig,
+  get: Get,
+  dtypes: dict[str, np.dtype],
+  tree: Params | None,
 ) -> Exception | None:
   """What is wrong with the first parameter that is not as in `tree`.
 
   Both are compared in the layout of the file: equal there, they are equal.
   """
   wrong = None
-  unsigned = np.dtype(f"u{dtype.itemsize}")
-  infinity = np.array(np.inf, dtype).view(unsigned)  # all bits of the exponent
-  for layer, name in tensors.places(config):
+  for (layer, name), stored in tensors.places(config).items():
+    dtype = dtypes[stored.tensor]
+    unsigned = np.dtype(f"u{dtype.itemsize}")
+    infinity = np.array(np.inf, dtype).view(unsigned)  # the exponent's bits
     expected = get((layer, name))
     if tree is None or wrong is not None:
       continue  # only take part in the gathering
@@ -125,26 +129,16 @@ def walk(
   config: ModelConfig, get: Get, ids_BT: np.ndarray
 ) -> Iterator[tuple[str, np.ndarray]]:
   """The residual stream of one row after each layer, then its logits."""
-  positions_BT = jnp.broadcast_to(jnp.arange(ids_BT.shape[1]), ids_BT.shape)
-  ropes = config.rope_tables(positions_BT)
 
-  def weights(layer: int | None, names: list[str]) -> dict:
-    return {n: jnp.asarray(get((layer, n)), jnp.float32) for n in names}
+  def weights(i: int | None, names: list[str]) -> dict:
+    return {n: jnp.asarray(get((i, n)), jnp.float32) for n in names}
 
   outer = weights(None, ["final_norm"])
   rows_TD = get((None, "embedding"))[ids_BT[0]]
   x_BTD = _outside(config, outer, rows_TD, np.arange(len(rows_TD))[None])
   for i in range(config.num_layers):
-    window = config.window[i] if config.window else 0
-    mask = attention_mask(positions_BT, None, jnp.int32(window))
-    one = dataclasses.replace(
-      config,
-      kv_groups=config.kv_groups[i : i + 1],
-      ffn_widths=config.ffn_widths[i : i + 1],
-      window=(),
-    )
-    rope = ropes[config.rope_ids()[i]]
-    x_BTD = _layer(one, weights(i, layer_names(config, i)), x_BTD, rope, mask)
+    names = layer_names(config, i)
+    x_BTD = _layer(config, weights(i, names), place(config, i), x_BTD)
     yield f"the output of layer {i}", np.asarray(x_BTD)
   if config.tied:
     matrix_VD = get((None, "embedding"))
@@ -175,7 +169,7 @@ def _outside(config, outer, rows_VD, inputs):
   return Decoder(config).apply({"params": params}, inputs, method=method)
 
 
-@partial(jax.jit, static_argnums=0)
-def _layer(config, weights, x_BTD, rope, mask_BNTS):
-  block = Block(config, config.kv_groups[0], config.ffn_widths[0])
-  return block.apply({"params": weights}, x_BTD, rope, mask_BNTS)
+@partial(jax.jit, static_argnums=(0, 2))
+def _layer(config, weights, place, x_BTD):
+  inputs = attention_inputs(config, x_BTD.shape[1])
+  return run_layer(config, weights, place, inputs, x_BTD)[0]

@@ -9,30 +9,24 @@ model, and only then gets its name. In a run of many processes all of them call
 import contextlib
 import dataclasses
 import os
-import shutil
 import string
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-
-import jax
-import jax.numpy as jnp
 
 from adapt_pruner_jax.distributed import agreement
 from adapt_pruner_jax.errors import UserError, nearest
 from adapt_pruner_jax.formats.hf import (
   card,
   config_json,
+  layers,
+  parent_files,
   reopen,
   uniform,
   weights,
 )
 from adapt_pruner_jax.formats.hf.families import FAMILIES
-from adapt_pruner_jax.formats.hf.files import (
-  CONFIG,
-  LICENCES,
-  MANIFEST,
-)
+from adapt_pruner_jax.formats.hf.files import CONFIG, MANIFEST
 from adapt_pruner_jax.models import axes
 from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.model_config import ModelConfig, layer_names
@@ -40,19 +34,6 @@ from adapt_pruner_jax.storage import json_files, publish
 
 FORMATS = ("hf", "hf_uniform")
 MARKS = (CONFIG, MANIFEST)  # by which a directory is one of a model
-TOKENIZER = (
-  "tokenizer.json",
-  "tokenizer.model",
-  "tokenizer_config.json",
-  "spiece.model",
-  "special_tokens_map.json",
-  "added_tokens.json",
-  "vocab.json",
-  "vocab.txt",
-  "merges.txt",
-  "chat_template.jinja",
-  "chat_template.json",
-)
 
 
 def save(
@@ -70,6 +51,8 @@ def save(
   """Writes the model to the directory `path`.
 
   Args:
+    config, params: the model; each parameter is written in its dtype (see
+      `formats.dtypes`).
     source: the parent's directory: tokenizer, generation config and licence
       come from there.
     format: "hf": layers as they are; where they differ, Transformers opens it
@@ -98,25 +81,32 @@ def save(
     written_get = uniform.padded_getter(config, written, get)
     notes = uniform.cost(config, written, (facts or {}).get("params_before"))
   raw = config_json.write(written)
-  dtype = jnp.result_type(*(x.dtype for x in jax.tree.leaves(params)))
-  raw |= {"torch_dtype": str(dtype), "dtype": str(dtype)}
+  usual = weights.usual_dtype(config, params)
+  raw |= {"torch_dtype": str(usual), "dtype": str(usual)}
+  raw |= parent_files.tokenizer_fields(source)
   with directory(path, overwrite) as folder:
-    if folder is not None:
-      json_files.write_json(folder / CONFIG, raw, sort_keys=True)
-      if not config_json.is_stock(written):
-        _write_classes(folder, written)
-      notes += _copy_files(folder, source)
-      for note in notes:
-        say(note)
-    sums = weights.write(folder, written, written_get, dtype, shard_bytes)
-    reopen.compare(config, get, written, written_get, dtype, folder)
+    more = agreement.on_writer(
+      lambda: _write_around(folder, raw, written, source)
+    )
+    notes += more or []
+    for note in notes if folder is not None else ():
+      say(note)
+    kinds = weights.tensor_dtypes(written, params, usual)
+    sums = weights.write(folder, written, written_get, kinds, shard_bytes)
+    reopen.compare(config, get, written, written_get, kinds, folder)
     if folder is not None:
       card.write(folder, config, written, source, facts or {}, notes, sums)
 
 
-def copy_tokenizer(source: Path, folder: Path) -> list[str]:
-  """Copies the tokenizer's files; returns their names."""
-  return _copy(source, folder, TOKENIZER)
+def _write_around(
+  folder: Path, raw: dict[str, Any], config: ModelConfig, source: Path | None
+) -> list[str]:
+  """Writes all but the weights and the card; says what is missing."""
+  json_files.write_json(folder / CONFIG, raw, sort_keys=True)
+  if not layers.is_stock(config):
+    _write_classes(folder, config)
+  missing = parent_files.copy_all(source, folder)
+  return missing + parent_files.compare_tokenizers(source, folder)
 
 
 def without_empty_layers(
@@ -163,7 +153,7 @@ def directory(path: Path, overwrite: bool) -> Iterator[Path | None]:
 
 
 def _write_classes(folder: Path, config: ModelConfig) -> None:
-  """The two files by which Transformers opens unequal layers."""
+  """The file by which Transformers opens unequal layers."""
   family = FAMILIES[config.family]
   norms = {
     half: [
@@ -182,25 +172,15 @@ def _write_classes(folder: Path, config: ModelConfig) -> None:
     "attention_norms": norms["attn"],
     "mlp_norms": norms["mlp"],
   }
-  for kind in ("configuration", "modeling"):
-    template = Path(__file__).with_name(f"{kind}.py.template")
-    made = string.Template(template.read_text("utf-8")).substitute(names)
-    name = f"{kind}_{config_json.PRUNED}{config.family}.py"
-    (folder / name).write_text(made, "utf-8")
+  heads = [
+    _filled("head", **names, task=task, head_class=family.head_class(task))
+    for task in family.heads
+  ]
+  made = _filled("modeling", **names, heads="\n".join(heads))
+  file = folder / f"modeling_pruned_{config.family}.py"
+  file.write_text(made, "utf-8")
 
 
-def _copy_files(folder: Path, source: Path | None) -> list[str]:
-  """Copies what goes along with the weights; says what is missing."""
-  if source is None:
-    return ["no tokenizer is written: the model came without a directory"]
-  _copy(source, folder, ("generation_config.json", *LICENCES))
-  if not copy_tokenizer(source, folder):
-    return [f"no tokenizer is written: {source} has none"]
-  return []
-
-
-def _copy(source: Path, folder: Path, patterns: tuple[str, ...]) -> list[str]:
-  found = [f for p in patterns for f in source.glob(p) if f.is_file()]
-  for file in found:
-    shutil.copyfile(file, folder / file.name)
-  return [file.name for file in found]
+def _filled(template: str, **names: Any) -> str:
+  text = Path(__file__).with_name(f"{template}.py.template").read_text("utf-8")
+  return string.Template(text).substitute(names)

@@ -10,7 +10,7 @@ import dataclasses
 import numpy as np
 
 from adapt_pruner_jax.errors import UserError
-from adapt_pruner_jax.formats.hf import config_json
+from adapt_pruner_jax.formats.hf import layers
 from adapt_pruner_jax.formats.hf.families import FAMILIES
 from adapt_pruner_jax.formats.hf.tensors import Key, places
 from adapt_pruner_jax.formats.hf.weights import Get, getter
@@ -57,7 +57,7 @@ def pad_config(config: ModelConfig) -> ModelConfig:
     gate_up_bias=config.gate_up_bias
     or (config.down_bias and "mlp_bias" in family.fields),
   )
-  if extra := config_json.extra_biases(padded):
+  if extra := layers.extra_biases(padded):
     raise UserError(
       f"{config.family} has no bias in {', '.join(extra)}, but this model has: "
       "write it with --format=hf"

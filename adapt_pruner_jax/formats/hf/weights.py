@@ -7,11 +7,14 @@ The format: 8 bytes with the header's size, the header in JSON, the tensors
 import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from adapt_pruner_jax.distributed import agreement
@@ -38,14 +41,43 @@ def getter(params: Params) -> Get:
     if name not in tree:
       return None
     array = tree[name]
-    return (
-      _on_host(array) if isinstance(array, jax.Array) else array.__array__()
-    )
+    return on_host(array) if isinstance(array, jax.Array) else array.__array__()
 
   return get
 
 
-def _on_host(array: jax.Array) -> np.ndarray:
+def tensor_dtypes(
+  config: ModelConfig, params: Params, usual: np.dtype
+) -> dict[str, np.dtype]:
+  """The dtype of each tensor of the model.
+
+  Args:
+    config: the model as it is written.
+    params: whose leaves have a dtype.
+    usual: of what is written but not in `params`, as after padding.
+  """
+  found: dict[str, list[np.dtype]] = {}
+  for (layer, name), place in tensors.places(config).items():
+    tree = params if layer is None else params[axes.layer_name(layer)]
+    dtype = tree[name].dtype if name in tree else usual
+    found.setdefault(place.tensor, []).append(dtype)
+  return {t: np.dtype(jnp.result_type(*ds)) for t, ds in found.items()}
+
+
+def usual_dtype(config: ModelConfig, params: Params) -> np.dtype:
+  """The dtype that most of the model is in."""
+  counted: Counter[np.dtype] = Counter()
+
+  def count(name: str, layer: int | None, leaf: Any) -> None:
+    size = math.prod(axes.shape(name, config.sizes(layer)))
+    counted[np.dtype(leaf.dtype)] += size
+
+  axes.map_named(count, params)
+  return counted.most_common(1)[0][0]
+
+
+def on_host(array: jax.Array) -> np.ndarray:
+  """All of an array, in this process."""
   if not array.is_fully_addressable:
     from jax.experimental import multihost_utils
 
@@ -61,14 +93,14 @@ def write(
   folder: Path | None,
   config: ModelConfig,
   get: Get,
-  dtype: np.dtype,
+  dtypes: dict[str, np.dtype],
   shard_bytes: int,
 ) -> dict[str, str]:
   """Writes all tensors of the model, and the index if there are several files.
 
   Args:
     folder: None on processes that only take part in gathering.
-    dtype: of all tensors.
+    dtypes: of each tensor.
     shard_bytes: of a file, at most; a larger tensor has a file for itself.
 
   Returns:
@@ -81,8 +113,12 @@ def write(
   keys: dict[str, list[Key]] = {}
   for key, place in tensors.places(config).items():
     keys.setdefault(place.tensor, []).append(key)
-  sizes = {t: math.prod(s) * dtype.itemsize for t, s in shapes.items()}
-  shards = _shards(sizes, shard_bytes)
+  sizes = {t: math.prod(s) * dtypes[t].itemsize for t, s in shapes.items()}
+  # Wider types come first in a file, as readers want each one aligned.
+  shards = [
+    sorted(shard, key=lambda t: -dtypes[t].itemsize)
+    for shard in _shards(sizes, shard_bytes)
+  ]
   names = [
     f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
     for i in range(len(shards))
@@ -93,14 +129,14 @@ def write(
   failed = None
   for name, shard in zip(names, shards, strict=True):
     arrays = (
-      tensors.to_hf(key[1], get(key))
+      (tensors.to_hf(key[1], get(key)), dtypes[tensor])
       for tensor in shard
       for key in keys[tensor]
     )
     if folder is not None and failed is None:
-      header = {t: shapes[t] for t in shard}
+      header = {t: (shapes[t], dtypes[t]) for t in shard}
       try:
-        sums[name] = _write_file(folder / name, header, dtype, arrays)
+        sums[name] = _write_file(folder / name, header, arrays)
       except OSError as error:
         failed = error
     for _ in arrays:  # the other processes take part in the gathering
@@ -130,22 +166,25 @@ def _shards(sizes: dict[str, int], limit: int) -> list[list[str]]:
 
 def _write_file(
   file: Path,
-  shapes: dict[str, tuple[int, ...]],
-  dtype: np.dtype,
-  arrays: Iterable[np.ndarray],
+  kinds: dict[str, tuple[tuple[int, ...], np.dtype]],
+  arrays: Iterable[tuple[np.ndarray, np.dtype]],
 ) -> str:
-  """One file; `arrays` are its contents in the order of `shapes`.
+  """Writes one file; returns its SHA-256.
 
-  Returns its SHA-256. A thread hashes each block while it is written and the
+  Args:
+    kinds: shape and dtype of each tensor.
+    arrays: their contents in the same order, each with its dtype in the file.
+
+  A thread hashes each block while it is written and the
   next one is made.
   """
-  code = {name: code for code, name in DTYPES.items()}[str(dtype)]
+  codes = {name: code for code, name in DTYPES.items()}
   header: dict = {"__metadata__": {"format": "pt"}}
   end = 0
-  for tensor, shape in shapes.items():
+  for tensor, (shape, dtype) in kinds.items():
     start, end = end, end + math.prod(shape) * dtype.itemsize
     header[tensor] = {
-      "dtype": code,
+      "dtype": codes[str(dtype)],
       "shape": list(shape),
       "data_offsets": [start, end],
     }
@@ -156,7 +195,7 @@ def _write_file(
   hashed: Future | None = None
   with open(file, "wb") as out, ThreadPoolExecutor(1) as thread:
     out.write(head)
-    for array in arrays:
+    for array, dtype in arrays:
       for _, block in tensors.blocks(array, dtype):
         # numpy hands out no buffer of bfloat16, but of its bytes.
         content = block.reshape(-1).view(np.uint8).data

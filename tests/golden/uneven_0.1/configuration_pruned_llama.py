@@ -1,10 +1,10 @@
-"""Configuration of a pruned $prefix model, whose layers differ in size.
+"""Configuration of a pruned Llama model, whose layers differ in size.
 
 Shipped with the model by adapt_pruner_jax. `per_layer_config` has the sizes of
 each layer; the fields of the same names outside of it are the largest of them.
 """
 
-from transformers import $config_class
+from transformers import LlamaConfig
 
 SIZES = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
 
@@ -21,8 +21,8 @@ class LayerConfig:
     return getattr(self._config, name)
 
 
-class Pruned$config_class($config_class):
-  model_type = "pruned_$family"
+class PrunedLlamaConfig(LlamaConfig):
+  model_type = "pruned_llama"
 
   def __init__(self, per_layer_config=None, extra_biases=(), **fields):
     sizes = {name: fields[name] for name in SIZES if name in fields}
@@ -53,7 +53,7 @@ class Pruned$config_class($config_class):
 def to_this_version(fields):
   """Version 4 passes over `rope_parameters`, the spelling of version 5."""
   rope = fields.get("rope_parameters")
-  if not rope or hasattr($config_class(), "rope_parameters"):
+  if not rope or hasattr(LlamaConfig(), "rope_parameters"):
     return fields
   fields.pop("rope_parameters")
   if "sliding_attention" in rope:

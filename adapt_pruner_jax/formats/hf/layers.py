@@ -1,0 +1,211 @@
+"""Layers of unequal size in config.json, and biases that a class has not.
+
+`per_layer_config` has the sizes of each layer, under the name by which
+Transformers knows such a field from version 5.15 on.
+"""
+
+from typing import Any
+
+from adapt_pruner_jax.errors import UserError
+from adapt_pruner_jax.formats.hf.families import FAMILIES, Family
+from adapt_pruner_jax.formats.hf.fields import Raw, mapping, require
+from adapt_pruner_jax.models.model_config import ModelConfig
+
+HEADS, GROUPS, WIDTH = SIZES = (
+  "num_attention_heads",
+  "num_key_value_heads",
+  "intermediate_size",
+)
+# Fields of such an export: sizes by layer, and the modules below a layer that
+# have a bias that the family's class has not.
+OWN = ("per_layer_config", "extra_biases")
+EXTRA_BIASES = {"self_attn.o_proj": "o_bias", "mlp.down_proj": "down_bias"}
+# Larger ones are damage, and would fill the memory before it shows.
+MAX_LAYERS, MAX_SIZE = 10_000, 2**31 - 1
+
+
+def is_stock(config: ModelConfig) -> bool:
+  """Whether the family's class in Transformers can hold the model."""
+  even = len({*config.kv_groups}) == len({*config.ffn_widths}) == 1
+  if (
+    not even
+    or not config.kv_groups[0]
+    or not config.ffn_widths[0]
+    or extra_biases(config)
+  ):
+    return False
+  heads = config.kv_groups[0] * config.queries_per_group
+  return not FAMILIES[config.family].divides or config.hidden_size % heads == 0
+
+
+def extra_biases(config: ModelConfig) -> list[str]:
+  """Modules below a layer with a bias that the family's class has not."""
+  stock = read_biases(write_biases(config))
+  return [
+    module
+    for module, name in EXTRA_BIASES.items()
+    if getattr(config, name) and not stock[name]
+  ]
+
+
+def read_biases(raw: Raw) -> dict[str, bool]:
+  """The fields of `ModelConfig` that say which matrices have a bias."""
+  attention = bool(raw.get("attention_bias"))
+  mlp = bool(raw.get("mlp_bias"))
+  extra = raw.get("extra_biases") or ()
+  return {
+    "qkv_bias": attention,
+    "o_bias": attention or "self_attn.o_proj" in extra,
+    "gate_up_bias": mlp,
+    "down_bias": mlp or "mlp.down_proj" in extra,
+  }
+
+
+def write_biases(config: ModelConfig) -> dict[str, bool]:
+  """The inverse, in as far as the family's class has such fields."""
+  known = FAMILIES[config.family].fields
+  biases = {
+    "attention_bias": config.qkv_bias,
+    "mlp_bias": config.gate_up_bias,
+  }
+  return {name: on for name, on in biases.items() if name in known}
+
+
+def read_sizes(raw: Raw, path: str) -> dict[str, Any]:
+  """KV groups and MLP width of each layer, queries a group, head size.
+
+  Raises:
+    UserError: a size is missing or impossible, or heads do not divide evenly
+      among the KV groups.
+  """
+  raw = dict(raw)
+  if raw[GROUPS] is None:
+    raw[GROUPS] = raw[HEADS]
+  for name in ("num_hidden_layers", "hidden_size", *SIZES):
+    require(raw[name], (int,), name, path)
+    largest = MAX_LAYERS if name == "num_hidden_layers" else MAX_SIZE
+    if not 1 <= raw[name] <= largest:
+      raise UserError(
+        f"{path}: {name}={raw[name]} must be from 1 to {largest:,}"
+      )
+  layers = _by_layer(raw, path)
+  queries = _queries_per_group(layers, raw, path)
+  head_dim = raw["head_dim"]
+  if head_dim is None:
+    head_dim = raw["hidden_size"] // raw[HEADS]
+  require(head_dim, (int,), "head_dim", path)
+  if not 1 <= head_dim <= MAX_SIZE:
+    raise UserError(f"{path}: head_dim={head_dim} must be at least 1")
+  return {
+    "kv_groups": tuple(layer[GROUPS] for layer in layers),
+    "ffn_widths": tuple(layer[WIDTH] for layer in layers),
+    "queries_per_group": queries,
+    "head_dim": head_dim,
+  }
+
+
+def _by_layer(raw: Raw, path: str) -> list[dict[str, int]]:
+  """The sizes of each layer: its own, else those of the whole model."""
+  layers = [{n: raw[n] for n in SIZES} for _ in range(raw["num_hidden_layers"])]
+  for key, sizes in mapping(raw, "per_layer_config", path).items():
+    if not str(key).isdecimal() or int(key) >= len(layers):
+      raise UserError(f"{path}: per_layer_config has no layer {key}")
+    require(sizes, (dict,), f"per_layer_config.{key}", path)
+    for name, size in sizes.items():
+      if name not in SIZES:
+        raise UserError(
+          f"{path}: per_layer_config.{key}.{name} is not supported; "
+          f"{', '.join(SIZES)} are"
+        )
+      require(size, (int,), f"per_layer_config.{key}.{name}", path)
+      if not 0 <= size <= MAX_SIZE:
+        raise UserError(
+          f"{path}: per_layer_config.{key}.{name}={size} must be from 0 to "
+          f"{MAX_SIZE:,}"
+        )
+    layers[int(key)] |= sizes
+  return layers
+
+
+def _queries_per_group(
+  layers: list[dict[str, int]], raw: Raw, path: str
+) -> int:
+  """Query heads on each KV head, which all layers must agree on."""
+  first = next((layer for layer in layers if layer[GROUPS]), raw)
+  queries = first[HEADS] // first[GROUPS]
+  for i, layer in enumerate(layers):
+    if not queries or layer[HEADS] != queries * layer[GROUPS]:
+      raise UserError(
+        f"{path}: layer {i} has {layer[HEADS]} heads on {layer[GROUPS]} "
+        "key/value heads; each key/value head must serve the same number of "
+        "heads, in all layers"
+      )
+  return queries
+
+
+def write_sizes(config: ModelConfig) -> dict[str, Any]:
+  """Sizes of the whole model and, where the layers differ, of each of them.
+
+  A config class of Transformers insists that the former be possible in a model
+  of equal layers.
+  """
+  if is_stock(config):
+    groups, width = config.kv_groups[0], config.ffn_widths[0]
+    return _sizes(config, groups, width)
+  digits = len(str(config.num_layers - 1))  # so that the keys sort
+  layers = {
+    str(i).zfill(digits): _sizes(config, K, F)
+    for i, (K, F) in enumerate(
+      zip(config.kv_groups, config.ffn_widths, strict=True)
+    )
+  }
+  return {
+    **_whole_sizes(config),
+    "per_layer_config": layers,
+    # The whole model's sizes may be read all the same, as its classes do.
+    "allow_global_per_layer_attribute_access": True,
+    "extra_biases": extra_biases(config),
+  }
+
+
+def _sizes(config: ModelConfig, groups: int, width: int) -> dict[str, int]:
+  heads = groups * config.queries_per_group
+  return {HEADS: heads, GROUPS: groups, WIDTH: width}
+
+
+def _whole_sizes(config: ModelConfig) -> dict[str, int]:
+  """The largest sizes of a layer, or somewhat larger ones.
+
+  Opened without our classes, tensors must not fit the family's own class, which
+  fills in what is missing with random numbers and says so in a warning only:
+  one size at least has to be another than in any layer that has that half.
+  """
+  D, G = config.hidden_size, config.queries_per_group
+  divides = FAMILIES[config.family].divides
+  legal = [k for k in range(1, D + 1) if not divides or D % (k * G) == 0]
+  groups = [k for k in legal if k >= max(config.kv_groups)]
+  kept = {*config.kv_groups} - {0}, {*config.ffn_widths} - {0}
+  sizes = _sizes(config, min(groups, default=1), max(*config.ffn_widths, 1))
+  if not groups:  # no such model is legal; nobody computes with these
+    sizes |= {HEADS: 1, GROUPS: 1}
+  fits = kept[0] <= {sizes[GROUPS]} and kept[1] <= {sizes[WIDTH]}
+  if fits and kept[1]:
+    sizes[WIDTH] += 1
+  elif fits:
+    others = [k for k in legal if k not in kept[0]]
+    sizes |= _sizes(config, (others or [1])[-1], sizes[WIDTH])
+  return sizes
+
+
+def write_classes(family: Family, name: str) -> dict[str, Any]:
+  """Where the classes are that make each layer to its size."""
+  module = f"modeling_pruned_{name}"
+  classes = {
+    "AutoModel": family.model_class,
+    "AutoModelForCausalLM": f"{family.prefix}ForCausalLM",
+    **{f"AutoModelFor{task}": family.head_class(task) for task in family.heads},
+  }
+  return {
+    "architectures": [f"Pruned{family.prefix}ForCausalLM"],
+    "auto_map": {auto: f"{module}.Pruned{c}" for auto, c in classes.items()},
+  }

@@ -1,0 +1,37 @@
+"""An export cut over several processes: `parallel_peer.py DIR TOKENS OUT`.
+
+Started by torch.distributed.run. Writes the logits of the tokens to OUT.
+"""
+
+import sys
+
+import numpy as np
+import torch
+import transformers
+
+
+def main():
+  path, tokens, out = sys.argv[1:]
+  transformers.logging.set_verbosity_error()
+  transformers.logging.disable_progress_bar()
+  model = transformers.AutoModelForCausalLM.from_pretrained(
+    path,
+    trust_remote_code=True,
+    dtype=torch.float32,
+    attn_implementation="eager",
+    tp_plan="auto",
+  ).eval()
+  with torch.no_grad():
+    logits = model(torch.tensor(np.load(tokens))).logits
+  parts = [
+    "/".join(name.split(".")[-3:-1])
+    for name, parameter in model.named_parameters()
+    if ".layers." in name and hasattr(parameter, "placements")
+  ]
+  if torch.distributed.get_rank() == 0:
+    np.savez(out, logits=logits.float().numpy(), parts=sorted({*parts}))
+  torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+  main()
