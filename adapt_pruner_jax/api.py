@@ -79,6 +79,7 @@ def prune(
   from adapt_pruner_jax.config import Calibration, Config, Prune, check
   from adapt_pruner_jax.data.calibration import pruning_data
   from adapt_pruner_jax.pruning import methods, targets
+  from adapt_pruner_jax.pruning.task import PruneTask
 
   recipe = Prune(ratio=ratio, target_params=target_params, **settings)
   source = Calibration(calibration, samples, seq_len, batch, refit_samples)
@@ -89,24 +90,18 @@ def prune(
   windows, for_refit = pruning_data(
     source, recipe.refit != "none", tokenizer, model.config.vocab_size, seed
   )
-  old = (model.config, model.params)
-  found = methods.METHODS[recipe.method](
-    *old,
+  task = PruneTask(
+    model.config,
+    model.params,
     recipe,
     windows.batch,
-    target=targets.resolve_target(model.config, recipe),
+    targets.resolve_target(model.config, recipe),
+    refit_samples=for_refit.batch,
     batch=batch,
     seed=seed,
   )
-  params, _ = methods.refit_after(
-    old,
-    found,
-    found.kept,
-    recipe,
-    lambda: for_refit.batch(len(found.trace)),
-    batch,
-  )
-  return Model(found.config, params, model.source, model.dtype)
+  found = methods.refit_after(task, methods.prune(task))
+  return Model(found.config, found.params, model.source, model.dtype)
 
 
 def save(

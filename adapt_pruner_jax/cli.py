@@ -1,6 +1,5 @@
 """Commands and flags; nothing else parses a command line."""
 
-import dataclasses
 import json
 import os
 import sys
@@ -68,6 +67,7 @@ def run(command: str, argv: list[str]) -> int:
   flags.DEFINE_string(
     "workdir", None, "where all of the run goes", flag_values=values
   )
+  _define_overwrite(values)
   _define_distributed(values)
   _parse(command, argv, values, ["workdir"])
   path = _workdir(values.workdir)
@@ -76,7 +76,7 @@ def run(command: str, argv: list[str]) -> int:
   from adapt_pruner_jax.runs import run as run_
 
   try:
-    run_.run(_config(values), path)
+    run_.run(_config(values), path, values.overwrite)
   except stopping.StoppedError as stopped:
     print(stopped, file=sys.stderr)
     return EXIT_STOPPED
@@ -113,6 +113,7 @@ def compare(command: str, argv: list[str]) -> int:
     "also train the shapes that adapt leaves from scratch",
     flag_values=values,
   )
+  _define_overwrite(values)
   _define_distributed(values)
   _parse(command, argv, values, ["workdir"])
   path = _workdir(values.workdir)
@@ -125,6 +126,7 @@ def compare(command: str, argv: list[str]) -> int:
       values.ratios,
       recover_tokens=values.recover_tokens,
       from_scratch=values.from_scratch,
+      overwrite=values.overwrite,
     )
   except stopping.StoppedError as stopped:
     print(stopped, file=sys.stderr)
@@ -272,15 +274,17 @@ def _define_config(values: flags.FlagValues, argv: list[str]) -> None:
   """--config=FILE and --config.section.field=value."""
   from ml_collections import config_flags
 
-  from adapt_pruner_jax.config import Config, field_names
+  from adapt_pruner_jax.config import OLD_FIELDS, Config, field_names
 
   names = field_names(Config())
   for argument in argv:
     name = argument.lstrip("-").split("=")[0]
+    if name[7:] in OLD_FIELDS:
+      raise UserError(f"--{name} is now --config.{OLD_FIELDS[name[7:]]}")
     if name.startswith("config.") and name[7:] not in names:
       raise UserError(
         f"no config field {name}{nearest(name[7:], names)}; "
-        "adapt_pruner_jax/config.py lists them"
+        "`adapt-pruner run --help` lists them"
       )
   default = ROOT.parent / "configs" / "tiny.py"
   if not default.exists():
@@ -322,6 +326,16 @@ def _config(values: flags.FlagValues):
   return config
 
 
+def _define_overwrite(values: flags.FlagValues) -> None:
+  flags.DEFINE_bool(
+    "overwrite",
+    False,
+    "remove another recipe's run from --workdir, or a finished one, and start "
+    "anew; an unfinished run of this recipe is continued",
+    flag_values=values,
+  )
+
+
 def _define_ignore_fields(values: flags.FlagValues) -> None:
   flags.DEFINE_string(
     "ignore_fields", "", "of config.json, comma separated", flag_values=values
@@ -354,15 +368,12 @@ def _parse(
   if "--help" in argv or "-h" in argv:
     print(f"adapt-pruner {command}\n{values.get_help()}")
     if "config" in values:
-      from adapt_pruner_jax.config import Config
+      from adapt_pruner_jax.config import Config, field_names, get
 
       print("\nconfig fields and their defaults; a recipe may set others:")
-      for section, content in dataclasses.asdict(Config()).items():
-        pairs = (
-          content.items() if isinstance(content, dict) else [("", content)]
-        )
-        for name, value in pairs:
-          print(f"  --config.{section}{'.' * bool(name)}{name}={value}")
+      config = Config()
+      for name in field_names(config):
+        print(f"  --config.{name}={get(config, name)}")
     sys.exit(0)
   try:
     rest = values([command, *argv])[1:]

@@ -57,8 +57,8 @@ ABLATIONS = {
   "curvature+refit": {
     "refit": ("final", "4"),
     "refit_all": (False,),
-    "curvature_step": (0.02, 0.1),
-    "cap": (0.1, 1.0),
+    "ranking.step_size": (0.02, 0.1),
+    "ranking.cap": (0.1, 1.0),
     "samples": (16, 256),
   },
   "paper": {

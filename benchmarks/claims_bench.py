@@ -20,10 +20,11 @@ from adapt_pruner_jax.evaluation import perplexity
 from adapt_pruner_jax.formats.hf import load
 from adapt_pruner_jax.models import model_config
 from adapt_pruner_jax.pruning import methods, schedule, surgery, targets
+from adapt_pruner_jax.pruning.task import PruneTask
 from adapt_pruner_jax.runs import compare_methods, tiny_model
 from adapt_pruner_jax.storage import json_files, publish
 from adapt_pruner_jax.training import loop, optimizer
-from adapt_pruner_jax.training.step import Step, init_optimizer, make_step
+from adapt_pruner_jax.training.step import Step, make_step
 
 SAMPLES, REFIT_SAMPLES, SAMPLE_LEN, BATCH = 64, 512, 64, 32
 ROWS, ROW_LEN = 4, 256  # of a train step
@@ -157,35 +158,30 @@ class Bench:
     ends = schedule.stage_ends(self.steps(cell), cell.stages, "linear")
     for goal, begin, end in zip(goals, [0, *ends[:-1]], ends, strict=True):
       begun = time.process_time()
-      made = methods.METHODS[settings.method](
+      task = PruneTask(
         *pair,
         settings,
         lambda step, first=number: fresh.batch(first + step),
-        target=goal,
-        batch=BATCH,
-        mesh=self.mesh,
-        full=full,
-        kept=kept,
-        seed=cell.seed,
-      )
-      number += len(made.trace)
-      left = surgery.relative_to(kept, made.kept)
-      params, _ = methods.refit_after(
-        pair,
-        made,
-        left,
-        settings,
-        lambda step=number: for_refit.batch(step),
+        goal,
+        full,
+        kept,
+        lambda step, first=number: for_refit.batch(first + step),
         BATCH,
         self.mesh,
+        cell.seed,
       )
+      made = methods.refit_after(task, methods.prune(task))
+      number += len(made.trace)
+      left = surgery.relative_to(kept, made.kept)
       seconds += time.process_time() - begun
       if carry and state is not None:
         _, state = surgery.gather(pair[0], state, left, self.mesh)
       else:
         state = None
       kept = made.kept
-      params, state = self.fit(cell, made.config, params, state, begin, end)
+      params, state = self.fit(
+        cell, made.config, made.params, state, begin, end
+      )
       pair = made.config, params
     return *pair, {"prune_seconds": seconds, "prune_steps": number}
 
@@ -200,7 +196,9 @@ class Bench:
     if name in beside:
       beside[name] = value
     elif name:
-      settings = dataclasses.replace(settings, **{name: value})
+      section, _, field = name.rpartition(".")
+      holder = getattr(settings, section) if section else settings
+      setattr(holder, field, value)
     return settings, *beside.values()
 
   def steps(self, cell: Cell) -> int:
@@ -216,20 +214,22 @@ class Bench:
       Train(learning_rate=cell.rate, min_learning_rate=cell.rate / 10),
       self.steps(cell),
     )
-    step_fn = self.step_fn(config)
-    params = jax.tree.map(jnp.copy, params)  # the step eats its argument
-    if state is None:
-      state = init_optimizer(params, Train(), self.mesh)
-    params, state, _ = loop.recover(
-      step_fn,
-      params,
-      state,
+    params = jax.tree.map(jnp.copy, params)  # the step donates its argument
+    training, _ = loop.recover(
+      loop.start(
+        (config, params),
+        Train(),
+        self.schedule,
+        self.mesh,
+        opt_state=state,
+        step_fn=self.step_fn(config),
+      ),
       self.rows(cell.base, cell.seed).batches(begin),
       begin,
       end,
       self.mesh,
     )
-    return jax.block_until_ready((params, state))
+    return jax.block_until_ready((training.trained, training.opt_state))
 
   @functools.lru_cache(maxsize=1)  # noqa: B019
   def step_fn(self, config: model_config.ModelConfig) -> Step:

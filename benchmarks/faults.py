@@ -38,7 +38,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RECIPE = {
   "prune.ratio": 0.4,
   "prune.stages": 4,
-  "prune.curvature_step": 0.02,  # several refits in a stage
+  "prune.ranking.step_size": 0.02,  # several refits in a stage
   "calibration.samples": 8,
   "calibration.seq_len": 16,
   "calibration.batch": 4,

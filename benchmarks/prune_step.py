@@ -75,10 +75,11 @@ from adapt_pruner_jax.models.model_config import (
 )
 from adapt_pruner_jax.models.rope import Rope, rope_frequencies
 from adapt_pruner_jax.pruning import (
-  adapt,
+  methods,
   surgery,
 )
 from adapt_pruner_jax.pruning.scores import measure_step
+from adapt_pruner_jax.pruning.task import PruneTask
 
 torch.set_num_threads(FLAGS.threads)
 SCORED = axes.SCORED["K"] + axes.SCORED["F"]
@@ -381,9 +382,8 @@ def compare_stages(params: axes.Params, config: ModelConfig) -> None:
   recipe = Prune(amplitude=0.0, max_steps=FLAGS.stage)
 
   def ours():
-    adapt.prune(
-      config, params, recipe, lambda step: samples[step], batch=FLAGS.batch
-    )
+    draw = lambda step: samples[step]
+    methods.prune(PruneTask(config, params, recipe, draw, batch=FLAGS.batch))
 
   def theirs(lean):
     peer = Peer(params, config, lean)

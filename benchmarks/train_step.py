@@ -68,7 +68,7 @@ from adapt_pruner_jax.models import (
   model_config,
 )
 from adapt_pruner_jax.models.rope import Rope
-from adapt_pruner_jax.planning import plan
+from adapt_pruner_jax.planning import cost
 from adapt_pruner_jax.reporting import log
 from adapt_pruner_jax.training import (
   loop,
@@ -181,7 +181,7 @@ def seconds(fn) -> tuple[float, float]:
 
 def step_flops(config: model_config.ModelConfig) -> float:
   """Forward and twice that backward; what remat repeats does not count."""
-  forward = sum(plan.forward_flops(config, FLAGS.tokens))
+  forward = sum(cost.forward_flops(config, FLAGS.tokens))
   return 3 * forward * FLAGS.batch * FLAGS.tokens
 
 

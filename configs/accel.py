@@ -1,4 +1,6 @@
-"""Small prunes interleaved with training; the base of such runs.
+"""Curvature with refits in stages, measured on models of at most 2.8M.
+
+Small prunes interleaved with training; the base of such runs.
 
   adapt-pruner run --config=configs/accel.py --workdir=W \\
     --config.model.path=DIR --config.prune.target_params=N \\

@@ -9,9 +9,9 @@ sizes, rates and calibration are the paper's. So is the number of tokens, by its
 "200 x fewer" than the 1T of MobileLLM-125M. The paper trains on nine
 instruction sets: give yours with --config.data.source=hf:A,hf:B or jsonl:FILE.
 
-The paper's sizes, 376,075,200 and 143,067,456, count the shared embedding
-twice. Counted once, as here, the model begins with 345,355,200 parameters, and
-the layers of the paper's result make --config.prune.target_params=112347456.
+The target keeps the *layers* of the paper's result. The paper's sizes,
+376,075,200 and 143,067,456, count the shared embedding twice; counted once, as
+here, they are 345,355,200 and 112,347,456.
 """
 
 from adapt_pruner_jax.config import Config
@@ -20,7 +20,7 @@ from adapt_pruner_jax.config import Config
 def get_config() -> Config:
   config = Config()
   config.model.path = "facebook/MobileLLM-350M"
-  config.prune.target_params = 143_067_456
+  config.prune.target_params = 112_347_456
   config.prune.stages = 20
   config.calibration.source = "hf:DKYoon/SlimPajama-6B,limit=20000"
   config.data.source = "hf:DKYoon/SlimPajama-6B"

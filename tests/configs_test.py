@@ -12,7 +12,15 @@ import pytest
 from absl import flags
 
 from adapt_pruner_jax import cli
-from adapt_pruner_jax.config import Config, check, field_names, get
+from adapt_pruner_jax.config import (
+  OLD_FIELDS,
+  Config,
+  check,
+  difference,
+  field_names,
+  from_json,
+  get,
+)
 from adapt_pruner_jax.data.sources import parse_sources
 from adapt_pruner_jax.distributed import sharding
 from adapt_pruner_jax.errors import UserError
@@ -30,13 +38,14 @@ CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 FIELDS = """
   model.path model.dtype model.ignore_fields
   prune.method prune.target_params prune.ratio prune.stages prune.step_size
-  prune.max_steps prune.amplitude prune.group_importance prune.layer_importance
+  prune.max_steps prune.amplitude prune.allotment prune.group_importance
+  prune.layer_importance
   prune.attention_layers prune.mlp_layers prune.gqa_fold prune.trim
-  prune.round_ffn_to prune.refit prune.refit_ridge prune.refit_all
-  prune.curvature_step prune.cap
-  prune.llm_pruner_steps prune.llm_pruner_ranking prune.flap_metric
-  prune.flap_structure prune.slice_multiple prune.slice_subtract_mean
-  prune.magnitude_norm
+  prune.round_ffn_to prune.round_kv_to prune.refit prune.refit_ridge
+  prune.refit_all
+  prune.ranking.step_size prune.ranking.cap prune.uniform.steps
+  prune.llm_pruner.ranking prune.flap.metric prune.flap.structure
+  prune.slicegpt.multiple prune.slicegpt.subtract_mean prune.magnitude.norm
   calibration.source calibration.samples calibration.seq_len calibration.batch
   calibration.refit_samples
   data.source data.seq_len data.batch
@@ -87,7 +96,7 @@ RECIPES = {
   "mobilellm_350m_to_125m": STAGED
   | {
     "model.path": "facebook/MobileLLM-350M",
-    "prune.target_params": 143_067_456,
+    "prune.target_params": 112_347_456,
     "prune.stages": 20,
     "train.min_learning_rate": 0.0,
   },
@@ -134,7 +143,6 @@ PAPER = {
   "prune.method": "adapt",
   "prune.step_size": 0.02,
   "prune.amplitude": 0.02,
-  "prune.group_importance": "taylor",
   "prune.layer_importance": "cosine",
   "calibration.samples": 512,
   "calibration.seq_len": 64,
@@ -264,6 +272,74 @@ def test_fields_are_the_contract():
   assert field_names(Config()) == FIELDS
 
 
+def test_old_recipes_are_read():
+  """As they stand in the config.json of the first version."""
+  assert {*OLD_FIELDS.values()} <= {*field_names(Config())}
+  new, old = dataclasses.asdict(Config()), dataclasses.asdict(Config())
+  for name, today in OLD_FIELDS.items():
+    _, section, field = today.split(".")
+    old["prune"][name.removeprefix("prune.")] = new["prune"][section][field]
+  for section in ("ranking", "uniform", "llm_pruner", "flap", "slicegpt"):
+    del old["prune"][section]
+  del old["prune"]["magnitude"], old["prune"]["allotment"]
+  old["prune"]["group_importance"] = "taylor"
+  assert difference(old, new) == []
+  assert from_json(old) == Config()
+  old["prune"]["flap_metric"] = "IFV"
+  assert difference(old, new) == ["prune.flap.metric: IFV -> WIFV"]
+  assert from_json(old).prune.flap.metric == "IFV"
+  del old["train"]["carry_moments"]  # as if it came later
+  new["train"]["carry_moments"] = False
+  line = "train.carry_moments: True -> False"
+  assert difference(old, new)[1:] == [line]
+  # What it wrote for a default is that, and the same word typed is the same.
+  new = dataclasses.asdict(Config())
+  old["train"]["carry_moments"] = True
+  old["prune"]["flap_metric"] = "WIFV"
+  for name in "", "taylor":
+    new["prune"]["group_importance"] = name
+    assert difference(old, new) == []
+  new["prune"]["group_importance"] = "l1"
+  line = "prune.group_importance: taylor -> l1"
+  assert difference(old, new) == [line]
+  # Later versions mean what they wrote.
+  new["prune"]["group_importance"] = "taylor"
+  assert difference(new, new) == []
+  assert from_json(new).prune.group_importance == "taylor"
+  line = "prune.group_importance: taylor -> "
+  assert difference(new, dataclasses.asdict(Config())) == [line]
+  with pytest.raises(UserError, match=r"no config field train\.other"):
+    from_json({"train": {"other": 1}})
+
+
+def test_a_renamed_field(monkeypatch):
+  """Mapped where it is stored, refused with its new name where it is typed."""
+  monkeypatch.setitem(OLD_FIELDS, "train.rate", "train.learning_rate")
+  stored = {"train": {"rate": 0.5}}
+  assert from_json(stored).train.learning_rate == 0.5
+  line = "train.learning_rate: 0.5 -> 2e-05"
+  assert difference(stored, dataclasses.asdict(Config())) == [line]
+  argv = ["--config.train.rate=0.5"]
+  with pytest.raises(
+    UserError, match=r"--config\.train\.rate is now --config\.train\.learning_r"
+  ):
+    cli._define_config(flags.FlagValues(), argv)
+  for write in (
+    lambda: setattr(Config().train, "rate", 0.5),
+    lambda: dataclasses.replace(Config().train, rate=0.5),
+  ):
+    with pytest.raises(
+      UserError, match=r"train\.rate is now train\.learning_r"
+    ):
+      write()
+  with pytest.raises(UserError, match=r"no field train\.tokns.*mean tokens"):
+    Config().train.tokns = 1
+  with pytest.raises(UserError, match=r"_metric is now prune\.flap\.metric"):
+    Config().prune.flap_metric = "IFV"
+  with pytest.raises(UserError, match=r"no field prune\.flap\.metrc"):
+    Config().prune.flap.metrc = "IFV"
+
+
 def test_every_recipe_is_in_the_table():
   files = {p.stem for p in CONFIGS.glob("*.py")} - {"__init__"}
   assert files == set(RECIPES)
@@ -288,6 +364,7 @@ def test_paper_settings(name):
   got = values(build(name))
   want = PAPER | first
   assert {field: got[field] for field in want} == want
+  assert build(name).prune.pair() == ("adapt", "taylor")
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -344,6 +421,23 @@ def full_size(name: str) -> tuple[Config, model_config.ModelConfig]:
 
 
 FULL = [n for n in RECIPES if n not in ("tiny", *BASES)]
+
+
+def test_the_350m_recipe_keeps_the_layers_of_the_paper():
+  """Counted once, and its docstring says how the paper counts."""
+  recipe = build("mobilellm_350m_to_125m")
+  assert recipe.prune.target_params == 143_067_456 - 32000 * 960
+  said = (CONFIGS / "mobilellm_350m_to_125m.py").read_text()
+  assert "keeps the *layers* of the paper's result" in said
+  assert "count the shared embedding twice" in said
+
+
+@pytest.mark.parametrize("name", ["oneshot", "accel"])
+def test_the_bases_say_their_method_first(name):
+  """And where it was measured."""
+  first = (CONFIGS / f"{name}.py").read_text().splitlines()[0]
+  assert build(name).prune.method in first.lower()
+  assert "measured on" in first
 
 
 @pytest.mark.parametrize("name", FULL)

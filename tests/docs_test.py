@@ -5,6 +5,7 @@ model called DIR, texts called FILE and HELDOUT, questions. Flags behind them
 make them small. What cannot run here is in `NOT_HERE`, and its flags are read.
 """
 
+import ast
 import functools
 import os
 import pathlib
@@ -112,6 +113,22 @@ def test_there_are_commands():
   assert sum(len(lines) for lines in RUN.values()) > 20
   assert len(OURS) > 5
   assert len(LAUNCHES) > 3
+
+
+def test_how_it_works_has_the_imports_of_the_loop():
+  tree = ast.parse((ROOT / "adapt_pruner_jax" / "runs" / "run.py").read_text())
+  package = ROOT / "adapt_pruner_jax"
+  imported = set()
+  for node in ast.walk(tree):
+    if isinstance(node, ast.ImportFrom) and "adapt_pruner" in node.module:
+      place = node.module.removeprefix("adapt_pruner_jax").strip(".")
+      for name in node.names:
+        file = package.joinpath(*place.split("."), f"{name.name}.py")
+        imported.add(f"{place}.{name.name}" if file.exists() else place)
+  text = (ROOT / "docs" / "how-it-works.md").read_text()
+  table = text.split("## The loop of a run")[1].split("\n## ")[0]
+  rows = [line.split("|")[1] for line in table.splitlines() if "| `" in line]
+  assert set(re.findall(r"`([\w.]+)`", " ".join(rows))) == imported
 
 
 @pytest.mark.parametrize("part", NOT_HERE)

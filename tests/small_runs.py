@@ -8,7 +8,7 @@ import sys
 
 import jax
 
-from adapt_pruner_jax.config import Config
+from adapt_pruner_jax.config import Config, field_names, get
 from adapt_pruner_jax.distributed import sharding
 from adapt_pruner_jax.formats.hf import save
 from adapt_pruner_jax.runs import tiny_model
@@ -66,16 +66,16 @@ def recipe(path, stages: int = 2, tokens: int = 0, **prune_fields) -> Config:
 
 def flags_of(config: Config, path: pathlib.Path) -> list[str]:
   """The command line of a run with this recipe."""
-  default = dataclasses.asdict(Config())
-  found = ["--config=configs/paper.py", f"--workdir={path}"]
-  for section, content in dataclasses.asdict(config).items():
-    pairs = content if isinstance(content, dict) else {"": content}
-    for name, value in pairs.items():
-      old = default[section][name] if name else default[section]
-      if value != old:
-        dot = "." if name else ""
-        found.append(f"--config.{section}{dot}{name}={value}")
-  return found
+  default = Config()
+  return [
+    "--config=configs/paper.py",
+    f"--workdir={path}",
+    *(
+      f"--config.{name}={get(config, name)}"
+      for name in field_names(config)
+      if get(config, name) != get(default, name)
+    ),
+  ]
 
 
 def start(config, path, env: dict[str, str], *more: str) -> subprocess.Popen:

@@ -74,6 +74,11 @@ class TrainData:
   size: int  # rows a step
   num_tokens: int  # of one epoch, over all sources
   fingerprint: str  # of all tokens; a run only continues on the same ones
+  sources: tuple[tuple[float, int], ...]  # of each: share of the rows, tokens
+
+  def epochs(self, tokens: int) -> float:
+    """How often the source that repeats most is read in `tokens` tokens."""
+    return max(share * tokens / size for share, size in self.sources)
 
   def batch(self, step: int) -> dict[str, np.ndarray]:
     """Batch of train step `step` (from 0).
@@ -126,11 +131,16 @@ def train_data(
   rows = parts[0]
   if len(parts) > 1:
     rows = grain.MapDataset.mix(parts, [s.weight for s in sources])
+  weights = sum(s.weight for s in sources)
   return TrainData(
     rows=rows,
     size=config.batch,
     num_tokens=sum(len(s.tokens) for s in streams),
     fingerprint=digest(*[s.fingerprint.encode() for s in streams]),
+    sources=tuple(
+      (source.weight / weights, len(stream.tokens))
+      for source, stream in zip(sources, streams, strict=True)
+    ),
   )
 
 

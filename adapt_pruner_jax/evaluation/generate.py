@@ -15,14 +15,14 @@ from jax.sharding import Mesh, PartitionSpec
 
 from adapt_pruner_jax.distributed import placement, sharding
 from adapt_pruner_jax.errors import UserError
+from adapt_pruner_jax.models import layer
 from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.decoder import Decoder
 from adapt_pruner_jax.models.model_config import ModelConfig
 
 CHUNK = 32  # tokens decoded before the host looks at them
 
-# Keys and values [B, S, K, H] of each layer; None where K = 0.
-Caches = list[tuple[jax.Array, jax.Array] | None]
+Caches = list[layer.Cache | None]  # of each layer; None where K = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -251,61 +251,23 @@ def decode(
   return logits_BV, caches, sharding.whole(drawn_BC, mesh)
 
 
-def residual(
-  decoder: Decoder,
-  tokens_BT: jax.Array,
-  positions_BT: jax.Array,
-  see: Callable[[int], jax.Array],
-  caches: Caches | None = None,
-  column: jax.Array | int = 0,
-) -> tuple[jax.Array, Caches]:
-  """The residual stream behind the last layer, and each layer's (k, v).
-
-  The forward of `Decoder` for other masks; call it with
-  `Decoder.apply(method=)`.
-
-  Args:
-    positions_BT: for the rotary angles, at least 0.
-    see: the mask bool [B, 1, T, S] of layers with this window; as
-      `attention.attend` wants it.
-    caches: keys and values that the new ones are written into, at `column`;
-      None = the queries see only the tokens given.
-  """
-  c = decoder.config
-  ropes = c.rope_tables(positions_BT)
-  windows = c.window or (0,) * c.num_layers
-  masks = {window: see(window) for window in sorted(set(windows))}
-  x_BTD = decoder.embed(tokens_BT)
-  found: Caches = []
-  for i, layer in enumerate(decoder.layer):
-    y_BTKGH = kv = None
-    if layer.kv_groups:
-      q_BTKGH, *kv = layer.qkv(x_BTD, ropes[c.rope_ids()[i]])
-      if caches is not None:
-        write = jax.lax.dynamic_update_slice_in_dim
-        pairs = zip(caches[i], kv, strict=True)
-        kv = [write(cache, new, column, axis=1) for cache, new in pairs]
-      y_BTKGH = layer.attend(q_BTKGH, *kv, masks[windows[i]])
-    x_BTD = layer.mlp(layer.add_attention(x_BTD, y_BTKGH))
-    found.append(kv and tuple(kv))
-  return x_BTD, found
-
-
 def _continue(decoder, tokens_BT, starts_B, *, caches, column):
-  """`residual` of left-padded rows whose next columns these tokens are."""
+  """`Decoder.residual` of left-padded rows that these tokens go on."""
   T = tokens_BT.shape[1]
-  layers = [] if caches is None else [kv for kv in caches if kv]
-  S = layers[0][0].shape[1] if layers else T
   positions_BT = column + jnp.arange(T) - starts_B[:, None]
-  keys_BS = jnp.arange(S) - starts_B[:, None]
-
-  def see(window):
-    distance = positions_BT[:, :, None] - keys_BS[:, None, :]
-    seen = (distance >= 0) & (keys_BS >= 0)[:, None, :]
-    return (seen & (distance < window) if window else seen)[:, None]
-
+  inside_BT = (positions_BT >= 0).astype(jnp.int32)
   positions_BT = jnp.maximum(positions_BT, 0)
-  return residual(decoder, tokens_BT, positions_BT, see, caches, column)
+  widths = [kv[0].shape[1] for kv in caches or [] if kv]
+  if not widths:
+    # Padding is a segment of its own.
+    inputs = layer.attention_inputs(decoder.config, positions_BT, inside_BT)
+  else:
+    inputs = dataclasses.replace(
+      layer.attention_inputs(decoder.config, positions_BT),
+      cached=jnp.arange(widths[0]) - starts_B[:, None],
+      column=column,
+    )
+  return decoder.residual(tokens_BT, inputs, caches)
 
 
 def head(config: ModelConfig, params: Params, x_BTD: jax.Array) -> jax.Array:

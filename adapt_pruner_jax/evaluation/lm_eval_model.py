@@ -26,9 +26,10 @@ from adapt_pruner_jax.data.tokenizer import Tokenizer
 from adapt_pruner_jax.distributed import placement, sharding
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.evaluation import generate
-from adapt_pruner_jax.models import decoder
+from adapt_pruner_jax.models import decoder, layer
 from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.model_config import ModelConfig
+from adapt_pruner_jax.training import losses
 
 FULL_BATCH = 128  # tokens a row up to which as many rows as asked are scored
 QUERIES = 32  # scored tokens a row whose logits exist at a time
@@ -361,19 +362,12 @@ def _score(
   Only the first `blocks` times `QUERIES` queries are answered.
   """
   params = sharding.whole_embedding(params, mesh)
-  own = branches_BT[:, :, None] == branches_BT[:, None, :]
-  allowed = own | (branches_BT == 0)[:, None, :]
-
-  def see(window):
-    distance = positions_BT[:, :, None] - positions_BT[:, None, :]
-    seen = allowed & (distance >= 0)
-    return (seen & (distance < window) if window else seen)[:, None]
-
+  inputs = layer.attention_inputs(config, positions_BT, branches_BT)
   x_BTD, _ = decoder.Decoder(config).apply(
     {"params": params},
     tokens_BT,
-    positions_BT,
-    method=partial(generate.residual, see=see),
+    dataclasses.replace(inputs, prefix=True),
+    method="residual",
   )
 
   def block(i, found):
@@ -383,8 +377,7 @@ def _score(
     columns_BC, targets_BC = part(columns_BQ), part(targets_BQ)
     x_BCD = jnp.take_along_axis(x_BTD, columns_BC[..., None], axis=1)
     logits_BCV = generate.head(config, params, x_BCD)
-    target_BC = _pick(logits_BCV, targets_BC, cut=mesh.shape["tensor"] > 1)
-    log_probs_BC = target_BC - jax.nn.logsumexp(logits_BCV, axis=-1)
+    log_probs_BC, target_BC = losses.log_probs(logits_BCV, targets_BC)
     # As argmax == target, but for exact ties; on a CPU it is 20 times faster.
     hits_BC = target_BC >= logits_BCV.max(-1)
     return [
@@ -396,16 +389,6 @@ def _score(
   found = [jnp.zeros(shape, jnp.float32), jnp.zeros(shape, bool)]
   found = jax.lax.fori_loop(0, blocks, block, found)
   return sharding.whole(tuple(found), mesh)
-
-
-def _pick(logits_BCV: jax.Array, targets_BC: jax.Array, cut: bool) -> jax.Array:
-  """The targets' logits [B, C]; `cut` = V is on several devices."""
-  if not cut:
-    picked = jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)
-    return picked[..., 0]
-  # As in loss.next_token: comparing with every id stays local to a device.
-  hit_BCV = targets_BC[..., None] == jnp.arange(logits_BCV.shape[-1])
-  return jnp.where(hit_BCV, logits_BCV, 0).sum(-1)
 
 
 def _whole_blocks(number: int) -> int:

@@ -1,0 +1,11 @@
+"""The decoder: a model is a pair of a frozen config and a dict of arrays.
+
+Pure functions of weights, below everything else in the package:
+  axes          dim letters, and which dims each parameter has
+  model_config  `ModelConfig`: all that shapes the function; shapes and counts
+  arithmetic    products, norms and activations that layers are made of
+  rope          rotary position embeddings
+  attention     who sees whom, as data, and what the heads say
+  layer         the one driver of a layer and of its halves, with a tap
+  decoder       the Flax modules: parameters, embedding, layers, head
+"""

@@ -14,11 +14,19 @@ def rms_norm(
   offset: float = 0.0,
   width: int | None = None,
 ) -> jax.Array:
-  """x / sqrt(sum x^2 / width + eps) * (offset + scale), over the last axis.
+  """Root mean square norm (Zhang & Sennrich, arXiv 1910.07467).
+
+  x / sqrt(sum x^2 / width + eps) * (offset + scale), over the last axis.
 
   Args:
+    x: [..., size].
+    scale: [size].
+    eps: added to the mean square.
     offset: 1 for Gemma, which then also scales in float32.
     width: what the sum of squares is divided by; default the axis's own size.
+
+  Returns:
+    The normed array, in the dtype of `x`.
   """
   x32 = x.astype(jnp.float32)
   width = x.shape[-1] if width is None else width
@@ -33,14 +41,19 @@ def rms_norm(
 def project(
   equation: str, x: jax.Array, w: jax.Array, dtype: jnp.dtype | None = None
 ) -> jax.Array:
-  """`jnp.einsum(equation, x, w)`, its gradients einsums in the same order.
+  """Computes `jnp.einsum(equation, x, w)`, with gradients in the same order.
 
   JAX's own rule makes the gradient of `w` a product with the transposed
   cotangent, which XLA:CPU writes out once more: this is up to 1.7 times as
-  fast. Letters of `x` and `w` must not be summed in just one of them.
+  fast.
 
   Args:
+    equation: of two operands; no letter is summed that only one of them has.
+    x, w: the operands.
     dtype: of the result; default that of `x` and `w`.
+
+  Returns:
+    The product; gradients are in the dtypes of `x` and of `w`.
   """
   return jnp.einsum(equation, x, w, preferred_element_type=dtype)
 
@@ -65,5 +78,10 @@ ACTIVATIONS = {"silu": nn.silu, "gelu_tanh": partial(nn.gelu, approximate=True)}
 
 
 def soft_cap(x: jax.Array, cap: float) -> jax.Array:
-  """Squeezes x smoothly into (-cap, cap); cap 0 leaves it (Gemma 2)."""
+  """Squeezes x smoothly into (-cap, cap), as Gemma 2 does.
+
+  Args:
+    x: any shape.
+    cap: the bound; 0 leaves `x` as it is.
+  """
   return cap * jnp.tanh(x / cap) if cap else x

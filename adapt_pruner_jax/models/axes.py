@@ -66,17 +66,31 @@ Params = dict[str, Any]
 
 
 def shape(name: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
-  """Shape of parameter `name` given the size of each letter."""
+  """Shape of a parameter.
+
+  Args:
+    name: a key of `AXES`.
+    sizes: of each letter that it has.
+  """
   return tuple(sizes[letter] for letter in AXES[name])
 
 
 def unit_of(name: str) -> str | None:
-  """The unit letter that `name` is cut along, or None."""
+  """The unit letter that parameter `name` is cut along, or None."""
   return next((u for u in UNITS if u in AXES[name]), None)
 
 
 def take(name: str, array: jax.Array, indices: Mapping[str, Any]) -> jax.Array:
-  """Keeps `indices[unit]` of `array` along its unit axis, in that order."""
+  """Keeps some units of a parameter.
+
+  Args:
+    name: of the parameter.
+    array: the parameter, of numpy or of JAX.
+    indices: {"K": int [k], "F": int [f]}, the units to keep, in their order.
+
+  Returns:
+    The smaller array; `array` itself where it has no units.
+  """
   unit = unit_of(name)
   if unit is None:
     return array
@@ -87,7 +101,17 @@ def take(name: str, array: jax.Array, indices: Mapping[str, Any]) -> jax.Array:
 def put(
   name: str, array: jax.Array, indices: Mapping[str, Any], sizes: Mapping
 ) -> jax.Array:
-  """Inverse of `take`: scatters `array` into zeros of full unit size."""
+  """Inverse of `take`: scatters units into zeros.
+
+  Args:
+    name: of the parameter.
+    array: what `take` has kept.
+    indices: where its units go, {"K": int [k], "F": int [f]}.
+    sizes: {"K": int, "F": int}, the full numbers of units.
+
+  Returns:
+    The larger array; `array` itself where it has no units.
+  """
   unit = unit_of(name)
   if unit is None:
     return array
@@ -103,7 +127,13 @@ def put(
 
 
 def mask(name: str, array: jax.Array, masks: Mapping[str, Any]) -> jax.Array:
-  """Zeroes the units of `array` whose mask is False."""
+  """Zeroes units of a parameter.
+
+  Args:
+    name: of the parameter.
+    array: with all units.
+    masks: {"K": bool [K], "F": bool [F]}, False where to zero.
+  """
   unit = unit_of(name)
   if unit is None:
     return array
@@ -114,6 +144,7 @@ def mask(name: str, array: jax.Array, masks: Mapping[str, Any]) -> jax.Array:
 
 
 def layer_name(index: int) -> str:
+  """Key of a layer in the tree of parameters."""
   return f"layer_{index}"
 
 

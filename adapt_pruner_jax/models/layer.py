@@ -1,80 +1,318 @@
-"""Half layers, each in the two steps around the matrix that it writes with.
+"""The one driver of a layer: training, scoring, refits and generation use it.
 
-Attention writes to the residual stream with `o`, the MLP with `down`. What such
-a matrix is fed belongs to units: heads, and MLP channels. `refit` and
-`curvature` look at a model this way, in dense coordinates (`surgery.dense`).
+A layer has two halves, named by the letter of their units: attention (K, KV
+groups) and the MLP (F, channels). A half is two steps around the matrix that it
+writes to the residual stream with, `o` or `down`: `read` makes its input of the
+stream, whose channels belong to units, and `write` puts that into the stream. A
+unit that is masked in between is removed, exactly.
+
+Layers are plain dicts of weights. Sizes come from the weights, everything else
+from a config, so that equal layers share an executable and the layers of a
+stacked model (`surgery.dense`) can be scanned over: their `Place` is traced
+then.
 """
 
-from functools import partial
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adapt_pruner_jax.models.arithmetic import rms_norm
-from adapt_pruner_jax.models.attention import attention_mask
+from adapt_pruner_jax.models import axes
+from adapt_pruner_jax.models.arithmetic import (
+  ACTIVATIONS,
+  project,
+  rms_norm,
+)
+from adapt_pruner_jax.models.attention import AttentionInputs, attend
 from adapt_pruner_jax.models.axes import Params
-from adapt_pruner_jax.models.decoder import Block
 from adapt_pruner_jax.models.model_config import ModelConfig
+from adapt_pruner_jax.models.rope import RopeTables, rotate
 
 # The matrix that each half writes with, and those that it reads with.
 HALVES = {"o": ("q", "k", "v"), "down": ("gate", "up")}
 WRITERS = {"K": "o", "F": "down"}  # by unit
+NAMES = {"K": "attn", "F": "mlp"}  # how parameters of a half begin
 
-Place = tuple[jax.Array, jax.Array]  # a layer's attention window, its rope
+Cache = tuple[jax.Array, jax.Array]  # keys and values, [B, S, K, H] each
 
 
-def places(config: ModelConfig) -> tuple[np.ndarray, np.ndarray]:
-  """The `Place` of all layers, int32 [L] each."""
+class Place(NamedTuple):
+  """Where a layer stands, as far as its function depends on it."""
+
+  window: jax.Array | int  # positions that its queries see; 0 = all
+  rope: jax.Array | int  # which of `AttentionInputs.ropes`
+
+
+class Tap(NamedTuple):
+  """What running a layer, or a half of it, lets a caller see.
+
+  Attributes:
+    fed: {"K": [B, T, K, G, H], "F": [B, T, F]}: the inputs of `o` and `down`
+      before masks; None where a half is absent, no entry where it was not run.
+    between: the residual stream between the halves; None after just one half.
+    cache: the layer's keys and values, new ones in their columns; None where
+      there is no attention.
+  """
+
+  fed: dict[str, jax.Array | None]
+  between: jax.Array | None = None
+  cache: Cache | None = None
+
+
+def place(config: ModelConfig, index: int) -> Place:
+  """The place of layer `index`, known when the program is compiled."""
+  window = config.window[index] if config.window else 0
+  return Place(window, config.rope_ids()[index])
+
+
+def places(config: ModelConfig) -> Place:
+  """The places of all layers to scan over, int32 [L] each."""
   window_L = np.array(config.window or (0,) * config.num_layers, np.int32)
-  return window_L, np.array(config.rope_ids(), np.int32)
+  return Place(window_L, np.array(config.rope_ids(), np.int32))
 
 
-def fed(
-  config: ModelConfig, name: str, layer: Params, place: Place, x_BTD: jax.Array
-) -> jax.Array:
-  """What matrix `name` of a layer multiplies, [B, T, C], in its dtype.
+def attention_inputs(
+  config: ModelConfig,
+  positions: jax.Array | int,
+  segments: jax.Array | None = None,
+) -> AttentionInputs:
+  """What attention knows about rows that are read from their beginning.
 
   Args:
-    x_BTD: the residual stream in front of the half.
+    config: of the model.
+    positions: int [B or 1, T], each token's place in its document; or T, for
+      rows that are one document each.
+    segments: int [B, T], the documents of packed rows; None = one a row.
+
+  Returns:
+    The inputs, with a rotary table for each rope of the model.
   """
-  x_BTD = x_BTD.astype(layer[name].dtype)
-  for writer, norm in (("o", "attn_norm"), ("down", "mlp_norm")):
-    if name in HALVES[writer]:
-      eps, offset = config.norm_eps, config.norm_offset
-      return rms_norm(x_BTD, layer[norm], eps, offset)
-  block = Block(config, config.kv_groups[0], config.ffn_widths[0])
-  call = partial(block.apply, {"params": layer})
-  if name == "down":
-    return call(x_BTD, method=Block.hidden)
-  B, T, _ = x_BTD.shape
-  window, rope_id = place
-  rows_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
-  seen_BNTS = None
-  if any(config.window):
-    seen_BNTS = attention_mask(rows_BT, None, window)
-  tables = config.rope_tables(rows_BT)
-  rope = jax.tree.map(lambda *t: jnp.stack(t)[rope_id], *tables)
-  qkv = call(x_BTD, rope, method=Block.qkv)
-  return call(*qkv, seen_BNTS, method=Block.attend).reshape(B, T, -1)
+  if isinstance(positions, int):
+    positions = jnp.arange(positions)[None]
+  return AttentionInputs(positions, config.rope_tables(positions), segments)
 
 
-def add(
+def run_layer(
   config: ModelConfig,
-  name: str,
-  layer: Params,
+  weights: Params,
+  place: Place,
+  inputs: AttentionInputs,
   x_BTD: jax.Array,
-  y_BTC: jax.Array,
+  masks: Mapping[str, jax.Array] | None = None,
+  cache: Cache | None = None,
+) -> tuple[jax.Array, Tap]:
+  """Runs both halves of a layer.
+
+  Args:
+    config: of the model; its sizes of layers do not matter here.
+    weights: the layer's parameters, without a leading layer dim.
+    place: from `place`, or one of `places` inside a scan.
+    inputs: what attention knows about the rows.
+    x_BTD: the residual stream in front of the layer.
+    masks: {"K": bool [K], "F": bool [F]}, the units that count; None = all.
+    cache: keys and values of the columns of `inputs.cached`.
+
+  Returns:
+    The residual stream behind the layer, [B, T, E], and what there is to see.
+  """
+  args = config, weights, place, inputs
+  mid_BTM, heads = run_half("K", *args, x_BTD, masks, cache)
+  out_BTE, channels = run_half("F", *args, mid_BTM, masks)
+  return out_BTE, Tap(heads.fed | channels.fed, mid_BTM, heads.cache)
+
+
+def run_half(
+  unit: str,
+  config: ModelConfig,
+  weights: Params,
+  place: Place,
+  inputs: AttentionInputs,
+  x_BTD: jax.Array,
+  masks: Mapping[str, jax.Array] | None = None,
+  cache: Cache | None = None,
+) -> tuple[jax.Array, Tap]:
+  """Runs the attention (unit K) or the MLP (F) of a layer.
+
+  An absent half passes the stream on; an output bias and SliceGPT's shortcut
+  are still applied.
+
+  Args:
+    unit: "K" or "F".
+    config, weights, place, inputs: as `run_layer`'s.
+    x_BTD: the residual stream in front of the half.
+    masks, cache: as `run_layer`'s.
+
+  Returns:
+    The residual stream behind the half, and what there is to see.
+  """
+  fed, cache = read(unit, config, weights, place, inputs, x_BTD, masks, cache)
+  counted = fed
+  if fed is not None and masks is not None:
+    counted = fed * spread_mask(masks[unit], fed)
+  y_BTD = write(unit, config, weights, x_BTD, counted)
+  return y_BTD, Tap({unit: fed}, cache=cache)
+
+
+def spread_mask(mask_U: jax.Array, fed: jax.Array) -> jax.Array:
+  """A mask of units, to multiply what `read` gives with."""
+  return mask_U.reshape(-1, *(1,) * (fed.ndim - 3)).astype(fed.dtype)
+
+
+def read(
+  unit: str,
+  config: ModelConfig,
+  weights: Params,
+  place: Place,
+  inputs: AttentionInputs,
+  x_BTD: jax.Array,
+  masks: Mapping[str, jax.Array] | None = None,
+  cache: Cache | None = None,
+) -> tuple[jax.Array | None, Cache | None]:
+  """What the units of a half make of the stream: the input of `o` or `down`.
+
+  Args:
+    unit, config, weights, place, inputs, x_BTD, cache: as `run_half`'s.
+    masks: units that count, for a norm over all heads together; what the
+      masked ones say is not zeroed here.
+
+  Returns:
+    [B, T, K, G, H] or [B, T, F], None if the half is absent; and the layer's
+    keys and values, None of an MLP.
+  """
+  if not count(unit, weights):
+    return None, None
+  if unit == "F":
+    return _channels(config, weights, x_BTD), None
+  return _heads(config, weights, place, inputs, x_BTD, masks, cache)
+
+
+def write(
+  unit: str,
+  config: ModelConfig,
+  weights: Params,
+  x_BTD: jax.Array,
+  fed: jax.Array | None,
 ) -> jax.Array:
-  """The stream behind a half whose matrix `o` or `down` is fed y."""
-  method = Block.add_mlp
-  if name == "o":
-    y_BTC = y_BTC.reshape(
-      *x_BTD.shape[:2],
-      config.kv_groups[0],
-      config.queries_per_group,
-      config.head_dim,
-    )
-    method = Block.add_attention
-  block = Block(config, config.kv_groups[0], config.ffn_widths[0])
-  return block.apply({"params": layer}, x_BTD, y_BTC, method=method)
+  """Writes what units have made to the residual stream.
+
+  Args:
+    unit: "K" or "F".
+    config, weights: as `run_layer`'s.
+    x_BTD: the residual stream in front of the half.
+    fed: as `read` gives it, masked or not; None = no units.
+
+  Returns:
+    The residual stream behind the half.
+  """
+  half, bias = NAMES[unit], f"{WRITERS[unit]}_bias"
+  y_BTD = None
+  if fed is not None:
+    equation = {"K": "btkgh,kghd->btd", "F": "btf,fd->btd"}[unit]
+    y_BTD = project(equation, fed, weights[WRITERS[unit]])
+  if config.residual:
+    x_BTD = x_BTD @ weights[f"{half}_shortcut"]
+  if bias in weights:
+    y_BTD = weights[bias] if y_BTD is None else y_BTD + weights[bias]
+  if y_BTD is None:
+    return x_BTD
+  y_BTD = norm(config, weights, f"{half}_post_norm", y_BTD)
+  if config.residual_scale != 1:
+    y_BTD *= jnp.asarray(config.residual_scale, y_BTD.dtype)
+  return x_BTD + y_BTD
+
+
+def count(unit: str, weights: Params) -> int:
+  """Units of a half of a layer; 0 = it is absent."""
+  writer = WRITERS[unit]
+  return weights[writer].shape[0] if writer in weights else 0
+
+
+def norm(
+  config: ModelConfig, weights: Params, name: str, x: jax.Array
+) -> jax.Array:
+  """`x` normed by the layer's parameter `name`, as it is if there is none."""
+  if name not in weights:
+    return x
+  sliced = config.residual and axes.AXES[name] in axes.RESIDUAL
+  width = config.hidden_size if sliced else None
+  eps, offset = config.norm_eps, config.norm_offset
+  return rms_norm(x, weights[name], eps, offset, width)
+
+
+# ---- Attention ---------------------------------------------------------------
+
+
+def _heads(config, weights, place, inputs, x_BTD, masks, cache):
+  """What the heads say, [B, T, K, G, H], and the keys and values."""
+  rope = _rope(inputs.ropes, place.rope)
+  q_BTKGH, *kv = _qkv(config, weights, rope, x_BTD, masks)
+  if cache is not None:
+    update = jax.lax.dynamic_update_slice_in_dim
+    pairs = zip(cache, kv, strict=True)
+    kv = [update(old, new, inputs.column, axis=1) for old, new in pairs]
+  y_BTKGH = attend(
+    q_BTKGH,
+    *kv,
+    inputs,
+    place.window if any(config.window) else 0,
+    scale=config.attn_scale or config.head_dim**-0.5,
+    softcap=config.attn_softcap,
+  )
+  return y_BTKGH, tuple(kv)
+
+
+def _rope(ropes: tuple[RopeTables, ...], which: jax.Array | int) -> RopeTables:
+  if len(ropes) == 1 or isinstance(which, int):
+    return ropes[which if isinstance(which, int) else 0]
+  return jax.tree.map(lambda *tables: jnp.stack(tables)[which], *ropes)
+
+
+def _qkv(config, weights, rope, x_BTD, masks):
+  """Rotated queries [B, T, K, G, H] and keys, and values [B, T, K, H]."""
+  w, c = weights, config
+  h_BTD = norm(c, w, "attn_norm", x_BTD)
+  q_BTKGH = project("btd,dkgh->btkgh", h_BTD, w["q"])
+  k_BTKH = project("btd,dkh->btkh", h_BTD, w["k"])
+  v_BTKH = project("btd,dkh->btkh", h_BTD, w["v"])
+  if c.qkv_bias:
+    q_BTKGH, k_BTKH = q_BTKGH + w["q_bias"], k_BTKH + w["k_bias"]
+    v_BTKH = v_BTKH + w["v_bias"]
+  if c.qk_norm == "head":
+    q_BTKGH = norm(c, w, "q_norm", q_BTKGH)
+    k_BTKH = norm(c, w, "k_norm", k_BTKH)
+  elif c.qk_norm == "all":
+    q_BTKGH = _norm_all(c, w["q_norm_all"], q_BTKGH, masks)
+    k_BTKH = _norm_all(c, w["k_norm_all"], k_BTKH, masks)
+  B, T, K, G, H = q_BTKGH.shape
+  q_BTNH = rotate(q_BTKGH.reshape(B, T, K * G, H), rope)
+  return q_BTNH.reshape(q_BTKGH.shape), rotate(k_BTKH, rope), v_BTKH
+
+
+def _norm_all(config, scale, x_BTKH, masks):
+  """Norm over all heads of a position together, those that `masks` leave."""
+  width = None
+  if masks is not None:
+    mask_K = masks["K"].astype(x_BTKH.dtype)
+    x_BTKH *= mask_K.reshape(-1, *(1,) * (x_BTKH.ndim - 3))
+    heads = jnp.maximum(jnp.sum(masks["K"]), 1)
+    width = heads * math.prod(x_BTKH.shape[3:])
+  flat = x_BTKH.reshape(*x_BTKH.shape[:2], -1)
+  normed = rms_norm(flat, scale.reshape(-1), config.norm_eps, width=width)
+  return normed.reshape(x_BTKH.shape)
+
+
+# ---- MLP ---------------------------------------------------------------------
+
+
+def _channels(config, weights, x_BTD):
+  """The MLP's activations, [B, T, F]."""
+  w, c = weights, config
+  h_BTD = norm(c, w, "mlp_norm", x_BTD)
+  gate_BTF = project("btd,df->btf", h_BTD, w["gate"])
+  up_BTF = project("btd,df->btf", h_BTD, w["up"])
+  if c.gate_up_bias:
+    gate_BTF, up_BTF = gate_BTF + w["gate_bias"], up_BTF + w["up_bias"]
+  return ACTIVATIONS[c.activation](gate_BTF) * up_BTF

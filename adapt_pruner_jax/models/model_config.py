@@ -1,10 +1,7 @@
-"""The decoder: `ModelConfig`, parameter counts, and the Flax modules.
+"""`ModelConfig`: all that shapes a model's function, and what follows from it.
 
-A model is always the pair `(ModelConfig, params)`. Layers may differ in their
-number of KV groups K and MLP width F; everything else is shared. Parameters are
-a plain dict: {"embedding", "layer_0": {...}, ..., "final_norm", "lm_head"},
-with the dims given by `axes.AXES`. Arithmetic is done in the dtype of the
-parameters, norms, rotary angles, softmax and logits in float32.
+Shapes and numbers of parameters are derived from a config and `axes.AXES`,
+without any array.
 """
 
 import dataclasses
@@ -68,7 +65,11 @@ class ModelConfig:
     return len(self.kv_groups)
 
   def sizes(self, layer: int | None = None) -> dict[str, int]:
-    """Size of each dim letter; without `layer` those outside the layers."""
+    """Size of each dim letter.
+
+    Args:
+      layer: which one's; None = those outside the layers.
+    """
     sizes = {
       "V": self.vocab_size,
       "G": self.queries_per_group,
@@ -92,13 +93,24 @@ class ModelConfig:
     return {"K": self.kv_groups, "F": self.ffn_widths}
 
   def with_units(self, units: Mapping[str, tuple[int, ...]]) -> "ModelConfig":
-    """This model with other sizes, given as `units` gives them."""
+    """This model with other sizes.
+
+    Args:
+      units: as `units` gives them.
+    """
     return dataclasses.replace(
       self, kv_groups=units["K"], ffn_widths=units["F"]
     )
 
   def rope_tables(self, positions_BT: jax.Array) -> tuple[RopeTables, ...]:
-    """Tables of each distinct rope; layers choose by `rope_ids`."""
+    """Rotary tables of each distinct rope; layers choose by `rope_ids`.
+
+    Args:
+      positions_BT: of the tokens, from 0.
+
+    Returns:
+      (cosine, sine) of each, float32 [B, T, R].
+    """
     ropes = (self.rope, self.local_rope) if self.local_rope else (self.rope,)
     return tuple(
       rope_tables(rope, self.head_dim, positions_BT) for rope in ropes
@@ -115,6 +127,7 @@ class ModelConfig:
 
 
 def to_json(config: ModelConfig) -> dict:
+  """The config as plain values, for `from_json`."""
   return dataclasses.asdict(config)
 
 
@@ -147,7 +160,12 @@ def from_json(fields: dict) -> ModelConfig:
 
 
 def layer_names(config: ModelConfig, layer: int | None = None) -> list[str]:
-  """Names of the parameters of a layer; without `layer`, of a full one."""
+  """Names of the parameters of a layer.
+
+  Args:
+    config: of the model.
+    layer: which one; None = one with all the parameters that the family has.
+  """
   attention, mlp = ["q", "k", "v", "o"], ["gate", "up", "down"]
   attention += ["q_bias", "k_bias", "v_bias"] * config.qkv_bias
   attention += {
@@ -174,7 +192,7 @@ def outer_names(config: ModelConfig) -> list[str]:
 
 
 def param_shapes(config: ModelConfig) -> dict:
-  """The parameter tree with shapes in place of arrays."""
+  """The tree of parameters with shapes, tuples of int, in place of arrays."""
   sizes = config.sizes()
   tree = {n: axes.shape(n, sizes) for n in outer_names(config)}
   for i in range(config.num_layers):
@@ -186,7 +204,7 @@ def param_shapes(config: ModelConfig) -> dict:
 
 
 def abstract_params(config: ModelConfig, dtype: jnp.dtype) -> Params:
-  """`param_shapes` as `jax.ShapeDtypeStruct`s."""
+  """The tree of parameters as `jax.ShapeDtypeStruct`s of one dtype."""
   return jax.tree.map(
     lambda s: jax.ShapeDtypeStruct(s, dtype),
     param_shapes(config),
@@ -195,7 +213,7 @@ def abstract_params(config: ModelConfig, dtype: jnp.dtype) -> Params:
 
 
 def count_params(config: ModelConfig) -> int:
-  """Number of parameters, each once: a tied matrix counts once."""
+  """Number of parameters; a tied output matrix counts once."""
   shapes = jax.tree.leaves(
     param_shapes(config), is_leaf=lambda s: isinstance(s, tuple)
   )
@@ -203,7 +221,11 @@ def count_params(config: ModelConfig) -> int:
 
 
 def unit_cost(config: ModelConfig) -> dict[str, int]:
-  """Parameters of one KV group (K) and of one MLP channel (F)."""
+  """Number of parameters that go with a unit.
+
+  Returns:
+    {"K": of one KV group, "F": of one MLP channel}.
+  """
   sizes = config.sizes() | {"K": 1, "F": 1}
   cost = dict.fromkeys(axes.UNITS, 0)
   for name in layer_names(config):

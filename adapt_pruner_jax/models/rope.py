@@ -1,4 +1,4 @@
-"""Rotary position embeddings."""
+"""Rotary position embeddings (Su et al., arXiv 2104.09864)."""
 
 import dataclasses
 
@@ -24,10 +24,17 @@ RopeTables = tuple[jax.Array, jax.Array]  # cos and sin
 
 
 def rope_frequencies(rope: Rope, head_dim: int) -> np.ndarray:
-  """Angle per position of each rotated pair of channels, float32 [R/2].
+  """How far each rotated pair of channels turns a position.
 
   `llama3` slows the low frequencies down and blends those in between
   (Transformers' modeling_rope_utils, `_compute_llama3_parameters`).
+
+  Args:
+    rope: which kind.
+    head_dim: H, of which R = int(H * rope.partial) channels are rotated.
+
+  Returns:
+    Radians a position, float32 [R/2].
   """
   rotated = int(head_dim * rope.partial)
   exponent = np.arange(0, rotated, 2, dtype=np.float32) / np.float32(rotated)
@@ -52,7 +59,15 @@ def rope_frequencies(rope: Rope, head_dim: int) -> np.ndarray:
 def rope_tables(
   rope: Rope, head_dim: int, positions_BT: jax.Array
 ) -> RopeTables:
-  """Cosine and sine of the rotary angles, float32 [B, T, R]."""
+  """Cosine and sine of the rotary angles.
+
+  Args:
+    rope, head_dim: as `rope_frequencies`'s.
+    positions_BT: of the tokens, from 0.
+
+  Returns:
+    Two arrays, float32 [B, T, R].
+  """
   frequency = rope_frequencies(rope, head_dim)
   angle = positions_BT[..., None].astype(jnp.float32) * frequency
   angle_BTR = jnp.concatenate([angle, angle], axis=-1)
@@ -60,7 +75,15 @@ def rope_tables(
 
 
 def rotate(x_BTNH: jax.Array, tables: RopeTables) -> jax.Array:
-  """Applies rotary angles to the first R channels; r is paired with r + R/2."""
+  """Turns the first R channels of each head; r is paired with r + R/2.
+
+  Args:
+    x_BTNH: queries or keys.
+    tables: from `rope_tables`, [B or 1, T, R].
+
+  Returns:
+    The turned heads, in the dtype of `x_BTNH`.
+  """
   cos, sin = (table[:, :, None].astype(x_BTNH.dtype) for table in tables)
   turned, rest = jnp.split(x_BTNH, [cos.shape[-1]], axis=-1)
   half1, half2 = jnp.split(turned, 2, axis=-1)

@@ -1,0 +1,11 @@
+"""What a run would do and cost, before any of it is done.
+
+plan             the command: reads the recipe and config.json, prints tables
+cost             sizes, tokens and FLOPs of each stage, by arithmetic
+memory           device memory of scoring, refit and training, by compiling
+training_memory  the part of it that is training, compiled or added up
+arrays           abstract arrays: sizes, and where they lie on a mesh
+disk             bytes of the original, the export and the checkpoints
+advice           what will not work, and what to change
+hardware         the devices that are meant, and what is known of them
+"""

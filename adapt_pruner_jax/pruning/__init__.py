@@ -1,0 +1,19 @@
+"""Pruning: which units of a model go, and what the rest becomes.
+
+task            what a prune works on, its steps, and what it gives back
+methods         the methods by name, made of a score and an allotment
+steps           the one loop: measure, allot, choose, refit
+scores          Taylor, magnitude and random scores; importance of layers
+curvature       second-order scores
+backward        the walk through a masked model and back that scores take
+allotment       how much goes where: adapt, uniform, one ranking
+schedule        Adapt-Pruner's schedule, targets of stages
+exact_target    a parameter target met within one channel
+targets         what may be pruned, and how far
+choice          the lowest units go
+surgery         kept units, masks, and the gather of arrays
+refit           least squares on what is left
+least_squares   how a refit is solved, layer by layer
+linear_algebra  factors and solves of Gram matrices
+baselines       other people's methods
+"""

@@ -1,31 +1,39 @@
-"""The last step, trimmed: the size ends at the target or just below it."""
+"""A target met exactly: the size ends at it, or less than a channel below.
+
+A schedule's last step is trimmed (`trim`); a method that says how many units
+go at a ratio has its ratio solved for (`solve`).
+"""
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import numpy as np
 
+from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.models import model_config
 from adapt_pruner_jax.models.axes import UNITS
 from adapt_pruner_jax.models.model_config import ModelConfig
-from adapt_pruner_jax.pruning import surgery
+from adapt_pruner_jax.pruning import choice, surgery, targets
 from adapt_pruner_jax.pruning.surgery import Masks
+from adapt_pruner_jax.pruning.task import Counts, PruneTask, Scores
 
 Removal = tuple[str, int, int]  # unit letter, layer, how many units
+EACH = {"K": 1, "F": 1}  # widths become multiples of this many units
+CountsAt = Callable[[float], Counts]  # units that go at a ratio, not falling
 
 
 def trim(
   full: ModelConfig,
   masks: Masks,
-  counts: Mapping[str, np.ndarray],
+  counts: Counts,
   prunable: Masks,
   target: int,
-  round_to: int = 1,
-) -> dict[str, np.ndarray]:
+  rounding: Mapping[str, int] = EACH,
+) -> Counts:
   """Fewer removals, so that the size ends at the target or just below it.
 
   Modules give up what they planned in proportion. The result is not above the
-  target, and within one MLP channel (a block of `round_to`) of it as long as
+  target, and within one MLP channel (a block of `rounding`) of it as long as
   there are channels, else within one KV group: channels that were not planned
   go in place of a KV group too much. Counts that do not reach the target stay.
 
@@ -34,25 +42,26 @@ def trim(
     prunable: modules from which more may be taken, bool [L] each.
   """
   cost = model_config.unit_cost(full)
-  width = surgery.widths(masks)["F"]
+  width = surgery.widths(masks)
   need = surgery.count(full, masks) - target
-  planned = _in_turn(counts, width, round_to)
+  planned = _in_turn(counts, width, rounding)
   enough = _until(planned, need, cost)
   if need <= 0 or enough is None:
     return dict(counts)
   groups = [r for r in enough if r[0] == "K"]
+  worth = lambda groups: cost["K"] * sum(units for _, _, units in groups)
 
-  def with_groups(number: int) -> list[Removal] | None:
+  def with_groups(groups: list[Removal]) -> list[Removal] | None:
     channels = itertools.chain(
       (r for r in planned if r[0] == "F"),
-      _more_channels(width - counts["F"], prunable["F"], round_to),
+      _more_channels(width["F"] - counts["F"], prunable["F"], rounding["F"]),
     )
-    found = _until(channels, need - number * cost["K"], cost)
-    return None if found is None else groups[:number] + found
+    found = _until(channels, need - worth(groups), cost)
+    return None if found is None else groups + found
 
-  chosen = with_groups(len(groups))
-  if len(groups) * cost["K"] - need >= round_to * cost["F"]:
-    chosen = with_groups(len(groups) - 1) or chosen
+  chosen = with_groups(groups)
+  if worth(groups) - need >= rounding["F"] * cost["F"]:
+    chosen = with_groups(groups[:-1]) or chosen
   result = {u: np.zeros(full.num_layers, np.int64) for u in UNITS}
   for unit, layer, units in chosen:
     result[unit][layer] += units
@@ -60,19 +69,18 @@ def trim(
 
 
 def _in_turn(
-  counts: Mapping[str, np.ndarray], width_L: np.ndarray, round_to: int
+  counts: Counts, width: Mapping[str, np.ndarray], rounding: Mapping[str, int]
 ) -> list[Removal]:
   """`counts` one by one, all modules in proportion to what they planned."""
   found = []  # (share of its module's removals, channels first, removal)
-  for layer, total in enumerate(counts["K"]):
-    for i in range(total):
-      found.append(((i + 1) / total, 1, ("K", layer, 1)))
-  for layer, total in enumerate(counts["F"]):
-    done = 0
-    while done < total:
-      size = min(_block(width_L[layer] - done, round_to), total - done)
-      done += size
-      found.append((done / total, 0, ("F", layer, size)))
+  for unit, rank in (("K", 1), ("F", 0)):
+    for layer, total in enumerate(counts[unit]):
+      done = 0
+      while done < total:
+        left = width[unit][layer] - done
+        size = min(_block(left, rounding[unit]), total - done)
+        done += size
+        found.append((done / total, rank, (unit, layer, size)))
   return [removal for _, _, removal in sorted(found)]
 
 
@@ -91,7 +99,7 @@ def _more_channels(
 
 
 def _block(width: int, round_to: int) -> int:
-  """Channels that bring a width down to the next multiple of `round_to`."""
+  """Units that bring a width down to the next multiple of `round_to`."""
   return int(width % round_to or round_to)
 
 
@@ -106,3 +114,130 @@ def _until(
     found.append((unit, layer, units))
     need -= units * cost[unit]
   return found if need <= 0 else None
+
+
+# ---- A ratio solved for the target -------------------------------------------
+
+
+def solve(
+  full: ModelConfig,
+  masks: Masks,
+  scores: Scores,
+  counts_at: CountsAt,
+  prunable: Masks,
+  target: int,
+  rounding: Mapping[str, int] = EACH,
+) -> Masks:
+  """The masks of the largest model not above `target` parameters.
+
+  What lies between the last ratio above the target and the first one not above
+  it is given up in proportion, as in `trim`, so that the result ends within one
+  MLP channel.
+
+  Args:
+    full: sizes of the original model.
+    masks: units left now.
+    scores: of the units, [L, K] and [L, F]; the lowest of a module go first.
+    counts_at: units that go at ratio p in [0, 1], not falling with p.
+    prunable: which modules may lose channels, bool [L] each.
+    rounding: widths become multiples of so many units.
+
+  Raises:
+    UserError: not even p = 1 reaches the target.
+  """
+  order = choice.order(scores, masks)
+
+  def at(ratio: float) -> tuple[Counts, Masks, int]:
+    counts = rounded(counts_at(ratio), masks, rounding)
+    left = choice.remove(masks, order, counts)
+    return counts, left, surgery.count(full, left)
+
+  low, high = 0.0, 1.0
+  if at(high)[2] > target:
+    raise unreachable(target, at(high)[2])
+  if at(low)[2] <= target:
+    return at(low)[1]
+  for _ in range(60):  # as fine as floats are
+    middle = (low + high) / 2
+    if at(middle)[2] > target:
+      low = middle
+    else:
+      high = middle
+  # A budget of its own for each unit letter may take fewer channels when one
+  # more group goes: what both ratios remove is sure, the rest is trimmed.
+  both = {u: np.minimum(at(low)[0][u], at(high)[0][u]) for u in UNITS}
+  more = {u: at(high)[0][u] - both[u] for u in UNITS}
+  left = choice.remove(masks, order, both)
+  more = trim(full, left, more, prunable, target, rounding)
+  left = choice.remove(left, choice.order(scores, left), more)
+  return _give_back(full, masks, left, scores, target, rounding["F"])
+
+
+def _give_back(
+  full: ModelConfig,
+  masks: Masks,
+  left: Masks,
+  scores: Scores,
+  target: int,
+  round_to: int,
+) -> Masks:
+  """Puts the best removed channels back while they fit.
+
+  `trim` does not know that a half layer without units loses its norms too.
+  """
+  cost = model_config.unit_cost(full)["F"] * round_to
+  left = left | {"F": left["F"].copy()}
+  while surgery.count(full, left) + cost <= target:
+    gone = masks["F"] & ~left["F"] & left["F"].any(axis=1)[:, None]
+    gone &= (gone.sum(axis=1) >= round_to)[:, None]
+    if not gone.any():
+      break
+    score = np.where(gone, scores["F"], -np.inf)
+    layer = score.max(axis=1).argmax()
+    best = np.argsort(-score[layer], kind="stable")[:round_to]
+    left["F"][layer, best] = True
+  return left
+
+
+def check_target(task: PruneTask) -> None:
+  """Raises a UserError if there is no target."""
+  if task.target is None:
+    raise UserError(
+      "this method needs a target: give --config.prune.ratio=0.2 (share of all "
+      "parameters to remove) or --config.prune.target_params=N"
+    )
+
+
+def check_reachable(task: PruneTask, least: Mapping[str, int]) -> None:
+  """Raises a UserError, before any work, for a target that is too small.
+
+  Args:
+    least: units that a prunable module is left with, {"K": int, "F": int}.
+  """
+  prunable = targets.prunable_modules(task.full, task.settings)
+  width = {
+    u: np.where(prunable[u], np.minimum(w, least[u]), w)
+    for u, w in surgery.widths(task.begin).items()
+  }
+  size = model_config.count_params(surgery.with_widths(task.full, width))
+  if task.target is not None and size > task.target:
+    raise unreachable(task.target, size)
+
+
+def unreachable(target: int, closest: int) -> UserError:
+  return UserError(
+    f"this method cannot reach {target:,} parameters: the closest it can get "
+    f"is {closest:,}; raise the target, or let it prune more layers "
+    "(--config.prune.attention_layers=0: --config.prune.mlp_layers=0:)"
+  )
+
+
+def rounded(
+  counts: Counts, masks: Masks, rounding: Mapping[str, int]
+) -> Counts:
+  """Counts that leave widths rounded up to multiples of `rounding`."""
+  found = {}
+  for u, left in surgery.widths(masks).items():
+    keep = -(-(left - counts[u]) // rounding[u]) * rounding[u]
+    found[u] = np.maximum(left - keep, 0)
+  return found

@@ -1,76 +1,121 @@
-"""The pruning methods by name. All have the signature of `prune.prune`."""
+"""The pruning methods by name, and how their parts combine.
 
-from collections.abc import Callable
+A method measures what units are worth, allots how much goes from each module,
+and removes the units of the lowest scores. `prune.method` names the published
+pairs; `prune.allotment` and `prune.group_importance` exchange one of the two.
+"""
 
-import numpy as np
-from jax.sharding import Mesh
+import dataclasses
+from functools import partial
 
 from adapt_pruner_jax.config import Prune
 from adapt_pruner_jax.errors import UserError
-from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.pruning import (
-  adapt,
-  baselines,
+  allotment,
   curvature,
   linear_algebra,
   refit,
+  scores,
+  steps,
   surgery,
-  task,
 )
+from adapt_pruner_jax.pruning.baselines import (
+  flap,
+  llm_pruner,
+  shortgpt,
+  slicegpt,
+  wanda_sp,
+)
+from adapt_pruner_jax.pruning.steps import Method
+from adapt_pruner_jax.pruning.task import Pruned, PruneTask
 
-METHODS = {
-  "adapt": adapt.prune,
-  "curvature": curvature.prune,
-  **baselines.METHODS,
+# What units are worth, by `prune.group_importance` or a method's own name.
+MEASURES = {
+  **{kind: partial(scores.measure, kind=kind) for kind in scores.KINDS},
+  "curvature": curvature.measure,
+  "fluctuation": flap.fluctuation,
+  "flap": flap.measure,
+  "wanda_sp": wanda_sp.measure,
+  "shortgpt": shortgpt.measure,
+}
+# How much goes where, by `prune.allotment` or a method's own name.
+ALLOTMENTS = {
+  "adapt": allotment.adapt,
+  "uniform": allotment.uniform,
+  "ranking": allotment.ranking,
+  "llm_pruner": llm_pruner.allot,
+  "flap": flap.allot,
+  "wanda_sp": wanda_sp.allot,
+  "shortgpt": shortgpt.allot,
+}
+# What methods do before and after.
+AROUND = {
+  "llm_pruner": {"prepare": llm_pruner.prepare},
+  "magnitude": {"prepare": llm_pruner.prepare},
+  "random": {"prepare": llm_pruner.prepare},
+  "flap": {"prepare": flap.prepare, "finish": flap.finish},
+  "shortgpt": {"finish": shortgpt.finish},
 }
 
 
+def method_of(settings: Prune) -> Method:
+  """The parts that the settings ask for; not of SliceGPT, which has none."""
+  name, score = settings.pair()
+  measure, around = MEASURES[score], AROUND.get(settings.method, {})
+  if name == "adapt":
+    measure = partial(scores.with_importance, measure)
+    around = around | {"strict": True}
+  return Method(measure, ALLOTMENTS[name], **around)
+
+
+def prune(task: PruneTask) -> Pruned:
+  """Prunes as `task.settings` say; without the refit at the end.
+
+  Raises:
+    UserError: bad settings, a target out of reach, or values that are not
+      finite.
+  """
+  check(task.full, task.settings)
+  if task.settings.method == "slicegpt":
+    return slicegpt.prune(task)
+  return steps.prune(method_of(task.settings), task)
+
+
+def refit_after(task: PruneTask, pruned: Pruned) -> Pruned:
+  """The refit that `prune.refit` asks for at the end of a prune.
+
+  Returns:
+    The same without a refit; else with new params, and a record a matrix.
+  """
+  settings = task.settings
+  if settings.refit == "none":
+    return pruned
+  done = pruned.trace[-1]["step"] if pruned.trace else task.after.number
+  params, records = refit.refit(
+    (task.config, task.params),
+    (pruned.config, pruned.params),
+    surgery.relative_to(task.kept, pruned.kept),
+    task.refit_samples(done),
+    task.batch,
+    ridge=settings.refit_ridge,
+    refit_all=settings.refit_all,
+    mesh=task.mesh,
+  )
+  return dataclasses.replace(pruned, params=params, refits=records)
+
+
 def resumes(settings: Prune) -> bool:
-  """Whether a stage can go on from one of its steps."""
-  return settings.method in ("adapt", "curvature")
+  """Whether a prune can go on from one of its steps: all by masks can."""
+  return settings.method != "slicegpt"
 
 
 def check(config: ModelConfig, settings: Prune) -> None:
   """Raises a UserError if this model cannot be pruned so, before any work."""
-  if settings.method == "slicegpt" and settings.refit != "none":
+  if config.residual and settings.method != "slicegpt":
     raise UserError(
-      "SliceGPT changes the residual width, which a refit compares: give "
-      "--config.prune.refit=none"
+      "this model was cut by SliceGPT, whose layers have residual widths of "
+      "their own: only --config.prune.method=slicegpt prunes it again"
     )
-  if settings.method == "curvature" or settings.refit != "none":
+  if settings.pair()[1] == "curvature" or settings.refit != "none":
     linear_algebra.check(config)
-
-
-def refit_after(
-  old: tuple[ModelConfig, Params],
-  pruned: task.Pruned,
-  keep: surgery.Kept,
-  settings: Prune,
-  draw: Callable[[], np.ndarray],
-  batch: int,
-  mesh: Mesh | None = None,
-) -> tuple[Params, list[dict]]:
-  """The refit that `settings.refit` asks for at the end of a prune.
-
-  Args:
-    old: the model before it.
-    keep: the units of `old` that are left.
-    draw: gives the calibration tokens, int32 [N, T]; only asked for a refit,
-      since a file of given samples may hold none for it.
-
-  Returns:
-    The params, and a record a matrix (see `refit.refit`); none without refit.
-  """
-  if settings.refit == "none":
-    return pruned.params, []
-  return refit.refit(
-    old,
-    (pruned.config, pruned.params),
-    keep,
-    draw(),
-    batch,
-    ridge=settings.refit_ridge,
-    refit_all=settings.refit_all,
-    mesh=mesh,
-  )

@@ -11,45 +11,28 @@ The target holds the error that earlier layers have left, so each layer corrects
 those before it. No parameter is added. `refit_all` also refits the matrices
 that read the stream, to what the dense model computes in their place.
 
-One layer and one Gram matrix exist at a time, in dense coordinates, so that one
-executable serves all layers: removed units have zero weights, hence inputs of
-zero, and stay zero. In large models the first token of a sequence can have
-activations a thousand times larger than the rest; no token counts for more
-than `CAP` typical ones.
+How they are solved is in `least_squares`. In large models the first token of a
+sequence can have activations a thousand times larger than the rest; no token
+counts for more than `least_squares.CAP` typical ones.
 """
 
-import dataclasses
-from collections.abc import Callable, Iterator
-from functools import partial
-from typing import Any
-
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from adapt_pruner_jax.distributed import placement, sharding
-from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.models import axes, model_config
 from adapt_pruner_jax.models.axes import Params
-from adapt_pruner_jax.models.decoder import Decoder
-from adapt_pruner_jax.models.layer import HALVES, add, fed, places
 from adapt_pruner_jax.models.model_config import ModelConfig
-from adapt_pruner_jax.pruning import linear_algebra, surgery
-
-HELD_OUT = 0.1  # share of the sequences that judge a refit
-CAP = 10.0  # most that a token's input energy counts, in medians
-ENOUGH = 20  # tokens per input channel from which a weak ridge is best
-WEAK, STRONG = 0.1, 1.0  # ridges with enough tokens, and with fewer
-
-Stream = list[jax.Array]  # minibatches [B, T, D], float32
-Weights = list[jax.Array | None]  # what tokens count, [B, T]; None = nothing
+from adapt_pruner_jax.pruning import least_squares, surgery
+from adapt_pruner_jax.pruning.surgery import Kept, Masks
+from adapt_pruner_jax.pruning.task import Masked
 
 
 def refit(
   dense: tuple[ModelConfig, Params],
   pruned: tuple[ModelConfig, Params],
-  kept: surgery.Kept,
+  kept: Kept,
   tokens_NT: np.ndarray,
   batch: int,
   *,
@@ -67,7 +50,8 @@ def refit(
     tokens_NT: calibration tokens; the last tenth of the rows is held out.
     batch: sequences at a time.
     ridge: in units of the median energy of a matrix's input channels; 0 =
-      WEAK where there are ENOUGH tokens for each channel, else STRONG.
+      weak where there are enough tokens for each channel, else strong
+      (`least_squares`).
     refit_all: refit q, k, v, gate and up too.
     mesh: devices that the batch is cut over; default one.
 
@@ -85,317 +69,87 @@ def refit(
   mesh = mesh or sharding.one_device()
   wide_dense = surgery.dense(dense_config)
   wide = config.with_units(wide_dense.units())
-  all_masks = surgery.to_masks(kept, dense_config)
+  masks = surgery.to_masks(kept, dense_config)
   everything = surgery.everything(dense_config)
 
-  def widen(params, i, units, config):
-    at = {u: units[u][i] for u in axes.UNITS}
-    zero = np.zeros((), params["embedding"].dtype)
-    layer = params[axes.layer_name(i)]
-    fn = lambda layer: surgery.widen(layer, at, config, zero)
-    return surgery.transform(fn, layer, mesh)
-
-  def layer_at(i):
+  def layer_at(i: int) -> tuple[Params, Params, Masks]:
     return (
-      widen(dense_params, i, everything, wide_dense),
-      widen(params, i, kept, wide),
-      {u: m[i] for u, m in all_masks.items()},
+      _widened(dense_params, i, everything, wide_dense, mesh),
+      _widened(params, i, kept, wide, mesh),
+      {u: m[i] for u, m in masks.items()},
     )
-
-  def narrow(matrices, i):
-    at = {u: kept[u][i] for u in axes.UNITS}
-    take = lambda tree: {n: axes.take(n, w, at) for n, w in tree.items()}
-    return surgery.transform(take, matrices, mesh)
 
   outer = {n: params[n] for n in model_config.outer_names(config)}
   new, records = dict(params), []
-  for i, matrices, found in layers(
+  for i, matrices, found in least_squares.layers(
     wide, outer, layer_at, tokens_NT, batch, ridge, refit_all, mesh
   ):
     name = axes.layer_name(i)
-    new[name] = params[name] | narrow(matrices, i)
+    new[name] = params[name] | _narrowed(matrices, i, kept, mesh)
     records += found
   return new, records
 
 
-def layers(
-  config: ModelConfig,
-  outer: Params,
-  layer_at: Callable[[int], tuple[Params, Params, dict[str, np.ndarray]]],
-  tokens_NT: np.ndarray,
-  batch: int,
-  ridge: float,
-  refit_all: bool,
-  mesh: Mesh,
-) -> Iterator[tuple[int, Params, list[dict]]]:
-  """Refits layer by layer, in dense coordinates.
-
-  Args:
-    config: of the pruned model, in dense coordinates; it may have output
-      biases that the dense model does not have.
-    outer: parameters outside the layers.
-    layer_at: gives of layer i the dense weights, the pruned ones, zero where
-      units are removed, and the masks {"K": bool [K], "F": bool [F]}.
-
-  Yields:
-    i, the matrices that changed, and the records of the layer.
-  """
-  linear_algebra.check(config)
-  z, fit, held = _start(config, outer, tokens_NT, batch, mesh)
-  u = z
-  for i, place in enumerate(zip(*places(config), strict=True)):
-    dense_layer, layer, masks = layer_at(i)
-    dense = _without_biases(config, dense_layer)
-    if u is z and _same(dense_layer, layer):
-      for writer in HALVES:
-        u = z = _advance(dense, writer, dense_layer, place, z, mesh)
-      yield i, {}, []
-      continue
-    changed, records = {}, []
-    placed = placement.replicate(masks, mesh)
-
-    for writer, readers in HALVES.items():
-      live = masks["K" if writer == "o" else "F"].any()
-      for names in [readers] * refit_all + [(writer,)]:
-        if names == (writer,):
-          z = _advance(dense, writer, dense_layer, place, z, mesh)
-        if live:
-          task = _Task(config, names, mesh)
-          parts = _Parts(dense_layer, layer, placed, place)
-          strength = ridge or _ridge(task, masks, tokens_NT)
-          new, found = _refit(task, parts, z, u, fit, held, strength)
-          layer, changed = layer | new, changed | new
-          records += [{"layer": i, "ridge": strength} | r for r in found]
-      u = _advance(config, writer, layer, place, u, mesh)
-    yield i, changed, records
-
-
-# ---- One least-squares problem -----------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class _Task:
-  """What an executable depends on."""
-
-  config: ModelConfig
-  names: tuple[str, ...]  # matrices of a layer that have the same input
-  mesh: Mesh
-
-
-@partial(
-  jax.tree_util.register_dataclass,
-  data_fields=["dense_layer", "layer", "masks", "place"],
-  meta_fields=[],
-)
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Parts:
-  """The layer of a task."""
-
-  dense_layer: Params
-  layer: Params
-  masks: dict[str, jax.Array]
-  place: Any
-
-
-def _refit(
-  task: _Task,
-  parts: _Parts,
-  z: Stream,
-  u: Stream,
-  fit: Weights,
-  held: Weights,
-  ridge: float,
+def refit_masked(
+  masked: Masked, masks: Masks, tokens_NT: np.ndarray
 ) -> tuple[Params, list[dict]]:
-  """The matrices that got better, and a record for each matrix.
+  """Refits what the masks leave of a model to the task's own .
 
   Args:
-    z: the dense stream, in front of the half for matrices that read it, behind
-      it for those that write to it.
-    u: the pruned stream, in front of the half.
-    fit, held: of the tokens to fit, and those that judge.
-  """
-  equations = _sum(_normal_equations, task, parts, z, u, fit)
-  old = {n: parts.layer[n] for n in task.names}
-  new = solve(*equations, old, np.float32(ridge))
-  changed = dataclasses.replace(parts, layer=parts.layer | new)
-  before = jax.device_get(_sum(_energies, task, parts, z, u, held))
-  after = jax.device_get(_sum(_energies, task, changed, z, u, held))
-  records, better = [], {}
-  for n in task.names:
-    # Written so that NaN, from equations too singular to solve, loses.
-    if after[n][0] < before[n][0]:
-      better[n] = new[n]
-    share = [
-      float(np.sqrt(r / max(y, 1e-30))) for r, y in (before[n], after[n])
-    ]
-    record = {"matrix": n, "before": share[0], "after": share[1]}
-    records.append(record | {"refitted": n in better})
-  return better, records
-
-
-def _sum(fn: Callable, task: _Task, parts: _Parts, z, u, weights) -> Any:
-  """Sum of `fn` over the minibatches that count."""
-  total = None
-  for z_BTD, u_BTD, weight_BT in zip(z, u, weights, strict=True):
-    if weight_BT is not None:
-      found = fn(task, parts, z_BTD, u_BTD, weight_BT)
-      total = found if total is None else _plus(total, found)
-  return total
-
-
-def _ridge(task: _Task, masks: dict[str, np.ndarray], tokens_NT) -> float:
-  """WEAK or STRONG, by the tokens for each live input channel."""
-  config = task.config
-  channels = {
-    "o": int(masks["K"].sum()) * config.queries_per_group * config.head_dim,
-    "down": int(masks["F"].sum()),
-  }
-  width = channels.get(task.names[0], config.hidden_size)
-  rows = len(tokens_NT) - _held_rows(tokens_NT)
-  return WEAK if rows * tokens_NT.shape[1] >= ENOUGH * width else STRONG
-
-
-def _start(config, outer, tokens_NT, batch, mesh) -> tuple:
-  """The stream in front of the layers, and the weights to fit and to judge."""
-  N, T = tokens_NT.shape
-  if N < 2:
-    raise UserError(
-      f"a refit needs at least 2 calibration sequences, not {N}: one to fit "
-      "and one to judge; raise --config.calibration.samples or "
-      ".refit_samples"
-    )
-  tokens_MBT, valid_MB = placement.minibatches(tokens_NT, batch, mesh)
-  valid_MB = np.asarray(valid_MB)
-  row_MB = valid_MB.ravel().cumsum().reshape(valid_MB.shape)  # from 1
-  judge_MB = row_MB > N - _held_rows(tokens_NT)
-
-  def weights(rows_MB):
-    return [
-      placement.replicate(np.tile(rows_B[:, None], T).astype(np.float32), mesh)
-      if rows_B.any()
-      else None
-      for rows_B in rows_MB
-    ]
-
-  stream = [_embed(config, outer, t, mesh=mesh) for t in tokens_MBT]
-  return stream, weights(valid_MB & ~judge_MB), weights(valid_MB & judge_MB)
-
-
-def _held_rows(tokens_NT: np.ndarray) -> int:
-  return max(1, round(len(tokens_NT) * HELD_OUT))
-
-
-def _advance(config, writer, layer, place, stream, mesh) -> Stream:
-  """The stream behind a half."""
-  return [_half(config, writer, layer, place, x, mesh=mesh) for x in stream]
-
-
-def _without_biases(config: ModelConfig, layer: Params) -> ModelConfig:
-  """The config of a dense layer, which may lack the pruned one's biases."""
-  has = {f"{n}_bias": f"{n}_bias" in layer for n in HALVES}
-  return dataclasses.replace(config, **has)
-
-
-def _same(dense_layer: Params, layer: Params) -> bool:
-  if dense_layer.keys() != layer.keys():
-    return False
-  return bool(_equal(dense_layer, layer))
-
-
-# ---- On the devices ----------------------------------------------------------
-
-
-@partial(jax.jit, static_argnames=("config", "mesh"))
-def _embed(config, outer, tokens_BT, *, mesh):
-  variables = {"params": sharding.whole_embedding(outer, mesh)}
-  x_BTD = Decoder(config).apply(variables, tokens_BT, method=Decoder.embed)
-  return _cut(x_BTD.astype(jnp.float32), mesh)
-
-
-@partial(jax.jit, static_argnames=("config", "writer", "mesh"))
-def _half(config, writer, layer, place, x_BTD, *, mesh):
-  fed_BTC = fed(config, writer, layer, place, x_BTD)
-  return _cut(add(config, writer, layer, x_BTD, fed_BTC), mesh)
-
-
-@partial(jax.jit, static_argnames="task")
-def _normal_equations(task, parts, z_BTD, u_BTD, weight_BT):
-  """The input's Gram matrix [C, C], moments with what lacks {n: [C, E]}."""
-  fed_BTC, found, weight_BT = _lacking(task, parts, z_BTD, u_BTD, weight_BT)
-  weighted_BTC = fed_BTC * weight_BT[..., None]
-  gram_CC = linear_algebra.product("btc,bte->ce", weighted_BTC, fed_BTC)
-  moments = {
-    n: linear_algebra.product("btc,bte->ce", weighted_BTC, lacks_BTE)
-    for n, (lacks_BTE, _) in found.items()
-  }
-  return sharding.whole((gram_CC, moments), task.mesh)
-
-
-@partial(jax.jit, static_argnames="task")
-def _energies(task, parts, z_BTD, u_BTD, weight_BT):
-  """{name: energies (of what lacks, of the target)}."""
-  _, found, weight_BT = _lacking(task, parts, z_BTD, u_BTD, weight_BT)
-  energy = lambda y_BTE: jnp.sum(weight_BT[..., None] * jnp.square(y_BTE))
-  return sharding.whole(jax.tree.map(energy, found), task.mesh)
-
-
-def _lacking(task, parts, z_BTD, u_BTD, weight_BT):
-  """A task on a minibatch, float32.
+    masks: units that are left.
+    tokens_NT: calibration tokens, of the step.
 
   Returns:
-    fed_BTC: the input of the matrices.
-    {name: (what they lack, the target)}, [B, T, outputs] each.
-    weight_BT: lowered so that no token's input energy exceeds CAP medians.
+    The new stacked params, and a record a matrix.
   """
-  config, names, layer = task.config, task.names, parts.layer
-  fed_BTC = fed(config, names[0], layer, parts.place, u_BTD)
-  found = {}
-  if names[0] in HALVES:
-    given_BTD = add(config, names[0], layer, u_BTD, fed_BTC)
-    scale = config.residual_scale
-    found[names[0]] = (z_BTD - given_BTD) / scale, (z_BTD - u_BTD) / scale
-  else:
-    dense = parts.dense_layer
-    dense_BTD = fed(config, names[0], dense, parts.place, z_BTD)
-    for n in names:
-      # Biases are the same in both and need no part in it.
-      left = linear_algebra.as_matrix(n, axes.mask(n, dense[n], parts.masks))
-      target_BTE = linear_algebra.product("btd,de->bte", dense_BTD, left)
-      weight = linear_algebra.as_matrix(n, layer[n])
-      given_BTE = linear_algebra.product("btd,de->bte", fed_BTC, weight)
-      found[n] = target_BTE - given_BTE, target_BTE
-  fed_BTC = fed_BTC.astype(jnp.float32)
-  energy_BT = jnp.sum(jnp.square(fed_BTC), axis=-1)
-  most = CAP * jnp.median(energy_BT)
-  weight_BT *= jnp.minimum(1, most / jnp.maximum(energy_BT, 1e-30))
-  return fed_BTC, found, weight_BT
+  task, stacked = masked.task, masked.stacked
+  config = surgery.dense(task.full)
+  begin = placement.replicate(task.begin, task.mesh)
+  placed = placement.replicate(masks, task.mesh)
 
-
-@jax.jit
-def solve(gram_CC, moments, weights, ridge):
-  """Weights whose change solves the normal equations, in their dtype."""
-  lower_CC, scale_C = linear_algebra.factor(gram_CC, ridge)
-  new = {}
-  for n, weight in weights.items():
-    change = linear_algebra.solve(lower_CC, scale_C, moments[n]).reshape(
-      weight.shape
+  def layer_at(i: int) -> tuple[Params, Params, Masks]:
+    return (
+      _layer(masked.original["layers"], begin, i),
+      _layer(stacked["layers"], placed, i),
+      {u: m[i] for u, m in masks.items()},
     )
-    new[n] = (weight.astype(jnp.float32) + change).astype(weight.dtype)
-  return new
+
+  outer = {n: stacked[n] for n in model_config.outer_names(config)}
+  ridge = task.settings.refit_ridge
+  new, records = dict(stacked["layers"]), []
+  for i, changed, found in least_squares.layers(
+    config, outer, layer_at, tokens_NT, task.batch, ridge, False, task.mesh
+  ):
+    for n, weight in changed.items():
+      new[n] = _set(new[n], weight, i)
+    records += found
+  return stacked | {"layers": new}, records
+
+
+def _widened(
+  params: Params, i: int, kept: Kept, wide: ModelConfig, mesh: Mesh
+) -> Params:
+  """Layer i in dense coordinates, zero where units are not kept."""
+  at = {u: kept[u][i] for u in axes.UNITS}
+  zero = np.zeros((), params["embedding"].dtype)
+  fn = lambda layer: surgery.widen(layer, at, wide, zero)
+  return surgery.transform(fn, params[axes.layer_name(i)], mesh)
+
+
+def _narrowed(matrices: Params, i: int, kept: Kept, mesh: Mesh) -> Params:
+  """The kept units of matrices of layer i."""
+  at = {u: kept[u][i] for u in axes.UNITS}
+  take = lambda tree: {n: axes.take(n, w, at) for n, w in tree.items()}
+  return surgery.transform(take, matrices, mesh)
 
 
 @jax.jit
-def _plus(total, found):
-  return jax.tree.map(jnp.add, total, found)
+def _layer(layers: Params, masks: dict[str, jax.Array], i: int) -> Params:
+  """Layer i of stacked params, zero where units are masked."""
+  masks = {u: m[i] for u, m in masks.items()}
+  return {n: axes.mask(n, w[i], masks) for n, w in layers.items()}
 
 
 @jax.jit
-def _equal(dense_layer, layer):
-  equal = jax.tree.map(lambda x, y: jnp.all(x == y), dense_layer, layer)
-  return jnp.all(jnp.stack(jax.tree.leaves(equal)))
-
-
-def _cut(x_BTD: jax.Array, mesh: Mesh) -> jax.Array:
-  """Rows over the devices."""
-  where = NamedSharding(mesh, PartitionSpec(sharding.BATCH))
-  return jax.lax.with_sharding_constraint(x_BTD, where)
+def _set(stacked: jax.Array, weight: jax.Array, i: int) -> jax.Array:
+  return stacked.at[i].set(weight)

@@ -28,7 +28,12 @@ Masks = dict[str, np.ndarray]  # {"K": bool [L, K], "F": bool [L, F]}
 
 def count(full: ModelConfig, masks: Masks) -> int:
   """Parameters of the model that the masks leave."""
-  return model_config.count_params(with_widths(full, widths(masks)))
+  return count_widths(full, widths(masks))
+
+
+def count_widths(full: ModelConfig, width: Mapping[str, np.ndarray]) -> int:
+  """Parameters of the model with these sizes, {"K": [L], "F": [L]}."""
+  return model_config.count_params(with_widths(full, width))
 
 
 def widths(masks: Masks) -> dict[str, np.ndarray]:

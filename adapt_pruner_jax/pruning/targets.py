@@ -47,7 +47,7 @@ def prunable_modules(config: ModelConfig, settings: Prune) -> Masks:
 def smallest(config: ModelConfig, settings: Prune) -> int:
   """Parameters with one unit (or one block of channels) left in each module."""
   prunable = prunable_modules(config, settings)
-  least = {"K": 1, "F": settings.round_ffn_to}
+  least = settings.rounding()
   units = {
     u: tuple(
       min(w, least[u]) if p else w
@@ -80,9 +80,9 @@ def resolve_target(config: ModelConfig, settings: Prune) -> int | None:
   # SliceGPT narrows the residual stream, and knows its own limit.
   if target < low and settings.method != "slicegpt":
     raise UserError(
-      f"a target of {target:,} parameters cannot be reached: with one KV group "
-      f"and {settings.round_ffn_to} MLP channel(s) left in each layer that may "
-      f"be pruned, {low:,} of {size:,} remain (prune.ratio="
-      f"{1 - low / size:.4f})"
+      f"a target of {target:,} parameters cannot be reached: with "
+      f"{settings.round_kv_to} KV group(s) and {settings.round_ffn_to} MLP "
+      f"channel(s) left in each layer that may be pruned, {low:,} of {size:,} "
+      f"remain (prune.ratio={1 - low / size:.4f})"
     )
   return target

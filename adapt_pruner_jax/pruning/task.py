@@ -1,16 +1,14 @@
-"""Adapt-Pruner: scores and a schedule decide which units stay (2502.03460).
-
-Within a stage units are only masked, in dense stacked coordinates, so that one
-executable scores every step of every stage; at its end the kept units are
-gathered into a smaller model (`surgery`).
-"""
+"""What a prune works on, what it has done so far, and what it gives back."""
 
 import dataclasses
 from collections.abc import Callable
 
 import numpy as np
+from jax.sharding import Mesh
 
-from adapt_pruner_jax.models.axes import Params
+from adapt_pruner_jax.config import Prune
+from adapt_pruner_jax.distributed import sharding
+from adapt_pruner_jax.models.axes import UNITS, Params
 from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.pruning import surgery
 from adapt_pruner_jax.pruning.schedule import Modules
@@ -18,16 +16,8 @@ from adapt_pruner_jax.pruning.surgery import Kept, Masks
 
 # Calibration tokens of a pruning step (from 0), int32 [N, T].
 Samples = Callable[[int], np.ndarray]
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Pruned:
-  """A smaller model, and how it came about."""
-
-  config: ModelConfig
-  params: Params
-  kept: Kept
-  trace: list[dict]  # a JSON-able record a step, see `record`
+Counts = dict[str, np.ndarray]  # units to remove, {"K": int [L], "F": int [L]}
+Scores = dict[str, np.ndarray]  # float64, {"K": [L, K], "F": [L, F]}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -43,7 +33,132 @@ class Step:
   losses_M: np.ndarray | None = None
   importance_L: np.ndarray | None = None  # summed over minibatches
   relative: Modules | None = None
-  scores: dict[str, np.ndarray] | None = None  # before the removal
+  scores: Scores | None = None  # before the removal
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PruneTask:
+  """A model to prune, and how far.
+
+  Attributes:
+    config, params: the model as it is now.
+    settings: the recipe; the target in it is not read.
+    samples: gives the calibration tokens of each step.
+    target: parameters to keep; None = `settings.max_steps` steps.
+    full: sizes of the original model, if this one has been pruned before.
+    kept: which of its units are left.
+    refit_samples: gives the tokens of the refit behind a step; only asked for
+      one, since a file of given samples may hold none for it.
+    batch: calibration sequences at a time.
+    mesh: devices; default one.
+    seed: of random scores.
+    after: the last step that an interrupted prune has done.
+    log: called with `record(step)` and the step, after each.
+  """
+
+  config: ModelConfig
+  params: Params
+  settings: Prune
+  samples: Samples
+  target: int | None = None
+  full: ModelConfig | None = None
+  kept: Kept | None = None
+  refit_samples: Samples | None = None
+  batch: int = 32
+  mesh: Mesh | None = None
+  seed: int = 0
+  after: Step | None = None
+  log: Callable[[dict, Step], None] | None = None
+
+  def __post_init__(self) -> None:
+    given = {
+      "full": self.full or self.config,
+      "kept": self.kept or surgery.everything(self.config),
+      "mesh": self.mesh or sharding.one_device(),
+    }
+    for name, value in given.items():
+      object.__setattr__(self, name, value)
+
+  @property
+  def begin(self) -> Masks:
+    """Units of the original that are there when the prune begins."""
+    return surgery.to_masks(self.kept, self.full)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Masked:
+  """A model under way: whole arrays, and the units that count in them.
+
+  Attributes:
+    original: the task's params in dense coordinates (`surgery.expand`).
+    stacked: the same as the refits so far have left them.
+    step: the last one that is done.
+  """
+
+  task: PruneTask
+  original: Params
+  stacked: Params
+  step: Step
+
+  @property
+  def masks(self) -> Masks:
+    return self.step.masks
+
+  @property
+  def number(self) -> int:
+    """Of the step under way, from 1."""
+    return self.step.number + 1
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Measured:
+  """What a step has measured of a masked model.
+
+  Attributes:
+    scores: of all units; those that are masked mean nothing.
+    losses_M: of the minibatches, nats a token.
+    importance_L: of the layers, summed over minibatches.
+    facts: what the method's `finish` wants to know.
+  """
+
+  scores: Scores
+  losses_M: np.ndarray | None = None
+  importance_L: np.ndarray | None = None
+  facts: object = None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Allotted:
+  """How much goes from each module in a step.
+
+  Attributes:
+    counts: units to remove.
+    sparsity: that the modules should have now; None = what they have.
+    relative: importance of the modules, for the record.
+    importance_L: of the layers, for the record.
+  """
+
+  counts: Counts
+  sparsity: Modules | None = None
+  relative: Modules | None = None
+  importance_L: np.ndarray | None = None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Pruned:
+  """A smaller model, and how it came about."""
+
+  config: ModelConfig
+  params: Params
+  kept: Kept
+  trace: list[dict]  # a JSON-able record a step, see `record`
+  refits: list[dict] = dataclasses.field(default_factory=list)  # of matrices
+
+
+def removed_share(begin: Masks, masks: Masks) -> Modules:
+  """Share of each module's units that is gone, {"K": [L], "F": [L]}."""
+  first, now = surgery.widths(begin), surgery.widths(masks)
+  return {u: 1 - now[u] / np.maximum(first[u], 1) for u in UNITS}
 
 
 def record(step: Step) -> dict:

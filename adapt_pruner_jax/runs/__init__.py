@@ -1,0 +1,15 @@
+"""Whole runs in a work directory, and comparisons of methods.
+
+run              a run, read top to bottom: prune, refit, recover, evaluate,
+                 save
+inputs           what a run reads, opened before any work
+state            what a run has done, in memory and on disk
+prune_once       one prune with its refit
+measure          perplexity, tasks and latency of a run's model
+recipe           whose work directory it is, and what --overwrite removes
+summary          summary.json, and the tables at the end
+compare          several methods at equal budgets
+compare_methods  the names that take part, and their settings
+compare_table    the table, in Markdown too, and a plot
+tiny_model       the model of `model.path=tiny`, made on first use
+"""

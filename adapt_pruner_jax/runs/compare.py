@@ -22,18 +22,17 @@ from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.models import decoder, model_config
 from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.model_config import ModelConfig
-from adapt_pruner_jax.pruning import surgery, targets, task
-from adapt_pruner_jax.pruning.methods import METHODS, check, refit_after
+from adapt_pruner_jax.pruning import surgery, targets
+from adapt_pruner_jax.pruning.task import Step
 from adapt_pruner_jax.reporting.log import Log
-from adapt_pruner_jax.runs import compare_methods, compare_table
-from adapt_pruner_jax.runs.inputs import Setting, load_model, prepare
+from adapt_pruner_jax.runs import compare_methods, compare_table, prune_once
+from adapt_pruner_jax.runs.inputs import Inputs, load_model, open_inputs
 from adapt_pruner_jax.runs.measure import measure as measure_text
 from adapt_pruner_jax.runs.measure import measure_tasks
-from adapt_pruner_jax.runs.recipe import check_recipe, claim
+from adapt_pruner_jax.runs.recipe import claim, is_anew
 from adapt_pruner_jax.runs.summary import hardware, versions
 from adapt_pruner_jax.storage import json_files, lock
 from adapt_pruner_jax.training import loop, lora, optimizer
-from adapt_pruner_jax.training.step import init_optimizer, make_step
 
 # The recipe's rate is made for a trained model; a random one would hardly move.
 SCRATCH_RATE = 1e-3
@@ -49,6 +48,7 @@ def compare(
   *,
   recover_tokens: int = 0,
   from_scratch: bool = False,
+  overwrite: bool = False,
 ) -> dict:
   """Compares methods in a work directory; returns the content of compare.json.
 
@@ -62,30 +62,29 @@ def compare(
     recover_tokens: train each result on so many, as `config.train` says.
     from_scratch: also train the shapes that `adapt` leaves from random weights,
       on as many tokens.
+    overwrite: replace another comparison, or this one if it is finished.
 
   Raises:
     UserError: bad input; or a ratio that no method could do, after the table.
     StoppedError: asked to stop; the finished rows are saved.
   """
-  jobs = [(compare_methods.DENSE, 0.0)]
-  names = compare_methods.parse_names(methods)
   shares = compare_methods.parse_ratios(ratios)
-  for ratio in shares:
-    jobs += [(name, ratio) for name in names]
-    jobs += [(compare_methods.SCRATCH, ratio)] * from_scratch
-  compare_methods.check_input(config, names, jobs, recover_tokens, from_scratch)
+  jobs = compare_methods.jobs(
+    config, methods, shares, recover_tokens, from_scratch
+  )
   shared = compare_methods.shared_recipe(config, recover_tokens)
   with (
     lock.lock(path),
     Log(path, **dataclasses.asdict(config.log)) as log,
     stop_signals() as stopping,
   ):
-    check_recipe(shared, path)
-    setting = prepare(shared, path, log)
-    claim(shared, path)
+    done = {(row["method"], row["ratio"]) for row in stored_rows(path)}
+    anew = is_anew(shared, path, overwrite, done >= {*jobs})
+    inputs = open_inputs(shared, path, log)
+    claim(inputs, anew)
     found = {
       "model": config.model.path,
-      "params": model_config.count_params(setting.full),
+      "params": model_config.count_params(inputs.full),
       "recover_tokens": recover_tokens,
       "command": compare_table.command(
         config, path, methods, ratios, recover_tokens, from_scratch
@@ -94,20 +93,15 @@ def compare(
       "hardware": hardware(),
       "rows": stored_rows(path),
     }
-    run_jobs(jobs, found, setting, stopping)
+    run_jobs(jobs, found, inputs, stopping)
     compare_table.write(found, path)
     compare_table.tell(found, path, log)
-  failed = [ratio for ratio in shares if not _succeeded(found, ratio)]
-  if failed:
-    raise UserError(
-      f"no method could remove {', '.join(f'{r:.0%}' for r in failed)}; "
-      f"{path / 'compare.md'} says why"
-    )
+  _check_results(found, shares, path)
   return found
 
 
 def run_jobs(
-  jobs: list[tuple[str, float]], found: dict, setting: Setting, stopping: dict
+  jobs: list[tuple[str, float]], found: dict, inputs: Inputs, stopping: dict
 ) -> None:
   """Adds the rows that are missing to `found["rows"]`, and saves each."""
   dense = None
@@ -117,28 +111,28 @@ def run_jobs(
 
   def stop_if_asked() -> None:
     if not agreement.all_agree(not stopping["asked"]):
-      raise StoppedError(f"stopped; the same command continues {setting.path}")
+      raise StoppedError(f"stopped; the same command continues {inputs.path}")
 
   for number, (name, ratio) in enumerate(jobs, start=1):
     stop_if_asked()
     if (name, ratio) in rows:
       continue
     title = f"{number} of {len(jobs)}: {name}"
-    setting.log.say(f"{title}, {ratio:.0%} of the parameters removed")
+    inputs.log.say(f"{title}, {ratio:.0%} of the parameters removed")
     if dense is None:
-      dense = load_model(setting)
+      dense = load_model(inputs)
     row = {"method": name, "ratio": ratio}
     try:
-      row |= do_job(name, ratio, rows, dense, setting, title, stop_if_asked)
+      row |= do_job(name, ratio, rows, dense, inputs, title, stop_if_asked)
     except UserError as error:
       if name == compare_methods.DENSE:  # then so would all the others
         raise
-      setting.log.say(f"{title}: {error}")
+      inputs.log.say(f"{title}: {error}")
       row["error"] = str(error)
     rows[name, ratio] = row
     found["rows"] = [rows[key] for key in order if key in rows]
     if agreement.is_writer():
-      json_files.write_json(setting.path / compare_table.JSON, found)
+      json_files.write_json(inputs.path / compare_table.JSON, found)
 
 
 def do_job(
@@ -146,7 +140,7 @@ def do_job(
   ratio: float,
   rows: dict,
   dense: Pair,
-  setting: Setting,
+  inputs: Inputs,
   title: str,
   stop_if_asked: Any,
 ) -> dict:
@@ -156,11 +150,11 @@ def do_job(
     UserError: the method cannot do it.
   """
   if name == compare_methods.DENSE:
-    return _facts(dense[0], setting) | measure(*dense, setting)
+    return _facts(dense[0], inputs) | measure(*dense, inputs)
   begun = time.monotonic()
-  settings = setting.config.train
+  settings = inputs.recipe.train
   if name == compare_methods.SCRATCH:
-    pair, row = random_model(rows["adapt", ratio], dense[0], setting), {}
+    pair, row = random_model(rows["adapt", ratio], dense[0], inputs), {}
     settings = dataclasses.replace(
       settings,
       learning_rate=SCRATCH_RATE,
@@ -168,25 +162,38 @@ def do_job(
       lora_rank=0,
     )
   else:
-    recipe = compare_methods.settings_of(name, ratio, setting.config.prune)
-    pair, row = prune_once(recipe, dense, setting, title, stop_if_asked)
+    recipe = compare_methods.settings_of(name, ratio, inputs.recipe.prune)
+    pair, row = prune(recipe, dense, inputs, title, stop_if_asked)
   seconds = time.monotonic() - begun
-  if setting.total_steps:
+  if inputs.total_steps:
     if name != compare_methods.SCRATCH:
-      row["pruned"] = measure(*pair, setting)
+      row["pruned"] = measure(*pair, inputs)
     begun = time.monotonic()
-    pair = recover(pair, settings, dense, setting, title, stop_if_asked)
+    pair = recover(pair, settings, dense, inputs, title, stop_if_asked)
     seconds += time.monotonic() - begun
-    per_step = setting.config.data.step_tokens
-    row["train_tokens"] = setting.total_steps * per_step
-  row |= _facts(pair[0], setting) | {"seconds": round(seconds, 3)}
-  return row | measure(*pair, setting)
+    per_step = inputs.recipe.data.step_tokens
+    row["train_tokens"] = inputs.total_steps * per_step
+  row |= _facts(pair[0], inputs) | {"seconds": round(seconds, 3)}
+  return row | measure(*pair, inputs)
 
 
-def prune_once(
+@dataclasses.dataclass(frozen=True)
+class Counted:
+  """Calibration data that notes how many tokens were drawn."""
+
+  data: Any
+  tokens: dict[tuple, int]  # of each step; a step may be drawn again
+
+  def batch(self, step: int) -> Any:
+    drawn_NT = self.data.batch(step)
+    self.tokens[id(self.data), step] = drawn_NT.size
+    return drawn_NT
+
+
+def prune(
   settings: Prune,
   dense: Pair,
-  setting: Setting,
+  inputs: Inputs,
   title: str,
   stop_if_asked: Any,
 ) -> tuple[Pair, dict]:
@@ -195,78 +202,50 @@ def prune_once(
   Returns:
     The pair, and {"target_params", "calibration_tokens"}.
   """
-  config = setting.config
-  check(setting.full, settings)
-  target = targets.resolve_target(setting.full, settings)
-  sizes = {}  # tokens of each step
+  target = targets.resolve_target(inputs.full, settings)
+  used = {}
+  counted = dataclasses.replace(
+    inputs,
+    calibration=Counted(inputs.calibration, used),
+    refit_data=Counted(inputs.refit_data, used),
+  )
+  size = model_config.count_params(inputs.full)
+  with inputs.log.phase(title, size - target, "parameters") as phase:
 
-  def samples(step: int) -> Any:
-    drawn_NT = setting.calibration.batch(step)
-    sizes[step] = drawn_NT.size
-    return drawn_NT
-
-  size = model_config.count_params(setting.full)
-  with setting.log.phase(title, size - target, "parameters") as phase:
-
-    def note(record: dict, _: task.Step) -> None:
+    def note(record: dict, _: Step) -> None:
       done = size - record["params"]
       phase.update(done, params=record["params"], target=target)
       stop_if_asked()
 
-    pruned = METHODS[settings.method](
-      *dense,
-      settings,
-      samples,
-      target=target,
-      batch=config.calibration.batch,
-      mesh=setting.mesh,
-      seed=config.seed,
-      log=note,
-    )
-  pair, used = (pruned.config, pruned.params), sum(sizes.values())
-  if settings.refit != "none":
-    tokens_NT = setting.refit_data.batch(len(pruned.trace))
-    used += tokens_NT.size
-    params, _ = refit_after(
-      dense,
-      pruned,
-      pruned.kept,
-      settings,
-      lambda: tokens_NT,
-      config.calibration.batch,
-      setting.mesh,
-    )
-    pair = pruned.config, params
-  facts = {"target_params": target, "calibration_tokens": used}
-  return jax.block_until_ready(pair), facts
+    pruned = prune_once.prune(dense, counted, settings, target=target, log=note)
+  facts = {"target_params": target, "calibration_tokens": sum(used.values())}
+  return jax.block_until_ready((pruned.config, pruned.params)), facts
 
 
 def recover(
   pair: Pair,
   settings: Train,
   dense: Pair,
-  setting: Setting,
+  inputs: Inputs,
   title: str,
   stop_if_asked: Any,
 ) -> Pair:
-  """Trains a pair on `setting.config.train.tokens`, from the first on."""
+  """Trains a pair on `inputs.recipe.train.tokens`, from the first on."""
   config, params = pair
-  mesh, steps = setting.mesh, setting.total_steps
-  schedule = optimizer.schedule(settings, steps)
+  mesh, steps = inputs.mesh, inputs.total_steps
   if not settings.lora_rank:
-    base = None
-    trained = jax.tree.map(jnp.copy, params)  # the train step eats its argument
-  else:
-    base = params
-    key = jax.random.key(setting.config.seed)
-    trained = lora.init_lora(config, settings.lora_rank, key, mesh)
-  teacher = dense if settings.distill_alpha else None
-  step_fn = make_step(
-    config, settings, schedule, mesh, base=base, teacher=teacher
+    params = jax.tree.map(jnp.copy, params)  # the train step donates them
+  training = loop.start(
+    (config, params),
+    settings,
+    optimizer.schedule(settings, steps),
+    mesh,
+    teacher=dense if settings.distill_alpha else None,
+    seed=inputs.recipe.seed,
   )
-  per_step = setting.config.data.step_tokens
+  per_step = inputs.recipe.data.step_tokens
   flops = 6.0 * model_config.count_params(config)
-  with setting.log.phase(
+  with inputs.log.phase(
     f"{title}, recovery", steps * per_step, "tokens", flops
   ) as phase:
 
@@ -274,23 +253,22 @@ def recover(
       phase.update((step + 1) * per_step, loss=values["loss"])
       stop_if_asked()
 
-    trained, _, _ = loop.recover(
-      step_fn,
-      trained,
-      init_optimizer(trained, settings, mesh),
-      setting.rows.batches(0),
+    training, _ = loop.recover(
+      training,
+      inputs.rows.batches(0),
       0,
       steps,
       mesh,
       log=note,
       skip_nonfinite=settings.skip_nonfinite,
     )
-  if base is not None:
-    trained = lora.merge_lora(base, trained, settings.lora_alpha)
+  trained = training.trained
+  if settings.lora_rank:
+    trained = lora.merge_lora(params, trained, settings.lora_alpha)
   return jax.block_until_ready((config, trained))
 
 
-def random_model(row: dict, full: ModelConfig, setting: Setting) -> Pair:
+def random_model(row: dict, full: ModelConfig, inputs: Inputs) -> Pair:
   """Random weights in the shape that `row` has.
 
   Raises:
@@ -301,34 +279,41 @@ def random_model(row: dict, full: ModelConfig, setting: Setting) -> Pair:
   width = {"K": row["kv_groups"], "F": row["ffn"]}
   config = surgery.with_widths(full, width)
   placed = sharding.param_shardings(
-    model_config.abstract_params(config, jnp.float32), setting.mesh
+    model_config.abstract_params(config, jnp.float32), inputs.mesh
   )
   init = jax.jit(partial(decoder.init_params, config), out_shardings=placed)
-  return config, init(jax.random.key(setting.config.seed))
+  return config, init(jax.random.key(inputs.recipe.seed))
 
 
-def measure(config: ModelConfig, params: Params, setting: Setting) -> dict:
+def measure(config: ModelConfig, params: Params, inputs: Inputs) -> dict:
   """`perplexity` and `loss` (nats a token), and of tasks the scores."""
   found = {}
-  if setting.eval_tokens is not None:
-    found |= measure_text(config, params, setting)
-  if setting.config.eval.tasks:
-    found["evaluation"] = measure_tasks(config, params, setting)
+  if inputs.eval_tokens is not None:
+    found |= measure_text(config, params, inputs)
+  if inputs.recipe.eval.tasks:
+    found["evaluation"] = measure_tasks(config, params, inputs)
   return found
 
 
-def _facts(config: ModelConfig, setting: Setting) -> dict:
+def _facts(config: ModelConfig, inputs: Inputs) -> dict:
   size = model_config.count_params(config)
   return {
     "params": size,
-    "removed": 1 - size / model_config.count_params(setting.full),
+    "removed": 1 - size / model_config.count_params(inputs.full),
     "kv_groups": list(config.kv_groups),
     "ffn": list(config.ffn_widths),
   }
 
 
-def _succeeded(found: dict, ratio: float) -> bool:
-  return any(r["ratio"] == ratio and "error" not in r for r in found["rows"])
+def _check_results(found: dict, ratios: list[float], path: Path) -> None:
+  """Raises a UserError for ratios that no method could do."""
+  done = {row["ratio"] for row in found["rows"] if "error" not in row}
+  failed = [f"{ratio:.0%}" for ratio in ratios if ratio not in done]
+  if failed:
+    raise UserError(
+      f"no method could remove {', '.join(failed)}; {path / 'compare.md'} "
+      "says why"
+    )
 
 
 def stored_rows(path: Path) -> list[dict]:

@@ -2,17 +2,16 @@
 
 import dataclasses
 
-from adapt_pruner_jax.config import Config, Prune, check
+from adapt_pruner_jax.config import PUBLISHED, Config, Prune, check
 from adapt_pruner_jax.errors import UserError, nearest
-from adapt_pruner_jax.pruning import methods
 
-# Names beside those of `methods.METHODS`, as settings of prune.*.
+# Names beside those of `config.PUBLISHED`, as settings of prune.*.
 VARIANTS = {
   "uniform": {"method": "adapt", "amplitude": 0.0},
   # The published selection; the target is met exactly all the same.
   "paper": {"method": "adapt", "gqa_fold": "reference", "trim": True},
 }
-NAMES = (*methods.METHODS, *VARIANTS)
+NAMES = (*PUBLISHED, *VARIANTS)
 REFIT = "+refit"  # after a name: with prune.refit, "final" if that is none
 ALL = (*NAMES, "adapt" + REFIT, "curvature" + REFIT)
 DENSE, SCRATCH = "dense", "from_scratch"
@@ -73,7 +72,11 @@ def settings_of(name: str, ratio: float, base: Prune) -> Prune:
   if refit.isdigit() and plain != "curvature":
     refit = "final"
   variant = VARIANTS.get(plain, {"method": plain})
-  return dataclasses.replace(base, **variant, ratio=ratio, refit=refit)
+  variant = variant | {"ratio": ratio, "refit": refit, "allotment": ""}
+  # A kind of Taylor score is for the methods that have one.
+  if PUBLISHED[variant["method"]][1] != "taylor":
+    variant["group_importance"] = ""
+  return dataclasses.replace(base, **variant)
 
 
 def shared_recipe(config: Config, recover_tokens: int) -> Config:
@@ -95,14 +98,19 @@ def shared_recipe(config: Config, recover_tokens: int) -> Config:
   )
 
 
-def check_input(
+def jobs(
   config: Config,
-  names: list[str],
-  jobs: list[tuple[str, float]],
+  methods: str,
+  ratios: list[float],
   recover_tokens: int,
   from_scratch: bool,
-) -> None:
-  """Raises a UserError for what no comparison can be made of."""
+) -> list[tuple[str, float]]:
+  """The rows of a comparison: names with their ratios, the original first.
+
+  Raises:
+    UserError: unknown names, or what no comparison can be made of.
+  """
+  names = parse_names(methods)
   if not (config.eval.text or config.eval.tasks):
     raise UserError(
       "nothing to compare by: give --config.eval.text=FILE for perplexity, "
@@ -115,8 +123,11 @@ def check_input(
       "--from_scratch trains the shapes that adapt leaves: add adapt to "
       "--methods"
     )
-  shared = shared_recipe(config, recover_tokens)
-  for name, ratio in jobs:
-    if name not in (DENSE, SCRATCH):
+  shared, found = shared_recipe(config, recover_tokens), [(DENSE, 0.0)]
+  for ratio in ratios:
+    for name in names:
       settings = settings_of(name, ratio, shared.prune)
       check(dataclasses.replace(shared, prune=settings))
+      found.append((name, ratio))
+    found += [(SCRATCH, ratio)] * from_scratch
+  return found

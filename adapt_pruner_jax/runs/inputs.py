@@ -1,10 +1,12 @@
-"""What a run works with: the recipe, opened and checked before any work."""
+"""What a run reads: all of it is opened and checked before any work."""
 
 import dataclasses
+import hashlib
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -15,20 +17,25 @@ from adapt_pruner_jax.data.tokenizer import Tokenizer, load_tokenizer
 from adapt_pruner_jax.distributed import agreement, sharding
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.evaluation import evaluate, perplexity
-from adapt_pruner_jax.formats.hf import load
+from adapt_pruner_jax.formats.hf import files, load
+from adapt_pruner_jax.models import model_config
 from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.model_config import ModelConfig
-from adapt_pruner_jax.pruning import targets
+from adapt_pruner_jax.pruning import schedule, targets
 from adapt_pruner_jax.reporting.log import Log
 from adapt_pruner_jax.runs import tiny_model
 from adapt_pruner_jax.training.step import check_rows
 
+# Up to four epochs are nearly as good as new text (arXiv 2305.16264).
+MANY_EPOCHS = 4
+PARTS, PART_BYTES = 64, 4096  # of a weights file, that its fingerprint reads
+
 
 @dataclasses.dataclass
-class Setting:
+class Inputs:
   """What a run works with and does not change."""
 
-  config: Config
+  recipe: Config
   path: Path  # the work directory
   source: Path  # the original model's directory
   full: ModelConfig  # of the original model
@@ -43,74 +50,107 @@ class Setting:
   log: Log
 
 
-def prepare(config: Config, path: Path, log: Log) -> Setting:
-  """Opens everything a run reads, so that bad input shows before any work."""
-  mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh))
-  if config.prune.method == "slicegpt" and jax.process_count() > 1:
+def open_inputs(recipe: Config, path: Path, log: Log) -> Inputs:
+  """Opens everything that a run reads, so that bad input shows at once.
+
+  Args:
+    path: the work directory; the texts' tokens are kept in its `cache`.
+
+  Raises:
+    UserError: something cannot be read, or does not fit the model.
+  """
+  mesh = sharding.make_mesh(**dataclasses.asdict(recipe.mesh))
+  if recipe.prune.method == "slicegpt" and jax.process_count() > 1:
     raise UserError(
       "--config.prune.method=slicegpt: its model is written as orbax, which "
       "one process alone can do; run it without --distributed"
     )
-  source = model_path(config.model.path, log)
-  full = load.read_config(str(source), config.model.ignore_fields)
-  target = targets.resolve_target(full, config.prune)
-  targets.prunable_modules(full, config.prune)
-  _check_lengths(config, full)
-  cache = path / "cache"
+  source = model_path(recipe.model.path, log)
+  full = load.read_config(str(source), recipe.model.ignore_fields)
+  target = targets.resolve_target(full, recipe.prune)
+  targets.prunable_modules(full, recipe.prune)
+  _check_lengths(recipe, full)
   tokenizer = None
-  if not config.calibration.source.startswith("npy:") or config.train.tokens:
+  if _reads_text(recipe):
     tokenizer = load_tokenizer(source)
   calibration, refit_data = pruning_data(
-    config.calibration,
-    config.prune.refit != "none",
+    recipe.calibration,
+    recipe.prune.refit != "none",
     tokenizer,
     full.vocab_size,
-    config.seed,
-    cache,
+    recipe.seed,
+    path / "cache",
   )
-  rows, total_steps = None, 0
-  if config.train.tokens:
-    check_rows(config.data.batch, config.train.accumulation, mesh)
-    rows = packing.train_data(
-      config.data, tokenizer, full.vocab_size, config.seed, cache
-    )
-    per_step = config.data.step_tokens
-    total_steps = -(-config.train.tokens // per_step)
+  rows = open_training(recipe, tokenizer, full, mesh, path, log)
   eval_tokens = None
-  if config.eval.text:
-    tokenizer = tokenizer or load_tokenizer(source)
-    eval_tokens = read_eval_text(config.eval.text, tokenizer, full.vocab_size)
-  if config.eval.tasks:
-    tokenizer = tokenizer or load_tokenizer(source)
-    names = task_names(config.eval)
-    evaluate.import_harness().check(names, config.eval.tasks_dir)
-  return Setting(
-    config,
-    path,
-    source,
-    full,
-    target,
-    mesh,
-    tokenizer,
-    calibration,
-    refit_data,
-    rows,
-    eval_tokens,
-    total_steps,
-    log,
+  if recipe.eval.text:
+    eval_tokens = read_eval_text(recipe.eval.text, tokenizer, full.vocab_size)
+  if recipe.eval.tasks:
+    names = task_names(recipe.eval)
+    evaluate.import_harness().check(names, recipe.eval.tasks_dir)
+  return Inputs(
+    recipe=recipe,
+    path=path,
+    source=source,
+    full=full,
+    target=target,
+    mesh=mesh,
+    tokenizer=tokenizer,
+    calibration=calibration,
+    refit_data=refit_data,
+    rows=rows,
+    eval_tokens=eval_tokens,
+    total_steps=-(-recipe.train.tokens // recipe.data.step_tokens),
+    log=log,
   )
 
 
-def _check_lengths(config: Config, full: ModelConfig) -> None:
+def _reads_text(recipe: Config) -> bool:
+  given = recipe.calibration.source.startswith("npy:")  # token ids
+  return bool(
+    not given or recipe.train.tokens or recipe.eval.text or recipe.eval.tasks
+  )
+
+
+def open_training(
+  recipe: Config,
+  tokenizer: Tokenizer,
+  full: ModelConfig,
+  mesh: Mesh,
+  path: Path,
+  log: Log,
+) -> packing.TrainData | None:
+  """The rows to train on, if the recipe trains; says how often they repeat."""
+  tokens = recipe.train.tokens
+  if not tokens:
+    return None
+  check_rows(recipe.data.batch, recipe.train.accumulation, mesh)
+  rows = packing.train_data(
+    recipe.data, tokenizer, full.vocab_size, recipe.seed, path / "cache"
+  )
+  epochs = rows.epochs(tokens)
+  log.say(
+    f"recovery on {tokens:,} tokens of {recipe.data.source}, which has "
+    f"{rows.num_tokens:,}: {epochs:.3g} epochs"
+  )
+  if epochs > MANY_EPOCHS:
+    log.say(
+      f"WARNING: more than {MANY_EPOCHS} epochs: what is repeated so often "
+      "teaches little more; give more text, or a smaller --config.train.tokens"
+    )
+  return rows
+
+
+def _check_lengths(recipe: Config, full: ModelConfig) -> None:
   """Raises a UserError for windows of text that the model cannot hold."""
   used = {
-    "calibration": not config.calibration.source.startswith("npy:"),
-    "data": config.train.tokens,
-    "eval": config.eval.text,
+    "calibration": not recipe.calibration.source.startswith("npy:"),
+    "data": recipe.train.tokens,
+    "eval": recipe.eval.text,
   }
   for section, wanted in used.items():
     if wanted:
-      length = getattr(config, section).seq_len
+      length = getattr(recipe, section).seq_len
       perplexity.check_length(full, length, f"config.{section}.seq_len")
 
 
@@ -125,6 +165,7 @@ def model_path(name: str, log: Log) -> Path:
 def read_eval_text(
   text: str, tokenizer: Tokenizer, vocab_size: int
 ) -> np.ndarray:
+  """The tokens of `eval.text`, int32 [N]."""
   if text == "embedded":
     content = sources.embedded_text("heldout")
   else:
@@ -132,20 +173,66 @@ def read_eval_text(
   return packing.heldout_tokens(content, tokenizer, vocab_size)
 
 
-def load_model(setting: Setting) -> tuple[ModelConfig, Params]:
-  """The original model."""
-  # Master weights are float32 whatever the arithmetic.
-  dtype = setting.config.model.dtype or "float32"
-  return load.load(
-    str(setting.source),
-    "float32" if setting.total_steps else dtype,
-    setting.mesh,
-    setting.config.model.ignore_fields,
+def weight_dtype(inputs: Inputs) -> jnp.dtype:
+  """Of the weights: where they are trained, float32 whatever is computed in."""
+  return jnp.dtype(
+    "float32" if inputs.total_steps else inputs.recipe.model.dtype or "float32"
   )
 
 
-def teacher_of(setting: Setting) -> tuple[ModelConfig, Params] | None:
+def load_model(inputs: Inputs) -> tuple[ModelConfig, Params]:
+  """The original model."""
+  return load.load(
+    str(inputs.source),
+    weight_dtype(inputs).name,
+    inputs.mesh,
+    inputs.recipe.model.ignore_fields,
+  )
+
+
+def teacher_of(inputs: Inputs) -> tuple[ModelConfig, Params] | None:
   """The original model, where training distils from it."""
-  if not (setting.config.train.distill_alpha and setting.total_steps):
+  if not (inputs.recipe.train.distill_alpha and inputs.total_steps):
     return None
-  return load_model(setting)
+  return load_model(inputs)
+
+
+def fingerprints(inputs: Inputs) -> dict[str, str]:
+  """Digests of the original's files and of the first calibration samples.
+
+  Of a large weights file only parts are read: another model differs in each.
+  """
+  weights = hashlib.sha256((inputs.source / files.CONFIG).read_bytes())
+  for file in sorted(inputs.source.glob("*.safetensors")):
+    size = file.stat().st_size
+    weights.update(f"{file.name} {size}".encode())
+    with open(file, "rb") as opened:
+      for part in range(PARTS):
+        opened.seek(part * size // PARTS)
+        weights.update(opened.read(PART_BYTES))
+  windows_NT = np.ascontiguousarray(inputs.calibration.batch(0))
+  return {
+    "model": weights.hexdigest(),
+    "calibration": hashlib.sha256(windows_NT.tobytes()).hexdigest(),
+  }
+
+
+# ---- What a stage ends at ----------------------------------------------------
+
+
+def stage_target(inputs: Inputs, stage: int) -> int | None:
+  """Parameters at the end of a stage; None if only the steps are given."""
+  if inputs.target is None:
+    return None
+  size = model_config.count_params(inputs.full)
+  stages = inputs.recipe.prune.stages
+  return schedule.stage_targets(size, inputs.target, stages)[stage - 1]
+
+
+def stage_end(inputs: Inputs, stage: int) -> int:
+  """The global train step at which a stage ends; 0 before the first."""
+  recipe = inputs.recipe
+  ends = schedule.stage_ends(
+    inputs.total_steps, recipe.prune.stages, recipe.train.data_share
+  )
+  return [0, *ends][stage]

@@ -1,48 +1,46 @@
-"""What a run works with: the recipe, opened and checked before any work."""
+"""How good the model of a run is: perplexity, tasks, latency."""
 
 from adapt_pruner_jax.config import task_names
 from adapt_pruner_jax.evaluation import evaluate, latency, perplexity
 from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.model_config import ModelConfig
-from adapt_pruner_jax.runs.inputs import Setting, load_model
+from adapt_pruner_jax.runs.inputs import Inputs, load_model
 
 
-def measure(config: ModelConfig, params: Params, setting: Setting) -> dict:
+def measure(config: ModelConfig, params: Params, inputs: Inputs) -> dict:
   """Perplexity per token, and the mean loss, on the evaluation text."""
-  recipe = setting.config.eval
+  recipe = inputs.recipe.eval
   found = perplexity.perplexity(
     config,
     params,
-    setting.eval_tokens,
-    perplexity.window(setting.full, recipe.seq_len),
+    inputs.eval_tokens,
+    perplexity.window(inputs.full, recipe.seq_len),
     recipe.batch,
-    setting.mesh,
+    inputs.mesh,
   )
   return {"perplexity": found[0], "loss": found[1] / found[2]}
 
 
-def measure_tasks(
-  config: ModelConfig, params: Params, setting: Setting
-) -> dict:
-  """Scores of `eval.tasks`, see `harness.evaluate_tasks`."""
-  recipe = setting.config.eval
+def measure_tasks(config: ModelConfig, params: Params, inputs: Inputs) -> dict:
+  """Scores of `eval.tasks`, see `lm_eval_run.evaluate_tasks`."""
+  recipe = inputs.recipe.eval
   return evaluate.import_harness().evaluate_tasks(
     config,
     params,
-    setting.tokenizer,
+    inputs.tokenizer,
     task_names(recipe),
     tasks_dir=recipe.tasks_dir or None,
     batch=recipe.batch,
-    mesh=setting.mesh,
+    mesh=inputs.mesh,
   )
 
 
 def measure_latency(
-  config: ModelConfig, params: Params, setting: Setting
+  config: ModelConfig, params: Params, inputs: Inputs
 ) -> dict:
   """Times of the original and of this model, one after the other here."""
-  how = evaluate.lengths(setting.full) | {"mesh": setting.mesh}
-  before = latency.measure(*load_model(setting), **how)
+  how = evaluate.lengths(inputs.full) | {"mesh": inputs.mesh}
+  before = latency.measure(*load_model(inputs), **how)
   after = latency.measure(config, params, **how)
   compared = latency.compare(before, after)
   return {"before": before, "after": after} | compared

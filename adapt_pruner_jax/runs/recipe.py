@@ -1,40 +1,150 @@
-"""What a run works with: the recipe, opened and checked before any work."""
+"""Whose work directory it is: the recipe in its config.json, and what goes.
+
+config.json is the recipe, with the version of the package that began the run
+and fingerprints of what it read.
+"""
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 from adapt_pruner_jax.config import Config, difference
 from adapt_pruner_jax.distributed import agreement
 from adapt_pruner_jax.errors import UserError
+from adapt_pruner_jax.runs.inputs import Inputs, fingerprints
+from adapt_pruner_jax.runs.state import package_version
 from adapt_pruner_jax.storage import json_files
 
 RECIPE = "config.json"
+VERSION = "version"  # in config.json, beside the recipe's sections
 # What of the recipe may change between the parts of one run.
 FREE = ("mesh.", "checkpoint.", "log.", "train.skip_nonfinite")
+# All that `run` and `compare` leave. Tokens in `cache` serve any recipe. What
+# says whose directory it is goes last: a kill in between leaves it claimed.
+LEFT = (
+  *("model", "checkpoints", "oneshot", "tensorboard"),
+  *("pruning.json", "evaluated.json", "trace.jsonl", "kept.json"),
+  *("metrics.jsonl", "report.json", "report.html", "summary.json"),
+  *("compare.json", "compare.md", "compare.svg", "compare.png"),
+  RECIPE,
+)
 
 
-def check_recipe(config: Config, path: Path) -> None:
-  """Compares the recipe with the one of the work directory, if it has one.
+def is_anew(
+  recipe: Config, path: Path, overwrite: bool, finished: bool
+) -> bool:
+  """Whether what is in the work directory has to go before this recipe runs.
+
+  Args:
+    overwrite: another recipe's run, or a finished one of this recipe, may go.
+      An unfinished one of this recipe goes on, as after a kill.
+    finished: the run that is there has nothing left to do.
 
   Raises:
-    UserError: the directory is of a run with another recipe.
+    UserError: the directory is of a run with another recipe and may not be
+      overwritten; or it may, and no run has left what is in it.
   """
-  file = path / RECIPE
-  changed = []
-  if agreement.is_writer() and file.exists():
-    old, mine = json_files.read_json(file), dataclasses.asdict(config)
-    changed = [
-      line for line in difference(old, mine) if not line.startswith(FREE)
-    ]
-  if not agreement.all_agree(not changed):
+  anew = agreement.on_writer(
+    lambda: _is_anew(recipe, path, overwrite, finished)
+  )
+  return not agreement.all_agree(not anew)
+
+
+def _is_anew(
+  recipe: Config, path: Path, overwrite: bool, finished: bool
+) -> bool:
+  stored = _stored(path, overwrite)
+  if stored is None:
+    return False
+  changed = [
+    line
+    for line in difference(stored, dataclasses.asdict(recipe))
+    if not line.startswith(FREE)
+  ]
+  if changed and not overwrite:
+    mine, theirs = package_version(), stored.get(VERSION, "an earlier version")
+    versions = "" if theirs == mine else f", begun by {theirs} (this is {mine})"
     raise UserError(
-      f"--workdir={path} belongs to a run with another recipe: "
-      f"{'; '.join(changed) or 'process 0 has said which'}; give the old "
-      "recipe or another --workdir"
+      f"--workdir={path} belongs to a run with another recipe{versions}: "
+      f"{'; '.join(changed)}; give the old recipe or another --workdir, or "
+      "--overwrite to remove that run and start anew"
     )
+  return overwrite and (bool(changed) or finished)
 
 
-def claim(config: Config, path: Path) -> None:
-  """Writes the recipe into a new work directory, once its inputs are good."""
-  if agreement.is_writer() and not (path / RECIPE).exists():
-    json_files.write_json(path / RECIPE, dataclasses.asdict(config))
+def _stored(path: Path, overwrite: bool) -> dict | None:
+  """The content of config.json; None in a directory that no run has claimed."""
+  file = path / RECIPE
+  stored = json_files.read_json(file) if file.exists() else None
+  ours = isinstance(stored, dict) and {"prune", "calibration"} <= {*stored}
+  others = {p.name for p in path.iterdir()} & {*LEFT}
+  if others and overwrite and not ours:
+    raise UserError(
+      f"--workdir={path} --overwrite: {', '.join(sorted(others))} in it "
+      f"{'is' if len(others) == 1 else 'are'} not of a run, whose {RECIPE} "
+      "has its recipe; give another --workdir"
+    )
+  return stored
+
+
+def claim(inputs: Inputs, anew: bool) -> None:
+  """Makes the work directory this recipe's, once its inputs are good.
+
+  Args:
+    anew: remove first what another run has left, see `is_anew`.
+
+  Raises:
+    UserError: the original model is among what would be removed; or a run goes
+      on with another model or other calibration data than it began with.
+  """
+  if anew:
+    agreement.on_writer(lambda: _remove(inputs))
+    inputs.log.say(f"removed what an earlier run had left in {inputs.path}")
+  agreement.on_writer(lambda: _claim(inputs))
+
+
+def _claim(inputs: Inputs) -> None:
+  file, recipe = inputs.path / RECIPE, inputs.recipe
+  prints = fingerprints(inputs)
+  if not file.exists():
+    head = {VERSION: package_version(), "inputs": prints}
+    json_files.write_json(file, head | dataclasses.asdict(recipe))
+    return
+  # An earlier version did not say what it read.
+  begun = json_files.read_json(file).get("inputs", prints)
+  for name, what in (
+    ("model", f"--config.model.path={recipe.model.path} has other weights"),
+    (
+      "calibration",
+      f"--config.calibration.source={recipe.calibration.source} gives other "
+      "tokens",
+    ),
+  ):
+    if begun.get(name) != prints[name]:
+      raise UserError(
+        f"{what} than when the run in {inputs.path} began: give what it began "
+        "with, or another --workdir"
+      )
+
+
+def _remove(inputs: Inputs) -> None:
+  path, source = inputs.path, inputs.source.resolve()
+  if {(path / name).resolve() for name in LEFT} & {source, *source.parents}:
+    raise UserError(
+      f"--config.model.path={inputs.recipe.model.path} is among what "
+      f"--overwrite would remove from {path}: move it, or give another "
+      "--workdir"
+    )
+  for left in path.glob(".model-*"):
+    shutil.rmtree(left, ignore_errors=True)
+  for name in LEFT:
+    try:
+      if (path / name).is_dir() and not (path / name).is_symlink():
+        shutil.rmtree(path / name)
+      else:
+        (path / name).unlink(missing_ok=True)
+    except OSError as error:
+      raise UserError(
+        f"--overwrite cannot remove {path / name}: {error.strerror}; give "
+        "another --workdir"
+      ) from error

@@ -1,4 +1,4 @@
-"""The run: stages of prune -> refit -> recover -> checkpoint -> evaluate.
+"""A run, read from top to bottom: prune, refit, recover, evaluate, save.
 
 Adapt-Pruner (one stage, no training) and Adapt-Accel (many, with training) are
 two recipes of this loop. It can be killed anywhere; the same command goes on.
@@ -6,20 +6,19 @@ Where it goes on from, first match first:
 
   1. summary.json: the run is done, there is nothing to do.
   2. the newest checkpoint that is whole: taken after each prune, every
-     `checkpoint.steps` train steps, at the end of a stage's training and of the
-     stage.
+     `checkpoint.steps` train steps, and at the end of a stage's training.
   3. the original model.
 
-and within a prune from `pruning.json`, the last step that was decided.
+and within a prune from pruning.json, the last step that was decided; behind a
+stage's training from evaluated.json, what its evaluation gave. What a run reads
+is opened in `inputs`, what it keeps is in `state`.
 """
 
 import dataclasses
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-
-import jax
 
 from adapt_pruner_jax.config import Config, check
 from adapt_pruner_jax.distributed import agreement
@@ -30,318 +29,362 @@ from adapt_pruner_jax.distributed.stopping import (
 )
 from adapt_pruner_jax.formats import convert, dtypes
 from adapt_pruner_jax.models import layer, model_config
-from adapt_pruner_jax.pruning import methods, surgery, task
-from adapt_pruner_jax.pruning.schedule import stage_ends, stage_targets
+from adapt_pruner_jax.models.axes import Params
+from adapt_pruner_jax.models.model_config import ModelConfig
+from adapt_pruner_jax.pruning import methods, surgery
+from adapt_pruner_jax.pruning.task import Pruned, Step
 from adapt_pruner_jax.reporting.html import report
 from adapt_pruner_jax.reporting.log import Log
-from adapt_pruner_jax.runs.inputs import Setting, prepare, teacher_of
+from adapt_pruner_jax.runs import prune_once
+from adapt_pruner_jax.runs.inputs import (
+  Inputs,
+  open_inputs,
+  stage_end,
+  stage_target,
+  teacher_of,
+)
 from adapt_pruner_jax.runs.measure import (
   measure,
   measure_latency,
   measure_tasks,
 )
-from adapt_pruner_jax.runs.pruning_log import (
+from adapt_pruner_jax.runs.recipe import claim, is_anew
+from adapt_pruner_jax.runs.state import (
+  EVALUATED,
   PRUNING,
+  State,
+  begin,
+  forget,
+  read_evaluated,
   read_pruning,
+  resume,
+  save_checkpoint,
+  write_evaluated,
   write_pruning,
 )
-from adapt_pruner_jax.runs.recipe import check_recipe, claim
-from adapt_pruner_jax.runs.state import State, resume, save_checkpoint
-from adapt_pruner_jax.runs.summary import shown, summarise, tell
+from adapt_pruner_jax.runs.summary import (
+  add_control,
+  disk_sizes,
+  summarise,
+  tell,
+)
 from adapt_pruner_jax.storage import json_files, lock
 from adapt_pruner_jax.storage.checkpoints import Checkpoints
 from adapt_pruner_jax.training import loop, optimizer
-from adapt_pruner_jax.training.lora import init_lora, merge_lora
-from adapt_pruner_jax.training.step import init_optimizer, make_step
+from adapt_pruner_jax.training.lora import merge_lora
 
 # Of a layer: the most that a refit has records of.
 MATRICES = sum(1 + len(readers) for readers in layer.HALVES.values())
 
 
-def run(config: Config, path: Path) -> dict:
+def run(recipe: Config, path: Path, overwrite: bool = False) -> dict:
   """Runs or continues a recipe in a work directory; returns summary.json.
+
+  Args:
+    recipe: what to do.
+    path: the work directory; made if it is not there.
+    overwrite: replace what another run, or a finished one of this recipe, has
+      left there. An unfinished one of this recipe is continued all the same.
 
   Raises:
     UserError: bad input, or the directory belongs to another recipe.
     StoppedError: asked to stop by SIGTERM or SIGINT; the work is saved.
   """
-  check(config)
-  with lock.lock(path), Log(path, **dataclasses.asdict(config.log)) as log:
-    check_recipe(config, path)
-    if (path / "summary.json").exists():
+  check(recipe)
+  with lock.lock(path), Log(path, **dataclasses.asdict(recipe.log)) as log:
+    finished = (path / "summary.json").exists()
+    anew = is_anew(recipe, path, overwrite, finished)
+    if finished and not anew:
       summary = json_files.read_json(path / "summary.json")
       log.say(f"{path} is finished; its model is in {path / 'model'}")
       if agreement.is_writer() and not (path / report.HTML).exists():
         report.write(path)  # the run was killed just before
     else:
       with stop_signals() as stopping:
-        summary = _run(config, path, log, stopping)
+        summary = _run(open_inputs(recipe, path, log), stopping, anew)
     tell(summary, path, log)
-  if config.oneshot_control and config.prune.stages > 1:
-    summary = _control(config, path, summary)
+  if recipe.oneshot_control and recipe.prune.stages > 1:
+    at_once = dataclasses.replace(recipe.prune, stages=1)
+    other = dataclasses.replace(recipe, oneshot_control=False, prune=at_once)
+    summary = add_control(summary, run(other, path / "oneshot"), recipe, path)
   return summary
 
 
-def _run(config: Config, path: Path, log: Log, stopping: dict) -> dict:
+def _run(inputs: Inputs, stopping: dict, anew: bool) -> dict:
   begun = time.monotonic()
-  setting = prepare(config, path, log)
-  methods.check(setting.full, config.prune)
-  claim(config, path)
+  recipe, path = inputs.recipe, inputs.path
+  methods.check(inputs.full, recipe.prune)
+  claim(inputs, anew)
   with Checkpoints(
-    path / "checkpoints", config.checkpoint.keep, log.say
+    path / "checkpoints", recipe.checkpoint.keep, inputs.log.say
   ) as checkpoints:
-    state = resume(setting, checkpoints)
+    state = resume(inputs, checkpoints)
+    if state is None:
+      state = begin(inputs)
+      measure_original(state, inputs)
+    tidy(state, inputs)
     earlier = state.seconds
 
-    def save_state() -> None:
+    def save() -> None:
       state.seconds = earlier + time.monotonic() - begun
-      save_checkpoint(checkpoints, state, setting)
+      save_checkpoint(checkpoints, state, inputs)
 
     def stop_if_asked() -> None:
       if not agreement.all_agree(not stopping["asked"]):
         checkpoints.wait()
         raise StoppedError(f"stopped; the same command continues {path}")
 
-    teacher = teacher_of(setting)
-    while state.stage <= config.prune.stages:
+    teacher = teacher_of(inputs)
+    while state.stage <= recipe.prune.stages:
       stop_if_asked()
       if not state.pruned:
-        prune_stage(state, setting, stop_if_asked)
-        save_state()
-      recover_stage(state, setting, teacher, save_state, stopping)
-      stop_if_asked()
-      finish_stage(state, setting)
-      save_state()
-    checkpoints.wait()
+        prune(state, inputs, stop_if_asked)
+        save()
+      if state.step < stage_end(inputs, state.stage):
+        recover(state, inputs, teacher, save, stopping)
+        stop_if_asked()
+      evaluate(state, inputs)
+      state.stage, state.pruned = state.stage + 1, False
     stop_if_asked()
-    return finish(state, setting, earlier + time.monotonic() - begun)
+    return finish(state, inputs, earlier + time.monotonic() - begun)
 
 
-# ---- A stage -----------------------------------------------------------------
+def measure_original(state: State, inputs: Inputs) -> None:
+  """Evaluates the original model, to compare with."""
+  recipe, log = inputs.recipe, inputs.log
+  if inputs.eval_tokens is not None:
+    state.before = measure(state.config, state.params, inputs)
+    log.say(
+      f"{model_config.count_params(state.config):,} parameters, perplexity "
+      f"{state.before['perplexity']:.3f}"
+    )
+  if recipe.eval.tasks:
+    log.say(f"original: {recipe.eval.tasks}")
+    state.before["evaluation"] = measure_tasks(
+      state.config, state.params, inputs
+    )
 
 
-def prune_stage(state: State, setting: Setting, stop_if_asked: Any) -> None:
+def tidy(state: State, inputs: Inputs) -> None:
+  """Takes out of the work directory what is behind the state."""
+  if agreement.is_writer():
+    json_files.rewrite_lines(inputs.path / "trace.jsonl", state.trace)
+  evaluated = state.saves > 0 and read_evaluated(state, inputs) is not None
+  if not evaluated:
+    forget(EVALUATED, inputs)  # it is of arrays that are gone
+  if state.saves:
+    inputs.log.rewind("eval", len(state.stages) + evaluated + 1)
+
+
+# ---- Prune, refit ------------------------------------------------------------
+
+
+def prune(
+  state: State, inputs: Inputs, stop_if_asked: Callable[[], None]
+) -> None:
   """Prunes to the stage's target; `state` then holds the smaller model."""
-  config, settings = setting.config, setting.config.prune
-  target = _stage_target(setting, state.stage)
+  settings, log = inputs.recipe.prune, inputs.log
+  target = stage_target(inputs, state.stage)
   first = len(state.trace)
-  steps, after = read_pruning(state, setting)
-  setting.log.rewind("prune", first + len(steps) + 1)
-  refits_before = (state.stage - 1) * MATRICES * setting.full.num_layers
-  setting.log.rewind("refit", refits_before)
+  steps, after = read_pruning(state, inputs)
+  if steps and agreement.is_writer():
+    json_files.rewrite_lines(inputs.path / "trace.jsonl", state.trace + steps)
+  log.rewind("prune", first + len(steps) + 1)
+  refits_before = (state.stage - 1) * MATRICES * inputs.full.num_layers
+  log.rewind("refit", refits_before)
   title = f"stage {state.stage} of {settings.stages}: pruning"
   size = model_config.count_params(state.config)
   aim = f" to {target:,}" if target else ""
-  setting.log.say(f"{title} {size:,} parameters{aim} ({settings.method})")
+  log.say(f"{title} {size:,} parameters{aim} ({settings.method})")
   total = size - target if target else settings.max_steps
+  unit = "parameters" if target else "steps"
+  with log.phase(title, total, unit) as phase:
 
-  with setting.log.phase(
-    title, total, "parameters" if target else "steps"
-  ) as p:
-
-    def note(record: dict, step: task.Step) -> None:
+    def note(record: dict, step: Step) -> None:
       record = {"stage": state.stage} | record
       steps.append(record)
       if agreement.is_writer():
-        json_files.append_line(setting.path / "trace.jsonl", record)
-      write_pruning(step, steps, state, setting)
-      done = size - record["params"] if target else record["step"]
-      p.update(
-        done, params=record["params"], target=target, loss=record["loss"]
-      )
+        json_files.append_line(inputs.path / "trace.jsonl", record)
+      write_pruning(step, steps, state, inputs)
+      params, loss = record["params"], record["loss"]
+      done = size - params if target else record["step"]
+      phase.update(done, params=params, target=target, loss=loss)
       values = {k: record[k] for k in ("stage", "loss", "params")}
-      setting.log.metrics("prune", first + len(steps), values)
+      log.metrics("prune", first + len(steps), values)
       stop_if_asked()
 
-    old = (state.config, state.params)
-    pruned = methods.METHODS[settings.method](
-      *old,
+    pruned = prune_once.prune(
+      (state.config, state.params),
+      inputs,
       settings,
-      lambda step: setting.calibration.batch(first + step),
       target=target,
-      batch=config.calibration.batch,
-      mesh=setting.mesh,
-      full=setting.full,
       kept=state.kept,
-      seed=config.seed,
+      first=first,
       after=after,
       log=note,
     )
-  keep = surgery.relative_to(state.kept, pruned.kept)
-  if settings.refit != "none":
-    setting.log.say("refitting what is left")
-  params, refits = methods.refit_after(
-    old,
-    pruned,
-    keep,
-    settings,
-    lambda: setting.refit_data.batch(first + len(steps)),
-    config.calibration.batch,
-    setting.mesh,
-  )
-  for number, row in enumerate(refits):
-    row = {"stage": state.stage} | row
-    setting.log.metrics("refit", refits_before + number, row)
-  opt_state, state.opt_state = state.opt_state, None
-  if opt_state is not None and config.train.carry_moments:
-    cut, opt_state = surgery.gather(state.config, opt_state, keep, setting.mesh)
-    # FLAP and SliceGPT leave other parameters than those that were trained.
-    if model_config.param_shapes(cut) == model_config.param_shapes(
-      pruned.config
-    ):
-      state.opt_state = opt_state
-  state.config, state.params, state.kept = pruned.config, params, pruned.kept
+  for number, row in enumerate(pruned.refits):
+    log.metrics("refit", refits_before + number, {"stage": state.stage} | row)
+  if state.opt_state is not None:
+    state.opt_state = carried_moments(state, pruned, inputs)
+  state.config, state.params = pruned.config, pruned.params
+  state.kept, state.pruned = pruned.kept, True
   state.trace += steps
-  state.pruned = True
 
 
-def _stage_target(setting: Setting, stage: int) -> int | None:
-  if setting.target is None:
+def carried_moments(state: State, pruned: Pruned, inputs: Inputs):
+  """Adam's state of the parameters that are left; None = begin with a new one.
+
+  Args:
+    state: still of the model before.
+  """
+  if not inputs.recipe.train.carry_moments:
     return None
-  size = model_config.count_params(setting.full)
-  stages = setting.config.prune.stages
-  return stage_targets(size, setting.target, stages)[stage - 1]
+  keep = surgery.relative_to(state.kept, pruned.kept)
+  cut, moments = surgery.gather(
+    state.config, state.opt_state, keep, inputs.mesh
+  )
+  # FLAP and SliceGPT leave other parameters than those that were trained.
+  same = model_config.param_shapes(cut) == model_config.param_shapes(
+    pruned.config
+  )
+  return moments if same else None
 
 
-def recover_stage(
-  state: State, setting: Setting, teacher: Any, save_state: Any, stopping: dict
+# ---- Recover -----------------------------------------------------------------
+
+
+def recover(
+  state: State,
+  inputs: Inputs,
+  teacher: tuple[ModelConfig, Params] | None,
+  save: Callable[[], None],
+  stopping: dict,
 ) -> None:
   """Trains on the stage's share of the tokens, from `state.step` on."""
-  config, settings = setting.config, setting.config.train
-  last = stage_end(setting, state.stage)
-  if state.step >= last:
-    return
-  schedule = optimizer.schedule(settings, setting.total_steps)
-  if settings.lora_rank and state.adapters is None:
-    key = jax.random.key(config.seed + state.stage)
-    state.adapters = init_lora(
-      state.config, settings.lora_rank, key, setting.mesh
-    )
-    state.opt_state = None
-  lora = state.adapters is not None
-  trained = state.adapters if lora else state.params
-  if state.opt_state is None:
-    state.opt_state = init_optimizer(trained, settings, setting.mesh)
-  step_fn = make_step(
-    state.config,
-    settings,
-    schedule,
-    setting.mesh,
-    base=state.params if lora else None,
-    teacher=teacher,
+  recipe, settings, log = inputs.recipe, inputs.recipe.train, inputs.log
+  first, last = (
+    stage_end(inputs, state.stage - 1),
+    stage_end(inputs, state.stage),
   )
-  per_step = config.data.step_tokens
-  begin = stage_end(setting, state.stage - 1)
-  title = f"stage {state.stage} of {config.prune.stages}: recovery"
-  setting.log.rewind("train", state.step)
+  training = loop.start(
+    (state.config, state.params),
+    settings,
+    optimizer.schedule(settings, inputs.total_steps),
+    inputs.mesh,
+    adapters=state.adapters,
+    opt_state=state.opt_state,
+    teacher=teacher,
+    seed=recipe.seed + state.stage,
+  )
+  per_step = recipe.data.step_tokens
+  title = f"stage {state.stage} of {recipe.prune.stages}: recovery"
+  log.rewind("train", state.step)
   size = model_config.count_params(state.config)
-  total = (last - begin) * per_step
-  with setting.log.phase(title, total, "tokens", flops=6.0 * size) as phase:
+  total = (last - first) * per_step
+  with log.phase(title, total, "tokens", flops=6.0 * size) as phase:
 
     def note(step: int, values: dict[str, float]) -> None:
-      done = (step + 1 - begin) * per_step
+      done = (step + 1 - first) * per_step
       phase.update(done, loss=values["loss"], params=size)
-      row = values | {
-        "stage": state.stage,
-        "total_tokens": (step + 1) * per_step,
-      }
-      setting.log.metrics("train", step, row)
+      row = {"stage": state.stage, "total_tokens": (step + 1) * per_step}
+      log.metrics("train", step, values | row)
 
     while state.step < last and not asked_to_stop(stopping, state.step):
-      until = min(last, state.step + config.checkpoint.steps)
-      trained, state.opt_state, state.step = loop.recover(
-        step_fn,
-        trained,
-        state.opt_state,
-        setting.rows.batches(state.step),
+      training, state.step = loop.recover(
+        training,
+        inputs.rows.batches(state.step),
         state.step,
-        until,
-        setting.mesh,
+        min(last, state.step + recipe.checkpoint.steps),
+        inputs.mesh,
         log=note,
         stop=lambda step: asked_to_stop(stopping, step),
         skip_nonfinite=settings.skip_nonfinite,
       )
-      if lora:
-        state.adapters = trained
+      state.opt_state = training.opt_state
+      if settings.lora_rank:
+        state.adapters = training.trained
       else:
-        state.params = trained
-      save_state()
+        state.params = training.trained
+      save()
 
 
-def stage_end(setting: Setting, stage: int) -> int:
-  """The global train step at which a stage ends; 0 before the first."""
-  config = setting.config
-  ends = stage_ends(
-    setting.total_steps, config.prune.stages, config.train.data_share
-  )
-  return [0, *ends][stage]
+# ---- Evaluate ----------------------------------------------------------------
 
 
-def finish_stage(state: State, setting: Setting) -> None:
-  """Merges adapters, evaluates, and turns to the next stage."""
+def evaluate(state: State, inputs: Inputs) -> None:
+  """Merges adapters and adds the stage's result, measured unless it is kept."""
   if state.adapters is not None:
-    alpha = setting.config.train.lora_alpha
+    alpha = inputs.recipe.train.lora_alpha
     state.params = merge_lora(state.params, state.adapters, alpha)
     state.adapters = state.opt_state = None
-  if state.stage == setting.config.prune.stages:  # measured as it is exported
-    state.params = dtypes.rounded(state.params, to_export(state, setting))
+  if state.stage == inputs.recipe.prune.stages:  # measured as it is exported
+    state.params = dtypes.rounded(state.params, to_export(state, inputs))
+  result = read_evaluated(state, inputs)
+  if result is None:
+    result = stage_result(state, inputs)
+    write_evaluated(result, state, inputs)
+  state.stages.append(result)
+  forget(PRUNING, inputs)
+
+
+def stage_result(state: State, inputs: Inputs) -> dict:
+  """Measures the model at the end of a stage."""
+  recipe, log = inputs.recipe, inputs.log
   result = {
     "stage": state.stage,
     "params": model_config.count_params(state.config),
     "step": state.step,
   }
-  if setting.eval_tokens is not None:
-    result |= measure(state.config, state.params, setting)
+  if inputs.eval_tokens is not None:
+    result |= measure(state.config, state.params, inputs)
   # A row's step is the stage here; `step`, of training, would overwrite it.
   row = {k: v for k, v in result.items() if k != "step"}
-  setting.log.metrics("eval", state.stage, row | {"train_step": state.step})
+  log.metrics("eval", state.stage, row | {"train_step": state.step})
   quality = ""
   if "perplexity" in result:
     quality = f", perplexity {result['perplexity']:.3f}"
-  setting.log.say(
-    f"stage {state.stage} of {setting.config.prune.stages} done: "
+  log.say(
+    f"stage {state.stage} of {recipe.prune.stages} done: "
     f"{result['params']:,} parameters{quality}"
   )
-  if setting.config.eval.tasks and state.stage == setting.config.prune.stages:
-    setting.log.say(f"result: {setting.config.eval.tasks}")
-    result["evaluation"] = measure_tasks(state.config, state.params, setting)
-  state.stages.append(result)
-  state.stage, state.pruned = state.stage + 1, False
-  if agreement.is_writer():
-    (setting.path / PRUNING).unlink(missing_ok=True)
+  if recipe.eval.tasks and state.stage == recipe.prune.stages:
+    log.say(f"result: {recipe.eval.tasks}")
+    result["evaluation"] = measure_tasks(state.config, state.params, inputs)
+  return result
 
 
-# ---- After the stages --------------------------------------------------------
+# ---- Save --------------------------------------------------------------------
 
 
-def to_export(state: State, setting: Setting) -> Any:
+def to_export(state: State, inputs: Inputs) -> Params:
   """The parameters as they are written: as the original, if not as asked."""
   return dtypes.for_export(
-    state.config, state.params, setting.source, setting.config.model.dtype
+    state.config, state.params, inputs.source, inputs.recipe.model.dtype
   )
 
 
-def finish(state: State, setting: Setting, seconds: float) -> dict:
+def finish(state: State, inputs: Inputs, seconds: float) -> dict:
   """Exports the model and writes what a run leaves; summary.json comes last."""
-  path = setting.path
-  latency = None
-  if setting.config.eval.latency:
-    setting.log.say("timing the original and the result")
-    latency = measure_latency(state.config, state.params, setting)
-  summary = summarise(state, setting, seconds, latency)
-  setting.log.say(f"exporting to {path / 'model'}")
+  path, log, latency = inputs.path, inputs.log, None
+  if inputs.recipe.eval.latency:
+    log.say("timing the original and the result")
+    latency = measure_latency(state.config, state.params, inputs)
+  summary = summarise(state, inputs, seconds, latency)
+  log.say(f"exporting to {path / 'model'}")
   if agreement.is_writer():
     for left in path.glob(".model-*"):  # by a process killed in the export
       shutil.rmtree(left, ignore_errors=True)
   convert.write(
     state.config,
-    to_export(state, setting),
+    to_export(state, inputs),
     path / "model",
     "orbax" if state.config.residual else "hf",  # SliceGPT fits no other
-    source=setting.source,
+    source=inputs.source,
     overwrite=True,
     facts=summary,
   )
+  summary |= disk_sizes(inputs.source, path / "model")
   if agreement.is_writer():
     layers = zip(state.kept["K"], state.kept["F"], strict=True)
     kept = [{"kv_groups": k.tolist(), "ffn": f.tolist()} for k, f in layers]
@@ -349,39 +392,4 @@ def finish(state: State, setting: Setting, seconds: float) -> dict:
     json_files.rewrite_lines(path / "trace.jsonl", state.trace)
     json_files.write_json(path / "summary.json", summary)
     report.write(path)
-  return summary
-
-
-def _control(config: Config, path: Path, summary: dict) -> dict:
-  """The same tokens after pruning in one go, for comparison."""
-  other = dataclasses.replace(
-    config,
-    oneshot_control=False,
-    prune=dataclasses.replace(config.prune, stages=1),
-  )
-  found = run(other, path / "oneshot")
-  summary |= {
-    "control": {
-      name: found[name]
-      for name in (
-        "params_after",
-        "perplexity_after",
-        "train_tokens",
-        "seconds",
-      )
-    }
-  }
-  with lock.lock(path), Log(path, **dataclasses.asdict(config.log)) as log:
-    rows = [
-      (name, f"{s['params_after']:,}", f"{s['train_tokens']:,}", shown(s))
-      for name, s in (
-        (f"{config.prune.stages} stages", summary),
-        ("one shot, then the same training", found),
-      )
-    ]
-    columns = ("", "parameters", "tokens", "perplexity")
-    log.table("Interleaved or in one go", columns, rows)
-    if agreement.is_writer():
-      json_files.write_json(path / "summary.json", summary)
-      report.write(path)
   return summary

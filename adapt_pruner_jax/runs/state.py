@@ -1,10 +1,18 @@
-"""What a run changes: its state, in memory and in checkpoints."""
+"""What a run has done so far: in memory, in checkpoints, and in two files.
+
+A checkpoint is written after each prune, every `checkpoint.steps` train steps
+and at the end of a stage's training. Between two of them pruning.json keeps the
+last decided step of a prune, and evaluated.json the result of a stage whose
+training is in a checkpoint.
+"""
 
 import dataclasses
+import importlib.metadata
+import json
+from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from adapt_pruner_jax.distributed import agreement, sharding
@@ -12,13 +20,14 @@ from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.models import model_config
 from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.model_config import ModelConfig
-from adapt_pruner_jax.pruning import surgery
-from adapt_pruner_jax.runs.inputs import Setting, load_model
-from adapt_pruner_jax.runs.measure import measure, measure_tasks
+from adapt_pruner_jax.pruning import methods, surgery, task
+from adapt_pruner_jax.runs.inputs import Inputs, load_model, weight_dtype
 from adapt_pruner_jax.storage import json_files
 from adapt_pruner_jax.storage.checkpoints import Checkpoints
 from adapt_pruner_jax.training import lora, optimizer
 
+PRUNING = "pruning.json"
+EVALUATED = "evaluated.json"
 # Fields of `State` that a checkpoint keeps as they are.
 PLAIN = ("stage", "pruned", "step", "trace", "stages", "before", "seconds")
 
@@ -42,92 +51,98 @@ class State:
   saves: int = 0  # number of the newest checkpoint
 
 
+def begin(inputs: Inputs) -> State:
+  """The state before anything was done: the original model, whole."""
+  config, params = load_model(inputs)
+  return State(config, params, surgery.everything(config))
+
+
+# ---- Checkpoints -------------------------------------------------------------
+
+
 def save_checkpoint(
-  checkpoints: Checkpoints, state: State, setting: Setting
+  checkpoints: Checkpoints, state: State, inputs: Inputs
 ) -> None:
+  """Starts to write a checkpoint; the state may change when this returns."""
   state.saves += 1
   meta = {name: getattr(state, name) for name in PLAIN}
   meta |= {
+    "version": package_version(),
     "model": model_config.to_json(state.config),
     "kept": _kept_to_json(state.kept),
-    "data": setting.rows.fingerprint if setting.rows else None,
+    "data": inputs.rows.fingerprint if inputs.rows else None,
     "lora": state.adapters is not None,
     "optimizer": state.opt_state is not None,
   }
-  checkpoints.save(state.saves, meta, _arrays(state))
-
-
-def _arrays(state: State) -> dict:
   arrays = {"params": state.params}
   if state.opt_state is not None:
     arrays["opt_state"] = state.opt_state
   if state.adapters is not None:
     arrays["adapters"] = state.adapters
-  return arrays
+  checkpoints.save(state.saves, meta, arrays)
 
 
-def resume(setting: Setting, checkpoints: Checkpoints) -> State:
-  """The state to go on from: the newest checkpoint, else the original model."""
-  found = checkpoints.restore(lambda meta: abstract_state(meta, setting))
+def resume(inputs: Inputs, checkpoints: Checkpoints) -> State | None:
+  """The state in the newest checkpoint that is whole; None if there is none.
+
+  Raises:
+    UserError: the checkpoint is of other training data, or of a version that
+      keeps other things.
+  """
+  found = checkpoints.restore(lambda meta: _abstract_state(meta, inputs))
   if found is None:
-    config, params = load_model(setting)
-    state = State(config, params, surgery.everything(config))
-    if setting.eval_tokens is not None:
-      state.before = measure(config, params, setting)
-      perplexity = state.before["perplexity"]
-      size = model_config.count_params(config)
-      setting.log.say(f"{size:,} parameters, perplexity {perplexity:.3f}")
-    if setting.config.eval.tasks:
-      setting.log.say(f"original: {setting.config.eval.tasks}")
-      state.before["evaluation"] = measure_tasks(config, params, setting)
-  else:
-    number, meta, arrays = found
-    fingerprint = setting.rows.fingerprint if setting.rows else None
-    if meta["data"] != fingerprint:
-      raise UserError(
-        f"--config.data.source={setting.config.data.source} has other tokens "
-        "than when this run began: give the old data or another --workdir"
-      )
-    state = State(
-      model_config.from_json(meta["model"]),
-      kept=_kept_from_json(meta["kept"]),
-      saves=number,
-      **arrays,
-      **{name: meta[name] for name in PLAIN},
+    return None
+  number, meta, arrays = found
+  if meta["data"] != (inputs.rows.fingerprint if inputs.rows else None):
+    raise UserError(
+      f"--config.data.source={inputs.recipe.data.source} has other tokens "
+      "than when this run began: give the old data or another --workdir"
     )
-    setting.log.say(
-      f"continuing at stage {state.stage} of {setting.config.prune.stages}, "
-      f"train step {state.step} of {setting.total_steps}"
-    )
-    setting.log.rewind("eval", len(state.stages) + 1)
-  if agreement.is_writer():
-    json_files.rewrite_lines(setting.path / "trace.jsonl", state.trace)
+  state = State(
+    model_config.from_json(meta["model"]),
+    kept=_kept_from_json(meta["kept"]),
+    saves=number,
+    **arrays,
+    **{name: meta[name] for name in PLAIN},
+  )
+  inputs.log.say(
+    f"continuing at stage {state.stage} of {inputs.recipe.prune.stages}, "
+    f"train step {state.step} of {inputs.total_steps}" + _of_version(meta)
+  )
   return state
 
 
-def abstract_state(meta: dict, setting: Setting) -> dict:
+def _of_version(meta: dict) -> str:
+  """Who wrote a checkpoint, if it was another version."""
+  mine = package_version()
+  if meta.get("version") == mine:
+    return ""
+  theirs = meta.get("version") or "an earlier version"  # it did not say so
+  return f", from a checkpoint of {theirs} (this is {mine})"
+
+
+def _abstract_state(meta: dict, inputs: Inputs) -> dict:
   """Shapes and shardings of the arrays of a checkpoint."""
-  config, settings, mesh = (
-    model_config.from_json(meta["model"]),
-    setting.config.train,
-    setting.mesh,
-  )
-  dtype = jnp.dtype(
-    "float32"
-    if setting.total_steps
-    else setting.config.model.dtype or "float32"
-  )
-  params = model_config.abstract_params(config, dtype)
-  placed = sharding.param_shardings(params, mesh)
-  trees = {"params": (params, placed)}
+  missing = {*PLAIN, "model", "kept", "data", "lora", "optimizer"} - {*meta}
+  if missing:
+    raise UserError(
+      f"the checkpoints in {inputs.path} lack {', '.join(sorted(missing))}"
+      f"{_of_version(meta)}: continue with the version that wrote them, or "
+      "start anew with --overwrite"
+    )
+  config, settings = model_config.from_json(meta["model"]), inputs.recipe.train
+  params = model_config.abstract_params(config, weight_dtype(inputs))
+  trees = {"params": (params, sharding.param_shardings(params, inputs.mesh))}
   if meta["lora"]:
-    trees["adapters"] = lora.abstract_adapters(config, settings.lora_rank, mesh)
+    trees["adapters"] = lora.abstract_adapters(
+      config, settings.lora_rank, inputs.mesh
+    )
   if meta["optimizer"]:
     transform = optimizer.optimizer(settings.weight_decay)
     trained, where = trees["adapters"] if meta["lora"] else trees["params"]
     trees["opt_state"] = (
       jax.eval_shape(transform.init, trained),
-      optimizer.state_shardings(transform, trained, where, mesh),
+      optimizer.state_shardings(transform, trained, where, inputs.mesh),
     )
   return {
     name: jax.tree.map(
@@ -137,6 +152,120 @@ def abstract_state(meta: dict, setting: Setting) -> dict:
     )
     for name, (tree, where) in trees.items()
   }
+
+
+# ---- pruning.json: within a prune --------------------------------------------
+
+
+def write_pruning(
+  step: task.Step, steps: list[dict], state: State, inputs: Inputs
+) -> None:
+  """Keeps a decided step, so that a killed stage need not score again."""
+  if not agreement.is_writer() or not methods.resumes(inputs.recipe.prune):
+    return
+  content = {
+    "stage": state.stage,
+    "train_step": state.step,
+    "number": step.number,
+    "params": int(step.params),
+    "kept": _kept_to_json(surgery.to_kept(step.masks)),
+    "sparsity": {u: s.tolist() for u, s in step.sparsity.items()},
+    "refitted": [
+      [number, _kept_to_json(surgery.to_kept(masks))]
+      for number, masks in step.refitted.items()
+    ],
+    "trace": steps,
+  }
+  _write_sealed(inputs.path / PRUNING, content)
+
+
+def read_pruning(
+  state: State, inputs: Inputs
+) -> tuple[list[dict], task.Step | None]:
+  """The records of the stage's finished steps, and the last of them.
+
+  None of them if the file is damaged: the stage then scores again.
+  """
+  saved = _read_sealed(
+    inputs.path / PRUNING,
+    {"stage": state.stage, "train_step": state.step},
+    inputs,
+    "this stage's pruning begins anew",
+  )
+  if saved is None:
+    return [], None
+
+  def masks_of(kept: dict[str, list]) -> surgery.Masks:
+    return surgery.to_masks(_kept_from_json(kept), inputs.full)
+
+  step = task.Step(
+    saved["number"],
+    masks_of(saved["kept"]),
+    {u: np.array(s) for u, s in saved["sparsity"].items()},
+    saved["params"],
+    {number: masks_of(kept) for number, kept in saved["refitted"]},
+  )
+  return saved["trace"], step
+
+
+# ---- evaluated.json: behind a stage's training -------------------------------
+
+
+def write_evaluated(result: dict, state: State, inputs: Inputs) -> None:
+  """Keeps a stage's result; its arrays are in the newest checkpoint."""
+  if agreement.is_writer():
+    _write_sealed(
+      inputs.path / EVALUATED, {"checkpoint": state.saves, "result": result}
+    )
+
+
+def read_evaluated(state: State, inputs: Inputs) -> dict | None:
+  """The result of this stage, if the state is just what was evaluated."""
+  saved = _read_sealed(
+    inputs.path / EVALUATED,
+    {"checkpoint": state.saves},
+    inputs,
+    "this stage is evaluated again",
+  )
+  return saved and saved["result"]
+
+
+def forget(name: str, inputs: Inputs) -> None:
+  """Removes one of the two files, if it is there."""
+  if agreement.is_writer():
+    (inputs.path / name).unlink(missing_ok=True)
+
+
+# ---- Files that say whether they are whole -----------------------------------
+
+
+def _write_sealed(path: Path, content: dict) -> None:
+  content = json_files.plain(content)
+  record = {"sha256": json_files.digest(content), "content": content}
+  json_files.write_json(path, record)
+
+
+def _read_sealed(
+  path: Path, expected: dict, inputs: Inputs, otherwise: str
+) -> dict | None:
+  """The content, if it is whole and of this moment, in all processes."""
+  content = None
+  if path.exists():
+    try:
+      record = json.loads(path.read_bytes())
+      if record["sha256"] == json_files.digest(record["content"]):
+        content = record["content"]
+    except (ValueError, KeyError, TypeError):
+      pass
+    if content is None:
+      inputs.log.say(f"{path} is damaged: {otherwise}")
+  found = content is not None and expected.items() <= content.items()
+  return content if agreement.all_agree(found) else None
+
+
+def package_version() -> str:
+  """The version of this package."""
+  return importlib.metadata.version("adapt-pruner-jax")
 
 
 def _kept_to_json(kept: surgery.Kept) -> dict[str, list]:

@@ -1,5 +1,6 @@
 """summary.json, and the tables at the end of a run."""
 
+import dataclasses
 import importlib.metadata
 import platform
 from pathlib import Path
@@ -7,33 +8,44 @@ from typing import Any
 
 import jax
 
+from adapt_pruner_jax.config import Config
+from adapt_pruner_jax.distributed import agreement
 from adapt_pruner_jax.evaluation import evaluate, latency
 from adapt_pruner_jax.models import model_config
+from adapt_pruner_jax.reporting.html import report
 from adapt_pruner_jax.reporting.log import Log
-from adapt_pruner_jax.runs.inputs import Setting
+from adapt_pruner_jax.runs.inputs import Inputs
 from adapt_pruner_jax.runs.state import State
+from adapt_pruner_jax.storage import json_files, lock
 
 
 def summarise(
-  state: State, setting: Setting, seconds: float, times: dict | None
+  state: State, inputs: Inputs, seconds: float, times: dict | None
 ) -> dict:
-  full, new = setting.full, state.config
+  """The content of summary.json, but for the sizes on disk.
+
+  Args:
+    seconds: of all processes that worked on this run.
+    times: what `measure_latency` gives, if it was asked for.
+  """
+  full, new = inputs.full, state.config
   after = state.stages[-1]
   evaluations = [x.get("evaluation") for x in (state.before, after)]
   tasks = [x and evaluate.scores(x) for x in evaluations]
-  per_step = setting.config.data.step_tokens
+  tokens = state.step * inputs.recipe.data.step_tokens
   return {
-    "method": setting.config.prune.method,
-    "model": setting.config.model.path,
+    "method": inputs.recipe.prune.method,
+    "model": inputs.recipe.model.path,
     "params_before": model_config.count_params(full),
     "params_after": model_config.count_params(new),
-    "target_params": setting.target,
+    "target_params": inputs.target,
     "perplexity_before": state.before.get("perplexity"),
     "perplexity_after": after.get("perplexity"),
     "tasks_before": tasks[0],
     "tasks_after": tasks[1],
     "latency": times,
-    "train_tokens": state.step * per_step,
+    "train_tokens": tokens,
+    "epochs": round(inputs.rows.epochs(tokens), 4) if inputs.rows else 0.0,
     "seconds": round(seconds, 3),
     "heads_before": [k * full.queries_per_group for k in full.kv_groups],
     "heads_after": [k * new.queries_per_group for k in new.kv_groups],
@@ -44,10 +56,32 @@ def summarise(
     "stages": state.stages,
     "evaluation_before": evaluations[0],
     "prune_steps": len(state.trace),
-    "refit": setting.config.prune.refit,
+    "refit": inputs.recipe.prune.refit,
     "versions": versions(),
     "hardware": hardware(),
   }
+
+
+def disk_sizes(source: Path, exported: Path) -> dict[str, int]:
+  """Bytes of the weights' files, before and after."""
+  return {
+    "bytes_before": weight_bytes(source),
+    "bytes_after": weight_bytes(exported),
+  }
+
+
+def weight_bytes(folder: Path) -> int:
+  """Bytes of a model's safetensors files, or of all files without any."""
+  for pattern in ("model.safetensors", "model-*.safetensors", "**/*"):
+    files = [file for file in folder.glob(pattern) if file.is_file()]
+    if files:
+      return sum(file.stat().st_size for file in files)
+  return 0
+
+
+def in_bytes(size: float) -> str:
+  """Bytes for people: 10^9 are a GB."""
+  return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"
 
 
 def tell(summary: dict, path: Path, log: Log) -> None:
@@ -66,6 +100,10 @@ def tell(summary: dict, path: Path, log: Log) -> None:
   rows = [
     ("parameters", f"{before:,}", f"{after:,}", f"{after / before - 1:+.1%}")
   ]
+  if "bytes_before" in summary:  # one by an earlier version has none
+    low, high = summary["bytes_before"], summary["bytes_after"]
+    change = f"{high / low - 1:+.1%}" if low else ""
+    rows.append(("on disk", in_bytes(low), in_bytes(high), change))
   if summary["perplexity_after"] is not None:
     low, high = summary["perplexity_before"], summary["perplexity_after"]
     rows.append(_change("perplexity", low, high))
@@ -81,6 +119,7 @@ def tell(summary: dict, path: Path, log: Log) -> None:
 
 
 def shown(summary: dict) -> str:
+  """The perplexity after the run, if there is one."""
   value = summary["perplexity_after"]
   return "" if value is None else f"{float(value):.3f}"
 
@@ -92,6 +131,7 @@ def _change(name: str, low: Any, high: Any) -> tuple[str, ...]:
 
 
 def versions() -> dict[str, str]:
+  """Of Python and of the packages that a result depends on."""
   names = ("adapt-pruner-jax", "jax", "flax", "optax", "orbax-checkpoint")
   return {"python": platform.python_version()} | {
     name: importlib.metadata.version(name) for name in names
@@ -99,5 +139,33 @@ def versions() -> dict[str, str]:
 
 
 def hardware() -> str:
+  """The devices, for people."""
   device = jax.devices()[0]
   return f"{jax.device_count()} x {device.device_kind} ({device.platform})"
+
+
+def add_control(
+  summary: dict, control: dict, recipe: Config, path: Path
+) -> dict:
+  """Puts a run that pruned in one go beside one in stages, and tells both.
+
+  Args:
+    summary: of the run in stages, in the work directory `path`.
+    control: of the run with as many tokens after one prune.
+  """
+  columns = ("params_after", "perplexity_after", "train_tokens", "seconds")
+  summary = summary | {"control": {name: control[name] for name in columns}}
+  with lock.lock(path), Log(path, **dataclasses.asdict(recipe.log)) as log:
+    rows = [
+      (name, f"{s['params_after']:,}", f"{s['train_tokens']:,}", shown(s))
+      for name, s in (
+        (f"{recipe.prune.stages} stages", summary),
+        ("one shot, then the same training", control),
+      )
+    ]
+    columns = ("", "parameters", "tokens", "perplexity")
+    log.table("Interleaved or in one go", columns, rows)
+    if agreement.is_writer():
+      json_files.write_json(path / "summary.json", summary)
+      report.write(path)
+  return summary

@@ -33,7 +33,6 @@ from adapt_pruner_jax.models import axes, model_config
 from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.models.rope import Rope
 from adapt_pruner_jax.training import loop, optimizer
-from adapt_pruner_jax.training.step import init_optimizer, make_step
 
 FORMAT = 1  # of the cached directory
 END = "<|endoftext|>"
@@ -155,19 +154,15 @@ def fit(
     f"{rows.num_tokens:,} tokens of {source}; compiling"
   )
   params = init_params(config, recipe.seed, mesh)
-  state = init_optimizer(params, settings, mesh)
-  step_fn = make_step(config, settings, schedule, mesh)
-  params, _, _ = loop.recover(
-    step_fn,
-    params,
-    state,
+  training, _ = loop.recover(
+    loop.start((config, params), settings, schedule, mesh),
     rows.batches(0),
     0,
     recipe.steps,
     mesh,
     log=_reporter(recipe.steps, progress),
   )
-  return config, params
+  return config, training.trained
 
 
 def init_params(config: ModelConfig, seed: int, mesh: Mesh) -> axes.Params:

@@ -1,4 +1,4 @@
-"""The train step, and the recovery of one stage: full, distilled, or LoRA.
+"""Recovery training: how it starts, and its loop over train steps.
 
 Weights and Adam's moments are float32; the arithmetic may be bfloat16. What is
 trained is a pytree: the params themselves or, with LoRA, the adapters beside
@@ -8,20 +8,79 @@ frozen params. A batch is a dict of arrays [B, T] as `data` makes them:
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
 
+from adapt_pruner_jax.config import Train
 from adapt_pruner_jax.distributed import placement
 from adapt_pruner_jax.errors import UserError
-from adapt_pruner_jax.training.step import Batch, Metrics, Step
+from adapt_pruner_jax.models.axes import Params
+from adapt_pruner_jax.models.model_config import ModelConfig
+from adapt_pruner_jax.training import optimizer
+from adapt_pruner_jax.training.lora import init_lora
+from adapt_pruner_jax.training.step import (
+  Batch,
+  Metrics,
+  Step,
+  init_optimizer,
+  make_step,
+)
+
+
+class Training(NamedTuple):
+  """A model in training: what a step changes, and the step."""
+
+  step_fn: Step  # holds the compiled program of these shapes
+  trained: Any  # the params, or the adapters under LoRA
+  opt_state: Any
+
+
+def start(
+  model: tuple[ModelConfig, Params],
+  settings: Train,
+  schedule: optimizer.Schedule,
+  mesh: Mesh,
+  *,
+  adapters: Any = None,
+  opt_state: Any = None,
+  teacher: tuple[ModelConfig, Params] | None = None,
+  seed: int = 0,
+  step_fn: Step | None = None,
+) -> Training:
+  """Makes what training needs: the step, the optimizer state, and adapters.
+
+  Args:
+    model: config and params. The first step donates the params, unless
+      `settings.lora_rank` says that adapters are trained beside them.
+    settings: how to train.
+    schedule: the learning rate of each global step.
+    adapters: those to go on with; None = new ones, drawn from `seed`.
+    opt_state: the state to go on with; None = a fresh one.
+    teacher: the pair to distil from, if `settings.distill_alpha` > 0.
+    step_fn: of an earlier start with the same shapes, settings and teacher;
+      None = a new one, which compiles at its first call.
+  """
+  config, params = model
+  base, trained = None, params
+  if settings.lora_rank:
+    base, trained = params, adapters
+    if adapters is None:
+      key = jax.random.key(seed)
+      trained = init_lora(config, settings.lora_rank, key, mesh)
+      opt_state = None
+  if opt_state is None:
+    opt_state = init_optimizer(trained, settings, mesh)
+  if step_fn is None:
+    step_fn = make_step(
+      config, settings, schedule, mesh, base=base, teacher=teacher
+    )
+  return Training(step_fn, trained, opt_state)
 
 
 def recover(
-  step_fn: Step,
-  trained: Any,
-  opt_state: Any,
+  training: Training,
   batches: Iterator[Batch],
   first_step: int,
   last_step: int,
@@ -29,16 +88,11 @@ def recover(
   log: Callable[[int, dict[str, float]], None] | None = None,
   stop: Callable[[int], bool] | None = None,
   skip_nonfinite: bool = False,
-) -> tuple[Any, Any, int]:
+) -> tuple[Training, int]:
   """Trains through global steps first_step ... last_step - 1.
 
-  Returns:
-    What was trained, the optimizer state, and the next global step. By then
-    every step has been checked, so the state is fit to be saved.
-
   Args:
-    step_fn: from `make_step`; keep it as long as the shapes stay, it holds the
-      compiled program.
+    training: from `start`; its arrays are donated.
     batches: one a step, the same in every process; the position in the data is
       already at `first_step`.
     log: called with each step's number and metrics, one step late, so that the
@@ -46,22 +100,14 @@ def recover(
     stop: asked before each step but the first; True ends the loop early.
     skip_nonfinite: go on after a non-finite loss; that step changed nothing.
 
+  Returns:
+    The training as it now is, and the next global step. By then every step has
+    been checked, so the state is fit to be saved.
+
   Raises:
     UserError: a non-finite loss, or the data ended.
   """
-
-  def report(step: int, metrics: Metrics) -> None:
-    values = {name: float(value) for name, value in metrics.items()}
-    bad = [n for n in ("loss", "grad_norm") if not math.isfinite(values[n])]
-    if bad and not skip_nonfinite:
-      raise UserError(
-        f"{bad[0]} is {values[bad[0]]} at train step {step} (batch {step} of "
-        "the data order); nothing was saved after the last checkpoint: try a "
-        "lower --config.train.learning_rate in another --workdir, or go on "
-        "here without such batches: --config.train.skip_nonfinite=True"
-      )
-    if log is not None:
-      log(step, values)
+  step_fn, trained, opt_state = training
 
   running = None
   step = first_step
@@ -77,12 +123,31 @@ def recover(
     placed = place(batch, mesh)
     trained, opt_state, metrics = step_fn(trained, opt_state, placed, step)
     if running is not None:
-      report(*running)
+      _report(*running, log, skip_nonfinite)
     running = step, metrics
     step += 1
   if running is not None:
-    report(*running)
-  return trained, opt_state, step
+    _report(*running, log, skip_nonfinite)
+  return Training(step_fn, trained, opt_state), step
+
+
+def _report(
+  step: int,
+  metrics: Metrics,
+  log: Callable[[int, dict[str, float]], None] | None,
+  skip_nonfinite: bool,
+) -> None:
+  values = {name: float(value) for name, value in metrics.items()}
+  bad = [n for n in ("loss", "grad_norm") if not math.isfinite(values[n])]
+  if bad and not skip_nonfinite:
+    raise UserError(
+      f"{bad[0]} is {values[bad[0]]} at train step {step} (batch {step} of "
+      "the data order); nothing was saved after the last checkpoint: try a "
+      "lower --config.train.learning_rate in another --workdir, or go on "
+      "here without such batches: --config.train.skip_nonfinite=True"
+    )
+  if log is not None:
+    log(step, values)
 
 
 def place(batch: Batch, mesh: Mesh) -> dict[str, jax.Array]:

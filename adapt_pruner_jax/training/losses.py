@@ -6,6 +6,27 @@ import jax.numpy as jnp
 TEMPERATURE = 2.0
 
 
+def log_probs(
+  logits_BTV: jax.Array, targets_BT: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """Log-probability of the token that follows each position, in nats.
+
+  Args:
+    logits_BTV: scores of the token that follows each position.
+    targets_BT: the token that does follow.
+
+  Returns:
+    The log-probability, and the target's logit itself; float32 [B, T] each.
+  """
+  logits_BTV = logits_BTV.astype(jnp.float32)
+  # Comparing with every id, unlike a gather along V, stays local to a device
+  # when V is cut, and its gradient is not a scatter.
+  ids_V = jnp.arange(logits_BTV.shape[-1])
+  hit_BTV = targets_BT[..., None] == ids_V
+  target_BT = jnp.where(hit_BTV, logits_BTV, 0).sum(-1)
+  return target_BT - jax.nn.logsumexp(logits_BTV, axis=-1), target_BT
+
+
 def next_token(
   logits_BTV: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
@@ -14,16 +35,11 @@ def next_token(
   Args:
     logits_BTV: scores of the token that follows each position.
     targets_BT: the token that does follow; ignored where the weight is 0.
-    weights_BT: 1 = counts, 0 = padding, or the end of a packed document.
+    weights_BT: how much each counts: 1, or 0 for padding and for the end of a
+      packed document, or its share of a mean.
   """
-  logits_BTV = logits_BTV.astype(jnp.float32)
-  # Comparing with every id, unlike a gather along V, stays local to a device
-  # when V is cut, and its gradient is not a scatter.
-  ids_V = jnp.arange(logits_BTV.shape[-1])
-  hit_BTV = targets_BT[..., None] == ids_V
-  target_BT = jnp.where(hit_BTV, logits_BTV, 0).sum(-1)
-  nll_BT = jax.nn.logsumexp(logits_BTV, axis=-1) - target_BT
-  return _weighted(nll_BT, weights_BT)
+  log_probs_BT, _ = log_probs(logits_BTV, targets_BT)
+  return _weighted(-log_probs_BT, weights_BT)
 
 
 def distillation(

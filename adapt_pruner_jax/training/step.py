@@ -56,7 +56,65 @@ def make_step(
   alpha = settings.distill_alpha
   assert not alpha or teacher is not None, "distillation without a teacher"
   transform = optimizer.optimizer(settings.weight_decay)
-  dtype = jnp.dtype(settings.dtype)
+  mean_loss = make_loss(config, settings, mesh, teacher[0] if alpha else None)
+
+  def step_fn(trained, opt_state, base, teacher_params, batch, rate):
+    # Dividing each microbatch by the weight of the whole batch makes the sum
+    # of microbatches exactly the mean over the batch.
+    count = jnp.maximum(batch["weights_BT"].sum(), 1)
+
+    def gradient(batch):
+      fn = jax.value_and_grad(mean_loss, has_aux=True)
+      return fn(trained, base, teacher_params, batch, count)
+
+    if settings.accumulation == 1:
+      (value, nll), grads = gradient(batch)
+    else:
+      split = microbatches(batch, settings.accumulation, mesh)
+      zeros = (jnp.zeros(()),) * 2, jax.tree.map(jnp.zeros_like, trained)
+      add = lambda total, b: (jax.tree.map(jnp.add, total, gradient(b)), None)
+      ((value, nll), grads), _ = jax.lax.scan(add, zeros, split)
+    norm = optax.tree.norm(grads)
+    keep = jnp.isfinite(value) & jnp.isfinite(norm)
+    updates, new_state = transform.update(grads, opt_state, trained)
+    new = jax.tree.map(lambda p, u: p - rate * u, trained, updates), new_state
+    new = jax.tree.map(partial(jnp.where, keep), new, (trained, opt_state))
+    metrics = {"loss": value, "grad_norm": norm, "learning_rate": rate}
+    metrics["tokens"] = batch["weights_BT"].sum()
+    return *new, metrics | ({"next_token": nll} if alpha else {})
+
+  if base is None:
+    abstract, placed = full_model(config, mesh)
+  else:
+    abstract, placed = abstract_adapters(config, settings.lora_rank, mesh)
+  state = optimizer.state_shardings(transform, abstract, placed, mesh)
+  out = (placed, state, sharding.replicated(mesh))
+  compiled = jax.jit(step_fn, donate_argnums=(0, 1), out_shardings=out)
+  taught = teacher[1] if alpha else None
+
+  def run(trained, opt_state, batch, step):
+    check_rows(len(batch["tokens_BT"]), settings.accumulation, mesh)
+    rate = np.float32(schedule(step))
+    return compiled(trained, opt_state, base, taught, batch, rate)
+
+  return run
+
+
+def make_loss(
+  config: ModelConfig,
+  settings: Train,
+  mesh: Mesh,
+  teacher: ModelConfig | None,
+) -> Callable:
+  """The loss of a batch, with distillation and without.
+
+  A function of what is trained, base, the teacher's params, the batch, and the
+  weight that the sums are divided by.
+
+  Args:
+    teacher: of the model to distil from; None = no distillation.
+  """
+  alpha, dtype = settings.distill_alpha, jnp.dtype(settings.dtype)
   student = Decoder(config, remat=settings.remat)
 
   def mean_loss(trained, base, teacher_params, batch, count):
@@ -66,59 +124,13 @@ def make_step(
     logits = _logits(student, cast(params, dtype), batch, mesh)
     targets, weights = batch["targets_BT"], batch["weights_BT"]
     nll = losses.next_token(logits, targets, weights)[0] / count
-    if not alpha:
+    if teacher is None:
       return nll, nll
-    decoder = Decoder(teacher[0])
-    taught = _logits(decoder, cast(teacher_params, dtype), batch, mesh)
+    taught = _logits(Decoder(teacher), cast(teacher_params, dtype), batch, mesh)
     kl = losses.distillation(logits, taught, weights)[0] / count
     return (1 - alpha) * nll + alpha * kl, nll
 
-  def step_fn(trained, opt_state, base, teacher_params, batch, rate):
-    # Dividing each microbatch by the weight of the whole batch makes the sum
-    # of microbatches exactly the mean over the batch.
-    count = jnp.maximum(batch["weights_BT"].sum(), 1)
-    gradient = jax.value_and_grad(mean_loss, has_aux=True)
-
-    def add(total, microbatch):
-      found = gradient(trained, base, teacher_params, microbatch, count)
-      return jax.tree.map(jnp.add, total, found), None
-
-    if settings.accumulation == 1:
-      total = gradient(trained, base, teacher_params, batch, count)
-    else:
-      zero = jnp.zeros(())
-      zeros = ((zero, zero), jax.tree.map(jnp.zeros_like, trained))
-      split = microbatches(batch, settings.accumulation, mesh)
-      total, _ = jax.lax.scan(add, zeros, split)
-    (value, nll), grads = total
-    norm = optax.tree.norm(grads)
-    updates, new_state = transform.update(grads, opt_state, trained)
-    new = jax.tree.map(lambda p, u: p - rate * u, trained, updates)
-    good = jnp.isfinite(value) & jnp.isfinite(norm)
-    new, new_state = jax.tree.map(
-      partial(jnp.where, good), (new, new_state), (trained, opt_state)
-    )
-    metrics = {"loss": value, "grad_norm": norm, "learning_rate": rate}
-    metrics |= {"tokens": batch["weights_BT"].sum()}
-    metrics |= {"next_token": nll} if alpha else {}
-    return new, new_state, metrics
-
-  if base is None:
-    abstract, placed = full_model(config, mesh)
-  else:
-    abstract, placed = abstract_adapters(config, settings.lora_rank, mesh)
-  state = optimizer.state_shardings(transform, abstract, placed, mesh)
-  out = (placed, state, sharding.replicated(mesh))
-  compiled = jax.jit(step_fn, donate_argnums=(0, 1), out_shardings=out)
-  teacher_params = teacher[1] if alpha else None
-
-  def run(trained, opt_state, batch, step):
-    rows = batch["tokens_BT"].shape[0]
-    check_rows(rows, settings.accumulation, mesh)
-    rate = np.float32(schedule(step))
-    return compiled(trained, opt_state, base, teacher_params, batch, rate)
-
-  return run
+  return mean_loss
 
 
 def init_optimizer(trained: Any, settings: Train, mesh: Mesh) -> Any:

@@ -11,7 +11,6 @@ import pytest
 
 from adapt_pruner_jax.models import (
   arithmetic,
-  attention,
   axes,
   decoder,
   model_config,
@@ -139,81 +138,6 @@ def test_project_keeps_the_dtype_of_each_gradient():
   assert run(x, w).dtype == jnp.float32
   grads = jax.grad(lambda *a: run(*a).sum(), argnums=(0, 1))(x, w)
   assert [g.dtype for g in grads] == [jnp.bfloat16] * 2
-
-
-def attention_by_hand(config, q_TKGH, k_SKH, v_SKH, seen_TS):
-  """One head and one query at a time, in float64."""
-  out = np.zeros(q_TKGH.shape)
-  scale = config.attn_scale or config.head_dim**-0.5
-  for t, k, g in np.ndindex(q_TKGH.shape[:3]):
-    keys = np.flatnonzero(seen_TS[t])
-    score = k_SKH[keys, k].astype(np.float64) @ q_TKGH[t, k, g] * scale
-    if config.attn_softcap:
-      score = config.attn_softcap * np.tanh(score / config.attn_softcap)
-    share = np.exp(score - score.max())
-    out[t, k, g] = share / share.sum() @ v_SKH[keys, k]
-  return out
-
-
-def heads(T: int) -> list[np.ndarray]:
-  """Queries [1, T, 4, 2, 4], keys and values [1, T, 4, 4]."""
-  rng = np.random.default_rng(0)
-  sizes = (1, T, 4, 2, 4), (1, T, 4, 4), (1, T, 4, 4)
-  return [rng.normal(size=size).astype(np.float32) * 2 for size in sizes]
-
-
-# One block of queries, and three of which the last is short.
-@pytest.mark.parametrize("T", [7, 150])
-@pytest.mark.parametrize("option", ["plain", "sandwich", "scales"])
-@pytest.mark.parametrize("window", [None, 3])
-def test_attention(option, window, T):
-  config = small.option(option)
-  q, k, v = heads(T)
-  assert q.shape[3:] == (config.queries_per_group, config.head_dim)
-  rows = np.arange(T)[None]
-  mask = window and attention.attention_mask(rows, None, window)
-  block = decoder.Block(config, 4, 24)
-  params = {"params": small.random_params(config)["layer_0"]}
-  got = block.apply(params, q, k, v, mask, method="attend")
-  distance = np.arange(T)[:, None] - np.arange(T)
-  seen = (distance >= 0) & (distance < (window or T))
-  want = attention_by_hand(config, q[0], k[0], v[0], seen)
-  np.testing.assert_allclose(got[0], want, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("T", [7, 150])
-def test_attention_has_the_gradients_of_jax(T):
-  q, k, v = heads(T)
-  segments = np.arange(T)[None] // 40
-  mask = attention.attention_mask(np.arange(T)[None], segments, 0)
-
-  def ours(q, k, v):
-    return attention.attend(q, k, v, mask, 0.3)
-
-  def theirs(q, k, v):
-    q = q.reshape(1, T, 8, 4)
-    y = jax.nn.dot_product_attention(q, k, v, mask=mask, scale=0.3)
-    return y.reshape(1, T, 4, 2, 4)
-
-  loss = lambda f: lambda *qkv: jnp.sum(jnp.sin(f(*qkv)))
-  got = jax.grad(loss(ours), argnums=(0, 1, 2))(q, k, v)
-  want = jax.grad(loss(theirs), argnums=(0, 1, 2))(q, k, v)
-  for one, other in zip(got, want, strict=True):
-    np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
-
-
-def test_attention_mask():
-  rows = np.arange(5)[None]
-  segments = np.array([[1, 1, 2, 2, 2]])
-  got = attention.attention_mask(rows, segments, 2)[0, 0].astype(int)
-  want = [
-    [1, 0, 0, 0, 0],
-    [1, 1, 0, 0, 0],
-    [0, 0, 1, 0, 0],
-    [0, 0, 1, 1, 0],
-    [0, 0, 0, 1, 1],
-  ]
-  np.testing.assert_array_equal(got, want)
 
 
 def test_llama3_rope_slows_low_frequencies_only():

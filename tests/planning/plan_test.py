@@ -7,14 +7,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from adapt_pruner_jax.config import Config
+from adapt_pruner_jax.config import Config, Prune
 from adapt_pruner_jax.distributed import sharding
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.models import model_config
 from adapt_pruner_jax.models.decoder import Decoder
 from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.models.rope import Rope
-from adapt_pruner_jax.planning import memory, plan
+from adapt_pruner_jax.planning import (
+  advice,
+  cost,
+  memory,
+  plan,
+  training_memory,
+)
+from adapt_pruner_jax.planning.arrays import temporary
 from adapt_pruner_jax.planning.hardware import Hardware, resolve
 from adapt_pruner_jax.pruning import targets
 
@@ -74,7 +81,7 @@ def test_even_pruning_ends_just_below_the_target(ratio):
   full = SMALL
   settings = recipe(prune__ratio=ratio).prune
   target = targets.resolve_target(full, settings)
-  config = plan.evenly(full, settings, target)
+  config = cost.evenly(full, settings, target)
   size = model_config.count_params(config)
   a_channel_everywhere = model_config.unit_cost(full)["F"] * full.num_layers
   assert target - a_channel_everywhere < size <= target
@@ -89,7 +96,7 @@ def test_even_pruning_keeps_to_its_layers_and_blocks():
     prune__attention_layers="1:3", prune__mlp_layers="2:4",
     prune__round_ffn_to=8,
   ).prune  # fmt: skip
-  config = plan.evenly(
+  config = cost.evenly(
     SMALL, settings, int(0.9 * model_config.count_params(SMALL))
   )
   assert [config.kv_groups[i] for i in (0, 3)] == [4] * 2
@@ -102,7 +109,7 @@ def test_stages_by_hand():
   """20 % in two stages; 2:1 of 30 steps of 8 x 32 tokens."""
   config = recipe(prune__stages=2, train__tokens=30 * 256)
   size = model_config.count_params(SMALL)
-  rows = plan.stage_table(config, SMALL, int(0.8 * size))
+  rows = cost.stage_table(config, SMALL, int(0.8 * size))
   assert [r["train_steps"] for r in rows] == [10, 20]
   assert [r["train_tokens"] for r in rows] == [2560, 5120]
   assert rows[0]["params"] <= 0.9 * size
@@ -115,7 +122,7 @@ def test_stages_by_hand():
 
 def test_max_steps_without_a_target():
   config = recipe(prune__ratio=0.0, prune__max_steps=5)
-  rows = plan.stage_table(config, SMALL, None)
+  rows = cost.stage_table(config, SMALL, None)
   assert [r["prune_steps"] for r in rows] == [5]
   prunable = model_config.count_params(SMALL) - 2 * 512 * 64 - 9 * 64
   assert rows[0]["params"] <= model_config.count_params(SMALL) - 0.1 * prunable
@@ -130,7 +137,7 @@ def test_flops_are_those_of_the_compiled_model():
   params = model_config.abstract_params(config, jnp.float32)
   forward = jax.jit(lambda p, t: Decoder(config).apply({"params": p}, t)[0])
   counted = forward.lower(params, tokens).compile().cost_analysis()["flops"]
-  mine = 4 * 64 * sum(plan.forward_flops(config, 64))
+  mine = 4 * 64 * sum(cost.forward_flops(config, 64))
   assert mine < counted < 1.15 * mine
 
 
@@ -139,13 +146,13 @@ def test_flops_of_scoring_8b():
   config = recipe(calibration__samples=512, calibration__seq_len=64)
   inside, matrix = 6_979_588_096, 128256 * 4096
   assert model_config.count_params(LLAMA_8B) == inside + 2 * matrix
-  found = plan.scoring_flops(LLAMA_8B, config)
+  found = cost.scoring_flops(LLAMA_8B, config)
   assert found == pytest.approx(512 * 64 * (8 * inside + 4 * matrix), rel=0.005)
   config.prune.group_importance = "l1"
-  assert plan.scoring_flops(LLAMA_8B, config) < found / 3
+  assert cost.scoring_flops(LLAMA_8B, config) < found / 3
   config.prune.method = "curvature"
   grams = 32 * (2 * 4096**2 + 4096**2 + 14336**2)
-  assert plan.scoring_flops(LLAMA_8B, config) == pytest.approx(
+  assert cost.scoring_flops(LLAMA_8B, config) == pytest.approx(
     512 * 64 * (6 * inside + 4 * matrix + 2 * grams), rel=0.005
   )
 
@@ -156,8 +163,8 @@ def test_flops_of_scoring_8b():
 def test_held_memory_is_what_the_arrays_take():
   config = recipe(train__tokens=1000, train__distill_alpha=0.5)
   mesh = one_device()
-  student = plan.evenly(SMALL, config.prune, 150_000)
-  held = memory.estimated_training(config, SMALL, student, mesh)
+  student = cost.evenly(SMALL, config.prune, 150_000)
+  held = training_memory.estimated_training(config, SMALL, student, mesh)
   assert held["weights"] == 4 * model_config.count_params(student)
   assert held["optimizer"] == 8 * model_config.count_params(student) + 4
   assert held["teacher"] == 4 * model_config.count_params(SMALL)
@@ -166,7 +173,7 @@ def test_held_memory_is_what_the_arrays_take():
 def test_weights_are_cut_over_the_devices():
   config = recipe(train__tokens=1000, mesh__fsdp=4, mesh__tensor=2)
   mesh = sharding.make_mesh(1, 4, 2)
-  held = memory.estimated_training(config, SMALL, SMALL, mesh)
+  held = training_memory.estimated_training(config, SMALL, SMALL, mesh)
   shapes = model_config.abstract_params(SMALL, jnp.float32)
   zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
   params = jax.device_put(zeros, sharding.param_shardings(zeros, mesh))
@@ -182,11 +189,13 @@ def test_training_memory():
   Without rematerialisation, which the CPU's compiler undoes.
   """
   config, mesh = recipe(train__tokens=1000), one_device()
-  found = memory.training(config, SMALL, SMALL, mesh)
-  compiled = memory._compile_train(config, SMALL, SMALL, SMALL.num_layers, mesh)
-  whole = memory._temporary(compiled)
+  found = training_memory.training(config, SMALL, SMALL, mesh)
+  compiled = training_memory.compile_train(
+    config, SMALL, SMALL, SMALL.num_layers, mesh
+  )
+  whole = temporary(compiled)
   assert found["temporary"] == pytest.approx(whole, rel=0.05)
-  guess = memory.estimated_training(config, SMALL, SMALL, mesh)
+  guess = training_memory.estimated_training(config, SMALL, SMALL, mesh)
   assert 0.75 < sum(guess.values()) / sum(found.values()) < 1.35
 
 
@@ -229,7 +238,7 @@ def test_curvature_and_refit():
     SMALL, ffn_widths=(SMALL.ffn_widths[0] // 2,) * SMALL.num_layers
   )
   gone = model_config.count_params(SMALL) - model_config.count_params(fewer)
-  assert plan.prune_steps(SMALL, fewer, SMALL, config.prune) == math.ceil(
+  assert cost.prune_steps(SMALL, fewer, SMALL, config.prune) == math.ceil(
     gone / (0.05 * model_config.count_params(SMALL))
   )
 
@@ -259,6 +268,8 @@ def test_plan_of_the_tiny_model(capsys):
   )
   last = found["stages"][-1]["params"]
   assert found["disk"]["export"] == 4 * last
+  assert found["disk"]["original"] == 4 * found["params"]
+  assert f"original on disk  {found['params'] * 4 / 1e6:.2f} MB" in out
   assert found["disk"]["checkpoint"] == 12 * found["stages"][0]["params"]
   assert [w for w in found["warnings"] if "needs" in w] == []
 
@@ -306,6 +317,7 @@ def test_8b_on_one_80_gb_device(tmp_path, capsys):
   config.calibration.samples, config.calibration.batch = 512, 32
   found = plan.plan(config, Hardware("h100"))
   assert found["params"] == 8_030_261_248
+  assert found["disk"]["original"] == 2 * found["params"]  # as config.json says
   need = sum(found["memory"]["scoring"].values())
   # Weights twice, the stream in front of 64 half layers, and some more.
   least = 2 * 16.06e9 + 64 * 512 * 64 * 4096 * 2
@@ -329,3 +341,12 @@ def test_8b_on_eight_16_gb_devices(tmp_path):
   config.train.tokens, config.train.dtype = 10**9, "bfloat16"
   found = plan.plan(config, Hardware("v5e", devices=8))
   assert "--config.train.remat=True" in found["warnings"][-1]
+
+
+def test_attention_that_cannot_shrink_is_said():
+  one = dataclasses.replace(SMALL, kv_groups=(1,) * 4)
+  assert "has 1 KV group(s)" in advice.fixed_attention(Prune(), one)[0]
+  assert not advice.fixed_attention(Prune(), SMALL)
+  found = advice.fixed_attention(Prune(round_kv_to=4), SMALL)
+  assert "has 4 KV group(s), and 4 stay" in found[0]
+  assert not advice.fixed_attention(Prune(attention_layers="0:0"), one)

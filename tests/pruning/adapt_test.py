@@ -16,11 +16,19 @@ from hypothesis import strategies as st
 from adapt_pruner_jax.config import Prune, Train
 from adapt_pruner_jax.distributed import placement, sharding
 from adapt_pruner_jax.errors import UserError
-from adapt_pruner_jax.models import attention, axes, model_config
+from adapt_pruner_jax.models import axes, model_config
 from adapt_pruner_jax.models.axes import UNITS
-from adapt_pruner_jax.models.decoder import Block, Decoder
-from adapt_pruner_jax.pruning import adapt, ranking, surgery, targets, task
+from adapt_pruner_jax.models.decoder import Decoder
+from adapt_pruner_jax.models.layer import attention_inputs, place, run_layer
+from adapt_pruner_jax.pruning import (
+  choice,
+  exact_target,
+  methods,
+  surgery,
+  targets,
+)
 from adapt_pruner_jax.pruning import scores as scores_
+from adapt_pruner_jax.pruning.task import PruneTask, Step
 from adapt_pruner_jax.training.step import init_optimizer
 from tests import small
 
@@ -81,7 +89,8 @@ def size_after(full, counts):
 def test_trim_ends_just_below_the_target(case):
   full, prunable, counts, target, round_to = case
   masks = surgery.to_masks(surgery.everything(full), full)
-  got = adapt.trim(full, masks, counts, prunable, target, round_to)
+  rounding = {"K": 1, "F": round_to}
+  got = exact_target.trim(full, masks, counts, prunable, target, rounding)
   size = size_after(full, got)
   if size_after(full, counts) > target or target >= model_config.count_params(
     full
@@ -126,7 +135,7 @@ def test_trim_takes_channels_in_place_of_a_group_too_much():
   counts = {"K": np.array([2, 1]), "F": np.array([4, 2])}
   size = model_config.count_params(full)
   # In turn: F0 at 1/4, F0 F1 K0 at 1/2, F0 at 3/4, F0 F1 K0 K1 at 1.
-  trim = lambda n: adapt.trim(full, masks, counts, everywhere, size - n)
+  trim = lambda n: exact_target.trim(full, masks, counts, everywhere, size - n)
   same(trim(48), {"K": [0, 0], "F": [1, 0]})
   same(trim(3 * 48), {"K": [0, 0], "F": [2, 1]})
   # One parameter more would take the group of layer 0; a fourth channel does.
@@ -164,16 +173,17 @@ def fake_scores(monkeypatch):
 
 
 def run(config, target, after=None, log=None, **recipe):
-  return adapt.prune(
+  task = PruneTask(
     config,
     small.random_params(config),
     Prune(**{"amplitude": 0.05} | recipe),
     lambda step: small.tokens(config, 3, 5, seed=step),
-    target=target,
+    target,
     batch=2,
     after=after,
     log=log,
   )
+  return methods.prune(task)
 
 
 @given(
@@ -181,14 +191,16 @@ def run(config, target, after=None, log=None, **recipe):
   K=st.lists(st.integers(1, 4), min_size=3, max_size=3),
   F=st.lists(st.integers(30, 60), min_size=3, max_size=3),
   round_to=st.sampled_from([1, 1, 4]),
+  round_kv=st.sampled_from([1, 1, 2]),
   fold=st.sampled_from(["aligned", "reference"]),
 )
 @FEW
 def test_target_is_met_within_a_channel(
-  fake_scores, share, K, F, round_to, fold
+  fake_scores, share, K, F, round_to, round_kv, fold
 ):
   config = config_of(K, F)
   recipe = {"round_ffn_to": round_to, "gqa_fold": fold}
+  recipe["round_kv_to"] = round_kv
   size = model_config.count_params(config)
   target = int(
     size - share * (size - targets.smallest(config, Prune(**recipe)))
@@ -199,7 +211,9 @@ def test_target_is_met_within_a_channel(
   assert target - size < round_to * model_config.unit_cost(config)["F"]
   for width, full in zip(pruned.config.ffn_widths, F, strict=True):
     assert width == full or width % round_to == 0
-  assert min(pruned.config.kv_groups) > 0
+  for groups, full in zip(pruned.config.kv_groups, K, strict=True):
+    assert groups > 0
+    assert groups == full or groups % round_kv == 0
 
 
 @pytest.mark.parametrize(
@@ -229,15 +243,16 @@ def test_units_and_trace_are_numbered_as_the_original_model(fake_scores):
   first = run(full, int(0.8 * model_config.count_params(full)))
   params = small.random_params(full)
   target = int(0.6 * model_config.count_params(full))
-  second = adapt.prune(
+  task = PruneTask(
     first.config,
     first.params,
     Prune(amplitude=0.05),
     lambda step: small.tokens(full, 3, 5, seed=step),
-    target=target,
-    full=full,
-    kept=first.kept,
+    target,
+    full,
+    first.kept,
   )
+  second = methods.prune(task)
   for u in UNITS:
     for before, after in zip(first.kept[u], second.kept[u], strict=True):
       assert set(after) <= set(before)
@@ -262,7 +277,7 @@ def test_an_interrupted_stage_continues_to_the_same_result(fake_scores, number):
   assert len(seen) > 5
   # All that is kept of a step.
   step = seen[number - 1]
-  left = task.Step(step.number, step.masks, step.sparsity, step.params)
+  left = Step(step.number, step.masks, step.sparsity, step.params)
   got = run(config, target, after=left, **kind)
   assert got.trace == want.trace[number:]
   assert got.config == want.config
@@ -277,14 +292,15 @@ def test_random_scores_follow_the_seed(fake_scores):
   target = int(0.8 * model_config.count_params(config))
 
   def kept(seed):
-    pruned = adapt.prune(
+    task = PruneTask(
       config,
       small.random_params(config),
       Prune(group_importance="random"),
       lambda step: small.tokens(config, 3, 5),
-      target=target,
+      target,
       seed=seed,
     )
+    pruned = methods.prune(task)
     return [k.tolist() for k in pruned.kept["F"]]
 
   assert kept(1) == kept(1) != kept(2)
@@ -364,9 +380,9 @@ def test_bad_layer_range(text):
 def test_ranking_puts_ties_in_order_and_leaves_masked_units_out():
   masks = {"K": np.ones((1, 1), bool), "F": np.array([[1, 0, 1, 1, 1]], bool)}
   scores = {"K": np.ones((1, 1)), "F": np.array([[2.0, 0.0, 1.0, 2.0, 0.5]])}
-  order = ranking.ranking(scores, masks)
+  order = choice.order(scores, masks)
   assert order["F"][0].tolist() == [4, 2, 0, 3]
-  left = ranking.remove(masks, order, {"K": [0], "F": [2]})
+  left = choice.remove(masks, order, {"K": [0], "F": [2]})
   assert left["F"].tolist() == [[True, False, False, True, False]]
   assert masks["F"].sum() == 4  # not changed in place
 
@@ -394,17 +410,13 @@ def test_masked_is_removed(option):
 def masked_logits(config, stacked, masks, tokens):
   decoder = Decoder(config)
   outer = {"params": {n: p for n, p in stacked.items() if n != "layers"}}
-  rows = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
-  ropes = config.rope_tables(rows)
+  inputs = attention_inputs(config, tokens.shape[1])
   x_BTD = decoder.apply(outer, tokens, method="embed")
   for i in range(config.num_layers):
-    block = Block(config, config.kv_groups[i], config.ffn_widths[i], i)
-    layer = {n: p[i] for n, p in stacked["layers"].items()}
-    window = config.window[i] if config.window else 0
-    seen = attention.attention_mask(rows, None, window)
+    weights = {n: p[i] for n, p in stacked["layers"].items()}
+    args = weights, place(config, i), inputs, x_BTD
     mask = {u: m[i] for u, m in masks.items()}
-    rope = ropes[config.rope_ids()[i]]
-    x_BTD = block.apply({"params": layer}, x_BTD, rope, seen, mask)
+    x_BTD, _ = run_layer(config, *args, mask)
   return decoder.apply(outer, x_BTD, method="head")
 
 

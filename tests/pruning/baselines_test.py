@@ -9,31 +9,37 @@ import functools
 import json
 import pathlib
 import re
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from adapt_pruner_jax.config import Prune
+from adapt_pruner_jax.config import Flap, LlmPruner, Prune, SliceGpt, Uniform
 from adapt_pruner_jax.distributed import sharding
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.formats.hf import load
-from adapt_pruner_jax.models import model_config
-from adapt_pruner_jax.models.decoder import Block, Decoder
+from adapt_pruner_jax.models import layer, model_config
+from adapt_pruner_jax.models.decoder import Decoder
 from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.models.rope import Rope
-from adapt_pruner_jax.pruning import baselines, surgery, targets
+from adapt_pruner_jax.pruning import (
+  allotment,
+  exact_target,
+  methods,
+  steps,
+  surgery,
+  targets,
+)
 from adapt_pruner_jax.pruning.baselines import (
   activations,
-  budget,
   flap,
   llm_pruner,
   shortgpt,
   slicegpt,
   wanda_sp,
 )
+from adapt_pruner_jax.pruning.task import Allotted, Masked, PruneTask, Step
 
 ROOT = pathlib.Path(__file__).parent.parent / "golden" / "baselines"
 LOGITS = {"rtol": 2e-3, "atol": 2e-3}
@@ -71,30 +77,32 @@ def check_logits(pruned, name, case=""):
   np.testing.assert_allclose(found, array(name, case, "logits"), **LOGITS)
 
 
-def run(
-  method,
-  name,
-  *,
-  target=None,
-  batch=4,
-  mesh=None,
-  settings=None,
-  **options,
+def task_of(
+  name, method, *, target=None, batch=4, mesh=None, settings=None, **given
 ):
-  """A method on a golden model, with all of its calibration tokens."""
+  """A method's task on a golden model, with all of its calibration tokens."""
   config, params = dense(name)
   if mesh is not None:
     params = jax.device_put(params, sharding.param_shardings(params, mesh))
-  return method.prune(
-    config,
-    params,
-    settings or Prune(),
-    lambda step: array(name, "calib"),
-    target=target,
-    batch=batch,
-    mesh=mesh,
-    **options,
+  settings = dataclasses.replace(settings or Prune(), method=method)
+  draw = lambda step: array(name, "calib")
+  return PruneTask(
+    config, params, settings, draw, target, batch=batch, mesh=mesh, **given
   )
+
+
+def run(method, name, **given):
+  return methods.prune(task_of(name, method, **given))
+
+
+def run_at(task, counts_of, number=1):
+  """A prune in which `counts_of(masked, measured)` units go, not a target."""
+  settings = dataclasses.replace(task.settings, max_steps=number)
+  method = dataclasses.replace(
+    methods.method_of(settings),
+    allot=lambda *found: Allotted(counts_of(*found)),
+  )
+  return steps.prune(method, dataclasses.replace(task, settings=settings))
 
 
 @pytest.mark.parametrize("name", ["mha", "gqa"])
@@ -129,8 +137,9 @@ def test_slicegpt_golden(case, monkeypatch):
 
   plain = slicegpt.principal
   monkeypatch.setattr(slicegpt, "principal", principal)
-  settings = Prune(slice_subtract_mean=want["demean_embeddings"])
-  pruned = run(slicegpt, name, settings=settings, width=want["dim"])
+  settings = Prune(slicegpt=SliceGpt(subtract_mean=want["demean_embeddings"]))
+  task = task_of(name, "slicegpt", settings=settings)
+  pruned = slicegpt.slice_to_width(task, want["dim"])
   norms = 2 * 4 * want["dim"] + 64  # the tool has none: they no longer scale
   assert (
     model_config.count_params(pruned.config) == want["params_sliced"] + norms
@@ -145,7 +154,7 @@ def test_slicegpt_golden(case, monkeypatch):
 
 def test_slicegpt_reaches_a_target():
   target = 150_000
-  pruned = run(slicegpt, "gqa", target=target)
+  pruned = run("slicegpt", "gqa", target=target)
   size = model_config.count_params(pruned.config)
   assert size == pruned.trace[0]["params"]
   # No place could be one wider.
@@ -187,9 +196,8 @@ def test_slicegpt_of_nothing_changes_nothing():
     model_config.abstract_params(config, jnp.float32),
   )
   tokens = random.integers(0, 32, (2, 8), dtype=np.int32)
-  pruned = slicegpt.prune(
-    config, params, Prune(), lambda step: tokens, width=config.hidden_size
-  )
+  task = PruneTask(config, params, Prune(), lambda step: tokens)
+  pruned = slicegpt.slice_to_width(task, config.hidden_size)
   want = logits(config, params, tokens)
   found = logits(pruned.config, pruned.params, tokens)
   np.testing.assert_allclose(found, want, rtol=1e-3, atol=1e-4)
@@ -197,14 +205,10 @@ def test_slicegpt_of_nothing_changes_nothing():
 
 def test_slicegpt_can_slice_again():
   """A second time to the same width changes nothing."""
-  first = run(slicegpt, "gqa", width=48)
-  second = slicegpt.prune(
-    first.config,
-    first.params,
-    Prune(),
-    lambda step: array("gqa", "calib"),
-    width=48,
-  )
+  task = task_of("gqa", "slicegpt")
+  first = slicegpt.slice_to_width(task, 48)
+  again = dataclasses.replace(task, config=first.config, params=first.params)
+  second = slicegpt.slice_to_width(again, 48)
   assert second.config == first.config
   tokens = array("gqa", "eval_ids")
   np.testing.assert_allclose(
@@ -218,22 +222,36 @@ def test_slicegpt_refuses_norms_that_it_cannot_fold():
   config, params = dense("gqa")
   config = dataclasses.replace(config, norm_order="sandwich")
   with pytest.raises(UserError, match="norms behind its attention"):
-    slicegpt.prune(config, params, Prune(), None, target=1)
+    slicegpt.prune(PruneTask(config, params, Prune(), None, 1))
 
 
 def test_slicegpt_says_what_it_can_reach():
   with pytest.raises(UserError, match=r"width of 1 .* remain"):
-    run(slicegpt, "gqa", target=10_000)
+    run("slicegpt", "gqa", target=10_000)
 
 
 # ---- ShortGPT ----------------------------------------------------------------
 
 
+def drop(number):
+  def counts_of(masked, measured):
+    lowest = np.argsort(measured.importance_L, kind="stable")
+    return shortgpt.dropping(masked, lowest[:number])
+
+  return counts_of
+
+
 @pytest.mark.parametrize("name", ["mha", "gqa"])
 def test_shortgpt_golden(name):
   want = trace(name, "shortgpt")
-  pruned = run(shortgpt, name, layers=len(want["removed"]))
-  influence = [layer["importance"] for layer in pruned.trace[0]["layers"]]
+  number = len(want["removed"])
+  pruned = run_at(task_of(name, "shortgpt"), drop(number))
+  task = task_of(name, "shortgpt")
+  stacked = surgery.expand(
+    task.config, task.params, task.kept, task.full, task.mesh
+  )
+  masked = Masked(task, stacked, stacked, Step(0, task.begin, {}, 0))
+  influence = shortgpt.measure(masked, array(name, "calib")).importance_L
   np.testing.assert_allclose(
     np.array(influence) * want["tokens"],
     want["bi_sum_raw_block_outputs"],
@@ -284,18 +302,16 @@ def check_kept(pruned, want):
 def test_flap_golden(case, monkeypatch):
   monkeypatch.setattr(flap, "statistics", lambda *_: moments())
   want = trace("mha", case)
-  settings = Prune(
-    flap_metric=want["metrics"],
-    flap_structure=want["structure"].replace("-", ""),
-  )
+  structure = want["structure"].replace("-", "")
+  settings = Prune(flap=Flap(want["metrics"], structure))
   groups = want["remove_heads"] if want["remove_heads"] >= 0 else None
-  pruned = run(
-    flap,
-    "mha",
-    settings=settings,
-    ratio=want["pruning_ratio"],
-    groups=groups,
-  )
+
+  def counts_of(masked, measured):
+    return flap.counter(masked.task, masked.masks, measured.scores, groups)(
+      want["pruning_ratio"]
+    )
+
+  pruned = run_at(task_of("mha", "flap", settings=settings), counts_of)
   check_kept(pruned, want)
   assert model_config.count_params(pruned.config) == want["params_total"]
   for name in ("o_bias", "down_bias"):
@@ -307,14 +323,22 @@ def test_flap_golden(case, monkeypatch):
 
 
 @pytest.mark.parametrize("case", ["wanda_sp_p50", "mag_sp_p50"])
-def test_wanda_sp_golden(case):
+def test_wanda_sp_golden(case, monkeypatch):
   want = trace("mha", case)
-  pruned = run(
-    wanda_sp,
-    "mha",
-    ratio=want["pruning_ratio"],
-    weights_only=want["method"] == "mag_sp",
-  )
+  if want["method"] == "mag_sp":  # by the 2-norms of the weights alone
+    plain = flap.weight_sizes
+    norms = lambda w, mesh: (np.sqrt(plain(w, mesh=mesh)[1]), None)
+    monkeypatch.setattr(flap, "weight_sizes", norms)
+    ones = lambda y, _, mesh: np.ones(y.shape[2:])
+    monkeypatch.setattr(wanda_sp, "_square", ones)
+  config, _ = dense("mha")
+  ratio = want["pruning_ratio"]
+  counts = {
+    u: (ratio * np.array(w)).astype(int) for u, w in config.units().items()
+  }
+  nothing = lambda *_: Allotted(counts)
+  monkeypatch.setattr(wanda_sp, "allot", nothing)
+  pruned = run_at(task_of("mha", "wanda_sp"), lambda *_: counts)
   check_kept(pruned, want)
   biases = 2 * 4 * 64  # the tool adds them, as zeros
   assert (
@@ -373,25 +397,32 @@ def test_llm_pruner_golden(case):
     attention_layers=layers,
     mlp_layers=layers,
     gqa_fold="reference",
-    llm_pruner_steps=want["iterative_steps"],
-    llm_pruner_ranking="global" if want["global_pruning"] else "layer",
   )
-  steps = []
-  config, params = dense(name)
-  pruned = llm_pruner.prune(
-    config,
-    params,
-    settings,
-    lambda step: array(name, "calib")[: want["num_examples"]],
+  found, number = [], want["iterative_steps"]
+  task = task_of(
+    name,
+    "llm_pruner",
+    settings=settings,
     batch=want["num_examples"],
-    ratio=want["pruning_ratio"],
-    log=lambda record, step: steps.append(step),
+    log=lambda record, step: found.append(step),
   )
+  few = array(name, "calib")[: want["num_examples"]]
+  task = dataclasses.replace(task, samples=lambda step: few)
+
+  def counts_of(masked, measured):
+    counts_at = allotment.same_share(masked.task, masked.masks)
+    if want["global_pruning"]:
+      counts_at = llm_pruner.everywhere(
+        masked.task, masked.masks, measured.scores
+      )
+    return counts_at(want["pruning_ratio"] * masked.number / number)
+
+  pruned = run_at(task, counts_of, number)
   if want["score_order"]:
     rows = slice(*want["layers"])
     for unit, part in (("K", "attn_group"), ("F", "mlp")):
       np.testing.assert_allclose(
-        steps[0].scores[unit][rows],
+        found[0].scores[unit][rows],
         array(name, folder, f"{part}_scores"),
         rtol=1e-4,
       )
@@ -406,12 +437,12 @@ def test_llm_pruner_golden(case):
 
 METHODS = {
   "llm_pruner": Prune(),
-  "llm_pruner in 2 steps": Prune(llm_pruner_steps=2),
-  "llm_pruner, global": Prune(llm_pruner_ranking="global"),
+  "llm_pruner in 2 steps": Prune(uniform=Uniform(2)),
+  "llm_pruner, global": Prune(llm_pruner=LlmPruner("global")),
   "flap": Prune(),
-  "flap ALMM": Prune(flap_structure="ALMM"),
-  "flap ULUM": Prune(flap_structure="ULUM"),
-  "flap ULMM": Prune(flap_structure="ULMM"),
+  "flap ALMM": Prune(flap=Flap(structure="ALMM")),
+  "flap ULUM": Prune(flap=Flap(structure="ULUM")),
+  "flap ULMM": Prune(flap=Flap(structure="ULMM")),
   "wanda_sp": Prune(),
   "magnitude": Prune(),
   "random": Prune(),
@@ -419,7 +450,7 @@ METHODS = {
 
 
 def method(name):
-  return SimpleNamespace(prune=baselines.METHODS[re.split(r",| ", name)[0]])
+  return re.split(r",| ", name)[0]
 
 
 @pytest.mark.parametrize(
@@ -440,20 +471,18 @@ def test_any_target_is_met_within_a_channel(kind, round_to):
     masks = surgery.to_masks(surgery.everything(full), full)
     scores = {u: random.normal(size=m.shape) for u, m in masks.items()}
     scores["F"][1, :40] = -1.0  # ties, such as of dead channels
-    settings = Prune()
-    prunable = targets.prunable_modules(full, settings)
-    if kind.isupper():
-      settings.flap_structure = kind
-      counts_at = flap.counter(full, masks, scores, prunable, settings)
+    task = PruneTask(full, {}, Prune(flap=Flap(structure=kind)), None)
+    prunable = targets.prunable_modules(full, task.settings)
+    if kind == "layer":
+      counts_at = allotment.same_share(task, masks)
+    elif kind == "global":
+      counts_at = llm_pruner.everywhere(task, masks, scores)
     else:
-      settings.llm_pruner_ranking = kind
-      counts_at = llm_pruner.counter(
-        full, masks, masks, scores, prunable, settings
-      )
-    size = model_config.count_params(full)
+      counts_at = flap.counter(task, masks, scores)
+    size, rounding = model_config.count_params(full), {"K": 1, "F": round_to}
     for target in range(size // 2, size, size // 29):
-      left = budget.solve(
-        full, masks, scores, counts_at, prunable, target, round_to
+      left = exact_target.solve(
+        full, masks, scores, counts_at, prunable, target, rounding
       )
       step = model_config.unit_cost(full)["F"] * round_to
       assert target - step < surgery.count(full, left) <= target
@@ -476,7 +505,7 @@ def test_a_target_out_of_reach(name):
 
 
 def test_flap_bias_is_the_mean_of_what_is_gone():
-  pruned = run(flap, "gqa", target=150_000)
+  pruned = run("flap", "gqa", target=150_000)
   config, params = dense("gqa")
   mesh = sharding.make_mesh(devices=jax.local_devices()[:1])
   moments = flap.statistics(config, params, array("gqa", "calib"), 4, mesh)
@@ -485,26 +514,34 @@ def test_flap_bias_is_the_mean_of_what_is_gone():
   tokens = array("gqa", "eval_ids")
   x = activations.embed(config, params, tokens, mesh)
   for i in range(config.num_layers):
-    block = Block(config, config.kv_groups[i], config.ffn_widths[i])
-    for unit, add in zip("KF", ("add_attention", "add_mlp"), strict=True):
+    weights = params[f"layer_{i}"]
+    for unit in "KF":
       _, y = activations.half(config, params, i, unit, x, mesh)
       gone = ~masks[unit][i].reshape(-1, *[1] * (y.ndim - 3))
       y = jnp.where(gone, moments[unit][i].mean, y)
-      x = block.apply({"params": params[f"layer_{i}"]}, x, y, method=add)
+      x = layer.write(unit, config, weights, x, y)
   want = Decoder(config).apply({"params": params}, x, method="head")
   found = logits(pruned.config, pruned.params, tokens)
   np.testing.assert_allclose(found, want, rtol=1e-3, atol=1e-3)
 
 
+def half_of_each_layer(masked, _):
+  return allotment.same_share(masked.task, masked.masks)(0.5)
+
+
+def half_by_flap(masked, measured):
+  return flap.counter(masked.task, masked.masks, measured.scores)(0.5)
+
+
 EIGHT = {
   "gqa/llmpruner_taylor_first_p50": (
-    llm_pruner,
-    Prune(gqa_fold="reference"),
-    {"ratio": 0.5, "batch": 16},
+    "llm_pruner",
+    {"settings": Prune(gqa_fold="reference"), "batch": 16},
+    half_of_each_layer,
   ),
-  "mha/flap_wifv_alam_p50": (flap, Prune(), {"ratio": 0.5}),
-  "gqa/shortgpt": (shortgpt, Prune(), {"layers": 1}),
-  "mha/slicegpt_d48_keepmean": (slicegpt, Prune(), {"width": 48}),
+  "mha/flap_wifv_alam_p50": ("flap", {}, half_by_flap),
+  "gqa/shortgpt": ("shortgpt", {}, drop(1)),
+  "mha/slicegpt_d48_keepmean": ("slicegpt", {}, None),
 }
 
 
@@ -512,10 +549,13 @@ EIGHT = {
 def test_golden_on_eight_devices(case):
   """A batch of 6 fills neither the devices nor the 16 samples evenly."""
   name, folder = case.split("/")
-  method, settings, options = EIGHT[case]
-  options = {"batch": 6} | options
+  method, options, counts_of = EIGHT[case]
   mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
-  pruned = run(method, name, mesh=mesh, settings=settings, **options)
+  task = task_of(name, method, mesh=mesh, **{"batch": 6} | options)
+  if counts_of is None:
+    pruned = slicegpt.slice_to_width(task, 48)
+  else:
+    pruned = run_at(task, counts_of)
   on_one = dataclasses.replace(pruned, params=jax.device_get(pruned.params))
   check_logits(on_one, name, folder)
 
@@ -525,15 +565,9 @@ def test_a_second_stage(name):
   """Units keep their original numbers, and nothing comes back."""
   config, params = dense("gqa")
   first = run(method(name), "gqa", target=190_000)
-  second = method(name).prune(
-    first.config,
-    first.params,
-    Prune(),
-    lambda step: array("gqa", "calib"),
-    target=150_000,
-    full=config,
-    kept=first.kept,
-  )
+  task = task_of("gqa", name, target=150_000, full=config, kept=first.kept)
+  task = dataclasses.replace(task, config=first.config, params=first.params)
+  second = methods.prune(task)
   assert model_config.count_params(second.config) <= 150_000
   for unit in "KF":
     for was, now in zip(first.kept[unit], second.kept[unit], strict=True):

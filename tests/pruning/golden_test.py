@@ -18,7 +18,8 @@ from adapt_pruner_jax.distributed import sharding
 from adapt_pruner_jax.formats.hf import load, save
 from adapt_pruner_jax.models import axes, model_config
 from adapt_pruner_jax.models.decoder import Decoder
-from adapt_pruner_jax.pruning import adapt, scores, surgery
+from adapt_pruner_jax.pruning import methods, scores, surgery
+from adapt_pruner_jax.pruning.task import PruneTask
 
 ROOT = pathlib.Path(__file__).parent.parent / "golden" / "adapt_pruner"
 CASES = sorted(path.name for path in ROOT.iterdir())
@@ -63,14 +64,16 @@ def case_run(name):
   case = Case(name)
   config, params = case.model()
   found = []
-  pruned = adapt.prune(
-    config,
-    params,
-    case.recipe(),
-    lambda step: case.calibration[step],
-    target=case.settings["target_param_num"],
-    batch=case.settings["batch_size"],
-    log=lambda record, step: found.append(step),
+  pruned = methods.prune(
+    PruneTask(
+      config,
+      params,
+      case.recipe(),
+      lambda step: case.calibration[step],
+      target=case.settings["target_param_num"],
+      batch=case.settings["batch_size"],
+      log=lambda record, step: found.append(step),
+    )
   )
   return case, config, pruned, found
 
@@ -173,12 +176,14 @@ def test_aligned_fold_removes_what_the_heads_attend_with(name):
   key = "would_remove_if_contiguous_current"
   steps = case.trace["steps"]
   first = next(s for s in steps if any(key in m for m in s["modules"]))
-  pruned = adapt.prune(
-    config,
-    params,
-    case.recipe(gqa_fold="aligned", max_steps=first["step"]),
-    lambda step: case.calibration[step],
-    batch=case.settings["batch_size"],
+  pruned = methods.prune(
+    PruneTask(
+      config,
+      params,
+      case.recipe(gqa_fold="aligned", max_steps=first["step"]),
+      lambda step: case.calibration[step],
+      batch=case.settings["batch_size"],
+    )
   )
   for module in first["modules"]:
     if key in module:
@@ -194,14 +199,16 @@ def test_one_executable_for_all_steps_of_all_stages():
   scores.measure_step.clear_cache()
   full, kept = config, None
   for stage in range(3):
-    done = adapt.prune(
-      config,
-      params,
-      recipe,
-      lambda step, stage=stage: case.calibration[stage],
-      batch=case.settings["batch_size"],
-      full=full,
-      kept=kept,
+    done = methods.prune(
+      PruneTask(
+        config,
+        params,
+        recipe,
+        lambda step, stage=stage: case.calibration[stage],
+        batch=case.settings["batch_size"],
+        full=full,
+        kept=kept,
+      )
     )
     config, params, kept = done.config, done.params, done.kept
   assert config.ffn_widths != full.ffn_widths
@@ -213,13 +220,15 @@ def test_eight_devices_remove_the_same():
   mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
   config, params = case.model()
   params = jax.device_put(params, sharding.param_shardings(params, mesh))
-  pruned = adapt.prune(
-    config,
-    params,
-    case.recipe(max_steps=4),
-    lambda step: case.calibration[step],
-    batch=case.settings["batch_size"],
-    mesh=mesh,
+  pruned = methods.prune(
+    PruneTask(
+      config,
+      params,
+      case.recipe(max_steps=4),
+      lambda step: case.calibration[step],
+      batch=case.settings["batch_size"],
+      mesh=mesh,
+    )
   )
   for got, expected in zip(pruned.trace, want.trace, strict=False):
     assert got["params"] == expected["params"]

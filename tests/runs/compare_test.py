@@ -22,10 +22,11 @@ from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.evaluation import perplexity
 from adapt_pruner_jax.formats.hf import load
 from adapt_pruner_jax.models import model_config
-from adapt_pruner_jax.pruning import adapt, surgery, targets
+from adapt_pruner_jax.pruning import methods, surgery, targets
+from adapt_pruner_jax.pruning.task import PruneTask
 from adapt_pruner_jax.reporting.log import Log
 from adapt_pruner_jax.runs import compare, compare_methods, compare_table
-from adapt_pruner_jax.runs.inputs import load_model, prepare, read_eval_text
+from adapt_pruner_jax.runs.inputs import load_model, open_inputs, read_eval_text
 
 TWO = "adapt,uniform"
 
@@ -113,14 +114,9 @@ def test_rows_equal_what_the_parts_give(finished, recipe):
   text = read_eval_text(recipe.eval.text, tokenizer, config.vocab_size)
   row = by_key(found)["adapt", 0.4]
   settings = dataclasses.replace(recipe.prune, ratio=0.4)
-  pruned = adapt.prune(
-    config,
-    params,
-    settings,
-    windows.batch,
-    target=targets.resolve_target(config, settings),
-    batch=16,
-  )
+  target = targets.resolve_target(config, settings)
+  task = PruneTask(config, params, settings, windows.batch, target, batch=16)
+  pruned = methods.prune(task)
   assert row["kv_groups"] == list(pruned.config.kv_groups)
   assert row["ffn"] == list(pruned.config.ffn_widths)
   assert row["calibration_tokens"] == len(pruned.trace) * 16 * 64
@@ -233,6 +229,32 @@ def test_other_recipe_is_refused(finished, recipe):
     compare.compare(recipe, finished[1], TWO, "0.2", recover_tokens=512)
 
 
+def test_overwrite(finished, recipe, tmp_path, monkeypatch):
+  """Another comparison goes, a finished one too; an unfinished one goes on."""
+  names = ("compare.json", "compare.md", "config.json")
+  for name in names:
+    (tmp_path / name).write_bytes((finished[1] / name).read_bytes())
+  (tmp_path / "notes.txt").write_text("mine")
+  begun_with = []
+
+  def run_jobs(jobs, found, inputs, stopping):
+    begun_with.append(len(found["rows"]))
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(compare, "run_jobs", run_jobs)
+  for recipe_, ratios in (
+    (recipe, "0.2,0.6"),  # has rows to add
+    (recipe, "0.2"),  # finished
+    (dataclasses.replace(recipe, seed=3), "0.2"),
+  ):
+    with pytest.raises(KeyboardInterrupt):
+      compare.compare(recipe_, tmp_path, TWO, ratios, overwrite=True)
+  assert begun_with == [5, 0, 0]
+  left = {path.name for path in tmp_path.iterdir()}
+  assert left - {"cache", "run.lock"} == {"config.json", "notes.txt"}
+  assert json.loads((tmp_path / "config.json").read_text())["seed"] == 3
+
+
 @pytest.mark.slow
 def test_kill_nine(recipe, tmp_path, subprocess_env):
   """The command, killed after its first row, then run to the end."""
@@ -292,12 +314,12 @@ def test_recovery_spares_the_dense_model(recipe, tmp_path):
   """Its arrays are used for every row, and training donates what it gets."""
   with Log(None) as log:
     shared = compare_methods.shared_recipe(recipe, 1024)
-    setting = prepare(shared, tmp_path, log)
-    dense = load_model(setting)
+    inputs = open_inputs(shared, tmp_path, log)
+    dense = load_model(inputs)
     before = jax.tree.map(np.array, dense[1])
     settings = compare_methods.settings_of("adapt", 0.2, shared.prune)
-    args = (dense, setting, "a test", lambda: None)
-    pair, _ = compare.prune_once(settings, *args)
+    args = (dense, inputs, "a test", lambda: None)
+    pair, _ = compare.prune(settings, *args)
     compare.recover(pair, shared.train, *args)
   jax.tree.map(np.testing.assert_array_equal, dense[1], before)
 
@@ -307,14 +329,14 @@ def test_lora_where_a_half_layer_is_gone(recipe, tmp_path):
   config = dataclasses.replace(recipe, train=lora)
   with Log(None) as log:
     shared = compare_methods.shared_recipe(config, 1024)
-    setting = prepare(shared, tmp_path, log)
-    dense = load_model(setting)
+    inputs = open_inputs(shared, tmp_path, log)
+    dense = load_model(inputs)
     masks = surgery.to_masks(surgery.everything(dense[0]), dense[0])
     masks["K"][1] = False
     masks["F"][2] = False
-    pair = surgery.gather(*dense, surgery.to_kept(masks), setting.mesh)
+    pair = surgery.gather(*dense, surgery.to_kept(masks), inputs.mesh)
     new, params = compare.recover(
-      pair, shared.train, dense, setting, "a test", lambda: None
+      pair, shared.train, dense, inputs, "a test", lambda: None
     )
   assert new == pair[0]
   shapes = jax.tree.map(lambda x: x.shape, params)

@@ -1,6 +1,9 @@
 """Whole runs: what they leave, how they go on, how they refuse."""
 
+import dataclasses
+import itertools
 import json
+import re
 import shutil
 import signal
 import time
@@ -8,7 +11,7 @@ import time
 import jax
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from adapt_pruner_jax.distributed import sharding
 from adapt_pruner_jax.errors import EXIT_STOPPED, UserError
@@ -16,6 +19,7 @@ from adapt_pruner_jax.formats.hf import load
 from adapt_pruner_jax.models import model_config
 from adapt_pruner_jax.pruning import surgery
 from adapt_pruner_jax.runs import run
+from adapt_pruner_jax.storage.checkpoints import Checkpoints
 from tests.small_runs import SMALL, finish, output, recipe, start
 
 
@@ -87,8 +91,108 @@ def test_finished_run_does_nothing_and_another_recipe_is_refused(
   assert run.run(config, work) == json.loads(json.dumps(first))
   assert "finished" in capsys.readouterr().out
   config.prune.amplitude = 0.5
-  with pytest.raises(UserError, match=r"prune\.amplitude: 0\.02 -> 0\.5"):
+  with pytest.raises(
+    UserError, match=r"another recipe: prune\.amplitude: 0\.02 -> 0\.5.*--over"
+  ):
     run.run(config, work)
+  # Of another version, which is said; a field that it did not know is at its
+  # default.
+  stored = json.loads((work / "config.json").read_text())
+  del stored["version"], stored["train"]["carry_moments"]
+  (work / "config.json").write_text(json.dumps(stored))
+  with pytest.raises(
+    UserError, match=r"begun by an earlier version \(this is [\d.]+.*amplitude"
+  ):
+    run.run(config, work)
+  config.prune.amplitude = 0.02
+  run.run(config, work)
+  stored["train"]["from_the_future"] = 1
+  (work / "config.json").write_text(json.dumps(stored))
+  with pytest.raises(UserError, match=r"from_the_future: 1 -> absent"):
+    run.run(config, work)
+
+
+@pytest.mark.parametrize(
+  "change, message",
+  [("text.txt", "gives other tokens"), ("model", "has other weights")],
+)
+def test_other_inputs_are_refused(
+  small_model, tmp_path, monkeypatch, change, message
+):
+  """They are read in parts of a run, and would be mixed."""
+  shutil.copytree(small_model, tmp_path / "model")
+  text = tmp_path / "text.txt"
+  text.write_text("some words to prune with, and a few more. " * 9)
+  config = recipe(tmp_path / "model", stages=1, method="magnitude")
+  config.calibration.source, config.eval.text = f"text:{text}", ""
+  with monkeypatch.context() as patch:
+    patch.setattr(run, "prune", killed_after())
+    with pytest.raises(Killed):
+      run.run(config, tmp_path / "work")
+  if change == "model":
+    file = tmp_path / "model" / "model.safetensors"
+    tensors = {name: 2 * x for name, x in load_file(file).items()}
+    save_file(tensors, file, metadata={"format": "pt"})
+  else:
+    text.write_text("other words to prune with, and a few more. " * 9)
+  with pytest.raises(UserError, match=message):
+    run.run(config, tmp_path / "work")
+
+
+def test_overwrite(small_model, tmp_path, monkeypatch, capsys):
+  """Another recipe's run goes, once the inputs are good; nothing else does."""
+  work = tmp_path / "work"
+  config = recipe(small_model, stages=1, tokens=600, method="magnitude")
+  config.data.source = f"text:{tmp_path / 'few.txt'}"
+  (tmp_path / "few.txt").write_text("a few words to train on, often. " * 4)
+  config.eval.text = ""
+  summary = run.run(config, work)
+  said = capsys.readouterr().out
+  tokens = int(re.search(r"has ([\d,]+): ([\d.]+) epochs", said)[1])
+  assert summary["epochs"] == pytest.approx(768 / tokens, abs=1e-4)
+  assert "WARNING: more than 4 epochs" in said
+  weights_file = small_model / "model.safetensors"
+  assert summary["bytes_before"] == weights_file.stat().st_size
+  size = (work / "model" / "model.safetensors").stat().st_size
+  assert summary["bytes_after"] == size
+  assert f"{size / 1e6:.2f} MB" in said.split("on disk")[1]
+
+  (work / "notes.txt").write_text("mine")
+  before = {p: p.stat().st_mtime_ns for p in work.rglob("*") if p.is_file()}
+  config.prune.ratio = 0.2
+  bad = dataclasses.replace(config, eval=dataclasses.replace(config.eval))
+  bad.eval.text = "absent.txt"
+  with pytest.raises(UserError, match=r"absent\.txt"):
+    run.run(bad, work, overwrite=True)
+  inside = dataclasses.replace(config, model=dataclasses.replace(config.model))
+  inside.model.path = str(work / "model")
+  with pytest.raises(UserError, match="among what --overwrite would remove"):
+    run.run(inside, work, overwrite=True)
+  for path, time_ in before.items():
+    if path.name != "run.lock":
+      assert path.stat().st_mtime_ns == time_, path
+  again = run.run(config, work, overwrite=True)
+  assert again["target_params"] > summary["target_params"]
+  assert (work / "notes.txt").read_text() == "mine"
+  # Killed and given again, it goes on: the recipe is now the same.
+  (work / "summary.json").unlink()
+  monkeypatch.setattr(run, "prune", None)
+  run.run(config, work, overwrite=True)
+  with pytest.raises(TypeError):  # finished: it begins anew
+    run.run(config, work, overwrite=True)
+
+
+def test_overwrite_spares_what_no_run_has_left(small_model, tmp_path):
+  config = recipe(small_model, stages=1)
+  model = tmp_path / "model"
+  shutil.copytree(small_model, model)
+  with pytest.raises(UserError, match=r"config\.json in it is not of a run"):
+    run.run(config, model, overwrite=True)
+  (tmp_path / "other" / "checkpoints").mkdir(parents=True)
+  with pytest.raises(UserError, match="checkpoints in it is not of a run"):
+    run.run(config, tmp_path / "other", overwrite=True)
+  names = {path.name for path in model.iterdir()} - {"run.lock"}
+  assert names == {path.name for path in small_model.iterdir()}
 
 
 @pytest.mark.parametrize(
@@ -210,6 +314,79 @@ def test_sigterm_saves_and_another_mesh_goes_on(
   said = finish(trained, work, process_env(1))
   assert "continuing at stage 2" in said
   assert_close_weights(work, uninterrupted)
+
+
+class Killed(BaseException):
+  pass
+
+
+def killed_after(action=lambda *_: None):
+  """`action`, and then the end of the process."""
+
+  def kill(*args):
+    action(*args)
+    raise Killed
+
+  return kill
+
+
+def test_one_checkpoint_behind_training_and_one_evaluation(
+  small_model, tmp_path, monkeypatch
+):
+  """Killed before, in and behind the evaluation of a stage."""
+  config = recipe(small_model, stages=2, tokens=6 * 256)
+  config.eval.seq_len = 16
+  whole, work = tmp_path / "whole", tmp_path / "work"
+  saves, save = [], Checkpoints.save
+  with monkeypatch.context() as patch:
+
+    def noted(self, step, meta, arrays):
+      saves.append((meta, jax.tree.map(np.array, arrays)))
+      save(self, step, meta, arrays)
+
+    patch.setattr(Checkpoints, "save", noted)
+    run.run(config, whole)
+  # After each prune and each training, of 2 and 4 steps.
+  moments = [(m["stage"], m["pruned"], m["step"]) for m, _ in saves]
+  assert moments == [(1, True, 0), (1, True, 2), (2, True, 2), (2, True, 6)]
+  for (_, one), (_, other) in itertools.pairwise(saves):
+    first, second = (dict(jax.tree.leaves_with_path(x)) for x in (one, other))
+    assert first.keys() != second.keys() or any(
+      not np.array_equal(first[path], second[path]) for path in first
+    )
+
+  done = []
+
+  def noting(name):
+    action = getattr(run, name)
+    return lambda state, *rest: (
+      done.append((name, state.stage)) or action(state, *rest)
+    )
+
+  for name in "recover", "stage_result":
+    monkeypatch.setattr(run, name, noting(name))
+  for name, killed in (
+    ("stage_result", killed_after()),  # the training is saved
+    ("write_evaluated", killed_after()),  # the result is lost
+    ("write_evaluated", killed_after(run.write_evaluated)),
+    ("finish", killed_after()),
+  ):
+    with monkeypatch.context() as patch:
+      patch.setattr(run, name, killed)
+      with pytest.raises(Killed):
+        run.run(config, work)
+  run.run(config, work)
+  assert done == [
+    *(("recover", 1), ("stage_result", 1), ("stage_result", 1)),
+    *(("recover", 2), ("stage_result", 2)),
+  ]
+  assert_same_weights(work, whole)
+  got, want = (
+    json.loads((path / "summary.json").read_text()) for path in (work, whole)
+  )
+  assert got["stages"] == want["stages"]
+  for kind, number in (("train", 6), ("eval", 2)):
+    assert rows(work, kind) == rows(whole, kind) == number
 
 
 @pytest.mark.parametrize("method", ["adapt", "curvature"])

@@ -102,10 +102,8 @@ def run_steps(
   else:
     step_fn = shared_step(config, settings, mesh)
   seen = []
-  params, state, step = loop.recover(
-    step_fn,
-    params,
-    state,
+  (_, params, state), step = loop.recover(
+    loop.Training(step_fn, params, state),
     iter(batches),
     0,
     len(batches),
@@ -216,12 +214,17 @@ def test_same_steps_in_two_parts(plain):
   params = placed_params(params, mesh)
   opt_state = init_optimizer(params, settings, mesh)
   step_fn = shared_step(UNEVEN, settings, mesh)
-  params, opt_state, step = loop.recover(
-    step_fn, params, opt_state, iter(batches), 0, 3, mesh, stop=lambda s: s == 2
+  training, step = loop.recover(
+    loop.Training(step_fn, params, opt_state),
+    iter(batches),
+    0,
+    3,
+    mesh,
+    stop=lambda s: s == 2,
   )
   assert step == 2
-  params, opt_state, step = loop.recover(
-    step_fn, params, opt_state, iter(batches[2:]), step, 3, mesh
+  (_, params, opt_state), step = loop.recover(
+    training, iter(batches[2:]), step, 3, mesh
   )
   assert step == 3
   assert_close((params, opt_state), (whole, state), rtol=0, atol=0)
@@ -238,7 +241,7 @@ def test_learning_rate_follows_the_global_step(plain):
   state = init_optimizer(params, settings, mesh)
   rates = {}
   loop.recover(
-    step_fn, params, state, iter(batches), 89, 92, mesh,
+    loop.Training(step_fn, params, state), iter(batches), 89, 92, mesh,
     log=lambda step, metrics: rates.update({step: metrics["learning_rate"]}),
   )  # fmt: skip
   assert rates == pytest.approx({89: 1e-3, 90: 9e-4, 91: 8e-4}, rel=1e-5)
@@ -251,10 +254,9 @@ def test_nonfinite_loss_stops_and_changes_nothing(plain):
   step_fn = shared_step(UNEVEN, settings, mesh)
   start = lambda: placed_params(jax.tree.map(np.copy, params), mesh)
   state = lambda: init_optimizer(start(), settings, mesh)
+  training = loop.Training(step_fn, start(), state())
   with pytest.raises(UserError, match=r"at train step 6 \(batch 6") as error:
-    loop.recover(
-      step_fn, start(), state(), iter([batches[0], broken]), 5, 7, mesh
-    )
+    loop.recover(training, iter([batches[0], broken]), 5, 7, mesh)
   assert "\n" not in str(error.value)
   new, new_state, _ = step_fn(start(), state(), loop.place(broken, mesh), 0)
   assert_close(new, params, rtol=0)
@@ -270,16 +272,15 @@ def test_nonfinite_loss_can_be_skipped(plain):
   def run(batches):
     start = placed_params(jax.tree.map(np.copy, params), mesh)
     state = init_optimizer(start, settings, mesh)
-    return loop.recover(
-      step_fn,
-      start,
-      state,
+    training, _ = loop.recover(
+      loop.Training(step_fn, start, state),
       iter(batches),
       0,
       len(batches),
       mesh,
       skip_nonfinite=True,
-    )[0]
+    )
+    return training.trained
 
   with_broken = run([batches[0], broken, batches[2]])
   assert_close(with_broken, run([batches[0], batches[2]]), rtol=0)
@@ -291,8 +292,9 @@ def test_data_that_ends_early_is_an_error(plain):
   params = placed_params(params, mesh)
   state = init_optimizer(params, settings, mesh)
   step_fn = shared_step(UNEVEN, settings, mesh)
+  training = loop.Training(step_fn, params, state)
   with pytest.raises(UserError, match="ended before step 1"):
-    loop.recover(step_fn, params, state, iter(batches[:1]), 0, 3, mesh)
+    loop.recover(training, iter(batches[:1]), 0, 3, mesh)
 
 
 @pytest.mark.parametrize("shape, rows", [((4, 2, 1), 12), ((2, 1, 4), 6)])
@@ -343,10 +345,8 @@ def lora_run(params, batches, mesh, rank=3):
   state = init_optimizer(adapters, settings, mesh)
   step_fn = make_step(UNEVEN, settings, CONSTANT, mesh, base=base)
   metrics = []
-  adapters, _, _ = loop.recover(
-    step_fn,
-    adapters,
-    state,
+  (_, adapters, _), _ = loop.recover(
+    loop.Training(step_fn, adapters, state),
     iter(batches),
     0,
     len(batches),

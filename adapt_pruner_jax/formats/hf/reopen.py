@@ -18,9 +18,9 @@ from adapt_pruner_jax.distributed import agreement
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.formats.hf import load, tensors
 from adapt_pruner_jax.formats.hf.weights import Get, getter
-from adapt_pruner_jax.models.attention import attention_mask
 from adapt_pruner_jax.models.axes import Params
-from adapt_pruner_jax.models.decoder import Block, Decoder
+from adapt_pruner_jax.models.decoder import Decoder
+from adapt_pruner_jax.models.layer import attention_inputs, place, run_layer
 from adapt_pruner_jax.models.model_config import ModelConfig, layer_names
 
 TOKENS = 16
@@ -76,8 +76,8 @@ def _wrong_parameter(
   Both are compared in the layout of the file: equal there, they are equal.
   """
   wrong = None
-  for (layer, name), place in tensors.places(config).items():
-    dtype = dtypes[place.tensor]
+  for (layer, name), at in tensors.places(config).items():
+    dtype = dtypes[at.tensor]
     unsigned = np.dtype(f"u{dtype.itemsize}")
     infinity = np.array(np.inf, dtype).view(unsigned)  # the exponent's bits
     expected = get((layer, name))
@@ -129,26 +129,16 @@ def walk(
   config: ModelConfig, get: Get, ids_BT: np.ndarray
 ) -> Iterator[tuple[str, np.ndarray]]:
   """The residual stream of one row after each layer, then its logits."""
-  positions_BT = jnp.broadcast_to(jnp.arange(ids_BT.shape[1]), ids_BT.shape)
-  ropes = config.rope_tables(positions_BT)
 
-  def weights(layer: int | None, names: list[str]) -> dict:
-    return {n: jnp.asarray(get((layer, n)), jnp.float32) for n in names}
+  def weights(i: int | None, names: list[str]) -> dict:
+    return {n: jnp.asarray(get((i, n)), jnp.float32) for n in names}
 
   outer = weights(None, ["final_norm"])
   rows_TD = get((None, "embedding"))[ids_BT[0]]
   x_BTD = _outside(config, outer, rows_TD, np.arange(len(rows_TD))[None])
   for i in range(config.num_layers):
-    window = config.window[i] if config.window else 0
-    mask = attention_mask(positions_BT, None, jnp.int32(window))
-    one = dataclasses.replace(
-      config,
-      kv_groups=config.kv_groups[i : i + 1],
-      ffn_widths=config.ffn_widths[i : i + 1],
-      window=(),
-    )
-    rope = ropes[config.rope_ids()[i]]
-    x_BTD = _layer(one, weights(i, layer_names(config, i)), x_BTD, rope, mask)
+    names = layer_names(config, i)
+    x_BTD = _layer(config, weights(i, names), place(config, i), x_BTD)
     yield f"the output of layer {i}", np.asarray(x_BTD)
   if config.tied:
     matrix_VD = get((None, "embedding"))
@@ -179,7 +169,7 @@ def _outside(config, outer, rows_VD, inputs):
   return Decoder(config).apply({"params": params}, inputs, method=method)
 
 
-@partial(jax.jit, static_argnums=0)
-def _layer(config, weights, x_BTD, rope, mask_BNTS):
-  block = Block(config, config.kv_groups[0], config.ffn_widths[0])
-  return block.apply({"params": weights}, x_BTD, rope, mask_BNTS)
+@partial(jax.jit, static_argnums=(0, 2))
+def _layer(config, weights, place, x_BTD):
+  inputs = attention_inputs(config, x_BTD.shape[1])
+  return run_layer(config, weights, place, inputs, x_BTD)[0]

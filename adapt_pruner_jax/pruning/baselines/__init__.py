@@ -1,25 +1,13 @@
-"""Other people's pruning methods, to compare with.
+"""Other people's pruning methods, to compare with: one method a file.
 
-One method a file, a pure function with the signature of `prune.prune`.
-Adapt-Pruner with `prune.amplitude=0` is the uniform ablation.
+  activations  the calibration pass that they share
+  flap         FLAP: fluctuations, and what is gone as biases
+  llm_pruner   LLM-Pruner; magnitude and random choices in its place
+  shortgpt     ShortGPT: whole layers
+  slicegpt     SliceGPT: directions of the residual stream
+  wanda_sp     Wanda-sp: layer after layer
+
+A file has the parts of a method that `methods` puts together; SliceGPT, which
+removes no units, has a `prune` of its own. Adapt-Pruner with
+`prune.amplitude=0` is the uniform ablation.
 """
-
-from adapt_pruner_jax.pruning.baselines import (
-  flap,
-  llm_pruner,
-  magnitude,
-  random_units,
-  shortgpt,
-  slicegpt,
-  wanda_sp,
-)
-
-METHODS = {
-  "llm_pruner": llm_pruner.prune,
-  "flap": flap.prune,
-  "wanda_sp": wanda_sp.prune,
-  "slicegpt": slicegpt.prune,
-  "shortgpt": shortgpt.prune,
-  "magnitude": magnitude.prune,
-  "random": random_units.prune,
-}

@@ -10,17 +10,18 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from adapt_pruner_jax.distributed import sharding
 from adapt_pruner_jax.distributed.placement import minibatches
 from adapt_pruner_jax.models import axes, model_config
-from adapt_pruner_jax.models.attention import attention_mask
 from adapt_pruner_jax.models.axes import Params
-from adapt_pruner_jax.models.decoder import Block, Decoder
+from adapt_pruner_jax.models.decoder import Decoder
+from adapt_pruner_jax.models.layer import attention_inputs, place, run_half
 from adapt_pruner_jax.models.model_config import ModelConfig
+from adapt_pruner_jax.pruning import surgery
+from adapt_pruner_jax.pruning.task import Masked
 
 
 def batches(
@@ -29,6 +30,15 @@ def batches(
   """Minibatches [B, T] in order, each with which of its rows are real, [B]."""
   tokens_MBT, valid_MB = minibatches(tokens_NT, batch, mesh)
   yield from zip(tokens_MBT, np.asarray(valid_MB), strict=True)
+
+
+def pair(masked: Masked) -> tuple[ModelConfig, Params]:
+  """A masked model in dense coordinates, layer by layer."""
+  stacked, config = masked.stacked, surgery.dense(masked.task.full)
+  params = {n: stacked[n] for n in model_config.outer_names(config)}
+  for i in range(config.num_layers):
+    params[axes.layer_name(i)] = {n: w[i] for n, w in stacked["layers"].items()}
+  return config, params
 
 
 def half(
@@ -64,27 +74,11 @@ def half(
 @partial(jax.jit, static_argnames=("config", "unit", "mesh"))
 def _half(config, unit, layer, x_BTD, mask, mesh):
   x_BTD = _cut(x_BTD, mesh)
-  block = Block(config, config.kv_groups[0], config.ffn_widths[0])
-  run = partial(block.apply, {"params": layer})
-  if not config.units()[unit][0]:
-    add = Block.add_attention if unit == "K" else Block.add_mlp
-    return run(x_BTD, None, method=add), None
-  if unit == "F":
-    y_BTF = run(x_BTD, method=Block.hidden)
-    counted = y_BTF if mask is None else y_BTF * mask.astype(y_BTF.dtype)
-    return run(x_BTD, counted, method=Block.add_mlp), y_BTF
-  rows_1T = jnp.arange(x_BTD.shape[1])[None]
-  rope = config.rope_tables(rows_1T)[config.rope_ids()[0]]
-  seen = None
-  if any(config.window):
-    seen = attention_mask(rows_1T, None, config.window[0])
-  masks = None if mask is None else {"K": mask}
-  qkv = run(x_BTD, rope, masks, method=Block.qkv)
-  y_BTKGH = run(*qkv, seen, method=Block.attend)
-  counted = y_BTKGH
-  if mask is not None:
-    counted *= mask[:, None, None].astype(y_BTKGH.dtype)
-  return run(x_BTD, counted, method=Block.add_attention), y_BTKGH
+  inputs = attention_inputs(config, x_BTD.shape[1])
+  masks = None if mask is None else {unit: mask}
+  args = config, layer, place(config, 0), inputs, x_BTD, masks
+  x_BTD, tap = run_half(unit, *args)
+  return x_BTD, tap.fed[unit]
 
 
 def embed(

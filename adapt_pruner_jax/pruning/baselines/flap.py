@@ -10,23 +10,32 @@ is the mean over its G * H channels, its weight in the global budget its size.
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from adapt_pruner_jax.config import Prune
 from adapt_pruner_jax.models import axes
 from adapt_pruner_jax.models.axes import UNITS, Params
 from adapt_pruner_jax.models.model_config import ModelConfig
-from adapt_pruner_jax.pruning import ranking, surgery, targets, task
-from adapt_pruner_jax.pruning.baselines import activations, budget
-from adapt_pruner_jax.pruning.baselines.budget import Counts
+from adapt_pruner_jax.pruning import (
+  allotment,
+  exact_target,
+  steps,
+  surgery,
+  targets,
+)
+from adapt_pruner_jax.pruning.baselines import activations
 from adapt_pruner_jax.pruning.surgery import Kept, Masks
-from adapt_pruner_jax.pruning.task import Pruned, Samples, Step
+from adapt_pruner_jax.pruning.task import (
+  Allotted,
+  Counts,
+  Masked,
+  Measured,
+  PruneTask,
+  Scores,
+)
 
 READER = {"K": "o", "F": "down"}  # the matrix whose inputs are measured
 BIAS = {"K": "o_bias", "F": "down_bias"}
@@ -57,73 +66,78 @@ class Moments:
     return Moments(n + 1, new_mean, fluctuation, square)
 
 
-def prune(
-  config: ModelConfig,
-  params: Params,
-  settings: Prune,
-  samples: Samples,
-  *,
-  target: int | None = None,
-  batch: int = 32,
-  mesh: Mesh | None = None,
-  full: ModelConfig | None = None,
-  kept: Kept | None = None,
-  seed: int = 0,
-  after: Step | None = None,
-  log: Callable[[dict, Step], None] | None = None,
-  ratio: float | None = None,
-  groups: int | None = None,
-) -> Pruned:
-  """Prunes a model to `target` parameters, the new biases included.
+Statistics = dict[str, list[Moments]]  # of each layer, by unit letter
 
-  Arguments as of `prune.prune`; an interrupted call starts again.
 
-  Args:
-    ratio: prune this share of the attention and MLP weights, whatever size
-      results.
-    groups: KV groups to remove in all (structures ALMM, ULMM); default the
-      same ratio as of the channels.
+# ---- The method --------------------------------------------------------------
+
+
+def prepare(task: PruneTask) -> PruneTask:
+  """The task with the biases that FLAP adds, which count as parameters.
 
   Raises:
-    UserError: a bad layer range, or a target out of reach.
+    UserError: a target out of reach.
   """
-  budget.check_target(target, ratio)
-  full, kept, mesh = budget.defaults(config, full, kept, mesh)
-  full = dataclasses.replace(full, o_bias=True, down_bias=True)
-  prunable = targets.prunable_modules(full, settings)
-  before = surgery.to_masks(kept, full)
-  if ratio is None:
-    nothing = dict.fromkeys(UNITS, 0)
-    budget.check_reachable(full, before, prunable, target, nothing)
-  moments = statistics(config, params, samples(0), batch, mesh)
-  scores = unit_scores(
-    config, params, moments, settings.flap_metric, settings.flap_structure, mesh
+  full = dataclasses.replace(task.full, o_bias=True, down_bias=True)
+  task = dataclasses.replace(task, full=full)
+  exact_target.check_reachable(task, dict.fromkeys(UNITS, 0))
+  return task
+
+
+def measure(masked: Masked, tokens_NT: np.ndarray) -> Measured:
+  """Scores as `prune.flap.metric` and `.structure` say."""
+  moments = _moments_of(masked, tokens_NT)
+  pair, flap = activations.pair(masked), masked.task.settings.flap
+  found = unit_scores(
+    pair, moments, flap.metric, flap.structure, masked.masks, masked.task.mesh
   )
-  scores = {u: _spread(scores[u], kept[u], full, u) for u in UNITS}
-  counts_at = counter(full, before, scores, prunable, settings, groups)
-  if ratio is None:
-    masks = budget.solve(
-      full,
-      before,
-      scores,
-      counts_at,
-      prunable,
-      target,
-      settings.round_ffn_to,
-    )
-  else:
-    order = ranking.ranking(scores, before)
-    masks = ranking.remove(before, order, counts_at(ratio))
-  left = surgery.to_kept(masks)
-  here = surgery.relative_to(kept, left)
-  config, params = compensate(config, params, moments, here, mesh)
-  config, params = surgery.gather(config, params, here, mesh)
-  size = surgery.count(full, masks)
-  step = budget.step(1, full, before, masks, size, scores=scores)
-  record = task.record(step)
-  if log is not None:
-    log(record, step)
-  return Pruned(config, params, left, [record])
+  return Measured(found, facts=moments)
+
+
+def fluctuation(masked: Masked, tokens_NT: np.ndarray) -> Measured:
+  """How much of what a unit adds fluctuates, for any allotment.
+
+  The sum over its channels of their fluctuation times the squared norm of the
+  weights that read them (WIFV), neither squared nor standardised: units of
+  attention and MLP, and of different layers, can be compared.
+  """
+  moments = _moments_of(masked, tokens_NT)
+  (_, params), found = activations.pair(masked), {}
+  for u, mask_LU in masked.masks.items():
+    found[u] = np.zeros(mask_LU.shape)
+    for i, of_layer in enumerate(moments[u]):
+      weight = params[axes.layer_name(i)][READER[u]]
+      score = channel_scores(weight, of_layer, "WIFV", masked.task.mesh)
+      found[u][i] = score.reshape(len(score), -1).sum(1)
+  return Measured(found, facts=moments)
+
+
+def allot(masked: Masked, measured: Measured) -> Allotted:
+  """The lowest units, or shares, as `prune.flap.structure` says."""
+  counts_at = counter(masked.task, masked.masks, measured.scores)
+  return allotment.by_ratio(masked, measured, counts_at)
+
+
+def finish(masked: Masked, left: Kept, measured: Measured | None) -> steps.Pair:
+  """The smaller pair, with what is gone replaced by its mean, as biases."""
+  task = masked.task
+  moments = measured.facts if measured and masked.step.number == 1 else None
+  if moments is None:  # of several steps, or of one that another call took
+    whole = dataclasses.replace(masked.step, masks=task.begin)
+    masked_before = dataclasses.replace(masked, step=whole)
+    moments = _moments_of(masked_before, task.samples(0))
+  keep = surgery.to_masks(left, task.full)
+  layers = compensated(masked.stacked["layers"], moments, keep, task.mesh)
+  stacked = masked.stacked | {"layers": layers}
+  return surgery.compact(stacked, left, task.full, task.mesh)
+
+
+def _moments_of(masked: Masked, tokens_NT: np.ndarray) -> Statistics:
+  task, pair = masked.task, activations.pair(masked)
+  return statistics(*pair, tokens_NT, task.batch, task.mesh, masked.masks)
+
+
+# ---- What is measured --------------------------------------------------------
 
 
 def statistics(
@@ -132,8 +146,13 @@ def statistics(
   tokens_NT: np.ndarray,
   batch: int,
   mesh: Mesh,
-) -> dict[str, list[Moments]]:
-  """Moments of the inputs of `o` and `down` of each layer, in one pass."""
+  masks: Masks | None = None,
+) -> Statistics:
+  """Moments of the inputs of `o` and `down` of each layer, in one pass.
+
+  Args:
+    masks: units that count, bool [L, K] and [L, F]; None = all.
+  """
   found = {
     "K": [
       _empty((k, config.queries_per_group, config.head_dim))
@@ -146,7 +165,8 @@ def statistics(
     x_BTD = activations.embed(config, params, tokens_BT, mesh)
     for i in range(config.num_layers):
       for unit in UNITS:
-        x_BTD, y = activations.half(config, params, i, unit, x_BTD, mesh)
+        mask = None if masks is None else masks[unit][i]
+        x_BTD, y = activations.half(config, params, i, unit, x_BTD, mesh, mask)
         if y is None:
           continue
         means, spreads = _moments(y, mesh=mesh)
@@ -173,134 +193,138 @@ def channel_scores(
 
 
 def unit_scores(
-  config: ModelConfig,
-  params: Params,
-  moments: dict[str, list[Moments]],
+  pair: tuple[ModelConfig, Params],
+  moments: Statistics,
   metric: str,
   structure: str,
+  masks: Masks,
   mesh: Mesh,
-) -> dict[str, list[np.ndarray]]:
-  """Scores of the units of each layer, {"K": [K] a layer, "F": [F] ...}.
+) -> Scores:
+  """Scores of the units, {"K": [L, K], "F": [L, F]}; 0 where masked.
 
   Adaptive structures compare layers, so they standardise the channels of a
   module and average over a group; uniform ones sum. Channels of attention are
   squared, those of the MLP are not, as published.
+
+  Args:
+    pair: in dense coordinates.
+    masks: units that are left.
   """
+  _, params = pair
   adaptive = structure.startswith("AL")
-  found = {u: [] for u in UNITS}
-  for unit in UNITS:
-    for i in range(config.num_layers):
-      if not config.units()[unit][i]:
-        found[unit].append(np.zeros(0))
-        continue
+  found = {u: np.zeros(m.shape) for u, m in masks.items()}
+  for unit, mask_LU in masks.items():
+    for i, mask_U in enumerate(mask_LU):
       weight = params[axes.layer_name(i)][READER[unit]]
-      score = channel_scores(weight, moments[unit][i], metric, mesh)
+      score = channel_scores(weight, moments[unit][i], metric, mesh)[mask_U]
       if unit == "K":
         score = score**2
       if adaptive:
         score = _standard(score)
       if unit == "K":
         score = score.mean((1, 2)) if adaptive else score.sum((1, 2))
-      found[unit].append(score)
+      found[unit][i, mask_U] = score
   return found
 
 
 def counter(
-  full: ModelConfig,
-  masks: Masks,
-  scores: dict[str, np.ndarray],
-  prunable: Masks,
-  settings: Prune,
-  groups: int | None = None,
-) -> Callable[[float], Counts]:
+  task: PruneTask, masks: Masks, scores: Scores, groups: int | None = None
+) -> exact_target.CountsAt:
   """How many units each module loses at a ratio, for each structure.
 
   AL: all layers compete, UL: each layer gives the same share. AM: heads and
   channels compete, each head with the weight of its parameters; MM: they have
-  budgets of their own, in which `groups` are removed.
+  budgets of their own.
+
+  Args:
+    masks: units that are left.
+    groups: KV groups that go in all under MM, whatever the ratio.
   """
+  full, structure = task.full, task.settings.flap.structure
+  prunable = targets.prunable_modules(full, task.settings)
   there = {u: masks[u] & prunable[u][:, None] for u in UNITS}
   total = surgery.widths(there)
-  # Weights of a KV group, in those of a channel: an integer, as published.
-  weight = {"K": (2 * full.queries_per_group + 2) * full.head_dim // 3, "F": 1}
-  cost = {
-    "K": (2 * full.queries_per_group + 2) * full.head_dim,
-    "F": 3,
-  }  # both times D
-
-  def below(threshold: dict[str, float]) -> Counts:
-    return {
-      u: (there[u] & (scores[u] <= threshold[u])).sum(axis=1) for u in UNITS
-    }
-
-  listed = np.concatenate([scores[u][there[u]] for u in UNITS])
-  weights = np.concatenate([np.full(there[u].sum(), weight[u]) for u in UNITS])
-  order = np.argsort(-listed, kind="stable")
-  running = np.cumsum(weights[order])
-
-  def competing(ratio: float) -> Counts:
-    if ratio == 0:
-      return below(dict.fromkeys(UNITS, -np.inf))
-    at = np.argmin(np.abs(running - running[-1] * (1 - ratio)))
-    return below(dict.fromkeys(UNITS, listed[order[at]]))
-
-  def lowest(numbers: dict[str, int]) -> Counts:
-    """The lowest of all layers together."""
-    threshold = {}
-    for u in UNITS:
-      listed = np.sort(scores[u][there[u]])
-      threshold[u] = listed[numbers[u] - 1] if numbers[u] else -np.inf
-    return below(threshold)
+  if structure == "ALAM":
+    return _competing(full, there, scores)
+  if structure == "ULUM":
+    return lambda ratio: {u: (ratio * total[u]).astype(int) for u in UNITS}
+  # Over D: parameters of a KV group, and of a channel.
+  cost = {"K": (2 * full.queries_per_group + 2) * full.head_dim, "F": 3}
 
   def channels(ratio: float, K: np.ndarray, F: np.ndarray, gone) -> np.ndarray:
     """MLP channels that go when `gone` of K groups go, of F channels."""
     wanted = ratio * (K * cost["K"] + F * cost["F"]) - gone * cost["K"]
     return np.clip(wanted / cost["F"], 0, F).astype(int)
 
-  def counts_at(ratio: float) -> Counts:
+  def in_each_layer(ratio: float) -> Counts:
     K, F = total["K"], total["F"]
-    if settings.flap_structure == "ALAM":
-      return competing(ratio)
-    if settings.flap_structure == "ULUM":
-      return {u: (ratio * total[u]).astype(int) for u in UNITS}
-    if settings.flap_structure == "ULMM":
-      each = (
-        (ratio * K).astype(int) if groups is None else groups // full.num_layers
-      )
-      gone = np.minimum(each, K)
-      return {"K": gone, "F": channels(ratio, K, F, gone)}
-    gone = int(ratio * K.sum()) if groups is None else groups
-    return lowest(
-      {"K": gone, "F": int(channels(ratio, K.sum(), F.sum(), gone))}
-    )
+    each = (ratio * K).astype(int)
+    if groups is not None:
+      each = groups // full.num_layers
+    gone = np.minimum(each, K)
+    return {"K": gone, "F": channels(ratio, K, F, gone)}
+
+  def anywhere(ratio: float) -> Counts:
+    K, F = total["K"].sum(), total["F"].sum()
+    gone = int(ratio * K) if groups is None else groups
+    numbers = {"K": gone, "F": int(channels(ratio, K, F, gone))}
+    threshold = {}
+    for u in UNITS:
+      listed = np.sort(scores[u][there[u]])
+      threshold[u] = listed[numbers[u] - 1] if numbers[u] else -np.inf
+    return _below(threshold, there, scores)
+
+  return in_each_layer if structure == "ULMM" else anywhere
+
+
+def _competing(
+  full: ModelConfig, there: Masks, scores: Scores
+) -> exact_target.CountsAt:
+  """Units of all modules in one list, each with the weight of its parameters.
+
+  A KV group's weight, in channels, is an integer, as published.
+  """
+  weight = {"K": (2 * full.queries_per_group + 2) * full.head_dim // 3, "F": 1}
+  listed = np.concatenate([scores[u][there[u]] for u in UNITS])
+  weights = np.concatenate([np.full(there[u].sum(), weight[u]) for u in UNITS])
+  order = np.argsort(-listed, kind="stable")
+  running = np.cumsum(weights[order])
+
+  def counts_at(ratio: float) -> Counts:
+    if ratio == 0:
+      return _below(dict.fromkeys(UNITS, -np.inf), there, scores)
+    at = np.argmin(np.abs(running - running[-1] * (1 - ratio)))
+    return _below(dict.fromkeys(UNITS, listed[order[at]]), there, scores)
 
   return counts_at
 
 
-def compensate(
-  config: ModelConfig,
-  params: Params,
-  moments: dict[str, list[Moments]],
-  keep: Kept,
-  mesh: Mesh,
-) -> tuple[ModelConfig, Params]:
-  """The model with what the units not in `keep` add on average as biases."""
-  params = dict(params)
-  for i in range(config.num_layers):
-    name, sizes = axes.layer_name(i), config.sizes(i)
-    layer = dict(params[name])
-    for unit, bias_name in BIAS.items():
-      dtype = params["embedding"].dtype
-      bias = layer.get(bias_name, np.zeros(axes.shape(bias_name, sizes), dtype))
-      if config.units()[unit][i]:
-        mean = moments[unit][i].mean.copy()
-        mean[keep[unit][i]] = 0
-        weight = layer[READER[unit]]
-        bias = _output(weight, mean.astype(np.float32), bias, mesh=mesh)
-      layer[bias_name] = bias
-    params[name] = layer
-  config = dataclasses.replace(config, o_bias=True, down_bias=True)
-  return config, params
+def _below(threshold: dict[str, float], there: Masks, scores: Scores) -> Counts:
+  """Units of each module whose scores are not above a threshold."""
+  return {
+    u: (there[u] & (scores[u] <= threshold[u])).sum(axis=1) for u in UNITS
+  }
+
+
+def compensated(
+  layers: Params, moments: Statistics, keep: Masks, mesh: Mesh
+) -> Params:
+  """Stacked layers with what other units add on average as biases.
+
+  Args:
+    layers: {name: [L, ...]}, with the biases of `o` and `down`.
+    keep: units that stay; what they add is not in the biases.
+  """
+  layers = dict(layers)
+  for unit, name in BIAS.items():
+    biases = []
+    for i, keep_U in enumerate(keep[unit]):
+      mean = moments[unit][i].mean.copy()
+      mean[keep_U] = 0
+      weight, bias = layers[READER[unit]][i], layers[name][i]
+      biases.append(_output(weight, mean.astype(np.float32), bias, mesh=mesh))
+    layers[name] = np.stack(biases)
+  return layers
 
 
 def _empty(shape: tuple[int, ...]) -> Moments:
@@ -311,16 +335,6 @@ def _standard(score: np.ndarray) -> np.ndarray:
   """Standard scores; of one channel, or of equal ones, 0."""
   spread = score.std(ddof=1) if score.size > 1 else 0.0
   return (score - score.mean()) / spread if spread else score * 0
-
-
-def _spread(
-  scores: list[np.ndarray], kept: Any, full: ModelConfig, unit: str
-) -> np.ndarray:
-  """Scores of layers, in the original numbering: [L, units], 0 elsewhere."""
-  wide = np.zeros((full.num_layers, max(full.units()[unit])))
-  for row, score, units in zip(wide, scores, kept, strict=True):
-    row[units] = score
-  return wide
 
 
 @activations.reduced

@@ -6,106 +6,84 @@ model; the lowest go first. The tools take the last layer's output behind the
 final norm, which distorts its influence; here it is the stream itself.
 """
 
-from collections.abc import Callable
-
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
-from adapt_pruner_jax.config import Prune
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.models import axes
-from adapt_pruner_jax.models.axes import Params
-from adapt_pruner_jax.models.model_config import ModelConfig
-from adapt_pruner_jax.pruning import scores, surgery, task
-from adapt_pruner_jax.pruning.baselines import activations, budget
+from adapt_pruner_jax.pruning import exact_target, scores, steps, surgery
+from adapt_pruner_jax.pruning.baselines import activations
 from adapt_pruner_jax.pruning.surgery import Kept
-from adapt_pruner_jax.pruning.task import Pruned, Samples, Step
+from adapt_pruner_jax.pruning.task import Allotted, Masked, Measured
 
 
-def prune(
-  config: ModelConfig,
-  params: Params,
-  settings: Prune,
-  samples: Samples,
-  *,
-  target: int | None = None,
-  batch: int = 32,
-  mesh: Mesh | None = None,
-  full: ModelConfig | None = None,
-  kept: Kept | None = None,
-  seed: int = 0,
-  after: Step | None = None,
-  log: Callable[[dict, Step], None] | None = None,
-  layers: int | None = None,
-) -> Pruned:
-  """Drops as few whole layers as bring the model to `target` parameters.
+def measure(masked: Masked, tokens_NT: np.ndarray) -> Measured:
+  """Block influence of each layer; its units share it."""
+  task, total_L = masked.task, np.zeros(masked.task.full.num_layers)
+  pair, masks = activations.pair(masked), masked.masks
+  for tokens_BT, valid_B in activations.batches(
+    tokens_NT, task.batch, task.mesh
+  ):
+    x_BTD = activations.embed(*pair, tokens_BT, task.mesh)
+    for i in range(len(total_L)):
+      y_BTD = x_BTD
+      for unit in axes.UNITS:
+        y_BTD, _ = activations.half(
+          *pair, i, unit, y_BTD, task.mesh, masks[unit][i]
+        )
+      total_L[i] += _change(x_BTD, y_BTD, valid_B, mesh=task.mesh)
+      x_BTD = y_BTD
+  influence_L = total_L / tokens_NT.size
+  spread = {
+    u: np.repeat(influence_L[:, None], m.shape[1], axis=1)
+    for u, m in masks.items()
+  }
+  return Measured(spread, importance_L=influence_L)
 
-  A dropped layer stays in the numbering, with K = F = 0. Arguments as of
-  `prune.prune`; an interrupted call starts again.
 
-  Args:
-    layers: drop this many, whatever size results.
+def allot(masked: Masked, measured: Measured) -> Allotted:
+  """All units of as few layers as bring the model to its target.
+
+  A dropped layer stays in the numbering, without units.
 
   Raises:
     UserError: dropping all layers but one does not reach the target.
   """
-  budget.check_target(target, layers)
-  full, kept, mesh = budget.defaults(config, full, kept, mesh)
-  influence_L = influence(config, params, samples(0), batch, mesh)
-  before = masks = surgery.to_masks(kept, full)
-  there = np.flatnonzero(sum(m.sum(axis=1) for m in masks.values()))
-  order = there[np.argsort(influence_L[there], kind="stable")]
-  dropped = 0
-  while (
-    surgery.count(full, masks) > target if layers is None else dropped < layers
-  ):
-    if dropped == len(order) - 1:
-      raise UserError(
-        f"shortgpt cannot reach {target:,} parameters: with one layer left "
-        f"{surgery.count(full, masks):,} remain; raise the target"
-      )
-    masks = {u: m.copy() for u, m in masks.items()}
-    for mask in masks.values():
-      mask[order[dropped]] = False
-    dropped += 1
-  left = surgery.to_kept(masks)
-  config, params = surgery.gather(
-    config, params, surgery.relative_to(kept, left), mesh
+  exact_target.check_target(masked.task)
+  task, width = masked.task, surgery.widths(masked.masks)
+  influence_L = measured.importance_L
+  there = np.flatnonzero(width["K"] + width["F"])
+  lowest = there[np.argsort(influence_L[there], kind="stable")]
+  for dropped in range(len(lowest)):
+    counts = dropping(masked, lowest[:dropped])
+    left = {u: w - counts[u] for u, w in width.items()}
+    size = surgery.count_widths(task.full, left)
+    if size <= task.target:
+      return Allotted(counts, importance_L=influence_L)
+  raise UserError(
+    f"shortgpt cannot reach {task.target:,} parameters: with one layer left "
+    f"{size:,} remain; raise the target"
   )
-  for layer in order[:dropped]:
-    # What is left of an absent layer, its output biases, would still add.
-    name = axes.layer_name(layer)
-    params[name] = {
-      n: jnp.zeros_like(x) if n.endswith("bias") else x
-      for n, x in params[name].items()
-    }
-  step = budget.step(
-    1, full, before, masks, surgery.count(full, masks), importance_L=influence_L
-  )
-  record = task.record(step)
-  if log is not None:
-    log(record, step)
-  return Pruned(config, params, left, [record])
 
 
-def influence(
-  config: ModelConfig,
-  params: Params,
-  tokens_NT: np.ndarray,
-  batch: int,
-  mesh: Mesh,
-) -> np.ndarray:
-  """Block influence of each layer, float64 [L]."""
-  total_L = np.zeros(config.num_layers)
-  for tokens_BT, valid_B in activations.batches(tokens_NT, batch, mesh):
-    x_BTD = activations.embed(config, params, tokens_BT, mesh)
-    for i in range(config.num_layers):
-      y_BTD, _ = activations.half(config, params, i, "K", x_BTD, mesh)
-      y_BTD, _ = activations.half(config, params, i, "F", y_BTD, mesh)
-      total_L[i] += _change(x_BTD, y_BTD, valid_B, mesh=mesh)
-      x_BTD = y_BTD
-  return total_L / tokens_NT.size
+def dropping(masked: Masked, layers: np.ndarray) -> dict[str, np.ndarray]:
+  """The counts that remove these layers."""
+  width = surgery.widths(masked.masks)
+  gone_L = np.isin(np.arange(masked.task.full.num_layers), layers)
+  return {u: np.where(gone_L, w, 0) for u, w in width.items()}
+
+
+def finish(masked: Masked, left: Kept, measured: Measured | None) -> steps.Pair:
+  """The smaller pair; what is left of an absent layer adds nothing."""
+  config, params = steps.gathered(masked, left, measured)
+  for i in range(config.num_layers):
+    if not config.kv_groups[i] and not config.ffn_widths[i]:
+      name = axes.layer_name(i)
+      params[name] = {
+        n: jnp.zeros_like(x) if n.endswith("bias") else x
+        for n, x in params[name].items()
+      }
+  return config, params
 
 
 @activations.reduced

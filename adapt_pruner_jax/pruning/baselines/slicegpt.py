@@ -13,7 +13,6 @@ solved for the parameter target.
 
 import bisect
 import dataclasses
-from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -21,77 +20,82 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from adapt_pruner_jax.config import Prune
 from adapt_pruner_jax.distributed import sharding
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.models import axes, model_config
 from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.model_config import ModelConfig
-from adapt_pruner_jax.pruning import surgery, task
-from adapt_pruner_jax.pruning.baselines import activations, budget
-from adapt_pruner_jax.pruning.surgery import Kept
-from adapt_pruner_jax.pruning.task import Pruned, Samples, Step
+from adapt_pruner_jax.pruning import exact_target
+from adapt_pruner_jax.pruning.baselines import activations
+from adapt_pruner_jax.pruning.task import Pruned, PruneTask, Step, record
 
 DAMPING = 0.01  # of the mean eigenvalue, added to all
 # Places of the residual stream: 0 behind the embedding, 2 i + 1 behind the
 # attention of layer i, 2 i + 2 behind its MLP.
 
 
-def prune(
-  config: ModelConfig,
-  params: Params,
-  settings: Prune,
-  samples: Samples,
-  *,
-  target: int | None = None,
-  batch: int = 32,
-  mesh: Mesh | None = None,
-  full: ModelConfig | None = None,
-  kept: Kept | None = None,
-  seed: int = 0,
-  after: Step | None = None,
-  log: Callable[[dict, Step], None] | None = None,
-  width: int | None = None,
-) -> Pruned:
-  """Slices a model to the largest size not above `target` parameters.
+def prune(task: PruneTask) -> Pruned:
+  """Slices a model to the largest size not above `task.target` parameters.
 
-  All places get one width d; as many places as still fit get the next one.
-  Arguments as of `prune.prune`; an interrupted call starts again.
-
-  Args:
-    width: slice to this width everywhere, whatever size results.
+  All places get one width d; as many places as still fit get the next one. An
+  interrupted prune starts again.
 
   Raises:
     UserError: norms that cannot be folded, or a target out of reach.
   """
-  budget.check_target(target, width)
-  full, kept, mesh = budget.defaults(config, full, kept, mesh)
-  _check(config)
-  config, params = fuse(config, params, settings.slice_subtract_mean, mesh)
-  if width is None:
-    widths = solve_widths(config, target, settings.slice_multiple)
-  else:
-    widths = (width,) * (2 * config.num_layers) + (config.sizes()["E"],)
-  tokens_NT = samples(0)
-  eigenvalues = []
-  for place, width_ in enumerate(widths):
+  exact_target.check_target(task)
+  config, params = _fused(task)
+  multiple = task.settings.slicegpt.multiple
+  widths = solve_widths(config, task.target, multiple)
+  return slice_to(task, config, params, widths)
+
+
+def slice_to_width(task: PruneTask, width: int) -> Pruned:
+  """Slices to one width everywhere, whatever size results."""
+  config, params = _fused(task)
+  widths = (width,) * (2 * config.num_layers) + (config.sizes()["E"],)
+  return slice_to(task, config, params, widths)
+
+
+def slice_to(
+  task: PruneTask,
+  config: ModelConfig,
+  params: Params,
+  widths: tuple[int, ...],
+) -> Pruned:
+  """Slices a fused model, place after place, to widths of all places."""
+  tokens_NT, eigenvalues = task.samples(0), []
+  for place, width in enumerate(widths):
     values, basis = principal(
-      covariance(config, params, place, tokens_NT, batch, mesh)
+      covariance(config, params, place, tokens_NT, task.batch, task.mesh)
     )
-    config, params = project(config, params, place, basis[:, :width_], mesh)
+    config, params = project(config, params, place, basis[:, :width], task.mesh)
     eigenvalues.append(values)
-  masks = surgery.to_masks(kept, full)
-  step = budget.step(1, full, masks, masks, model_config.count_params(config))
-  record = task.record(step)
+  nan_L = np.full(config.num_layers, np.nan)
+  step = Step(
+    1,
+    task.begin,
+    dict.fromkeys(axes.UNITS, np.zeros(config.num_layers)),
+    model_config.count_params(config),
+    losses_M=np.array([np.nan]),
+    importance_L=nan_L,
+    relative=dict.fromkeys(axes.UNITS, nan_L),
+  )
   # Shares of the variance that is kept, to say where it hurt.
   explained = [
     float(v[:w].sum() / v.sum())
     for v, w in zip(eigenvalues, widths, strict=True)
   ]
-  record |= {"residual": list(widths), "explained": explained}
-  if log is not None:
-    log(record, step)
-  return Pruned(config, params, kept, [record])
+  trace = record(step) | {"residual": list(widths), "explained": explained}
+  if task.log is not None:
+    task.log(trace, step)
+  return Pruned(config, params, task.kept, [trace])
+
+
+def _fused(task: PruneTask) -> tuple[ModelConfig, Params]:
+  _check(task.config)
+  subtract_mean = task.settings.slicegpt.subtract_mean
+  return fuse(task.config, task.params, subtract_mean, task.mesh)
 
 
 def solve_widths(

@@ -1,9 +1,4 @@
-"""Adapt-Pruner: scores and a schedule decide which units stay (2502.03460).
-
-Within a stage units are only masked, in dense stacked coordinates, so that one
-executable scores every step of every stage; at its end the kept units are
-gathered into a smaller model (`surgery`).
-"""
+"""Which units of a module go: those of the lowest scores."""
 
 from collections.abc import Mapping
 
@@ -12,11 +7,16 @@ import numpy as np
 from adapt_pruner_jax.models.axes import UNITS
 from adapt_pruner_jax.pruning.surgery import Masks
 
-# ---- Which units go ----------------------------------------------------------
 
+def order(
+  scores: Mapping[str, np.ndarray], masks: Masks
+) -> dict[str, list[np.ndarray]]:
+  """Units left in each module, lowest score first (ties: lowest index).
 
-def ranking(scores: Mapping[str, np.ndarray], masks: Masks) -> dict[str, list]:
-  """Units left in each module, lowest score first (ties: lowest index)."""
+  Args:
+    scores: {"K": [L, K], "F": [L, F]}; those of masked units mean nothing.
+    masks: units that are left, bool of the same shapes.
+  """
   return {
     u: [
       np.flatnonzero(m)[np.argsort(s[m], kind="stable")]
@@ -27,7 +27,9 @@ def ranking(scores: Mapping[str, np.ndarray], masks: Masks) -> dict[str, list]:
 
 
 def remove(
-  masks: Masks, order: dict[str, list], counts: Mapping[str, np.ndarray]
+  masks: Masks,
+  order: Mapping[str, list[np.ndarray]],
+  counts: Mapping[str, np.ndarray],
 ) -> Masks:
   """Masks without the first `counts` units of each module's `order`."""
   masks = {u: m.copy() for u, m in masks.items()}

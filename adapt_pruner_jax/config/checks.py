@@ -1,0 +1,141 @@
+"""Which values a recipe may have."""
+
+import re
+
+from adapt_pruner_jax.config.fields import (
+  CHOICES,
+  WHOLE,
+  Config,
+  Prune,
+  get,
+  task_names,
+)
+from adapt_pruner_jax.errors import UserError, nearest
+
+# The least that a field may be.
+AT_LEAST = {
+  "prune.target_params": 0,
+  "prune.max_steps": 0,
+  "prune.amplitude": 0,
+  "prune.stages": 1,
+  "prune.round_ffn_to": 1,
+  "prune.round_kv_to": 1,
+  "prune.uniform.steps": 1,
+  "prune.slicegpt.multiple": 1,
+  "prune.refit_ridge": 0,
+  "calibration.refit_samples": 2,
+  "calibration.samples": 1,
+  "calibration.seq_len": 2,
+  "calibration.batch": 1,
+  "data.seq_len": 2,
+  "data.batch": 1,
+  "train.tokens": 0,
+  "train.learning_rate": 0,
+  "train.min_learning_rate": 0,
+  "train.weight_decay": 0,
+  "train.accumulation": 1,
+  "train.distill_alpha": 0,
+  "train.lora_rank": 0,
+  "train.lora_alpha": 0,
+  "eval.seq_len": 0,
+  "eval.batch": 1,
+  "checkpoint.steps": 1,
+  "checkpoint.keep": 1,
+}
+
+
+def check(config: Config) -> None:
+  """Raises a UserError for a value that no run can have."""
+  for name, allowed in CHOICES.items():
+    value = get(config, name)
+    if value not in allowed:
+      raise UserError(
+        f"--config.{name}={value} is not one of {', '.join(allowed)}"
+        + nearest(str(value), allowed)
+      )
+  _check_target(config.prune)
+  for name, low in AT_LEAST.items():
+    value = get(config, name)
+    if not value >= low:  # written so that NaN fails
+      raise UserError(f"--config.{name}={value} must be at least {low}")
+  if config.train.distill_alpha > 1:
+    raise UserError(
+      f"train.distill_alpha={config.train.distill_alpha} must be in [0, 1]"
+    )
+  rate, least = config.train.learning_rate, config.train.min_learning_rate
+  if config.train.tokens and least > rate:
+    raise UserError(
+      f"--config.train.min_learning_rate={least} is above "
+      f"--config.train.learning_rate={rate}: the rate would rise at the end"
+    )
+  for name in {"perplexity", "latency"} & {*task_names(config.eval)}:
+    raise UserError(
+      f"--config.eval.tasks={config.eval.tasks}: {name} is no task here; give "
+      "--config.eval.text=FILE for perplexity, --config.eval.latency=True for "
+      "latency"
+    )
+  for name in (
+    "prune.step_size",
+    "prune.ranking.step_size",
+    "prune.ranking.cap",
+  ):
+    if not 0 < get(config, name) <= 1:
+      raise UserError(f"{name}={get(config, name)} must be in (0, 1]")
+  _check_parts(config.prune)
+
+
+def _check_target(p: Prune) -> None:
+  if p.ratio and p.target_params:
+    raise UserError(
+      f"prune.ratio={p.ratio} and prune.target_params={p.target_params} are "
+      "both given: give one of them"
+    )
+  if not (p.ratio or p.target_params or p.max_steps):
+    raise UserError(
+      "no target: give --config.prune.ratio=0.2 (share of all parameters to "
+      "remove), --config.prune.target_params=N, or --config.prune.max_steps=N"
+    )
+  if not 0 <= p.ratio < 1:
+    raise UserError(f"prune.ratio={p.ratio} must be in [0, 1)")
+  if p.stages > 1 and not (p.ratio or p.target_params):
+    raise UserError(
+      f"prune.stages={p.stages} needs prune.ratio or prune.target_params"
+    )
+
+
+def _check_parts(p: Prune) -> None:
+  """Whether method, allotment, score and refit go together."""
+  if not isinstance(p.refit, str):
+    raise UserError(f'prune.refit={p.refit!r} must be text: "{p.refit}"')
+  if not re.fullmatch(r"none|final|[1-9]\d*", p.refit):
+    raise UserError(
+      f"--config.prune.refit={p.refit} is not none, final, or a number of "
+      "pruning steps (such as 2) after which to refit"
+    )
+  if p.refit != "none" and p.method == "slicegpt":
+    raise UserError(
+      "SliceGPT changes the residual width, which a refit compares: give "
+      "--config.prune.refit=none"
+    )
+  for name in ("allotment", "group_importance"):
+    if getattr(p, name) and p.method in WHOLE:
+      raise UserError(
+        f"--config.prune.{name}={getattr(p, name)} cannot be combined with "
+        f"--config.prune.method={p.method}, whose scores and allotment are one "
+        "thing: leave it out, or give --config.prune.method=adapt"
+      )
+
+
+def layer_range(text: str, num_layers: int, name: str) -> range:
+  """Parses '2:6' (half open; either end may be left out; empty = all)."""
+  if not text:
+    return range(num_layers)
+  found = re.fullmatch(r"(\d*):(\d*)", text.strip())
+  start = int(found[1] or 0) if found else -1
+  stop = int(found[2] or num_layers) if found else -1
+  if not 0 <= start <= stop <= num_layers:
+    raise UserError(
+      f"--config.{name}={text} is not a range of layers START:STOP within "
+      f"0:{num_layers}"
+    )
+  return range(start, stop)

@@ -1,0 +1,331 @@
+"""The recipe of a run: every knob, visible, with its default.
+
+A file in `configs/` returns a `Config`; `--config.section.field=value` on the
+command line overrides a field. Numbers in the comments are the paper's.
+"""
+
+import dataclasses
+from typing import Any
+
+from adapt_pruner_jax.errors import UserError, nearest
+
+CHOICES = {
+  "model.dtype": ("", "float32", "bfloat16", "float16"),
+  "prune.method": (
+    "adapt",
+    "curvature",
+    "llm_pruner",
+    "flap",
+    "wanda_sp",
+    "slicegpt",
+    "shortgpt",
+    "magnitude",
+    "random",
+  ),
+  "prune.group_importance": (
+    "taylor",
+    "taylor_vectorize",
+    "taylor_second",
+    "taylor_mix",
+    "l1",
+    "l2",
+    "random",
+    "curvature",
+    "fluctuation",
+    "",
+  ),
+  "prune.allotment": ("adapt", "uniform", "ranking", ""),
+  "prune.layer_importance": ("cosine", "euclidean", "manhattan"),
+  "prune.gqa_fold": ("aligned", "reference"),
+  "prune.llm_pruner.ranking": ("layer", "global"),
+  "prune.flap.metric": ("WIFV", "WIFN", "IFV"),
+  "prune.flap.structure": ("ALAM", "ALMM", "ULUM", "ULMM"),
+  "prune.magnitude.norm": ("l1", "l2"),
+  "train.schedule": ("wsd", "cosine"),
+  "train.dtype": ("float32", "bfloat16"),
+  "train.data_share": ("linear", "constant", "cosine"),
+}
+
+
+class Section:
+  """A part of the recipe; a name that it does not have is an error at once.
+
+  Else a recipe file with a misspelt field would change nothing, silently.
+  """
+
+  def __new__(cls, *_: Any, **given: Any) -> "Section":
+    for name in given:
+      cls._require(name)
+    return super().__new__(cls)
+
+  def __setattr__(self, name: str, value: Any) -> None:
+    self._require(name)
+    super().__setattr__(name, value)
+
+  @classmethod
+  def _require(cls, name: str) -> None:
+    names = [field.name for field in dataclasses.fields(cls)]
+    if name in names:
+      return
+    full = ".".join([*_place(cls, Config), name])
+    if full in OLD_FIELDS:
+      raise UserError(f"{full} is now {OLD_FIELDS[full]}")
+    raise UserError(
+      f"no field {full}{nearest(name, names)}; "
+      "`adapt-pruner run --help` lists them"
+    )
+
+
+def _place(section: type, within: type) -> list[str]:
+  """The names that lead to a section, ["prune", "flap"]; [] of `within`."""
+  for field in dataclasses.fields(within):
+    if field.type is section:
+      return [field.name]
+    inside = dataclasses.is_dataclass(field.type)
+    if inside and (found := _place(section, field.type)):
+      return [field.name, *found]
+  return []
+
+
+@dataclasses.dataclass
+class Model(Section):
+  path: str = "tiny"  # HuggingFace directory, hub id, or "tiny" (embedded)
+  # Of the result's weights; "" = as they are stored, each its own. With any
+  # other, what does not train is computed in it as well, else in float32.
+  dtype: str = ""
+  ignore_fields: str = ""  # config.json fields to ignore, comma separated
+
+
+@dataclasses.dataclass
+class Ranking(Section):
+  """One ranking of all units by score per parameter."""
+
+  step_size: float = 0.05  # of all parameters, removed a step
+  cap: float = 0.2  # of a module's units, removed a step at most
+
+
+@dataclasses.dataclass
+class Uniform(Section):
+  """The same share of every layer."""
+
+  steps: int = 1  # scores are taken anew for each
+
+
+@dataclasses.dataclass
+class LlmPruner(Section):
+  ranking: str = "layer"  # units compete in their layer, or "global"
+
+
+@dataclasses.dataclass
+class Flap(Section):
+  metric: str = "WIFV"
+  structure: str = "ALAM"  # adaptive or uniform over layers, over modules
+
+
+@dataclasses.dataclass
+class SliceGpt(Section):
+  multiple: int = 1  # of residual widths; published (and faster): 8
+  subtract_mean: bool = False  # published, but wrong for RMSNorm
+
+
+@dataclasses.dataclass
+class Magnitude(Section):
+  norm: str = "l2"
+
+
+# The published pairs: which allotment and which unit score a method is. Names
+# that are not choices of prune.allotment and prune.group_importance are the
+# method's own.
+PUBLISHED = {
+  "adapt": ("adapt", "taylor"),
+  "curvature": ("ranking", "curvature"),
+  "llm_pruner": ("llm_pruner", "taylor"),
+  "flap": ("flap", "flap"),
+  "wanda_sp": ("wanda_sp", "wanda_sp"),
+  "slicegpt": ("slicegpt", "slicegpt"),
+  "shortgpt": ("shortgpt", "shortgpt"),
+  "magnitude": ("llm_pruner", "magnitude"),
+  "random": ("llm_pruner", "random"),
+}
+
+# Methods whose score and allotment are one thing.
+WHOLE = ("wanda_sp", "slicegpt", "shortgpt")
+
+
+@dataclasses.dataclass
+class Prune(Section):
+  method: str = "adapt"
+  # The target: parameters to keep, or the share of all parameters to remove.
+  # 0 = not given; exactly one of them, or neither and max_steps.
+  target_params: int = 0
+  ratio: float = 0.0
+  stages: int = 1
+  step_size: float = 0.02  # growth of the mean sparsity a step
+  max_steps: int = 0  # steps a stage; 0 = as many as the target needs
+  amplitude: float = 0.02  # sparsity moved from important to unimportant layers
+  # How much goes from each module and what a unit is worth; empty = as
+  # published with the method.
+  allotment: str = ""
+  group_importance: str = ""
+  layer_importance: str = "cosine"
+  attention_layers: str = ""  # "2:6", half open; empty = all
+  mlp_layers: str = ""
+  gqa_fold: str = "aligned"  # "reference" = the authors' code
+  trim: bool = True  # end just below the target; False = the authors'
+  round_ffn_to: int = 1  # MLP widths become multiples of this
+  # So do the numbers of KV groups, as a tensor-parallel server needs.
+  round_kv_to: int = 1
+  # Least squares on what is left: none, final, or every so many steps and at
+  # the end.
+  refit: str = "none"
+  refit_ridge: float = 0.0  # 0 = by the number of tokens
+  refit_all: bool = False  # all seven matrices, not just o and down
+  # Of single allotments and methods; the defaults are the published ones.
+  ranking: Ranking = dataclasses.field(default_factory=Ranking)
+  uniform: Uniform = dataclasses.field(default_factory=Uniform)
+  llm_pruner: LlmPruner = dataclasses.field(default_factory=LlmPruner)
+  flap: Flap = dataclasses.field(default_factory=Flap)
+  slicegpt: SliceGpt = dataclasses.field(default_factory=SliceGpt)
+  magnitude: Magnitude = dataclasses.field(default_factory=Magnitude)
+
+  def rounding(self) -> dict[str, int]:
+    """What widths become multiples of, by unit: KV groups, MLP channels."""
+    return {"K": self.round_kv_to, "F": self.round_ffn_to}
+
+  def pair(self) -> tuple[str, str]:
+    """The allotment and the unit score that these settings ask for."""
+    allotment, score = PUBLISHED[self.method]
+    if score == "magnitude":
+      score = self.magnitude.norm
+    return self.allotment or allotment, self.group_importance or score
+
+
+@dataclasses.dataclass
+class Calibration(Section):
+  # embedded | text:FILE | jsonl:FILE | hf:NAME | tfds:NAME, or several with
+  # weights (see sources.py), or npy:FILE
+  source: str = "embedded"
+  samples: int = 512  # sequences, fresh ones for each step
+  seq_len: int = 64
+  batch: int = 32  # sequences at a time
+  refit_samples: int = 512  # sequences of a refit
+
+
+@dataclasses.dataclass
+class Data(Section):
+  source: str = "embedded"  # as calibration.source, but npy
+  seq_len: int = 1024
+  batch: int = 32  # sequences a train step
+
+  @property
+  def step_tokens(self) -> int:
+    """Tokens of a train step."""
+    return self.batch * self.seq_len
+
+
+@dataclasses.dataclass
+class Train(Section):
+  tokens: int = 0  # recovery training over all stages; 0 = none
+  learning_rate: float = 2e-5
+  min_learning_rate: float = 2e-6
+  schedule: str = "wsd"
+  data_share: str = "linear"  # share of the tokens that a stage gets
+  weight_decay: float = 0.0
+  dtype: str = "float32"  # of the arithmetic; weights and moments are float32
+  remat: bool = False  # recompute each layer in the backward pass
+  accumulation: int = 1  # microbatches a step
+  carry_moments: bool = True  # keep Adam's moments of what a prune leaves
+  distill_alpha: float = 0.0  # weight of the distillation loss; 0 = none
+  lora_rank: int = 0  # 0 = train all weights
+  lora_alpha: float = 16.0
+  skip_nonfinite: bool = False  # pass over a batch with a non-finite loss
+
+
+@dataclasses.dataclass
+class Mesh(Section):
+  data: int = 1  # -1 = whatever is left, for one of the three
+  fsdp: int = -1
+  tensor: int = 1
+
+
+@dataclasses.dataclass
+class Eval(Section):
+  text: str = ""  # a text file for the perplexity, "embedded"; empty = none
+  tasks: str = ""  # presets and lm-eval's tasks, comma separated; empty = none
+  tasks_dir: str = ""  # jsonl files of the questions; empty = the network
+  latency: bool = False  # `run` also times the original and the result
+  seq_len: int = 0  # tokens a window; 0 = the model's context, at most 2048
+  batch: int = 8
+
+
+@dataclasses.dataclass
+class Checkpoint(Section):
+  steps: int = 500  # train steps between checkpoints
+  keep: int = 2  # the newest so many
+
+
+@dataclasses.dataclass
+class Log(Section):
+  tensorboard: bool = True
+  trackers: str = ""  # wandb, trackio, or both
+
+
+@dataclasses.dataclass
+class Config(Section):
+  """A run; `dataclasses.asdict` of it is the work directory's config.json."""
+
+  model: Model = dataclasses.field(default_factory=Model)
+  prune: Prune = dataclasses.field(default_factory=Prune)
+  calibration: Calibration = dataclasses.field(default_factory=Calibration)
+  data: Data = dataclasses.field(default_factory=Data)
+  train: Train = dataclasses.field(default_factory=Train)
+  mesh: Mesh = dataclasses.field(default_factory=Mesh)
+  eval: Eval = dataclasses.field(default_factory=Eval)
+  checkpoint: Checkpoint = dataclasses.field(default_factory=Checkpoint)
+  log: Log = dataclasses.field(default_factory=Log)
+  oneshot_control: bool = False  # then also prune in one go, to compare
+  seed: int = 0
+
+
+def task_names(recipe: Eval) -> list[str]:
+  """The names in `eval.tasks`."""
+  return [name.strip() for name in recipe.tasks.split(",") if name.strip()]
+
+
+def field_names(config: Config) -> list[str]:
+  """Dotted names of all fields, e.g. 'prune.ratio'."""
+  return [".".join(path) for path, _ in leaves(dataclasses.asdict(config))]
+
+
+def get(config: Config, name: str) -> Any:
+  """Value of a dotted field."""
+  value = config
+  for part in filter(None, name.split(".")):
+    value = getattr(value, part)
+  return value
+
+
+# Fields that once had another name. A stored recipe is read with the old names
+# too; a command line and a recipe file are told the new one.
+OLD_FIELDS = {
+  "prune.llm_pruner_steps": "prune.uniform.steps",
+  "prune.llm_pruner_ranking": "prune.llm_pruner.ranking",
+  "prune.flap_metric": "prune.flap.metric",
+  "prune.flap_structure": "prune.flap.structure",
+  "prune.slice_multiple": "prune.slicegpt.multiple",
+  "prune.slice_subtract_mean": "prune.slicegpt.subtract_mean",
+  "prune.magnitude_norm": "prune.magnitude.norm",
+  "prune.curvature_step": "prune.ranking.step_size",
+  "prune.cap": "prune.ranking.cap",
+}
+
+
+def leaves(tree: dict, path: tuple = ()) -> list[tuple[tuple, Any]]:
+  """Lists the values in nested dicts, each with the keys that lead to it."""
+  found = []
+  for key, value in tree.items():
+    if isinstance(value, dict):
+      found += leaves(value, (*path, key))
+    else:
+      found.append(((*path, key), value))
+  return found

@@ -1,0 +1,204 @@
+"""Sizes, tokens and FLOPs of a run: arithmetic on the recipe and the shapes."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+
+from adapt_pruner_jax.config import Config, Prune
+from adapt_pruner_jax.models import model_config
+from adapt_pruner_jax.models.axes import UNITS
+from adapt_pruner_jax.models.model_config import ModelConfig
+from adapt_pruner_jax.planning.hardware import Hardware
+from adapt_pruner_jax.pruning import schedule
+from adapt_pruner_jax.pruning.targets import prunable_modules, smallest
+
+
+def stage_table(
+  config: Config, full: ModelConfig, target: int | None
+) -> list[dict]:
+  """Lists the stages with their sizes, steps, tokens and FLOPs.
+
+  Args:
+    config: the recipe.
+    full: the original model.
+    target: parameters at the end; None = as `prune.max_steps` leaves.
+
+  Returns:
+    A row a stage; its "config" is the model behind the stage, pruned evenly.
+  """
+  settings = config.prune
+  size, number = model_config.count_params(full), settings.stages
+  targets = [even_target(full, settings)]
+  if target is not None:
+    targets = schedule.stage_targets(size, target, number)
+  per_step = config.data.step_tokens
+  total = -(-config.train.tokens // per_step)
+  ends = schedule.stage_ends(total, number, config.train.data_share)
+  rows, now, trained = [], full, 0
+  for i, (aim, last) in enumerate(zip(targets, ends, strict=True)):
+    after = evenly(full, settings, aim)
+    needed = prune_steps(now, after, full, settings)
+    steps = min(needed, settings.max_steps or needed)
+    rows.append(
+      {
+        "stage": i + 1,
+        "config": after,
+        "params": model_config.count_params(after),
+        "kv_groups": _spread(after.kv_groups),
+        "ffn": _spread(after.ffn_widths),
+        "steps_needed": needed,
+        "prune_steps": steps,
+        "train_steps": last - trained,
+        "train_tokens": (last - trained) * per_step,
+        "prune_flops": steps * scoring_flops(full, config),
+        "train_flops": (last - trained)
+        * per_step
+        * training_flops(after, full, config),
+      }
+    )
+    now, trained = after, last
+  return rows
+
+
+def even_target(full: ModelConfig, settings: Prune) -> int:
+  """Counts the parameters that `max_steps` steps leave, without a target."""
+  size = model_config.count_params(full)
+  if settings.pair()[0] == "ranking":
+    gone = int(size * settings.max_steps * settings.ranking.step_size)
+  else:
+    share = min(settings.max_steps * settings.step_size, 1)
+    gone = int(_prunable_params(full, settings) * share)
+  return max(size - gone, smallest(full, settings))
+
+
+def evenly(full: ModelConfig, settings: Prune, target: int) -> ModelConfig:
+  """Finds the largest model not above `target` that loses evenly everywhere.
+
+  KV groups are few: where their rounding takes too much or too little, the MLPs
+  make up for it.
+  """
+  prunable = prunable_modules(full, settings)
+
+  def cut(unit: str, share: float, rounding: Callable = math.floor) -> tuple:
+    block = settings.rounding()[unit]
+    return tuple(
+      min(n, max(rounding(n * (1 - share) / block), 1) * block) if may else n
+      for n, may in zip(full.units()[unit], prunable[unit], strict=True)
+    )
+
+  def made(K: tuple, share: float) -> ModelConfig:
+    return dataclasses.replace(full, kv_groups=K, ffn_widths=cut("F", share))
+
+  def fits(config: ModelConfig) -> bool:
+    return model_config.count_params(config) <= target
+
+  share = _least(lambda s: fits(made(cut("K", s), s)))
+  found = []
+  for rounding in math.floor, math.ceil:
+    K = cut("K", share, rounding)
+    found.append(made(K, _least(lambda s, K=K: fits(made(K, s)))))
+  return max(filter(fits, found), key=model_config.count_params)
+
+
+def prune_steps(
+  before: ModelConfig, after: ModelConfig, full: ModelConfig, settings: Prune
+) -> int:
+  """Counts the pruning steps of a stage.
+
+  Each grows the mean sparsity by `step_size` or, of one ranking, removes
+  `ranking.step_size` of the original's parameters.
+  """
+  allotment, _ = settings.pair()
+  gone = model_config.count_params(before) - model_config.count_params(after)
+  if allotment == "ranking":
+    share = gone / model_config.count_params(full)
+    return max(math.ceil(share / settings.ranking.step_size - 1e-9), 1)
+  if allotment == "adapt":
+    share = gone / max(_prunable_params(before, settings), 1)
+    return max(math.ceil(share / settings.step_size - 1e-9), 1)
+  if allotment in ("uniform", "llm_pruner"):
+    return settings.uniform.steps
+  return 1
+
+
+def scoring_flops(config: ModelConfig, recipe: Config) -> float:
+  """Counts the FLOPs of one pruning step, always at the original's size.
+
+  With gradients a layer runs forward twice and backward once, the output
+  matrix forward once and backward for its input. Curvature goes backward to
+  activations only, and has Gram matrices.
+  """
+  layer, head = forward_flops(config, recipe.calibration.seq_len)
+  each = 4 * layer + 2 * head
+  _, score = recipe.prune.pair()
+  if score == "curvature":
+    heads = [
+      K * config.queries_per_group * config.head_dim for K in config.kv_groups
+    ]
+    grams = [n**2 + config.hidden_size**2 for n in (*heads, *config.ffn_widths)]
+    each = 3 * layer + 2 * head + 2 * sum(grams)
+  elif not score.startswith("taylor"):
+    each = layer + head
+  return recipe.calibration.samples * recipe.calibration.seq_len * each
+
+
+def training_flops(
+  config: ModelConfig, teacher: ModelConfig, recipe: Config
+) -> float:
+  """Counts the FLOPs of training on one token: three times forward.
+
+  What rematerialisation repeats does not count, as in the definition of MFU.
+  """
+  flops = 3 * sum(forward_flops(config, recipe.data.seq_len))
+  if recipe.train.distill_alpha:
+    flops += sum(forward_flops(teacher, recipe.data.seq_len))
+  return flops
+
+
+def forward_flops(config: ModelConfig, seq_len: int) -> tuple[float, float]:
+  """Counts the FLOPs of one token: (all layers, the output matrix)."""
+  matrix = config.vocab_size * config.hidden_size
+  outside = matrix * (1 if config.tied else 2)
+  inside = model_config.count_params(config) - outside
+  scores = (
+    2
+    * seq_len
+    * config.head_dim
+    * config.queries_per_group
+    * sum(config.kv_groups)
+  )  # q k^T and a v
+  return 2.0 * (inside + scores), 2.0 * matrix
+
+
+def hours(flops: float, hardware: Hardware) -> float | None:
+  """Says how long so many FLOPs take; None if the peak is not known."""
+  if not hardware.peak:
+    return None
+  return flops / (hardware.peak * hardware.mfu * hardware.devices) / 3600
+
+
+def _prunable_params(config: ModelConfig, settings: Prune) -> int:
+  cost, prunable = (
+    model_config.unit_cost(config),
+    prunable_modules(config, settings),
+  )
+  return sum(
+    cost[u] * n
+    for u in UNITS
+    for n, may in zip(config.units()[u], prunable[u], strict=True)
+    if may
+  )
+
+
+def _least(is_enough: Callable[[float], bool]) -> float:
+  """Finds the smallest share in [0, 1] that is enough, by bisection."""
+  low, high = 0.0, 1.0
+  for _ in range(40):
+    middle = (low + high) / 2
+    low, high = (low, middle) if is_enough(middle) else (middle, high)
+  return high
+
+
+def _spread(widths: Sequence[int]) -> str:
+  low, high = min(widths), max(widths)
+  return f"{low:,}" if low == high else f"{low:,} - {high:,}"

@@ -1,0 +1,56 @@
+"""Bytes on disk: of the original, of the export, of checkpoints."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax.numpy as jnp
+
+from adapt_pruner_jax.config import Config
+from adapt_pruner_jax.formats.hf import files
+from adapt_pruner_jax.models import model_config
+from adapt_pruner_jax.models.model_config import ModelConfig
+from adapt_pruner_jax.planning import arrays
+from adapt_pruner_jax.runs.summary import weight_bytes
+
+
+def disk(
+  config: Config, configs: Sequence[ModelConfig], folder: Path | None
+) -> dict[str, int]:
+  """Bytes of the original, the export, a checkpoint, and all that are kept.
+
+  Args:
+    config: the recipe.
+    configs: of the original and of the model after each stage.
+    folder: of the original; None if it is still to be made.
+  """
+  itemsize = arrays.weight_dtype(config).itemsize
+  largest = model_config.count_params(configs[1])
+  checkpoint = largest * itemsize
+  if config.train.tokens and not config.train.lora_rank:
+    checkpoint += 2 * largest * 4
+  # While one is written, the old ones are still there.
+  counts = [model_config.count_params(c) for c in (configs[0], configs[-1])]
+  original = original_bytes(configs[0], folder)
+  stored = round(original / counts[0])  # bytes of most weights
+  if config.model.dtype:
+    stored = jnp.dtype(config.model.dtype).itemsize
+  return {
+    "original": original,
+    "export": counts[1] * stored,
+    "checkpoint": checkpoint,
+    "checkpoints": checkpoint * (config.checkpoint.keep + 1),
+  }
+
+
+def original_bytes(full: ModelConfig, folder: Path | None) -> int:
+  """Bytes of the original's files; as its config.json says if there are none.
+
+  Of a hub model `plan` has config.json alone.
+  """
+  dtype = "float32"
+  if folder is not None and any(folder.glob("*.safetensors")):
+    return weight_bytes(folder)
+  if folder is not None:
+    raw = files.read_json(folder / files.CONFIG)
+    dtype = raw.get("dtype") or raw.get("torch_dtype") or dtype
+  return model_config.count_params(full) * jnp.dtype(dtype).itemsize

@@ -1,0 +1,188 @@
+"""Device memory of recovery training, compiled or added up."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from adapt_pruner_jax.config import Config
+from adapt_pruner_jax.distributed import placement
+from adapt_pruner_jax.models import axes, model_config
+from adapt_pruner_jax.models.model_config import ModelConfig
+from adapt_pruner_jax.planning import arrays
+from adapt_pruner_jax.planning.arrays import Bytes
+from adapt_pruner_jax.training import lora, optimizer
+from adapt_pruner_jax.training.step import make_step
+
+FEW_LAYERS = (2, 3)  # layers of the training programs that are compiled
+BATCH_FIELDS = {
+  "tokens_BT": jnp.int32,
+  "targets_BT": jnp.int32,
+  "segments_BT": jnp.int32,
+  "positions_BT": jnp.int32,
+  "weights_BT": jnp.float32,
+}
+
+
+def training(
+  config: Config, full: ModelConfig, student: ModelConfig, mesh: Mesh
+) -> Bytes:
+  """Measures a train step, by compiling it with few layers.
+
+  Args:
+    config: the recipe.
+    full: the original model, which may be the teacher.
+    student: the largest model that is trained.
+    mesh: the devices that it is compiled for.
+  """
+  few, more = (
+    arrays.temporary(compile_train(config, full, student, layers, mesh))
+    for layers in FEW_LAYERS
+  )
+  slope = max(more - few, 0) / (FEW_LAYERS[1] - FEW_LAYERS[0])
+  temporary = few + slope * (student.num_layers - FEW_LAYERS[0])
+  found = held(config, full, student, mesh)
+  return found | {"temporary": round(temporary)}
+
+
+def estimated_training(
+  config: Config, full: ModelConfig, student: ModelConfig, mesh: Mesh
+) -> Bytes:
+  """Adds up what a train step keeps; `training` without compiling."""
+  settings, c = config.train, student
+  itemsize = jnp.dtype(settings.dtype).itemsize
+  rows = config.data.batch / settings.accumulation
+  tokens = rows * config.data.seq_len / placement.batch_shards(mesh)
+  tensor = mesh.shape["tensor"]
+  layers = [
+    tokens * _token_bytes(config, c, layer, tensor)
+    for layer in range(c.num_layers)
+  ]
+  kept = sum(layers)
+  if settings.remat:
+    kept = c.num_layers * tokens * c.hidden_size * itemsize + max(layers)
+  # Logits and their gradient.
+  vocabulary = tokens * c.vocab_size / tensor * 4 * 2
+  if settings.distill_alpha:
+    vocabulary *= 2
+  # Two layers and the vocabulary's matrices are whole on each device when they
+  # are used, the gradients of one layer when they are reduced.
+  shapes = model_config.param_shapes(c)
+  biggest = max(
+    sum(map(math.prod, shapes[axes.layer_name(i)].values()))
+    for i in range(c.num_layers)
+  )
+  matrices = c.vocab_size * c.hidden_size * (1 if c.tied else 2)
+  gathered = 0
+  if mesh.size > 1:
+    gathered = (2 * biggest / tensor + matrices) * itemsize + biggest * 4
+  between = held(config, full, student, mesh)
+  gradients = arrays.size(train_state(settings, full, student, mesh)[0])
+  # Half precision has a copy of the weights in it.
+  copy = between["weights"] // 2 if itemsize == 2 else 0
+  return between | {
+    "gradients": gradients,
+    "temporary": round(kept + vocabulary + gathered + copy),
+  }
+
+
+def _token_bytes(
+  config: Config, c: ModelConfig, layer: int, tensor: int
+) -> float:
+  """Bytes a token that the backward pass of a layer needs."""
+  groups = c.kv_groups[layer] / tensor
+  heads = groups * c.queries_per_group
+  # Norms and residuals; q, k, v, rotated q and k, the heads' output; the gate,
+  # its activation, up, and their product.
+  width = (
+    4 * c.hidden_size
+    + (3 * heads + 3 * groups) * c.head_dim
+    + 4 * c.ffn_widths[layer] / tensor
+  )
+  scores = 3 * heads * config.data.seq_len * 4  # float32, as written
+  return width * jnp.dtype(config.train.dtype).itemsize + scores
+
+
+def held(
+  config: Config, full: ModelConfig, student: ModelConfig, mesh: Mesh
+) -> Bytes:
+  """Adds up what is there between train steps."""
+  trained, base, teacher, state = train_state(config.train, full, student, mesh)
+  found = {
+    "weights": arrays.size(trained) + arrays.size(base),
+    "optimizer": arrays.size(state),
+  }
+  return found | ({"teacher": arrays.size(teacher)} if teacher else {})
+
+
+def train_state(
+  settings, full: ModelConfig, student: ModelConfig, mesh: Mesh
+) -> tuple[Any, Any, Any, Any]:
+  """Makes abstract (trained, base, teacher's params, optimizer state)."""
+  params = arrays.placed(arrays.float32_params(student), mesh)
+  teacher = (
+    arrays.placed(arrays.float32_params(full), mesh)
+    if settings.distill_alpha
+    else None
+  )
+  trained, base = params, None
+  if settings.lora_rank:
+    adapters = lora.abstract_adapters(student, settings.lora_rank, mesh)
+    trained, base = arrays.with_shardings(*adapters), params
+  transform = optimizer.optimizer(settings.weight_decay)
+  where = optimizer.state_shardings(
+    transform, trained, jax.tree.map(lambda x: x.sharding, trained), mesh
+  )
+  state = arrays.with_shardings(jax.eval_shape(transform.init, trained), where)
+  return trained, base, teacher, state
+
+
+def compile_train(
+  config: Config,
+  full: ModelConfig,
+  student: ModelConfig,
+  layers: int,
+  mesh: Mesh,
+) -> Any:
+  """Compiles a train step of so many layers, all as the widest one."""
+  full, student = (few_layers(c, layers) for c in (full, student))
+  settings = config.train
+  trained, base, teacher, state = train_state(settings, full, student, mesh)
+
+  def step(trained, state, base, teacher, batch):
+    step_fn = make_step(
+      student,
+      settings,
+      lambda step: 1.0,
+      mesh,
+      base=base,
+      teacher=None if teacher is None else (full, teacher),
+    )
+    return step_fn(trained, state, batch, 0)
+
+  batch = _batch(config, mesh)
+  jitted = jax.jit(step, donate_argnums=(0, 1))
+  return jitted.lower(trained, state, base, teacher, batch).compile()
+
+
+def _batch(config: Config, mesh: Mesh) -> Any:
+  shape = (config.data.batch, config.data.seq_len)
+  rows = placement.batch_sharding(mesh)
+  return {
+    name: jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
+    for name, dtype in BATCH_FIELDS.items()
+  }
+
+
+def few_layers(config: ModelConfig, layers: int) -> ModelConfig:
+  """The model with its first layers only, each as wide as the widest."""
+  return dataclasses.replace(
+    config,
+    kv_groups=(max(config.kv_groups),) * layers,
+    ffn_widths=(max(config.ffn_widths),) * layers,
+    window=config.window[:layers],
+    residual=config.residual[:layers],
+  )

@@ -1,0 +1,240 @@
+"""How much of each module goes in a step: three ways, for any unit score.
+
+adapt    the paper's schedule: more where a layer turns its input less
+uniform  the same share of every module
+ranking  one ranking of all units by score per parameter
+"""
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+
+from adapt_pruner_jax.errors import UserError
+from adapt_pruner_jax.models import model_config
+from adapt_pruner_jax.models.axes import UNITS
+from adapt_pruner_jax.models.model_config import ModelConfig
+from adapt_pruner_jax.pruning import exact_target, schedule, surgery, targets
+from adapt_pruner_jax.pruning.surgery import Masks
+from adapt_pruner_jax.pruning.task import (
+  Allotted,
+  Counts,
+  Masked,
+  Measured,
+  PruneTask,
+  Scores,
+)
+
+# ---- Adapt-Pruner's schedule -------------------------------------------------
+
+
+def adapt(masked: Masked, measured: Measured) -> Allotted:
+  """Adapt-Pruner's schedule (arXiv 2502.03460, section 3), trimmed at the end.
+
+  Each module has a sparsity that grows by `prune.step_size` a step, more in
+  unimportant layers; what it asks for is removed. Without `prune.trim` the last
+  step is whole, as the authors' code leaves it.
+  """
+  task, settings, full = masked.task, masked.task.settings, masked.task.full
+  prunable = targets.prunable_modules(full, settings)
+  relative = schedule.relative_importance(measured.importance_L, prunable)
+  wanted = schedule.next_sparsity(
+    masked.step.sparsity,
+    relative,
+    masked.number,
+    settings.step_size,
+    settings.amplitude,
+  )
+  wanted = {u: np.where(prunable[u], s, 0.0) for u, s in wanted.items()}
+  initial, left = surgery.widths(task.begin), surgery.widths(masked.masks)
+  group = {"K": full.head_dim, "F": 1}
+  rounding = settings.rounding()
+  counts = {
+    u: schedule.removals(
+      initial[u],
+      left[u],
+      np.where(prunable[u], wanted[u], np.nan),
+      group[u],
+      rounding[u],
+    )
+    for u in UNITS
+  }
+  if task.target is not None and settings.trim:
+    counts = exact_target.trim(
+      full, masked.masks, counts, prunable, task.target, rounding
+    )
+  return Allotted(counts, wanted, relative, measured.importance_L)
+
+
+# ---- The same share of every module ------------------------------------------
+
+
+def uniform(masked: Masked, measured: Measured) -> Allotted:
+  """The same share of the channels of every module that may be pruned.
+
+  In `prune.uniform.steps` steps of equally many parameters; whole KV groups,
+  rounded down, and one unit stays.
+  """
+  share = same_share(masked.task, masked.masks)
+  return by_ratio(masked, measured, share)
+
+
+def same_share(task: PruneTask, masks: Masks) -> exact_target.CountsAt:
+  """Counts at which a ratio of what was there at first is gone, everywhere.
+
+  Args:
+    masks: units that are left now.
+  """
+  full = task.full
+  initial, left = surgery.widths(task.begin), surgery.widths(masks)
+  prunable = targets.prunable_modules(full, task.settings)
+
+  def counts_at(ratio: float) -> Counts:
+    counts = {}
+    for u, size in (("K", full.head_dim), ("F", 1)):
+      keep = np.trunc(initial[u] * size * (1 - ratio)).astype(int)
+      gone = np.minimum((left[u] * size - keep) // size, left[u] - 1)
+      counts[u] = np.where(prunable[u], np.maximum(gone, 0), 0)
+    return counts
+
+  return counts_at
+
+
+def by_ratio(
+  masked: Masked, measured: Measured, counts_at: exact_target.CountsAt
+) -> Allotted:
+  """The least ratio at which the step's target is met, trimmed to it.
+
+  Args:
+    counts_at: units that go at a ratio in [0, 1].
+
+  Raises:
+    UserError: there is no target, or no ratio reaches it.
+  """
+  task, settings = masked.task, masked.task.settings
+  exact_target.check_target(task)
+  prunable = targets.prunable_modules(task.full, settings)
+  size = surgery.count(task.full, task.begin)
+  steps = settings.uniform.steps
+  goals = schedule.stage_targets(size, task.target, steps)
+  left = exact_target.solve(
+    task.full,
+    masked.masks,
+    measured.scores,
+    counts_at,
+    prunable,
+    goals[min(masked.number, steps) - 1],
+    settings.rounding(),
+  )
+  was, now = surgery.widths(masked.masks), surgery.widths(left)
+  return Allotted({u: was[u] - now[u] for u in UNITS})
+
+
+# ---- One ranking -------------------------------------------------------------
+
+
+def ranking(masked: Masked, measured: Measured) -> Allotted:
+  """The units that are worth least per parameter, wherever they are.
+
+  A step removes `prune.ranking.step_size` of the original's parameters, and at
+  most `prune.ranking.cap` of a module's units, which keeps the assumption of
+  independent units honest.
+
+  Raises:
+    UserError: no module may lose a unit any more.
+  """
+  task, settings, full = masked.task, masked.task.settings, masked.task.full
+  size = model_config.count_params(full)
+  counts = choose(
+    full,
+    measured.scores,
+    masked.masks,
+    targets.prunable_modules(full, settings),
+    masked.step.params - math.ceil(size * settings.ranking.step_size),
+    task.target or 0,
+    cap=settings.ranking.cap,
+    rounding=settings.rounding(),
+  )
+  if not any(n.any() for n in counts.values()):
+    raise UserError(
+      f"pruning stopped at {masked.step.params:,} parameters: nothing more can "
+      "be removed from the layers that may be pruned; "
+      + (
+        "give more of them (--config.prune.attention_layers, .mlp_layers) or "
+        "a larger target"
+        if task.target
+        else "lower --config.prune.max_steps"
+      )
+    )
+  worth = _worth(full, measured.scores, masked.masks)
+  importance_L = np.mean([np.nan_to_num(worth[u]) for u in UNITS], axis=0)
+  return Allotted(counts, relative=worth, importance_L=importance_L)
+
+
+def choose(
+  full: ModelConfig,
+  scores: Scores,
+  masks: Masks,
+  prunable: Masks,
+  aim: int,
+  target: int,
+  cap: float = 1.0,
+  rounding: Mapping[str, int] = exact_target.EACH,
+) -> Counts:
+  """Units to remove from each module, {"K": int [L], "F": ...}.
+
+  One ranking of all modules by score per parameter. Units go until `aim`
+  parameters are left, and never below `target` by an MLP channel (block of
+  `rounding`) or more, as long as there are channels: a KV group that would is
+  passed over. At least one unit (block) stays in each module.
+
+  Args:
+    scores: [L, K] and [L, F]; those of removed units mean nothing.
+    prunable: modules that may lose units, bool [L] each.
+    cap: most that a module may lose, as a share of its units; at least one.
+  """
+  cost = model_config.unit_cost(full)
+  left, size = surgery.widths(masks), surgery.count(full, masks)
+  aim = max(aim, target)
+  found = []  # (score per parameter, unit, layer, number of units)
+  for u in UNITS:
+    block = rounding[u]
+    for layer in np.flatnonzero(prunable[u]):
+      width = int(left[u][layer])
+      score = np.sort(scores[u][layer][masks[u][layer]], kind="stable")
+      most, taken = max(int(cap * width), 1), 0
+      while width - taken > block:
+        n = (width - taken) % block or block
+        if taken and taken + n > most:
+          break
+        price = score[taken : taken + n].mean() / cost[u]
+        found.append((price, u, int(layer), n))
+        taken += n
+  # Ties: attention before MLP of the same layer, then the lower index.
+  found.sort(key=lambda a: (a[0], a[2], a[1] != "K"))
+  counts = {u: np.zeros(full.num_layers, np.int64) for u in UNITS}
+  fine = any(a[1] == "F" for a in found)
+  for _, u, layer, n in found:
+    if size <= aim:
+      break
+    if u == "K" and fine and size - n * cost[u] < target:
+      continue
+    counts[u][layer] += n
+    size -= n * cost[u]
+  return counts
+
+
+def _worth(full: ModelConfig, scores: Scores, masks: Masks) -> Scores:
+  """Mean score per parameter of each module, over the largest; [L] each."""
+  cost = model_config.unit_cost(full)
+  mean = {
+    u: np.array(
+      [
+        s[m].mean() / cost[u] if m.any() else np.nan
+        for s, m in zip(scores[u], masks[u], strict=True)
+      ]
+    )
+    for u in UNITS
+  }
+  most = np.nanmax(np.concatenate(list(mean.values())))
+  return {u: m / most if most else m for u, m in mean.items()}

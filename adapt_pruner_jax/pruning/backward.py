@@ -1,0 +1,209 @@
+"""The backward walk: a masked model's loss, and its gradients half by half.
+
+Taken in dense, stacked coordinates (`surgery.expand`), so that one executable
+serves every step of every stage. Forward, the residual stream in front of each
+half layer is stored. Backward, a reverse scan over the layers hands each half
+with the gradients behind it to a `Visitor`, minibatch by minibatch: one layer's
+sums over minibatches exist at a time.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from adapt_pruner_jax.distributed import sharding
+from adapt_pruner_jax.models import model_config
+from adapt_pruner_jax.models.attention import AttentionInputs
+from adapt_pruner_jax.models.axes import UNITS, Params
+from adapt_pruner_jax.models.decoder import Decoder
+from adapt_pruner_jax.models.layer import (
+  Place,
+  Tap,
+  attention_inputs,
+  places,
+  run_half,
+  run_layer,
+)
+from adapt_pruner_jax.models.model_config import ModelConfig
+from adapt_pruner_jax.training import losses
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Stacked:
+  """A model in dense coordinates and the units of it that count.
+
+  Attributes:
+    config: equal layers (`surgery.dense`): K and F are the stacked sizes.
+    stacked: from `surgery.expand`.
+    masks: {"K": bool [L, K], "F": bool [L, F]}, the units that are left.
+    mesh: devices that minibatches are cut over; None = wherever they are.
+  """
+
+  config: ModelConfig
+  stacked: Params
+  masks: dict[str, jax.Array]
+  mesh: Mesh | None = None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Half:
+  """One half of a layer, as a function of the stream and of its weights."""
+
+  unit: str
+  config: ModelConfig
+  weights: Params  # of the whole layer
+  place: Place
+  inputs: AttentionInputs
+  masks: dict[str, jax.Array]  # {"K": bool [K], "F": bool [F]}
+
+  def run(
+    self, x_BTD: jax.Array, weights: Params | None = None
+  ) -> tuple[jax.Array, Tap]:
+    """The stream behind the half, as `layer.run_half`.
+
+    Args:
+      x_BTD: the stream in front of it.
+      weights: some of the layer's, in place of its own.
+    """
+    weights = self.weights | (weights or {})
+    args = self.config, weights, self.place, self.inputs, x_BTD, self.masks
+    return run_half(self.unit, *args)
+
+
+class Visitor(NamedTuple):
+  """What is summed over the minibatches of a half, and what is kept of it.
+
+  Attributes:
+    start: of a `Half`, sums of nothing.
+    add: of a `Half`, the sums so far, x_BTD in front of the half, dy_BTD the
+      loss's gradient behind it, and valid_B: the sums with this minibatch,
+      and the gradient in front of the half.
+    finish: of a `Half` and its sums, what is kept.
+  """
+
+  start: Callable[[Half], Any]
+  add: Callable[..., tuple[Any, jax.Array]]
+  finish: Callable[[Half, Any], Any]
+
+
+class Found(NamedTuple):
+  """What a walk brings back.
+
+  Attributes:
+    loss_M: the loss of each minibatch, float32.
+    observed: what was observed, each array with [L, M] in front.
+    kept: {"K": ..., "F": ...}, what the visitor kept of each half, each array
+      with [L] in front; {} without a visitor.
+  """
+
+  loss_M: jax.Array
+  observed: Any
+  kept: dict[str, Any]
+
+
+def walk(
+  model: Stacked,
+  tokens_MBT: jax.Array,
+  valid_MB: jax.Array,
+  counts_MB: jax.Array,
+  visitor: Visitor | None = None,
+  observe: Callable[..., Any] | None = None,
+) -> Found:
+  """Walks through a masked model and back; to be called within `jit`.
+
+  Args:
+    model: in dense coordinates.
+    tokens_MBT: M minibatches of B sequences.
+    valid_MB: False for rows that only pad.
+    counts_MB: what the mean next-token loss of each row counts for in the loss;
+      0 for rows that only pad.
+    visitor: sees each half on the way back; None = there is no way back.
+    observe: of each layer and minibatch, what of (x_BTD in front, x_BTD behind,
+      valid_B) is reported.
+
+  Returns:
+    The losses, what was observed, and what the visitor kept.
+  """
+  config, stacked = model.config, model.stacked
+  inputs = attention_inputs(config, tokens_MBT.shape[-1])
+  outer = {n: stacked[n] for n in model_config.outer_names(config)}
+
+  def apply(method, x):
+    return Decoder(config).apply({"params": outer}, x, method=method)
+
+  layers = stacked["layers"], places(config), model.masks
+  forward = _forward(model, inputs, valid_MB, observe)
+  x_MBTD = _cut(apply(Decoder.embed, tokens_MBT), model.mesh)
+  x_MBTD, (ins, mids, observed) = jax.lax.scan(forward, x_MBTD, layers)
+
+  def loss(x_BTD, tokens_BT, counts_B):
+    logits_BTV = apply(Decoder.head, x_BTD[:, :-1])
+    targets_BT = tokens_BT[:, 1:]
+    each_BT = counts_B[:, None] / targets_BT.shape[1]
+    weights_BT = jnp.broadcast_to(each_BT, targets_BT.shape)
+    return losses.next_token(logits_BTV, targets_BT, weights_BT)[0]
+
+  ends = x_MBTD, tokens_MBT, counts_MB
+  if visitor is None:
+    return Found(jax.lax.map(lambda end: loss(*end), ends), observed, {})
+  gradient = jax.value_and_grad(loss)
+  loss_M, dx_MBTD = jax.lax.map(lambda end: gradient(*end), ends)
+  dx_MBTD = _cut(dx_MBTD, model.mesh)
+  backward = _backward(model, inputs, valid_MB, visitor)
+  layers = layers, {"K": ins, "F": mids}
+  _, kept = jax.lax.scan(backward, dx_MBTD, layers, reverse=True)
+  return Found(loss_M, observed, kept)
+
+
+def _forward(model, inputs, valid_MB, observe) -> Callable:
+  """Of the stream in front of a layer and the layer: the stream behind it, and
+  (in front, between its halves, what is observed)."""
+
+  def forward(x_MBTD, layer):
+    weights, place, masks = layer
+
+    def one(minibatch):
+      x_BTD, valid_B = minibatch
+      args = model.config, weights, place, inputs, x_BTD, masks
+      out_BTD, tap = run_layer(*args)
+      observed = observe and observe(x_BTD, out_BTD, valid_B)
+      return tap.between, out_BTD, observed
+
+    mid, out, observed = jax.lax.map(one, (x_MBTD, valid_MB))
+    return _cut(out, model.mesh), (x_MBTD, _cut(mid, model.mesh), observed)
+
+  return forward
+
+
+def _backward(model, inputs, valid_MB, visitor) -> Callable:
+  """Of the gradients behind a layer, and the layer with the streams in front of
+  its halves: the gradients in front of it, and what is kept of each half."""
+
+  def backward(dx_MBTD, xs):
+    (weights, place, masks), streams = xs
+    kept = {}
+    for unit in reversed(UNITS):
+      half = Half(unit, model.config, weights, place, inputs, masks)
+
+      def add(sums, minibatch, half=half):
+        return visitor.add(half, sums, *minibatch)
+
+      minibatches = streams[unit], dx_MBTD, valid_MB
+      sums, dx_MBTD = jax.lax.scan(add, visitor.start(half), minibatches)
+      dx_MBTD = _cut(dx_MBTD, model.mesh)
+      kept[unit] = visitor.finish(half, sums)
+    return dx_MBTD, kept
+
+  return backward
+
+
+def _cut(x_MBTD: jax.Array, mesh: Mesh | None) -> jax.Array:
+  """Rows of each minibatch over the devices."""
+  if mesh is None:
+    return x_MBTD
+  where = NamedSharding(mesh, PartitionSpec(None, sharding.BATCH))
+  return jax.lax.with_sharding_constraint(x_MBTD, where)

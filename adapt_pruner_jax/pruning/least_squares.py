@@ -1,0 +1,341 @@
+"""Ridge least squares for the matrices of a layer, layer by layer.
+
+Two residual streams pass the layers: z of the dense model, u of the pruned one.
+One layer and one Gram matrix exist at a time, in dense coordinates, so that one
+executable serves all layers: removed units have zero weights, hence inputs of
+zero, and stay zero. The equations are in `refit`.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from adapt_pruner_jax.distributed import placement, sharding
+from adapt_pruner_jax.errors import UserError
+from adapt_pruner_jax.models import axes
+from adapt_pruner_jax.models.axes import Params
+from adapt_pruner_jax.models.decoder import Decoder
+from adapt_pruner_jax.models.layer import (
+  HALVES,
+  NAMES,
+  Place,
+  attention_inputs,
+  norm,
+  places,
+  read,
+  write,
+)
+from adapt_pruner_jax.models.model_config import ModelConfig
+from adapt_pruner_jax.pruning import linear_algebra
+
+HELD_OUT = 0.1  # share of the sequences that judge a refit
+CAP = 10.0  # most that a token's input energy counts, in medians
+ENOUGH = 20  # tokens per input channel from which a weak ridge is best
+WEAK, STRONG = 0.1, 1.0  # ridges with enough tokens, and with fewer
+
+Stream = list[jax.Array]  # minibatches [B, T, D], float32
+Weights = list[jax.Array | None]  # what tokens count, [B, T]; None = nothing
+
+
+def layers(
+  config: ModelConfig,
+  outer: Params,
+  layer_at: Callable[[int], tuple[Params, Params, dict[str, np.ndarray]]],
+  tokens_NT: np.ndarray,
+  batch: int,
+  ridge: float,
+  refit_all: bool,
+  mesh: Mesh,
+) -> Iterator[tuple[int, Params, list[dict]]]:
+  """Refits layer by layer, in dense coordinates.
+
+  Args:
+    config: of the pruned model, in dense coordinates; it may have output
+      biases that the dense model does not have.
+    outer: parameters outside the layers.
+    layer_at: gives of layer i the dense weights, the pruned ones, zero where
+      units are removed, and the masks {"K": bool [K], "F": bool [F]}.
+
+  Yields:
+    i, the matrices that changed, and the records of the layer.
+  """
+  linear_algebra.check(config)
+  z, fit, held = _start(config, outer, tokens_NT, batch, mesh)
+  u = z
+  for i, place in enumerate(map(Place, *places(config))):
+    dense_layer, layer, masks = layer_at(i)
+    dense = _without_biases(config, dense_layer)
+    if u is z and _same(dense_layer, layer):
+      for writer in HALVES:
+        u = z = _advance(dense, writer, dense_layer, place, z, mesh)
+      yield i, {}, []
+      continue
+    changed, records = {}, []
+    placed = placement.replicate(masks, mesh)
+
+    for writer, readers in HALVES.items():
+      live = masks["K" if writer == "o" else "F"].any()
+      for names in [readers] * refit_all + [(writer,)]:
+        if names == (writer,):
+          z = _advance(dense, writer, dense_layer, place, z, mesh)
+        if live:
+          task = _Task(config, names, mesh)
+          parts = _Parts(dense_layer, layer, placed, place)
+          strength = ridge or _ridge(task, masks, tokens_NT)
+          new, found = _refit(task, parts, z, u, fit, held, strength)
+          layer, changed = layer | new, changed | new
+          records += [{"layer": i, "ridge": strength} | r for r in found]
+      u = _advance(config, writer, layer, place, u, mesh)
+    yield i, changed, records
+
+
+# ---- One least-squares problem -----------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Task:
+  """What an executable depends on."""
+
+  config: ModelConfig
+  names: tuple[str, ...]  # matrices of a layer that have the same input
+  mesh: Mesh
+
+
+@partial(
+  jax.tree_util.register_dataclass,
+  data_fields=["dense_layer", "layer", "masks", "place"],
+  meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Parts:
+  """The layer of a task."""
+
+  dense_layer: Params
+  layer: Params
+  masks: dict[str, jax.Array]
+  place: Any
+
+
+def _refit(
+  task: _Task,
+  parts: _Parts,
+  z: Stream,
+  u: Stream,
+  fit: Weights,
+  held: Weights,
+  ridge: float,
+) -> tuple[Params, list[dict]]:
+  """The matrices that got better, and a record for each matrix.
+
+  Args:
+    z: the dense stream, in front of the half for matrices that read it, behind
+      it for those that write to it.
+    u: the pruned stream, in front of the half.
+    fit, held: of the tokens to fit, and those that judge.
+  """
+  equations = _sum(_normal_equations, task, parts, z, u, fit)
+  old = {n: parts.layer[n] for n in task.names}
+  new = solve(*equations, old, np.float32(ridge))
+  changed = dataclasses.replace(parts, layer=parts.layer | new)
+  before = jax.device_get(_sum(_energies, task, parts, z, u, held))
+  after = jax.device_get(_sum(_energies, task, changed, z, u, held))
+  records, better = [], {}
+  for n in task.names:
+    # Written so that NaN, from equations too singular to solve, loses.
+    if after[n][0] < before[n][0]:
+      better[n] = new[n]
+    share = [
+      float(np.sqrt(r / max(y, 1e-30))) for r, y in (before[n], after[n])
+    ]
+    record = {"matrix": n, "before": share[0], "after": share[1]}
+    records.append(record | {"refitted": n in better})
+  return better, records
+
+
+def _sum(fn: Callable, task: _Task, parts: _Parts, z, u, weights) -> Any:
+  """Sum of `fn` over the minibatches that count."""
+  total = None
+  for z_BTD, u_BTD, weight_BT in zip(z, u, weights, strict=True):
+    if weight_BT is not None:
+      found = fn(task, parts, z_BTD, u_BTD, weight_BT)
+      total = found if total is None else _plus(total, found)
+  return total
+
+
+def _ridge(task: _Task, masks: dict[str, np.ndarray], tokens_NT) -> float:
+  """WEAK or STRONG, by the tokens for each live input channel."""
+  config = task.config
+  channels = {
+    "o": int(masks["K"].sum()) * config.queries_per_group * config.head_dim,
+    "down": int(masks["F"].sum()),
+  }
+  width = channels.get(task.names[0], config.hidden_size)
+  rows = len(tokens_NT) - _held_rows(tokens_NT)
+  return WEAK if rows * tokens_NT.shape[1] >= ENOUGH * width else STRONG
+
+
+def _start(config, outer, tokens_NT, batch, mesh) -> tuple:
+  """The stream in front of the layers, and the weights to fit and to judge."""
+  N, T = tokens_NT.shape
+  if N < 2:
+    raise UserError(
+      f"a refit needs at least 2 calibration sequences, not {N}: one to fit "
+      "and one to judge; raise --config.calibration.samples or "
+      ".refit_samples"
+    )
+  tokens_MBT, valid_MB = placement.minibatches(tokens_NT, batch, mesh)
+  valid_MB = np.asarray(valid_MB)
+  row_MB = valid_MB.ravel().cumsum().reshape(valid_MB.shape)  # from 1
+  judge_MB = row_MB > N - _held_rows(tokens_NT)
+
+  def weights(rows_MB):
+    return [
+      placement.replicate(np.tile(rows_B[:, None], T).astype(np.float32), mesh)
+      if rows_B.any()
+      else None
+      for rows_B in rows_MB
+    ]
+
+  stream = [_embed(config, outer, t, mesh=mesh) for t in tokens_MBT]
+  return stream, weights(valid_MB & ~judge_MB), weights(valid_MB & judge_MB)
+
+
+def _held_rows(tokens_NT: np.ndarray) -> int:
+  return max(1, round(len(tokens_NT) * HELD_OUT))
+
+
+def _advance(config, writer, layer, place, stream, mesh) -> Stream:
+  """The stream behind a half."""
+  return [_half(config, writer, layer, place, x, mesh=mesh) for x in stream]
+
+
+def _without_biases(config: ModelConfig, layer: Params) -> ModelConfig:
+  """The config of a dense layer, which may lack the pruned one's biases."""
+  has = {f"{n}_bias": f"{n}_bias" in layer for n in HALVES}
+  return dataclasses.replace(config, **has)
+
+
+def _same(dense_layer: Params, layer: Params) -> bool:
+  if dense_layer.keys() != layer.keys():
+    return False
+  return bool(_equal(dense_layer, layer))
+
+
+# ---- On the devices ----------------------------------------------------------
+
+
+@partial(jax.jit, static_argnames=("config", "mesh"))
+def _embed(config, outer, tokens_BT, *, mesh):
+  variables = {"params": sharding.whole_embedding(outer, mesh)}
+  x_BTD = Decoder(config).apply(variables, tokens_BT, method=Decoder.embed)
+  return _cut(x_BTD.astype(jnp.float32), mesh)
+
+
+@partial(jax.jit, static_argnames=("config", "writer", "mesh"))
+def _half(config, writer, layer, place, x_BTD, *, mesh):
+  fed = _fed(config, writer, layer, place, x_BTD)
+  unit = axes.unit_of(writer)
+  return _cut(write(unit, config, layer, x_BTD, fed), mesh)
+
+
+@partial(jax.jit, static_argnames="task")
+def _normal_equations(task, parts, z_BTD, u_BTD, weight_BT):
+  """The input's Gram matrix [C, C], moments with what lacks {n: [C, E]}."""
+  fed_BTC, found, weight_BT = _lacking(task, parts, z_BTD, u_BTD, weight_BT)
+  weighted_BTC = fed_BTC * weight_BT[..., None]
+  gram_CC = linear_algebra.product("btc,bte->ce", weighted_BTC, fed_BTC)
+  moments = {
+    n: linear_algebra.product("btc,bte->ce", weighted_BTC, lacks_BTE)
+    for n, (lacks_BTE, _) in found.items()
+  }
+  return sharding.whole((gram_CC, moments), task.mesh)
+
+
+@partial(jax.jit, static_argnames="task")
+def _energies(task, parts, z_BTD, u_BTD, weight_BT):
+  """{name: energies (of what lacks, of the target)}."""
+  _, found, weight_BT = _lacking(task, parts, z_BTD, u_BTD, weight_BT)
+  energy = lambda y_BTE: jnp.sum(weight_BT[..., None] * jnp.square(y_BTE))
+  return sharding.whole(jax.tree.map(energy, found), task.mesh)
+
+
+def _lacking(task, parts, z_BTD, u_BTD, weight_BT):
+  """A task on a minibatch, float32.
+
+  Returns:
+    fed_BTC: the input of the matrices.
+    {name: (what they lack, the target)}, [B, T, outputs] each.
+    weight_BT: lowered so that no token's input energy exceeds CAP medians.
+  """
+  config, names, layer = task.config, task.names, parts.layer
+  fed = _fed(config, names[0], layer, parts.place, u_BTD)
+  found = {}
+  if names[0] in HALVES:
+    unit = axes.unit_of(names[0])
+    given_BTD = write(unit, config, layer, u_BTD, fed)
+    scale = config.residual_scale
+    found[names[0]] = (z_BTD - given_BTD) / scale, (z_BTD - u_BTD) / scale
+  else:
+    dense = parts.dense_layer
+    dense_BTD = _fed(config, names[0], dense, parts.place, z_BTD)
+    for n in names:
+      # Biases are the same in both and need no part in it.
+      left = linear_algebra.as_matrix(n, axes.mask(n, dense[n], parts.masks))
+      target_BTE = linear_algebra.product("btd,de->bte", dense_BTD, left)
+      weight = linear_algebra.as_matrix(n, layer[n])
+      given_BTE = linear_algebra.product("btd,de->bte", fed, weight)
+      found[n] = target_BTE - given_BTE, target_BTE
+  fed_BTC = fed.reshape(*fed.shape[:2], -1).astype(jnp.float32)
+  energy_BT = jnp.sum(jnp.square(fed_BTC), axis=-1)
+  most = CAP * jnp.median(energy_BT)
+  weight_BT *= jnp.minimum(1, most / jnp.maximum(energy_BT, 1e-30))
+  return fed_BTC, found, weight_BT
+
+
+def _fed(config, name, layer, place, x_BTD):
+  """What matrix `name` of a layer multiplies, in its dtype.
+
+  Args:
+    x_BTD: the residual stream in front of the half.
+  """
+  x_BTD, unit = x_BTD.astype(layer[name].dtype), axes.unit_of(name)
+  if name not in HALVES:
+    return norm(config, layer, f"{NAMES[unit]}_norm", x_BTD)
+  inputs = attention_inputs(config, x_BTD.shape[1])
+  return read(unit, config, layer, place, inputs, x_BTD)[0]
+
+
+@jax.jit
+def solve(gram_CC, moments, weights, ridge):
+  """Weights whose change solves the normal equations, in their dtype."""
+  lower_CC, scale_C = linear_algebra.factor(gram_CC, ridge)
+  new = {}
+  for n, weight in weights.items():
+    change = linear_algebra.solve(lower_CC, scale_C, moments[n]).reshape(
+      weight.shape
+    )
+    new[n] = (weight.astype(jnp.float32) + change).astype(weight.dtype)
+  return new
+
+
+@jax.jit
+def _plus(total, found):
+  return jax.tree.map(jnp.add, total, found)
+
+
+@jax.jit
+def _equal(dense_layer, layer):
+  equal = jax.tree.map(lambda x, y: jnp.all(x == y), dense_layer, layer)
+  return jnp.all(jnp.stack(jax.tree.leaves(equal)))
+
+
+def _cut(x_BTD: jax.Array, mesh: Mesh) -> jax.Array:
+  """Rows over the devices."""
+  where = NamedSharding(mesh, PartitionSpec(sharding.BATCH))
+  return jax.lax.with_sharding_constraint(x_BTD, where)

@@ -1,0 +1,171 @@
+"""The one loop of a prune: measure, allot, choose, and now and then refit.
+
+Units are only masked, in dense stacked coordinates, so that one executable
+serves every step of every stage; at the end the kept units are gathered into a
+smaller model (`surgery`). A prune that was cut goes on from the last step that
+it told (`PruneTask.after`): the refits between the steps before it are done
+again on the tokens of their steps, which gives the weights that were.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+from adapt_pruner_jax.errors import UserError
+from adapt_pruner_jax.models.axes import UNITS, Params
+from adapt_pruner_jax.models.model_config import ModelConfig
+from adapt_pruner_jax.pruning import choice, surgery
+from adapt_pruner_jax.pruning.refit import refit_masked
+from adapt_pruner_jax.pruning.surgery import Kept
+from adapt_pruner_jax.pruning.task import (
+  Allotted,
+  Masked,
+  Measured,
+  Pruned,
+  PruneTask,
+  Step,
+  record,
+  removed_share,
+)
+
+Pair = tuple[ModelConfig, Params]
+
+
+def gathered(masked: Masked, left: Kept, measured: Measured | None) -> Pair:
+  """The pair of the units that are left."""
+  del measured
+  task = masked.task
+  return surgery.compact(masked.stacked, left, task.full, task.mesh)
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+  """A way to prune by masks.
+
+  Attributes:
+    measure: scores of a masked model's units on the tokens of a step.
+    allot: how many units of each module go, from what was measured.
+    prepare: the task as the method takes it.
+    finish: the smaller pair, of the masked model, the units that are left and
+      the last measurement (None if an interrupted call made it).
+    strict: without `prune.trim` it ends below the target, not at it.
+  """
+
+  measure: Callable[[Masked, np.ndarray], Measured]
+  allot: Callable[[Masked, Measured], Allotted]
+  prepare: Callable[[PruneTask], PruneTask] = lambda task: task
+  finish: Callable[[Masked, Kept, Measured | None], Pair] = gathered
+  strict: bool = False
+
+
+def prune(method: Method, task: PruneTask) -> Pruned:
+  """Prunes a model to `task.target` parameters, or for some steps.
+
+  Raises:
+    UserError: a bad layer range, a target out of reach, or a model whose
+      values are not finite.
+  """
+  task = method.prepare(task)
+  masked, trace, measured = _begin(task), [], None
+  last_change = masked.step.number
+  while not _done(method, task, masked.step):
+    tokens_NT = task.samples(masked.step.number)
+    measured = method.measure(masked, tokens_NT)
+    _check_finite(masked, measured)
+    step = _next_step(masked, measured, method.allot(masked, measured))
+    if step.params < masked.step.params:
+      last_change = step.number
+    masked, refits = dataclasses.replace(masked, step=step), {}
+    if _refits(task, step) and not _done(method, task, step):
+      stacked, refits["refit"] = refit_masked(masked, step.masks, tokens_NT)
+      at = step.refitted | {step.number: step.masks}
+      step = dataclasses.replace(step, refitted=at)
+      masked = dataclasses.replace(masked, stacked=stacked, step=step)
+    trace.append(record(step) | refits)
+    if task.log is not None:
+      task.log(trace[-1], step)
+    _check_stuck(task, step, last_change)
+  left = surgery.to_kept(masked.masks)
+  return Pruned(*method.finish(masked, left, measured), left, trace)
+
+
+def _begin(task: PruneTask) -> Masked:
+  """The masked model where the task starts, or goes on."""
+  full, begin = task.full, task.begin
+  stacked = surgery.expand(task.config, task.params, task.kept, full, task.mesh)
+  nothing = {u: np.zeros(full.num_layers) for u in UNITS}
+  step = task.after or Step(0, begin, nothing, surgery.count(full, begin))
+  masked = Masked(task, stacked, stacked, step)
+  for number, masks in step.refitted.items():
+    stacked, _ = refit_masked(masked, masks, task.samples(number - 1))
+    masked = dataclasses.replace(masked, stacked=stacked)
+  return masked
+
+
+def _next_step(masked: Masked, measured: Measured, allotted: Allotted) -> Step:
+  """The step that removes what was allotted, the lowest scores first."""
+  task, before = masked.task, masked.masks
+  order = choice.order(measured.scores, before)
+  masks = choice.remove(before, order, allotted.counts)
+  nan_L = np.full(task.full.num_layers, np.nan)
+  importance_L, losses_M = allotted.importance_L, measured.losses_M
+  return Step(
+    masked.number,
+    masks,
+    allotted.sparsity or removed_share(task.begin, masks),
+    surgery.count(task.full, masks),
+    masked.step.refitted,
+    losses_M=np.array([np.nan]) if losses_M is None else losses_M,
+    importance_L=nan_L if importance_L is None else importance_L,
+    relative=allotted.relative or dict.fromkeys(UNITS, nan_L),
+    scores=measured.scores,
+  )
+
+
+def _done(method: Method, task: PruneTask, step: Step) -> bool:
+  settings = task.settings
+  if settings.max_steps and step.number >= settings.max_steps:
+    return True
+  if task.target is None:
+    return False
+  if method.strict and not settings.trim:
+    return step.params < task.target
+  return step.params <= task.target
+
+
+def _refits(task: PruneTask, step: Step) -> bool:
+  every = task.settings.refit
+  return every.isdigit() and step.number % int(every) == 0
+
+
+def _check_finite(masked: Masked, measured: Measured) -> None:
+  """Raises a UserError if what was measured is not finite."""
+  importance_L = measured.importance_L
+  if importance_L is not None and not np.isfinite(importance_L).all():
+    raise UserError(
+      f"the model's values at pruning step {masked.number} are not finite: try "
+      "--config.model.dtype=float32"
+    )
+  for u, s_LU in measured.scores.items():
+    bad = np.flatnonzero((masked.masks[u] & ~np.isfinite(s_LU)).any(1))
+    if len(bad):
+      raise UserError(
+        f"pruning step {masked.number}: scores of layer {bad[0]}'s "
+        f"{'MLP' if u == 'F' else 'attention'} are not finite: give more "
+        "calibration tokens (--config.calibration.samples), or "
+        "--config.model.dtype=float32"
+      )
+
+
+def _check_stuck(task: PruneTask, step: Step, last_change: int) -> None:
+  """Raises a UserError if steps remove nothing any more."""
+  patience = math.ceil(1 / task.settings.step_size) + 1
+  if task.target is not None and step.number - last_change >= patience:
+    raise UserError(
+      f"pruning stopped at {step.params:,} parameters, above the target "
+      f"{task.target:,}: {patience} steps in a row removed nothing; lower "
+      "--config.prune.amplitude or .step_size, or let more layers be pruned "
+      "(--config.prune.attention_layers, .mlp_layers)"
+    )

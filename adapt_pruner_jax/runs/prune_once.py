@@ -1,0 +1,55 @@
+"""One prune with the refit behind it, as a run's stages and `compare` do it."""
+
+from collections.abc import Callable
+
+from adapt_pruner_jax.config import Prune
+from adapt_pruner_jax.models.axes import Params
+from adapt_pruner_jax.models.model_config import ModelConfig
+from adapt_pruner_jax.pruning import methods
+from adapt_pruner_jax.pruning.surgery import Kept
+from adapt_pruner_jax.pruning.task import Pruned, PruneTask, Step
+from adapt_pruner_jax.runs.inputs import Inputs
+
+
+def prune(
+  old: tuple[ModelConfig, Params],
+  inputs: Inputs,
+  settings: Prune,
+  *,
+  target: int | None,
+  kept: Kept | None = None,
+  first: int = 0,
+  after: Step | None = None,
+  log: Callable[[dict, Step], None],
+) -> Pruned:
+  """Prunes a model as `settings` say, and refits it if they ask for it.
+
+  Args:
+    old: the model before.
+    inputs: the calibration data, the original's sizes, and the devices.
+    settings: the method and its fields; the target in them is not read.
+    target: parameters to end at; None = `settings.max_steps` steps.
+    kept: what `old` has of the original model; None = all of it.
+    first: pruning steps that were done in earlier stages: each step of a run
+      has calibration windows of its own.
+    after: the last step that is decided already, of a prune that was cut.
+    log: called with each step's record as it is decided.
+  """
+  task = PruneTask(
+    *old,
+    settings,
+    samples=lambda step: inputs.calibration.batch(first + step),
+    target=target,
+    full=inputs.full,
+    kept=kept,
+    refit_samples=lambda step: inputs.refit_data.batch(first + step),
+    batch=inputs.recipe.calibration.batch,
+    mesh=inputs.mesh,
+    seed=inputs.recipe.seed,
+    after=after,
+    log=log,
+  )
+  pruned = methods.prune(task)
+  if settings.refit != "none":
+    inputs.log.say("refitting what is left")
+  return methods.refit_after(task, pruned)

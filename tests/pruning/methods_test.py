@@ -1,0 +1,132 @@
+"""Scores, allotments and refits combine freely, and every prune goes on."""
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from adapt_pruner_jax.config import PUBLISHED, Prune, Uniform
+from adapt_pruner_jax.errors import UserError
+from adapt_pruner_jax.models import axes, model_config
+from adapt_pruner_jax.models.model_config import ModelConfig
+from adapt_pruner_jax.models.rope import Rope
+from adapt_pruner_jax.pruning import methods
+from adapt_pruner_jax.pruning.task import PruneTask, Step
+
+CONFIG = ModelConfig(
+  family="llama",
+  vocab_size=31,
+  hidden_size=16,
+  queries_per_group=2,
+  head_dim=4,
+  kv_groups=(3, 3, 3),
+  ffn_widths=(24, 24, 24),
+  norm_eps=1e-5,
+  rope=Rope(),
+  context=16,
+  tied=True,
+)
+CHANNEL = model_config.unit_cost(CONFIG)["F"]
+SIZE = model_config.count_params(CONFIG)
+MASKED = [name for name in PUBLISHED if name != "slicegpt"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _compile_fast():
+  """These tests compile for much longer than they compute."""
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield
+  jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def params():
+  rng = np.random.default_rng(0)
+
+  def draw(name, _, leaf):
+    if "norm" in name:
+      return jnp.asarray(rng.uniform(0.5, 1.5, leaf.shape), jnp.float32)
+    return jnp.asarray(rng.normal(0, 0.4, leaf.shape), jnp.float32)
+
+  return axes.map_named(draw, model_config.abstract_params(CONFIG, jnp.float32))
+
+
+def samples(step):
+  return np.random.default_rng(step).integers(0, 31, (16, 8), np.int32)
+
+
+def task_of(params, settings, **given):
+  target = given.pop("target", int(SIZE * 0.75))
+  return PruneTask(
+    CONFIG, params, settings, samples, target, batch=8, seed=3, **given
+  )
+
+
+def same(one, other):
+  assert one.config == other.config
+  jax.tree.map(np.testing.assert_array_equal, one.kept, other.kept)
+  jax.tree.map(np.testing.assert_array_equal, one.params, other.params)
+
+
+@pytest.mark.parametrize(
+  "allotment, score",
+  list(
+    itertools.product(
+      ("adapt", "uniform", "ranking"),
+      ("taylor", "l2", "random", "curvature", "fluctuation"),
+    )
+  ),
+)
+def test_any_score_with_any_allotment_and_refits(params, allotment, score):
+  """The target is met, and a cut prune ends as the whole one does."""
+  settings = Prune(
+    allotment=allotment,
+    group_importance=score,
+    refit="2",
+    uniform=Uniform(steps=3),
+    step_size=0.1,
+  )
+  seen = []
+  note = lambda record, step: seen.append(step)
+  whole = methods.prune(task_of(params, settings, log=note))
+  size = model_config.count_params(whole.config)
+  assert int(SIZE * 0.75) - CHANNEL < size <= int(SIZE * 0.75)
+  assert len(seen) > 2
+  steps_refitted = [r["step"] for r in whole.trace if "refit" in r]
+  assert steps_refitted == list(range(2, len(seen), 2))
+  # What pruning.json keeps of a step.
+  step = seen[1]
+  left = Step(
+    step.number, step.masks, step.sparsity, step.params, step.refitted
+  )
+  rest = methods.prune(task_of(params, settings, after=left))
+  same(rest, whole)
+  assert rest.trace == whole.trace[2:]
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_a_method_alone_is_its_published_pair(params, name):
+  """And goes on behind its last step, to the same."""
+  settings = Prune(method=name, uniform=Uniform(steps=2))
+  seen = []
+  note = lambda record, step: seen.append(step)
+  whole = methods.prune(task_of(params, settings, log=note))
+  allotment, score = settings.pair()
+  if score in methods.scores.KINDS or score == "curvature":
+    named = dataclasses.replace(settings, group_importance=score)
+    if allotment in ("adapt", "ranking"):
+      named = dataclasses.replace(named, allotment=allotment, method="adapt")
+    same(methods.prune(task_of(params, named)), whole)
+  for step in (seen[0], seen[-1]):
+    same(methods.prune(task_of(params, settings, after=step)), whole)
+
+
+def test_what_does_not_combine(params):
+  residual = dataclasses.replace(CONFIG, residual=((8, 8, 8),) * 3)
+  with pytest.raises(UserError, match="cut by SliceGPT"):
+    methods.check(residual, Prune())
+  with pytest.raises(UserError, match="needs a target"):
+    methods.prune(task_of(params, Prune(allotment="uniform"), target=None))
