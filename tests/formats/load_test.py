@@ -224,7 +224,14 @@ def test_shards_without_an_index(written, tmp_path):
 
 
 @pytest.mark.parametrize(
-  "name", ["config.json", "model.safetensors", "LICENSE", "tokenizer.json"]
+  "name",
+  [
+    "config.json",
+    "model.safetensors",
+    "LICENSE",
+    "README.md",
+    "tokenizer.json",
+  ],
 )
 def test_links_out_of_the_directory(broken, tmp_path, name):
   """They would be copied into the export, whatever they lead to."""
