@@ -33,6 +33,7 @@ CONFIG = ModelConfig(
 )
 
 
+OTHERS = ("LICENSE", "README.md", "tokenizer.json")
 UNTIED = {"tie_word_embeddings": False}
 
 
