@@ -14,11 +14,13 @@ CORE = [
   "flax>=0.12.10,<0.13; python_version>='3.12'",
   "grain>=0.2.18,<0.3",
   "huggingface_hub>=1.31,<3",
+  "jinja2>=3.1.6,<4",  # chat templates
   "matplotlib>=3.10,<4",  # the report's and the comparison's plots
   "ml_collections>=1.1,<2",
   "numpy>=2.1,<3",
   "optax>=0.2.8,<0.3",
   "orbax-checkpoint>=0.12.8,<0.13",
+  "packaging>=24",
   "rich>=13,<16",
   "safetensors>=0.8,<1",
   "sentencepiece>=0.2.1,<1",  # to convert a tokenizer.model
@@ -27,14 +29,15 @@ CORE = [
   "transformers>=5.23,<6",  # tokenizers of users' models, imported when needed
 ]
 
-DATA = ["datasets>=5.2,<6"]
+# datasets brings pyarrow, which parquet is read with.
+DATA = ["datasets>=5.2,<6", "zstandard>=0.23,<1"]
 
 EXTRAS = {
   # Accelerators. CUDA 13 needs NVIDIA driver 580 or newer.
   "gpu": ["jax[cuda13]"],
   "gpu-cuda12": ["jax[cuda12]"],
   "tpu": ["jax[tpu]"],
-  # Sources of text: `hf:NAME` and `tfds:NAME`.
+  # Sources of text: `hf:NAME`, `parquet:FILE`, .zst files; and `tfds:NAME`.
   "data": DATA,
   "tfds": ["tensorflow-datasets>=4.9.10,<5"],
   # `evaluate --tasks=...`, `convert --format=gguf`.
@@ -60,7 +63,7 @@ EXTRAS = {
 
 setuptools.setup(
   name="adapt-pruner-jax",
-  version="0.1.0",
+  version="0.2.0",
   description=(
     "Give it a language-model checkpoint and a parameter target; it returns a "
     "smaller checkpoint that the same tools open."

@@ -62,6 +62,7 @@ def prune(
   batch: int = 32,
   refit_samples: int = 512,
   seed: int = 0,
+  bos: str = "auto",
   **settings: Any,
 ) -> Model:
   """A smaller model, by any method, without training.
@@ -70,6 +71,7 @@ def prune(
     ratio, target_params: the target; one of them.
     calibration: as `calibration.source`, with `samples`, `seq_len`, `batch`
       and `refit_samples`.
+    bos: as `data.bos`: whether windows start with the model's begin token.
     settings: other fields of `config.Prune`, such as method="flap"; there is
       one stage.
 
@@ -86,7 +88,7 @@ def prune(
   check(Config(prune=recipe, calibration=source))
   tokenizer = None
   if not calibration.startswith("npy:"):
-    tokenizer = _tokenizer(model)
+    tokenizer = _tokenizer(model, bos)
   windows, for_refit = pruning_data(
     source, recipe.refit != "none", tokenizer, model.config.vocab_size, seed
   )
@@ -128,9 +130,19 @@ def save(
 
 
 def perplexity(
-  model: Model, text: str, seq_len: int = 0, batch: int = 8
+  model: Model,
+  text: str,
+  seq_len: int = 0,
+  batch: int = 8,
+  bos: str = "auto",
 ) -> float:
   """Perplexity per token of the model's tokenizer on a text.
+
+  Args:
+    seq_len: tokens a window; 0 = the model's context, at most 2048.
+    batch: windows at a time.
+    bos: "auto", each window starts with the begin token that the tokenizer
+      adds, if it adds one; "none", windows of text alone, as in many papers.
 
   Raises:
     UserError: fewer than two tokens.
@@ -138,16 +150,22 @@ def perplexity(
   from adapt_pruner_jax.data import packing
   from adapt_pruner_jax.evaluation import perplexity as perplexity_
 
+  tokenizer = _tokenizer(model, bos)
   ids = packing.heldout_tokens(
-    text, _tokenizer(model), model.config.vocab_size, "the text"
+    text, tokenizer, model.config.vocab_size, "the text"
   )
   length = perplexity_.window(model.config, seq_len)
-  return perplexity_.perplexity(model.config, model.params, ids, length, batch)[
-    0
-  ]
+  return perplexity_.perplexity(
+    model.config,
+    model.params,
+    ids,
+    length,
+    batch,
+    begin_id=tokenizer.begin_id,
+  )[0]
 
 
-def _tokenizer(model: Model) -> Any:
+def _tokenizer(model: Model, bos: str) -> Any:
   from adapt_pruner_jax.data.tokenizer import load_tokenizer
   from adapt_pruner_jax.errors import UserError
 
@@ -156,4 +174,4 @@ def _tokenizer(model: Model) -> Any:
       "the model has no tokenizer: give Model(..., source=DIR), a directory "
       "with one"
     )
-  return load_tokenizer(model.source)
+  return load_tokenizer(model.source, bos)

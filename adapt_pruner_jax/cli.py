@@ -140,32 +140,38 @@ def evaluate(command: str, argv: list[str]) -> int:
   text("model", None, "a directory or hub id", flag_values=values)
   text("tasks", "perplexity", "perplexity, latency, tasks", flag_values=values)
   text("text", "", "text file for the perplexity", flag_values=values)
-  text("tasks_dir", "", "jsonl files of the questions", flag_values=values)
   text("baseline", "", "a second model to compare with", flag_values=values)
   text("dtype", "float32", "of the arithmetic", flag_values=values)
   _define_ignore_fields(values)
   text("out", "", "JSON file for the result", flag_values=values)
-  numbers("limit", 0, "questions a task; 0 = all", flag_values=values)
+  text(
+    "bos",
+    "auto",
+    "auto: windows of the perplexity start with the begin token, where the "
+    "tokenizer adds one; none: without",
+    flag_values=values,
+  )
   numbers("seq_len", 0, "tokens a window; 0 = context", flag_values=values)
   numbers("batch", 8, "rows at a time", flag_values=values)
+  _define_questions(values)
   _define_distributed(values)
   _parse(command, argv, values, ["model"])
   _start_jax(values)
   from adapt_pruner_jax.distributed import agreement
   from adapt_pruner_jax.evaluation import evaluate as evaluate_
+  from adapt_pruner_jax.reporting.log import Log
   from adapt_pruner_jax.storage import json_files
 
+  given = {field: values[field].value for field in evaluate_.FIELDS}
   found = evaluate_.evaluate(
     values.model,
     [t for t in values.tasks.split(",") if t],
-    text=values.text,
-    tasks_dir=values.tasks_dir,
     baseline=values.baseline,
-    limit=values.limit,
-    seq_len=values.seq_len,
-    batch=values.batch,
     dtype=values.dtype,
     ignore_fields=values.ignore_fields,
+    bos=values.bos,
+    phase=Log(None, stderr=True).phase,  # stdout is for the result
+    **given,
   )
   if agreement.is_writer():
     print(json.dumps(json_files.plain(found), indent=2))
@@ -191,6 +197,7 @@ def generate(command: str, argv: list[str]) -> int:
   from adapt_pruner_jax.data.tokenizer import load_tokenizer
   from adapt_pruner_jax.evaluation import generate as generate_
   from adapt_pruner_jax.formats import opening
+  from adapt_pruner_jax.formats.hf.generation_config import end_tokens
 
   config, params, folder = opening.open_model(
     values.model, values.dtype, values.ignore_fields
@@ -202,10 +209,9 @@ def generate(command: str, argv: list[str]) -> int:
     params,
     [prompt],
     values.max_new_tokens,
-    temperature=values.temperature,
-    top_k=values.top_k,
-    top_p=values.top_p,
-    seed=values.seed,
+    generate_.Sampling(values.temperature, values.top_k, values.top_p),
+    values.seed,
+    eos_ids=end_tokens(folder, config, tokenizer),
   )
   print(tokenizer.backend.decode(prompt + new, skip_special_tokens=True))
   return 0
@@ -339,6 +345,39 @@ def _define_overwrite(values: flags.FlagValues) -> None:
 def _define_ignore_fields(values: flags.FlagValues) -> None:
   flags.DEFINE_string(
     "ignore_fields", "", "of config.json, comma separated", flag_values=values
+  )
+
+
+def _define_questions(values: flags.FlagValues) -> None:
+  """How tasks are asked, `evaluation.questions.Questions`."""
+  text, numbers = flags.DEFINE_string, flags.DEFINE_integer
+  yes = flags.DEFINE_bool
+  text("tasks_dir", "", "jsonl files of the questions", flag_values=values)
+  yes(
+    "trust_tasks_dir",
+    False,
+    "let YAML files in --tasks_dir run their Python",
+    flag_values=values,
+  )
+  numbers("limit", 0, "questions a task; 0 = all", flag_values=values)
+  numbers(
+    "num_fewshot",
+    None,
+    "examples shown; default the task's",
+    flag_values=values,
+  )
+  yes(
+    "apply_chat_template",
+    False,
+    "ask as a chat, by the tokenizer's template",
+    flag_values=values,
+  )
+  text("system_instruction", "", "said before all else", flag_values=values)
+  yes(
+    "fewshot_as_multiturn",
+    None,
+    "examples as turns of the chat; default with --apply_chat_template",
+    flag_values=values,
   )
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from adapt_pruner_jax.config import Data, Prune, Train
 from adapt_pruner_jax.data import packing, sources
 from adapt_pruner_jax.data.calibration import WindowData
+from adapt_pruner_jax.data.token_store import Stream
 from adapt_pruner_jax.data.tokenizer import load_tokenizer
 from adapt_pruner_jax.distributed import sharding
 from adapt_pruner_jax.evaluation import perplexity
@@ -145,8 +146,10 @@ class Bench:
     base = self.base(cell.base)
     full, pair = base.config, (base.config, base.params)
     settings, samples, carry = self.settings(cell)
+    one = np.zeros(1, np.int64)  # document
+    stream = Stream(base.calibration, one, trained=None, fingerprint="")
     windows = lambda count, seed: WindowData(
-      [base.calibration], [count], SAMPLE_LEN, seed
+      [stream], [count], SAMPLE_LEN, seed
     )
     fresh = windows(samples, cell.seed)
     for_refit = windows(REFIT_SAMPLES, cell.seed + 1)
@@ -251,7 +254,8 @@ class Bench:
     """Opens a base; 85 % of its text is for calibration and training."""
     folder, text, heldout = self.where[name]
     config, params = load.load(str(folder))
-    tokenizer = load_tokenizer(folder)
+    # As in the published numbers, windows are of text alone.
+    tokenizer = load_tokenizer(folder, "none")
     whole = sources.read_text(text)
     cut = whole.rfind("\n", 0, int(len(whole) * 0.85))
     file = self.out / f"{name}.txt"

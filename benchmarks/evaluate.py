@@ -61,6 +61,7 @@ from adapt_pruner_jax.evaluation import (
   lm_eval_model,
   lm_eval_run,
 )
+from adapt_pruner_jax.evaluation.questions import Questions
 from adapt_pruner_jax.formats.hf import load
 
 torch.set_num_threads(1)
@@ -123,12 +124,11 @@ def main() -> None:
       ),
     }
     wanted = dict.fromkeys(FLAGS.tasks.split(","))
+    asked = Questions(FLAGS.tasks_dir, limit=FLAGS.limit)
     raw = {}
     for _ in range(FLAGS.rounds + 1):
       for name, model in models.items():
-        raw[name] = lm_eval_run.run(
-          wanted, FLAGS.tasks_dir, FLAGS.limit or None, None, model
-        )
+        raw[name] = lm_eval_run.run(wanted, model, asked)
   number = sum(len(samples) for samples in raw["jax"]["samples"].values())
   worst = max(
     abs(x[0] - y[0])

@@ -48,7 +48,7 @@ FIELDS = """
   prune.slicegpt.multiple prune.slicegpt.subtract_mean prune.magnitude.norm
   calibration.source calibration.samples calibration.seq_len calibration.batch
   calibration.refit_samples
-  data.source data.seq_len data.batch
+  data.source data.seq_len data.batch data.bos
   train.tokens train.learning_rate train.min_learning_rate train.schedule
   train.data_share train.weight_decay train.dtype train.remat
   train.accumulation train.carry_moments train.distill_alpha train.lora_rank

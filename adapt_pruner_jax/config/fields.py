@@ -38,6 +38,7 @@ CHOICES = {
   "prune.layer_importance": ("cosine", "euclidean", "manhattan"),
   "prune.gqa_fold": ("aligned", "reference"),
   "prune.llm_pruner.ranking": ("layer", "global"),
+  "data.bos": ("auto", "none"),
   "prune.flap.metric": ("WIFV", "WIFN", "IFV"),
   "prune.flap.structure": ("ALAM", "ALMM", "ULUM", "ULMM"),
   "prune.magnitude.norm": ("l1", "l2"),
@@ -202,8 +203,8 @@ class Prune(Section):
 
 @dataclasses.dataclass
 class Calibration(Section):
-  # embedded | text:FILE | jsonl:FILE | hf:NAME | tfds:NAME, or several with
-  # weights (see sources.py), or npy:FILE
+  # embedded | text:FILE | jsonl:FILE | parquet:FILE | hf:NAME | tfds:NAME, or
+  # several with weights (docs/data.md), or npy:FILE
   source: str = "embedded"
   samples: int = 512  # sequences, fresh ones for each step
   seq_len: int = 64
@@ -216,6 +217,9 @@ class Data(Section):
   source: str = "embedded"  # as calibration.source, but npy
   seq_len: int = 1024
   batch: int = 32  # sequences a train step
+  # Calibration windows, training rows and windows of the evaluation start with
+  # the token that the tokenizer puts before a text, if it does; none = without.
+  bos: str = "auto"
 
   @property
   def step_tokens(self) -> int:
@@ -253,6 +257,7 @@ class Eval(Section):
   text: str = ""  # a text file for the perplexity, "embedded"; empty = none
   tasks: str = ""  # presets and lm-eval's tasks, comma separated; empty = none
   tasks_dir: str = ""  # jsonl files of the questions; empty = the network
+  trust_tasks_dir: bool = False  # the folder's YAML may run its Python
   latency: bool = False  # `run` also times the original and the result
   seq_len: int = 0  # tokens a window; 0 = the model's context, at most 2048
   batch: int = 8

@@ -1,0 +1,16 @@
+"""Text to tokens to batches.
+
+Reads what people have and hands out arrays: windows for calibration, packed
+rows for training, held-out tokens for evaluation. A batch is a function of its
+step, so a run continues anywhere, on any number of processes. docs/data.md is
+for those who bring the data.
+
+  sources        what a source is, and the documents in it
+  files          text, JSON lines, parquet, packed, in folders, by pattern
+  rows           the forms that a row may have, as a text or a chat
+  chat_template  a chat as text, and where in it the assistant speaks
+  tokenizer      text or a chat to token ids
+  token_store    a source as one stream of tokens, kept on disk
+  packing        streams as rows of one length, in a random order
+  calibration    windows of streams, or what a file gives
+"""

@@ -1,57 +1,74 @@
-"""Text to batches: calibration windows, packed training rows, held-out tokens.
+"""Calibration windows: what pruning steps and refits look at.
 
-All of it is arithmetic on token streams (`streams.py`) with random access:
-`batch(step)` of any step is the same whatever was read before, so the position
-that a checkpoint has to save is the step, and it means the same on any number
-of processes.
+Windows are drawn anywhere from token streams (`token_store.py`); `batch(step)`
+of any step is the same whatever was drawn before. Or a file gives them.
 """
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from adapt_pruner_jax.config import Calibration
 from adapt_pruner_jax.data.sources import parse_sources
-from adapt_pruner_jax.data.token_store import tokenise
+from adapt_pruner_jax.data.token_store import Stream, tokenise
 from adapt_pruner_jax.data.tokenizer import Tokenizer, check_ids
 from adapt_pruner_jax.errors import UserError
-
-# ---- Calibration -------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class WindowData:
-  """Windows drawn anywhere from token streams, fresh ones for each step."""
+  """Draws windows anywhere from token streams, fresh ones for each step.
 
-  streams: Sequence[np.ndarray]  # int32 [N] each
+  With a begin token, it takes the place of each window's first token.
+  """
+
+  streams: Sequence[Stream]
   counts: Sequence[int]  # windows a step from each stream
   seq_len: int
   seed: int
+  begin_id: int | None = None
 
   def batch(self, step: int) -> np.ndarray:
-    """Samples of pruning step `step` (from 0), int32 [samples, seq_len]."""
+    """Draws pruning step `step`'s (from 0), int32 [samples, seq_len]."""
     windows = []
-    for i, (tokens, count) in enumerate(
+    for i, (stream, count) in enumerate(
       zip(self.streams, self.counts, strict=True)
     ):
       random = np.random.default_rng((self.seed % 2**32, step, i))
-      last = len(tokens) - self.seq_len
-      start = random.choice(last + 1, size=count, replace=False)
-      windows.append(tokens[start[:, None] + np.arange(self.seq_len)])
-    return np.concatenate(windows)
+      last = len(stream.tokens) - self.seq_len
+      barred = self._barred(stream, last, count)
+      start = random.choice(last + 1 - len(barred), size=count, replace=False)
+      # The n-th start that is not barred, for each n drawn.
+      gaps = barred - np.arange(len(barred))
+      start = start + np.searchsorted(gaps, start, side="right")
+      windows.append(stream.tokens[start[:, None] + np.arange(self.seq_len)])
+    samples = np.concatenate(windows)
+    if self.begin_id is not None:
+      samples[:, 0] = self.begin_id
+    return samples
+
+  def _barred(self, stream: Stream, last: int, count: int) -> np.ndarray:
+    """Where no window may start: before a document, whose own begin token would
+    come second. Sorted, int64 [number]."""
+    if self.begin_id is None:
+      return np.zeros(0, np.int64)
+    before = stream.starts[1:] - 1
+    before = before[before <= last]
+    # Too short a stream to be choosy.
+    return before if last + 1 - len(before) >= count else before[:0]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class GivenData:
-  """Samples that a file lists step by step."""
+  """Hands out the samples that a file lists step by step."""
 
   path: str
   samples: np.ndarray  # integer [steps, samples, tokens]
 
   def batch(self, step: int) -> np.ndarray:
-    """Samples of pruning step `step` (from 0), int32 [samples, tokens]."""
+    """Reads pruning step `step`'s (from 0), int32 [samples, tokens]."""
     if step >= len(self.samples):
       raise UserError(
         f"npy:{self.path} has samples for {len(self.samples)} pruning steps, "
@@ -68,11 +85,20 @@ def calibration_data(
   vocab_size: int,
   seed: int,
   cache_dir: str | os.PathLike | None = None,
+  say: Callable[[str], None] | None = None,
 ) -> WindowData | GivenData:
   """Opens `config.source`; `batch(step)` then gives the samples of any step.
 
   No window is padded, and a step has no window twice. `npy:FILE` decides the
-  number and length of the samples itself, and needs no tokenizer.
+  number and length of the samples itself, is used as it is, and needs no
+  tokenizer.
+
+  Args:
+    config: of the recipe.
+    tokenizer: the model's; its `begin_id` starts every window.
+    vocab_size: of the model; larger ids are an error.
+    seed: of the drawing.
+    cache_dir: see `tokenise`, as `say`.
 
   Raises:
     UserError: the source is unreadable or too short, or has unknown ids.
@@ -86,7 +112,8 @@ def calibration_data(
   counts = np.diff(edges, prepend=0).astype(int).tolist()
   streams = []
   for source, count in zip(sources, counts, strict=True):
-    tokens = tokenise(source, tokenizer, vocab_size, cache_dir).tokens
+    stream = tokenise(source, tokenizer, vocab_size, cache_dir, say)
+    tokens = stream.tokens
     need = config.seq_len + max(count, 1) - 1
     if len(tokens) < need:
       raise UserError(
@@ -95,8 +122,9 @@ def calibration_data(
         "a longer text, or lower --config.calibration.seq_len, .samples or "
         ".refit_samples"
       )
-    streams.append(tokens)
-  return WindowData(streams, counts, config.seq_len, seed)
+    streams.append(stream)
+  begin_id = tokenizer.begin_id
+  return WindowData(streams, counts, config.seq_len, seed, begin_id)
 
 
 def pruning_data(
@@ -106,8 +134,9 @@ def pruning_data(
   vocab_size: int,
   seed: int,
   cache_dir: str | os.PathLike | None = None,
+  say: Callable[[str], None] | None = None,
 ) -> tuple[WindowData | GivenData, WindowData | GivenData]:
-  """What pruning steps read and, where there are refits, what these read.
+  """Opens what pruning steps read and, where there are refits, what these do.
 
   A refit has `config.refit_samples` windows of its own.
 
@@ -115,7 +144,7 @@ def pruning_data(
     UserError: as `calibration_data`.
   """
   opened = lambda config, seed: calibration_data(
-    config, tokenizer, vocab_size, seed, cache_dir
+    config, tokenizer, vocab_size, seed, cache_dir, say
   )
   steps = opened(config, seed)
   if not refit:

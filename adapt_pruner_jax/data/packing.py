@@ -1,6 +1,6 @@
-"""Text to batches: calibration windows, packed training rows, held-out tokens.
+"""Training rows and held-out tokens: documents packed into rows of one length.
 
-All of it is arithmetic on token streams (`streams.py`) with random access:
+All of it is arithmetic on token streams (`token_store.py`) with random access:
 `batch(step)` of any step is the same whatever was read before, so the position
 that a checkpoint has to save is the step, and it means the same on any number
 of processes.
@@ -9,7 +9,7 @@ of processes.
 import dataclasses
 import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -20,33 +20,56 @@ from adapt_pruner_jax.data.token_store import Stream, digest, tokenise
 from adapt_pruner_jax.data.tokenizer import Tokenizer, check_ids
 from adapt_pruner_jax.errors import UserError
 
-# ---- Training ----------------------------------------------------------------
-
 
 class PackedRows:
-  """Fixed rows of a stream, by index.
+  """Cuts a stream into fixed rows, by index.
 
-  Row r has the inputs [r*T, (r+1)*T) and, one further, the targets, so that
-  every token but the first of a document is predicted exactly once. A document
-  that goes on in the next row starts there anew: nothing before it is seen.
+  Row r has the targets [r*T + 1, (r+1)*T + 1) and, one before, the inputs, so
+  that every token but the first of a document is predicted exactly once. A
+  document that goes on in the next row starts there anew: nothing before it is
+  seen.
+
+  With a begin token, which starts each document of the stream, row r has the
+  targets [r*T, (r+1)*T). The begin token stands before them, in the place of
+  what it hides; a row whose first token starts a document has that document's
+  own there, and one target less. It is predicted nowhere, and everything else
+  exactly once.
   """
 
-  def __init__(self, stream: Stream, seq_len: int):
-    self.stream, self.seq_len = stream, seq_len
+  def __init__(self, stream: Stream, seq_len: int, begin_id: int | None = None):
+    """Cuts a stream into rows.
+
+    Args:
+      stream: the documents.
+      seq_len: tokens a row, T.
+      begin_id: of `Tokenizer.begin_id`; None = rows start with what comes.
+    """
+    self.stream, self.seq_len, self.begin_id = stream, seq_len, begin_id
 
   def __len__(self) -> int:
-    return -(-(len(self.stream.tokens) - 1) // self.seq_len)
+    predicted = len(self.stream.tokens) - (self.begin_id is None)
+    return -(-predicted // self.seq_len)
 
   def __getitem__(self, row: int) -> dict[str, np.ndarray]:
-    """A row of each array that `TrainData.batch` stacks, [T]."""
-    T = self.seq_len
-    tokens = self.stream.tokens[row * T : row * T + T + 1]
-    at = np.arange(row * T, row * T + len(tokens))
-    document = np.searchsorted(self.stream.starts, at, side="right")
-    start = np.maximum(self.stream.starts[document - 1], row * T)
-    counts = document[1:] == document[:-1]
-    if self.stream.trained is not None:
-      counts = counts & self.stream.trained[row * T + 1 : row * T + len(tokens)]
+    """Cuts one row of each array that `TrainData.batch` stacks, [T]."""
+    T, stream = self.seq_len, self.stream
+    first = row * T
+    tokens = stream.tokens[first : first + T + 1]
+    at = np.arange(first, first + len(tokens))
+    document = np.searchsorted(stream.starts, at, side="right")
+    start = np.maximum(stream.starts[document - 1], first)
+    learnt = np.ones(len(tokens), bool)
+    if stream.trained is not None:
+      learnt = stream.trained[first : first + len(tokens)]
+    if self.begin_id is not None and stream.starts[document[0] - 1] == first:
+      learnt = np.append(learnt[:T], False)[: len(tokens)]  # by the next row
+    elif self.begin_id is not None:
+      tokens = np.append(self.begin_id, tokens[:T])
+      at, start = (np.append(first - 1, x[:T]) for x in (at, start))
+      start = np.where(start == first, first - 1, start)
+      document = np.append(document[0], document[:T])
+      learnt = np.append(False, learnt[:T])
+    counts = (document[1:] == document[:-1]) & learnt[1:]
     padding = T + 1 - len(tokens)
     columns = {
       "tokens_BT": (tokens[:-1], np.int32),
@@ -63,7 +86,7 @@ class PackedRows:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TrainData:
-  """Shuffled, endlessly repeated rows.
+  """Hands out rows, shuffled and endlessly repeated.
 
   Every process reads all rows of a batch. They are few bytes, and which of them
   its devices need depends on the mesh: those of one `tensor` group need the
@@ -81,7 +104,7 @@ class TrainData:
     return max(share * tokens / size for share, size in self.sources)
 
   def batch(self, step: int) -> dict[str, np.ndarray]:
-    """Batch of train step `step` (from 0).
+    """Stacks the rows of train step `step` (from 0).
 
     Returns:
       Arrays [B, T]: `tokens_BT` and the `targets_BT` that follow them,
@@ -94,7 +117,7 @@ class TrainData:
     return {name: np.stack([r[name] for r in rows]) for name in rows[0]}
 
   def batches(self, first_step: int) -> Iterator[dict[str, np.ndarray]]:
-    """`batch` of `first_step` and of all steps after it."""
+    """Yields `batch` of `first_step` and of all steps after it."""
     return map(self.batch, itertools.count(first_step))
 
 
@@ -104,10 +127,18 @@ def train_data(
   vocab_size: int,
   seed: int,
   cache_dir: str | os.PathLike | None = None,
+  say: Callable[[str], None] | None = None,
 ) -> TrainData:
   """Opens `config.source`; `batch(step)` then gives the rows of any step.
 
   Rows are shuffled over the whole of each source, anew in every epoch.
+
+  Args:
+    config: of the recipe.
+    tokenizer: the model's; its `begin_id` starts every row.
+    vocab_size: of the model; larger ids are an error.
+    seed: of the order of the rows.
+    cache_dir: see `tokenise`, as `say`.
 
   Raises:
     UserError: the source is unreadable or empty.
@@ -118,11 +149,15 @@ def train_data(
   if sources[0].kind == "npy":
     raise UserError(
       f"--config.data.source={config.source}: npy is for calibration only; "
-      "give text:FILE, jsonl:FILE, hf:NAME, tfds:NAME or embedded"
+      "give text:FILE, jsonl:FILE, parquet:FILE, hf:NAME, tfds:NAME or embedded"
     )
-  streams = [tokenise(s, tokenizer, vocab_size, cache_dir) for s in sources]
+  streams = [
+    tokenise(s, tokenizer, vocab_size, cache_dir, say) for s in sources
+  ]
   parts = [
-    grain.MapDataset.source(PackedRows(stream, config.seq_len))
+    grain.MapDataset.source(
+      PackedRows(stream, config.seq_len, tokenizer.begin_id)
+    )
     .seed((seed + i) % 2**32)
     .shuffle()
     .repeat()
@@ -147,7 +182,7 @@ def train_data(
 def heldout_tokens(
   text: str, tokenizer: Tokenizer, vocab_size: int, where: str = "eval.text"
 ) -> np.ndarray:
-  """A whole text as int32 [N], encoded at once, for the perplexity.
+  """Encodes a whole text at once, for the perplexity: int32 [N].
 
   Raises:
     UserError: fewer than 2 tokens, or ids outside the vocabulary.

@@ -7,35 +7,44 @@ those, all separated by commas; no character needs quotes in a shell:
   jsonl:chat.jsonl,loss=assistant
   hf:Salesforce/wikitext,subset=wikitext-2-raw-v1,weight=0.7,text:a.txt,weight=0.3
 
+The name after `text`, `jsonl` and `parquet` may be a file, a directory or a
+pattern such as shards/*.jsonl.zst, see `files.py`. What a row of the latter two
+may look like, and of hf and tfds, is in `rows.py`.
+
 Options (which kind has which: `OPTIONS`):
   weight  share of this source among several, in tokens; default 1
   limit   read no more than so many documents
   split   of `embedded` train (default) or heldout; of datasets their own names
   subset  the dataset's configuration name
-  column  the field with the text or the chat; default `text` or `messages`
-  loss    all (default) or assistant: train on what the assistant says only
+  column  the field with the text or the turns; default: by the row's fields
+  loss    all (default) or assistant: train on what the assistant says, or on
+          the completion of a prompt, only
 """
 
 import dataclasses
 import importlib
 import itertools
-import json
+import os
 import re
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+from adapt_pruner_jax.data import files
+from adapt_pruner_jax.data.rows import Document, to_document, without_null
 from adapt_pruner_jax.errors import UserError, first_line, nearest
 
 OPTIONS = {
   "embedded": ("split", "limit", "weight"),
   "text": ("limit", "weight"),
   "jsonl": ("column", "loss", "limit", "weight"),
+  "parquet": ("column", "loss", "limit", "weight"),
   "hf": ("subset", "split", "column", "loss", "limit", "weight"),
   "tfds": ("split", "column", "limit", "weight"),
   "npy": (),
 }
+FILE_KINDS = ("text", "jsonl", "parquet")
 SEPARATOR = "<|endoftext|>"  # a line of its own between documents of a text
 # A longer document is cut at the end of a line, so that memory stays bounded.
 LONGEST_DOCUMENT = 1 << 22  # bytes
@@ -43,6 +52,8 @@ LONGEST_DOCUMENT = 1 << 22  # bytes
 
 @dataclasses.dataclass(frozen=True)
 class Source:
+  """Says what to read, and how; the options are at the top of this file."""
+
   kind: str
   name: str = ""
   weight: float = 1.0
@@ -54,11 +65,6 @@ class Source:
 
   def __str__(self) -> str:
     return f"{self.kind}:{self.name}" if self.name else self.kind
-
-
-class Document(NamedTuple):
-  where: str  # for messages, e.g. "jsonl:a.jsonl row 12"
-  content: str | list[dict]  # text, or the messages of a chat
 
 
 def parse_sources(spec: str, option: str) -> list[Source]:
@@ -73,12 +79,12 @@ def parse_sources(spec: str, option: str) -> list[Source]:
     key, found, value = part.partition("=")
     kind, _, name = part.partition(":")
     if kind in OPTIONS:
-      sources.append(Source(kind, name))
+      sources.append(Source(kind, os.path.expanduser(name)))
     elif not sources:
       raise UserError(
         f"--config.{option}={spec}: {kind!r} is not a kind of source"
         f"{nearest(kind, OPTIONS)}; write embedded, text:FILE, jsonl:FILE, "
-        "hf:NAME, tfds:NAME or, for calibration, npy:FILE"
+        "parquet:FILE, hf:NAME, tfds:NAME or, for calibration, npy:FILE"
       )
     elif found and re.fullmatch(r"\w+", key):
       sources[-1] = _with_option(sources[-1], key, value, option)
@@ -126,7 +132,7 @@ def _with_option(source: Source, key: str, text: str, option: str) -> Source:
 
 
 def read_documents(source: Source) -> Iterator[Document]:
-  """The documents of a source, in order, without empty ones.
+  """Reads the documents of a source, in order, without empty ones.
 
   Raises:
     UserError: the source is missing, unreadable, broken or has no text.
@@ -134,7 +140,8 @@ def read_documents(source: Source) -> Iterator[Document]:
   reader = {
     "embedded": _embedded,
     "text": _text,
-    "jsonl": _jsonl,
+    "jsonl": _rows,
+    "parquet": _rows,
     "hf": _hf,
     "tfds": _tfds,
   }[source.kind]
@@ -148,18 +155,18 @@ def read_documents(source: Source) -> Iterator[Document]:
 
 
 def embedded_text(split: str) -> str:
-  """The embedded documents of `train` or `heldout` as one text."""
+  """Joins the embedded documents of `train` or `heldout` to one text."""
   documents = read_documents(Source("embedded", split=split))
   return "\n\n".join(d.content for d in documents)
 
 
 def read_text(path: str | Path) -> str:
-  """A whole UTF-8 file, line ends made \\n.
+  """Reads a whole UTF-8 file, unpacked if need be, line ends made \\n.
 
   Raises:
     UserError: missing, unreadable, not UTF-8 (says which byte), or empty.
   """
-  text = "".join(_lines(path))
+  text = "".join(files.lines(path))
   if not text.strip():
     raise UserError(f"{path} is empty: it has no text")
   return text
@@ -181,34 +188,28 @@ def _embedded(source: Source) -> Iterator[Document]:
 
 
 def _text(source: Source) -> Iterator[Document]:
-  """Documents between separator lines."""
-  lines, size = [], 0
-  for line in _lines(source.name):
-    separates = line.strip() == SEPARATOR
-    if not separates:
-      lines.append(line)
-      size += len(line)
-    if separates or size >= LONGEST_DOCUMENT:
-      yield Document(str(source), "".join(lines).strip("\n"))
-      lines, size = [], 0
-  yield Document(str(source), "".join(lines).strip("\n"))
+  """Documents between separator lines, and one at the end of each file."""
+  for path in files.files_of(source.kind, source.name):
+    lines, size = [], 0
+    for line in files.lines(path):
+      separates = line.strip() == SEPARATOR
+      if not separates:
+        lines.append(line)
+        size += len(line)
+      if separates or size >= LONGEST_DOCUMENT:
+        yield Document(str(path), "".join(lines).strip("\n"))
+        lines, size = [], 0
+    yield Document(str(path), "".join(lines).strip("\n"))
 
 
-def _jsonl(source: Source) -> Iterator[Document]:
-  for number, line in enumerate(_lines(source.name), 1):
-    if not line.strip():
-      continue
-    where = f"{source.name} line {number}"
-    try:
-      row = json.loads(line)
-    except ValueError as error:
-      raise UserError(f"{where} is not valid JSON: {error}") from error
-    if not isinstance(row, dict):
-      raise UserError(
-        f'{where} is not an object; write {{"text": ...}} or '
-        '{"messages": [{"role": ..., "content": ...}]}'
-      )
-    yield _document(where, row, source)
+def _rows(source: Source) -> Iterator[Document]:
+  """The rows of jsonl or parquet files."""
+  packed = source.kind == "parquet"
+  for path in files.files_of(source.kind, source.name):
+    rows = files.parquet_rows(path) if packed else files.json_rows(path)
+    for where, row in rows:
+      row = without_null(row) if packed else row
+      yield to_document(where, row, source.column, source.loss)
 
 
 def _hf(source: Source) -> Iterator[Document]:
@@ -229,7 +230,8 @@ def _hf(source: Source) -> Iterator[Document]:
         streaming=bool(source.limit),
       )
     for number, row in enumerate(rows):  # may download as it goes
-      yield _document(f"{source} row {number}", row, source)
+      where = f"{source} row {number}"
+      yield to_document(where, without_null(row), source.column, source.loss)
   except UserError:
     raise
   except Exception as error:  # network, cache and parser each raise their own
@@ -257,63 +259,7 @@ def _tfds(source: Source) -> Iterator[Document]:
   for number in range(len(rows)):
     where = f"{source} row {number}"
     row = {k: _decoded(v, where) for k, v in rows[number].items()}
-    yield _document(where, row, source)
-
-
-def _document(where: str, row: Mapping, source: Source) -> Document:
-  """The text or the chat of a row, checked."""
-  wanted = (source.column,) if source.column else ("text", "messages")
-  column = next((c for c in wanted if row.get(c) is not None), None)
-  if column is None:
-    raise UserError(
-      f"{where} has no {' or '.join(wanted)}; it has "
-      f"{', '.join(map(str, row)) or 'nothing'}; name the field that has the "
-      "text or the chat with column=NAME"
-    )
-  content = row[column]
-  if isinstance(content, list):
-    for i, message in enumerate(content):
-      _check_message(f"{where}: {column}[{i}]", message)
-  elif not isinstance(content, str):
-    raise UserError(
-      f"{where}: {column} is {type(content).__name__}, not a string or a list "
-      "of messages"
-    )
-  elif source.loss == "assistant":
-    raise UserError(
-      f"{where} is plain text, and loss=assistant needs chats "
-      '{"messages": [{"role": ..., "content": ...}]}'
-    )
-  return Document(where, content)
-
-
-def _check_message(where: str, message: Any) -> None:
-  if not isinstance(message, dict):
-    raise UserError(f"{where} is not an object with role and content")
-  for key in ("role", "content"):
-    if not isinstance(message.get(key), str):
-      raise UserError(f"{where} has no string {key!r}")
-
-
-def _lines(path: str | Path) -> Iterator[str]:
-  """Lines of a UTF-8 file, with \\n as in Python's text mode."""
-  offset = 0
-  try:
-    with open(path, "rb") as file:
-      for line in file:
-        text = line.decode()
-        if not offset:
-          text = text.removeprefix("\ufeff")  # the byte order mark
-        yield text.replace("\r\n", "\n").replace("\r", "\n")
-        offset += len(line)
-  except UnicodeDecodeError as error:
-    at = offset + error.start
-    raise UserError(
-      f"{path} is not UTF-8: byte 0x{error.object[error.start]:02x} at offset "
-      f"{at}; convert it, e.g. iconv -f latin1 -t utf-8"
-    ) from error
-  except OSError as error:
-    raise UserError(f"{path}: {error.strerror}") from error
+    yield to_document(where, row, source.column, source.loss)
 
 
 def _decoded(value: Any, where: str) -> Any:

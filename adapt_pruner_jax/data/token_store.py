@@ -9,20 +9,23 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 from absl import logging
 
-from adapt_pruner_jax.data.sources import Document, Source, read_documents
+from adapt_pruner_jax.data.files import files_of
+from adapt_pruner_jax.data.rows import Document
+from adapt_pruner_jax.data.sources import FILE_KINDS, Source, read_documents
 from adapt_pruner_jax.data.tokenizer import Tokenizer, check_ids
 from adapt_pruner_jax.distributed import agreement
 from adapt_pruner_jax.errors import UserError
 
 # Characters that are tokenised at a time: enough for all cores, little memory.
 GROUP_CHARS = 1 << 20
-CACHE_VERSION = 1
+CACHE_VERSION = 2
+SAY_EVERY = 5.0  # seconds between lines of progress
 # The arrays of a stream on disk, and in the chunks that it is made from.
 FILES = (("tokens", "<i4"), ("lengths", "<i8"), ("trained", "?"))
 Chunk = tuple[np.ndarray, ...]
@@ -30,7 +33,7 @@ Chunk = tuple[np.ndarray, ...]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Stream:
-  """The documents of a source, tokenised, one after the other."""
+  """Holds the documents of a source, tokenised, one after the other."""
 
   tokens: np.ndarray  # int32 [N]
   starts: np.ndarray  # int64 [documents]: where each one starts
@@ -43,24 +46,31 @@ def tokenise(
   tokenizer: Tokenizer,
   vocab_size: int,
   cache_dir: str | os.PathLike | None = None,
+  say: Callable[[str], None] | None = None,
 ) -> Stream:
-  """All documents of a source as one stream.
+  """Encodes all documents of a source as one stream.
 
   Each text is encoded with the special tokens that its tokenizer adds, then
-  closed with the end token. A chat is what its template makes of it.
+  closed with the end token. A chat is what its template makes of it. Where the
+  tokenizer has a `begin_id`, every document starts with it, once.
 
   Args:
     source: where to read.
     tokenizer: the model's.
     vocab_size: of the model; larger ids are an error.
     cache_dir: keep the result there, and take it from there the next time.
+    say: is told in a line how far it is, every few seconds and at the end.
 
   Raises:
     UserError: the source cannot be read, or has ids outside the vocabulary.
   """
+
+  def chunks() -> Iterator[Chunk]:
+    made = _chunks(source, tokenizer, vocab_size)
+    return made if say is None else _told(made, source, say)
+
   if cache_dir is None:
-    chunks = _chunks(source, tokenizer, vocab_size)
-    arrays = [np.concatenate(parts) for parts in zip(*chunks, strict=True)]
+    arrays = [np.concatenate(parts) for parts in zip(*chunks(), strict=True)]
     return _stream(source, arrays, [digest(a) for a in arrays])
   key = _cache_key(source, tokenizer)
   name = f"{source.kind}-{digest(json.dumps(key).encode())[:16]}"
@@ -73,7 +83,7 @@ def tokenise(
     if folder.is_dir():
       logging.warning("%s is damaged; %s is tokenised again", folder, source)
       shutil.rmtree(folder)
-    _write_cache(folder, key, _chunks(source, tokenizer, vocab_size))
+    _write_cache(folder, key, chunks())
     return _read_cache(folder)
 
   # One process tokenises for all; a copy of its own of the source has another
@@ -87,7 +97,7 @@ def tokenise(
 
 
 def digest(*parts: bytes | np.ndarray) -> str:
-  """SHA-256 of some bytes."""
+  """Computes the SHA-256 of some bytes."""
   total = hashlib.sha256()
   for part in parts:
     total.update(np.ascontiguousarray(part).data if len(part) else b"")
@@ -115,26 +125,38 @@ def _chunks(
   """The stream in pieces of whole documents: tokens, lengths, trained."""
   total = 0
   for group in _groups(read_documents(source)):
-    texts = [d.content for d in group if isinstance(d.content, str)]
-    encoded = iter(tokenizer.encode_batch(texts))
     tokens, trained = [], []
-    for document in group:
-      if isinstance(document.content, str):
-        ids, said = _closed(next(encoded), tokenizer.eos_id), None
-      else:
-        ids, said = _encode_chat(document, tokenizer, source.loss)
+    encoded = _encoded(group, tokenizer, source.loss)
+    for document, (ids, said) in zip(group, encoded, strict=True):
       ids = np.array(ids, np.int64)
       check_ids(ids, vocab_size, document.where, tokenizer)
       tokens.append(ids.astype("<i4"))
       trained.append(np.ones(len(ids), bool) if said is None else said)
     lengths = np.array([len(ids) for ids in tokens if len(ids)], "<i8")
     total += lengths.sum()
-    logging.log_every_n_seconds(
-      logging.INFO, "%s: %d tokens so far", 10, source, total
-    )
     yield np.concatenate(tokens), lengths, np.concatenate(trained)
   if total < 2:
     raise UserError(f"{source} is too short: it has {total} tokens")
+
+
+def _told(
+  chunks: Iterable[Chunk], source: Source, say: Callable[[str], None]
+) -> Iterator[Chunk]:
+  """The same chunks; says on the way how many there were."""
+  documents = tokens = 0
+  begun = last = time.monotonic()
+
+  def line() -> str:
+    rate = tokens / max(time.monotonic() - begun, 1e-9)
+    return f"{documents:,} documents, {tokens:,} tokens, {rate:,.0f} tokens/s"
+
+  for chunk in chunks:
+    yield chunk
+    documents, tokens = documents + len(chunk[1]), tokens + len(chunk[0])
+    if time.monotonic() - last >= SAY_EVERY:
+      last = time.monotonic()
+      say(f"tokenising {source}: {line()} so far")
+  say(f"tokenised {source}: {line()}")
 
 
 def _groups(documents: Iterable[Document]) -> Iterator[list[Document]]:
@@ -151,22 +173,63 @@ def _groups(documents: Iterable[Document]) -> Iterator[list[Document]]:
     yield group
 
 
-def _closed(ids: list[int], eos_id: int | None) -> list[int]:
-  """`ids` with the end token, once."""
-  if eos_id is None or not ids or ids[-1] == eos_id:
-    return ids
-  return [*ids, eos_id]
+Encoded = tuple[list[int], np.ndarray | None]  # ids, and which are trained
 
 
-def _encode_chat(
+def _encoded(
+  group: Sequence[Document], tokenizer: Tokenizer, loss: str
+) -> list[Encoded]:
+  """Token ids of documents; with loss=assistant also which are to be learnt."""
+  laid_out = [_laid_out(document, tokenizer, loss) for document in group]
+  found: list[Encoded | None] = [None] * len(group)
+  for chat in (False, True):
+    mine = [i for i, text in enumerate(laid_out) if text[2] == chat]
+    texts = [laid_out[i][0] for i in mine]
+    if loss == "assistant":
+      spans = [laid_out[i][1] for i in mine]
+      encoded = tokenizer.encode_batch_said(texts, spans, special=not chat)
+    else:
+      encoded = [
+        (ids, None) for ids in tokenizer.encode_batch(texts, special=not chat)
+      ]
+    for i, (ids, said) in zip(mine, encoded, strict=True):
+      found[i] = _framed(ids, said, tokenizer, closed=not chat)
+  return found
+
+
+def _laid_out(
   document: Document, tokenizer: Tokenizer, loss: str
-) -> tuple[list[int], np.ndarray | None]:
+) -> tuple[str, list[tuple[int, int]], bool]:
+  """A document's text, where in it what is learnt is, and whether a chat
+  template made it."""
+  content, prompt = document.content, document.prompt
+  if document.plain is not None and tokenizer.chat_template is None:
+    content, prompt = "".join(document.plain), len(document.plain[0])
+  if isinstance(content, str):
+    return content, [(prompt, len(content))], False
   try:
     if loss == "assistant":
-      return tokenizer.encode_chat_said(document.content)
-    return tokenizer.encode_chat(document.content), None
+      return *tokenizer.chat_spans(content, document.tools, prompt), True
+    return tokenizer.render_chat(content, document.tools), [], True
   except UserError as error:
     raise UserError(f"{document.where}: {error}") from error
+
+
+def _framed(
+  ids: list[int], said: np.ndarray | None, tokenizer: Tokenizer, closed: bool
+) -> Encoded:
+  """`ids` with the begin token and, if `closed`, the end token, each once."""
+  begin, end = tokenizer.begin_id, tokenizer.eos_id
+  if begin is not None and ids and ids[0] != begin:
+    ids = [begin, *ids]
+    said = None if said is None else np.append(False, said)
+  if closed and end is not None and ids:
+    if ids[-1] != end:
+      ids = [*ids, end]
+      said = None if said is None else np.append(said, True)
+    elif said is not None:
+      said[-1] = True  # the tokenizer's own end token
+  return ids, said
 
 
 # ---- Cache -------------------------------------------------------------------
@@ -176,9 +239,10 @@ def _cache_key(source: Source, tokenizer: Tokenizer) -> dict:
   """What the tokens depend on. A hub dataset is taken to stay as it was when
   it was first read, which is what continuing a run needs."""
   paths = []
-  if source.kind != "embedded" and Path(source.name).exists():
-    root = Path(source.name)
-    paths = sorted(root.rglob("*")) if root.is_dir() else [root]
+  if source.kind in FILE_KINDS:
+    paths = files_of(source.kind, source.name)
+  elif source.kind != "embedded" and Path(source.name).is_dir():
+    paths = sorted(Path(source.name).rglob("*"))
   stats = [(str(p), p.stat()) for p in paths if p.is_file()]
   key = dataclasses.asdict(dataclasses.replace(source, weight=1.0))
   if source.kind == "embedded":

@@ -1,6 +1,8 @@
 """The model's tokenizer: text or a chat in, token ids out.
 
-`tokenizer.json` is read with the `tokenizers` package alone. Directories that
+`tokenizer.json` is read with the `tokenizers` package alone, and what that
+package makes of it is what counts. Transformers reads the same file, and then
+changes it for some directories; see docs/data.md for which. Directories that
 only have SentencePiece or vocabulary files are converted by Transformers, which
 is imported for nothing else: it is slow to import, and pulls torch in where
 torch is installed.
@@ -11,18 +13,29 @@ import functools
 import hashlib
 import json
 import os
-import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from adapt_pruner_jax.config import CHOICES
+from adapt_pruner_jax.data import chat_template
 from adapt_pruner_jax.errors import UserError, first_line
 from adapt_pruner_jax.storage.confinement import confined
 
 # Any of these makes a directory without tokenizer.json worth converting.
 CONVERTIBLE = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+# Those that Transformers hands to a chat template under these names.
+SPECIAL_TOKENS = (
+  "bos_token",
+  "eos_token",
+  "unk_token",
+  "sep_token",
+  "pad_token",
+  "cls_token",
+  "mask_token",
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -34,6 +47,10 @@ class Tokenizer:
   bos_token: str | None = None
   eos_token: str | None = None
   chat_template: str | None = None  # Jinja
+  tool_template: str | None = None  # of chats with tools, where it is another
+  # What chat templates see, by name.
+  special_tokens: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  bos: str = "auto"  # data.bos: whether `begin_id` is used
 
   @property
   def bos_id(self) -> int | None:
@@ -44,104 +61,184 @@ class Tokenizer:
     return self._id(self.eos_token)
 
   @functools.cached_property
+  def begin_id(self) -> int | None:
+    """The token that every window and every row of text starts with.
+
+    It is the one that the tokenizer itself puts before a text: models with one
+    were trained to see it first, and without it their losses mean nothing (a
+    Gemma's perplexity is off by orders of magnitude). None where the tokenizer
+    has no such token, and with `data.bos=none`.
+    """
+    if self.bos == "none":
+      return None
+    encoding = self.backend.encode("a 1")
+    added = np.array(encoding.special_tokens_mask, bool)  # by the tokenizer
+    if added.all() or not added[0]:
+      return None
+    return encoding.ids[0]
+
+  @property
+  def begin_token(self) -> str | None:
+    """The text of `begin_id`, for people."""
+    begin = self.begin_id
+    return None if begin is None else self.backend.id_to_token(begin)
+
+  @functools.cached_property
   def fingerprint(self) -> str:
     """SHA-256 of all that decides which ids a text or a chat becomes."""
-    parts = (self.eos_token, self.bos_token, self.chat_template)
+    parts = (
+      *(self.eos_token, self.bos_token, self.begin_id),
+      *(self.chat_template, self.tool_template, dict(self.special_tokens)),
+    )
     text = json.dumps([self.backend.to_str(), *parts])
     return hashlib.sha256(text.encode()).hexdigest()
 
   def encode(self, text: str) -> list[int]:
-    """Token ids, with the special tokens that the tokenizer adds by itself."""
+    """Encodes a text, with the special tokens that the tokenizer adds."""
     return self.backend.encode(text).ids
 
   def encode_plain(self, text: str) -> list[int]:
-    """Token ids without added special tokens."""
+    """Encodes a text without added special tokens."""
     return self.backend.encode(text, add_special_tokens=False).ids
 
-  def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-    """`encode` of many texts, on all cores."""
-    return [e.ids for e in self.backend.encode_batch_fast(list(texts))]
+  def encode_batch(
+    self, texts: Sequence[str], special: bool = True
+  ) -> list[list[int]]:
+    """Encodes many texts, on all cores; not `special` = `encode_plain`."""
+    found = self.backend.encode_batch_fast(
+      list(texts), add_special_tokens=special
+    )
+    return [e.ids for e in found]
 
-  def encode_chat(self, messages: Sequence[dict]) -> list[int]:
-    """Token ids of a chat, as the chat template lays it out.
+  def encode_batch_said(
+    self,
+    texts: Sequence[str],
+    spans: Sequence[Sequence[tuple[int, int]]],
+    special: bool = True,
+  ) -> list[tuple[list[int], np.ndarray]]:
+    """Encodes many texts, and says which tokens are in given spans.
+
+    Args:
+      texts: each is encoded as by `encode_batch`.
+      spans: for each text, (start, stop) in characters.
+
+    Returns:
+      For each text its ids, and bool [N]: those with a character in a span.
+    """
+    encodings = self.backend.encode_batch(
+      list(texts), add_special_tokens=special
+    )
+    found = []
+    for encoding, places in zip(encodings, spans, strict=True):
+      starts, stops = np.array(encoding.offsets, np.int64).reshape(-1, 2).T
+      said = np.zeros(len(starts), bool)
+      for start, stop in places:
+        said |= (starts < stop) & (stops > start)
+      found.append((encoding.ids, said))
+    return found
+
+  def encode_chat(
+    self, messages: Sequence[Mapping], tools: Sequence[Mapping] | None = None
+  ) -> list[int]:
+    """Encodes a chat, as the chat template lays it out.
 
     Raises:
-      UserError: no chat template, or one that cannot render these messages.
+      UserError: as `render_chat`.
     """
-    return self.encode_plain(self._apply_template(messages))
+    return self.encode_plain(self.render_chat(messages, tools))
+
+  def chat_text(self, messages: Sequence[dict], prompt: bool = False) -> str:
+    """A chat as the chat template lays it out.
+
+    Args:
+      prompt: ends with what asks the assistant to speak.
+
+    Raises:
+      UserError: as `encode_chat`.
+    """
+    return self._apply_template(messages, prompt)
 
   def encode_chat_said(
-    self, messages: Sequence[dict]
+    self, messages: Sequence[Mapping], tools: Sequence[Mapping] | None = None
   ) -> tuple[list[int], np.ndarray]:
-    """Token ids of a chat, and bool [N]: those that the assistant says.
+    """Encodes a chat; bool [N] tells the ids that the assistant says.
 
     They come after the prompt that asks it to speak, up to and with the end of
     its turn.
 
     Raises:
-      UserError: as `encode_chat`, or turns cannot be told apart.
+      UserError: as `chat_spans`.
     """
-    text = self._apply_template(messages)
-    encoding = self.backend.encode(text, add_special_tokens=False)
-    starts, stops = np.array(encoding.offsets, np.int64).reshape(-1, 2).T
-    said = np.zeros(len(starts), bool)
-    for start, stop in self._assistant_spans(messages, text):
-      said |= (starts < stop) & (stops > start)
-    return encoding.ids, said
+    text, spans = self.chat_spans(messages, tools)
+    return self.encode_batch_said([text], [spans], special=False)[0]
 
-  def _assistant_spans(
-    self, messages: Sequence[dict], text: str
-  ) -> list[tuple[int, int]]:
-    """(start, stop) of the assistant's turns in the rendered `text`."""
-    spans = []
-    for i, message in enumerate(messages):
-      if message["role"] != "assistant":
-        continue
-      turn = self._apply_template(messages[: i + 1])
-      if not text.startswith(turn):
-        raise UserError(
-          f"the chat template of {self.path} renders turn {i + 1} in another "
-          "way when more turns follow, so what the assistant said cannot be "
-          "told apart; use loss=all, or one assistant turn a row"
-        )
-      # Where the prompt opens a thought that the turn lacks, the turn starts
-      # at the point where they part.
-      prompt = self._apply_template(messages[:i], prompt=True)
-      spans.append((_common_prefix(prompt, turn), len(turn)))
-    return spans
+  def render_chat(
+    self,
+    messages: Sequence[Mapping],
+    tools: Sequence[Mapping] | None = None,
+    prompt: bool = False,
+  ) -> str:
+    """Lays out a chat as text, see `chat_template.render`.
 
-  def _apply_template(self, messages: Sequence[dict], prompt=False) -> str:
-    if self.chat_template is None:
+    Raises:
+      UserError: no chat template, or one that cannot render these messages.
+    """
+    template = self.chat_template
+    if tools is not None and self.tool_template is not None:
+      template = self.tool_template
+    if template is None:
       raise UserError(
         f"{self.path} has no chat template (chat_template.jinja, or "
         "chat_template in tokenizer_config.json), so chats cannot be read; "
-        'give rows of plain text {"text": ...}'
+        "copy one there, or give rows of plain text "
+        '{"text": ...} or {"prompt": ..., "completion": ...}'
       )
-    try:
-      return _compile(self.chat_template).render(
-        messages=list(messages),
-        add_generation_prompt=prompt,
-        bos_token=self.bos_token or "",
-        eos_token=self.eos_token or "",
-      )
-    except UserError:
-      raise
-    except Exception as error:  # whatever a template's own code raises
-      raise UserError(
-        f"the chat template of {self.path} cannot render the chat: "
-        f"{first_line(error)}"
-      ) from error
+    return chat_template.render(
+      template, messages, self.special_tokens, tools, prompt, self._template
+    )
+
+  def chat_spans(
+    self,
+    messages: Sequence[Mapping],
+    tools: Sequence[Mapping] | None = None,
+    first: int = 0,
+  ) -> tuple[str, list[tuple[int, int]]]:
+    """Lays out a chat, and finds the assistant's turns from `first` on.
+
+    Raises:
+      UserError: as `render_chat`, or the turns cannot be told apart.
+    """
+
+    def rendered(some: Sequence[Mapping], prompt: bool = False) -> str:
+      return self.render_chat(some, tools, prompt)
+
+    return chat_template.assistant_spans(
+      rendered, messages, first, self._template
+    )
+
+  @property
+  def _template(self) -> str:
+    """Whose chat template it is, for messages."""
+    return f"the chat template of {self.path}"
 
   def _id(self, token: str | None) -> int | None:
     return None if token is None else self.backend.token_to_id(token)
 
 
-def load_tokenizer(model_dir: str | os.PathLike) -> Tokenizer:
-  """The tokenizer of a HuggingFace directory. No code of it is ever run.
+def load_tokenizer(
+  model_dir: str | os.PathLike, bos: str = "auto"
+) -> Tokenizer:
+  """Opens the tokenizer of a HuggingFace directory; runs no code of it.
+
+  Args:
+    model_dir: the directory.
+    bos: as `data.bos`: auto, or none for windows without a begin token.
 
   Raises:
     UserError: the directory is missing, or has no tokenizer that can be read.
   """
+  if bos not in CHOICES["data.bos"]:
+    raise UserError(f"bos={bos} is not one of {', '.join(CHOICES['data.bos'])}")
   folder = Path(model_dir)
   if not folder.is_dir():
     raise UserError(f"tokenizer: no such directory: {folder}")
@@ -160,7 +257,7 @@ def load_tokenizer(model_dir: str | os.PathLike) -> Tokenizer:
   # Some files carry the length limit of the job they were last used for.
   tokenizer.backend.no_truncation()
   tokenizer.backend.no_padding()
-  return tokenizer
+  return dataclasses.replace(tokenizer, bos=bos)
 
 
 def check_ids(
@@ -186,16 +283,27 @@ def _from_json(folder: Path) -> Tokenizer:
     backend = tokenizers.Tokenizer.from_file(str(path))
   except Exception as error:  # the package raises bare Exception
     raise UserError(f"{path} cannot be read: {first_line(error)}") from error
-  settings = _json(folder / "special_tokens_map.json")
-  settings |= _json(folder / "tokenizer_config.json")
+  settings = _settings(folder)
   ids = _json(folder / "config.json")
+  template, tool_template = _templates(folder, settings)
   return Tokenizer(
     backend,
     str(folder),
-    _special(backend, settings.get("bos_token"), ids.get("bos_token_id")),
-    _special(backend, settings.get("eos_token"), ids.get("eos_token_id")),
-    _template(folder, settings.get("chat_template")),
+    _special(backend, settings, "bos_token", ids),
+    _special(backend, settings, "eos_token", ids),
+    template,
+    tool_template,
+    # Transformers takes a token to pad with from tokenizer.json too.
+    _template_tokens((backend.padding or {}) | settings),
   )
+
+
+def _settings(folder: Path) -> dict:
+  """The tokenizer's settings, from the files that Transformers takes."""
+  settings = _json(folder / "tokenizer_config.json")
+  if "added_tokens_decoder" not in settings:  # written before 2023
+    settings |= _json(folder / "special_tokens_map.json")
+  return settings
 
 
 def _converted(folder: Path) -> Tokenizer:
@@ -216,74 +324,66 @@ def _converted(folder: Path) -> Tokenizer:
       f"{folder}: its tokenizer cannot be converted: {first_line(error)}; put "
       "a tokenizer.json there"
     ) from error
+  templates = slow.chat_template
+  if not isinstance(templates, dict):
+    templates = {"default": templates}
   return Tokenizer(
-    backend, str(folder), slow.bos_token, slow.eos_token, slow.chat_template
+    backend,
+    str(folder),
+    slow.bos_token,
+    slow.eos_token,
+    templates.get("default"),
+    templates.get("tool_use"),
+    dict(slow.special_tokens_map),
   )
 
 
-def _special(backend: Any, token: Any, token_id: Any) -> str | None:
-  """A special token's text, by its entry in the tokenizer's config or the id
+def _special(
+  backend: Any, settings: Mapping, name: str, ids: Mapping
+) -> str | None:
+  """A special token's text, by its entry in the tokenizer's settings or the id
   in the model's."""
-  if isinstance(token, dict):  # a serialised AddedToken
-    token = token.get("content")
+  token = _content(settings.get(name))
   if token is not None:
     return token
+  token_id = ids.get(f"{name}_id")
   if isinstance(token_id, list):
     token_id = token_id[0] if token_id else None
   return None if token_id is None else backend.id_to_token(token_id)
 
 
-def _template(folder: Path, setting: Any) -> str | None:
+def _content(token: Any) -> str | None:
+  """The text of a token, which may be a serialised AddedToken."""
+  if isinstance(token, Mapping):
+    token = token.get("content")
+  return token if isinstance(token, str) else None
+
+
+def _template_tokens(settings: Mapping) -> dict[str, str]:
+  """What Transformers hands to a chat template: the tokens with a usual name,
+  and those that a model names itself."""
+  found = {name: _content(settings.get(name)) for name in SPECIAL_TOKENS}
+  own = settings.get("extra_special_tokens")
+  own = own if isinstance(own, Mapping) else {}
+  named = {k: v for k, v in settings.items() if k.endswith("_token")}
+  for name, token in (named | dict(own)).items():
+    found[name] = _content(token)
+  return {name: token for name, token in found.items() if token is not None}
+
+
+def _templates(folder: Path, settings: Mapping) -> tuple[str | None, ...]:
+  """The chat template, and the one for chats with tools if that is another."""
+  given = settings.get("chat_template")
+  if isinstance(given, list):  # several, by name
+    given = {t["name"]: t["template"] for t in given}
+  found = given if isinstance(given, dict) else {"default": given}
   file = folder / "chat_template.jinja"
-  if file.is_file():
-    return file.read_text(encoding="utf-8")
-  if isinstance(setting, list):  # several, by name
-    setting = {t["name"]: t["template"] for t in setting}.get("default")
-  return setting
-
-
-@functools.lru_cache
-def _compile(template: str) -> Any:
-  """A chat template, sandboxed as in Transformers (chat_template_utils.py)."""
-  try:
-    import jinja2.ext
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-  except ImportError as error:
-    raise UserError("chats need Jinja: pip install 'jinja2>=3.1.6'") from error
-  if tuple(map(int, jinja2.__version__.split(".")[:3])) < (3, 1, 6):
-    raise UserError(
-      f"jinja2 {jinja2.__version__} has known ways out of its sandbox: "
-      "pip install 'jinja2>=3.1.6'"
-    )
-
-  def raise_exception(message: str):
-    raise jinja2.TemplateError(message)
-
-  def tojson(value, indent=None, **_):
-    return json.dumps(value, ensure_ascii=False, indent=indent)
-
-  environment = ImmutableSandboxedEnvironment(
-    trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
-  )
-  environment.filters["tojson"] = tojson
-  environment.globals["raise_exception"] = raise_exception
-  # Templates print today's date; the same data must give the same tokens on
-  # any day, so it is always the one that LLaMA 3.1's template falls back to.
-  environment.globals["strftime_now"] = lambda _: "26 Jul 2024"
-  # Transformers' own tag around what the assistant says; plain Jinja lacks it.
-  template = re.sub(
-    r"{%(-?)\s*generation\s*(-?)%}", r"{%\1 if 1 \2%}", template
-  )
-  template = re.sub(
-    r"{%(-?)\s*endgeneration\s*(-?)%}", r"{%\1 endif \2%}", template
-  )
-  return environment.from_string(template)
-
-
-def _common_prefix(a: str, b: str) -> int:
-  """Length of what two texts start with alike."""
-  pairs = enumerate(zip(a, b, strict=False))
-  return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))
+  others = sorted((folder / "additional_chat_templates").glob("*.jinja"))
+  if file.is_file() or others:  # then those of the settings do not count
+    files = {"default": file} if file.is_file() else {}
+    files |= {path.stem: path for path in others}
+    found = {k: path.read_text(encoding="utf-8") for k, path in files.items()}
+  return found.get("default"), found.get("tool_use")
 
 
 def _json(path: Path) -> dict:

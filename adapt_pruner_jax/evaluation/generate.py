@@ -7,6 +7,7 @@ same column. The cache of a layer is as wide as that layer's K.
 import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from adapt_pruner_jax.distributed import placement, sharding
 from adapt_pruner_jax.errors import UserError
+from adapt_pruner_jax.evaluation.finite import not_finite
 from adapt_pruner_jax.models import layer
 from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.decoder import Decoder
@@ -34,40 +36,59 @@ class Sampling:
   top_p: float = 1.0  # only among the likeliest that hold this probability
 
 
+@dataclasses.dataclass(frozen=True)
+class Decoding:
+  """What `decode` is compiled for."""
+
+  config: ModelConfig
+  mesh: Mesh
+  sampling: Sampling
+  eos_ids: tuple[int, ...]
+  count: int  # tokens drawn at most
+
+
+class Place(NamedTuple):
+  """Where in the cache the next token goes."""
+
+  prompt: jax.Array  # columns before the first of all new tokens
+  first: jax.Array  # new tokens drawn so far
+  starts_B: jax.Array  # the column at which each row starts
+
+
 def generate(
   config: ModelConfig,
   params: Params,
   prompts: Sequence[Sequence[int]],
   max_new_tokens: int,
-  temperature: float = 0.0,
-  top_k: int = 0,
-  top_p: float = 1.0,
+  sampling: Sampling = Sampling(),
   seed: int = 0,
   eos_ids: Sequence[int] | None = None,
   mesh: Mesh | None = None,
   finished: Callable[[list[int]], bool] | None = None,
 ) -> list[list[int]]:
-  """The new tokens of each prompt, up to and with its end token.
+  """Continues each prompt, up to and with its end token.
 
   What a row draws depends on the seed and its place, not on the other rows.
 
   Args:
     prompts: token ids, each at least one; the same in every process.
     max_new_tokens: per prompt.
-    temperature, top_k, top_p: as in `Sampling`.
-    eos_ids: ids that end a row; default the config's.
+    sampling: how the next token is drawn.
+    eos_ids: ids that end a row, see `formats.hf.generation_config.end_tokens`;
+      default the config's.
     finished: asked about a row's new tokens every `CHUNK` of them; True ends it
       early, its tokens so far are returned.
 
+  Returns:
+    The new tokens of each prompt.
+
   Raises:
-    UserError: an empty prompt, ids outside the vocabulary, sampling out of
-      range, or prompt and new tokens do not fit the model's context.
+    UserError: as `check_request`, or a logit is not finite.
   """
-  sampling = Sampling(temperature, top_k, top_p)
   check_request(config, prompts, max_new_tokens, sampling)
-  if mesh is None:
-    mesh = sharding.one_device()
+  mesh = sharding.one_device() if mesh is None else mesh
   eos = tuple(config.eos_ids if eos_ids is None else eos_ids)
+  how = Decoding(config, mesh, sampling, eos, CHUNK)
   tokens_BT, starts_B = pad_left(prompts, mesh)
   B, T = tokens_BT.shape
   starts = placement.place_rows(starts_B, mesh)
@@ -80,22 +101,18 @@ def generate(
   new: list[list[int]] = [[] for _ in prompts]
   done = np.arange(B) >= len(prompts)  # rows that only fill the mesh
   for i in range(rounds):
-    logits, caches, drawn_BC = decode(
-      *(config, mesh, sampling, eos, CHUNK, params, caches, logits),
-      *(
-        np.int32(T),
-        np.int32(i * CHUNK),
-        starts,
-        placement.place_rows(done, mesh),
-      ),
-      np.uint32(seed),
+    at = Place(np.int32(T), np.int32(i * CHUNK), starts)
+    logits, caches, drawn_BC, finite = decode(
+      *(how, params, caches, logits, at),
+      *(placement.place_rows(done, mesh), np.uint32(seed)),
     )
+    if not finite:
+      raise not_finite("the model's logits", params)
     drawn_BC = np.asarray(drawn_BC)
-    for row, tokens in enumerate(new):
-      if not done[row]:
-        tokens += drawn_BC[row].tolist()
-        done[row] = _trim(tokens, max_new_tokens, eos)
-        done[row] |= finished is not None and finished(tokens)
+    for row in np.flatnonzero(~done):
+      new[row] += drawn_BC[row].tolist()
+      done[row] = _trim(new[row], max_new_tokens, eos)
+      done[row] |= finished is not None and finished(new[row])
     if done.all():
       break
   return new
@@ -107,7 +124,11 @@ def check_request(
   max_new_tokens: int,
   sampling: Sampling,
 ) -> None:
-  """Raises a UserError unless these prompts can be continued."""
+  """Raises a UserError unless these prompts can be continued.
+
+  An empty prompt cannot, nor ids outside the vocabulary, sampling out of range,
+  or what does not fit the model's context.
+  """
   if max_new_tokens < 1:
     raise UserError(f"max_new_tokens={max_new_tokens} must be at least 1")
   if not prompts or not all(len(prompt) for prompt in prompts):
@@ -192,63 +213,59 @@ def prefill(
 
 
 @partial(
-  jax.jit,
-  static_argnames=("config", "mesh", "sampling", "eos_ids", "count"),
-  donate_argnames=("caches", "logits_BV"),
+  jax.jit, static_argnames=("how",), donate_argnames=("caches", "logits_BV")
 )
 def decode(
-  config: ModelConfig,
-  mesh: Mesh,
-  sampling: Sampling,
-  eos_ids: tuple[int, ...],
-  count: int,
+  how: Decoding,
   params: Params,
   caches: Caches,
   logits_BV: jax.Array,
-  prompt: jax.Array,
-  first: jax.Array,
-  starts_B: jax.Array,
+  at: Place,
   done_B: jax.Array,
   seed: jax.Array,
-) -> tuple[jax.Array, Caches, jax.Array]:
-  """Draws up to `count` tokens, fewer once all rows are done.
+) -> tuple[jax.Array, Caches, jax.Array, jax.Array]:
+  """Draws up to `how.count` tokens, fewer once all rows are done.
 
   Args:
     logits_BV: of the token to be drawn first.
-    prompt: columns of the cache before the first of all new tokens.
-    first: number of new tokens drawn so far.
     done_B: rows that have ended.
 
   Returns:
-    The next logits, the caches, and the tokens int32 [B, count], replicated.
+    The next logits, the caches, the tokens int32 [B, count], replicated, and
+    whether all logits that were drawn from are finite.
   """
+  config, mesh = how.config, how.mesh
   params = sharding.whole_embedding(params, mesh)
   B = logits_BV.shape[0]
   key = jax.random.key(seed)
 
   def more(carry):
-    i, done_B, _, _, _ = carry
-    return (i < count) & ~done_B.all()
+    i, done_B, _, _, _, _ = carry
+    return (i < how.count) & ~done_B.all()
 
   def step(carry):
-    i, done_B, logits_BV, caches, drawn_BC = carry
-    token_B = _draw(logits_BV, jax.random.fold_in(key, first + i), sampling)
+    i, done_B, logits_BV, caches, drawn_BC, finite = carry
+    finite &= (jnp.isfinite(logits_BV).all(-1) | done_B).all()
+    key_now = jax.random.fold_in(key, at.first + i)
+    token_B = _draw(logits_BV, key_now, how.sampling)
     drawn_BC = jax.lax.dynamic_update_slice(drawn_BC, token_B[:, None], (0, i))
-    for eos in eos_ids:
+    for eos in how.eos_ids:
       done_B |= token_B == eos
     x_BTD, caches = Decoder(config).apply(
       {"params": params},
       token_B[:, None],
-      starts_B,
-      method=partial(_continue, caches=caches, column=prompt + first + i),
+      at.starts_B,
+      method=partial(_continue, caches=caches, column=at.prompt + at.first + i),
     )
     logits_BTV = head(config, params, x_BTD)
-    return i + 1, done_B, logits_BTV[:, 0], caches, drawn_BC
+    return i + 1, done_B, logits_BTV[:, 0], caches, drawn_BC, finite
 
-  drawn_BC = jnp.zeros((B, count), jnp.int32)
-  carry = (0, done_B, logits_BV, caches, drawn_BC)
-  _, _, logits_BV, caches, drawn_BC = jax.lax.while_loop(more, step, carry)
-  return logits_BV, caches, sharding.whole(drawn_BC, mesh)
+  drawn_BC = jnp.zeros((B, how.count), jnp.int32)
+  carry = (0, done_B, logits_BV, caches, drawn_BC, jnp.array(True))
+  found = jax.lax.while_loop(more, step, carry)
+  _, _, logits_BV, caches, drawn_BC, finite = found
+  drawn_BC, finite = sharding.whole((drawn_BC, finite), mesh)
+  return logits_BV, caches, drawn_BC, finite
 
 
 def _continue(decoder, tokens_BT, starts_B, *, caches, column):

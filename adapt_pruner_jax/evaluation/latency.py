@@ -35,7 +35,7 @@ def measure(
   repeats: int = 5,
   mesh: Mesh | None = None,
 ) -> dict:
-  """Times of `batch` prompts of random tokens.
+  """Times `batch` prompts of random tokens.
 
   Returns:
     `prefill_ms` (all prompts), `decode_ms_per_token` (one token of all rows),
@@ -52,34 +52,9 @@ def measure(
     )
   if mesh is None:
     mesh = sharding.one_device()
-  sampling = generate.Sampling()
-  rng = np.random.default_rng(0)
-  prompts = rng.integers(0, config.vocab_size, (batch, prompt_len)).tolist()
-  generate.check_request(config, prompts, new_tokens, sampling)
-  tokens_BT, starts_B = generate.pad_left(prompts, mesh)
-  # The length asked for, not the bucket it would be padded to.
-  tokens_BT = tokens_BT[:, -prompt_len:]
-  starts_B = starts_B - starts_B.min()
-  tokens, starts, done = (
-    placement.place_rows(rows, mesh)
-    for rows in (tokens_BT, starts_B, np.zeros(len(starts_B), bool))
+  prefills, decodes = _times(
+    config, params, (batch, prompt_len), new_tokens, repeats, mesh
   )
-  slots = prompt_len + new_tokens
-
-  def prefill():
-    return generate.prefill(config, mesh, slots, params, tokens, starts)
-
-  def decode(logits, caches):
-    return generate.decode(
-      *(config, mesh, sampling, (), new_tokens, params, caches, logits),
-      *(np.int32(prompt_len), np.int32(0), starts, done, np.uint32(0)),
-    )
-
-  prefills, decodes = [], []
-  for _ in range(repeats + 1):  # decoding consumes the caches
-    seconds, ready = _time(prefill)
-    prefills.append(seconds)
-    decodes.append(_time(lambda: decode(*ready))[0])  # noqa: B023
   prefill_s = statistics.median(prefills[1:])
   token_s = statistics.median(decodes[1:]) / new_tokens
   return {
@@ -96,8 +71,50 @@ def measure(
   }
 
 
+def _times(
+  config: ModelConfig,
+  params: Params,
+  shape: tuple[int, int],
+  new_tokens: int,
+  repeats: int,
+  mesh: Mesh,
+) -> tuple[list[float], list[float]]:
+  """Seconds of prefills and decodes; the first of each compiles.
+
+  Args:
+    shape: number of prompts, and their tokens.
+  """
+  rng = np.random.default_rng(0)
+  prompts = rng.integers(0, config.vocab_size, shape).tolist()
+  generate.check_request(config, prompts, new_tokens, generate.Sampling())
+  tokens_BT, starts_B = generate.pad_left(prompts, mesh)
+  # The length asked for, not the bucket it would be padded to.
+  tokens_BT = tokens_BT[:, -shape[1] :]
+  starts_B = starts_B - starts_B.min()
+  tokens, starts, done = (
+    placement.place_rows(rows, mesh)
+    for rows in (tokens_BT, starts_B, np.zeros(len(starts_B), bool))
+  )
+  slots = shape[1] + new_tokens
+  how = generate.Decoding(config, mesh, generate.Sampling(), (), new_tokens)
+  at = generate.Place(np.int32(shape[1]), np.int32(0), starts)
+
+  def prefill():
+    return generate.prefill(config, mesh, slots, params, tokens, starts)
+
+  def decode(logits, caches):
+    return generate.decode(how, params, caches, logits, at, done, np.uint32(0))
+
+  prefills, decodes = [], []
+  for _ in range(repeats + 1):  # decoding consumes the caches
+    seconds, ready = _time(prefill)
+    prefills.append(seconds)
+    decodes.append(_time(lambda: decode(*ready))[0])  # noqa: B023
+  return prefills, decodes
+
+
 def compare(before: dict, after: dict) -> dict:
-  """Speed-ups of `after` over `before` (2 = twice as fast), and one line.
+  """Divides the times: speed-ups of `after` over `before`, and one line.
 
   Raises:
     UserError: they were not measured alike.
@@ -130,7 +147,7 @@ def ffn_advice(
   dtype: str = "float32",
   repeats: int = 5,
 ) -> dict:
-  """Whether `prune.round_ffn_to` would make this model's MLPs faster.
+  """Finds whether `prune.round_ffn_to` would make this model's MLPs faster.
 
   Times one MLP on the first device at the width of the median layer, and at
   the nearest multiples of `ROUNDINGS`; a rounded width counts as faster by its

@@ -8,8 +8,8 @@ requests with the rows cut over the mesh, so results are the same on every host.
 
 import collections
 import dataclasses
-import functools
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -20,34 +20,26 @@ from absl import logging
 from jax.sharding import Mesh
 from lm_eval import utils
 from lm_eval.api.instance import Instance
-from lm_eval.api.model import TemplateLM
 
 from adapt_pruner_jax.data.tokenizer import Tokenizer
 from adapt_pruner_jax.distributed import placement, sharding
 from adapt_pruner_jax.errors import UserError
-from adapt_pruner_jax.evaluation import generate
+from adapt_pruner_jax.evaluation import generate, scoring_rows
+from adapt_pruner_jax.evaluation.finite import not_finite
+from adapt_pruner_jax.evaluation.lm_eval_words import WordsLM
+from adapt_pruner_jax.evaluation.phases import Phase, Phases, silent
+from adapt_pruner_jax.evaluation.scoring_rows import QUERIES
 from adapt_pruner_jax.models import decoder, layer
 from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.training import losses
 
+AHEAD = 2  # batches that are sent before the answers of the first are taken
 FULL_BATCH = 128  # tokens a row up to which as many rows as asked are scored
-QUERIES = 32  # scored tokens a row whose logits exist at a time
 MAX_NEW_TOKENS = 256  # as lm-eval's HF model, where the task does not say
 
 
-@dataclasses.dataclass
-class Row:
-  """A context and the continuations that are scored behind it."""
-
-  tokens: list[int]
-  positions: list[int]
-  branches: list[int]  # 0 = context, else the number of the continuation
-  # of each scored token: (column that predicts it, its id, request)
-  queries: list[tuple[int, int, int]]
-
-
-class JaxLM(TemplateLM):
+class JaxLM(WordsLM):
   """lm-eval's view of a pair; the answers are those of its HF model.
 
   `truncated` counts, by task, the requests that were longer than the model's
@@ -61,43 +53,27 @@ class JaxLM(TemplateLM):
     tokenizer: Tokenizer,
     batch: int = 8,
     mesh: Mesh | None = None,
+    eos_ids: Sequence[int] | None = None,
+    phase: Phases = silent,
   ) -> None:
-    """`batch` is rows at a time, rounded up to what the mesh divides; of rows
-    longer than `FULL_BATCH` tokens as many less."""
-    super().__init__()
+    """Takes a model and how it is to be asked.
+
+    Args:
+      batch: rows at a time, rounded up to what the mesh divides; of rows longer
+        than `FULL_BATCH` tokens as many less.
+      eos_ids: ids that end an answer, beside the tokenizer's own; default the
+        config's. See `formats.hf.generation_config.end_tokens`.
+      phase: shows how many of the requests are answered.
+    """
+    super().__init__(config, tokenizer)
     if mesh is None:
       mesh = sharding.one_device()
     shards = placement.batch_shards(mesh)
-    self.model_config, self.params, self.mesh = config, params, mesh
-    self.words, self.shards = tokenizer, shards
+    self.params, self.mesh, self.shards = params, mesh, shards
     self.batch = -(-batch // shards) * shards
+    self.eos_ids = config.eos_ids if eos_ids is None else tuple(eos_ids)
+    self.phase = phase
     self.truncated = collections.Counter()
-    # Each question's context is encoded once for each of its choices.
-    self._encode = functools.lru_cache(maxsize=8)(tokenizer.encode)
-
-  @property
-  def eot_token_id(self) -> int:
-    ids = self.model_config.eos_ids
-    found = self.words.eos_id
-    found = ids[0] if found is None and ids else found
-    return 0 if found is None else found
-
-  @property
-  def prefix_token_id(self) -> int:
-    """What an empty context is replaced by."""
-    found = self.words.bos_id
-    found = self.model_config.bos_id if found is None else found
-    return self.eot_token_id if found is None else found
-
-  def tok_encode(
-    self, string: str, add_special_tokens: bool | None = None, **_: Any
-  ) -> list[int]:
-    if add_special_tokens is None:
-      bos = self.words.bos_token
-      add_special_tokens = not (bos and string.startswith(bos))
-    if add_special_tokens:
-      return self._encode(string)
-    return self.words.encode_plain(string)
 
   def loglikelihood(
     self, requests, disable_tqdm: bool = True
@@ -111,15 +87,6 @@ class JaxLM(TemplateLM):
 
   def _loglikelihood_tokens(self, requests, **_) -> list[tuple[float, bool]]:
     return self.score([(prefix, said) for _, prefix, said in requests])
-
-  def _pair(self, context: str, said: str) -> tuple[list[int], list[int]]:
-    """Token ids of both; an empty context is lm-eval's prefix token."""
-    if context:
-      return self._encode_pair(context, said)
-    ids = self.tok_encode(said, add_special_tokens=False)
-    if ids[0] == self.prefix_token_id:
-      return ids[:1], ids[1:]
-    return [self.prefix_token_id], ids
 
   def loglikelihood_rolling(
     self, requests, disable_tqdm: bool = True
@@ -135,7 +102,8 @@ class JaxLM(TemplateLM):
       windows += map(utils.make_disjoint_window, found)
       owners += [i] * (len(windows) - len(owners))
     totals = [0.0] * len(requests)
-    for owner, (total, _) in zip(owners, self.score(windows), strict=True):
+    scored = self.score(windows, "windows")
+    for owner, (total, _) in zip(owners, scored, strict=True):
       totals[owner] += total
     return totals
 
@@ -145,58 +113,106 @@ class JaxLM(TemplateLM):
     groups: dict[str, list[int]] = {}
     for i, request in enumerate(requests):
       groups.setdefault(repr(request.args[1]), []).append(i)
-    for members in groups.values():
-      settings = requests[members[0]].args[1]
-      prompts = {i: self.tok_encode(requests[i].args[0]) for i in members}
-      number, longest = self._room(settings)
-      lengths = [len(prompts[i]) for i in members]
-      self._note_truncated([requests[i] for i in members], lengths, longest)
-      members.sort(key=lambda i: -len(prompts[i]))
-      for start in range(0, len(members), self.batch):
-        some = members[start : start + self.batch]
-        ends = [prompts[i][-longest:] for i in some]
-        texts = self._continue(ends, number, settings)
-        answers |= zip(some, texts, strict=True)
+    with self.phase("tasks: generate", len(requests), "requests") as phase:
+      for members in groups.values():
+        for some, texts in self._generated(requests, members):
+          answers |= zip(some, texts, strict=True)
+          phase.update(len(answers))
     return [answers[i] for i in range(len(requests))]
 
+  def _generated(
+    self, requests: Sequence[Instance], members: list[int]
+  ) -> Iterator[tuple[list[int], list[str]]]:
+    """Batches of requests with the same settings, and their answers."""
+    settings = requests[members[0]].args[1]
+    prompts = {
+      i: self.tok_encode(requests[i].args[0]) or [self.prefix_token_id]
+      for i in members
+    }
+    number, longest = self._room(settings)
+    lengths = [len(prompts[i]) for i in members]
+    self._note_truncated([requests[i] for i in members], lengths, longest)
+    members = sorted(members, key=lambda i: -len(prompts[i]))
+    for start in range(0, len(members), self.batch):
+      some = members[start : start + self.batch]
+      ends = [prompts[i][-longest:] for i in some]
+      yield some, self._continue(ends, number, settings)
+
   def score(
-    self, pairs: Sequence[tuple[list[int], list[int]]]
+    self, pairs: scoring_rows.Pairs, unit: str = "requests"
   ) -> list[tuple[float, bool]]:
     """Log-likelihood of each continuation, and whether greedy would say it.
 
+    An empty continuation is certain: (0.0, True).
+
     Args:
       pairs: (context, continuation) as token ids. What is longer than the
-        model's context loses tokens from the left, see `fit`.
+        model's context loses tokens from the left, see `scoring_rows.fit`.
+      unit: what a pair is called where progress is shown.
 
     Raises:
-      UserError: an id is outside the vocabulary.
+      UserError: an id is outside the vocabulary, or a log-likelihood is not
+        finite.
     """
-    rows = make_rows(pairs, self.model_config.context)
-    ids = [t for row in rows for t in (*row.tokens, *_targets(row))]
+    rows = scoring_rows.make_rows(pairs, self.model_config.context)
+    ids = [
+      t for row in rows for t in (*row.tokens, *scoring_rows.targets_of(row))
+    ]
     _check_vocabulary(ids, self.model_config.vocab_size)
-    sent = []
-    for T, members in by_length(rows, 2 * self.batch):
+    totals, greedy = np.zeros(len(pairs)), np.ones(len(pairs), bool)
+    with self.phase("tasks: score", len(pairs), unit) as phase:
+      for some, log_probs_BQ, hits_BQ in self._scored(rows, phase):
+        for b, row in enumerate(some):
+          owners = [owner for _, _, owner in row.queries]
+          new_Q = log_probs_BQ[b, : len(owners)].astype(float)
+          np.add.at(totals, owners, new_Q)
+          np.logical_and.at(greedy, owners, hits_BQ[b, : len(owners)])
+    bad = np.count_nonzero(~np.isfinite(totals))
+    if bad:
+      what = f"{bad} of {len(pairs)} log-likelihoods"
+      raise not_finite(what, self.params)
+    return list(zip(totals.tolist(), greedy.tolist(), strict=True))
+
+  def _scored(
+    self, rows: list[scoring_rows.Row], phase: Phase
+  ) -> Iterator[tuple[list[scoring_rows.Row], np.ndarray, np.ndarray]]:
+    """Batches of rows with their log-probabilities and hits, [B, Q].
+
+    The devices are always given work before answers are waited for.
+    """
+    sent, done = collections.deque(), 0
+    batches = self._batches(rows)
+    while True:
+      for some, T, Q in itertools.islice(batches, AHEAD - len(sent)):
+        sent.append((some, self._send(some, T, Q)))
+      if not sent:
+        return
+      some, found = sent.popleft()
+      yield some, *map(np.asarray, found)
+      done += sum(row.number for row in some)
+      phase.update(done)
+
+  def _batches(
+    self, rows: list[scoring_rows.Row]
+  ) -> Iterator[tuple[list[scoring_rows.Row], int, int]]:
+    """Rows of about the same length, their padded length and queries."""
+    for T, members in scoring_rows.by_length(rows, 2 * self.batch):
       # Rows of a batch are to have about as many queries, see `_score`.
       members.sort(key=lambda row: len(row.queries))
-      Q = _whole_blocks(generate.padded_length(len(members[-1].queries)))
+      longest = generate.padded_length(len(members[-1].queries))
       B = self._rows_at_once(T)
       for start in range(0, len(members), B):
         some = members[start : start + B]
-        arrays = pack(some, B, T, Q)
-        placed = [placement.place_rows(array, self.mesh) for array in arrays]
-        blocks = np.int32(_whole_blocks(len(some[-1].queries)) // QUERIES)
-        found = _score(
-          self.model_config, self.mesh, self.params, *placed, blocks
-        )
-        sent.append((some, found))
-    totals, greedy = np.zeros(len(pairs)), np.ones(len(pairs), bool)
-    for some, found in sent:  # all are queued by now
-      log_probs_BQ, hits_BQ = map(np.asarray, found)
-      for b, row in enumerate(some):
-        owners = [owner for _, _, owner in row.queries]
-        np.add.at(totals, owners, log_probs_BQ[b, : len(owners)].astype(float))
-        np.logical_and.at(greedy, owners, hits_BQ[b, : len(owners)])
-    return list(zip(totals.tolist(), greedy.tolist(), strict=True))
+        yield some, T, scoring_rows.whole_blocks(longest)
+
+  def _send(self, some: list[scoring_rows.Row], T: int, Q: int) -> Any:
+    """Starts `_score` of a batch."""
+    arrays = scoring_rows.pack(some, self._rows_at_once(T), T, Q)
+    placed = [placement.place_rows(array, self.mesh) for array in arrays]
+    number = scoring_rows.whole_blocks(len(some[-1].queries)) // QUERIES
+    return _score(
+      self.model_config, self.mesh, self.params, *placed, np.int32(number)
+    )
 
   def _rows_at_once(self, length: int) -> int:
     """`batch` of rows of `FULL_BATCH` tokens, fewer of longer ones, in whole
@@ -235,24 +251,20 @@ class JaxLM(TemplateLM):
   def _continue(
     self, prompts: list[list[int]], number: int, settings: Mapping[str, Any]
   ) -> list[str]:
-    c = self.model_config
     until = settings.get("until", [])
     until = [until] if isinstance(until, str) else until
     until = [stop for stop in until if stop]
-    sample = settings.get("do_sample", False)
 
     def text(tokens):
       return self.words.backend.decode(tokens, skip_special_tokens=True)
 
     found = generate.generate(
-      c,
+      self.model_config,
       self.params,
       prompts + [[0]] * (self.batch - len(prompts)),
       number,
-      temperature=settings.get("temperature", 1.0) if sample else 0.0,
-      top_k=settings.get("top_k", 0) if sample else 0,
-      top_p=settings.get("top_p", 1.0) if sample else 1.0,
-      eos_ids={*c.eos_ids, self.eot_token_id},
+      _sampling(settings),
+      eos_ids=self._end_tokens(until),
       mesh=self.mesh,
       finished=lambda tokens: any(stop in text(tokens) for stop in until),
     )
@@ -264,85 +276,22 @@ class JaxLM(TemplateLM):
       answers.append(answer)
     return answers
 
-
-def make_rows(
-  pairs: Sequence[tuple[list[int], list[int]]], context: int
-) -> list[Row]:
-  """Rows that score all continuations; pairs with one context share a row."""
-  rows: dict[tuple[int, ...], Row] = {}
-  full = []
-  for request, (prefix, said) in enumerate(pairs):
-    prefix, said = fit(prefix, said, context)
-    key = tuple(prefix)
-    row = rows.get(key)
-    if row is not None and len(row.tokens) + len(said) - 1 > context:
-      full.append(rows.pop(key))
-      row = None
-    if row is None:
-      n = len(prefix)
-      row = rows[key] = Row(list(prefix), list(range(n)), [0] * n, [])
-    _add_branch(row, len(prefix), said, request)
-  return full + list(rows.values())
+  def _end_tokens(self, until: Sequence[str]) -> tuple[int, ...]:
+    """Ids that end an answer. Special tokens among the stop strings are: they
+    are not in the text that is searched for the others."""
+    added = self.words.backend.get_added_tokens_decoder()
+    stops = [i for i, t in added.items() if t.special and t.content in until]
+    return tuple(sorted({*self.eos_ids, self.eot_token_id, *stops}))
 
 
-def fit(
-  prefix: list[int], said: list[int], context: int
-) -> tuple[list[int], list[int]]:
-  """The end of a pair: `context` tokens to read and the last to predict.
-
-  The prefix loses its beginning first, as in lm-eval's HF model. That model
-  stops where the continuation alone is longer; here its end is scored, as
-  lm-eval's ONNX model does.
-  """
-  tokens = (prefix + said)[-context - 1 :]
-  number = min(len(said), context)
-  return tokens[:-number], tokens[-number:]
-
-
-def by_length(rows: Sequence[Row], least: int) -> list[tuple[int, list[Row]]]:
-  """(padded length, its rows); less than `least` rows join longer ones, as each
-  length is a compilation."""
-  groups: dict[int, list[Row]] = {}
-  for row in rows:
-    T = generate.padded_length(len(row.tokens))
-    groups.setdefault(T, []).append(row)
-  found, carried, longest = [], [], max(groups, default=0)
-  for T in sorted(groups):
-    carried = carried + groups[T]
-    if len(carried) >= least or longest == T:
-      found.append((T, carried))
-      carried = []
-  return found
-
-
-def _add_branch(row: Row, prefix: int, said: list[int], request: int) -> None:
-  """Adds a continuation; its last token is only ever predicted."""
-  start = len(row.tokens)
-  branch = row.branches[-1] + 1
-  row.tokens += said[:-1]
-  row.positions += range(prefix, prefix + len(said) - 1)
-  row.branches += [branch] * (len(said) - 1)
-  columns = [prefix - 1, *range(start, start + len(said) - 1)]
-  row.queries += [(c, t, request) for c, t in zip(columns, said, strict=True)]
-
-
-def pack(rows: Sequence[Row], batch: int, T: int, Q: int) -> list[np.ndarray]:
-  """Tokens, positions, branches [B, T], and columns, targets [B, Q] of queries.
-
-  Padding is in branch -1, which no other sees.
-  """
-  tokens, positions, columns, targets = (
-    np.zeros((batch, size), np.int32) for size in (T, T, Q, Q)
+def _sampling(settings: Mapping[str, Any]) -> generate.Sampling:
+  if not settings.get("do_sample", False):
+    return generate.Sampling()
+  return generate.Sampling(
+    settings.get("temperature", 1.0),
+    settings.get("top_k", 0),
+    settings.get("top_p", 1.0),
   )
-  branches = np.full((batch, T), -1, np.int32)
-  for b, row in enumerate(rows):
-    n, q = len(row.tokens), len(row.queries)
-    tokens[b, :n] = row.tokens
-    positions[b, :n] = row.positions
-    branches[b, :n] = row.branches
-    columns[b, :q] = [column for column, _, _ in row.queries]
-    targets[b, :q] = _targets(row)
-  return [tokens, positions, branches, columns, targets]
 
 
 @partial(jax.jit, static_argnames=("config", "mesh"))
@@ -389,14 +338,6 @@ def _score(
   found = [jnp.zeros(shape, jnp.float32), jnp.zeros(shape, bool)]
   found = jax.lax.fori_loop(0, blocks, block, found)
   return sharding.whole(tuple(found), mesh)
-
-
-def _whole_blocks(number: int) -> int:
-  return -(-number // QUERIES) * QUERIES
-
-
-def _targets(row: Row) -> list[int]:
-  return [target for _, target, _ in row.queries]
 
 
 def _check_vocabulary(ids: Sequence[int], vocab_size: int) -> None:

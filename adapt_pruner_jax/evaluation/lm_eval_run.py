@@ -2,93 +2,104 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import lm_eval
 import numpy as np
 from absl import logging
 from jax.sharding import Mesh
+from jinja2.exceptions import SecurityError
 from lm_eval import evaluator
 from lm_eval.api.model import LM
 
 from adapt_pruner_jax.data.tokenizer import Tokenizer
 from adapt_pruner_jax.errors import UserError
-from adapt_pruner_jax.evaluation import lm_eval_tasks
+from adapt_pruner_jax.evaluation import lm_eval_tasks, lm_eval_trust
 from adapt_pruner_jax.evaluation.lm_eval_model import JaxLM
+from adapt_pruner_jax.evaluation.phases import Phases, silent
+from adapt_pruner_jax.evaluation.questions import USUAL, Questions
+from adapt_pruner_jax.formats.hf.generation_config import end_tokens
 from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.model_config import ModelConfig
-
-Pair = tuple[ModelConfig, Params]
 
 RESAMPLES = 10_000
 
 
-def evaluate_tasks(
+def open_lm(
   config: ModelConfig,
   params: Params,
   tokenizer: Tokenizer,
-  names: Sequence[str],
-  tasks_dir: str | None = None,
-  limit: int | None = None,
   batch: int = 8,
-  num_fewshot: int | None = None,
-  baseline: Pair | None = None,
   mesh: Mesh | None = None,
-  baseline_tokenizer: Tokenizer | None = None,
+  phase: Phases = silent,
+) -> JaxLM:
+  """Returns a model as lm-eval sees it, which ends where the model's files say.
+
+  Args:
+    batch: rows at a time.
+    phase: shows how many requests are answered.
+  """
+  ends = end_tokens(tokenizer.path, config, tokenizer)
+  return JaxLM(config, params, tokenizer, batch, mesh, ends, phase)
+
+
+def evaluate_tasks(
+  lm: JaxLM,
+  names: Sequence[str],
+  questions: Questions = USUAL,
+  baseline: JaxLM | None = None,
 ) -> dict:
   """Scores of tasks and presets, as a dict that JSON can hold.
 
   Args:
-    names: lm-eval's tasks, groups and tags, and `tasks.PRESETS`.
-    tasks_dir: local questions, see `tasks`.
-    limit: questions a task; None = all.
-    batch: rows at a time.
-    num_fewshot: examples shown; None = as the preset or the task says.
-    baseline: a pair to compare with, question by question.
-    baseline_tokenizer: default the same.
+    names: lm-eval's tasks, groups and tags, and `lm_eval_tasks.PRESETS`.
+    baseline: a model to compare with, question by question.
 
   Returns:
-    "lm_eval" (its version), "tasks": {task: metrics, n, truncated (requests
-    longer than the context, which lose their beginning), num_fewshot, source,
-    prompt_hash}, "groups", "presets": {preset: mean, tasks, missing}, and with
-    a baseline "baseline" with its scores, and "difference", that of "tasks" and
-    "presets" with its 95% interval `low`, `high` (paired bootstrap).
+    "lm_eval" (its version), "prompts" (how questions were put), "tasks": {task:
+    metrics, n, truncated (requests longer than the context, which lose their
+    beginning), num_fewshot, source, prompt_hash}, "groups", "presets": {preset:
+    mean, tasks, missing}, and with a baseline "baseline" with its scores, and
+    "difference", that of "tasks" and "presets" with its 95% interval `low`,
+    `high` (paired bootstrap).
 
   Raises:
-    UserError: as `tasks.load` and `JaxLM`; or nothing to ask.
+    UserError: as `lm_eval_tasks.load` and `JaxLM`; nothing to ask, or chats for
+      a model without a chat template.
   """
-  wanted, missing = expand(names, tasks_dir)
+  wanted, missing = expand(names, questions)
   for name, absent in missing.items():
     if absent:
       logging.warning(
         "%s: no file for %s in %s; the mean is over the others",
-        *(name, ", ".join(absent), tasks_dir),
+        *(name, ", ".join(absent), questions.tasks_dir),
       )
-  ask = partial(run, wanted, tasks_dir, limit, num_fewshot)
-  raw = ask(JaxLM(config, params, tokenizer, batch, mesh))
-  found = summary(raw, names, missing)
+  for model in filter(None, (lm, baseline)):
+    _check_chat(model, questions)
+  raw = run(wanted, lm, questions)
+  found = summary(raw, names, missing) | {"prompts": _prompts(lm, questions)}
   if baseline is not None:
-    other = ask(JaxLM(*baseline, baseline_tokenizer or tokenizer, batch, mesh))
+    other = run(wanted, baseline, questions)
     found["baseline"] = summary(other, names, missing)
     found["difference"] = differences(raw, other, names)
   return found
 
 
-def check(names: Sequence[str], tasks_dir: str | None) -> None:
-  """Raises a UserError for a name that nothing goes by; reads no questions."""
-  lm_eval_tasks.find(list(expand(names, tasks_dir)[0]), tasks_dir)
+def check(names: Sequence[str], questions: Questions) -> None:
+  """Raises a UserError for what cannot be asked; reads no questions."""
+  questions.check()
+  lm_eval_tasks.find(list(expand(names, questions)[0]), questions)
 
 
 def expand(
-  names: Sequence[str], tasks_dir: str | None
+  names: Sequence[str], questions: Questions
 ) -> tuple[dict[str, int | None], dict[str, list[str]]]:
   """Tasks with their number of examples, and what each preset lacks.
 
-  Of a preset of several tasks, those without a file in `tasks_dir` are left
+  Of a preset of several tasks, those without a file in the folder are left
   out, and named.
   """
-  folder = lm_eval_tasks.folder_of(tasks_dir)
+  folder = questions.folder
   wanted: dict[str, int | None] = {}
   missing: dict[str, list[str]] = {}
   for name in names:
@@ -102,7 +113,7 @@ def expand(
     missing[name] = [t for t in preset.metrics if t not in present]
     if not present:
       raise UserError(
-        f"--tasks_dir={tasks_dir} has none of the tasks of {name}: "
+        f"--tasks_dir={folder} has none of the tasks of {name}: "
         + ", ".join(f"{task}.jsonl" for task in preset.metrics)
       )
     wanted |= {task: wanted.get(task) or preset.num_fewshot for task in present}
@@ -111,13 +122,43 @@ def expand(
 
 def run(
   wanted: Mapping[str, int | None],
-  tasks_dir: str | None,
-  limit: int | None,
-  num_fewshot: int | None,
   lm: LM,
+  questions: Questions = USUAL,
 ) -> dict:
-  """lm-eval's own results of any of its models, samples included."""
-  loaded = lm_eval_tasks.load(list(wanted), tasks_dir)
+  """lm-eval's own results of any of its models, samples included.
+
+  Args:
+    wanted: tasks, with the number of examples that is usual; None = the task's.
+  """
+  loaded = lm_eval_tasks.load(list(wanted), questions)
+  _set_fewshot(loaded, wanted, questions)
+  if not any(len(task.eval_docs) for task in loaded["tasks"].values()):
+    raise UserError(f"no questions in {', '.join(wanted)}")
+  try:
+    raw = evaluator.evaluate(
+      lm,
+      loaded,
+      limit=questions.limit or None,
+      bootstrap_iters=1000,
+      system_instruction=questions.system_instruction or None,
+      apply_chat_template=questions.apply_chat_template,
+      fewshot_as_multiturn=questions.multiturn,
+      confirm_run_unsafe_code=questions.trust_tasks_dir,
+    )
+  except SecurityError as error:
+    raise lm_eval_trust.unsafe(error, questions.folder) from error
+  raw["truncated"] = getattr(lm, "truncated", {})
+  raw["sources"] = {
+    name: getattr(task, "source", "lm-eval")
+    for name, task in loaded["tasks"].items()
+  }
+  return raw
+
+
+def _set_fewshot(
+  loaded: dict, wanted: Mapping[str, int | None], questions: Questions
+) -> None:
+  """Sets how many examples each task shows, as lm-eval's command line does."""
   parents = {
     child: group
     for group, children in loaded["group_map"].items()
@@ -127,27 +168,44 @@ def run(
     asked = name
     while asked not in wanted and asked in parents:
       asked = parents[asked]
-    shots = wanted.get(asked) if num_fewshot is None else num_fewshot
+    given = questions.num_fewshot
+    shots = wanted.get(asked) if given is None else given
     fixed = task.get_config("num_fewshot")
     if fixed is None or (shots is not None and fixed != 0):
       task.set_config(key="num_fewshot", value=shots or 0)
+    elif fixed == 0 and given:
+      logging.warning(
+        "task %s is defined without examples: --num_fewshot=%d is not for it",
+        *(name, given),
+      )
     lm_eval_tasks.check_fewshot(task, task.get_config("num_fewshot"))
     task.set_fewshot_seed(seed=1234)  # as lm-eval's command line
-  if not any(len(task.eval_docs) for task in loaded["tasks"].values()):
-    raise UserError(f"no questions in {', '.join(wanted)}")
-  raw = evaluator.evaluate(lm, loaded, limit=limit, bootstrap_iters=1000)
-  raw["truncated"] = getattr(lm, "truncated", {})
-  raw["sources"] = {
-    name: getattr(task, "source", "lm-eval")
-    for name, task in loaded["tasks"].items()
+
+
+def _check_chat(lm: JaxLM, questions: Questions) -> None:
+  if questions.apply_chat_template and lm.words.chat_template is None:
+    raise UserError(
+      f"--apply_chat_template: {lm.words.path} has no chat template "
+      "(chat_template.jinja, or chat_template in tokenizer_config.json): leave "
+      "the flag out, or add the template that the model was trained with"
+    )
+
+
+def _prompts(lm: JaxLM, questions: Questions) -> dict:
+  """How questions were put: what two scores must have alike to compare."""
+  template = lm.chat_template(questions.apply_chat_template)
+  return {
+    "apply_chat_template": questions.apply_chat_template,
+    "chat_template": template and hashlib.sha256(template.encode()).hexdigest(),
+    "system_instruction": questions.system_instruction,
+    "fewshot_as_multiturn": questions.multiturn,
   }
-  return raw
 
 
 def summary(
   raw: dict, names: Sequence[str], missing: Mapping[str, list[str]]
 ) -> dict:
-  """The part of lm-eval's results that is kept; see `evaluate_tasks`."""
+  """Keeps what is kept of lm-eval's results; see `evaluate_tasks`."""
   found = {"lm_eval": lm_eval.__version__, "tasks": {}, "groups": {}}
   for name, samples in raw["samples"].items():
     if not samples:

@@ -16,12 +16,13 @@ from typing import Any
 
 import datasets
 import lm_eval.tasks
+from jinja2.exceptions import SecurityError
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks import TaskManager
-from lm_eval.tasks._factory import TaskFactory
-from lm_eval.tasks._index import Kind
 
 from adapt_pruner_jax.errors import UserError, first_line, nearest
+from adapt_pruner_jax.evaluation import lm_eval_private, lm_eval_trust
+from adapt_pruner_jax.evaluation.questions import Questions
 from adapt_pruner_jax.formats.hf.files import sha256
 
 LM_EVAL_TASKS = Path(lm_eval.tasks.__file__).parent
@@ -140,24 +141,14 @@ PLAIN: dict[str, Callable[[dict], dict]] = {
 }
 
 
-def folder_of(tasks_dir: str | Path | None) -> Path | None:
-  """The directory of local questions, which must exist if it is named."""
-  if not tasks_dir:
-    return None
-  if not Path(tasks_dir).is_dir():
-    raise UserError(f"--tasks_dir={tasks_dir}: no such directory")
-  return Path(tasks_dir)
-
-
-def find(
-  names: Sequence[str], tasks_dir: str | Path | None = None
-) -> TaskManager:
+def find(names: Sequence[str], questions: Questions) -> TaskManager:
   """lm-eval's index of tasks, with all of `names` in it; reads no questions.
 
   Raises:
-    UserError: an unknown name, or no such directory.
+    UserError: an unknown name, no such directory, or YAML of it that runs code
+      without being trusted.
   """
-  folder = folder_of(tasks_dir)
+  folder = questions.folder
   manager = _manager(folder, everything=False)
   if not all(name in manager.task_index for name in names):
     manager = _manager(folder, everything=True)
@@ -170,30 +161,29 @@ def find(
         f"latency, the presets {', '.join(PRESETS)}, and lm-eval's tasks "
         "(lm-eval ls tasks)"
       )
+  if folder is not None and not questions.trust_tasks_dir:
+    lm_eval_trust.check(names, index, folder)
   return manager
 
 
-def load(names: Sequence[str], tasks_dir: str | Path | None = None) -> dict:
-  """What `lm_eval.evaluator.evaluate` takes: {"tasks", "groups", ...}.
+def load(names: Sequence[str], questions: Questions) -> dict:
+  """Opens tasks; what `lm_eval.evaluator.evaluate` takes: {"tasks", ...}.
 
   Args:
-    names: tasks, groups or tags of lm-eval, or of YAML files in `tasks_dir`
-      (whose Python functions, if any, are run).
+    names: tasks, groups or tags of lm-eval, or of YAML files in the folder.
 
   Raises:
     UserError: as `find`; a file that cannot be read, or a dataset that can be
       had neither locally nor from the network.
   """
-  folder, manager = folder_of(tasks_dir), find(names, tasks_dir)
-  index = manager.task_index
-  factory = TaskFactory()
+  manager = find(names, questions)
+  task_class = _task_class(questions.folder)
   built = []
-  for name in names:
-    # Tasks written as classes keep their own way to the data.
-    own = index[name].kind != Kind.PY_TASK
-    overrides = {"class": _task_class(folder)} if own else None
-    found = factory.build(index[name], overrides=overrides, registry=index)
-    built += found if isinstance(found, list) else [found]
+  try:
+    for name in names:
+      built += lm_eval_private.build(name, manager.task_index, task_class)
+  except SecurityError as error:
+    raise lm_eval_trust.unsafe(error, questions.folder) from error
   return manager.load(built)
 
 

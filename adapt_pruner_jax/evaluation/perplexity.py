@@ -1,9 +1,6 @@
-"""How good a model is: perplexity on a text, tasks, latency.
+"""Perplexity on a text: by token, word and byte."""
 
-`evaluate` is what `adapt-pruner evaluate` does; lm-eval is only imported when a
-task of its is asked for.
-"""
-
+import dataclasses
 import math
 from functools import partial
 
@@ -12,10 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from adapt_pruner_jax.data import sources
+from adapt_pruner_jax.data import packing, sources
 from adapt_pruner_jax.data.tokenizer import Tokenizer
 from adapt_pruner_jax.distributed import placement, sharding
 from adapt_pruner_jax.errors import UserError
+from adapt_pruner_jax.evaluation.finite import not_finite
+from adapt_pruner_jax.evaluation.phases import Phases, silent
 from adapt_pruner_jax.models import decoder
 from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.model_config import ModelConfig
@@ -32,14 +31,22 @@ def text_perplexity(
   seq_len: int = 0,
   batch: int = 8,
   mesh: Mesh | None = None,
+  phase: Phases = silent,
 ) -> dict:
-  """Perplexity of a text file by token, word and byte.
+  """Measures the perplexity of a text file by token, word and byte.
 
-  The first token of a window is not predicted; words and bytes are charged the
-  mean of the predicted tokens for it.
+  Each window starts with the tokenizer's begin token, if it has one, and all of
+  the text is predicted. Else the first token of a window is not predicted, and
+  words and bytes are charged the mean of the predicted tokens for it.
 
   Args:
     seq_len: tokens a window; 0 = the model's context, at most 2048.
+    batch, mesh, phase: as of `perplexity`.
+
+  Returns:
+    "perplexity", "word_perplexity" (None: no words, or beyond all numbers, as
+    of a language that has no spaces), "byte_perplexity", "bits_per_byte", "nll"
+    (summed, nats), and the numbers of tokens, words and bytes.
 
   Raises:
     UserError: the file cannot be read, or as `perplexity`.
@@ -47,13 +54,17 @@ def text_perplexity(
   text = sources.read_text(path)
   check_length(config, seq_len, "seq_len")
   seq_len = window(config, seq_len)
-  tokens = np.array(tokenizer.encode(text), np.int64)
-  value, nll, count = perplexity(config, params, tokens, seq_len, batch, mesh)
-  whole = nll / count * len(tokens)  # nats, every token charged
+  tokens = packing.heldout_tokens(text, tokenizer, config.vocab_size, str(path))
+  begin = tokenizer.begin_id
+  value, nll, count = perplexity(
+    config, params, tokens, seq_len, batch, mesh, begin, phase
+  )
+  charged = count if begin is not None else len(tokens)
+  whole = nll / count * charged  # nats, every token charged
   words, size = len(text.split()), len(text.encode())
   return {
     "perplexity": value,
-    "word_perplexity": _exp(whole / words) if words else math.inf,
+    "word_perplexity": _exp(whole / words, None) if words else None,
     "byte_perplexity": _exp(whole / size),
     "bits_per_byte": whole / size / math.log(2),
     "nll": nll,
@@ -61,6 +72,8 @@ def text_perplexity(
     "words": words,
     "bytes": size,
     "seq_len": seq_len,
+    "bos": tokenizer.bos,
+    "begin_token": tokenizer.begin_token,  # of each window; null = none
     "text": str(path),
   }
 
@@ -77,8 +90,22 @@ def check_length(config: ModelConfig, seq_len: int, name: str) -> None:
     )
 
 
+def windows_start(tokenizer: Tokenizer, option: str) -> str:
+  """What a perplexity's windows start with, for people, and how to change it.
+
+  Empty where the tokenizer has no begin token, so that there is no choice.
+
+  Args:
+    option: that sets `bos`, such as "--bos".
+  """
+  if tokenizer.begin_token is not None:
+    return f"windows start with {tokenizer.begin_token}; {option}=none: without"
+  token = dataclasses.replace(tokenizer, bos="auto").begin_token
+  return f"windows without {token}; {option}=auto: with" if token else ""
+
+
 def window(config: ModelConfig, seq_len: int = 0) -> int:
-  """Tokens a window of a text has: `seq_len`, 0 = the context up to LONGEST."""
+  """Returns the length of windows: `seq_len`, or the context up to LONGEST."""
   return seq_len or min(config.context, LONGEST)
 
 
@@ -89,19 +116,27 @@ def perplexity(
   seq_len: int,
   batch: int,
   mesh: Mesh | None = None,
+  begin_id: int | None = None,
+  phase: Phases = silent,
 ) -> tuple[float, float, int]:
-  """exp(mean nll), total nll in nats, number of predicted tokens.
+  """Measures exp(mean nll), total nll in nats, number of predicted tokens.
 
   The text is cut into disjoint windows of `seq_len` tokens, the last one
-  shorter; each window predicts its tokens but the first.
+  shorter; each window predicts its tokens but the first. With a begin token,
+  that is the first of each window, so that every token of the text is predicted
+  exactly once.
 
   Args:
     tokens: ids of the whole text, [number of tokens]; the same array in every
       process.
     batch: windows at a time; rounded up to what the mesh divides.
+    begin_id: starts each window, see `Tokenizer.begin_id`; one that the text
+      starts with already is not counted as text. None = windows of text alone.
+    phase: shows how much of the text is read.
 
   Raises:
-    UserError: fewer than 2 tokens, or ids outside the vocabulary.
+    UserError: fewer than 2 tokens, ids outside the vocabulary, or a loss that
+      is not finite.
   """
   tokens = np.asarray(tokens)
   check_tokens(tokens, config.vocab_size)
@@ -113,25 +148,36 @@ def perplexity(
     mesh = sharding.one_device()
   shards = placement.batch_shards(mesh)
   batch = -(-batch // shards) * shards
-  rows_BT, lengths_B = windows(tokens, min(seq_len, len(tokens)), batch)
+  longest = len(tokens) + (begin_id is not None)
+  rows_BT, lengths_B = windows(tokens, min(seq_len, longest), batch, begin_id)
   total, count = 0.0, 0
-  for i in range(0, len(rows_BT), batch):
-    rows = placement.place_rows(rows_BT[i : i + batch], mesh)
-    lengths = placement.place_rows(lengths_B[i : i + batch], mesh)
-    nll, number = _window_loss(config, mesh, params, rows, lengths)
-    total += float(nll)
-    count += int(number)
+  with phase("perplexity", len(tokens), "tokens") as shown:
+    for i in range(0, len(rows_BT), batch):
+      rows = placement.place_rows(rows_BT[i : i + batch], mesh)
+      lengths = placement.place_rows(lengths_B[i : i + batch], mesh)
+      nll, number = _window_loss(config, mesh, params, rows, lengths)
+      total += float(nll)
+      count += int(number)
+      shown.update(min((i + batch) * rows_BT.shape[1], len(tokens)))
+  if not math.isfinite(total):
+    raise not_finite("the text's losses", params)
   return _exp(total / count), total, count
 
 
 def windows(
-  tokens: np.ndarray, seq_len: int, batch: int
+  tokens: np.ndarray, seq_len: int, batch: int, begin_id: int | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Rows int32 [B, seq_len], zero padded, and their lengths [B].
+  """Cuts rows int32 [B, seq_len], zero padded, and gives their lengths [B].
 
   B is padded with empty rows to a multiple of `batch`, so that one compiled
-  shape serves all.
+  shape serves all. A begin token is in front of every window, in place of one
+  token of text.
   """
+  if begin_id is not None:
+    tokens = tokens[int(tokens[0] == begin_id) :]
+    rows, lengths = windows(tokens, seq_len - 1, batch)
+    begin = np.where(lengths > 0, begin_id, 0).astype(np.int32)
+    return np.column_stack([begin, rows]), lengths + (lengths > 0)
   number = -(-len(tokens) // seq_len)
   rows = -(-number // batch) * batch
   flat = np.zeros(rows * seq_len, np.int32)
@@ -172,6 +218,6 @@ def _window_loss(
   return sharding.whole(found, mesh)
 
 
-def _exp(nats: float) -> float:
+def _exp(nats: float, beyond: float | None = math.inf) -> float | None:
   """A ruined model can be worse than any float: infinite, not an error."""
-  return math.exp(nats) if nats < 700 else math.inf
+  return math.exp(nats) if nats < 700 else beyond

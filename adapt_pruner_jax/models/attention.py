@@ -72,7 +72,7 @@ def attend(
   computed.
 
   Args:
-    q_BTKGH: rotated queries; query head n of T x N layouts is k * G + g.
+    q_BTKGH: rotated queries, by the KV group that they attend with.
     k_BSKH: rotated keys; those of the queries' own tokens (S = T), or, with
       `inputs.cached`, the columns of the cache.
     v_BSKH: values.

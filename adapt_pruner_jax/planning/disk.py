@@ -29,14 +29,13 @@ def disk(
   if config.train.tokens and not config.train.lora_rank:
     checkpoint += 2 * largest * 4
   # While one is written, the old ones are still there.
-  counts = [model_config.count_params(c) for c in (configs[0], configs[-1])]
   original = original_bytes(configs[0], folder)
-  stored = round(original / counts[0])  # bytes of most weights
-  if config.model.dtype:
-    stored = jnp.dtype(config.model.dtype).itemsize
+  exported = model_config.count_params(configs[-1])
+  share = exported / model_config.count_params(configs[0])
+  asked = config.model.dtype and jnp.dtype(config.model.dtype).itemsize
   return {
     "original": original,
-    "export": counts[1] * stored,
+    "export": exported * asked if asked else round(original * share),
     "checkpoint": checkpoint,
     "checkpoints": checkpoint * (config.checkpoint.keep + 1),
   }

@@ -58,18 +58,23 @@ class Log:
   """The voice of a run; also a context manager."""
 
   def __init__(
-    self, workdir: Path | None, tensorboard: bool = True, trackers: str = ""
+    self,
+    workdir: Path | None,
+    tensorboard: bool = True,
+    trackers: str = "",
+    stderr: bool = False,
   ):
     """Opens the trackers; files are made when there is something to write.
 
     Args:
       workdir: gets metrics.jsonl and tensorboard/; None = console only.
       trackers: "wandb", "trackio", or both with a comma.
+      stderr: the console is stderr, where stdout is for a result.
 
     Raises:
       UserError: a tracker is unknown or not installed.
     """
-    self._console = Console(quiet=not agreement.is_writer())
+    self._console = Console(quiet=not agreement.is_writer(), stderr=stderr)
     self._workdir = workdir if agreement.is_writer() else None
     self._tensorboard = tensorboard
     self._events: dict[str, Events] = {}  # of each kind

@@ -19,6 +19,7 @@ from adapt_pruner_jax.config import Config, Prune, Train
 from adapt_pruner_jax.distributed import agreement, sharding
 from adapt_pruner_jax.distributed.stopping import StoppedError, stop_signals
 from adapt_pruner_jax.errors import UserError
+from adapt_pruner_jax.evaluation import perplexity
 from adapt_pruner_jax.models import decoder, model_config
 from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.model_config import ModelConfig
@@ -91,6 +92,7 @@ def compare(
       ),
       "versions": versions(),
       "hardware": hardware(),
+      "windows_start": _windows_start(inputs),
       "rows": stored_rows(path),
     }
     run_jobs(jobs, found, inputs, stopping)
@@ -293,6 +295,13 @@ def measure(config: ModelConfig, params: Params, inputs: Inputs) -> dict:
   if inputs.recipe.eval.tasks:
     found["evaluation"] = measure_tasks(config, params, inputs)
   return found
+
+
+def _windows_start(inputs: Inputs) -> str:
+  """What the table says about the windows of its perplexities."""
+  if inputs.eval_tokens is None:
+    return ""
+  return perplexity.windows_start(inputs.tokenizer, "--config.data.bos")
 
 
 def _facts(config: ModelConfig, inputs: Inputs) -> dict:

@@ -119,6 +119,8 @@ def markdown(found: dict) -> str:
     "the same target. Seconds are of pruning and training, compilation "
     "included, without evaluation."
   ]
+  if found.get("windows_start"):
+    notes += [f"Perplexity: {found['windows_start']}."]
   if any(row["method"] == "from_scratch" for row in found["rows"]):
     notes += [
       "`from_scratch` has the shape that `adapt` leaves, random weights and a "

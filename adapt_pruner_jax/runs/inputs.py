@@ -10,13 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from adapt_pruner_jax.config import Config, task_names
+from adapt_pruner_jax.config import Config, Eval, task_names
 from adapt_pruner_jax.data import packing, sources
 from adapt_pruner_jax.data.calibration import pruning_data
 from adapt_pruner_jax.data.tokenizer import Tokenizer, load_tokenizer
 from adapt_pruner_jax.distributed import agreement, sharding
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.evaluation import evaluate, perplexity
+from adapt_pruner_jax.evaluation.questions import Questions
 from adapt_pruner_jax.formats.hf import files, load
 from adapt_pruner_jax.models import model_config
 from adapt_pruner_jax.models.axes import Params
@@ -72,7 +73,7 @@ def open_inputs(recipe: Config, path: Path, log: Log) -> Inputs:
   _check_lengths(recipe, full)
   tokenizer = None
   if _reads_text(recipe):
-    tokenizer = load_tokenizer(source)
+    tokenizer = load_tokenizer(source, recipe.data.bos)
   calibration, refit_data = pruning_data(
     recipe.calibration,
     recipe.prune.refit != "none",
@@ -80,6 +81,7 @@ def open_inputs(recipe: Config, path: Path, log: Log) -> Inputs:
     full.vocab_size,
     recipe.seed,
     path / "cache",
+    log.say,
   )
   rows = open_training(recipe, tokenizer, full, mesh, path, log)
   eval_tokens = None
@@ -87,7 +89,7 @@ def open_inputs(recipe: Config, path: Path, log: Log) -> Inputs:
     eval_tokens = read_eval_text(recipe.eval.text, tokenizer, full.vocab_size)
   if recipe.eval.tasks:
     names = task_names(recipe.eval)
-    evaluate.import_harness().check(names, recipe.eval.tasks_dir)
+    evaluate.import_harness().check(names, questions(recipe.eval))
   return Inputs(
     recipe=recipe,
     path=path,
@@ -103,6 +105,11 @@ def open_inputs(recipe: Config, path: Path, log: Log) -> Inputs:
     total_steps=-(-recipe.train.tokens // recipe.data.step_tokens),
     log=log,
   )
+
+
+def questions(recipe: Eval) -> Questions:
+  """How a recipe asks its tasks."""
+  return Questions(recipe.tasks_dir, recipe.trust_tasks_dir)
 
 
 def _reads_text(recipe: Config) -> bool:
@@ -126,7 +133,12 @@ def open_training(
     return None
   check_rows(recipe.data.batch, recipe.train.accumulation, mesh)
   rows = packing.train_data(
-    recipe.data, tokenizer, full.vocab_size, recipe.seed, path / "cache"
+    recipe.data,
+    tokenizer,
+    full.vocab_size,
+    recipe.seed,
+    path / "cache",
+    log.say,
   )
   epochs = rows.epochs(tokens)
   log.say(
@@ -202,11 +214,12 @@ def fingerprints(inputs: Inputs) -> dict[str, str]:
 
   Of a large weights file only parts are read: another model differs in each.
   """
-  weights = hashlib.sha256((inputs.source / files.CONFIG).read_bytes())
-  for file in sorted(inputs.source.glob("*.safetensors")):
-    size = file.stat().st_size
-    weights.update(f"{file.name} {size}".encode())
-    with open(file, "rb") as opened:
+  weights, source = hashlib.sha256(), inputs.source
+  paths = [source / files.CONFIG, *sorted(source.glob("*.safetensors"))]
+  for path in [source] if source.is_file() else paths:
+    size = path.stat().st_size
+    weights.update(f"{path.name} {size}".encode())
+    with open(path, "rb") as opened:
       for part in range(PARTS):
         opened.seek(part * size // PARTS)
         weights.update(opened.read(PART_BYTES))

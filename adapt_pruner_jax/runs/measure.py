@@ -4,7 +4,7 @@ from adapt_pruner_jax.config import task_names
 from adapt_pruner_jax.evaluation import evaluate, latency, perplexity
 from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.model_config import ModelConfig
-from adapt_pruner_jax.runs.inputs import Inputs, load_model
+from adapt_pruner_jax.runs.inputs import Inputs, load_model, questions
 
 
 def measure(config: ModelConfig, params: Params, inputs: Inputs) -> dict:
@@ -17,22 +17,26 @@ def measure(config: ModelConfig, params: Params, inputs: Inputs) -> dict:
     perplexity.window(inputs.full, recipe.seq_len),
     recipe.batch,
     inputs.mesh,
+    inputs.tokenizer.begin_id,
   )
   return {"perplexity": found[0], "loss": found[1] / found[2]}
+
+
+def windows_note(inputs: Inputs) -> str:
+  """Says after a perplexity what its windows start with, in brackets."""
+  found = perplexity.windows_start(inputs.tokenizer, "--config.data.bos")
+  return f" ({found})" if found else ""
 
 
 def measure_tasks(config: ModelConfig, params: Params, inputs: Inputs) -> dict:
   """Scores of `eval.tasks`, see `lm_eval_run.evaluate_tasks`."""
   recipe = inputs.recipe.eval
-  return evaluate.import_harness().evaluate_tasks(
-    config,
-    params,
-    inputs.tokenizer,
-    task_names(recipe),
-    tasks_dir=recipe.tasks_dir or None,
-    batch=recipe.batch,
-    mesh=inputs.mesh,
+  harness = evaluate.import_harness()
+  lm = harness.open_lm(
+    *(config, params, inputs.tokenizer, recipe.batch, inputs.mesh),
+    phase=inputs.log.phase,
   )
+  return harness.evaluate_tasks(lm, task_names(recipe), questions(recipe))
 
 
 def measure_latency(

@@ -56,10 +56,11 @@ def _is_anew(
   stored = _stored(path, overwrite)
   if stored is None:
     return False
+  free = FREE if _says_bos(stored) else (*FREE, "data.bos")
   changed = [
     line
     for line in difference(stored, dataclasses.asdict(recipe))
-    if not line.startswith(FREE)
+    if not line.startswith(free)
   ]
   if changed and not overwrite:
     mine, theirs = package_version(), stored.get(VERSION, "an earlier version")
@@ -110,8 +111,15 @@ def _claim(inputs: Inputs) -> None:
     head = {VERSION: package_version(), "inputs": prints}
     json_files.write_json(file, head | dataclasses.asdict(recipe))
     return
+  stored = json_files.read_json(file)
+  begin = inputs.tokenizer and inputs.tokenizer.begin_token
+  if begin and not _says_bos(stored):
+    raise UserError(
+      f"the run in {inputs.path} was begun by an earlier version, which put no "
+      f"{begin} before windows and rows: to go on give --config.data.bos=none"
+    )
   # An earlier version did not say what it read.
-  begun = json_files.read_json(file).get("inputs", prints)
+  begun = stored.get("inputs", prints)
   for name, what in (
     ("model", f"--config.model.path={recipe.model.path} has other weights"),
     (
@@ -125,6 +133,11 @@ def _claim(inputs: Inputs) -> None:
         f"{what} than when the run in {inputs.path} began: give what it began "
         "with, or another --workdir"
       )
+
+
+def _says_bos(stored: dict) -> bool:
+  """Whether it knew `data.bos`; before there was none, whatever the model."""
+  return "bos" in stored.get("data", {})
 
 
 def _remove(inputs: Inputs) -> None:

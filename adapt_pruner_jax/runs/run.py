@@ -47,6 +47,7 @@ from adapt_pruner_jax.runs.measure import (
   measure,
   measure_latency,
   measure_tasks,
+  windows_note,
 )
 from adapt_pruner_jax.runs.recipe import claim, is_anew
 from adapt_pruner_jax.runs.state import (
@@ -156,7 +157,7 @@ def measure_original(state: State, inputs: Inputs) -> None:
     state.before = measure(state.config, state.params, inputs)
     log.say(
       f"{model_config.count_params(state.config):,} parameters, perplexity "
-      f"{state.before['perplexity']:.3f}"
+      f"{state.before['perplexity']:.3f}{windows_note(inputs)}"
     )
   if recipe.eval.tasks:
     log.say(f"original: {recipe.eval.tasks}")
@@ -343,7 +344,7 @@ def stage_result(state: State, inputs: Inputs) -> dict:
   log.metrics("eval", state.stage, row | {"train_step": state.step})
   quality = ""
   if "perplexity" in result:
-    quality = f", perplexity {result['perplexity']:.3f}"
+    quality = f", perplexity {result['perplexity']:.3f}{windows_note(inputs)}"
   log.say(
     f"stage {state.stage} of {recipe.prune.stages} done: "
     f"{result['params']:,} parameters{quality}"

@@ -41,6 +41,9 @@ def summarise(
     "target_params": inputs.target,
     "perplexity_before": state.before.get("perplexity"),
     "perplexity_after": after.get("perplexity"),
+    "bos": inputs.recipe.data.bos,
+    # What windows and rows of text start with; null = nothing.
+    "begin_token": inputs.tokenizer and inputs.tokenizer.begin_token,
     "tasks_before": tasks[0],
     "tasks_after": tasks[1],
     "latency": times,
@@ -72,6 +75,8 @@ def disk_sizes(source: Path, exported: Path) -> dict[str, int]:
 
 def weight_bytes(folder: Path) -> int:
   """Bytes of a model's safetensors files, or of all files without any."""
+  if folder.is_file():
+    return folder.stat().st_size
   for pattern in ("model.safetensors", "model-*.safetensors", "**/*"):
     files = [file for file in folder.glob(pattern) if file.is_file()]
     if files:
@@ -106,7 +111,9 @@ def tell(summary: dict, path: Path, log: Log) -> None:
     rows.append(("on disk", in_bytes(low), in_bytes(high), change))
   if summary["perplexity_after"] is not None:
     low, high = summary["perplexity_before"], summary["perplexity_after"]
-    rows.append(_change("perplexity", low, high))
+    start = summary.get("begin_token")  # an older run has none
+    name = f"perplexity, windows from {start}" if start else "perplexity"
+    rows.append(_change(name, low, high))
   for name, low in (summary["tasks_before"] or {}).items():
     rows.append(_change(name, low, summary["tasks_after"][name]))
   if times := summary["latency"]:

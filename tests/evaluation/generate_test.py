@@ -48,6 +48,7 @@ ODD = ModelConfig(
   embed_scale=4.0,
 )
 PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8, 9, 10, 3, 3], [11]]
+WARM = generate.Sampling(1.0)
 NEW = 40  # more than one chunk
 
 
@@ -147,9 +148,9 @@ def test_top_k_and_top_p(sampling, allowed):
 
 
 def test_a_row_draws_the_same_beside_others(plain):
-  alone = generate.generate(PLAIN, plain, PROMPTS[:1], 20, 1.0, seed=3)
-  beside = generate.generate(PLAIN, plain, PROMPTS, 20, 1.0, seed=3)
-  other = generate.generate(PLAIN, plain, PROMPTS, 20, 1.0, seed=4)
+  alone = generate.generate(PLAIN, plain, PROMPTS[:1], 20, WARM, seed=3)
+  beside = generate.generate(PLAIN, plain, PROMPTS, 20, WARM, seed=3)
+  other = generate.generate(PLAIN, plain, PROMPTS, 20, WARM, seed=4)
   assert alone[0] == beside[0] != other[0]
 
 
@@ -169,8 +170,8 @@ def test_one_compilation_for_alike_lengths(plain):
     ([[-1]], 3, {}, "token id -1 is outside"),
     ([[1]], 0, {}, "max_new_tokens=0 must be at least 1"),
     ([[1] * 100], 29, {}, "context of 128: .* at most 28 new tokens"),
-    ([[1]], 3, {"temperature": -1.0}, "temperature=-1.0"),
-    ([[1]], 3, {"top_p": 0.0}, "top_p=0.0 in"),
+    ([[1]], 3, {"sampling": generate.Sampling(-1.0)}, "temperature=-1.0"),
+    ([[1]], 3, {"sampling": generate.Sampling(top_p=0.0)}, "top_p=0.0 in"),
   ],
 )
 def test_bad_requests(plain, prompts, number, options, message):

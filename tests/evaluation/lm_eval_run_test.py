@@ -20,7 +20,9 @@ from adapt_pruner_jax.evaluation import (
   generate,
   lm_eval_model,
   lm_eval_run,
+  scoring_rows,
 )
+from adapt_pruner_jax.evaluation.questions import Questions
 from adapt_pruner_jax.formats.hf import load
 from adapt_pruner_jax.models import axes, decoder, model_config
 from adapt_pruner_jax.models.model_config import ModelConfig
@@ -102,17 +104,19 @@ def check_same(mine, other):
 
 
 def test_equals_the_hf_model(ours, theirs, questions):
-  found = lm_eval_run.run(WANTED, questions, 6, None, ours)
-  check_same(found, lm_eval_run.run(WANTED, questions, 6, None, theirs))
+  asked = Questions(questions, limit=6)
+  found = lm_eval_run.run(WANTED, ours, asked)
+  check_same(found, lm_eval_run.run(WANTED, theirs, asked))
   assert found["n-shot"]["mmlu_anatomy"] == 5
 
 
 @pytest.mark.slow
 def test_equals_the_hf_model_on_all_questions(ours, theirs, questions):
-  wanted, missing = lm_eval_run.expand(["commonsense"], questions)
+  asked = Questions(questions)
+  wanted, missing = lm_eval_run.expand(["commonsense"], asked)
   assert missing == {"commonsense": ["social_iqa"]}
-  found = lm_eval_run.run(wanted, questions, None, None, ours)
-  check_same(found, lm_eval_run.run(wanted, questions, None, None, theirs))
+  found = lm_eval_run.run(wanted, ours, asked)
+  check_same(found, lm_eval_run.run(wanted, theirs, asked))
   scores = lm_eval_run.summary(found, ["commonsense"], missing)
   assert scores["tasks"]["openbookqa"]["n"] == 500
 
@@ -127,21 +131,18 @@ def test_answers_longer_than_the_context(
   lines = (pathlib.Path(questions) / "piqa.jsonl").read_text().splitlines()
   some = "\n".join(lines[LONG - 1 : LONG + 2])
   (tmp_path / "piqa.jsonl").write_text(some)
-  folder = str(tmp_path)
-  found = lm_eval_run.run({"piqa": None}, folder, None, None, ours)
-  check_same(found, lm_eval_run.run({"piqa": None}, folder, None, None, theirs))
-  _, config, params, tokenizer = stories
-  found = lm_eval_run.evaluate_tasks(
-    config, params, tokenizer, ["piqa"], folder
-  )
+  asked = Questions(str(tmp_path))
+  found = lm_eval_run.run({"piqa": None}, ours, asked)
+  check_same(found, lm_eval_run.run({"piqa": None}, theirs, asked))
+  lm = lm_eval_run.open_lm(*stories[1:])
+  found = lm_eval_run.evaluate_tasks(lm, ["piqa"], asked)
   assert (found["tasks"]["piqa"]["n"], found["tasks"]["piqa"]["truncated"]) == (
     3,
     2,
   )
   assert "task piqa: 2 of 6 requests" in caplog.text
-  found = lm_eval_run.evaluate_tasks(
-    config, params, tokenizer, ["arc_easy"], questions, limit=2
-  )
+  asked = Questions(questions, limit=2)
+  found = lm_eval_run.evaluate_tasks(ours, ["arc_easy"], asked)
   assert found["tasks"]["arc_easy"]["truncated"] == 0
 
 
@@ -270,7 +271,7 @@ def test_mesh_and_batch_do_not_matter(odd_params):
 
 
 def test_rows_share_a_context():
-  rows = lm_eval_model.make_rows(PAIRS, ODD.context)
+  rows = scoring_rows.make_rows(PAIRS, ODD.context)
   lengths = [5 + 2 + 0 + 4, 2, 63 + 1, 64]
   assert [len(row.tokens) for row in rows] == lengths
   assert rows[0].positions == [0, 1, 2, 3, 4, 5, 6, 5, 6, 7, 8]
@@ -284,8 +285,8 @@ def test_rows_share_a_context():
 
 
 def test_short_groups_join_longer_ones():
-  rows = [lm_eval_model.Row([0] * n, [], [], []) for n in (5, 40, 41, 90, 100)]
-  found = lm_eval_model.by_length(rows, 2)
+  rows = [scoring_rows.Row([0] * n, [], [], []) for n in (5, 40, 41, 90, 100)]
+  found = scoring_rows.by_length(rows, 2)
   assert [(T, [len(r.tokens) for r in some]) for T, some in found] == [
     (48, [5, 40, 41]),
     (128, [90, 100]),

@@ -5,6 +5,7 @@ import pytest
 pytest.importorskip("lm_eval")
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.evaluation import lm_eval_run, lm_eval_tasks
+from adapt_pruner_jax.evaluation.questions import Questions
 
 ARC = {"question": "What falls?", "choices": ["rain", "sky"], "answer": 0}
 HELLASWAG = {
@@ -21,7 +22,7 @@ def write(folder, name, *rows):
 
 
 def load_one(name, folder):
-  return lm_eval_tasks.load([name], folder)["tasks"][name]
+  return lm_eval_tasks.load([name], Questions(str(folder)))["tasks"][name]
 
 
 @pytest.mark.parametrize(
@@ -152,7 +153,7 @@ def test_own_task_file(tmp_path):
 def test_dataset_that_needs_the_network(tmp_path):
   """The message names the dataset and a command that would write the file."""
   with pytest.raises(UserError, match="cannot be had here") as caught:
-    lm_eval_tasks.load(["social_iqa"], tmp_path)
+    lm_eval_tasks.load(["social_iqa"], Questions(str(tmp_path)))
   assert (
     "datasets.load_dataset('lighteval/siqa', split='validation')"
     ".to_json('social_iqa.jsonl')"
@@ -164,12 +165,12 @@ def test_unknown_task():
   with pytest.raises(
     UserError, match=r"'arc_eazy' \(did you mean arc_easy\?\)"
   ):
-    lm_eval_tasks.load(["arc_easy", "arc_eazy"])
+    lm_eval_tasks.load(["arc_easy", "arc_eazy"], Questions())
 
 
 def test_no_such_directory(tmp_path):
   with pytest.raises(UserError, match="nowhere: no such directory"):
-    lm_eval_tasks.load(["arc_easy"], tmp_path / "nowhere")
+    lm_eval_tasks.load(["arc_easy"], Questions(str(tmp_path / "nowhere")))
 
 
 @pytest.mark.parametrize(
@@ -186,13 +187,15 @@ def test_no_such_directory(tmp_path):
 def test_bad_file(tmp_path, text, message):
   (tmp_path / "arc_easy.jsonl").write_text(text)
   with pytest.raises(UserError, match=message):
-    lm_eval_tasks.load(["arc_easy"], tmp_path)
+    lm_eval_tasks.load(["arc_easy"], Questions(str(tmp_path)))
 
 
 def test_preset_uses_the_files_there_are(tmp_path):
   write(tmp_path, "piqa", ARC)
   write(tmp_path, "winogrande", ARC)
-  wanted, missing = lm_eval_run.expand(["commonsense", "boolq"], str(tmp_path))
+  wanted, missing = lm_eval_run.expand(
+    ["commonsense", "boolq"], Questions(str(tmp_path))
+  )
   assert wanted == {"piqa": None, "winogrande": None, "boolq": None}
   assert missing["commonsense"] == [
     "arc_easy",
@@ -205,7 +208,7 @@ def test_preset_uses_the_files_there_are(tmp_path):
 
 def test_preset_without_any_file(tmp_path):
   with pytest.raises(UserError, match="none of the tasks of commonsense"):
-    lm_eval_run.expand(["commonsense"], str(tmp_path))
+    lm_eval_run.expand(["commonsense"], Questions(str(tmp_path)))
 
 
 def test_presets():
@@ -213,4 +216,4 @@ def test_presets():
   assert len(commonsense) == 7
   assert commonsense["arc_easy"] == commonsense["piqa"] == "acc_norm"
   assert commonsense["winogrande"] == commonsense["social_iqa"] == "acc"
-  assert lm_eval_run.expand(["mmlu"], None)[0] == {"mmlu": 5}
+  assert lm_eval_run.expand(["mmlu"], Questions())[0] == {"mmlu": 5}

@@ -71,6 +71,29 @@ def test_perplexity_equals_each_window_alone(params, length, seq_len):
   assert found[0] == pytest.approx(math.exp(total / count), rel=1e-5)
 
 
+@pytest.mark.parametrize("given", [True, False])
+@pytest.mark.parametrize("length", [36, 35, 29, 5, 1])
+def test_windows_with_a_begin_token(params, length, given):
+  """Each is the token and seven of text; all of the text is predicted once."""
+  begin, tokens = 7, text(length)
+  tokens[tokens == begin] = 3
+  total, count = 0.0, 0
+  for start in range(0, length, 7):
+    window = np.append(begin, tokens[start : start + 7])
+    found = by_hand(params, window, len(window))
+    total, count = total + found[0], count + found[1]
+  assert count == length
+  if given:  # by the tokenizer, in front of the whole text
+    tokens = np.append(begin, tokens)
+  if len(tokens) < 2:
+    return
+  found = perplexity.perplexity(
+    CONFIG, params, tokens, 8, batch=2, begin_id=begin
+  )
+  assert found[2] == length
+  assert found[1] == pytest.approx(total, rel=1e-5)
+
+
 def test_batch_and_mesh_do_not_matter(params):
   tokens = text(101)
   expected = perplexity.perplexity(CONFIG, params, tokens, 8, batch=13)
@@ -185,3 +208,42 @@ def test_orbax_of_what_slicegpt_cuts(small_model, text_file, tmp_path):
   assert total == pytest.approx(float(by_decoder), rel=1e-5)
   with pytest.raises(UserError, match="is a work directory; its model is"):
     evaluate.evaluate(str(tmp_path), ["perplexity"], text=text_file)
+
+
+@pytest.mark.parametrize("bos", ["auto", "none"])
+def test_begin_token_equals_transformers(shared_data, tmp_path, bos):
+  """Of a trained model whose tokenizer adds one: its losses on the windows."""
+  torch = pytest.importorskip("torch")
+  transformers = pytest.importorskip("transformers")
+  path = shared_data / "models" / "stories260K"
+  peer = transformers.AutoModelForCausalLM.from_pretrained(path).eval()
+  theirs = transformers.AutoTokenizer.from_pretrained(path)
+  text = (shared_data / "text" / "tinystories_heldout.txt").read_text()[:3000]
+  (tmp_path / "text.txt").write_text(text)
+  whole = theirs(text)["input_ids"]
+  begin = theirs.bos_token_id
+  assert whole[0] == begin
+  if bos == "none":
+    windows = [whole[i : i + 64] for i in range(0, len(whole), 64)]
+  else:
+    rest = whole[1:]
+    windows = [[begin, *rest[i : i + 63]] for i in range(0, len(rest), 63)]
+  nll = count = 0
+  for window in windows:
+    ids = torch.tensor([window])
+    with torch.no_grad():
+      log_probs = torch.log_softmax(peer(ids).logits[0, :-1].double(), -1)
+    nll -= float(log_probs.gather(-1, ids[0, 1:, None]).sum())
+    count += len(window) - 1
+  config, params = load.load(str(path))
+  found = perplexity.text_perplexity(
+    config, params, load_tokenizer(path, bos), tmp_path / "text.txt", 64
+  )
+  assert found["tokens"] == count
+  assert found["perplexity"] == pytest.approx(math.exp(nll / count), rel=1e-4)
+  assert found["bos"] == bos
+  assert found["begin_token"] == ("<s>" if bos == "auto" else None)
+  if bos == "auto":
+    assert count == len(whole) - 1
+    words = found["word_perplexity"]
+    assert words == pytest.approx(math.exp(nll / len(text.split())), rel=1e-4)

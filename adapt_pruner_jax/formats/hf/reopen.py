@@ -76,8 +76,8 @@ def _wrong_parameter(
   Both are compared in the layout of the file: equal there, they are equal.
   """
   wrong = None
-  for (layer, name), at in tensors.places(config).items():
-    dtype = dtypes[at.tensor]
+  for (layer, name), stored in tensors.places(config).items():
+    dtype = dtypes[stored.tensor]
     unsigned = np.dtype(f"u{dtype.itemsize}")
     infinity = np.array(np.inf, dtype).view(unsigned)  # the exponent's bits
     expected = get((layer, name))

@@ -63,6 +63,8 @@ def headline(found: Found) -> str:
     low = as_number(summary["perplexity_before"])
     high = as_number(summary["perplexity_after"])
     text += f", perplexity {low:.4g} → {high:.4g}"
+    if summary.get("begin_token"):
+      text += f" (windows start with {summary['begin_token']})"
   if summary.get("seconds"):
     text += f", in {duration(summary['seconds'])}"
   return text + "."

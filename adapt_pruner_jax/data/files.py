@@ -1,0 +1,266 @@
+"""Files of text and of rows, as people have them.
+
+A name is a file, a directory or a pattern such as `shards/*.jsonl.zst`; the
+files of the last two are one sequence, in the order of their names. `.gz` and
+`.zst` are known by their first bytes, whatever their names.
+"""
+
+import glob
+import io
+import json
+import re
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from adapt_pruner_jax.errors import UserError, first_line
+
+# What the files of a directory end in, with .gz or .zst after it or not.
+SUFFIXES = {
+  "text": (".txt", ".text", ".md"),
+  "jsonl": (".jsonl", ".json", ".ndjson"),
+  "parquet": (".parquet",),
+}
+PACKED = (".gz", ".zst")
+GZIP, ZSTD, PARQUET = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1"
+READ = 1 << 16  # bytes that are unpacked at a time
+BATCH = 256  # rows of a parquet file at a time
+SPACE = re.compile(r"\s*")
+
+
+def files_of(kind: str, name: str) -> list[Path]:
+  """Finds the files that a source names, sorted.
+
+  A single file is returned whether it is there or not.
+
+  Args:
+    kind: text, jsonl or parquet.
+    name: a file, a directory (with all below it) or a pattern.
+
+  Raises:
+    UserError: no file of a directory or a pattern.
+  """
+  path = Path(name)
+  if path.is_dir():
+    return _files_below(kind, path)
+  if path.exists() or not glob.has_magic(name):
+    return [path]
+  found = [Path(p) for p in glob.glob(name, recursive=True)]
+  found = sorted(p for p in found if p.is_file())
+  if not found:
+    raise UserError(f"{kind}:{name}: no file has a name like that")
+  return found
+
+
+def lines(path: str | Path) -> Iterator[str]:
+  """Reads lines of a UTF-8 file, unpacked, with \\n as in Python's text mode.
+
+  Raises:
+    UserError: missing, unreadable, cut off, or not UTF-8 (says which byte).
+  """
+  offset = 0
+  try:
+    with _opened(path) as file:
+      for line in file:
+        text = line.decode()
+        if not offset:
+          text = text.removeprefix("\ufeff")  # the byte order mark
+        yield text.replace("\r\n", "\n").replace("\r", "\n")
+        offset += len(line)
+  except UnicodeDecodeError as error:
+    at = offset + error.start
+    raise UserError(
+      f"{path} is not UTF-8: byte 0x{error.object[error.start]:02x} at offset "
+      f"{at}; convert it, e.g. iconv -f latin1 -t utf-8"
+    ) from error
+  except OSError as error:
+    raise UserError(f"{path}: {error.strerror or error}") from error
+
+
+def json_rows(path: str | Path) -> Iterator[tuple[str, Any]]:
+  """Reads rows of JSON: where each one is, and the row.
+
+  A row is a line, or an item of one JSON array or of the `instances` of one
+  object, as LMFlow writes them.
+
+  Raises:
+    UserError: as `lines`, or not JSON (says which line).
+  """
+  numbered = enumerate(lines(path), 1)
+  for number, line in numbered:
+    if not line.strip():
+      continue
+    where = f"{path} line {number}"
+    if number == 1 and line.strip().startswith("["):
+      text = line + "".join(text for _, text in numbered)
+      yield from _array(path, text)
+      return
+    if number == 1 and line.strip() == "{":
+      text = line + "".join(text for _, text in numbered)
+      yield from _instances(str(path), _parsed(str(path), text))
+      return
+    yield from _instances(where, _parsed(where, line))
+
+
+def parquet_rows(path: str | Path) -> Iterator[tuple[str, dict]]:
+  """Reads rows of a parquet file: where each one is, and the row.
+
+  Raises:
+    UserError: missing, or not parquet.
+  """
+  try:
+    import pyarrow
+    import pyarrow.parquet
+  except ImportError as error:
+    raise UserError(
+      f"{path} needs the package pyarrow: pip install 'adapt_pruner_jax[data]'"
+    ) from error
+  number = 0
+  try:
+    with pyarrow.parquet.ParquetFile(str(path)) as file:
+      for batch in file.iter_batches(batch_size=BATCH):
+        for row in batch.to_pylist():
+          yield f"{path} row {number}", row
+          number += 1
+  except OSError as error:
+    raise UserError(f"{path}: {error.strerror or first_line(error)}") from error
+  except pyarrow.ArrowException as error:
+    raise UserError(
+      f"{path} cannot be read as parquet: {first_line(error)}"
+    ) from error
+
+
+def _files_below(kind: str, folder: Path) -> list[Path]:
+  """The files of a kind in a directory, without hidden ones."""
+  endings = tuple(
+    s + packed for s in SUFFIXES[kind] for packed in ("", *PACKED)
+  )
+  every = [
+    path
+    for path in sorted(folder.rglob("*"))
+    if path.is_file()
+    and not any(p.startswith(".") for p in path.relative_to(folder).parts)
+  ]
+  found = [path for path in every if path.name.lower().endswith(endings)]
+  if not found:
+    have = ", ".join(path.name for path in every[:3]) or "no files"
+    raise UserError(
+      f"{kind}:{folder} is a directory without a file that ends in "
+      f"{', '.join(SUFFIXES[kind])} (or these with {' or '.join(PACKED)}); it "
+      f"has {have}"
+    )
+  return found
+
+
+class _Unpacked(io.RawIOBase):
+  """Unpacks the bytes of a file, which may have several frames."""
+
+  def __init__(self, path: str | Path, file: Any, make: Callable[[], Any]):
+    """`make` gives an object that unpacks one frame, as zlib's do."""
+    self._path, self._file, self._make = path, file, make
+    self._frame, self._packed, self._bytes = None, b"", b""
+
+  def readable(self) -> bool:
+    return True
+
+  def readinto(self, buffer: Any) -> int:
+    while not self._bytes:
+      self._packed = self._packed or self._file.read(READ)
+      if not self._packed:
+        if self._frame is not None:
+          raise OSError(None, "the file is cut off: its packed data has no end")
+        return 0
+      if self._frame is None:
+        self._frame = self._make()
+      try:
+        self._bytes = self._frame.decompress(self._packed)
+      except Exception as error:  # zlib.error and ZstdError
+        raise OSError(None, f"cannot be unpacked: {error}") from error
+      self._packed = b""
+      if self._frame.eof:
+        # gzip files may be padded with zeros.
+        self._packed = self._frame.unused_data.lstrip(b"\0")
+        self._frame = None
+    size = min(len(buffer), len(self._bytes))
+    buffer[:size], self._bytes = self._bytes[:size], self._bytes[size:]
+    return size
+
+  def close(self) -> None:
+    self._file.close()
+    super().close()
+
+
+def _opened(path: str | Path) -> Any:
+  """A file of bytes, open for reading and unpacked."""
+  file = open(Path(path).expanduser(), "rb")  # noqa: SIM115 - the caller closes
+  try:
+    start = file.peek(4)[:4]
+    if start == PARQUET:
+      raise UserError(f"{path} is a parquet file; write parquet:{path}")
+    if start.startswith(GZIP):
+      return io.BufferedReader(_Unpacked(path, file, _gzip_frame))
+    if start == ZSTD:
+      return io.BufferedReader(_Unpacked(path, file, _zstd_frame(path)))
+  except BaseException:
+    file.close()
+    raise
+  return file
+
+
+def _gzip_frame() -> Any:
+  return zlib.decompressobj(31)  # with gzip's header and checksum
+
+
+def _zstd_frame(path: str | Path) -> Callable[[], Any]:
+  try:
+    import zstandard
+  except ImportError as error:
+    raise UserError(
+      f"{path} needs the package zstandard: pip install "
+      "'adapt_pruner_jax[data]'"
+    ) from error
+  return lambda: zstandard.ZstdDecompressor().decompressobj()
+
+
+def _parsed(where: str, text: str) -> Any:
+  try:
+    return json.loads(text)
+  except (ValueError, RecursionError) as error:
+    raise UserError(f"{where} is not valid JSON: {error}") from error
+
+
+def _instances(where: str, row: Any) -> Iterator[tuple[str, Any]]:
+  """The row, or those in it if it is a file of LMFlow, the authors' trainer."""
+  rows = row.get("instances") if isinstance(row, dict) else None
+  if not isinstance(rows, list):
+    yield where, row
+    return
+  for number, inner in enumerate(rows):
+    yield f"{where} instance {number}", inner
+
+
+def _array(path: str | Path, text: str) -> Iterator[tuple[str, Any]]:
+  """The rows of a JSON array, with the line at which each one starts."""
+  decode = json.JSONDecoder().raw_decode
+  at = SPACE.match(text, text.index("[") + 1).end()
+  number = 1 + text.count("\n", 0, at)
+  while text[at : at + 1] != "]":
+    where = f"{path} line {number}"
+    try:
+      row, end = decode(text, at)
+    except (ValueError, RecursionError) as error:
+      raise UserError(f"{where} is not valid JSON: {error}") from error
+    yield where, row
+    end = SPACE.match(text, end).end()
+    if text[end : end + 1] not in (",", "]"):
+      raise UserError(f"{where}: no comma or ] comes after the row")
+    after = end + (text[end] == ",")
+    after = SPACE.match(text, after).end()
+    number += text.count("\n", at, after)
+    at = after
+  if text[at + 1 :].strip():
+    raise UserError(
+      f"{path} line {number}: something comes after the array's ]; give one "
+      "array, or one object a line"
+    )
