@@ -95,7 +95,10 @@ def resolve(path: str | os.PathLike) -> Path:
 def _from_hub(name: str, revision: str | None) -> Path:
   """The snapshot of a hub repository, downloaded or in the cache."""
   import huggingface_hub
-  from huggingface_hub.errors import IncompleteSnapshotError
+  from huggingface_hub.errors import (
+    IncompleteSnapshotError,
+    LocalEntryNotFoundError,
+  )
 
   get = functools.partial(
     huggingface_hub.snapshot_download,
@@ -105,10 +108,16 @@ def _from_hub(name: str, revision: str | None) -> Path:
   )
   try:
     return Path(get(allow_patterns=DOWNLOADED))
-  except IncompleteSnapshotError as error:  # and the hub cannot be reached
-    whole = (Path(error.snapshot_path) / "tokenizer.json").is_file()
-    needed = NEEDED if whole else (*NEEDED, *VOCABULARIES)
-    return Path(get(allow_patterns=needed, local_files_only=True))
+  except LocalEntryNotFoundError as error:  # and the hub cannot be reached
+    try:
+      folder = Path(get(allow_patterns=NEEDED, local_files_only=True))
+      if not (folder / "tokenizer.json").is_file():
+        get(allow_patterns=VOCABULARIES, local_files_only=True)
+    except IncompleteSnapshotError:  # which says what is missing
+      raise
+    except LocalEntryNotFoundError:
+      raise error from None
+    return folder
 
 
 def read_config(
