@@ -31,9 +31,10 @@ def convert(
   """Reads a model in one format and writes it in another.
 
   Args:
-    source: a HuggingFace directory or hub id, or an orbax directory.
-    dtype: of the weights, "" = as they are stored; for gguf f32 (which "" is),
-      f16 or q8_0.
+    source: a HuggingFace directory or hub id, an orbax directory, or a .gguf
+      file.
+    dtype: of the weights, "" = as they are stored; for gguf f32, f16, bf16 or
+      q8_0.
 
   Raises:
     UserError: unknown format or dtype, `out` exists, or the format cannot
@@ -43,7 +44,7 @@ def convert(
   _check_free(out, overwrite)
   quantization = ""
   if format == "gguf":
-    quantization, dtype = dtype or "f32", "float32"
+    quantization, dtype = dtype, ""
   check_dtype(dtype)
   if format == "orbax" or is_orbax(source):
     config, params, folder = open_model(source, dtype or None, ignore_fields)
@@ -70,14 +71,14 @@ def write(
   *,
   source: str | Path | None = None,
   overwrite: bool = False,
-  quantization: str = "f32",
+  quantization: str = "",
   facts: dict[str, Any] | None = None,
 ) -> None:
   """Writes a model; the result is opened again and compared before it counts.
 
   Args:
     source: the directory that tokenizer and licence come from.
-    quantization: of gguf only.
+    quantization: of gguf only; "" = as the parameters are.
     facts: for the model card, as in a run's summary.json.
 
   Raises:

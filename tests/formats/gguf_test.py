@@ -43,9 +43,9 @@ LLAMA3 = Rope(
 )
 CASES = {
   "llama": {},
-  "smallest layer first": {"K": (1, 2, 2), "F": (32, 64, 40)},
+  "smallest layer first": {"kv_groups": (1, 2, 2), "ffn_widths": (32, 64, 40)},
   "tied": {"tied": True},
-  "equal layers": {"K": (2, 2, 2), "F": (48, 48, 48)},
+  "equal layers": {"kv_groups": (2, 2, 2), "ffn_widths": (48, 48, 48)},
   "llama3 rope": {"rope": LLAMA3},
   "linear rope": {"rope": Rope(kind="linear", factor=4.0)},
   "mobilellm": {"family": "mobilellm", "tied": True},
@@ -58,7 +58,7 @@ CASES = {
     "family": "qwen3",
     "qk_norm": "head",
     "tied": True,
-    "K": (2, 0, 1),
+    "kv_groups": (2, 0, 1),
   },
   "all biases": {
     "qkv_bias": True,
@@ -139,7 +139,7 @@ def test_layers_that_are_gone_are_left_out(tmp_path):
     ({"family": "gemma2"}, "hf_uniform"),
     ({"residual": ((32, 32, 32),) * 3}, "only orbax"),
     ({"window": (8, 8, 8), "family": "mistral"}, "sliding windows"),
-    ({"K": (2, 0, 1)}, "without attention"),
+    ({"kv_groups": (2, 0, 1)}, "without attention"),
     (
       {
         "family": "qwen3",

@@ -49,11 +49,14 @@ READERS = 4
 
 
 def resolve(path: str | os.PathLike) -> Path:
-  """The directory of a model: `path` itself, or a download of this hub id.
+  """The directory of a model: `path` itself, that of a .gguf file, or a
+  download of this hub id.
 
   Raises:
     UserError: neither is there.
   """
+  from adapt_pruner_jax.formats.gguf import directory as gguf_directory
+
   folder = Path(path).expanduser()
   if folder.is_dir():
     if (folder / WORKDIR_MODEL / CONFIG).is_file():
@@ -61,8 +64,12 @@ def resolve(path: str | os.PathLike) -> Path:
         f"{path} is a work directory; its model is {folder / WORKDIR_MODEL}"
       )
     return folder
+  if gguf_directory.is_gguf(folder):
+    return gguf_directory.of(folder)
   if folder.exists():
-    raise UserError(f"{path} is a file; a model directory is needed")
+    raise UserError(
+      f"{path} is a file; a model directory or a .gguf file is needed"
+    )
   if not re.fullmatch(HUB_ID, str(path)):
     raise UserError(
       f"{path} does not exist; give a directory or a hub id such as "
@@ -143,7 +150,9 @@ def stored(
       path,
       repeats,
     )
-  checkpoint = Checkpoint(folder)
+  from adapt_pruner_jax.formats.gguf import directory as gguf_directory
+
+  checkpoint = gguf_directory.checkpoint(folder, config) or Checkpoint(folder)
   check_tensors(checkpoint, config, repeats)
   params: Params = {}
   for (layer, name), place in tensors.places(config, repeats).items():
