@@ -4,6 +4,7 @@ The directory has config.json, the tokenizer and a link to the file, whose
 tensors are dequantised one at a time when they are read: no copy is kept.
 """
 
+import functools
 import hashlib
 import os
 import shutil
@@ -36,7 +37,7 @@ def of(path: Path) -> Path:
   folder = _cache() / f"gguf-{digest}" / path.stem
   if (folder / CONFIG).is_file():
     return folder
-  file = reader.File(path)
+  file = _open(path)
   try:
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=".tmp-", dir=folder.parent))
@@ -62,10 +63,25 @@ def checkpoint(folder: Path, config: ModelConfig) -> reader.Checkpoint | None:
   link = folder / WEIGHTS
   if not link.is_symlink():
     return None
-  return reader.Checkpoint(reader.File(link.resolve()), config)
+  return reader.Checkpoint(_open(link), config)
+
+
+def _open(path: Path) -> reader.File:
+  path = path.resolve()
+  if not path.is_file():
+    raise UserError(f"{path} is gone: give the gguf file's new place")
+  state = path.stat()
+  return _open_once(path, state.st_size, state.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=2)
+def _open_once(path: Path, size: int, changed: int) -> reader.File:
+  """Headers with vocabularies take seconds to read."""
+  return reader.File(path)
 
 
 def _fill(folder: Path, file: reader.File) -> None:
+  reader.Checkpoint(file, reader.read_config(file))  # or it is refused now
   raw = reader.raw_config(file)
   write_json(folder / CONFIG, raw)
   if content := tokenizer_json.make(file):

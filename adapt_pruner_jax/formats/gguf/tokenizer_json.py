@@ -112,7 +112,7 @@ def _sentencepiece(
   decoders += [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] * bool(
     space
   )
-  unknown = file.get("tokenizer.ggml.unknown_token_id", 0)
+  unknown = tokens[types.index(UNKNOWN)] if UNKNOWN in types else None
   return {
     "normalizer": {"type": "Sequence", "normalizers": steps},
     "pre_tokenizer": None,
@@ -120,7 +120,7 @@ def _sentencepiece(
     "model": {
       **_model(tokens, types),
       "merges": merges_of(tokens, types, scores),
-      "unk_token": tokens[unknown],
+      "unk_token": unknown,
       "fuse_unk": True,
       "byte_fallback": BYTE in types,
       "ignore_merges": False,

@@ -119,6 +119,9 @@ def _write_sentencepiece(
 def _space_prefix(content: Content, file: Path) -> bool:
   """Whether a space comes in front of a text.
 
+  llama.cpp puts it there always, as SentencePiece does; Transformers' Metaspace
+  leaves it out where the text begins with one.
+
   Raises:
     UserError: the text is changed or split in a way that llama.cpp does not.
   """
@@ -171,19 +174,17 @@ def _write_special(
   if begins_with_special(content):
     begin = _id(content, _template(content)[0]["SpecialToken"]["id"])
   ends = end_tokens(config, content, source)
-  roles = ("bos", "eos", "eot", "eom", "pad")
-  pad = config.pad_id
-  numbers = (begin, *(*ends, None, None, None)[:3], pad)
-  for role, number in zip(roles, numbers, strict=True):
-    # Some configs say -1 for "none".
-    if number is not None and 0 <= number < config.vocab_size:
+  numbers = {"bos": begin, "pad": config.pad_id}
+  numbers |= dict(zip(("eos", "eot", "eom"), ends, strict=False))
+  for role, number in numbers.items():
+    if _has(config, number):
       getattr(writer, f"add_{role}_token_id")(number)
   if ends[3:]:
     logging.warning(
       "a gguf file names three end tokens; left out are %s",
       ", ".join(map(str, ends[3:])),
     )
-  writer.add_add_bos_token(begins_with_special(content))
+  writer.add_add_bos_token(begins_with_special(content) and _has(config, begin))
   template = _template(content)
   if len(template) > 1 and "SpecialToken" in template[-1]:
     writer.add_add_eos_token(True)
@@ -192,6 +193,11 @@ def _write_special(
     writer.add_chat_template(chat.read_text(encoding="utf-8"))
   elif settings.get("chat_template"):  # one, or several with names
     writer.add_chat_template(settings["chat_template"])
+
+
+def _has(config: ModelConfig, token: int | None) -> bool:
+  """Whether the model has this token; some configs say -1 for none."""
+  return token is not None and 0 <= token < config.vocab_size
 
 
 def end_tokens(
