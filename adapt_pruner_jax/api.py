@@ -27,7 +27,7 @@ class Model(NamedTuple):
 def load(
   path: str | os.PathLike, dtype: str = "float32", ignore_fields: str = ""
 ) -> Model:
-  """Opens a HuggingFace directory, a hub id, or an orbax directory.
+  """Opens a HuggingFace directory, hub id, orbax directory, or .gguf file.
 
   Args:
     dtype: of the parameters; float32, bfloat16 or float16.
