@@ -105,8 +105,8 @@ def _original(config: dict) -> model_config.ModelConfig:
     from adapt_pruner_jax.runs import tiny_model
 
     return tiny_model.config_of(tiny_model.Recipe())
-  if not Path(path).is_dir():
-    raise UserError(f"{path} is not a local directory")
+  if not Path(path).exists():
+    raise UserError(f"{path} is not on this machine")
   from adapt_pruner_jax.formats.hf import load
 
   return load.read_config(path, config["model"]["ignore_fields"])
