@@ -357,3 +357,18 @@ def test_the_directory_is_of_plain_files(small_model, tmp_path):
   names = {file.name for file in folder.iterdir()}
   assert names >= {"config.json", "tokenizer.json", "tokenizer_config.json"}
   assert json.loads((folder / "config.json").read_text())["dtype"] == "float32"
+
+
+def test_a_cache_that_cannot_be_written(good, tmp_path, monkeypatch):
+  (tmp_path / "model.gguf").write_bytes(good)
+  (tmp_path / "cache").write_text("a file")
+  with pytest.raises(UserError, match="set ADAPT_PRUNER_CACHE"):
+    load.resolve(tmp_path / "model.gguf")
+  monkeypatch.delenv("ADAPT_PRUNER_CACHE")
+
+  def homeless():
+    raise RuntimeError
+
+  monkeypatch.setattr("pathlib.Path.home", homeless)
+  with pytest.raises(UserError, match="no home directory"):
+    load.resolve(tmp_path / "model.gguf")

@@ -17,7 +17,7 @@ from adapt_pruner_jax.formats.hf.files import CONFIG, write_json
 from adapt_pruner_jax.models.model_config import ModelConfig
 
 FORMAT = 1  # of the directory
-WEIGHTS = "weights.gguf"
+WEIGHTS = ".source.gguf"  # a link
 
 
 def is_gguf(path: Path) -> bool:
@@ -96,5 +96,12 @@ def _fill(folder: Path, file: reader.File) -> None:
 
 
 def _cache() -> Path:
-  named = os.environ.get("ADAPT_PRUNER_CACHE")
-  return Path(named or Path.home() / ".cache" / "adapt_pruner_jax")
+  if named := os.environ.get("ADAPT_PRUNER_CACHE"):
+    return Path(named)
+  try:
+    return Path.home() / ".cache" / "adapt_pruner_jax"
+  except RuntimeError as error:
+    raise UserError(
+      "this user has no home directory: set ADAPT_PRUNER_CACHE to a directory "
+      "that can be written"
+    ) from error
