@@ -69,7 +69,7 @@ def written(tmp_path_factory):
   """An uneven model in bfloat16, with something of a tokenizer."""
   root = tmp_path_factory.mktemp("convert")
   (root / "parent").mkdir()
-  (root / "parent" / "vocab.json").write_text("{}")
+  (root / "parent" / "special_tokens_map.json").write_text("{}")
   params = small.random_params(small.CONFIG, dtype=jax.numpy.bfloat16)
   path = root / "hf"
   save.save(
@@ -98,7 +98,7 @@ def test_there_and_back_is_byte_identical(written, orbax, tmp_path, capsys):
   assert code == 0
   one, two = ((p / "model.safetensors").read_bytes() for p in (path, back))
   assert one == two
-  assert (back / "vocab.json").read_text() == "{}"
+  assert (back / "special_tokens_map.json").read_text() == "{}"
   assert (back / "config.json").read_bytes() == (
     path / "config.json"
   ).read_bytes()
@@ -123,7 +123,7 @@ def test_from_file_to_file(written, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
   "changes",
   [
-    {"K": (0, 2, 3), "F": (24, 0, 17)},
+    {"kv_groups": (0, 2, 3), "ffn_widths": (24, 0, 17)},
     {"residual": ((16, 12, 10), (10, 9, 11), (11, 8, 7))},
   ],
   ids=["no attention", "SliceGPT"],
@@ -201,9 +201,9 @@ def test_verify(broken, capsys):
   (broken / "more.json").write_text("{}")
   assert "more.json is not in SHA256SUMS" in refusal(capsys, *verify)
   (broken / "more.json").unlink()
-  (broken / "vocab.json").write_text("[]")
+  (broken / "special_tokens_map.json").write_text("[]")
   assert "vocab.json was changed" in refusal(capsys, *verify)
-  (broken / "vocab.json").unlink()
+  (broken / "special_tokens_map.json").unlink()
   assert "vocab.json is missing" in refusal(capsys, *verify)
   nothing = f"--model={broken / 'nothing'}"
   assert "does not exist" in refusal(capsys, nothing, "--verify")
