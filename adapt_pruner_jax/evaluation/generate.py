@@ -279,7 +279,7 @@ def residual(
   found: Caches = []
   for i, layer in enumerate(decoder.layer):
     y_BTKGH = kv = None
-    if layer.kv_groups:
+    if layer.K:
       q_BTKGH, *kv = layer.qkv(x_BTD, ropes[c.rope_ids()[i]])
       if caches is not None:
         write = jax.lax.dynamic_update_slice_in_dim
