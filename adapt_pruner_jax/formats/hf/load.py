@@ -61,11 +61,14 @@ READERS = 4
 
 
 def resolve(path: str | os.PathLike) -> Path:
-  """The directory of a model: `path` itself, or a download of this hub id.
+  """The directory of a model: `path` itself, that of a .gguf file, or a
+  download of this hub id.
 
   Raises:
     UserError: neither is there.
   """
+  from adapt_pruner_jax.formats.gguf import directory as gguf_directory
+
   folder = Path(path).expanduser()
   publish.put_back(folder)
   if folder.is_dir():
@@ -74,8 +77,12 @@ def resolve(path: str | os.PathLike) -> Path:
         f"{path} is a work directory; its model is {folder / WORKDIR_MODEL}"
       )
     return folder
+  if gguf_directory.is_gguf(folder):
+    return gguf_directory.of(folder)
   if folder.exists():
-    raise UserError(f"{path} is a file; a model directory is needed")
+    raise UserError(
+      f"{path} is a file; a model directory or a .gguf file is needed"
+    )
   asked = re.fullmatch(HUB_ID, str(path))
   if not asked:
     raise UserError(
@@ -179,8 +186,12 @@ def stored(
       path,
       repeats,
     )
+  from adapt_pruner_jax.formats.gguf import directory as gguf_directory
+
   # Some indices list a tied matrix twice, and some files have it twice.
-  checkpoint = Checkpoint(folder, absent=(OUTER["lm_head"],) * config.tied)
+  checkpoint = gguf_directory.checkpoint(folder, config) or Checkpoint(
+    folder, absent=(OUTER["lm_head"],) * config.tied
+  )
   check_tensors(checkpoint, config, repeats)
   params: Params = {}
   for (layer, name), place in tensors.places(config, repeats).items():
