@@ -16,8 +16,8 @@ from adapt_pruner_jax.formats.gguf import (
   writer,
 )
 from adapt_pruner_jax.formats.gguf.reader import File
-from adapt_pruner_jax.formats.hf.files import write_json
 from adapt_pruner_jax.runs import tiny_model
+from adapt_pruner_jax.storage.json_files import write_json
 from tests import small
 from tests.formats.gguf_test import UNEVEN
 

@@ -5,19 +5,20 @@ tensors are dequantised one at a time when they are read: no copy is kept.
 """
 
 import functools
-import hashlib
-import os
-import shutil
-import tempfile
 from pathlib import Path
 
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.formats.gguf import reader, tokenizer_json
-from adapt_pruner_jax.formats.hf.files import CONFIG, write_json
+from adapt_pruner_jax.formats.hf.files import CONFIG
 from adapt_pruner_jax.models.model_config import ModelConfig
+from adapt_pruner_jax.storage import cache, digest, json_files, publish
 
 FORMAT = 1  # of the directory
 WEIGHTS = ".source.gguf"  # a link
+ADVICE = (
+  "what is read of a gguf file is kept there: set ADAPT_PRUNER_CACHE to a "
+  "directory that can be written"
+)
 
 
 def is_gguf(path: Path) -> bool:
@@ -33,28 +34,21 @@ def of(path: Path) -> Path:
   """
   state = path.stat()
   key = f"{FORMAT} {path.resolve()} {state.st_size} {state.st_mtime_ns}"
-  digest = hashlib.sha256(key.encode()).hexdigest()[:16]
-  folder = _cache() / f"gguf-{digest}" / path.stem
+  name = f"gguf-{digest.of_bytes(key.encode())[:16]}"
+  folder = cache.home() / name / path.stem
   if (folder / CONFIG).is_file():
     return folder
   file = _open(path)
   try:
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=".tmp-", dir=folder.parent))
-    try:
-      _fill(temporary, file)
-      temporary.rename(folder)
-    except OSError:
-      if not (folder / CONFIG).is_file():  # else another process was faster
-        raise
-    finally:
-      shutil.rmtree(temporary, ignore_errors=True)
   except OSError as error:
-    raise UserError(
-      f"{error.filename or folder}: {error.strerror or error}; what is read of "
-      "a gguf file is kept there: set ADAPT_PRUNER_CACHE to a directory that "
-      "can be written"
-    ) from error
+    raise publish.unwritable(folder, error, ADVICE) from error
+  try:
+    with publish.directory(folder, advice=ADVICE) as made:
+      _fill(made, file)
+  except UserError:
+    if not (folder / CONFIG).is_file():  # else another process was faster
+      raise
   return folder
 
 
@@ -83,25 +77,13 @@ def _open_once(path: Path, size: int, changed: int) -> reader.File:
 def _fill(folder: Path, file: reader.File) -> None:
   reader.Checkpoint(file, reader.read_config(file))  # or it is refused now
   raw = reader.raw_config(file)
-  write_json(folder / CONFIG, raw)
+  json_files.write_json(folder / CONFIG, raw)
   if content := tokenizer_json.make(file):
-    write_json(folder / "tokenizer.json", content)
+    json_files.write_json(folder / "tokenizer.json", content)
     context = raw["max_position_embeddings"]
     settings = tokenizer_json.settings(file, context)
-    write_json(folder / "tokenizer_config.json", settings)
+    json_files.write_json(folder / "tokenizer_config.json", settings)
   if licence := file.get("general.license"):
     card = f"---\nlicense: {str(licence).splitlines()[0]}\n---\n"
     (folder / "README.md").write_text(card, encoding="utf-8")
   (folder / WEIGHTS).symlink_to(file.path.resolve())
-
-
-def _cache() -> Path:
-  if named := os.environ.get("ADAPT_PRUNER_CACHE"):
-    return Path(named)
-  try:
-    return Path.home() / ".cache" / "adapt_pruner_jax"
-  except RuntimeError as error:
-    raise UserError(
-      "this user has no home directory: set ADAPT_PRUNER_CACHE to a directory "
-      "that can be written"
-    ) from error

@@ -11,7 +11,7 @@ from adapt_pruner_jax.data.tokenizer import CONVERTIBLE, load_tokenizer
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.formats.gguf import pre_tokenizers
 from adapt_pruner_jax.formats.gguf.pre_tokenizers import Step, parts
-from adapt_pruner_jax.formats.hf.files import read_json
+from adapt_pruner_jax.formats.hf.files import read_object
 from adapt_pruner_jax.models.model_config import ModelConfig
 
 NORMAL, UNKNOWN, CONTROL, USER, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
@@ -61,7 +61,7 @@ def write(writer: Any, config: ModelConfig, source: Path | None) -> None:
 
 def _content(source: Path) -> Content | None:
   if (source / "tokenizer.json").is_file():
-    return read_json(source / "tokenizer.json")
+    return read_object(source / "tokenizer.json")
   if any((source / name).is_file() for name in CONVERTIBLE):
     return json.loads(load_tokenizer(source).backend.to_str())
   return None
@@ -228,4 +228,4 @@ def _id(content: Content, token: Any) -> int | None:
 
 
 def _optional(file: Path) -> dict[str, Any]:
-  return read_json(file) if file.is_file() else {}
+  return read_object(file) if file.is_file() else {}
