@@ -13,15 +13,17 @@ from absl import flags, logging
 # machine. JAX is not imported yet.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
+from adapt_pruner_jax.config import flags as config_flags
+from adapt_pruner_jax.distributed import joining, virtual_devices
 from adapt_pruner_jax.errors import (
   EXIT_ERROR,
   EXIT_STOPPED,
+  StoppedError,
   UserError,
   first_line,
   nearest,
 )
 
-ROOT = Path(__file__).resolve().parent
 USAGE = """\
 adapt-pruner COMMAND [--flags]; adapt-pruner COMMAND --help lists the flags
 
@@ -38,6 +40,10 @@ adapt-pruner COMMAND [--flags]; adapt-pruner COMMAND --help lists the flags
 def main(argv: Sequence[str] | None = None) -> None:
   """Runs a command and exits; docs/faults.md lists the exit codes."""
   argv = list(sys.argv[1:] if argv is None else argv)
+  flags.FLAGS.mark_as_parsed()  # absl warns of each line of a log before that
+  logging.set_verbosity(logging.WARNING)
+  logging.use_absl_handler()
+  virtual_devices.give_threads()
   try:
     command, rest = (argv[0], argv[1:]) if argv else ("--help", [])
     if command in ("--help", "-h", "help"):
@@ -49,6 +55,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"{', '.join(COMMANDS)}"
       )
     sys.exit(COMMANDS[command](command, rest))
+  except StoppedError as stopped:
+    print(stopped, file=sys.stderr)
+    sys.exit(EXIT_STOPPED)
   except UserError as error:
     print(f"error: {error}", file=sys.stderr)
     _fail(error)
@@ -62,44 +71,41 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run(command: str, argv: list[str]) -> int:
+  """Prunes a model, with or without recovery training."""
   values = flags.FlagValues()
-  _define_config(values, argv)
+  config_flags.define_flags(values, argv)
   flags.DEFINE_string(
     "workdir", None, "where all of the run goes", flag_values=values
   )
   _define_overwrite(values)
-  _define_distributed(values)
+  joining.define_flags(values)
   _parse(command, argv, values, ["workdir"])
   path = _workdir(values.workdir)
   _start_jax(values)
-  from adapt_pruner_jax.distributed import stopping
   from adapt_pruner_jax.runs import run as run_
 
-  try:
-    run_.run(_config(values), path, values.overwrite)
-  except stopping.StoppedError as stopped:
-    print(stopped, file=sys.stderr)
-    return EXIT_STOPPED
+  run_.run(config_flags.recipe(values), path, values.overwrite)
   return 0
 
 
 def plan(command: str, argv: list[str]) -> int:
+  """Says what a run would do and cost."""
   from adapt_pruner_jax.planning import plan as plan_
 
   values = flags.FlagValues()
-  _define_config(values, argv)
+  config_flags.define_flags(values, argv)
   plan_.define_flags(values)
   _parse(command, argv, values)
-  plan_.plan(_config(values), **plan_.flag_values(values))
+  plan_.plan(config_flags.recipe(values), **plan_.flag_values(values))
   return 0
 
 
 def compare(command: str, argv: list[str]) -> int:
-  from adapt_pruner_jax.distributed import stopping
+  """Several methods at equal budgets, in one table."""
   from adapt_pruner_jax.runs import compare as compare_
 
   values = flags.FlagValues()
-  _define_config(values, argv)
+  config_flags.define_flags(values, argv)
   text, numbers = flags.DEFINE_string, flags.DEFINE_integer
   text("workdir", None, "where the table goes", flag_values=values)
   text("methods", "all", "comma separated, or all", flag_values=values)
@@ -114,54 +120,41 @@ def compare(command: str, argv: list[str]) -> int:
     flag_values=values,
   )
   _define_overwrite(values)
-  _define_distributed(values)
+  joining.define_flags(values)
   _parse(command, argv, values, ["workdir"])
   path = _workdir(values.workdir)
   _start_jax(values)
-  try:
-    compare_.compare(
-      _config(values),
-      path,
-      values.methods,
-      values.ratios,
-      recover_tokens=values.recover_tokens,
-      from_scratch=values.from_scratch,
-      overwrite=values.overwrite,
-    )
-  except stopping.StoppedError as stopped:
-    print(stopped, file=sys.stderr)
-    return EXIT_STOPPED
+  compare_.compare(
+    config_flags.recipe(values),
+    path,
+    values.methods,
+    values.ratios,
+    recover_tokens=values.recover_tokens,
+    from_scratch=values.from_scratch,
+    overwrite=values.overwrite,
+  )
   return 0
 
 
 def evaluate(command: str, argv: list[str]) -> int:
+  """Perplexity, tasks and latency of a model, as JSON."""
+  from adapt_pruner_jax.evaluation import flags as flags_
+
   values = flags.FlagValues()
-  text, numbers = flags.DEFINE_string, flags.DEFINE_integer
-  text("model", None, "a directory or hub id", flag_values=values)
-  text("tasks", "perplexity", "perplexity, latency, tasks", flag_values=values)
-  text("text", "", "text file for the perplexity", flag_values=values)
-  text("baseline", "", "a second model to compare with", flag_values=values)
-  text("dtype", "float32", "of the arithmetic", flag_values=values)
+  flags_.define_flags(values)
   _define_ignore_fields(values)
-  text("out", "", "JSON file for the result", flag_values=values)
-  text(
-    "bos",
-    "auto",
-    "auto: windows of the perplexity start with the begin token, where the "
-    "tokenizer adds one; none: without",
-    flag_values=values,
-  )
-  numbers("seq_len", 0, "tokens a window; 0 = context", flag_values=values)
-  numbers("batch", 8, "rows at a time", flag_values=values)
-  _define_questions(values)
-  _define_distributed(values)
+  joining.define_flags(values)
   _parse(command, argv, values, ["model"])
   _start_jax(values)
   from adapt_pruner_jax.distributed import agreement
   from adapt_pruner_jax.evaluation import evaluate as evaluate_
   from adapt_pruner_jax.reporting.log import Log
-  from adapt_pruner_jax.storage import json_files
+  from adapt_pruner_jax.storage import json_files, publish
 
+  if values.out:  # asked before hours of work
+    agreement.on_writer(
+      lambda: publish.require_free(Path(values.out), overwrite=True)
+    )
   given = {field: values[field].value for field in evaluate_.FIELDS}
   found = evaluate_.evaluate(
     values.model,
@@ -181,6 +174,7 @@ def evaluate(command: str, argv: list[str]) -> int:
 
 
 def generate(command: str, argv: list[str]) -> int:
+  """Continues a prompt."""
   values = flags.FlagValues()
   text, numbers = flags.DEFINE_string, flags.DEFINE_integer
   text("model", None, "a directory or hub id", flag_values=values)
@@ -218,6 +212,7 @@ def generate(command: str, argv: list[str]) -> int:
 
 
 def convert(command: str, argv: list[str]) -> int:
+  """Writes a model in another format, or checks a directory."""
   values = flags.FlagValues()
   text = flags.DEFINE_string
   text("model", None, "a directory or hub id", flag_values=values)
@@ -253,12 +248,15 @@ def convert(command: str, argv: list[str]) -> int:
 
 
 def report(command: str, argv: list[str]) -> int:
+  """Writes report.html of a work directory."""
   values = flags.FlagValues()
   flags.DEFINE_string("workdir", None, "of a run", flag_values=values)
   _parse(command, argv, values, ["workdir"])
   from adapt_pruner_jax.reporting.html import report as report_
+  from adapt_pruner_jax.runs import tiny_model
 
-  print(report_.write(Path(values.workdir)))
+  tiny = tiny_model.config_of(tiny_model.Recipe())
+  print(report_.write(Path(values.workdir), tiny))
   return 0
 
 
@@ -276,62 +274,6 @@ COMMANDS: dict[str, Callable[[str, list[str]], int]] = {
 # ---- Flags -------------------------------------------------------------------
 
 
-def _define_config(values: flags.FlagValues, argv: list[str]) -> None:
-  """--config=FILE and --config.section.field=value."""
-  from ml_collections import config_flags
-
-  from adapt_pruner_jax.config import OLD_FIELDS, Config, field_names
-
-  names = field_names(Config())
-  for argument in argv:
-    name = argument.lstrip("-").split("=")[0]
-    if name[7:] in OLD_FIELDS:
-      raise UserError(f"--{name} is now --config.{OLD_FIELDS[name[7:]]}")
-    if name.startswith("config.") and name[7:] not in names:
-      raise UserError(
-        f"no config field {name}{nearest(name[7:], names)}; "
-        "`adapt-pruner run --help` lists them"
-      )
-  default = ROOT.parent / "configs" / "tiny.py"
-  if not default.exists():
-    default = ROOT / "configs" / "tiny.py"
-  argv[:] = [_found_config(a) for a in argv]
-  config_flags.DEFINE_config_file(
-    "config", str(default), "the recipe", flag_values=values, sys_argv=argv
-  )
-
-
-def _found_config(argument: str) -> str:
-  """--config=configs/X.py also finds the recipes that are installed.
-
-  What follows a colon, configs/X.py:0.4, is the argument of `get_config`.
-  """
-  flag, _, file = argument.partition("=")
-  if flag.lstrip("-") != "config" or not file:
-    return argument
-  file, colon, given = file.partition(":")
-  path = Path(file)
-  for place in (path, ROOT.parent / path, ROOT / path):
-    if place.is_file():
-      return f"{flag}={place}{colon}{given}"
-  folder = ROOT.parent / "configs"
-  folder = folder if folder.is_dir() else ROOT / "configs"
-  have = sorted(p.name for p in folder.glob("*.py") if p.stem != "__init__")
-  raise UserError(
-    f"--config={file}: no such file{nearest(path.name, have)}; there are "
-    f"{', '.join('configs/' + n for n in have)}"
-  )
-
-
-def _config(values: flags.FlagValues):
-  from adapt_pruner_jax.config import Config
-
-  config = values.config
-  if not isinstance(config, Config):
-    raise UserError("the --config file's get_config() must return a Config")
-  return config
-
-
 def _define_overwrite(values: flags.FlagValues) -> None:
   flags.DEFINE_bool(
     "overwrite",
@@ -345,56 +287,6 @@ def _define_overwrite(values: flags.FlagValues) -> None:
 def _define_ignore_fields(values: flags.FlagValues) -> None:
   flags.DEFINE_string(
     "ignore_fields", "", "of config.json, comma separated", flag_values=values
-  )
-
-
-def _define_questions(values: flags.FlagValues) -> None:
-  """How tasks are asked, `evaluation.questions.Questions`."""
-  text, numbers = flags.DEFINE_string, flags.DEFINE_integer
-  yes = flags.DEFINE_bool
-  text("tasks_dir", "", "jsonl files of the questions", flag_values=values)
-  yes(
-    "trust_tasks_dir",
-    False,
-    "let YAML files in --tasks_dir run their Python",
-    flag_values=values,
-  )
-  numbers("limit", 0, "questions a task; 0 = all", flag_values=values)
-  numbers(
-    "num_fewshot",
-    None,
-    "examples shown; default the task's",
-    flag_values=values,
-  )
-  yes(
-    "apply_chat_template",
-    False,
-    "ask as a chat, by the tokenizer's template",
-    flag_values=values,
-  )
-  text("system_instruction", "", "said before all else", flag_values=values)
-  yes(
-    "fewshot_as_multiturn",
-    None,
-    "examples as turns of the chat; default with --apply_chat_template",
-    flag_values=values,
-  )
-
-
-def _define_distributed(values: flags.FlagValues) -> None:
-  flags.DEFINE_bool(
-    "distributed",
-    False,
-    "one of several processes (TPU pod, Slurm, or the three flags below)",
-    flag_values=values,
-  )
-  flags.DEFINE_string(
-    "coordinator", "", "HOST:PORT of process 0", flag_values=values
-  )
-  flags.DEFINE_integer("num_processes", 0, "in all", flag_values=values)
-  flags.DEFINE_integer("process_id", -1, "of this one", flag_values=values)
-  flags.DEFINE_integer(
-    "connect_seconds", 300, "wait for the others so long", flag_values=values
   )
 
 
@@ -448,21 +340,9 @@ def _fail(error: Exception) -> None:
 
 
 def _start_jax(values: flags.FlagValues | None) -> None:
-  """Logging, several processes if asked for, and the compilation cache."""
-  logging.set_verbosity(logging.WARNING)
-  logging.use_absl_handler()
-  import jax
+  """Several processes if they are asked for, and the compilation cache."""
+  if values is not None:
+    joining.connect_if_asked(values)
+  from adapt_pruner_jax.storage import cache
 
-  if values is not None and (values.distributed or values.coordinator):
-    from adapt_pruner_jax.distributed import processes
-
-    processes.connect(
-      values.coordinator,
-      values.num_processes,
-      values.process_id,
-      values.connect_seconds,
-    )
-  cache = os.environ.get("ADAPT_PRUNER_CACHE")
-  home = Path(cache) if cache else Path.home() / ".cache" / "adapt_pruner_jax"
-  if not jax.config.jax_compilation_cache_dir:
-    jax.config.update("jax_compilation_cache_dir", str(home / "jax"))
+  cache.keep_compiled_programs()

@@ -1,7 +1,7 @@
 """Errors that a user can act on.
 
 A `UserError` is one clear line: what is wrong, where, what is allowed, what to
-type next. `main.py` prints it without a traceback and exits with `EXIT_ERROR`.
+type next. `cli.py` prints it without a traceback and exits with `EXIT_ERROR`.
 Anything else that escapes is a bug and keeps its traceback.
 """
 
@@ -18,6 +18,10 @@ EXIT_PEER = 76
 
 class UserError(Exception):
   """Bad input or an environment that cannot do what was asked."""
+
+
+class StoppedError(Exception):
+  """The run was asked to stop; what it did is saved."""
 
 
 def first_line(error: Exception) -> str:

@@ -65,11 +65,11 @@ from adapt_pruner_jax.distributed import sharding
 from adapt_pruner_jax.formats.hf import save
 from adapt_pruner_jax.models import (
   decoder,
+  devices,
+  flops,
   model_config,
 )
 from adapt_pruner_jax.models.rope import Rope
-from adapt_pruner_jax.planning import cost
-from adapt_pruner_jax.reporting import log
 from adapt_pruner_jax.training import (
   loop,
   optimizer,
@@ -181,14 +181,14 @@ def seconds(fn) -> tuple[float, float]:
 
 def step_flops(config: model_config.ModelConfig) -> float:
   """Forward and twice that backward; what remat repeats does not count."""
-  forward = sum(cost.forward_flops(config, FLAGS.tokens))
-  return 3 * forward * FLAGS.batch * FLAGS.tokens
+  one = flops.training_flops(config, FLAGS.tokens)
+  return one * FLAGS.batch * FLAGS.tokens
 
 
 def peak_flops() -> float:
   """Of the card; of a CPU what a large matrix product reaches."""
   if not CPU:
-    return log.peak_flops(jax.devices()[0])
+    return devices.peak_flops(jax.devices()[0])
   a = torch.randn(1024, 1024).to(getattr(torch, FLAGS.dtype))
   return 2 * 1024**3 / min(seconds(lambda: a @ a)[0] for _ in range(9))
 

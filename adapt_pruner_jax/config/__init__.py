@@ -2,6 +2,7 @@
 
 fields  every section and field with its default, and old names of fields
 checks  which values a recipe may have
+flags   --config=FILE and --config.section.field=value
 stored  recipes in work directories, compared with the one that is given
 """
 

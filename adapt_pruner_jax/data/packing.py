@@ -16,9 +16,10 @@ import numpy as np
 
 from adapt_pruner_jax.config import Data
 from adapt_pruner_jax.data.sources import parse_sources
-from adapt_pruner_jax.data.token_store import Stream, digest, tokenise
+from adapt_pruner_jax.data.token_store import Stream, tokenise
 from adapt_pruner_jax.data.tokenizer import Tokenizer, check_ids
 from adapt_pruner_jax.errors import UserError
+from adapt_pruner_jax.storage import digest
 
 
 class PackedRows:
@@ -171,7 +172,7 @@ def train_data(
     rows=rows,
     size=config.batch,
     num_tokens=sum(len(s.tokens) for s in streams),
-    fingerprint=digest(*[s.fingerprint.encode() for s in streams]),
+    fingerprint=digest.of_bytes(*[s.fingerprint.encode() for s in streams]),
     sources=tuple(
       (source.weight / weights, len(stream.tokens))
       for source, stream in zip(sources, streams, strict=True)

@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from adapt_pruner_jax.data.sources import FILE_KINDS, Source, read_documents
 from adapt_pruner_jax.data.tokenizer import Tokenizer, check_ids
 from adapt_pruner_jax.distributed import agreement
 from adapt_pruner_jax.errors import UserError
+from adapt_pruner_jax.storage import digest, json_files, publish
 
 # Characters that are tokenised at a time: enough for all cores, little memory.
 GROUP_CHARS = 1 << 20
@@ -71,9 +71,9 @@ def tokenise(
 
   if cache_dir is None:
     arrays = [np.concatenate(parts) for parts in zip(*chunks(), strict=True)]
-    return _stream(source, arrays, [digest(a) for a in arrays])
+    return _stream(source, arrays, [digest.of_bytes(a) for a in arrays])
   key = _cache_key(source, tokenizer)
-  name = f"{source.kind}-{digest(json.dumps(key).encode())[:16]}"
+  name = f"{source.kind}-{digest.of_bytes(json.dumps(key).encode())[:16]}"
   folder = Path(cache_dir) / name
 
   def kept() -> tuple[list[np.ndarray], list[str]] | None:
@@ -96,14 +96,6 @@ def tokenise(
   return _stream(source, arrays, sums)
 
 
-def digest(*parts: bytes | np.ndarray) -> str:
-  """Computes the SHA-256 of some bytes."""
-  total = hashlib.sha256()
-  for part in parts:
-    total.update(np.ascontiguousarray(part).data if len(part) else b"")
-  return total.hexdigest()
-
-
 def _stream(
   source: Source, arrays: Sequence[np.ndarray], sums: Sequence[str]
 ) -> Stream:
@@ -112,7 +104,7 @@ def _stream(
     tokens=tokens,
     starts=np.cumsum(lengths) - lengths,
     trained=trained if source.loss == "assistant" else None,
-    fingerprint=digest("".join(sums).encode()),
+    fingerprint=digest.of_bytes("".join(sums).encode()),
   )
 
 
@@ -255,27 +247,18 @@ def _cache_key(source: Source, tokenizer: Tokenizer) -> dict:
 
 
 def _write_cache(folder: Path, key: dict, chunks: Iterator[Chunk]) -> None:
-  """Writes beside `folder` and renames: a cut-off write leaves no `folder`."""
-  temporary = None
+  """Publishes `folder`, unless another process does so first."""
   try:
     folder.parent.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(folder.parent)
-    temporary = Path(tempfile.mkdtemp(prefix=".tmp-", dir=folder.parent))
-    sums = _write_arrays(temporary, chunks)
-    manifest = json.dumps({"key": key, "sha256": sums}, indent=1)
-    (temporary / "manifest.json").write_text(manifest)
-    try:
-      temporary.rename(folder)
-    except OSError:
-      if not folder.is_dir():  # else another process was first
-        raise
+    with publish.directory(folder) as temporary:
+      sums = _write_arrays(temporary, chunks)
+      manifest = {"key": key, "sha256": sums}
+      json_files.write_json(temporary / "manifest.json", manifest)
   except OSError as error:
-    raise UserError(
-      f"{folder}: tokens cannot be kept there: {error.strerror or error}"
-    ) from error
-  finally:
-    if temporary is not None:
-      shutil.rmtree(temporary, ignore_errors=True)
+    raise publish.unwritable(folder, error) from error
+  except UserError:
+    if not folder.is_dir():
+      raise
 
 
 def _write_arrays(folder: Path, chunks: Iterator[Chunk]) -> list[str]:
@@ -297,19 +280,12 @@ def _write_arrays(folder: Path, chunks: Iterator[Chunk]) -> list[str]:
 def _read_cache(folder: Path) -> tuple[list[np.ndarray], list[str]] | None:
   """The arrays, and the SHA-256 of each; None if they are not as written."""
   try:
-    sums = json.loads((folder / "manifest.json").read_text())["sha256"]
+    sums = json_files.read_json(folder / "manifest.json")["sha256"]
     arrays = [
       np.memmap(folder / f"{name}.bin", dtype, "r") for name, dtype in FILES
     ]
-  except (OSError, ValueError, KeyError):
+  except (UserError, OSError, ValueError, KeyError):
     return None
-  return (arrays, sums) if [digest(a) for a in arrays] == sums else None
-
-
-def _remove_leftovers(folder: Path) -> None:
-  """Deletes what killed processes were writing: untouched for an hour."""
-  for path in folder.glob(".tmp-*"):
-    with contextlib.suppress(FileNotFoundError):  # its process has renamed it
-      touched = [p.stat().st_mtime for p in (path, *path.iterdir())]
-      if time.time() - max(touched) > 3600:
-        shutil.rmtree(path, ignore_errors=True)
+  return (
+    (arrays, sums) if [digest.of_bytes(a) for a in arrays] == sums else None
+  )

@@ -10,7 +10,6 @@ torch is installed.
 
 import dataclasses
 import functools
-import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -22,6 +21,7 @@ import numpy as np
 from adapt_pruner_jax.config import CHOICES
 from adapt_pruner_jax.data import chat_template
 from adapt_pruner_jax.errors import UserError, first_line
+from adapt_pruner_jax.storage import digest, json_files
 from adapt_pruner_jax.storage.confinement import confined
 
 # Any of these makes a directory without tokenizer.json worth converting.
@@ -91,7 +91,7 @@ class Tokenizer:
       *(self.chat_template, self.tool_template, dict(self.special_tokens)),
     )
     text = json.dumps([self.backend.to_str(), *parts])
-    return hashlib.sha256(text.encode()).hexdigest()
+    return digest.of_bytes(text.encode())
 
   def encode(self, text: str) -> list[int]:
     """Encodes a text, with the special tokens that the tokenizer adds."""
@@ -390,7 +390,4 @@ def _json(path: Path) -> dict:
   """Contents of an optional JSON file."""
   if not path.is_file():
     return {}
-  try:
-    return json.loads(path.read_text(encoding="utf-8"))
-  except ValueError as error:
-    raise UserError(f"{path} is not valid JSON: {error}") from error
+  return json_files.read_json(path)

@@ -1,8 +1,4 @@
-"""Files of a run that survive anything: one writer, whole files or none.
-
-JSON is always valid JSON: NaN and the infinities, which it does not have, are
-written as the strings "NaN", "Infinity" and "-Infinity" (`float` reads them).
-"""
+"""Of several processes one writes and decides, and all come to the same end."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,12 +1,4 @@
-"""Devices: the mesh, and where each array lives on it.
-
-The mesh has three axes: `data` (replicas), `fsdp` (parameters cut, batch cut),
-`tensor` (heads and MLP channels cut). Arrays name their dims by letter
-(`axes.AXES`), and `RULES` maps letters to mesh axes. D comes first: it is never
-pruned, so it goes on dividing, while K and F stop dividing after a prune. What
-does not divide moves to another dim that does, and is replicated only as a last
-resort (JAX refuses uneven shards).
-"""
+"""Arrays of the host on the devices: rows cut over them, the rest on all."""
 
 import math
 from typing import Any

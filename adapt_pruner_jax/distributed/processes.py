@@ -1,17 +1,18 @@
 """The other processes of a run: joined at the start, missed when they die.
 
-JAX aborts a process, with a dump of C++, when another one is gone; until then
-what needed that one waits or fails. Here a thread says in one line who is gone
-and ends the process with `EXIT_PEER`, and a process that fails alone ends
-without waiting for the others, as they would wait for it.
+A process that fails alone ends without waiting for the others, as they would
+wait for it. They end within `HEARTBEAT`: a thread here says in one line who is
+gone and ends the process with `EXIT_PEER`; where JAX is faster, it aborts the
+process (SIGABRT, a dump of C++), and nothing of ours runs in that.
+
+The one place that uses a private name of JAX: its client, which has barriers
+that wait as long as they are told to.
 """
 
 import atexit
-import ctypes
 import itertools
 import os
 import re
-import signal
 import socket
 import sys
 import threading
@@ -19,7 +20,7 @@ import time
 import traceback
 
 import jax
-from jax._src import distributed  # the client has no public name
+from jax._src import distributed
 
 from adapt_pruner_jax.errors import EXIT_ERROR, EXIT_PEER, UserError, first_line
 
@@ -27,8 +28,7 @@ from adapt_pruner_jax.errors import EXIT_ERROR, EXIT_PEER, UserError, first_line
 HEARTBEAT = 30
 _YEARS = 10**12  # milliseconds
 _meetings = itertools.count()
-_joined = threading.Event()
-_last = threading.Lock()  # who speaks last; never given back
+_leaving = threading.Event()
 
 
 def connect(
@@ -54,7 +54,8 @@ def connect(
   # `stopping` agrees on a stop. This would not hear of the signals, which
   # Python handles, and Orbax would ask it about other steps than ours.
   jax.config.update("jax_enable_preemption_service", False)
-  ctypes.CDLL(None).signal(signal.SIGABRT, _aborting)
+  if coordinator and process_id > 0:
+    _wait_for(coordinator, seconds)
   try:
     jax.distributed.initialize(
       **given,
@@ -63,8 +64,7 @@ def connect(
     )
   except (RuntimeError, ValueError) as error:
     reason = first_line(error)
-    raise UserError(_cannot_join(reason)) from error
-  _joined.set()
+    raise UserError(_cannot_join(coordinator, reason)) from error
   watch = threading.Thread(target=_watch, daemon=True)
   watch.start()
   atexit.register(_leave, watch)
@@ -104,41 +104,38 @@ def _leave(watch: threading.Thread) -> None:
   The threads end before Python does: one that came back from C++ later would
   abort the process.
   """
+  _leaving.set()
   jax.distributed.shutdown()
   watch.join(10)
-  ctypes.CDLL(None).signal(signal.SIGABRT, None)  # the default
 
 
 def _watch() -> None:
   """Waits until another process dies."""
   state = distributed.global_state
+  address = state.coordinator_address
   try:
     # Nobody else comes to this barrier: it fails when one of them is gone.
     state.client.wait_at_barrier(f"watch/{state.process_id}", _YEARS)
   except jax.errors.JaxRuntimeError as error:
     if found := re.search(r"Task (\d+) heartbeat timeout", str(error)):
       _gone(f"process {found[1]}")
+    elif not _leaving.is_set() and not _answers(address):
+      _gone("process 0")
 
 
-@ctypes.CFUNCTYPE(None, ctypes.c_int)
-def _aborting(_: int) -> None:
-  """Before JAX aborts, says why, or waits until `_watch` has.
-
-  A handler of C: one of Python would run after the process has ended.
-  """
-  if not _joined.is_set():
-    print(f"error: {_cannot_join('see above')}", file=sys.stderr)
-    _end(EXIT_ERROR)
-  if not _answers(distributed.global_state.coordinator_address):
-    _gone("process 0")
-  time.sleep(5)
+def _wait_for(address: str, seconds: int) -> None:
+  """Until process 0 is there: JAX, waiting for it in vain, would abort."""
+  end = time.monotonic() + seconds
+  while not _answers(address):
+    if time.monotonic() > end:
+      raise UserError(_cannot_join(address, f"no answer in {seconds} s"))
+    time.sleep(0.2)
 
 
-def _cannot_join(reason: str) -> str:
-  where = distributed.global_state.coordinator_address or "the coordinator"
+def _cannot_join(address: str, reason: str) -> str:
   return (
-    f"cannot join the processes at {where}: {reason}; is the address "
-    "right, and are process 0 and all the others running?"
+    f"cannot join the processes at {address or 'the coordinator'}: {reason}; "
+    "is the address right, and are process 0 and all the others running?"
   )
 
 
@@ -147,13 +144,12 @@ def _answers(address: str) -> bool:
   try:
     with socket.create_connection((host.strip("[]"), int(port)), 5) as found:
       return bool(found.recv(1))  # a gRPC server speaks first; not when frozen
-  except OSError:
+  except (OSError, ValueError):  # no such address
     return False
 
 
 def _gone(who: str) -> None:
   # JAX's C++ says more at the same time: this shall be the last line.
-  _last.acquire()
   stderr = os.dup(2)
   os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
   message = (

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from adapt_pruner_jax.distributed import virtual_devices
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.models import axes
 
@@ -37,7 +38,8 @@ def make_mesh(
   """A (data, fsdp, tensor) mesh; one of the sizes may be -1 (what is left).
 
   Raises:
-    UserError: the sizes do not multiply to the number of devices.
+    UserError: the sizes do not multiply to the number of devices, or CPU
+      devices have too few threads.
   """
   devices = jax.devices() if devices is None else devices
   sizes = [data, fsdp, tensor]
@@ -52,7 +54,9 @@ def make_mesh(
       "--config.mesh.data, .fsdp and .tensor must be their number"
     )
   grid = np.asarray(devices).reshape(sizes)
-  return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+  mesh = Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+  virtual_devices.require_threads(mesh)
+  return mesh
 
 
 def one_device() -> Mesh:
@@ -110,6 +114,7 @@ def param_shardings(tree: axes.Params, mesh: Mesh) -> axes.Params:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
+  """Whole on every device."""
   return NamedSharding(mesh, PartitionSpec())
 
 

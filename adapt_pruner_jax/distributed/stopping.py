@@ -8,12 +8,9 @@ from typing import Any
 import jax
 
 from adapt_pruner_jax.distributed import agreement
+from adapt_pruner_jax.errors import StoppedError as StoppedError
 
 ASK_EVERY = 4  # train steps
-
-
-class StoppedError(Exception):
-  """The run was asked to stop; what it did is saved."""
 
 
 @contextlib.contextmanager

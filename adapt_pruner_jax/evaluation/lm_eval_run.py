@@ -1,6 +1,5 @@
 """lm-eval's tasks on the pair: presets, scores, how two models differ."""
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,6 +20,7 @@ from adapt_pruner_jax.evaluation.questions import USUAL, Questions
 from adapt_pruner_jax.formats.hf.generation_config import end_tokens
 from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.model_config import ModelConfig
+from adapt_pruner_jax.storage import digest
 
 RESAMPLES = 10_000
 
@@ -196,7 +196,7 @@ def _prompts(lm: JaxLM, questions: Questions) -> dict:
   template = lm.chat_template(questions.apply_chat_template)
   return {
     "apply_chat_template": questions.apply_chat_template,
-    "chat_template": template and hashlib.sha256(template.encode()).hexdigest(),
+    "chat_template": template and digest.of_bytes(template.encode()),
     "system_instruction": questions.system_instruction,
     "fewshot_as_multiturn": questions.multiturn,
   }
@@ -216,7 +216,7 @@ def summary(
       "truncated": raw["truncated"].get(name, 0),
       "num_fewshot": raw["n-shot"][name],
       "source": raw["sources"][name],
-      "prompt_hash": hashlib.sha256("".join(hashes).encode()).hexdigest(),
+      "prompt_hash": digest.of_bytes("".join(hashes).encode()),
     }
   for name, values in raw.get("groups", {}).items():
     found["groups"][name] = _metrics(values)

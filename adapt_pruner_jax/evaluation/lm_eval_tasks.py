@@ -23,7 +23,7 @@ from lm_eval.tasks import TaskManager
 from adapt_pruner_jax.errors import UserError, first_line, nearest
 from adapt_pruner_jax.evaluation import lm_eval_private, lm_eval_trust
 from adapt_pruner_jax.evaluation.questions import Questions
-from adapt_pruner_jax.formats.hf.files import sha256
+from adapt_pruner_jax.storage import digest
 
 LM_EVAL_TASKS = Path(lm_eval.tasks.__file__).parent
 # Reading all of lm-eval's task files takes ten seconds, these no time.
@@ -275,7 +275,9 @@ class LocalTask(ConfigurableTask):
       split: _dataset(found.get(split, []), found[asked], name)
       for split in splits - {None}
     }
-    self.source = ", ".join(f"{f.name} sha256:{sha256(f)[:16]}" for f in files)
+    self.source = ", ".join(
+      f"{f.name} sha256:{digest.of_file(f)[:16]}" for f in files
+    )
     return True
 
   def _how_to_get(self, error: Exception) -> str:

@@ -10,6 +10,7 @@ from adapt_pruner_jax.formats.opening import check_dtype, open_model
 from adapt_pruner_jax.formats.orbax import facts, is_orbax, write_orbax
 from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.model_config import ModelConfig
+from adapt_pruner_jax.storage import publish
 
 FORMATS = ("hf", "hf_uniform", "gguf", "orbax")
 
@@ -40,7 +41,7 @@ def convert(
   """
   _check_format(format)
   out = Path(out).expanduser()
-  _check_free(out, overwrite)
+  publish.require_free(out, overwrite, () if format == "gguf" else save.MARKS)
   quantization = ""
   if format == "gguf":
     quantization, dtype = dtype or "f32", "float32"
@@ -88,12 +89,12 @@ def write(
   """
   _check_format(format)
   out, source = Path(out).expanduser(), Path(source) if source else None
-  _check_free(out, overwrite)
   if format == "orbax":
     write_orbax(config, params, out, source, overwrite)
   elif format == "gguf":
     from adapt_pruner_jax.formats.gguf import writer
 
+    publish.require_free(out, overwrite)
     writer.write(config, params, out, source=source, kind=quantization)
   else:
     save.save(
@@ -114,8 +115,3 @@ def _check_format(format: str) -> None:
       f"--format={format} is not one of {', '.join(FORMATS)}"
       f"{nearest(format, FORMATS)}"
     )
-
-
-def _check_free(out: Path, overwrite: bool) -> None:
-  if out.exists() and not overwrite:
-    raise UserError(f"{out} exists: give another --out, or --overwrite")

@@ -10,6 +10,7 @@ from adapt_pruner_jax.formats.hf.files import MANIFEST
 from adapt_pruner_jax.formats.orbax import is_orbax, read_orbax
 from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.model_config import ModelConfig
+from adapt_pruner_jax.storage import publish
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -36,6 +37,7 @@ def open_model(
     UserError: not there, damaged, or an unknown dtype.
   """
   check_dtype(dtype)
+  publish.put_back(Path(source).expanduser())
   if is_orbax(source):
     folder = Path(source).expanduser()
     return *read_orbax(folder, dtype, mesh), folder

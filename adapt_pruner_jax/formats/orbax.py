@@ -21,7 +21,7 @@ from adapt_pruner_jax.models import axes, model_config
 from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.storage import json_files, orbax_messages
-from adapt_pruner_jax.storage.fingerprint import fingerprints
+from adapt_pruner_jax.storage.fingerprint import fingerprints, named_leaves
 
 
 def is_orbax(source: str) -> bool:
@@ -64,14 +64,14 @@ def write_orbax(
     raise UserError("orbax models are written from one process only")
   params = jax.tree.map(jnp.asarray, params)
   usual = str(weights.usual_dtype(config, params))
-  others = {n: str(x.dtype) for n, x in _named(params).items()}
+  others = {n: str(x.dtype) for n, x in named_leaves(params, "/").items()}
   others = {n: dtype for n, dtype in others.items() if dtype != usual}
   manifest = {
     "model": model_config.to_json(config),
     "dtype": usual,
     "other_dtypes": others,
     "tokenizer": parent_files.tokenizer_fields(source),
-    "fingerprints": fingerprints(_named(params)),
+    "fingerprints": fingerprints(named_leaves(params, "/")),
   }
   with save.directory(out, overwrite) as folder:
     with ocp.StandardCheckpointer() as checkpointer:
@@ -115,8 +115,8 @@ def _open_orbax(
     config = model_config.from_json(manifest["model"])
     kinds = _kinds(manifest)
     abstract = model_config.abstract_params(config, kinds("embedding"))
-    names = _named(abstract).keys()
-    if names != manifest["fingerprints"].keys():
+    named = named_leaves(abstract, "/")
+    if named.keys() != manifest["fingerprints"].keys():
       raise ValueError("its parameters are not those of its model")
   except (ValueError, KeyError, TypeError, AttributeError) as error:
     raise UserError(
@@ -124,14 +124,13 @@ def _open_orbax(
       f"{first_line(error)}): get the directory again"
     ) from error
   mesh = mesh or sharding.one_device()
-  abstract = jax.tree_util.tree_map_with_path(
-    lambda path, x, s: jax.ShapeDtypeStruct(
-      x.shape, kinds(_name(path)), sharding=s
-    ),
-    abstract,
-    sharding.param_shardings(abstract, mesh),
-  )
-  return config, manifest, abstract
+  where = sharding.param_shardings(abstract, mesh)
+  structs = [
+    jax.ShapeDtypeStruct(x.shape, kinds(name), sharding=s)
+    for (name, x), s in zip(named.items(), jax.tree.leaves(where), strict=True)
+  ]
+  tree = jax.tree.structure(abstract)
+  return config, manifest, jax.tree.unflatten(tree, structs)
 
 
 def _restore(path: Path, manifest: dict[str, Any], abstract: Params) -> Params:
@@ -151,22 +150,12 @@ def _restore(path: Path, manifest: dict[str, Any], abstract: Params) -> Params:
     reason = first_line(error)
     raise UserError(f"{path / 'params'} is damaged: {reason[:200]}") from error
   saved = manifest["fingerprints"]
-  for name, found in fingerprints(_named(params)).items():
+  for name, found in fingerprints(named_leaves(params, "/")).items():
     if saved[name] != found:
       raise UserError(
         f"{path / 'params'} is damaged: {name} is not as it was written"
       )
   return params
-
-
-def _named(params: Params) -> dict[str, Any]:
-  leaves = jax.tree_util.tree_leaves_with_path(params)
-  return {_name(path): leaf for path, leaf in leaves}
-
-
-def _name(path: tuple) -> str:
-  """As in the manifest: "layer_0/q"."""
-  return "/".join(str(k.key) for k in path)
 
 
 def _kinds(manifest: dict[str, Any]) -> Callable[[str], jnp.dtype]:

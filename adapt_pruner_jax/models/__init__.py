@@ -8,4 +8,6 @@ Pure functions of weights, below everything else in the package:
   attention     who sees whom, as data, and what the heads say
   layer         the one driver of a layer and of its halves, with a tap
   decoder       the Flax modules: parameters, embedding, layers, head
+  flops         FLOPs of a token, forward and in training
+  devices       peak FLOP/s and memory of devices
 """

@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Sequence
 
 from adapt_pruner_jax.config import Config, Prune
+from adapt_pruner_jax.models import flops as flops_
 from adapt_pruner_jax.models import model_config
 from adapt_pruner_jax.models.axes import UNITS
 from adapt_pruner_jax.models.model_config import ModelConfig
@@ -128,7 +129,7 @@ def scoring_flops(config: ModelConfig, recipe: Config) -> float:
   matrix forward once and backward for its input. Curvature goes backward to
   activations only, and has Gram matrices.
   """
-  layer, head = forward_flops(config, recipe.calibration.seq_len)
+  layer, head = flops_.forward_flops(config, recipe.calibration.seq_len)
   each = 4 * layer + 2 * head
   _, score = recipe.prune.pair()
   if score == "curvature":
@@ -149,25 +150,10 @@ def training_flops(
 
   What rematerialisation repeats does not count, as in the definition of MFU.
   """
-  flops = 3 * sum(forward_flops(config, recipe.data.seq_len))
+  flops = flops_.training_flops(config, recipe.data.seq_len)
   if recipe.train.distill_alpha:
-    flops += sum(forward_flops(teacher, recipe.data.seq_len))
+    flops += sum(flops_.forward_flops(teacher, recipe.data.seq_len))
   return flops
-
-
-def forward_flops(config: ModelConfig, seq_len: int) -> tuple[float, float]:
-  """Counts the FLOPs of one token: (all layers, the output matrix)."""
-  matrix = config.vocab_size * config.hidden_size
-  outside = matrix * (1 if config.tied else 2)
-  inside = model_config.count_params(config) - outside
-  scores = (
-    2
-    * seq_len
-    * config.head_dim
-    * config.queries_per_group
-    * sum(config.kv_groups)
-  )  # q k^T and a v
-  return 2.0 * (inside + scores), 2.0 * matrix
 
 
 def hours(flops: float, hardware: Hardware) -> float | None:

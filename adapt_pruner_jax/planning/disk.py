@@ -50,6 +50,6 @@ def original_bytes(full: ModelConfig, folder: Path | None) -> int:
   if folder is not None and any(folder.glob("*.safetensors")):
     return weight_bytes(folder)
   if folder is not None:
-    raw = files.read_json(folder / files.CONFIG)
+    raw = files.read_object(folder / files.CONFIG)
     dtype = raw.get("dtype") or raw.get("torch_dtype") or dtype
   return model_config.count_params(full) * jnp.dtype(dtype).itemsize

@@ -9,21 +9,8 @@ import jax
 from absl import flags
 
 from adapt_pruner_jax.errors import UserError, first_line, nearest
-from adapt_pruner_jax.reporting.log import PEAK_FLOPS, peak_flops
+from adapt_pruner_jax.models.devices import DEVICES, of_kind, peak_flops
 
-# Memory of one device in bytes, from the makers' data sheets; as PEAK_FLOPS.
-MEMORY = {
-  "TPU v4": 32e9,
-  "TPU v5 lite": 16e9,
-  "TPU v5e": 16e9,
-  "TPU v5p": 95e9,
-  "TPU v5": 95e9,
-  "TPU v6 lite": 32e9,
-  "TPU v6e": 32e9,
-  "NVIDIA A100": 80e9,
-  "NVIDIA H100": 80e9,
-  "NVIDIA H200": 141e9,
-}
 USABLE = 0.92  # share of a device's memory that a program gets
 
 
@@ -31,7 +18,7 @@ USABLE = 0.92  # share of a device's memory that a program gets
 class Hardware:
   """What the run is planned for; empty and 0 = what is here."""
 
-  device: str = ""  # a name in PEAK_FLOPS, such as "NVIDIA H100"
+  device: str = ""  # a name in `devices.DEVICES`, such as "NVIDIA H100"
   devices: int = 0
   memory: float = 0.0  # bytes of one device
   peak: float = 0.0  # FLOP/s of one device
@@ -41,7 +28,7 @@ class Hardware:
 
 def define_flags(values: flags.FlagValues) -> None:
   """The flags of `adapt-pruner plan` beside --config."""
-  known = ", ".join(PEAK_FLOPS)
+  known = ", ".join(DEVICES)
   text, number = flags.DEFINE_string, flags.DEFINE_float
   text("device", "", f"what it will run on: {known}", flag_values=values)
   flags.DEFINE_integer("devices", 0, "how many of them", flag_values=values)
@@ -79,23 +66,25 @@ def resolve(hardware: Hardware) -> Hardware:
     kind = slice_[0].device_kind
     hardware = dataclasses.replace(hardware, device=kind, devices=len(slice_))
   if hardware.device:
-    names = {name.lower(): name for name in PEAK_FLOPS}
+    names = {name.lower(): name for name in DEVICES}
     wanted = hardware.device.lower()
     found = [full for low, full in names.items() if wanted in low]
     if not found:
       raise UserError(
         f"--device={hardware.device} is not known"
-        f"{nearest(hardware.device, PEAK_FLOPS)}; known are "
-        f"{', '.join(PEAK_FLOPS)}; of another give --tflops and --memory_gb"
+        f"{nearest(hardware.device, DEVICES)}; known are "
+        f"{', '.join(DEVICES)}; of another give --tflops and --memory_gb"
       )
     name = min(found, key=len)
-    size = next(m for n, m in MEMORY.items() if name.startswith(n))
+    here = jax.devices()[0]
+    same = of_kind(here.device_kind) is DEVICES[name]
+    size = _memory_of(here) if same else DEVICES[name].memory
     return dataclasses.replace(
       hardware,
       device=name,
       devices=hardware.devices or 1,
       memory=hardware.memory or size,
-      peak=hardware.peak or PEAK_FLOPS[name],
+      peak=hardware.peak or DEVICES[name].flops,
     )
   here = jax.devices()[0]
   return dataclasses.replace(

@@ -201,6 +201,7 @@ def _elsewhere(
   environment = {
     **os.environ,
     "XLA_FLAGS": " ".join([*flags, f"{count}={devices}"]),
+    "NPROC": str(max(16, 2 * devices)),
     "JAX_PLATFORMS": "cpu",
   }
   task = {

@@ -1,0 +1,7 @@
+"""What people see of a run.
+
+log          the voice of a run: console, metrics.jsonl, TensorBoard, trackers
+progress     how far a phase is, and numbers in a form for people
+tensorboard  TensorBoard's event files
+html         the report of a work directory, one page
+"""

@@ -21,6 +21,7 @@ from rich.text import Text
 
 from adapt_pruner_jax.distributed import agreement
 from adapt_pruner_jax.errors import UserError, nearest
+from adapt_pruner_jax.models.devices import peak_flops
 from adapt_pruner_jax.reporting.progress import Phase, show
 from adapt_pruner_jax.reporting.tensorboard import Events
 from adapt_pruner_jax.storage import json_files
@@ -29,29 +30,6 @@ METRICS = "metrics.jsonl"
 TRACKERS = ("wandb", "trackio")
 PROJECT = "adapt-pruner"
 EVERY = 10.0  # seconds between the lines of a phase without a terminal
-
-# Dense bfloat16 FLOP/s of one device, from the makers' data sheets. The first
-# name that `device_kind` starts with counts.
-PEAK_FLOPS = {
-  "TPU v4": 275e12,
-  "TPU v5 lite": 197e12,
-  "TPU v5e": 197e12,
-  "TPU v5p": 459e12,
-  "TPU v5": 459e12,
-  "TPU v6 lite": 918e12,
-  "TPU v6e": 918e12,
-  "NVIDIA A100": 312e12,
-  "NVIDIA H100 PCIe": 756e12,
-  "NVIDIA H100 NVL": 835e12,
-  "NVIDIA H100": 989e12,
-  "NVIDIA H200": 989e12,
-}
-
-
-def peak_flops(device: jax.Device) -> float | None:
-  """bfloat16 FLOP/s that the device can do at best, None if not known."""
-  kind = device.device_kind
-  return next((f for n, f in PEAK_FLOPS.items() if kind.startswith(n)), None)
 
 
 class Log:
@@ -149,6 +127,7 @@ class Log:
     seconds = flops / (peak * jax.device_count()) if peak and flops else None
     if not self._console.is_terminal:
       phase = Phase(title, total, unit, seconds, _in_lines(self.say))
+      phase.begin()
       yield phase
       phase.end()
       self.say(phase.line())
@@ -157,6 +136,7 @@ class Log:
       phase = Phase(
         title, total, unit, seconds, lambda p: live.update(_view(p))
       )
+      phase.begin()
       yield phase
       phase.end()
       live.update(_view(phase))

@@ -36,6 +36,10 @@ class Phase:
     self._first: tuple[float, float] | None = None
     self._took: float | None = None  # seconds, known at the end
 
+  def begin(self) -> None:
+    """Shows it before its first update, which may be minutes away."""
+    self._show(self)
+
   def update(self, done: float, **fields: Any) -> None:
     """`done` of `total` units are done; `fields` are shown under their names.
 
@@ -72,6 +76,8 @@ class Phase:
 
   def details(self) -> str:
     """Such as '512 / 4,096 tokens, loss 3.21, 900 tokens/s, 4 s left'."""
+    if self._first is None and self._took is None:
+      return f"{show(self.total)} {self.unit}, compiling first"
     parts = [f"{show(self.done)} / {show(self.total)} {self.unit}"]
     for name, value in self.fields.items():
       parts.append(f"{name.replace('_', ' ')} {show(value)}")

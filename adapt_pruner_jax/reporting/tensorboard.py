@@ -56,6 +56,7 @@ class Events:
         self._flushed = time.monotonic()
 
   def close(self) -> None:
+    """Writes what is still held."""
     with self._explained():
       self._file.close()
 

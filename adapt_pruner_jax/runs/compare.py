@@ -20,7 +20,7 @@ from adapt_pruner_jax.distributed import agreement, sharding
 from adapt_pruner_jax.distributed.stopping import StoppedError, stop_signals
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.evaluation import perplexity
-from adapt_pruner_jax.models import decoder, model_config
+from adapt_pruner_jax.models import decoder, flops, model_config
 from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.pruning import surgery, targets
@@ -246,9 +246,9 @@ def recover(
     seed=inputs.recipe.seed,
   )
   per_step = inputs.recipe.data.step_tokens
-  flops = 6.0 * model_config.count_params(config)
+  cost = flops.training_flops(config, inputs.recipe.data.seq_len)
   with inputs.log.phase(
-    f"{title}, recovery", steps * per_step, "tokens", flops
+    f"{title}, recovery", steps * per_step, "tokens", cost
   ) as phase:
 
     def note(step: int, values: dict[str, float]) -> None:

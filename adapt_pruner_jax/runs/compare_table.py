@@ -182,10 +182,9 @@ def save_figure(figure: Any, path: Path) -> None:
 
   with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": PLOT}):
     for kind in ("svg", "png"):
-      temporary = path.with_name(f".{path.name}.tmp.{kind}")
       metadata = {"Date": None} if kind == "svg" else None
-      figure.savefig(temporary, dpi=150, metadata=metadata)
-      temporary.replace(f"{path}.{kind}")
+      with publish.file(Path(f"{path}.{kind}")) as temporary:
+        figure.savefig(temporary, format=kind, dpi=150, metadata=metadata)
 
 
 def _drawable(rows: list[dict]) -> bool:

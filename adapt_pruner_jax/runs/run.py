@@ -28,7 +28,7 @@ from adapt_pruner_jax.distributed.stopping import (
   stop_signals,
 )
 from adapt_pruner_jax.formats import convert, dtypes
-from adapt_pruner_jax.models import layer, model_config
+from adapt_pruner_jax.models import flops, layer, model_config
 from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.pruning import methods, surgery
@@ -283,7 +283,8 @@ def recover(
   log.rewind("train", state.step)
   size = model_config.count_params(state.config)
   total = (last - first) * per_step
-  with log.phase(title, total, "tokens", flops=6.0 * size) as phase:
+  cost = flops.training_flops(state.config, recipe.data.seq_len)
+  with log.phase(title, total, "tokens", flops=cost) as phase:
 
     def note(step: int, values: dict[str, float]) -> None:
       done = (step + 1 - first) * per_step

@@ -22,7 +22,7 @@ from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.pruning import methods, surgery, task
 from adapt_pruner_jax.runs.inputs import Inputs, load_model, weight_dtype
-from adapt_pruner_jax.storage import json_files
+from adapt_pruner_jax.storage import digest, json_files
 from adapt_pruner_jax.storage.checkpoints import Checkpoints
 from adapt_pruner_jax.training import lora, optimizer
 
@@ -241,7 +241,7 @@ def forget(name: str, inputs: Inputs) -> None:
 
 def _write_sealed(path: Path, content: dict) -> None:
   content = json_files.plain(content)
-  record = {"sha256": json_files.digest(content), "content": content}
+  record = {"sha256": digest.of_json(content), "content": content}
   json_files.write_json(path, record)
 
 
@@ -253,7 +253,7 @@ def _read_sealed(
   if path.exists():
     try:
       record = json.loads(path.read_bytes())
-      if record["sha256"] == json_files.digest(record["content"]):
+      if record["sha256"] == digest.of_json(record["content"]):
         content = record["content"]
     except (ValueError, KeyError, TypeError):
       pass

@@ -6,7 +6,6 @@ is trained through `train` and `data`, like any other model.
 """
 
 import dataclasses
-import hashlib
 import json
 import math
 import os
@@ -32,12 +31,17 @@ from adapt_pruner_jax.evaluation import perplexity
 from adapt_pruner_jax.models import axes, model_config
 from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.models.rope import Rope
+from adapt_pruner_jax.storage import cache, digest, json_files, publish
 from adapt_pruner_jax.training import loop, optimizer
 
 FORMAT = 1  # of the cached directory
 END = "<|endoftext|>"
 MANIFEST = "tiny.json"  # inside the directory: checksums, losses
 PROGRESS_SECONDS = 5
+ADVICE = (
+  "the tiny model is kept there: set ADAPT_PRUNER_CACHE to a directory that "
+  "can be written"
+)
 
 Progress = Callable[[str], None]
 
@@ -76,37 +80,34 @@ def base_model(
   Raises:
     UserError: the cache directory cannot be written.
   """
-  cache = Path(cache_dir or os.environ.get("ADAPT_PRUNER_CACHE") or _home())
-  path = cache / f"tiny-{_key(recipe)}"
+  folder = Path(cache_dir or cache.home())
+  path = folder / f"tiny-{_key(recipe)}"
   if path.exists():
     if is_intact(path):
       return path
     progress(f"tiny: {path} is damaged and is made again")
     shutil.rmtree(path)
-  temporary = None
   try:
-    cache.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=".tmp-tiny-", dir=cache))
-    made = temporary / "model"
-    _make(made, temporary / "tokenizer", recipe, progress)
-    _publish(made, path)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (
+      publish.directory(path, advice=ADVICE) as made,
+      tempfile.TemporaryDirectory() as files,
+    ):
+      _make(made, Path(files), recipe, progress)
   except OSError as error:
-    raise UserError(
-      f"{error.filename or cache}: {error.strerror or error}; the tiny model "
-      "is kept there: set ADAPT_PRUNER_CACHE to a directory that can be written"
-    ) from error
-  finally:
-    if temporary is not None:
-      shutil.rmtree(temporary, ignore_errors=True)
+    raise publish.unwritable(folder, error, ADVICE) from error
+  except UserError:
+    if not is_intact(path):  # else another process was faster
+      raise
   return path
 
 
 def is_intact(path: Path) -> bool:
   """Whether all files of a cached directory are there and as written."""
   try:
-    files = json.loads((path / MANIFEST).read_text())["sha256"]
+    files = json_files.read_json(path / MANIFEST)["sha256"]
     return files == _checksums(path)
-  except (OSError, ValueError, KeyError, TypeError):
+  except (UserError, OSError, KeyError, TypeError):
     return False
 
 
@@ -223,7 +224,7 @@ def train_tokenizer(folder: Path, vocab_size: int, text: str = "") -> Tokenizer:
     show_progress=False,
   )
   backend.train_from_iterator([text or embedded_text("train")], trainer)
-  folder.mkdir(parents=True)
+  folder.mkdir(parents=True, exist_ok=True)
   backend.save(str(folder / "tokenizer.json"))
   settings = {
     "tokenizer_class": "PreTrainedTokenizerFast",
@@ -231,14 +232,14 @@ def train_tokenizer(folder: Path, vocab_size: int, text: str = "") -> Tokenizer:
     "eos_token": END,
     "clean_up_tokenization_spaces": False,
   }
-  _write_json(folder / "tokenizer_config.json", settings)
+  json_files.write_json(folder / "tokenizer_config.json", settings)
   ids = {"bos_token_id": 0, "eos_token_id": 0}
-  _write_json(folder / "generation_config.json", ids)
+  json_files.write_json(folder / "generation_config.json", ids)
   return load_tokenizer(folder)
 
 
 def _make(path: Path, files: Path, recipe: Recipe, progress: Progress) -> None:
-  """Writes the whole directory `path`; `files` is for the tokenizer."""
+  """Fills the directory `path`; `files` is for the tokenizer."""
   from adapt_pruner_jax.formats.hf import save
 
   tokenizer = train_tokenizer(files, recipe.V)
@@ -251,22 +252,13 @@ def _make(path: Path, files: Path, recipe: Recipe, progress: Progress) -> None:
     f"tiny: held-out perplexity {losses['perplexity']:.1f} (loss "
     f"{losses['loss']:.2f}; {losses['unigram_loss']:.2f} by token frequency)"
   )
-  save.save(config, params, path, source=files)
+  save.save(config, params, path, source=files, overwrite=True)
   manifest = {
     "recipe": dataclasses.asdict(recipe),
     "heldout": losses,
     "sha256": _checksums(path),
   }
-  _write_json(path / MANIFEST, manifest)
-
-
-def _publish(made: Path, path: Path) -> None:
-  """Moves the finished directory to its place, unless another process did."""
-  try:
-    made.rename(path)
-  except OSError:
-    if not is_intact(path):
-      raise
+  json_files.write_json(path / MANIFEST, manifest)
 
 
 def _reporter(steps: int, progress: Progress) -> Callable:
@@ -299,23 +291,15 @@ def _key(recipe: Recipe) -> str:
     "text": [embedded_text("train"), embedded_text("heldout")],
     "versions": [jax.__version__, tokenizers.__version__],
   }
-  return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
+  return digest.of_bytes(json.dumps(parts).encode())[:12]
 
 
 def _checksums(path: Path) -> dict[str, str]:
   """SHA-256 of each file but the manifest."""
   return {
-    str(file.relative_to(path)): hashlib.sha256(file.read_bytes()).hexdigest()
+    str(file.relative_to(path)): digest.of_file(file)
     for file in sorted(path.rglob("*"))
     if file.is_file()
     and file.name != MANIFEST
     and "__pycache__" not in file.parts
   }
-
-
-def _write_json(path: Path, content: dict) -> None:
-  path.write_text(json.dumps(content, indent=2) + "\n")
-
-
-def _home() -> Path:
-  return Path.home() / ".cache" / "adapt_pruner_jax"

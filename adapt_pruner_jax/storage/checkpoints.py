@@ -23,8 +23,8 @@ from absl import logging
 
 from adapt_pruner_jax.distributed import agreement
 from adapt_pruner_jax.errors import UserError
-from adapt_pruner_jax.storage import json_files, orbax_messages, publish
-from adapt_pruner_jax.storage.fingerprint import fingerprints
+from adapt_pruner_jax.storage import digest, orbax_messages, publish
+from adapt_pruner_jax.storage.fingerprint import fingerprints, named_leaves
 
 TRASH = "trash"
 _DISK_FULL = {
@@ -94,7 +94,7 @@ class Checkpoints:
     steps = self.steps()
     if steps and step <= steps[-1]:
       raise ValueError(f"step {step} is not above {steps[-1]}, already saved")
-    leaves = _named_leaves(state)
+    leaves = named_leaves(state)
     num_bytes = sum(leaf.nbytes for leaf in leaves.values())
     what = f"the checkpoint of step {step}"
     agreement.on_writer(
@@ -106,7 +106,7 @@ class Checkpoints:
       "meta": meta,
       "leaves": {n: [*_layout(leaves[n]), prints[n]] for n in leaves},
     }
-    record = {"sha256": json_files.digest(content), "content": content}
+    record = {"sha256": digest.of_json(content), "content": content}
     with self._explained():
       self._manager.save(
         step,
@@ -163,10 +163,7 @@ class Checkpoints:
         if path.name == TRASH or ".orbax-checkpoint-tmp" in path.name:
           shutil.rmtree(path)
     except OSError as error:
-      raise UserError(
-        f"cannot write to {self.directory}: {error.strerror}; give a "
-        "--workdir that you may write to"
-      ) from error
+      raise publish.unwritable(self.directory, error) from error
 
   @contextlib.contextmanager
   def _explained(self) -> Iterator[None]:
@@ -192,7 +189,7 @@ class Checkpoints:
       return None
     saved = content["leaves"]
     abstract = abstract_of(content["meta"])
-    leaves = _named_leaves(abstract)
+    leaves = named_leaves(abstract)
     self._check_layout(step, leaves, saved)
     found = self._attempt(step, lambda: self._read_state(step, leaves))
     # Compared only now that all processes have read: it takes all of them.
@@ -247,9 +244,7 @@ class Checkpoints:
     path = self.directory / str(step) / "meta"
     record = ocp.JsonCheckpointHandler().restore(path, ocp.args.JsonRestore())
     content = record["content"]
-    if (
-      record["sha256"] != json_files.digest(content) or content["step"] != step
-    ):
+    if record["sha256"] != digest.of_json(content) or content["step"] != step:
       raise ValueError("meta does not match its digest")
     return content
 
@@ -278,14 +273,6 @@ def _compare(leaves: dict[str, jax.Array], saved: dict[str, list]) -> bool:
     if value != saved[name][-1]:
       raise ValueError(f"the values of {name} are not those that were saved")
   return True
-
-
-def _named_leaves(tree: Any) -> dict[str, Any]:
-  """{'params.layer_0.q': leaf, ...}, in the order of the tree's leaves."""
-  return {
-    jax.tree_util.keystr(path, simple=True, separator="."): leaf
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-  }
 
 
 def _layout(leaf: Any) -> list:

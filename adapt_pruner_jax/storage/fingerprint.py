@@ -1,5 +1,7 @@
 """A number for each array that tells whether it is the one that was saved."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,3 +34,11 @@ def fingerprints(leaves: dict[str, jax.Array]) -> dict[str, int]:
   # One program for each shape: one for all of them takes longer to compile.
   found = jax.device_get({n: fingerprint(x) for n, x in leaves.items()})
   return {name: int(value) for name, value in found.items()}
+
+
+def named_leaves(tree: Any, separator: str = ".") -> dict[str, Any]:
+  """{'params.layer_0.q': leaf, ...}, in the order of the tree's leaves."""
+  return {
+    jax.tree_util.keystr(path, simple=True, separator=separator): leaf
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+  }

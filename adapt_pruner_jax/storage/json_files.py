@@ -1,11 +1,10 @@
-"""Files of a run that survive anything: one writer, whole files or none.
+"""JSON and JSONL files, whole or as they were before.
 
 JSON is always valid JSON: NaN and the infinities, which it does not have, are
 written as the strings "NaN", "Infinity" and "-Infinity" (`float` reads them).
 """
 
 import errno
-import hashlib
 import json
 import math
 import os
@@ -39,17 +38,14 @@ def read_json(path: Path) -> Any:
     ) from error
 
 
-def write_json(path: Path, value: Any) -> None:
-  """Writes a whole JSON file, or leaves the old one as it was."""
-  write_text(path, json.dumps(plain(value), indent=2) + "\n")
+def write_json(path: Path, value: Any, sort_keys: bool = False) -> None:
+  """Writes a whole JSON file, or leaves the old one as it was.
 
-
-def digest(content: Any) -> str:
-  """sha256 of JSON in one fixed form, the same before and after writing."""
-  content = json.loads(json.dumps(content))  # keys become strings, then sorted
-  return hashlib.sha256(
-    json.dumps(content, sort_keys=True).encode()
-  ).hexdigest()
+  Raises:
+    UserError: it cannot be written.
+  """
+  text = json.dumps(plain(value), indent=2, sort_keys=sort_keys)
+  write_text(path, text + "\n")
 
 
 # ---- JSON lines --------------------------------------------------------------

@@ -1,8 +1,4 @@
-"""Files of a run that survive anything: one writer, whole files or none.
-
-JSON is always valid JSON: NaN and the infinities, which it does not have, are
-written as the strings "NaN", "Infinity" and "-Infinity" (`float` reads them).
-"""
+"""One run at a time in a work directory, by a lock that a kill gives back."""
 
 import contextlib
 import errno
@@ -21,9 +17,6 @@ from adapt_pruner_jax.storage.publish import unwritable
 LOCK = "run.lock"
 # What flock says on a file system that has no locks.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
-
-
-# ---- One run at a time -------------------------------------------------------
 
 
 @contextlib.contextmanager

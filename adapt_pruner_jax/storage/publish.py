@@ -1,19 +1,141 @@
-"""Files of a run that survive anything: one writer, whole files or none.
+"""One way to publish a file or a directory: write beside it, sync, rename.
 
-JSON is always valid JSON: NaN and the infinities, which it does not have, are
-written as the strings "NaN", "Infinity" and "-Infinity" (`float` reads them).
+Whatever comes in between (a kill, a full disk, a power cut), under its name is
+the old one or the new one, whole. What a kill leaves beside it has a name of
+its own, which whoever publishes there an hour later removes.
 """
 
 import contextlib
+import ctypes
+import glob
 import os
+import secrets
 import shutil
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+from absl import logging
 
 from adapt_pruner_jax.errors import UserError
 
+AGAIN = "mend that and run the same command again, or give another place"
+_ABANDONED = 3600  # seconds: what nobody touched for so long is nobody's
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux
+
+
+@contextlib.contextmanager
+def file(path: Path, advice: str = AGAIN) -> Iterator[Path]:
+  """A name to write a file at, which becomes `path` at the end.
+
+  If anything is raised inside, `path` stays as it was.
+
+  Args:
+    path: in a directory that exists.
+    advice: the end of the message when it cannot be written.
+
+  Raises:
+    UserError: it cannot be written.
+  """
+  with _beside(path, advice) as temporary:
+    yield temporary
+    _sync(temporary)
+    real = Path(os.path.realpath(path))
+    os.replace(temporary, real)
+    _sync(real.parent)
+
+
+@contextlib.contextmanager
+def directory(
+  path: Path, *, replace: bool = False, advice: str = AGAIN
+) -> Iterator[Path]:
+  """A directory to fill, which becomes `path` at the end.
+
+  If anything is raised inside, `path` stays as it was. Files in it are synced
+  together, at the end.
+
+  Args:
+    replace: takes the place of a directory that is there; else that stays,
+      which is a UserError unless `path` is empty.
+    advice: the end of the message when it cannot be written.
+
+  Raises:
+    UserError: it cannot be written.
+  """
+  put_back(path)
+  with _beside(path, advice) as temporary:
+    temporary.mkdir()
+    yield temporary
+    for found in sorted(temporary.rglob("*"), reverse=True):
+      _sync(found)  # what is in a directory, and then the directory
+    _sync(temporary)
+    _take_place(temporary, Path(os.path.realpath(path)), replace)
+
+
+def write_text(path: Path, text: str) -> None:
+  """Writes a whole file, or leaves the old one as it was.
+
+  Raises:
+    UserError: it cannot be written.
+  """
+  with file(path) as temporary:
+    temporary.write_text(text, encoding="utf-8")
+
+
+def put_back(path: Path) -> None:
+  """Undoes a replacement of a directory that was cut off in the middle.
+
+  That is between two renames, on file systems that cannot swap two names.
+  """
+  aside = _aside(path)
+  if aside.is_dir() and not path.exists():
+    with contextlib.suppress(OSError):  # another process was faster
+      aside.rename(path)
+      logging.warning("%s was put back: its replacement was cut off", path)
+
+
+# ---- May I write here? -------------------------------------------------------
+
+
+def require_free(
+  path: Path, overwrite: bool, marks: Sequence[str] = ()
+) -> None:
+  """Makes the parent of `path`, and raises unless `path` may be published.
+
+  Args:
+    overwrite: whether what is there may go.
+    marks: a directory goes only if it is empty or has one of these files;
+      () = `path` is a file.
+
+  Raises:
+    UserError: something is there that has to stay, or the parent cannot be
+      written to.
+  """
+  put_back(path)
+  if not marks and path.is_dir():
+    raise UserError(f"{path} is a directory: give the name of a file in it")
+  if path.exists():
+    if not overwrite:
+      raise UserError(f"{path} exists: give another --out, or --overwrite")
+    if marks and not _is_ours(path, marks):
+      raise UserError(
+        f"{path} is not a model directory and is not overwritten: give another "
+        "name"
+      )
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise unwritable(path, error) from error
+  with _beside(path, AGAIN) as temporary:
+    temporary.touch()
+
 
 def require_space(directory: Path, num_bytes: int, what: str) -> None:
-  """Raises a UserError if `num_bytes` more do not fit into `directory`."""
+  """Raises a UserError if `num_bytes` more do not fit into `directory`.
+
+  Args:
+    what: the subject of the message, such as "the export".
+  """
   free = shutil.disk_usage(directory).free
   needed = num_bytes + num_bytes // 50 + 2**20  # indices and metadata
   if free < needed:
@@ -25,34 +147,95 @@ def require_space(directory: Path, num_bytes: int, what: str) -> None:
     )
 
 
-def write_text(path: Path, text: str) -> None:
-  """Writes a whole file, or leaves the old one as it was."""
-  temporary = path.with_name(f".{path.name}.tmp")
-  try:
-    with open(temporary, "w", encoding="utf-8") as file:
-      file.write(text)
-      file.flush()
-      os.fsync(file.fileno())
-    os.replace(temporary, path)
-    sync_directory(path.parent)
-  except OSError as error:
-    with contextlib.suppress(OSError):
-      temporary.unlink()
-    raise unwritable(path, error) from error
-
-
-def sync_directory(path: Path) -> None:
-  """Makes the renames in a directory survive a power cut."""
-  directory = os.open(path, os.O_RDONLY)
-  try:
-    os.fsync(directory)
-  finally:
-    os.close(directory)
-
-
-def unwritable(path: Path, error: OSError) -> UserError:
-  """What to raise when writing a file failed."""
+def unwritable(path: Path, error: OSError, advice: str = AGAIN) -> UserError:
+  """What to raise when a file or directory could not be written."""
   return UserError(
-    f"cannot write {path}: {error.strerror}; what was there before is intact: "
-    "mend it and run the same command again"
+    f"cannot write {path}: {error.strerror or error}; what was there before is "
+    f"intact: {advice}"
   )
+
+
+def _is_ours(path: Path, marks: Sequence[str]) -> bool:
+  return path.is_dir() and (
+    not any(path.iterdir()) or any((path / name).is_file() for name in marks)
+  )
+
+
+# ---- How it is done ----------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _beside(path: Path, advice: str) -> Iterator[Path]:
+  """A new name beside `path`; what is left under it is removed at the end."""
+  real = Path(os.path.realpath(path))  # a link stays one
+  prefix = f".{real.name}.tmp-"
+  temporary = real.with_name(f"{prefix}{os.getpid()}-{secrets.token_hex(4)}")
+  try:
+    _remove_abandoned(real.parent, prefix)
+    yield temporary
+  except OSError as error:
+    raise unwritable(path, error, advice) from error
+  finally:
+    _remove(temporary)
+
+
+def _take_place(new: Path, path: Path, replace: bool) -> None:
+  if not replace or not path.exists():
+    new.rename(path)
+  elif not _swap(new, path):
+    aside = _aside(path)
+    _remove(aside)
+    path.rename(aside)
+    try:
+      new.rename(path)
+    except OSError:
+      aside.rename(path)
+      raise
+  _sync(path.parent)
+  _remove(_aside(path))
+
+
+def _swap(one: Path, other: Path) -> bool:
+  """Swaps two names in one moment; False where the system cannot."""
+  try:
+    swap = ctypes.CDLL(None, use_errno=True).renameat2
+  except AttributeError:  # not on Linux
+    return False
+  names = os.fsencode(one), _AT_FDCWD, os.fsencode(other)
+  return swap(_AT_FDCWD, *names, _RENAME_EXCHANGE) == 0
+
+
+def _sync(path: Path) -> None:
+  """Makes a file's content, or the names in a directory, survive a power cut.
+
+  Links are left alone.
+  """
+  if path.is_symlink():
+    return
+  opened = os.open(path, os.O_RDONLY)
+  try:
+    os.fsync(opened)
+  finally:
+    os.close(opened)
+
+
+def _aside(path: Path) -> Path:
+  real = Path(os.path.realpath(path))
+  return real.with_name(f".{real.name}.old")
+
+
+def _remove(path: Path) -> None:
+  if path.is_dir() and not path.is_symlink():
+    shutil.rmtree(path, ignore_errors=True)
+  else:
+    with contextlib.suppress(OSError):
+      path.unlink()
+
+
+def _remove_abandoned(folder: Path, prefix: str) -> None:
+  """Deletes what killed processes were writing."""
+  for path in folder.glob(f"{glob.escape(prefix)}*"):
+    with contextlib.suppress(FileNotFoundError):  # its process has renamed it
+      touched = [p.stat().st_mtime for p in (path, *path.rglob("*"))]
+      if time.time() - max(touched) > _ABANDONED:
+        _remove(path)

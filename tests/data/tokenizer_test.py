@@ -73,7 +73,7 @@ def test_tokenizer_errors(folder, tmp_path):
     load_tokenizer(tmp_path)
   write(tmp_path / "tokenizer.json", (folder / "tokenizer.json").read_text())
   write(tmp_path / "tokenizer_config.json", "{")
-  with error("tokenizer_config.json is not valid JSON"):
+  with error("tokenizer_config.json is damaged, it is not JSON"):
     load_tokenizer(tmp_path)
 
 

@@ -87,7 +87,7 @@ def test_who_is_asked(shared_data, tmp_path, generation, eos, ids):
   [
     ('{"eos_token_id": "</s>"}', "eos_token_id='</s>' must be a token id"),
     ('{"eos_token_id": [1, true]}', "must be a token id or a list"),
-    ("{", "cannot be read as JSON"),
+    ("{", "is damaged, it is not JSON"),
   ],
 )
 def test_damaged(shared_data, tmp_path, text, message):

@@ -393,7 +393,7 @@ def test_index(written, tmp_path):
 def test_bad_config_files(broken):
   file = broken / "config.json"
   for content, words in [
-    ("{", "cannot be read as JSON"),
+    ("{", "is damaged, it is not JSON"),
     ("[]", "must hold a JSON object"),
     ('{"model_type": "t5"}', "model_type t5 is not supported"),
   ]:

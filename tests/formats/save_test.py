@@ -262,7 +262,7 @@ def test_nothing_is_overwritten(tiny, tmp_path):
   assert "not a model directory" in refusal(tiny, home, overwrite=True)
   assert (home / "thesis").read_text() == "years"
   text = refusal(tiny, home / "thesis" / "model")
-  assert "cannot be written" in text
+  assert "cannot write" in text
 
 
 def test_interrupted_or_wrong_writing_leaves_nothing(

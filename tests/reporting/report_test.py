@@ -257,7 +257,7 @@ def test_a_run_in_progress(tmp_path):
   for name in "trace.jsonl", "metrics.jsonl":
     with open(path / name, "a") as file:
       file.write('{"stage": 3, "ste')  # being written, or cut off by a kill
-  text = report.write(path).read_text()
+  text = report.write(path, FULL).read_text()
   assert "in progress" in text
   assert "999,994 parameters are left, in stage 3 of 3" in text
   assert "adapt-pruner run --config" in text

@@ -56,7 +56,7 @@ def test_damaged_cache_is_made_again(made, tmp_path, monkeypatch, how):
   monkeypatch.setattr(tiny_model, "_make", lambda made, *_: fake(made))
 
   def fake(made):
-    made.mkdir()
+    made.mkdir(exist_ok=True)
     (made / "model.safetensors").write_bytes(b"weights")
     sums = {"sha256": tiny_model._checksums(made)}
     (made / tiny_model.MANIFEST).write_text(json.dumps(sums))

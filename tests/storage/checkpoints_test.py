@@ -418,7 +418,7 @@ def test_a_full_disk_is_a_user_error(two, monkeypatch, when):
 
 def test_a_directory_that_cannot_be_made(tmp_path):
   (tmp_path / "file").write_text("")
-  with pytest.raises(UserError, match="cannot write to"):
+  with pytest.raises(UserError, match="cannot write"):
     Checkpoints(tmp_path / "file" / "checkpoints")
 
 

@@ -6,8 +6,6 @@ zero-padded to equal layers (`hf/uniform.py`). A model whose layers are equal
 gets the plain architecture of its family.
 """
 
-import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ from adapt_pruner_jax.models import axes, model_config
 from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.models.rope import Rope, rope_frequencies
+from adapt_pruner_jax.storage import publish
 
 KINDS = ("f32", "f16", "q8_0")
 LLAMA_LIKE = ("llama", "mistral", "qwen2", "mobilellm")
@@ -83,16 +82,8 @@ def write(
   arch = architecture(config)
   if arch == "qwen3" and not _is_uniform(config):
     config, params = pad(config, params)
-  if out.is_dir():
-    raise UserError(f"{out} is a directory; a gguf is one file: give its name")
-  try:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{out.name}-", dir=out.parent)
-  except OSError as error:
-    raise save.unwritable(out, error) from error
-  os.close(handle)
-  temporary = Path(name)
-  try:
+  publish.require_free(out, overwrite=True)
+  with publish.file(out) as temporary:
     writer = gguf.GGUFWriter(str(temporary), arch)
     _write_sizes(writer, config, kind)
     vocab.write(writer, config, source)
@@ -104,12 +95,6 @@ def write(
     writer.write_tensors_to_file()
     writer.close()
     _compare(gguf, temporary, config, params, arch, kind)
-    temporary.chmod(0o644)
-    temporary.rename(out)
-  except OSError as error:
-    raise save.unwritable(out, error) from error
-  finally:
-    temporary.unlink(missing_ok=True)
 
 
 def architecture(config: ModelConfig) -> str:

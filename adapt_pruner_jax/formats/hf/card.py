@@ -10,9 +10,9 @@ import jax
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.formats import markdown
 from adapt_pruner_jax.formats.hf import layers
-from adapt_pruner_jax.formats.hf.files import sha256
 from adapt_pruner_jax.formats.hf.load import HUB_ID
 from adapt_pruner_jax.models.model_config import ModelConfig, count_params
+from adapt_pruner_jax.storage import digest
 
 SUMS = "SHA256SUMS"
 CARD = "README.md"
@@ -153,7 +153,7 @@ def write_sums(folder: Path, known: Mapping[str, str] | None = None) -> None:
   """SHA256SUMS of all files, in the format of `sha256sum`."""
   known = known or {}
   lines = [
-    f"{known.get(name) or sha256(folder / name)}  {name}\n"
+    f"{known.get(name) or digest.of_file(folder / name)}  {name}\n"
     for name in sorted(_files(folder))
   ]
   (folder / SUMS).write_text("".join(lines))
@@ -175,17 +175,17 @@ def verify(path: Path, only: str = "") -> None:
     ) from error
   expected = {}
   for line in lines:
-    digest, _, name = line.partition("  ")
-    if len(digest) != 64 or not name or ".." in name or name.startswith("/"):
+    known, _, name = line.partition("  ")
+    if len(known) != 64 or not name or ".." in name or name.startswith("/"):
       raise UserError(f"{path / SUMS} is damaged: {line[:80]!r}")
-    expected[name] = digest
+    expected[name] = known
   names = _files(path)
   for name in [only] if only else sorted(expected.keys() | names):
     if name not in names:
       raise UserError(f"{path / name} is missing")
     if name not in expected:
       raise UserError(f"{path / name} is not in {SUMS}")
-    if sha256(path / name) != expected[name]:
+    if digest.of_file(path / name) != expected[name]:
       raise UserError(f"{path / name} was changed after it was written")
 
 

@@ -1,6 +1,5 @@
 """The files of a model directory: found, checked, mapped into memory."""
 
-import hashlib
 import json
 import math
 import re
@@ -12,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from adapt_pruner_jax.errors import UserError
+from adapt_pruner_jax.storage import json_files
 from adapt_pruner_jax.storage.confinement import confined
 
 CONFIG = "config.json"
@@ -27,33 +27,21 @@ CONVERT = (
 )
 
 
-def read_json(path: Path) -> dict[str, Any]:
-  """A file that holds a JSON object.
+def read_object(path: Path) -> dict[str, Any]:
+  """A file of a model directory that holds a JSON object.
 
   Raises:
     UserError: it is missing or holds something else.
   """
-  try:
-    found = json.loads(confined(path, path.parent).read_text("utf-8"))
-  except FileNotFoundError as error:
+  if not confined(path, path.parent).exists():
     raise UserError(
       f"{path.parent} has no {path.name}: a HuggingFace model directory is "
       "needed"
-    ) from error
-  except (ValueError, OSError) as error:
-    raise UserError(f"{path} cannot be read as JSON: {error}") from error
+    )
+  found = json_files.read_json(path)
   if not isinstance(found, dict):
     raise UserError(f"{path} must hold a JSON object")
   return found
-
-
-def write_json(file: Path, content: Any) -> None:
-  file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
-
-
-def sha256(file: Path) -> str:
-  with open(file, "rb") as opened:
-    return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 class Checkpoint:
@@ -127,7 +115,7 @@ def _weight_map(folder: Path) -> dict[str, Path]:
   """Tensor -> file, as the index says; {} if there is none."""
   if (folder / SINGLE).is_file() or not (folder / INDEX).is_file():
     return {}
-  found = read_json(folder / INDEX).get("weight_map")
+  found = read_object(folder / INDEX).get("weight_map")
   if not isinstance(found, dict) or not found:
     raise UserError(f"{folder / INDEX} has no weight_map")
   for name in {*found.values()}:

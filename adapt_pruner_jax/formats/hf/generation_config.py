@@ -4,7 +4,7 @@ from pathlib import Path
 
 from adapt_pruner_jax.data.tokenizer import Tokenizer
 from adapt_pruner_jax.errors import UserError
-from adapt_pruner_jax.formats.hf.files import read_json
+from adapt_pruner_jax.formats.hf.files import read_object
 from adapt_pruner_jax.models.model_config import ModelConfig
 
 FILE = "generation_config.json"
@@ -39,7 +39,7 @@ def end_tokens(
 def _in_file(path: Path) -> tuple[int, ...]:
   if not path.is_file():
     return ()
-  named = read_json(path).get("eos_token_id")
+  named = read_object(path).get("eos_token_id")
   ids = named if isinstance(named, list) else [named]
   ids = [i for i in ids if i is not None]
   # A bool is an int to Python, not to this file.

@@ -30,12 +30,13 @@ from adapt_pruner_jax.formats.hf.files import (
   INDEX,
   LICENCES,
   Checkpoint,
-  read_json,
+  read_object,
 )
 from adapt_pruner_jax.formats.hf.tensors import Place
 from adapt_pruner_jax.models import axes
 from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.model_config import ModelConfig
+from adapt_pruner_jax.storage import publish
 
 DOWNLOADED = (
   *("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.md"),
@@ -66,6 +67,7 @@ def resolve(path: str | os.PathLike) -> Path:
     UserError: neither is there.
   """
   folder = Path(path).expanduser()
+  publish.put_back(folder)
   if folder.is_dir():
     if (folder / WORKDIR_MODEL / CONFIG).is_file():
       raise UserError(
@@ -122,7 +124,7 @@ def read_config(
     UserError: see `config_json.read`.
   """
   file = resolve(path) / CONFIG
-  return config_json.read(read_json(file), ignore_fields, str(file))
+  return config_json.read(read_object(file), ignore_fields, str(file))
 
 
 def load(
@@ -161,7 +163,7 @@ def stored(
   """
   folder = resolve(path)
   config = read_config(folder, ignore_fields)
-  repeats = config_json.repeats(read_json(folder / CONFIG))
+  repeats = config_json.repeats(read_object(folder / CONFIG))
   if repeats > 1:
     logging.warning(
       "%s runs each layer %d times; they become layers of their own",

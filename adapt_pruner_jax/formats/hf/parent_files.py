@@ -14,7 +14,7 @@ from adapt_pruner_jax.formats.hf.files import (
   CONFIG,
   LICENCES,
   MANIFEST,
-  read_json,
+  read_object,
 )
 from adapt_pruner_jax.storage.confinement import confined
 
@@ -77,7 +77,7 @@ def _description(source: Path | None) -> dict[str, Any]:
   """What a model directory's config.json, or model.json, holds."""
   for name in (CONFIG, MANIFEST):
     if source is not None and (source / name).is_file():
-      return read_json(source / name)
+      return read_object(source / name)
   return {}
 
 

@@ -9,9 +9,7 @@ model, and only then gets its name. In a run of many processes all of them call
 import contextlib
 import dataclasses
 import os
-import shutil
 import string
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,12 +26,14 @@ from adapt_pruner_jax.formats.hf import (
   weights,
 )
 from adapt_pruner_jax.formats.hf.families import FAMILIES
-from adapt_pruner_jax.formats.hf.files import CONFIG, MANIFEST, write_json
+from adapt_pruner_jax.formats.hf.files import CONFIG, MANIFEST
 from adapt_pruner_jax.models import axes
 from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.model_config import ModelConfig, layer_names
+from adapt_pruner_jax.storage import json_files, publish
 
 FORMATS = ("hf", "hf_uniform")
+MARKS = (CONFIG, MANIFEST)  # by which a directory is one of a model
 
 
 def save(
@@ -102,7 +102,7 @@ def _write_around(
   folder: Path, raw: dict[str, Any], config: ModelConfig, source: Path | None
 ) -> list[str]:
   """Writes all but the weights and the card; says what is missing."""
-  write_json(folder / CONFIG, raw)
+  json_files.write_json(folder / CONFIG, raw, sort_keys=True)
   if not layers.is_stock(config):
     _write_classes(folder, config)
   missing = parent_files.copy_all(source, folder)
@@ -142,61 +142,14 @@ def directory(path: Path, overwrite: bool) -> Iterator[Path | None]:
   Raises:
     UserError: `path` may not be replaced or cannot be written.
   """
-  folder = agreement.on_writer(lambda: _temporary(path, overwrite))
-  try:
-    yield folder
+  with contextlib.ExitStack() as stack:
+
+    def begin() -> Path:
+      publish.require_free(path, overwrite, MARKS)
+      return stack.enter_context(publish.directory(path, replace=overwrite))
+
+    yield agreement.on_writer(begin)
     agreement.all_agree(True)
-    if folder is not None:
-      _publish(folder, path)
-  except OSError as error:
-    raise unwritable(path, error) from error
-  finally:
-    if folder is not None:
-      shutil.rmtree(folder, ignore_errors=True)
-
-
-def _temporary(path: Path, overwrite: bool) -> Path:
-  if path.exists():
-    if not overwrite:
-      raise UserError(f"{path} exists: give another name, or --overwrite")
-    if not path.is_dir() or (
-      any(path.iterdir())
-      and not any((path / name).is_file() for name in (CONFIG, MANIFEST))
-    ):
-      raise UserError(
-        f"{path} is not a model directory and is not overwritten: give another "
-        "name"
-      )
-  try:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    folder = tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent)
-  except OSError as error:
-    raise unwritable(path, error) from error
-  os.chmod(folder, 0o755)
-  return Path(folder)
-
-
-def _publish(folder: Path, path: Path) -> None:
-  if not path.exists():
-    folder.rename(path)
-    return
-  old = Path(tempfile.mkdtemp(prefix=f".{path.name}-old-", dir=path.parent))
-  path.rename(old / path.name)
-  try:
-    folder.rename(path)
-  except OSError:
-    (old / path.name).rename(path)
-    old.rmdir()
-    raise
-  shutil.rmtree(old)
-
-
-def unwritable(path: Path, error: OSError) -> UserError:
-  """What to raise when a model cannot be written to `path`."""
-  return UserError(
-    f"{path} cannot be written: {error.strerror or error}; give a directory "
-    "with room that you may write to"
-  )
 
 
 def _write_classes(folder: Path, config: ModelConfig) -> None:

@@ -20,11 +20,12 @@ import numpy as np
 from adapt_pruner_jax.distributed import agreement
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.formats.hf import tensors
-from adapt_pruner_jax.formats.hf.files import DTYPES, INDEX, SINGLE, write_json
+from adapt_pruner_jax.formats.hf.files import DTYPES, INDEX, SINGLE
 from adapt_pruner_jax.formats.hf.tensors import Key
 from adapt_pruner_jax.models import axes
 from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.model_config import ModelConfig
+from adapt_pruner_jax.storage import json_files
 
 # A parameter as a numpy array, None if the model has none of that name. All
 # processes have to ask for the same ones in the same order.
@@ -145,7 +146,8 @@ def write(
   if folder is not None and len(shards) > 1:
     where = {t: n for n, s in zip(names, shards, strict=True) for t in s}
     total = {"total_size": sum(sizes.values())}
-    write_json(folder / INDEX, {"metadata": total, "weight_map": where})
+    index = {"metadata": total, "weight_map": where}
+    json_files.write_json(folder / INDEX, index, sort_keys=True)
   return sums
 
 

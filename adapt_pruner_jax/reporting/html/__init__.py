@@ -1,0 +1,7 @@
+"""report.html: one page about a run, with no scripts and no network.
+
+report  what the run left, collected, and the page written
+page    the words and tables of the page
+charts  the charts, drawn with matplotlib
+svg     a figure as SVG in the colours of the page
+"""

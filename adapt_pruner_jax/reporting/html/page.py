@@ -71,6 +71,7 @@ def headline(found: Found) -> str:
 
 
 def header(found: Found) -> str:
+  """Title and headline."""
   config = found["config"]
   prune = config["prune"]
   badge = (
@@ -126,6 +127,7 @@ def facts(found: Found) -> str:
 
 
 def removed(found: Found) -> str:
+  """What went of each layer, and when."""
   if not found["trace"]:
     return ""
   stages = len({row["stage"] for row in found["trace"]})
@@ -200,6 +202,7 @@ def quality(found: Found) -> str:
 
 
 def training(found: Found) -> str:
+  """Loss and rate over the train steps; empty without training."""
   if len(found["train"]) < 2:
     return ""
   return section(
@@ -246,6 +249,7 @@ def decisions(found: Found) -> str:
 
 
 def layer_table(found: Found) -> str:
+  """Widths of each layer before and after."""
   before, after = found["before"], found["after"]
   if not (before and after):
     return ""
@@ -274,6 +278,7 @@ def layer_table(found: Found) -> str:
 
 
 def recipe(found: Found) -> str:
+  """The fields that differ from the defaults, and where it ran."""
   config, summary = found["config"], found["summary"] or {}
   default = dataclasses.asdict(Config())
   changed = [line.split(": ", 1) for line in difference(default, config)]

@@ -18,8 +18,12 @@ from adapt_pruner_jax.storage import json_files, publish
 HTML = "report.html"
 
 
-def write(path: Path) -> Path:
+def write(path: Path, tiny: model_config.ModelConfig | None = None) -> Path:
   """Writes report.html and report.json into a work directory.
+
+  Args:
+    path: of the work directory.
+    tiny: as for `collect`.
 
   Returns:
     The path of the HTML file.
@@ -27,7 +31,7 @@ def write(path: Path) -> Path:
   Raises:
     UserError: not the work directory of a run, or a damaged file in it.
   """
-  found = collect(path)
+  found = collect(path, tiny)
   json_files.write_json(path / "report.json", found)
   publish.write_text(path / HTML, page.page(found, path))
   return path / HTML
@@ -36,8 +40,18 @@ def write(path: Path) -> Path:
 # ---- What the run left -------------------------------------------------------
 
 
-def collect(path: Path) -> dict[str, Any]:
-  """All that the report shows, JSON-able; None = not there (yet)."""
+def collect(
+  path: Path, tiny: model_config.ModelConfig | None = None
+) -> dict[str, Any]:
+  """All that the report shows, JSON-able; None = not there (yet).
+
+  Args:
+    path: of the work directory.
+    tiny: the embedded model, which an unfinished run does not lead to.
+
+  Raises:
+    UserError: not the work directory of a run, or a damaged file in it.
+  """
   if not (path / "config.json").exists():
     raise UserError(
       f"--workdir={path} is not the work directory of a run: it has no "
@@ -54,7 +68,7 @@ def collect(path: Path) -> dict[str, Any]:
     "finished": summary is not None,
     "config": config,
     "summary": summary,
-    **_beginning(config, summary, trace),
+    **_beginning(config, summary, trace, tiny),
     "after": _after(trace, summary),
     "trace": trace,
     "train": [row for row in metrics if row["kind"] == "train"],
@@ -63,7 +77,12 @@ def collect(path: Path) -> dict[str, Any]:
   }
 
 
-def _beginning(config: dict, summary: dict | None, trace: list[dict]) -> dict:
+def _beginning(
+  config: dict,
+  summary: dict | None,
+  trace: list[dict],
+  tiny: model_config.ModelConfig | None,
+) -> dict:
   """The original's sizes, and the target."""
   if summary:
     groups, heads = summary["kv_heads_before"], summary["heads_before"]
@@ -74,7 +93,7 @@ def _beginning(config: dict, summary: dict | None, trace: list[dict]) -> dict:
       "target_params": summary["target_params"],
     }
   try:
-    full = _original(config)
+    full = _original(config, tiny)
   except UserError:  # it was moved, say: the first step is nearly the original
     return {
       "before": _layers(trace[0]) if trace else None,
@@ -94,17 +113,17 @@ def _beginning(config: dict, summary: dict | None, trace: list[dict]) -> dict:
   }
 
 
-def _original(config: dict) -> model_config.ModelConfig:
+def _original(
+  config: dict, tiny: model_config.ModelConfig | None
+) -> model_config.ModelConfig:
   """The original's sizes, without asking a hub.
 
   Raises:
     UserError: it is not on this machine, or cannot be read.
   """
   path = config["model"]["path"]
-  if path == "tiny":
-    from adapt_pruner_jax.runs import tiny_model
-
-    return tiny_model.config_of(tiny_model.Recipe())
+  if path == "tiny" and tiny is not None:
+    return tiny
   if not Path(path).is_dir():
     raise UserError(f"{path} is not a local directory")
   from adapt_pruner_jax.formats.hf import load

@@ -1,0 +1,51 @@
+"""What devices can do: one table, from the makers' data sheets."""
+
+import dataclasses
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+  """One device, as JAX counts them.
+
+  Attributes:
+    flops: dense bfloat16 FLOP/s at best.
+    memory: bytes.
+  """
+
+  flops: float
+  memory: float
+
+
+# The first name that a `device_kind` starts with counts.
+DEVICES = {
+  "TPU v4": Device(275e12, 32e9),
+  "TPU v5 lite": Device(197e12, 16e9),
+  "TPU v5e": Device(197e12, 16e9),
+  "TPU v5p": Device(459e12, 95e9),
+  "TPU v5": Device(459e12, 95e9),
+  "TPU v6 lite": Device(918e12, 32e9),
+  "TPU v6e": Device(918e12, 32e9),
+  "TPU7x": Device(1153.5e12, 96e9),  # a chip of 2307e12, 192e9 is two devices
+  "NVIDIA A100-SXM4-40GB": Device(312e12, 40e9),
+  "NVIDIA A100-PCIE-40GB": Device(312e12, 40e9),
+  "NVIDIA A100": Device(312e12, 80e9),
+  "NVIDIA H100 PCIe": Device(756e12, 80e9),
+  "NVIDIA H100 NVL": Device(835e12, 94e9),
+  "NVIDIA H100": Device(989e12, 80e9),
+  "NVIDIA H200": Device(989e12, 141e9),
+  "NVIDIA GH200": Device(989e12, 96e9),
+  "NVIDIA B200": Device(2250e12, 180e9),
+  "NVIDIA GB200": Device(2500e12, 186e9),
+}
+
+
+def of_kind(kind: str) -> Device | None:
+  """The row of a `device_kind`, None if it is not known."""
+  return next((d for n, d in DEVICES.items() if kind.startswith(n)), None)
+
+
+def peak_flops(device: Any) -> float | None:
+  """bfloat16 FLOP/s that a `jax.Device` can do at best, None if not known."""
+  found = of_kind(device.device_kind)
+  return found and found.flops

@@ -1,0 +1,63 @@
+"""Where things are kept between runs that can be made again."""
+
+import contextlib
+import os
+import stat
+import tempfile
+from pathlib import Path
+
+import jax
+from absl import logging
+
+
+def home() -> Path:
+  """$ADAPT_PRUNER_CACHE, else ~/.cache/adapt_pruner_jax; it may not exist yet.
+
+  A user without a home has a folder of the system's temporary one.
+  """
+  given = os.environ.get("ADAPT_PRUNER_CACHE")
+  if given:
+    return Path(given).expanduser()
+  with contextlib.suppress(RuntimeError):  # no HOME and no entry in passwd
+    return Path.home() / ".cache" / "adapt_pruner_jax"
+  folder = Path(tempfile.gettempdir()) / f"adapt_pruner_jax-{os.getuid()}"
+  logging.warning(
+    "there is no home directory: %s is the cache; ADAPT_PRUNER_CACHE names "
+    "another",
+    folder,
+  )
+  return folder
+
+
+def keep_compiled_programs() -> None:
+  """Lets JAX keep them in the cache, unless it has been given a place.
+
+  Not where others could write, since what is there is run: one line says so.
+  """
+  if jax.config.jax_compilation_cache_dir:
+    return
+  folder = home() / "jax"
+  problem = _why_not_private(folder)
+  if problem:
+    logging.warning("compiled programs are not kept: %s", problem)
+  else:
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
+def _why_not_private(folder: Path) -> str:
+  """Makes the folder if need be; empty = nobody else can write to it."""
+  try:
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = folder.stat()
+  except OSError as error:
+    return (
+      f"{error.filename or folder}: {error.strerror}; set ADAPT_PRUNER_CACHE "
+      "to a directory that can be written"
+    )
+  shared = found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+  if found.st_uid == os.getuid() and not shared:
+    return ""
+  return (
+    f"{folder} can be written to by others; make it yours alone (chmod 700), "
+    "or set ADAPT_PRUNER_CACHE to another directory"
+  )

@@ -1,0 +1,28 @@
+"""SHA-256 of bytes, of a file, and of JSON in one fixed form."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+def of_bytes(*parts: bytes | np.ndarray) -> str:
+  """SHA-256, in hexadecimal, of bytes and arrays, one after the other."""
+  total = hashlib.sha256()
+  for part in parts:
+    total.update(np.ascontiguousarray(part).data if len(part) else b"")
+  return total.hexdigest()
+
+
+def of_file(path: Path) -> str:
+  """SHA-256 of a file's content, as `sha256sum` prints it."""
+  with open(path, "rb") as opened:
+    return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def of_json(content: Any) -> str:
+  """SHA-256 of JSON with sorted keys: the same before and after writing it."""
+  content = json.loads(json.dumps(content))  # keys become strings, then sorted
+  return of_bytes(json.dumps(content, sort_keys=True).encode())
