@@ -13,7 +13,7 @@ from absl import flags, logging
 # machine. JAX is not imported yet.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-from adapt_pruner_jax.config import flags as config_flags
+from adapt_pruner_jax.config import recipe_flags
 from adapt_pruner_jax.distributed import joining, virtual_devices
 from adapt_pruner_jax.errors import (
   EXIT_ERROR,
@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def run(command: str, argv: list[str]) -> int:
   """Prunes a model, with or without recovery training."""
   values = flags.FlagValues()
-  config_flags.define_flags(values, argv)
+  recipe_flags.define(values, argv)
   flags.DEFINE_string(
     "workdir", None, "where all of the run goes", flag_values=values
   )
@@ -84,7 +84,7 @@ def run(command: str, argv: list[str]) -> int:
   _start_jax(values)
   from adapt_pruner_jax.runs import run as run_
 
-  run_.run(config_flags.recipe(values), path, values.overwrite)
+  run_.run(recipe_flags.recipe(values), path, values.overwrite)
   return 0
 
 
@@ -93,10 +93,10 @@ def plan(command: str, argv: list[str]) -> int:
   from adapt_pruner_jax.planning import plan as plan_
 
   values = flags.FlagValues()
-  config_flags.define_flags(values, argv)
+  recipe_flags.define(values, argv)
   plan_.define_flags(values)
   _parse(command, argv, values)
-  plan_.plan(config_flags.recipe(values), **plan_.flag_values(values))
+  plan_.plan(recipe_flags.recipe(values), **plan_.flag_values(values))
   return 0
 
 
@@ -105,7 +105,7 @@ def compare(command: str, argv: list[str]) -> int:
   from adapt_pruner_jax.runs import compare as compare_
 
   values = flags.FlagValues()
-  config_flags.define_flags(values, argv)
+  recipe_flags.define(values, argv)
   text, numbers = flags.DEFINE_string, flags.DEFINE_integer
   text("workdir", None, "where the table goes", flag_values=values)
   text("methods", "all", "comma separated, or all", flag_values=values)
@@ -125,7 +125,7 @@ def compare(command: str, argv: list[str]) -> int:
   path = _workdir(values.workdir)
   _start_jax(values)
   compare_.compare(
-    config_flags.recipe(values),
+    recipe_flags.recipe(values),
     path,
     values.methods,
     values.ratios,

@@ -20,8 +20,8 @@ from adapt_pruner_jax.config import (
   field_names,
   from_json,
   get,
+  recipe_flags,
 )
-from adapt_pruner_jax.config import flags as config_flags
 from adapt_pruner_jax.data.sources import parse_sources
 from adapt_pruner_jax.distributed import sharding
 from adapt_pruner_jax.errors import UserError
@@ -324,7 +324,7 @@ def test_a_renamed_field(monkeypatch):
   with pytest.raises(
     UserError, match=r"--config\.train\.rate is now --config\.train\.learning_r"
   ):
-    config_flags.define_flags(flags.FlagValues(), argv)
+    recipe_flags.define(flags.FlagValues(), argv)
   for write in (
     lambda: setattr(Config().train, "rate", 0.5),
     lambda: dataclasses.replace(Config().train, rate=0.5),
@@ -388,12 +388,12 @@ def test_colon_on_the_command_line(monkeypatch, tmp_path):
   monkeypatch.chdir(tmp_path)  # the recipes are found from anywhere
   argv = ["--config=configs/llama31_8b_oneshot.py:0.4", "--config.seed=7"]
   flag_values = flags.FlagValues()
-  config_flags.define_flags(flag_values, argv)
+  recipe_flags.define(flag_values, argv)
   cli._parse("run", argv, flag_values)
-  config = config_flags.recipe(flag_values)
+  config = recipe_flags.recipe(flag_values)
   assert (config.prune.ratio, config.seed) == (0.4, 7)
   with pytest.raises(UserError, match="did you mean llama31_8b_oneshot"):
-    config_flags._found_config("--config=configs/llama31_8b_onesho.py:0.4")
+    recipe_flags.found("--config=configs/llama31_8b_onesho.py:0.4")
 
 
 # ---- Full-size models, without weights ---------------------------------------

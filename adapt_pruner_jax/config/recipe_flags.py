@@ -1,4 +1,4 @@
-"""The flags by which a command gets its recipe: a file, and single fields."""
+"""The recipe on a command line: --config=FILE, --config.section.field=value."""
 
 from pathlib import Path
 
@@ -7,11 +7,18 @@ from absl import flags
 from adapt_pruner_jax.config.fields import OLD_FIELDS, Config, field_names
 from adapt_pruner_jax.errors import UserError, nearest
 
-ROOT = Path(__file__).resolve().parents[1]  # of the package
+ROOT = Path(__file__).resolve().parents[1]
 
 
-def define_flags(values: flags.FlagValues, argv: list[str]) -> None:
-  """Adds --config=FILE and --config.section.field=value."""
+def define(values: flags.FlagValues, argv: list[str]) -> None:
+  """Adds --config=FILE and --config.section.field=value.
+
+  Args:
+    argv: the flags given; a recipe in them becomes the path where it is found.
+
+  Raises:
+    UserError: no such recipe or field.
+  """
   from ml_collections import config_flags
 
   names = field_names(Config())
@@ -27,25 +34,13 @@ def define_flags(values: flags.FlagValues, argv: list[str]) -> None:
   default = ROOT.parent / "configs" / "tiny.py"
   if not default.exists():
     default = ROOT / "configs" / "tiny.py"
-  argv[:] = [_found_config(a) for a in argv]
+  argv[:] = [found(a) for a in argv]
   config_flags.DEFINE_config_file(
     "config", str(default), "the recipe", flag_values=values, sys_argv=argv
   )
 
 
-def recipe(values: flags.FlagValues) -> Config:
-  """The recipe that the flags give.
-
-  Raises:
-    UserError: the file gives something else.
-  """
-  config = values.config
-  if not isinstance(config, Config):
-    raise UserError("the --config file's get_config() must return a Config")
-  return config
-
-
-def _found_config(argument: str) -> str:
+def found(argument: str) -> str:
   """--config=configs/X.py also finds the recipes that are installed.
 
   What follows a colon, configs/X.py:0.4, is the argument of `get_config`.
@@ -65,3 +60,15 @@ def _found_config(argument: str) -> str:
     f"--config={file}: no such file{nearest(path.name, have)}; there are "
     f"{', '.join('configs/' + n for n in have)}"
   )
+
+
+def recipe(values: flags.FlagValues) -> Config:
+  """The recipe that the flags give.
+
+  Raises:
+    UserError: the file gives something else.
+  """
+  config = values.config
+  if not isinstance(config, Config):
+    raise UserError("the --config file's get_config() must return a Config")
+  return config
