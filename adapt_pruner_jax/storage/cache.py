@@ -47,17 +47,25 @@ def keep_compiled_programs() -> None:
 def _why_not_private(folder: Path) -> str:
   """Makes the folder if need be; empty = nobody else can write to it."""
   try:
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    found = folder.stat()
+    folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700, exist_ok=True)
+    found, above = folder.stat(), folder.parent.stat()
   except OSError as error:
     return (
       f"{error.filename or folder}: {error.strerror}; set ADAPT_PRUNER_CACHE "
       "to a directory that can be written"
     )
-  shared = found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-  if found.st_uid == os.getuid() and not shared:
+  others = stat.S_IWGRP | stat.S_IWOTH
+  sticky = above.st_mode & stat.S_ISVTX  # nobody can put another one there
+  if found.st_uid != os.getuid() or found.st_mode & others:
+    shared = folder
+  elif above.st_uid not in (0, os.getuid()) or (
+    above.st_mode & others and not sticky
+  ):
+    shared = folder.parent
+  else:
     return ""
   return (
-    f"{folder} can be written to by others; make it yours alone (chmod 700), "
+    f"{shared} can be written to by others; make it yours alone (chmod 700), "
     "or set ADAPT_PRUNER_CACHE to another directory"
   )

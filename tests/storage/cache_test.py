@@ -42,10 +42,12 @@ def test_compiled_programs_are_the_users_alone(kept, tmp_path):
 
 
 @pytest.mark.parametrize("mode", [0o770, 0o702, 0o777])
-def test_a_folder_that_others_can_write_to_is_not_used(kept, tmp_path, mode):
-  folder = tmp_path / "cache" / "jax"
-  folder.mkdir(parents=True)
-  folder.chmod(mode)
+@pytest.mark.parametrize("name", ["cache/jax", "cache"])
+def test_a_folder_that_others_can_write_to_is_not_used(
+  kept, tmp_path, mode, name
+):
+  (tmp_path / "cache" / "jax").mkdir(parents=True)
+  (tmp_path / name).chmod(mode)
   place, (line,) = kept()
   assert place is None
   assert "compiled programs are not kept" in line
