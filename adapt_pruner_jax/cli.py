@@ -80,12 +80,11 @@ def run(command: str, argv: list[str]) -> int:
   _define_overwrite(values)
   joining.define_flags(values)
   _parse(command, argv, values, ["workdir"])
+  path = _workdir(values.workdir)
   _start_jax(values)
   from adapt_pruner_jax.runs import run as run_
 
-  run_.run(
-    recipe_flags.recipe(values), _workdir(values.workdir), values.overwrite
-  )
+  run_.run(recipe_flags.recipe(values), path, values.overwrite)
   return 0
 
 
@@ -139,25 +138,11 @@ def compare(command: str, argv: list[str]) -> int:
 
 def evaluate(command: str, argv: list[str]) -> int:
   """Perplexity, tasks and latency of a model, as JSON."""
+  from adapt_pruner_jax.evaluation import flags as flags_
+
   values = flags.FlagValues()
-  text, numbers = flags.DEFINE_string, flags.DEFINE_integer
-  text("model", None, "a directory or hub id", flag_values=values)
-  text("tasks", "perplexity", "perplexity, latency, tasks", flag_values=values)
-  text("text", "", "text file for the perplexity", flag_values=values)
-  text("baseline", "", "a second model to compare with", flag_values=values)
-  text("dtype", "float32", "of the arithmetic", flag_values=values)
+  flags_.define_flags(values)
   _define_ignore_fields(values)
-  text("out", "", "JSON file for the result", flag_values=values)
-  text(
-    "bos",
-    "auto",
-    "auto: windows of the perplexity start with the begin token, where the "
-    "tokenizer adds one; none: without",
-    flag_values=values,
-  )
-  numbers("seq_len", 0, "tokens a window; 0 = context", flag_values=values)
-  numbers("batch", 8, "rows at a time", flag_values=values)
-  _define_questions(values)
   joining.define_flags(values)
   _parse(command, argv, values, ["model"])
   _start_jax(values)
@@ -166,11 +151,11 @@ def evaluate(command: str, argv: list[str]) -> int:
   from adapt_pruner_jax.reporting.log import Log
   from adapt_pruner_jax.storage import json_files, publish
 
-  given = {field: values[field].value for field in evaluate_.FIELDS}
   if values.out:  # asked before hours of work
     agreement.on_writer(
       lambda: publish.require_free(Path(values.out), overwrite=True)
     )
+  given = {field: values[field].value for field in evaluate_.FIELDS}
   found = evaluate_.evaluate(
     values.model,
     [t for t in values.tasks.split(",") if t],
@@ -305,39 +290,6 @@ def _define_overwrite(values: flags.FlagValues) -> None:
 def _define_ignore_fields(values: flags.FlagValues) -> None:
   flags.DEFINE_string(
     "ignore_fields", "", "of config.json, comma separated", flag_values=values
-  )
-
-
-def _define_questions(values: flags.FlagValues) -> None:
-  """How tasks are asked, `evaluation.questions.Questions`."""
-  text, numbers = flags.DEFINE_string, flags.DEFINE_integer
-  yes = flags.DEFINE_bool
-  text("tasks_dir", "", "jsonl files of the questions", flag_values=values)
-  yes(
-    "trust_tasks_dir",
-    False,
-    "let YAML files in --tasks_dir run their Python",
-    flag_values=values,
-  )
-  numbers("limit", 0, "questions a task; 0 = all", flag_values=values)
-  numbers(
-    "num_fewshot",
-    None,
-    "examples shown; default the task's",
-    flag_values=values,
-  )
-  yes(
-    "apply_chat_template",
-    False,
-    "ask as a chat, by the tokenizer's template",
-    flag_values=values,
-  )
-  text("system_instruction", "", "said before all else", flag_values=values)
-  yes(
-    "fewshot_as_multiturn",
-    None,
-    "examples as turns of the chat; default with --apply_chat_template",
-    flag_values=values,
   )
 
 

@@ -1,8 +1,8 @@
 """The words of a recipe.
 
-fields  every section and field with its default, and old names of fields
-checks  which values a recipe may have
-stored  recipes in work directories, compared with the one that is given
+fields        every section and field with its default, and their old names
+checks        which values a recipe may have
+stored        recipes in work directories, compared with the one that is given
 recipe_flags  the recipe on a command line
 """
 

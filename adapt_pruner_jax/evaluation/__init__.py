@@ -2,6 +2,7 @@
 
 evaluate        all that `adapt-pruner evaluate` is asked, in one dict
 perplexity      of a text, by token, word and byte
+flags           those of the command
 questions       how tasks are asked: examples, chats, local files
 lm_eval_run     lm-eval's tasks on a model, presets, how two models differ
 lm_eval_tasks   which tasks there are, and questions out of local files

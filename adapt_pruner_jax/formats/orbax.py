@@ -115,8 +115,8 @@ def _open_orbax(
     config = model_config.from_json(manifest["model"])
     kinds = _kinds(manifest)
     abstract = model_config.abstract_params(config, kinds("embedding"))
-    names = named_leaves(abstract, "/").keys()
-    if names != manifest["fingerprints"].keys():
+    named = named_leaves(abstract, "/")
+    if named.keys() != manifest["fingerprints"].keys():
       raise ValueError("its parameters are not those of its model")
   except (ValueError, KeyError, TypeError, AttributeError) as error:
     raise UserError(
@@ -124,14 +124,13 @@ def _open_orbax(
       f"{first_line(error)}): get the directory again"
     ) from error
   mesh = mesh or sharding.one_device()
-  abstract = jax.tree_util.tree_map_with_path(
-    lambda path, x, s: jax.ShapeDtypeStruct(
-      x.shape, kinds(_name(path)), sharding=s
-    ),
-    abstract,
-    sharding.param_shardings(abstract, mesh),
-  )
-  return config, manifest, abstract
+  where = sharding.param_shardings(abstract, mesh)
+  structs = [
+    jax.ShapeDtypeStruct(x.shape, kinds(name), sharding=s)
+    for (name, x), s in zip(named.items(), jax.tree.leaves(where), strict=True)
+  ]
+  tree = jax.tree.structure(abstract)
+  return config, manifest, jax.tree.unflatten(tree, structs)
 
 
 def _restore(path: Path, manifest: dict[str, Any], abstract: Params) -> Params:
@@ -157,11 +156,6 @@ def _restore(path: Path, manifest: dict[str, Any], abstract: Params) -> Params:
         f"{path / 'params'} is damaged: {name} is not as it was written"
       )
   return params
-
-
-def _name(path: tuple) -> str:
-  """As in the manifest: "layer_0/q"."""
-  return "/".join(str(k.key) for k in path)
 
 
 def _kinds(manifest: dict[str, Any]) -> Callable[[str], jnp.dtype]:

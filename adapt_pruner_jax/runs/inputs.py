@@ -25,6 +25,7 @@ from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.pruning import schedule, targets
 from adapt_pruner_jax.reporting.log import Log
 from adapt_pruner_jax.runs import tiny_model
+from adapt_pruner_jax.storage import digest
 from adapt_pruner_jax.training.step import check_rows
 
 # Up to four epochs are nearly as good as new text (arXiv 2305.16264).
@@ -223,10 +224,10 @@ def fingerprints(inputs: Inputs) -> dict[str, str]:
       for part in range(PARTS):
         opened.seek(part * size // PARTS)
         weights.update(opened.read(PART_BYTES))
-  windows_NT = np.ascontiguousarray(inputs.calibration.batch(0))
+  windows_NT = inputs.calibration.batch(0)
   return {
     "model": weights.hexdigest(),
-    "calibration": hashlib.sha256(windows_NT.tobytes()).hexdigest(),
+    "calibration": digest.of_bytes(windows_NT),
   }
 
 

@@ -13,7 +13,7 @@ from adapt_pruner_jax.distributed import agreement
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.runs.inputs import Inputs, fingerprints
 from adapt_pruner_jax.runs.state import package_version
-from adapt_pruner_jax.storage import json_files
+from adapt_pruner_jax.storage import json_files, publish
 
 RECIPE = "config.json"
 VERSION = "version"  # in config.json, beside the recipe's sections
@@ -148,8 +148,7 @@ def _remove(inputs: Inputs) -> None:
       f"--overwrite would remove from {path}: move it, or give another "
       "--workdir"
     )
-  for left in path.glob(".model-*"):
-    shutil.rmtree(left, ignore_errors=True)
+  remove_cut_off_exports(path)
   for name in LEFT:
     try:
       if (path / name).is_dir() and not (path / name).is_symlink():
@@ -161,3 +160,13 @@ def _remove(inputs: Inputs) -> None:
         f"--overwrite cannot remove {path / name}: {error.strerror}; give "
         "another --workdir"
       ) from error
+
+
+def remove_cut_off_exports(path: Path) -> None:
+  """Deletes what killed processes were writing as the work directory's model.
+
+  Its lock must be held.
+  """
+  publish.remove_cut_off(path / "model")
+  for left in path.glob(".model-*"):  # of versions before `publish`
+    shutil.rmtree(left, ignore_errors=True)

@@ -15,7 +15,6 @@ is opened in `inputs`, what it keeps is in `state`.
 """
 
 import dataclasses
-import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -49,7 +48,7 @@ from adapt_pruner_jax.runs.measure import (
   measure_tasks,
   windows_note,
 )
-from adapt_pruner_jax.runs.recipe import claim, is_anew
+from adapt_pruner_jax.runs.recipe import claim, is_anew, remove_cut_off_exports
 from adapt_pruner_jax.runs.state import (
   EVALUATED,
   PRUNING,
@@ -375,8 +374,7 @@ def finish(state: State, inputs: Inputs, seconds: float) -> dict:
   summary = summarise(state, inputs, seconds, latency)
   log.say(f"exporting to {path / 'model'}")
   if agreement.is_writer():
-    for left in path.glob(".model-*"):  # by a process killed in the export
-      shutil.rmtree(left, ignore_errors=True)
+    remove_cut_off_exports(path)
   convert.write(
     state.config,
     to_export(state, inputs),

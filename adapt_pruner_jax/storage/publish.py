@@ -94,6 +94,14 @@ def put_back(path: Path) -> None:
       logging.warning("%s was put back: its replacement was cut off", path)
 
 
+def remove_cut_off(path: Path) -> None:
+  """Deletes at once what killed processes were writing as `path`.
+
+  For those who alone publish there, as they hold a lock.
+  """
+  _remove_abandoned(path.parent, _prefix(path), 0)
+
+
 # ---- May I write here? -------------------------------------------------------
 
 
@@ -168,10 +176,10 @@ def _is_ours(path: Path, marks: Sequence[str]) -> bool:
 def _beside(path: Path, advice: str) -> Iterator[Path]:
   """A new name beside `path`; what is left under it is removed at the end."""
   real = Path(os.path.realpath(path))  # a link stays one
-  prefix = f".{real.name}.tmp-"
+  prefix = _prefix(real)
   temporary = real.with_name(f"{prefix}{os.getpid()}-{secrets.token_hex(4)}")
   try:
-    _remove_abandoned(real.parent, prefix)
+    _remove_abandoned(real.parent, prefix, _ABANDONED)
     yield temporary
   except OSError as error:
     raise unwritable(path, error, advice) from error
@@ -232,10 +240,14 @@ def _remove(path: Path) -> None:
       path.unlink()
 
 
-def _remove_abandoned(folder: Path, prefix: str) -> None:
-  """Deletes what killed processes were writing."""
+def _prefix(path: Path) -> str:
+  return f".{path.name}.tmp-"
+
+
+def _remove_abandoned(folder: Path, prefix: str, seconds: float) -> None:
+  """Deletes what killed processes were writing, untouched for so long."""
   for path in folder.glob(f"{glob.escape(prefix)}*"):
     with contextlib.suppress(FileNotFoundError):  # its process has renamed it
       touched = [p.stat().st_mtime for p in (path, *path.rglob("*"))]
-      if time.time() - max(touched) > _ABANDONED:
+      if time.time() - max(touched) >= seconds:
         _remove(path)

@@ -176,8 +176,11 @@ def test_overwrite(small_model, tmp_path, monkeypatch, capsys):
   assert (work / "notes.txt").read_text() == "mine"
   # Killed and given again, it goes on: the recipe is now the same.
   (work / "summary.json").unlink()
+  for left in (".model.tmp-1-a", ".model-of-before"):  # killed in an export
+    (work / left).mkdir()
   monkeypatch.setattr(run, "prune", None)
   run.run(config, work, overwrite=True)
+  assert not [*work.glob(".model*")]
   with pytest.raises(TypeError):  # finished: it begins anew
     run.run(config, work, overwrite=True)
 

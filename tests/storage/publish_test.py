@@ -272,6 +272,8 @@ def test_what_killed_processes_left_goes_after_an_hour(tmp_path):
     os.utime(path, (hours_ago, hours_ago))
   json_files.write_json(tmp_path / "x.json", 1)
   assert sorted(os.listdir(tmp_path)) == [young.name, "x.json"]
+  publish.remove_cut_off(tmp_path / "x.json")  # at once
+  assert os.listdir(tmp_path) == ["x.json"]
 
 
 # ---- May I write here? -------------------------------------------------------
