@@ -65,8 +65,8 @@ def evaluate(
 
   Returns:
     {"model", "params", "dtype"} and, as asked, "perplexity", "latency", and
-    those of `lm_eval_run.evaluate_tasks`; with a baseline also "baseline" with
-    the same of the other model, and "difference".
+    what `lm_eval_run.evaluate_tasks` gives; of a baseline also "baseline" and
+    "difference".
 
   Raises:
     UserError: nothing asked, a name that nothing goes by, a bad input, or a
@@ -77,13 +77,10 @@ def evaluate(
   tasks = [n for n in names if n not in ("perplexity", "latency")]
   _check(names, tasks, how)
   mesh = sharding.make_mesh() if mesh is None else mesh
-  opened = [
-    opening.open_model(d, dtype, ignore_fields, mesh)
-    for d in (model_dir, baseline)
-    if d
-  ]
+  open_one = lambda d: opening.open_model(d, dtype, ignore_fields, mesh)
+  opened = [open_one(d) for d in (model_dir, baseline) if d]
   words: list = [None] * len(opened)
-  if "perplexity" in names or tasks:
+  if tasks or "perplexity" in names:
     words = [load_tokenizer(folder, bos) for _, _, folder in opened]
   found = []
   for (config, params, folder), own in zip(opened, words, strict=True):
@@ -99,16 +96,29 @@ def evaluate(
     before, after = found[1]["latency"], found[0]["latency"]
     result["speedup"] = latency.compare(before, after)
   if tasks:
-    harness = import_harness()
-    lms = [
-      harness.open_lm(config, params, own, how.batch, mesh, phase)
-      for (config, params, _), own in zip(opened, words, strict=True)
-    ]
-    scores = harness.evaluate_tasks(lms[0], tasks, how, *lms[1:])
+    pairs = [(config, params) for config, params, _ in opened]
+    scores = _scores(pairs, words, tasks, how, mesh, phase)
     if baseline:
       result["baseline"] |= scores.pop("baseline")
     result |= scores
   return result
+
+
+def _scores(
+  pairs: Sequence[tuple[ModelConfig, Params]],
+  words: Sequence[Tokenizer],
+  tasks: Sequence[str],
+  how: Asked,
+  mesh: Mesh,
+  phase: Phases,
+) -> dict:
+  """Scores of lm-eval's tasks, of a model and perhaps a second one."""
+  harness = import_harness()
+  lms = [
+    harness.open_lm(*pair, own, how.batch, mesh, phase)
+    for pair, own in zip(pairs, words, strict=True)
+  ]
+  return harness.evaluate_tasks(lms[0], tasks, how, *lms[1:])
 
 
 def _check(names: Sequence[str], tasks: Sequence[str], how: Asked) -> None:

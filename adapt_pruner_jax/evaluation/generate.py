@@ -108,9 +108,8 @@ def generate(
     )
     if not finite:
       raise not_finite("the model's logits", params)
-    drawn_BC = np.asarray(drawn_BC)
     for row in np.flatnonzero(~done):
-      new[row] += drawn_BC[row].tolist()
+      new[row] += np.asarray(drawn_BC)[row].tolist()
       done[row] = _trim(new[row], max_new_tokens, eos)
       done[row] |= finished is not None and finished(new[row])
     if done.all():

@@ -67,25 +67,22 @@ def make_step(
       fn = jax.value_and_grad(mean_loss, has_aux=True)
       return fn(trained, base, teacher_params, batch, count)
 
-    if settings.accumulation == 1:
-      (value, nll), grads = gradient(batch)
-    else:
-      split = microbatches(batch, settings.accumulation, mesh)
-      zeros = (jnp.zeros(()),) * 2, jax.tree.map(jnp.zeros_like, trained)
-      add = lambda total, b: (jax.tree.map(jnp.add, total, gradient(b)), None)
-      ((value, nll), grads), _ = jax.lax.scan(add, zeros, split)
+    number = settings.accumulation
+    (value, nll), grads = _summed(gradient, trained, batch, number, mesh)
     norm = optax.tree.norm(grads)
     keep = jnp.isfinite(value) & jnp.isfinite(norm)
     updates, new_state = transform.update(grads, opt_state, trained)
     new = jax.tree.map(lambda p, u: p - rate * u, trained, updates), new_state
     new = jax.tree.map(partial(jnp.where, keep), new, (trained, opt_state))
+    tokens, nll = (
+      batch["weights_BT"].sum(),
+      {"next_token": nll} if alpha else {},
+    )
     metrics = {"loss": value, "grad_norm": norm, "learning_rate": rate}
-    metrics["tokens"] = batch["weights_BT"].sum()
-    return *new, metrics | ({"next_token": nll} if alpha else {})
+    return *new, metrics | {"tokens": tokens} | nll
 
-  if base is None:
-    abstract, placed = full_model(config, mesh)
-  else:
+  abstract, placed = full_model(config, mesh)
+  if base is not None:
     abstract, placed = abstract_adapters(config, settings.lora_rank, mesh)
   state = optimizer.state_shardings(transform, abstract, placed, mesh)
   out = (placed, state, sharding.replicated(mesh))
@@ -98,6 +95,18 @@ def make_step(
     return compiled(trained, opt_state, base, taught, batch, rate)
 
   return run
+
+
+def _summed(
+  gradient: Callable, trained: Any, batch: Batch, number: int, mesh: Mesh
+) -> tuple:
+  """What `gradient` gives of a batch, summed over so many microbatches."""
+  if number == 1:
+    return gradient(batch)
+  split = microbatches(batch, number, mesh)
+  zeros = (jnp.zeros(()),) * 2, jax.tree.map(jnp.zeros_like, trained)
+  add = lambda total, b: (jax.tree.map(jnp.add, total, gradient(b)), None)
+  return jax.lax.scan(add, zeros, split)[0]
 
 
 def make_loss(
