@@ -283,6 +283,17 @@ def test_other_names_of_what_is_known():
   assert "activation=geglu is not known" in text
 
 
+def test_gelu_of_gemma_is_the_tanh_form():
+  """Its first files say gelu, and its class takes that for the other."""
+  fields = {**zoo.BASE, "hidden_act": "gelu"}
+  peer = transformers.AutoConfig.for_model("gemma", **fields)
+  assert peer.hidden_act == "gelu_pytorch_tanh"
+  config = config_json.read(fields | {"model_type": "gemma"})
+  assert config.activation == "gelu_tanh"
+  with pytest.raises(UserError, match="gelu"):
+    config_json.read(fields | {"model_type": "llama"})
+
+
 def test_wrappers_of_a_language_model(tmp_path):
   """The command that the refusal names makes a directory that can be read."""
   import torch

@@ -63,6 +63,7 @@ CASES = {
     {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1},
   ),
   "qwen3": ("qwen3", {"head_dim": 16}),
+  "gemma": ("gemma", {"head_dim": 16, "tie_word_embeddings": True}),
   "gemma2": (
     "gemma2",
     {**GEMMA, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},

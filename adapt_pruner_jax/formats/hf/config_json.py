@@ -43,6 +43,8 @@ def read(
   if missing:
     raise UserError(f"{path}: the field {missing[0]} is missing")
   raw = {**family.fields, **raw}
+  if name == "gemma" and raw["hidden_act"] == "gelu":
+    raw["hidden_act"] = "gelu_pytorch_tanh"  # what its class means by it
   if "sliding_window" in ignored and "sliding_window" in raw:
     raw["sliding_window"] = None  # absent would be the family's default
   values = {

@@ -172,6 +172,23 @@ FAMILIES = {
     tensors=LAYER | QK_NORM,
     windows="last",
   ),
+  "gemma": Family(
+    "gemma",
+    "Gemma",
+    {
+      **COMMON,
+      **ATTENTION_BIAS,
+      "hidden_act": "gelu_pytorch_tanh",
+      "num_key_value_heads": 16,
+      "head_dim": 256,
+      "max_position_embeddings": 8192,
+      "tie_word_embeddings": True,
+      "bos_token_id": 2,
+      "eos_token_id": 1,
+      "pad_token_id": 0,
+    },
+    fixed={"norm_offset": 1.0},
+  ),
   "gemma2": Family(
     "gemma2",
     "Gemma2",
