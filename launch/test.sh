@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Runs the linter and all tests, or what the arguments ask of pytest:
+# Runs the linter and all tests but the long ones, or what the arguments ask of
+# pytest. `bash .ci/run` runs these and then the long ones:
 #
 #   bash launch/test.sh [tests/pruning/adapt_test.py -k name ...]
 #
@@ -12,6 +13,6 @@ use_venv test
 if [[ $# -eq 0 ]]; then
   run "$VENV/bin/ruff" check
   run "$VENV/bin/ruff" format --check
-  set -- -n 2 --dist worksteal --durations=10
+  set -- -n 2 --dist worksteal --durations=10 -m "not slow"
 fi
 run exec "$VENV/bin/python" -m pytest "$@"
