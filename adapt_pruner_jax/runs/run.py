@@ -324,9 +324,10 @@ def evaluate(state: State, inputs: Inputs) -> None:
   result = read_evaluated(state, inputs)
   if result is None:
     result = stage_result(state, inputs)
+    # Of this stage's prune; where the result was kept, of the next one's.
+    forget(PRUNING, inputs)
     write_evaluated(result, state, inputs)
   state.stages.append(result)
-  forget(PRUNING, inputs)
 
 
 def stage_result(state: State, inputs: Inputs) -> dict:

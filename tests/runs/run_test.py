@@ -433,6 +433,36 @@ def test_a_cut_prune_goes_on(
     assert_same_weights(path, whole)
 
 
+def test_a_cut_prune_of_a_later_stage_goes_on(
+  small_model, tmp_path, monkeypatch
+):
+  """Behind the checkpoint of the stage before; no step is decided twice."""
+  config = recipe(small_model, stages=2)
+  config.eval.text = ""
+  whole, work = tmp_path / "whole", tmp_path / "work"
+  run.run(config, whole)
+  real, decided = run.write_pruning, []
+
+  def noted(step, steps, state, inputs):
+    real(step, steps, state, inputs)
+    decided.append((state.stage, step.number))
+    if decided[-1] in ((2, 1), (2, 2)):
+      raise KeyboardInterrupt
+
+  monkeypatch.setattr(run, "write_pruning", noted)
+  for _ in range(2):
+    with pytest.raises(KeyboardInterrupt):
+      run.run(config, work)
+  run.run(config, work)
+  assert decided[-1] > (2, 2)
+  assert decided == sorted({*decided})
+  assert not (work / "pruning.json").exists()
+  assert (work / "trace.jsonl").read_text() == (
+    whole / "trace.jsonl"
+  ).read_text()
+  assert_same_weights(work, whole)
+
+
 def test_given_samples_are_only_asked_for_steps(small_model, tmp_path):
   """A file with samples for the steps and none more is enough."""
   config = recipe(small_model, stages=1, max_steps=2)
