@@ -91,7 +91,9 @@ def refit_after(task: PruneTask, pruned: Pruned) -> Pruned:
   settings = task.settings
   if settings.refit == "none":
     return pruned
-  done = pruned.trace[-1]["step"] if pruned.trace else task.after.number
+  done = task.after.number if task.after else 0
+  if pruned.trace:
+    done = pruned.trace[-1]["step"]
   params, records = refit.refit(
     (task.config, task.params),
     (pruned.config, pruned.params),

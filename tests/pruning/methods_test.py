@@ -124,6 +124,22 @@ def test_a_method_alone_is_its_published_pair(params, name):
     same(methods.prune(task_of(params, settings, after=step)), whole)
 
 
+def test_a_prune_that_is_at_its_target_may_be_refitted(params):
+  """As behind a stage that ended below the target of the next."""
+  asked = []
+
+  def tokens_of(step):
+    asked.append(step)
+    return samples(step)
+
+  settings = Prune(refit="final")
+  task = task_of(params, settings, target=SIZE, refit_samples=tokens_of)
+  pruned = methods.prune(task)
+  assert pruned.trace == []
+  same(methods.refit_after(task, pruned), pruned)
+  assert asked == [0]
+
+
 def test_what_does_not_combine(params):
   residual = dataclasses.replace(CONFIG, residual=((8, 8, 8),) * 3)
   with pytest.raises(UserError, match="cut by SliceGPT"):
