@@ -9,19 +9,27 @@ from typing import Any
 
 from adapt_pruner_jax.errors import UserError, nearest
 
+# The published pairs: which allotment and which unit score a method is. Names
+# that are not choices of prune.allotment and prune.group_importance are the
+# method's own.
+PUBLISHED = {
+  "adapt": ("adapt", "taylor"),
+  "curvature": ("ranking", "curvature"),
+  "llm_pruner": ("llm_pruner", "taylor"),
+  "flap": ("flap", "flap"),
+  "wanda_sp": ("wanda_sp", "wanda_sp"),
+  "slicegpt": ("slicegpt", "slicegpt"),
+  "shortgpt": ("shortgpt", "shortgpt"),
+  "magnitude": ("uniform", "magnitude"),
+  "random": ("uniform", "random"),
+}
+
+# Methods whose score and allotment are one thing.
+WHOLE = ("wanda_sp", "slicegpt", "shortgpt")
+
 CHOICES = {
   "model.dtype": ("", "float32", "bfloat16", "float16"),
-  "prune.method": (
-    "adapt",
-    "curvature",
-    "llm_pruner",
-    "flap",
-    "wanda_sp",
-    "slicegpt",
-    "shortgpt",
-    "magnitude",
-    "random",
-  ),
+  "prune.method": tuple(PUBLISHED),
   "prune.group_importance": (
     "taylor",
     "taylor_vectorize",
@@ -109,7 +117,7 @@ class Ranking(Section):
 class Uniform(Section):
   """The same share of every layer."""
 
-  steps: int = 1  # scores are taken anew for each
+  steps: int = 1  # scores are taken anew for each; LLM-Pruner's too
 
 
 @dataclasses.dataclass
@@ -132,25 +140,6 @@ class SliceGpt(Section):
 @dataclasses.dataclass
 class Magnitude(Section):
   norm: str = "l2"
-
-
-# The published pairs: which allotment and which unit score a method is. Names
-# that are not choices of prune.allotment and prune.group_importance are the
-# method's own.
-PUBLISHED = {
-  "adapt": ("adapt", "taylor"),
-  "curvature": ("ranking", "curvature"),
-  "llm_pruner": ("llm_pruner", "taylor"),
-  "flap": ("flap", "flap"),
-  "wanda_sp": ("wanda_sp", "wanda_sp"),
-  "slicegpt": ("slicegpt", "slicegpt"),
-  "shortgpt": ("shortgpt", "shortgpt"),
-  "magnitude": ("llm_pruner", "magnitude"),
-  "random": ("llm_pruner", "random"),
-}
-
-# Methods whose score and allotment are one thing.
-WHOLE = ("wanda_sp", "slicegpt", "shortgpt")
 
 
 @dataclasses.dataclass

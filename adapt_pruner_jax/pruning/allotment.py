@@ -76,7 +76,8 @@ def uniform(masked: Masked, measured: Measured) -> Allotted:
   rounded down, and one unit stays.
   """
   share = same_share(masked.task, masked.masks)
-  return by_ratio(masked, measured, share)
+  steps = masked.task.settings.uniform.steps
+  return by_ratio(masked, measured, share, steps)
 
 
 def same_share(task: PruneTask, masks: Masks) -> exact_target.CountsAt:
@@ -101,12 +102,17 @@ def same_share(task: PruneTask, masks: Masks) -> exact_target.CountsAt:
 
 
 def by_ratio(
-  masked: Masked, measured: Measured, counts_at: exact_target.CountsAt
+  masked: Masked,
+  measured: Measured,
+  counts_at: exact_target.CountsAt,
+  steps: int = 1,
 ) -> Allotted:
   """The least ratio at which the step's target is met, trimmed to it.
 
   Args:
+    masked, measured: as an allotment gets them.
     counts_at: units that go at a ratio in [0, 1].
+    steps: of equally many parameters, in which the task's target is met.
 
   Raises:
     UserError: there is no target, or no ratio reaches it.
@@ -115,7 +121,6 @@ def by_ratio(
   exact_target.check_target(task)
   prunable = targets.prunable_modules(task.full, settings)
   size = surgery.count(task.full, task.begin)
-  steps = settings.uniform.steps
   goals = schedule.stage_targets(size, task.target, steps)
   left = exact_target.solve(
     task.full,

@@ -1,10 +1,10 @@
 """LLM-Pruner, block-wise: the same share of every layer (arXiv 2305.11627).
 
 Scores are those of `scores` (`prune.group_importance`; published: Taylor of
-first order), magnitude and random ones those of the methods of these names.
-Where `prune.attention_layers` or `prune.mlp_layers` is empty, the first eighth
-and the last sixteenth of the layers are spared: as published, layers 4 to 29
-of 32.
+first order). The methods `magnitude` and `random` are the same with other
+scores, always by layers. Where `prune.attention_layers` or `prune.mlp_layers`
+is empty, the first eighth and the last sixteenth of the layers are spared: as
+published, layers 4 to 29 of 32.
 
 With fewer KV heads than query heads the published code credits query heads to
 the wrong KV groups; here they count for the group that they attend with
@@ -48,12 +48,16 @@ def prepare(task: PruneTask) -> PruneTask:
 
 
 def allot(masked: Masked, measured: Measured) -> Allotted:
-  """The same share of each layer, or with "global" the lowest units of all."""
+  """The same share of each layer, or with "global" the lowest units of all.
+
+  In `prune.uniform.steps` steps, as `allotment.uniform`.
+  """
   task = masked.task
-  counts_at = allotment.same_share(task, masked.masks)
-  if task.settings.llm_pruner.ranking == "global":
-    counts_at = everywhere(task, masked.masks, measured.scores)
-  return allotment.by_ratio(masked, measured, counts_at)
+  if task.settings.llm_pruner.ranking == "layer":
+    return allotment.uniform(masked, measured)
+  counts_at = everywhere(task, masked.masks, measured.scores)
+  steps = task.settings.uniform.steps
+  return allotment.by_ratio(masked, measured, counts_at, steps)
 
 
 def everywhere(
