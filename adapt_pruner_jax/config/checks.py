@@ -42,6 +42,8 @@ AT_LEAST = {
   "checkpoint.steps": 1,
   "checkpoint.keep": 1,
 }
+# Allotments whose steps have a size of their own, and may just be counted.
+STEPPING = ("adapt", "ranking")
 
 
 def check(config: Config) -> None:
@@ -97,6 +99,12 @@ def _check_target(p: Prune) -> None:
     )
   if not 0 <= p.ratio < 1:
     raise UserError(f"prune.ratio={p.ratio} must be in [0, 1)")
+  if not (p.ratio or p.target_params) and p.pair()[0] not in STEPPING:
+    raise UserError(
+      f"prune.method={p.method} needs a target, prune.max_steps is not enough: "
+      "give --config.prune.ratio=0.2 (share of all parameters to remove) or "
+      "--config.prune.target_params=N"
+    )
   if p.stages > 1 and not (p.ratio or p.target_params):
     raise UserError(
       f"prune.stages={p.stages} needs prune.ratio or prune.target_params"
@@ -127,7 +135,16 @@ def _check_parts(p: Prune) -> None:
 
 
 def layer_range(text: str, num_layers: int, name: str) -> range:
-  """Parses '2:6' (half open; either end may be left out; empty = all)."""
+  """Parses '2:6' (half open; either end may be left out; empty = all).
+
+  Args:
+    text: what was given.
+    num_layers: of the model.
+    name: of the field, for the message.
+
+  Raises:
+    UserError: it is no range, or reaches beyond the model.
+  """
   if not text:
     return range(num_layers)
   found = re.fullmatch(r"(\d*):(\d*)", text.strip())

@@ -328,6 +328,7 @@ def test_refusals(params):
     ("prune.refit_ridge", -1.0, "at least 0"),
     ("prune.ranking.cap", 0.0, r"in \(0, 1\]"),
     ("calibration.refit_samples", 1, "at least 2"),
+    ("prune.ratio", 0.0, "no target"),
   ],
 )
 def test_settings(field, value, match):
@@ -337,6 +338,15 @@ def test_settings(field, value, match):
   setattr(get(recipe, section), name, value)
   with pytest.raises(UserError, match=match):
     check(recipe)
+
+
+def test_steps_alone_are_for_methods_with_a_step_size():
+  """Said before any work."""
+  for settings in Prune(), Prune(method="flap", allotment="ranking"):
+    check(Config(prune=dataclasses.replace(settings, max_steps=2)))
+  for settings in Prune(method="flap"), Prune(allotment="uniform"):
+    with pytest.raises(UserError, match="needs a target"):
+      check(Config(prune=dataclasses.replace(settings, max_steps=2)))
 
 
 @pytest.mark.slow
