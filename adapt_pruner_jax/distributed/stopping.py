@@ -8,7 +8,6 @@ from typing import Any
 import jax
 
 from adapt_pruner_jax.distributed import agreement
-from adapt_pruner_jax.errors import StoppedError as StoppedError
 
 ASK_EVERY = 4  # train steps
 

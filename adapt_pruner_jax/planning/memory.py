@@ -42,8 +42,8 @@ def measure(
 ) -> dict[str, Bytes]:
   """Measures {"scoring": bytes, "refit": ..., "training": ...} of a run.
 
-  Refit and training are left out where there are none, scoring where the method
-  is neither Adapt-Pruner nor curvature.
+  Refit and training are left out where there are none, scoring where scores are
+  neither of `pruning.scores` nor curvature.
 
   Args:
     full: the original model.

@@ -1,8 +1,7 @@
-"""Half layers, each in the two steps around the matrix that it writes with.
+"""Gram matrices: products at full precision, factors with a ridge, solves.
 
-Attention writes to the residual stream with `o`, the MLP with `down`. What such
-a matrix is fed belongs to units: heads, and MLP channels. `refit` and
-`curvature` look at a model this way, in dense coordinates (`surgery.dense`).
+`curvature` and `least_squares` look at a model this way: as matrices, each with
+the Gram matrix of its inputs.
 """
 
 import jax
@@ -17,7 +16,7 @@ LEAST = 1e-5  # ridge of a channel over its energy, for float32
 
 
 def check(config: ModelConfig) -> None:
-  """Raises a UserError for a model that is not made of such halves."""
+  """Raises a UserError for a model that least squares cannot refit."""
   if config.norm_order != "pre" or config.qk_norm == "all":
     why = (
       f"the family {config.family} norms what its matrices write, which "
@@ -34,7 +33,12 @@ def check(config: ModelConfig) -> None:
 
 
 def as_matrix(name: str, weight: jax.Array) -> jax.Array:
-  """A weight as [inputs, outputs]."""
+  """A weight as [inputs, outputs].
+
+  Args:
+    name: of the parameter, a key of `axes.AXES`.
+    weight: as the model has it.
+  """
   reads = axes.AXES[name][0] in axes.RESIDUAL
   cut = 1 if reads else weight.ndim - 1
   return weight.reshape(int(np.prod(weight.shape[:cut])), -1)

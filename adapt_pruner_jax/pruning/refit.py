@@ -93,9 +93,10 @@ def refit(
 def refit_masked(
   masked: Masked, masks: Masks, tokens_NT: np.ndarray
 ) -> tuple[Params, list[dict]]:
-  """Refits what the masks leave of a model to the task's own .
+  """Refits what the masks leave of a model to the one that the task began with.
 
   Args:
+    masked: the model under way; `masked.masks` may be of a later step.
     masks: units that are left.
     tokens_NT: calibration tokens, of the step.
 

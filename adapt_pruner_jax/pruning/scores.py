@@ -96,13 +96,14 @@ def measure_step(
     masks: {"K": bool [L, K], "F": bool [L, F]}, the units that are left.
     tokens_MBT: M minibatches of B sequences.
     valid_MB: False for rows that only pad the last minibatch.
-    kind: one of config.CHOICES["prune.group_importance"].
+    kind: one of KINDS.
     measure: one of config.CHOICES["prune.layer_importance"].
     mesh: devices that the batch is cut over.
 
   Returns:
     loss_M (mean over the minibatch's predictions), importance_ML (mean over
-    its tokens), salience (of `salience_of`, without "random").
+    its tokens), salience {parameter: [L, ...]} for `group_scores`; {} of
+    "random".
   """
   tokens_share_MB = valid_MB / jnp.sum(valid_MB, axis=1, keepdims=True)
   found = backward.walk(

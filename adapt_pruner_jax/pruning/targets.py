@@ -1,9 +1,4 @@
-"""Adapt-Pruner: scores and a schedule decide which units stay (2502.03460).
-
-Within a stage units are only masked, in dense stacked coordinates, so that one
-executable scores every step of every stage; at its end the kept units are
-gathered into a smaller model (`surgery`).
-"""
+"""What may be pruned, and how far: layers, the least size, the target."""
 
 import math
 
@@ -15,8 +10,6 @@ from adapt_pruner_jax.models import model_config
 from adapt_pruner_jax.models.axes import UNITS
 from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.pruning.surgery import Masks
-
-# ---- Sizes and targets -------------------------------------------------------
 
 
 def prunable_modules(config: ModelConfig, settings: Prune) -> Masks:

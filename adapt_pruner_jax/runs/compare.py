@@ -17,8 +17,8 @@ import jax.numpy as jnp
 
 from adapt_pruner_jax.config import Config, Prune, Train
 from adapt_pruner_jax.distributed import agreement, sharding
-from adapt_pruner_jax.distributed.stopping import StoppedError, stop_signals
-from adapt_pruner_jax.errors import UserError
+from adapt_pruner_jax.distributed.stopping import stop_signals
+from adapt_pruner_jax.errors import StoppedError, UserError
 from adapt_pruner_jax.evaluation import perplexity
 from adapt_pruner_jax.models import decoder, flops, model_config
 from adapt_pruner_jax.models.axes import Params

@@ -21,11 +21,8 @@ from pathlib import Path
 
 from adapt_pruner_jax.config import Config, check
 from adapt_pruner_jax.distributed import agreement
-from adapt_pruner_jax.distributed.stopping import (
-  StoppedError,
-  asked_to_stop,
-  stop_signals,
-)
+from adapt_pruner_jax.distributed.stopping import asked_to_stop, stop_signals
+from adapt_pruner_jax.errors import StoppedError
 from adapt_pruner_jax.formats import convert, dtypes
 from adapt_pruner_jax.models import flops, layer, model_config
 from adapt_pruner_jax.models.axes import Params

@@ -1,10 +1,4 @@
-"""Recovery training: how it starts, and its loop over train steps.
-
-Weights and Adam's moments are float32; the arithmetic may be bfloat16. What is
-trained is a pytree: the params themselves or, with LoRA, the adapters beside
-frozen params. A batch is a dict of arrays [B, T] as `data` makes them:
-`tokens_BT, targets_BT, segments_BT, positions_BT, weights_BT`.
-"""
+"""Recovery training: how it starts, and its loop over train steps (`step`)."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -47,7 +41,6 @@ def start(
   opt_state: Any = None,
   teacher: tuple[ModelConfig, Params] | None = None,
   seed: int = 0,
-  step_fn: Step | None = None,
 ) -> Training:
   """Makes what training needs: the step, the optimizer state, and adapters.
 
@@ -56,11 +49,11 @@ def start(
       `settings.lora_rank` says that adapters are trained beside them.
     settings: how to train.
     schedule: the learning rate of each global step.
+    mesh: devices that batches are cut over.
     adapters: those to go on with; None = new ones, drawn from `seed`.
     opt_state: the state to go on with; None = a fresh one.
     teacher: the pair to distil from, if `settings.distill_alpha` > 0.
-    step_fn: of an earlier start with the same shapes, settings and teacher;
-      None = a new one, which compiles at its first call.
+    seed: of new adapters.
   """
   config, params = model
   base, trained = None, params
@@ -72,10 +65,9 @@ def start(
       opt_state = None
   if opt_state is None:
     opt_state = init_optimizer(trained, settings, mesh)
-  if step_fn is None:
-    step_fn = make_step(
-      config, settings, schedule, mesh, base=base, teacher=teacher
-    )
+  step_fn = make_step(
+    config, settings, schedule, mesh, base=base, teacher=teacher
+  )
   return Training(step_fn, trained, opt_state)
 
 

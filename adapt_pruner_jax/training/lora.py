@@ -1,10 +1,4 @@
-"""The train step, and the recovery of one stage: full, distilled, or LoRA.
-
-Weights and Adam's moments are float32; the arithmetic may be bfloat16. What is
-trained is a pytree: the params themselves or, with LoRA, the adapters beside
-frozen params. A batch is a dict of arrays [B, T] as `data` makes them:
-`tokens_BT, targets_BT, segments_BT, positions_BT, weights_BT`.
-"""
+"""LoRA: low-rank adapters beside frozen params, and merging them into these."""
 
 import math
 from typing import Any
@@ -64,11 +58,6 @@ def merge_lora(
     changed = {n: merged(params[layer][n], f) for n, f in factors.items()}
     new[layer] = params[layer] | changed
   return new
-
-
-def full_model(config: ModelConfig, mesh: Mesh) -> tuple[Any, Any]:
-  abstract = model_config.abstract_params(config, jnp.float32)
-  return abstract, sharding.param_shardings(abstract, mesh)
 
 
 def abstract_adapters(

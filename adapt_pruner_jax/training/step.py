@@ -1,4 +1,4 @@
-"""The train step, and the recovery of one stage: full, distilled, or LoRA.
+"""The train step: of all weights, of adapters, with or without a teacher.
 
 Weights and Adam's moments are float32; the arithmetic may be bfloat16. What is
 trained is a pytree: the params themselves or, with LoRA, the adapters beside
@@ -19,15 +19,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from adapt_pruner_jax.config import Train
 from adapt_pruner_jax.distributed import placement, sharding
 from adapt_pruner_jax.errors import UserError
+from adapt_pruner_jax.models import model_config
 from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.decoder import Decoder
 from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.training import losses, optimizer
-from adapt_pruner_jax.training.lora import (
-  abstract_adapters,
-  full_model,
-  merge_lora,
-)
+from adapt_pruner_jax.training.lora import abstract_adapters, merge_lora
 
 Batch = Mapping[str, Any]
 Metrics = dict[str, Any]
@@ -50,8 +47,14 @@ def make_step(
   `next_token`, the loss without distillation). The trees passed in are donated.
 
   Args:
+    config, settings: the model, and how it is trained.
+    schedule: the learning rate of each global step.
+    mesh: devices that batches are cut over.
     base: the frozen params under LoRA; the step then trains adapters.
     teacher: the pair to distil from, needed if `settings.distill_alpha` > 0.
+
+  Returns:
+    A function of (what is trained, optimizer state, batch, global step).
   """
   alpha = settings.distill_alpha
   assert not alpha or teacher is not None, "distillation without a teacher"
@@ -81,7 +84,8 @@ def make_step(
     metrics = {"loss": value, "grad_norm": norm, "learning_rate": rate}
     return *new, metrics | {"tokens": tokens} | nll
 
-  abstract, placed = full_model(config, mesh)
+  abstract = model_config.abstract_params(config, jnp.float32)
+  placed = sharding.param_shardings(abstract, mesh)
   if base is not None:
     abstract, placed = abstract_adapters(config, settings.lora_rank, mesh)
   state = optimizer.state_shardings(transform, abstract, placed, mesh)
@@ -150,6 +154,7 @@ def init_optimizer(trained: Any, settings: Train, mesh: Mesh) -> Any:
 
 
 def cast(params: Params, dtype: jnp.dtype) -> Params:
+  """Params in the dtype of the arithmetic."""
   return jax.tree.map(lambda p: p.astype(dtype), params)
 
 

@@ -17,8 +17,8 @@ import pytest
 from adapt_pruner_jax.config import CHOICES, Config
 from adapt_pruner_jax.data import calibration
 from adapt_pruner_jax.data.tokenizer import load_tokenizer
-from adapt_pruner_jax.distributed import sharding, stopping
-from adapt_pruner_jax.errors import UserError
+from adapt_pruner_jax.distributed import sharding
+from adapt_pruner_jax.errors import StoppedError, UserError
 from adapt_pruner_jax.evaluation import perplexity
 from adapt_pruner_jax.formats.hf import load
 from adapt_pruner_jax.models import model_config
@@ -215,7 +215,7 @@ def test_asked_to_stop(recipe, tmp_path, monkeypatch):
     return do_job(name, *rest)
 
   monkeypatch.setattr(compare, "do_job", stop)
-  with pytest.raises(stopping.StoppedError, match="the same command continues"):
+  with pytest.raises(StoppedError, match="the same command continues"):
     compare.compare(recipe, tmp_path, TWO, "0.2")
   saved = json.loads((tmp_path / "compare.json").read_text())["rows"]
   assert [r["method"] for r in saved] == ["dense"]
