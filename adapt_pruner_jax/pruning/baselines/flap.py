@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 
 from adapt_pruner_jax.models import axes
 from adapt_pruner_jax.models.axes import UNITS, Params
+from adapt_pruner_jax.models.layer import WRITERS
 from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.pruning import (
   allotment,
@@ -37,8 +38,8 @@ from adapt_pruner_jax.pruning.task import (
   Scores,
 )
 
-READER = {"K": "o", "F": "down"}  # the matrix whose inputs are measured
-BIAS = {"K": "o_bias", "F": "down_bias"}
+# What is measured is the inputs of the matrices that write to the stream.
+BIAS = {u: f"{writer}_bias" for u, writer in WRITERS.items()}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -106,7 +107,7 @@ def fluctuation(masked: Masked, tokens_NT: np.ndarray) -> Measured:
   for u, mask_LU in masked.masks.items():
     found[u] = np.zeros(mask_LU.shape)
     for i, of_layer in enumerate(moments[u]):
-      weight = params[axes.layer_name(i)][READER[u]]
+      weight = params[axes.layer_name(i)][WRITERS[u]]
       score = channel_scores(weight, of_layer, "WIFV", masked.task.mesh)
       found[u][i] = score.reshape(len(score), -1).sum(1)
   return Measured(found, facts=moments)
@@ -215,7 +216,7 @@ def unit_scores(
   found = {u: np.zeros(m.shape) for u, m in masks.items()}
   for unit, mask_LU in masks.items():
     for i, mask_U in enumerate(mask_LU):
-      weight = params[axes.layer_name(i)][READER[unit]]
+      weight = params[axes.layer_name(i)][WRITERS[unit]]
       score = channel_scores(weight, moments[unit][i], metric, mesh)[mask_U]
       if unit == "K":
         score = score**2
@@ -321,7 +322,7 @@ def compensated(
     for i, keep_U in enumerate(keep[unit]):
       mean = moments[unit][i].mean.copy()
       mean[keep_U] = 0
-      weight, bias = layers[READER[unit]][i], layers[name][i]
+      weight, bias = layers[WRITERS[unit]][i], layers[name][i]
       biases.append(_output(weight, mean.astype(np.float32), bias, mesh=mesh))
     layers[name] = np.stack(biases)
   return layers

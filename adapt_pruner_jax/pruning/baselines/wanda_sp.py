@@ -13,6 +13,7 @@ import numpy as np
 
 from adapt_pruner_jax.models import axes
 from adapt_pruner_jax.models.axes import UNITS
+from adapt_pruner_jax.models.layer import WRITERS
 from adapt_pruner_jax.pruning import allotment, choice, surgery, targets
 from adapt_pruner_jax.pruning.baselines import activations, flap
 from adapt_pruner_jax.pruning.surgery import Masks
@@ -79,7 +80,7 @@ def layer_scores(
           square[u] += _square(y, valid_B, mesh=task.mesh).astype(np.float64)
   scores = {}
   for u in UNITS:
-    weight = params[axes.layer_name(layer)][flap.READER[u]]
+    weight = params[axes.layer_name(layer)][WRITERS[u]]
     size, _ = flap.weight_sizes(weight, mesh=task.mesh)
     score = size * np.sqrt(square[u])
     scores[u] = score.reshape(masks[u].shape[1], -1).sum(axis=1)
