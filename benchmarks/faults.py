@@ -235,21 +235,20 @@ def interrupted(make: Callable[[Path], list[str]], work: Path) -> Path:
     make(work), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
   )
   while process.poll() is None:
-    if _before_prune(work, 4) and (work / "pruning.json").exists():
+    if _stage_in_prune(work) == 4:
       process.send_signal(signal.SIGKILL)
     time.sleep(0.01)
   assert process.returncode < 0, "it ended before it could be killed"
   return work
 
 
-def _before_prune(work: Path, stage: int) -> bool:
-  """Whether the newest checkpoint goes on with the prune of this stage."""
-  file = work / "checkpoints" / str(newest(work)) / "meta" / "metadata"
+def _stage_in_prune(work: Path) -> int:
+  """The stage whose prune is under way; 0 = none."""
   try:
-    saved = json.loads(file.read_text())["content"]["meta"]
-  except FileNotFoundError:  # none yet, or just removed for a newer one
-    return False
-  return (saved["stage"], saved["pruned"]) == (stage, False)
+    saved = json.loads((work / "pruning.json").read_text())
+  except FileNotFoundError:
+    return 0
+  return saved["content"]["stage"]
 
 
 def newest(work: Path) -> int:

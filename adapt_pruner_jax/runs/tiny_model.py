@@ -2,7 +2,7 @@
 
 A byte-level BPE tokenizer and a small LLaMA, trained on first use on the
 reference manual that ships with Python and kept as a HuggingFace directory. It
-is trained through `train` and `data`, like any other model.
+is trained through `training` and `data`, like any other model.
 """
 
 import dataclasses
@@ -112,6 +112,7 @@ def is_intact(path: Path) -> bool:
 
 
 def config_of(recipe: Recipe) -> ModelConfig:
+  """The model of a recipe."""
   return ModelConfig(
     family="llama",
     vocab_size=recipe.V,
@@ -262,7 +263,7 @@ def _make(path: Path, files: Path, recipe: Recipe, progress: Progress) -> None:
 
 
 def _reporter(steps: int, progress: Progress) -> Callable:
-  """A log function for `train.recover` with an estimate of the time left."""
+  """A log function for `loop.recover` with an estimate of the time left."""
   begun = reported = time.monotonic()
 
   def log(step: int, metrics: dict[str, float]) -> None:

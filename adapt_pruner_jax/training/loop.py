@@ -41,6 +41,7 @@ def start(
   opt_state: Any = None,
   teacher: tuple[ModelConfig, Params] | None = None,
   seed: int = 0,
+  step_fn: Step | None = None,
 ) -> Training:
   """Makes what training needs: the step, the optimizer state, and adapters.
 
@@ -54,6 +55,8 @@ def start(
     opt_state: the state to go on with; None = a fresh one.
     teacher: the pair to distil from, if `settings.distill_alpha` > 0.
     seed: of new adapters.
+    step_fn: of an earlier start with the same shapes, settings and teacher;
+      None = a new one, which compiles at its first call.
   """
   config, params = model
   base, trained = None, params
@@ -65,9 +68,10 @@ def start(
       opt_state = None
   if opt_state is None:
     opt_state = init_optimizer(trained, settings, mesh)
-  step_fn = make_step(
-    config, settings, schedule, mesh, base=base, teacher=teacher
-  )
+  if step_fn is None:
+    step_fn = make_step(
+      config, settings, schedule, mesh, base=base, teacher=teacher
+    )
   return Training(step_fn, trained, opt_state)
 
 
