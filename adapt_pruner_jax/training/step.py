@@ -48,13 +48,8 @@ def make_step(
 
   Args:
     config, settings: the model, and how it is trained.
-    schedule: the learning rate of each global step.
-    mesh: devices that batches are cut over.
     base: the frozen params under LoRA; the step then trains adapters.
     teacher: the pair to distil from, needed if `settings.distill_alpha` > 0.
-
-  Returns:
-    A function of (what is trained, optimizer state, batch, global step).
   """
   alpha = settings.distill_alpha
   assert not alpha or teacher is not None, "distillation without a teacher"
@@ -77,12 +72,10 @@ def make_step(
     updates, new_state = transform.update(grads, opt_state, trained)
     new = jax.tree.map(lambda p, u: p - rate * u, trained, updates), new_state
     new = jax.tree.map(partial(jnp.where, keep), new, (trained, opt_state))
-    tokens, nll = (
-      batch["weights_BT"].sum(),
-      {"next_token": nll} if alpha else {},
-    )
     metrics = {"loss": value, "grad_norm": norm, "learning_rate": rate}
-    return *new, metrics | {"tokens": tokens} | nll
+    metrics |= {"tokens": batch["weights_BT"].sum()}
+    metrics |= {"next_token": nll} if alpha else {}
+    return *new, metrics
 
   abstract = model_config.abstract_params(config, jnp.float32)
   placed = sharding.param_shardings(abstract, mesh)
