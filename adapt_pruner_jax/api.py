@@ -114,6 +114,11 @@ def save(
 ) -> None:
   """Writes a model, with its tokenizer, and opens it again to compare.
 
+  Args:
+    path: the directory, or the .gguf file, to write.
+    format: hf, hf_uniform, gguf or orbax (docs/formats.md).
+    overwrite: replace what is at `path`.
+
   Raises:
     UserError: `path` exists, or the format cannot express the model.
   """

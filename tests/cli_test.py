@@ -252,9 +252,7 @@ def test_ignored_fields(command, refused, small_model, tmp_path):
   assert command(*convert)[0] == 0
 
 
-def test_run_then_everything_else(
-  command, small_model, tmp_path, monkeypatch
-):
+def test_run_then_everything_else(command, small_model, tmp_path, monkeypatch):
   work = tmp_path / "work"
   arguments = run_with(small_model, work, "mesh.data=8", "mesh.fsdp=1")
   code, said, _ = command(*arguments)

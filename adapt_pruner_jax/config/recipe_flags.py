@@ -44,6 +44,9 @@ def found(argument: str) -> str:
   """--config=configs/X.py also finds the recipes that are installed.
 
   What follows a colon, configs/X.py:0.4, is the argument of `get_config`.
+
+  Raises:
+    UserError: no such file.
   """
   flag, _, file = argument.partition("=")
   if flag.lstrip("-") != "config" or not file:

@@ -27,8 +27,10 @@ def all_agree(ok: bool) -> bool:
 def on_writer(action: Callable[[], Any]) -> Any:
   """What `action` returns on process 0, where alone it is called; else None.
 
-  The others wait as long as it takes. If it raises a UserError, all processes
-  raise one.
+  The others wait as long as it takes.
+
+  Raises:
+    UserError: `action` raised one; on all processes.
   """
   result, refusal = None, None
   if is_writer():

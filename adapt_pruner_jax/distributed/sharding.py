@@ -35,7 +35,11 @@ def make_mesh(
   tensor: int = 1,
   devices: Sequence[jax.Device] | None = None,
 ) -> Mesh:
-  """A (data, fsdp, tensor) mesh; one of the sizes may be -1 (what is left).
+  """A (data, fsdp, tensor) mesh.
+
+  Args:
+    data, fsdp, tensor: its sizes; one of them may be -1 (what is left).
+    devices: default all.
 
   Raises:
     UserError: the sizes do not multiply to the number of devices, or CPU
@@ -94,7 +98,14 @@ def spec(letters: str, shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
 def param_sharding(
   name: str, shape: Sequence[int], mesh: Mesh, stacked: bool = False
 ) -> NamedSharding:
-  """Sharding of parameter `name`; `stacked` has a leading layer dim."""
+  """Where a parameter is cut.
+
+  Args:
+    name: a key of `axes.AXES`.
+    shape: of the array.
+    mesh: the devices.
+    stacked: the array has a leading layer dim.
+  """
   letters = "L" * stacked + axes.AXES[name]
   return NamedSharding(mesh, spec(letters, shape, mesh))
 

@@ -233,7 +233,13 @@ def count(unit: str, weights: Params) -> int:
 def norm(
   config: ModelConfig, weights: Params, name: str, x: jax.Array
 ) -> jax.Array:
-  """`x` normed by the layer's parameter `name`, as it is if there is none."""
+  """Norms with a parameter of a layer; without it nothing is done.
+
+  Args:
+    config, weights: as `run_layer`'s.
+    name: of the parameter.
+    x: normed over its last axis.
+  """
   if name not in weights:
     return x
   sliced = config.residual and axes.AXES[name] in axes.RESIDUAL

@@ -62,6 +62,7 @@ class ModelConfig:
 
   @property
   def num_layers(self) -> int:
+    """L, layers without units included."""
     return len(self.kv_groups)
 
   def sizes(self, layer: int | None = None) -> dict[str, int]:

@@ -57,7 +57,14 @@ def fixed_attention(settings: Prune, full: ModelConfig) -> list[str]:
 def advice(
   config: Config, phase: str, parts: dict[str, int], hardware: Hardware
 ) -> str:
-  """What to change so that a phase fits."""
+  """What to change so that a phase fits.
+
+  Args:
+    config: the recipe.
+    phase: "scoring", "refit" or "training".
+    parts: its bytes on a device, from `memory.measure`.
+    hardware: what it is planned for.
+  """
   usable = hardware.memory * USABLE
   held = sum(parts.values()) - parts["temporary"]
   few = config.mesh.data == 1 and config.mesh.tensor == 1

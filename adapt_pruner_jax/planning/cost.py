@@ -108,6 +108,11 @@ def prune_steps(
 
   Each grows the mean sparsity by `step_size` or, of one ranking, removes
   `ranking.step_size` of the original's parameters.
+
+  Args:
+    before, after: the stage.
+    full: the original model.
+    settings: of the recipe.
   """
   allotment, _ = settings.pair()
   gone = model_config.count_params(before) - model_config.count_params(after)

@@ -58,7 +58,11 @@ def flag_values(values: flags.FlagValues) -> dict[str, Any]:
 
 
 def resolve(hardware: Hardware) -> Hardware:
-  """Fills in what is here, and what is known of a named device."""
+  """Fills in what is here, and what is known of a named device.
+
+  Raises:
+    UserError: a device or a topology that is not known, or a bad share.
+  """
   if hardware.mfu <= 0 or hardware.mfu > 1:
     raise UserError(f"--mfu={hardware.mfu} must be in (0, 1]")
   if hardware.topology:
@@ -126,7 +130,11 @@ def source(devices: Sequence[jax.Device] | int) -> str:
 
 
 def topology_devices(name: str) -> Sequence[jax.Device]:
-  """Devices of a TPU slice that is not here; they can only be compiled for."""
+  """Devices of a TPU slice that is not here; they can only be compiled for.
+
+  Raises:
+    UserError: no such slice, or libtpu is missing.
+  """
   from jax.experimental import topologies
 
   try:

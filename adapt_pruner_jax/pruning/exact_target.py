@@ -225,6 +225,7 @@ def check_reachable(task: PruneTask, least: Mapping[str, int]) -> None:
 
 
 def unreachable(target: int, closest: int) -> UserError:
+  """The error that says how far a method gets, both in parameters."""
   return UserError(
     f"this method cannot reach {target:,} parameters: the closest it can get "
     f"is {closest:,}; raise the target, or let it prune more layers "

@@ -59,6 +59,7 @@ def layers(
     config: of the pruned model, in dense coordinates; it may have output
       biases that the dense model does not have.
     outer: parameters outside the layers.
+    tokens_NT, batch, ridge, refit_all, mesh: as `refit.refit`'s.
     layer_at: gives of layer i the dense weights, the pruned ones, zero where
       units are removed, and the masks {"K": bool [K], "F": bool [F]}.
 
@@ -313,7 +314,14 @@ def _fed(config, name, layer, place, x_BTD):
 
 @jax.jit
 def solve(gram_CC, moments, weights, ridge):
-  """Weights whose change solves the normal equations, in their dtype."""
+  """Weights whose change solves the normal equations, in their dtype.
+
+  Args:
+    gram_CC: of the matrices' common input, summed over tokens.
+    moments: {name: [C, outputs]}, of the input with what each matrix lacks.
+    weights: {name: weight}, as they are now.
+    ridge: in units of the Gram matrix's median diagonal.
+  """
   lower_CC, scale_C = linear_algebra.factor(gram_CC, ridge)
   new = {}
   for n, weight in weights.items():

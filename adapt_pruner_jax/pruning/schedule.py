@@ -45,6 +45,13 @@ def next_sparsity(
   t * step_size, not clipped. The order of the arithmetic is the authors': the
   most extreme module has r = +-1 exactly, where a different order can floor to
   a different count.
+
+  Args:
+    previous: sparsity of each module so far.
+    relative: from `relative_importance`.
+    step: number of the step, from 1.
+    step_size: growth of the mean.
+    amplitude: sparsity moved from important to unimportant modules a step.
   """
   if amplitude == 0:
     return {

@@ -195,6 +195,12 @@ def group_scores(
   head counts for the KV group that it attends with ("aligned"), or, as in the
   authors' code, for group `head mod groups`, heads and groups numbered among
   those that are left ("reference"). Values of masked units mean nothing.
+
+  Args:
+    salience: [L, K, G] of q and o, [L, K] of k and v, [L, F] of the others.
+    masks: units that are left, [L, K] and [L, F].
+    kind: one of KINDS but "random".
+    fold: "aligned" or "reference".
   """
   salience = {n: np.asarray(s, np.float64) for n, s in salience.items()}
   aligned = fold == "aligned"

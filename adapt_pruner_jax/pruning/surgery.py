@@ -37,17 +37,20 @@ def count_widths(full: ModelConfig, width: Mapping[str, np.ndarray]) -> int:
 
 
 def widths(masks: Masks) -> dict[str, np.ndarray]:
+  """Units that are left in each module, {"K": int [L], "F": int [L]}."""
   return {u: m.sum(axis=1) for u, m in masks.items()}
 
 
 def with_widths(
   config: ModelConfig, width: Mapping[str, np.ndarray]
 ) -> ModelConfig:
+  """The config with these sizes, {"K": [L], "F": [L]}."""
   units = {u: tuple(int(n) for n in width[u]) for u in UNITS}
   return config.with_units(units)
 
 
 def with_units(config: ModelConfig, keep: Kept) -> ModelConfig:
+  """The config of a model that has just these units."""
   width = {u: np.array([len(units) for units in keep[u]]) for u in UNITS}
   return with_widths(config, width)
 
@@ -58,6 +61,7 @@ def everything(config: ModelConfig) -> Kept:
 
 
 def to_masks(kept: Kept, full: ModelConfig) -> Masks:
+  """Kept units as masks over all units of the original model."""
   masks = {
     u: np.zeros((full.num_layers, max(w)), bool)
     for u, w in full.units().items()
@@ -69,6 +73,7 @@ def to_masks(kept: Kept, full: ModelConfig) -> Masks:
 
 
 def to_kept(masks: Masks) -> Kept:
+  """Inverse of `to_masks`."""
   return {u: tuple(map(np.flatnonzero, m)) for u, m in masks.items()}
 
 
@@ -92,7 +97,13 @@ def gather(
   """Keeps units of params, or of any tree with params inside (Adam's moments).
 
   Args:
-    keep: in the numbering of `config`.
+    config: of the model as it is now.
+    tree: its params, or what has them inside.
+    keep: units, in the numbering of `config`.
+    mesh: where the arrays lie.
+
+  Returns:
+    The config of the smaller model, and the smaller tree.
   """
   new = with_units(config, keep)
   # A half without units has no parameters at all, not even its norms.
@@ -115,6 +126,12 @@ def expand(
   """Params in dense stacked coordinates: {"layers": {name: [L, ...]}, outer}.
 
   Inverse of `compact`: removed units are zeros, norms of absent halves ones.
+
+  Args:
+    config, params: the model as it is now.
+    kept: its units in the numbering of the original.
+    full: sizes of the original.
+    mesh: where the arrays lie.
   """
   wide = dense(full)
 
@@ -135,9 +152,15 @@ def expand(
 def widen(
   layer: Params, at: Mapping[str, np.ndarray], wide: ModelConfig, like: Any
 ) -> Params:
-  """One layer in dense coordinates: its units at `at`, zeros elsewhere.
+  """One layer in dense coordinates, zero where it has no units.
 
-  Norms of an absent half are ones. `like`: any array of the same model.
+  Norms of an absent half are ones.
+
+  Args:
+    layer: its parameters.
+    at: where its units go, {"K": int [k], "F": int [f]}.
+    wide: from `dense`.
+    like: any array of the same model, for its dtype and its library.
   """
   sizes = wide.sizes(0)
   library = np if _on_host(like) else jnp
@@ -155,7 +178,14 @@ def widen(
 def compact(
   stacked: Params, kept: Kept, full: ModelConfig, mesh: Mesh
 ) -> tuple[ModelConfig, Params]:
-  """The model that dense stacked params and kept units stand for."""
+  """The model that dense stacked params and kept units stand for.
+
+  Args:
+    stacked: from `expand`.
+    kept: units that are left, in the numbering of the original.
+    full: sizes of the original.
+    mesh: where the arrays lie.
+  """
   new = with_units(full, kept)
 
   def split(stacked):

@@ -102,6 +102,7 @@ class Masked:
 
   @property
   def masks(self) -> Masks:
+    """Units that are left."""
     return self.step.masks
 
   @property

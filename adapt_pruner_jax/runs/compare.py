@@ -105,7 +105,17 @@ def compare(
 def run_jobs(
   jobs: list[tuple[str, float]], found: dict, inputs: Inputs, stopping: dict
 ) -> None:
-  """Adds the rows that are missing to `found["rows"]`, and saves each."""
+  """Adds the rows that are missing to `found["rows"]`, and saves each.
+
+  Args:
+    jobs: (method, ratio) of the rows, from `compare_methods.jobs`.
+    found: the content of compare.json.
+    stopping: from `stop_signals`.
+
+  Raises:
+    UserError: the original model cannot be measured.
+    StoppedError: asked to stop; the finished rows are saved.
+  """
   dense = None
   rows = {(r["method"], r["ratio"]): r for r in found["rows"]}
   order = [*jobs, *(key for key in rows if key not in jobs)]
@@ -148,6 +158,13 @@ def do_job(
 ) -> dict:
   """The fields of one row, but for its name and ratio.
 
+  Args:
+    name, ratio: of the row.
+    rows: those that are done, by (name, ratio).
+    dense: the original model.
+    title: of the phases on the console.
+    stop_if_asked: raises between steps if the comparison was asked to stop.
+
   Raises:
     UserError: the method cannot do it.
   """
@@ -187,6 +204,7 @@ class Counted:
   tokens: dict[tuple, int]  # of each step; a step may be drawn again
 
   def batch(self, step: int) -> Any:
+    """The samples of a step, noted."""
     drawn_NT = self.data.batch(step)
     self.tokens[id(self.data), step] = drawn_NT.size
     return drawn_NT
@@ -200,6 +218,10 @@ def prune(
   stop_if_asked: Any,
 ) -> tuple[Pair, dict]:
   """Prunes and, if asked for, refits.
+
+  Args:
+    settings: the method and its target.
+    dense, inputs, title, stop_if_asked: as `do_job`'s.
 
   Returns:
     The pair, and {"target_params", "calibration_tokens"}.
@@ -232,7 +254,14 @@ def recover(
   title: str,
   stop_if_asked: Any,
 ) -> Pair:
-  """Trains a pair on `inputs.recipe.train.tokens`, from the first on."""
+  """Trains a pair on `inputs.recipe.train.tokens`, from the first on.
+
+  Args:
+    pair: the model; its params are spared.
+    settings: how to train.
+    dense: the original, which may be the teacher.
+    inputs, title, stop_if_asked: as `do_job`'s.
+  """
   config, params = pair
   mesh, steps = inputs.mesh, inputs.total_steps
   if not settings.lora_rank:

@@ -107,6 +107,11 @@ def jobs(
 ) -> list[tuple[str, float]]:
   """The rows of a comparison: names with their ratios, the original first.
 
+  Args:
+    config, recover_tokens, from_scratch: as `compare.compare`'s.
+    methods: names with commas between.
+    ratios: from `parse_ratios`.
+
   Raises:
     UserError: unknown names, or what no comparison can be made of.
   """

@@ -35,7 +35,12 @@ def command(
   recover_tokens: int,
   from_scratch: bool,
 ) -> str:
-  """A command that makes this comparison, whatever recipe it began with."""
+  """A command that makes this comparison, whatever recipe it began with.
+
+  Args:
+    config, path, ratios, recover_tokens, from_scratch: as `compare.compare`'s.
+    names: its `methods`.
+  """
   words = ["--config=configs/paper.py", f"--workdir={path}"]
   words += [f"--methods={names}", f"--ratios={ratios}"]
   words += [f"--recover_tokens={recover_tokens}"] * bool(recover_tokens)
@@ -93,6 +98,7 @@ def table(rows: list[dict]) -> tuple[list[str], list[list[str]]]:
 
 
 def scores(row: dict) -> dict[str, float]:
+  """The scores of a row's tasks; {} without any."""
   return evaluate.scores(row["evaluation"]) if "evaluation" in row else {}
 
 

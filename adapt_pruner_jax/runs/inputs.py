@@ -128,7 +128,12 @@ def open_training(
   path: Path,
   log: Log,
 ) -> packing.TrainData | None:
-  """The rows to train on, if the recipe trains; says how often they repeat."""
+  """The rows to train on, if the recipe trains; says how often they repeat.
+
+  Raises:
+    UserError: a source that cannot be read or is too short, or a batch that
+      does not divide over the devices.
+  """
   tokens = recipe.train.tokens
   if not tokens:
     return None

@@ -258,7 +258,13 @@ def recover(
   save: Callable[[], None],
   stopping: dict,
 ) -> None:
-  """Trains on the stage's share of the tokens, from `state.step` on."""
+  """Trains on the stage's share of the tokens, from `state.step` on.
+
+  Args:
+    teacher: the pair to distil from, if the recipe does.
+    save: writes a checkpoint of `state`.
+    stopping: from `stop_signals`.
+  """
   recipe, settings, log = inputs.recipe, inputs.recipe.train, inputs.log
   first, last = (
     stage_end(inputs, state.stage - 1),

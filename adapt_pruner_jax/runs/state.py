@@ -160,7 +160,13 @@ def _abstract_state(meta: dict, inputs: Inputs) -> dict:
 def write_pruning(
   step: task.Step, steps: list[dict], state: State, inputs: Inputs
 ) -> None:
-  """Keeps a decided step, so that a killed stage need not score again."""
+  """Keeps a decided step, so that a killed stage need not score again.
+
+  Args:
+    step: the last one.
+    steps: records of all steps of the stage so far.
+    state, inputs: of the run; the stage is `state.stage`.
+  """
   if not agreement.is_writer() or not methods.resumes(inputs.recipe.prune):
     return
   content = {

@@ -22,6 +22,12 @@ def init_lora(
 
   One {"a": [in..., rank], "b": [rank, out...]} for each of the seven matrices
   of each layer; `a` is random, `b` zero.
+
+  Args:
+    config: of the model.
+    rank: of the adapters.
+    key: of the random numbers.
+    mesh: where the adapters lie, cut as their matrices are.
   """
   abstract, placed = abstract_adapters(config, rank, mesh)
 

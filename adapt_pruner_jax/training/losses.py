@@ -52,6 +52,11 @@ def distillation(
 
   The square keeps the size of the gradient independent of the temperature
   (Hinton et al., arXiv 1503.02531). No gradient goes to the teacher.
+
+  Args:
+    student_BTV, teacher_BTV: logits.
+    weights_BT: as `next_token`'s.
+    temperature: what both are divided by.
   """
   teacher_BTV = jax.lax.stop_gradient(teacher_BTV).astype(jnp.float32)
   student_BTV = student_BTV.astype(jnp.float32)

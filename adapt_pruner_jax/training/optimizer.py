@@ -79,7 +79,14 @@ def state_shardings(
   param_shardings: Any,
   mesh: Mesh,
 ) -> Any:
-  """Shardings of the optimizer's state: moments lie where their params do."""
+  """Shardings of the optimizer's state: moments lie where their params do.
+
+  Args:
+    transform: from `optimizer`.
+    params: what is trained, or its shapes.
+    param_shardings: of these.
+    mesh: where the counters lie.
+  """
   return optax.tree_map_params(
     transform,
     lambda _, placed: placed,
@@ -99,6 +106,9 @@ def init(
 
   The shardings are given because zeros depend on no input: without them `jit`
   would put every moment on one device.
+
+  Args:
+    transform, params, param_shardings, mesh: as `state_shardings`'s.
   """
   placed = state_shardings(transform, params, param_shardings, mesh)
   return jax.jit(transform.init, out_shardings=placed)(params)

@@ -84,7 +84,13 @@ def _half(config, unit, layer, x_BTD, mask, mesh):
 def embed(
   config: ModelConfig, params: Params, tokens_BT: jax.Array, mesh: Mesh
 ) -> jax.Array:
-  """The residual stream in front of the first layer, [B, T, D]."""
+  """The residual stream in front of the first layer, [B, T, D].
+
+  Args:
+    config, params: of the model.
+    tokens_BT: int token ids.
+    mesh: devices that the rows are cut over.
+  """
   outer = {n: params[n] for n in model_config.outer_names(config)}
   return _embed(config, outer, tokens_BT, mesh)
 

@@ -63,7 +63,13 @@ def slice_to(
   params: Params,
   widths: tuple[int, ...],
 ) -> Pruned:
-  """Slices a fused model, place after place, to widths of all places."""
+  """Slices a fused model, place after place.
+
+  Args:
+    task: what is sliced; its samples are those of step 0.
+    config, params: from `fuse`.
+    widths: of each of the 2 L + 1 places.
+  """
   tokens_NT, eigenvalues = task.samples(0), []
   for place, width in enumerate(widths):
     values, basis = principal(
@@ -187,6 +193,13 @@ def covariance(
 
   Each place runs the model from its start again: keeping the stream of all
   samples from place to place would take memory that grows with them.
+
+  Args:
+    config, params: a fused model, sliced at the places before.
+    place: from 0 to 2 L.
+    tokens_NT: calibration tokens.
+    batch: sequences at a time.
+    mesh: devices that these are cut over.
   """
   total = 0.0
   for tokens_BT, valid_B in activations.batches(tokens_NT, batch, mesh):
@@ -217,6 +230,12 @@ def project(
 
   With x' = x @ basis, whatever writes x is multiplied by the basis and
   whatever reads it by its transpose: in both, the axis of x is contracted.
+
+  Args:
+    config, params: a fused model.
+    place: from 0 to 2 L.
+    basis_DE: orthonormal columns, fewer than rows where the stream is sliced.
+    mesh: where the new arrays lie.
   """
   # The letter of x in the layers (None: outside) that write and read it.
   layer, inside = divmod(place, 2)
@@ -253,6 +272,7 @@ def place_widths(config: ModelConfig) -> tuple[int, ...]:
 
 
 def with_place_widths(config: ModelConfig, widths) -> ModelConfig:
+  """Inverse of `place_widths`: the config with these widths."""
   residual = tuple(
     tuple(widths[2 * i : 2 * i + 3]) for i in range(config.num_layers)
   )
