@@ -26,6 +26,11 @@ def place_rows(rows: np.ndarray, mesh: Mesh) -> jax.Array:
   return jax.make_array_from_callback(rows.shape, cut, lambda at: rows[at])
 
 
+def cut_rows(x: jax.Array, mesh: Mesh) -> jax.Array:
+  """Within `jit`: rows over the devices, as `batch_sharding` says."""
+  return jax.lax.with_sharding_constraint(x, batch_sharding(mesh))
+
+
 def replicate(tree: Any, mesh: Mesh) -> Any:
   """Host arrays, the same in every process, on all devices."""
   where = replicated(mesh)

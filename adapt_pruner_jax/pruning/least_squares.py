@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from adapt_pruner_jax.distributed import placement, sharding
 from adapt_pruner_jax.errors import UserError
@@ -235,14 +235,14 @@ def _same(dense_layer: Params, layer: Params) -> bool:
 def _embed(config, outer, tokens_BT, *, mesh):
   variables = {"params": sharding.whole_embedding(outer, mesh)}
   x_BTD = Decoder(config).apply(variables, tokens_BT, method=Decoder.embed)
-  return _cut(x_BTD.astype(jnp.float32), mesh)
+  return placement.cut_rows(x_BTD.astype(jnp.float32), mesh)
 
 
 @partial(jax.jit, static_argnames=("config", "writer", "mesh"))
 def _half(config, writer, layer, place, x_BTD, *, mesh):
   fed = _fed(config, writer, layer, place, x_BTD)
   unit = axes.unit_of(writer)
-  return _cut(write(unit, config, layer, x_BTD, fed), mesh)
+  return placement.cut_rows(write(unit, config, layer, x_BTD, fed), mesh)
 
 
 @partial(jax.jit, static_argnames="task")
@@ -341,9 +341,3 @@ def _plus(total, found):
 def _equal(dense_layer, layer):
   equal = jax.tree.map(lambda x, y: jnp.all(x == y), dense_layer, layer)
   return jnp.all(jnp.stack(jax.tree.leaves(equal)))
-
-
-def _cut(x_BTD: jax.Array, mesh: Mesh) -> jax.Array:
-  """Rows over the devices."""
-  where = NamedSharding(mesh, PartitionSpec(sharding.BATCH))
-  return jax.lax.with_sharding_constraint(x_BTD, where)

@@ -69,6 +69,7 @@ def settings_of(name: str, ratio: float, base: Prune) -> Prune:
   """
   plain = name.removesuffix(REFIT)
   refit = "none" if plain == name else base.refit
+  # Of the tables' methods only curvature is refitted between its steps.
   if refit.isdigit() and plain != "curvature":
     refit = "final"
   variant = VARIANTS.get(plain, {"method": plain})

@@ -11,10 +11,9 @@ from functools import partial
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
-from adapt_pruner_jax.distributed import sharding
-from adapt_pruner_jax.distributed.placement import minibatches
+from adapt_pruner_jax.distributed import placement, sharding
 from adapt_pruner_jax.models import axes, model_config
 from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.decoder import Decoder
@@ -28,7 +27,7 @@ def batches(
   tokens_NT: np.ndarray, batch: int, mesh: Mesh
 ) -> Iterator[tuple[jax.Array, np.ndarray]]:
   """Minibatches [B, T] in order, each with which of its rows are real, [B]."""
-  tokens_MBT, valid_MB = minibatches(tokens_NT, batch, mesh)
+  tokens_MBT, valid_MB = placement.minibatches(tokens_NT, batch, mesh)
   yield from zip(tokens_MBT, np.asarray(valid_MB), strict=True)
 
 
@@ -73,7 +72,7 @@ def half(
 
 @partial(jax.jit, static_argnames=("config", "unit", "mesh"))
 def _half(config, unit, layer, x_BTD, mask, mesh):
-  x_BTD = _cut(x_BTD, mesh)
+  x_BTD = placement.cut_rows(x_BTD, mesh)
   inputs = attention_inputs(config, x_BTD.shape[1])
   masks = None if mask is None else {unit: mask}
   args = config, layer, place(config, 0), inputs, x_BTD, masks
@@ -99,7 +98,9 @@ def embed(
 def _embed(config, outer, tokens_BT, mesh):
   variables = {"params": sharding.whole_embedding(outer, mesh)}
   decoder = Decoder(config)
-  return _cut(decoder.apply(variables, tokens_BT, method=Decoder.embed), mesh)
+  return placement.cut_rows(
+    decoder.apply(variables, tokens_BT, method=Decoder.embed), mesh
+  )
 
 
 def reduced(fn: Callable) -> Callable:
@@ -111,8 +112,3 @@ def reduced(fn: Callable) -> Callable:
     return sharding.whole(fn(*arrays), mesh)
 
   return lambda *arrays, mesh: jax.device_get(on_devices(*arrays, mesh=mesh))
-
-
-def _cut(x: jax.Array, mesh: Mesh) -> jax.Array:
-  where = NamedSharding(mesh, PartitionSpec(sharding.BATCH))
-  return jax.lax.with_sharding_constraint(x, where)
