@@ -134,9 +134,7 @@ def scoring(
       2 * full.num_layers * M * (B // shards) * T * full.hidden_size * 2
     )
   found = {
-    "weights": arrays.size(
-      arrays.placed(model_config.abstract_params(full, dtype), mesh)
-    ),
+    "weights": arrays.model_bytes(full, dtype, mesh),
     "stacked copy": arrays.size(arrays.stacked_params(full, dtype, mesh)),
   }
   if config.train.carry_moments and config.prune.stages > 1:
@@ -152,9 +150,7 @@ def refitting(config: Config, full: ModelConfig, mesh: Mesh) -> Bytes:
   from adapt_pruner_jax.pruning import least_squares
 
   dtype, recipe = arrays.weight_dtype(config), config.calibration
-  model_size = arrays.size(
-    arrays.placed(model_config.abstract_params(full, dtype), mesh)
-  )
+  model_size = arrays.model_bytes(full, dtype, mesh)
   shards = placement.batch_shards(mesh)
   rows = -(-min(recipe.batch, recipe.refit_samples) // shards)
   number = -(-recipe.refit_samples // shards)
