@@ -63,7 +63,7 @@ EXTRAS = {
 
 setuptools.setup(
   name="adapt-pruner-jax",
-  version="0.1.0",
+  version="0.2.0",
   description=(
     "Give it a language-model checkpoint and a parameter target; it returns a "
     "smaller checkpoint that the same tools open."

@@ -33,7 +33,7 @@ class Model(NamedTuple):
 def load(
   path: str | os.PathLike, dtype: str = "", ignore_fields: str = ""
 ) -> Model:
-  """Opens a HuggingFace directory, a hub id, or an orbax directory.
+  """Opens a HuggingFace directory, hub id, orbax directory, or .gguf file.
 
   Args:
     dtype: of the parameters, the arithmetic, and what `save` writes: float32,

@@ -219,7 +219,10 @@ def convert(command: str, argv: list[str]) -> int:
   text("out", "", "directory or file to write", flag_values=values)
   text("format", "hf", "hf, hf_uniform, gguf or orbax", flag_values=values)
   text(
-    "dtype", "", "default as stored; gguf: f32, f16, q8_0", flag_values=values
+    "dtype",
+    "",
+    "default as stored; gguf: f32, f16, bf16, q8_0",
+    flag_values=values,
   )
   _define_ignore_fields(values)
   flags.DEFINE_bool("overwrite", False, "replace --out", flag_values=values)

@@ -3,9 +3,12 @@
 Set before jax or torch is imported; processes that tests start inherit it.
 """
 
+import atexit
 import os
 import pathlib
+import shutil
 import subprocess
+import tempfile
 
 import pytest
 
@@ -26,6 +29,13 @@ os.environ["OMP_NUM_THREADS"] = "1"  # idle OpenMP threads spin
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
+# Workers, and the processes that tests start, compile much that is alike.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+  _COMPILED = tempfile.mkdtemp(prefix="adapt-pruner-compiled-")
+  atexit.register(shutil.rmtree, _COMPILED, ignore_errors=True)
+  os.environ["JAX_COMPILATION_CACHE_DIR"] = _COMPILED
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 
 @pytest.fixture(scope="session")

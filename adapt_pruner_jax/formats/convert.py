@@ -27,13 +27,14 @@ def convert(
   """Reads a model in one format and writes it in another.
 
   Args:
-    source: a HuggingFace directory or hub id, or an orbax directory.
+    source: a HuggingFace directory or hub id, an orbax directory, or a .gguf
+      file.
     out: what is written, a directory or a gguf file.
     format: one of `FORMATS`.
     overwrite: replace the model that is at `out`.
     ignore_fields: fields of config.json to ignore, separated by commas.
-    dtype: of the weights, "" = as they are stored; for gguf f32 (which "" is),
-      f16 or q8_0.
+    dtype: of the weights, "" = as they are stored; for gguf f32, f16, bf16 or
+      q8_0.
 
   Raises:
     UserError: unknown format or dtype, `out` exists, or the format cannot
@@ -44,7 +45,7 @@ def convert(
   publish.require_free(out, overwrite, () if format == "gguf" else save.MARKS)
   quantization = ""
   if format == "gguf":
-    quantization, dtype = dtype or "f32", "float32"
+    quantization, dtype = dtype, ""
   check_dtype(dtype)
   if format == "orbax" or is_orbax(source):
     config, params, folder = open_model(source, dtype or None, ignore_fields)
@@ -71,7 +72,7 @@ def write(
   *,
   source: str | Path | None = None,
   overwrite: bool = False,
-  quantization: str = "f32",
+  quantization: str = "",
   facts: dict[str, Any] | None = None,
 ) -> None:
   """Writes a model; the result is opened again and compared before it counts.
@@ -81,7 +82,7 @@ def write(
       dtype (see `dtypes.for_export`).
     source: the directory that tokenizer and licence come from.
     out, format, overwrite: as in `convert`.
-    quantization: of gguf only.
+    quantization: of gguf only; "" = as the parameters are.
     facts: for the model card, as in a run's summary.json.
 
   Raises:

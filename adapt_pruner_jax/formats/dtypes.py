@@ -88,6 +88,7 @@ def _stored(
   if not any(source.glob("*.safetensors")):
     return {}
   kinds = Checkpoint(source).dtypes
+  config = dataclasses.replace(config, residual=())  # SliceGPT's are new
   return {
     key: kinds[place.tensor]
     for key, place in tensors.places(config).items()

@@ -27,7 +27,7 @@ REFUSES = "{% set no_system = true %}" + CHAT
 CHOICES = """task: pets
 dataset_path: json
 dataset_kwargs:
-  data_files: {test: FOLDER/pets.jsonl, train: FOLDER/shots.jsonl}
+  data_files: {test: FOLDER/rows.jsonl, train: FOLDER/shots.jsonl}
 test_split: test
 fewshot_split: train
 output_type: multiple_choice
@@ -40,7 +40,7 @@ metric_list: [{metric: acc}, {metric: acc_norm}]
 ANSWERS = """task: tales
 dataset_path: json
 dataset_kwargs:
-  data_files: {test: FOLDER/pets.jsonl, train: FOLDER/shots.jsonl}
+  data_files: {test: FOLDER/rows.jsonl, train: FOLDER/shots.jsonl}
 test_split: test
 fewshot_split: train
 output_type: generate_until
@@ -66,7 +66,7 @@ def questions(tmp_path_factory):
     json.dumps({"question": q, "choices": c, "answer": a}) + "\n"
     for q, c, a in ROWS
   ]
-  (folder / "pets.jsonl").write_text("".join(rows))
+  (folder / "rows.jsonl").write_text("".join(rows))
   (folder / "shots.jsonl").write_text("".join(rows[::-1]))
   for name, text in (("pets", CHOICES), ("tales", ANSWERS)):
     (folder / f"{name}.yaml").write_text(text.replace("FOLDER", str(folder)))

@@ -215,6 +215,39 @@ def test_read_back(exports):
       ), name
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  "name, sizes, parts",
+  [
+    ("llama3", zoo.UNEVEN, ["mlp"]),
+    ("llama_bias", {"K": (4, 2, 2), "F": (24, 17, 5)}, ["mlp", "self_attn"]),
+    ("qwen2", zoo.HOLES, []),
+  ],
+)
+def test_cut_over_two_processes(
+  animals, name, sizes, parts, tmp_path, subprocess_env
+):
+  """Attention only where each process gets as many KV heads of every layer."""
+  config, params = zoo.cut(*load.load(animals[name].path), **sizes)
+  save.save(config, params, tmp_path / "model", **quiet)
+  tokens, out = animals[name].tokens_BT[:1, :16], tmp_path / "out.npz"
+  np.save(tmp_path / "tokens.npy", tokens)
+  command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+  command += ["--nproc_per_node=2", str(PEER.with_name("parallel_peer.py"))]
+  command += [tmp_path / "model", tmp_path / "tokens.npy", out]
+  done = subprocess.run(
+    [str(word) for word in command],
+    capture_output=True,
+    text=True,
+    env=subprocess_env(),
+  )
+  assert done.returncode == 0, done.stderr[-3000:]
+  found = np.load(out)
+  assert [*found["parts"]] == parts
+  expected = decoder.Decoder(config).apply({"params": params}, tokens)[0]
+  np.testing.assert_allclose(found["logits"], expected, rtol=0, atol=1e-4)
+
+
 def test_an_export_of_version_0_1(golden):
   """Its model_type is of its own, and so is its configuration class."""
   path = golden / OLD
@@ -247,8 +280,10 @@ def test_tokenizer_is_the_parents(kind, fields, named, tmp_path, shared_data):
   import transformers
 
   parent, path = tmp_path / "parent", tmp_path / "export"
-  config = dataclasses.replace(TINY, family=kind, attn_scale=0.5)
+  config = dataclasses.replace(TINY, family=kind)
   config = dataclasses.replace(config, **families.FAMILIES[kind].fixed)
+  if kind == "gemma2":
+    config = dataclasses.replace(config, attn_scale=0.5, embed_scale=4.0)
   params = decoder.init_params(config, jax.random.key(0))
   save.save(config, params, parent, **quiet)
   zoo.rewrite_config(parent, **fields)

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from adapt_pruner_jax import api
 from adapt_pruner_jax.data import sources
-from adapt_pruner_jax.formats import convert, opening
+from adapt_pruner_jax.formats import convert, dtypes, opening
 from adapt_pruner_jax.formats.hf import load, save
 from adapt_pruner_jax.models import model_config
 from adapt_pruner_jax.runs import run
@@ -122,6 +122,16 @@ def test_the_api_saves_as_stored(mixed, tmp_path):
   first = "model.layers.{}.self_attn.q_proj.weight"
   assert np.array_equal(found[first.format(0)], arrays[first.format(1)])
   assert str(found[first.format(0)].dtype) == "bfloat16"
+
+
+def test_what_slicegpt_adds_is_as_most_of_the_others(mixed):
+  sizes = ((16, 12, 10), (10, 9, 11), (11, 8, 7))
+  config = dataclasses.replace(small.CONFIG, residual=sizes)
+  params = small.random_params(config)
+  written = dtypes.for_export(config, params, mixed[0], "")
+  kinds = {n: str(x.dtype) for n, x in written["layer_1"].items()}
+  assert kinds["attn_norm"] == kinds["mlp_norm"] == "float32"
+  assert kinds["attn_shortcut"] == kinds["q"] == kinds["down"] == "bfloat16"
 
 
 @pytest.mark.parametrize("tokens", [0, 512], ids=["pruned", "trained"])

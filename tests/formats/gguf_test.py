@@ -1,7 +1,6 @@
 """GGUF files, read back and, where llama.cpp is installed, run by it."""
 
 import dataclasses
-import json
 
 import jax
 import numpy as np
@@ -11,7 +10,7 @@ from adapt_pruner_jax.data.tokenizer import load_tokenizer
 from adapt_pruner_jax.distributed import sharding
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.evaluation import generate
-from adapt_pruner_jax.formats.gguf import vocab, writer
+from adapt_pruner_jax.formats.gguf import writer
 from adapt_pruner_jax.formats.hf import load
 from adapt_pruner_jax.models import decoder
 from adapt_pruner_jax.models.model_config import ModelConfig
@@ -43,9 +42,9 @@ LLAMA3 = Rope(
 )
 CASES = {
   "llama": {},
-  "smallest layer first": {"K": (1, 2, 2), "F": (32, 64, 40)},
+  "smallest layer first": {"kv_groups": (1, 2, 2), "ffn_widths": (32, 64, 40)},
   "tied": {"tied": True},
-  "equal layers": {"K": (2, 2, 2), "F": (48, 48, 48)},
+  "equal layers": {"kv_groups": (2, 2, 2), "ffn_widths": (48, 48, 48)},
   "llama3 rope": {"rope": LLAMA3},
   "linear rope": {"rope": Rope(kind="linear", factor=4.0)},
   "mobilellm": {"family": "mobilellm", "tied": True},
@@ -58,7 +57,7 @@ CASES = {
     "family": "qwen3",
     "qk_norm": "head",
     "tied": True,
-    "K": (2, 0, 1),
+    "kv_groups": (2, 0, 1),
   },
   "all biases": {
     "qkv_bias": True,
@@ -109,7 +108,7 @@ def test_llama_cpp_computes_the_same(name, tmp_path):
   np.testing.assert_allclose(got, want, atol=1e-4 * max(1, np.abs(want).max()))
 
 
-@pytest.mark.parametrize("kind", ["f16", "q8_0"])
+@pytest.mark.parametrize("kind", ["f16", "bf16", "q8_0"])
 def test_smaller_files_compute_nearly_the_same(kind, tmp_path):
   config, params = case("llama")
   writer.write(config, params, tmp_path / "full.gguf")
@@ -139,7 +138,12 @@ def test_layers_that_are_gone_are_left_out(tmp_path):
     ({"family": "gemma2"}, "hf_uniform"),
     ({"residual": ((32, 32, 32),) * 3}, "only orbax"),
     ({"window": (8, 8, 8), "family": "mistral"}, "sliding windows"),
-    ({"K": (2, 0, 1)}, "without attention"),
+    ({"rope": Rope(partial=0.5)}, "a part of each head"),
+    (
+      {"rope": Rope(partial=0.5), "family": "qwen3", "qk_norm": "head"},
+      "a part of each head",
+    ),
+    ({"kv_groups": (2, 0, 1)}, "without attention"),
     (
       {
         "family": "qwen3",
@@ -184,74 +188,6 @@ def assert_tokenises_alike(path, tokenizer):
   for text in PROBES:
     got = llama.tokenize(text.encode(), add_bos=True, special=False)
     assert got == tokenizer.encode(text), text
-
-
-TEMPLATE = {"single": [{"SpecialToken": {"id": "<s>"}}, {"Sequence": {}}]}
-
-
-@pytest.mark.parametrize(
-  "content, special, space",
-  [
-    ({}, False, False),
-    ({"post_processor": TEMPLATE}, True, False),
-    # LLaMA 3
-    (
-      {"post_processor": {"processors": [{"type": "ByteLevel"}, TEMPLATE]}},
-      True,
-      False,
-    ),
-    ({"post_processor": {"single": [{"Sequence": {}}]}}, False, False),
-    # LLaMA 2, by Transformers 4 and 5
-    (
-      {"normalizer": {"normalizers": [{"type": "Prepend"}]}},
-      False,
-      True,
-    ),
-    (
-      {"pre_tokenizer": {"type": "Metaspace", "prepend_scheme": "first"}},
-      False,
-      True,
-    ),
-    (
-      {"pre_tokenizer": {"type": "Metaspace", "prepend_scheme": "never"}},
-      False,
-      False,
-    ),
-  ],
-)
-def test_what_is_put_in_front_of_a_text(content, special, space):
-  assert vocab.begins_with_special(content) == special
-  assert vocab.begins_with_space(content) == space
-
-
-@pytest.mark.parametrize("added", [True, False])
-def test_tokens_that_the_model_does_not_have(added, tmp_path, caplog):
-  """An added one is left out; of others there is something wrong."""
-  folder = tmp_path / "tokenizer"
-  tiny_model.train_tokenizer(folder, 300)
-  file = folder / "tokenizer.json"
-  content = json.loads(file.read_text())
-  size = len(content["model"]["vocab"])
-  if added:
-    token = dict(content["added_tokens"][0], id=size, content="[PAD]")
-    content["added_tokens"].append(token)
-    file.write_text(json.dumps(content))
-  config = dataclasses.replace(UNEVEN, vocab_size=size if added else size - 1)
-  pair = config, small.random_params(config)
-  out = tmp_path / "model.gguf"
-  if added:
-    writer.write(*pair, out, source=folder)
-    assert out.stat().st_size > 1000
-  else:
-    with pytest.raises(UserError, match="more tokens than the model's"):
-      writer.write(*pair, out, source=folder)
-    assert not out.exists()
-
-
-def test_unknown_pre_tokenizer_is_refused(tmp_path):
-  settings = {"type": "Split", "pattern": {"Regex": "x+"}}
-  with pytest.raises(UserError, match="pre-tokenizer"):
-    vocab.pre_tokenizer(settings, tmp_path / "tokenizer.json")
 
 
 def test_a_story_told_by_llama_cpp(shared_data, tmp_path):

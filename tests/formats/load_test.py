@@ -9,10 +9,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from adapt_pruner_jax.data import tokenizer
 from adapt_pruner_jax.distributed import sharding
 from adapt_pruner_jax.errors import UserError
-from adapt_pruner_jax.formats import convert, opening, orbax
 from adapt_pruner_jax.formats.hf import load, save, tensors
 from adapt_pruner_jax.models import decoder
 from adapt_pruner_jax.models.model_config import ModelConfig
@@ -223,92 +221,6 @@ def test_shards_without_an_index(written, tmp_path):
   assert "of 2 shards" in refusal(path)
 
 
-@pytest.mark.parametrize(
-  "name", ["config.json", "model.safetensors", "LICENSE", "tokenizer.json"]
-)
-def test_links_out_of_the_directory(broken, tmp_path, name):
-  """They would be copied into the export, whatever they lead to."""
-  secret = tmp_path / "secret"
-  if (broken / name).exists():
-    (broken / name).rename(secret)
-  else:
-    secret.write_text("years")
-  (broken / name).symlink_to(secret)
-  with pytest.raises(UserError, match=r"is a link to .*secret, outside of"):
-    convert.convert(str(broken), tmp_path / "out", "hf")
-  assert not (tmp_path / "out").exists()
-  if name == "tokenizer.json":
-    with pytest.raises(UserError, match="is a link to"):
-      tokenizer.load_tokenizer(broken)
-  # Inside of it they may lead anywhere.
-  (broken / name).unlink()
-  secret.rename(broken / "elsewhere")
-  (broken / name).symlink_to("elsewhere")
-  if name != "tokenizer.json":  # which that is not
-    convert.convert(str(broken), tmp_path / "out", "hf")
-    copied = (tmp_path / "out" / name).read_bytes()
-    if name in ("model.safetensors", "LICENSE"):
-      assert copied == (broken / "elsewhere").read_bytes()
-
-
-@pytest.fixture
-def hub(written, tmp_path, monkeypatch):
-  """A cache that `from_pretrained` of Transformers has filled, offline."""
-  cache = tmp_path / "hub"
-  commits = {"main": "a" * 40, "v2": "b" * 40}
-  repository = cache / "models--someone--small"
-  listed = {}
-  for revision, commit in commits.items():
-    snapshot = repository / "snapshots" / commit
-    for folder in (snapshot, repository / "blobs", repository / "refs"):
-      folder.mkdir(parents=True, exist_ok=True)
-    (repository / "refs" / revision).write_text(commit)
-    for file in written[0].iterdir():
-      listed[file.name] = {"size": file.stat().st_size, "blob_id": file.name}
-      if file.name not in ("README.md", "SHA256SUMS"):
-        shutil.copyfile(file, repository / "blobs" / file.name)
-        (snapshot / file.name).symlink_to(f"../../blobs/{file.name}")
-    for name in ("LICENSE", "trainer_state.json"):
-      listed[name] = {"size": 1, "blob_id": name}
-    tree = repository / "trees" / f"{commit}.json"
-    tree.parent.mkdir(exist_ok=True)
-    tree.write_text(json.dumps({"format_version": 1, "files": listed}))
-  other = repository / "snapshots" / commits["v2"] / "config.json"
-  raw = json.loads(other.read_text()) | {"rms_norm_eps": 1e-3}
-  other.unlink()
-  other.write_text(json.dumps(raw))
-  import huggingface_hub
-
-  monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
-  return repository
-
-
-def test_a_hub_cache_without_card_and_licence(hub, written):
-  import huggingface_hub
-
-  with pytest.raises(Exception, match="LICENSE"):
-    huggingface_hub.snapshot_download("someone/small")
-  config, params = load.load("someone/small")
-  assert config == CONFIG
-  assert same(params, written[1])
-  config, _ = load.load("someone/small@v2")
-  assert config.norm_eps == 1e-3
-  assert load.read_config(f"someone/small@{'b' * 40}").norm_eps == 1e-3
-  assert "someone/small@v3 is not a directory" in refusal("someone/small@v3")
-  gone = hub / "snapshots" / ("a" * 40) / "model.safetensors"
-  gone.unlink()
-  assert "model.safetensors" in refusal("someone/small")
-
-
-def test_home_in_a_path(written, monkeypatch, tmp_path):
-  monkeypatch.setenv("HOME", str(written[0].parent))
-  assert load.read_config("~/model") == CONFIG
-  assert opening.open_model("~/model")[2] == written[0]
-  convert.convert("~/model", "~/again", "orbax")
-  assert opening.open_model("~/again")[0] == CONFIG
-  orbax.verify("~/again")
-
-
 def test_left_over_buffers_are_ignored(broken, written):
   name = "model.layers.0.self_attn.rotary_emb.inv_freq"
   change_tensors(broken, lambda a: a.update({name: np.ones(2, np.float32)}))
@@ -401,14 +313,6 @@ def test_bad_config_files(broken):
     assert words in refusal(broken)
   file.unlink()
   assert "has no config.json" in refusal(broken)
-
-
-def test_paths(tmp_path, written):
-  assert "does not exist" in refusal(tmp_path / "nothing")
-  assert "is a file" in refusal(written[0] / "config.json")
-  text = refusal("nobody/no-such-model")  # offline in tests
-  assert "nobody/no-such-model is not a directory" in text
-  assert "network" in text
 
 
 def test_config_without_weights(broken):

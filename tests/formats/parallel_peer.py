@@ -10,6 +10,12 @@ import torch
 import transformers
 
 
+def held(parameter):
+  """The shape of what this process holds of it."""
+  local = getattr(parameter, "to_local", lambda: parameter)()
+  return tuple(local.shape)
+
+
 def main():
   path, tokens, out = sys.argv[1:]
   transformers.logging.set_verbosity_error()
@@ -23,10 +29,14 @@ def main():
   ).eval()
   with torch.no_grad():
     logits = model(torch.tensor(np.load(tokens))).logits
+  whole = transformers.AutoModelForCausalLM.from_pretrained(
+    path, trust_remote_code=True, dtype=torch.float32
+  )
+  shapes = {name: held(p) for name, p in whole.named_parameters()}
   parts = [
-    "/".join(name.split(".")[-3:-1])
+    name.split(".")[3]  # model.layers.N.self_attn...
     for name, parameter in model.named_parameters()
-    if ".layers." in name and hasattr(parameter, "placements")
+    if ".layers." in name and held(parameter) != shapes[name]
   ]
   if torch.distributed.get_rank() == 0:
     np.savez(out, logits=logits.float().numpy(), parts=sorted({*parts}))

@@ -1,15 +1,19 @@
 """Runs that an earlier version began and did not end, see make.py there."""
 
+import contextlib
+import dataclasses
 import json
 import shutil
 import tarfile
+import types
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from adapt_pruner_jax.config import from_json
-from adapt_pruner_jax.runs import run
+from adapt_pruner_jax.config import Config, from_json
+from adapt_pruner_jax.errors import UserError
+from adapt_pruner_jax.runs import recipe, run
 
 
 @pytest.fixture(params=["pruning", "training"])
@@ -30,9 +34,9 @@ def sizes(trace: str) -> list[int]:
 
 def test_today_continues_to_the_same_result(old, capsys):
   work, expected = old
-  recipe = from_json(json.loads((work / "config.json").read_text()))
+  config = from_json(json.loads((work / "config.json").read_text()))
   done = len((work / "trace.jsonl").read_text().splitlines())
-  run.run(recipe, work)
+  run.run(config, work)
   said = capsys.readouterr().out
   assert "continuing at stage 2" in said
   assert "from a checkpoint of an earlier version" in said
@@ -54,3 +58,26 @@ def test_today_continues_to_the_same_result(old, capsys):
     np.testing.assert_allclose(got[name], want[name], atol=1e-6, err_msg=name)
   same = all(np.array_equal(got[name], want[name]) for name in want)
   print("bit for bit" if same else "within 1e-6")
+
+
+def test_an_old_run_had_no_begin_token(tmp_path, monkeypatch):
+  """It goes on without one; where there is none, nothing need be said."""
+  prints = {"model": "", "calibration": ""}
+  monkeypatch.setattr(recipe, "fingerprints", lambda _: prints)
+  stored = dataclasses.asdict(Config())
+  del stored["data"]["bos"]
+  (tmp_path / "config.json").write_text(json.dumps(stored))
+  for bos, token in (("auto", None), ("none", None), ("auto", "<s>")):
+    config = Config()
+    config.data.bos = bos
+    assert not recipe.is_anew(config, tmp_path, False, False)
+    inputs = types.SimpleNamespace(
+      path=tmp_path,
+      recipe=config,
+      tokenizer=types.SimpleNamespace(begin_token=token),
+    )
+    refused = contextlib.nullcontext()
+    if token:
+      refused = pytest.raises(UserError, match=r"no <s> .*data\.bos=none")
+    with refused:
+      recipe.claim(inputs, False)

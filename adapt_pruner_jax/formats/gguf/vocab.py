@@ -1,51 +1,85 @@
-"""The tokenizer of a GGUF file: byte-level BPE and SentencePiece."""
+"""Writes the tokenizer of a GGUF file: byte-level BPE and SentencePiece."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from absl import logging
 
+from adapt_pruner_jax.data.tokenizer import CONVERTIBLE, load_tokenizer
 from adapt_pruner_jax.errors import UserError
+from adapt_pruner_jax.formats.gguf import pre_tokenizers
+from adapt_pruner_jax.formats.gguf.pre_tokenizers import Step, parts
+from adapt_pruner_jax.formats.hf.files import read_object
 from adapt_pruner_jax.models.model_config import ModelConfig
 
 NORMAL, UNKNOWN, CONTROL, USER, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
-# llama.cpp's name of a pre-tokenizer, by a piece of its regular expression that
-# no other has; first match first. Without the name texts are split wrongly.
-PRE_TOKENIZERS = (
-  (r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*", "llama-bpe"),
-  (r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*", "qwen2"),
-)
+SPACE = "▁"  # SentencePiece's
+Content = Mapping[str, Any]  # of a tokenizer.json
 
 
 def write(writer: Any, config: ModelConfig, source: Path | None) -> None:
   """Writes the tokenizer of a directory, or that there is none.
 
+  Args:
+    writer: a gguf.GGUFWriter.
+    source: the directory; what has no tokenizer.json but SentencePiece or
+      vocabulary files is converted as for our own use.
+
   Raises:
     UserError: a kind of tokenizer that llama.cpp is not known to read alike.
   """
-  file = None if source is None else source / "tokenizer.json"
-  if file is None or not file.is_file():
-    logging.warning(
-      "no tokenizer.json in %s: the file works with token ids only", source
-    )
+  content = None if source is None else _content(source)
+  if content is None:
+    logging.warning("no tokenizer in %s: the file works with ids only", source)
     writer.add_tokenizer_model("none")
     return
-  content = json.loads(file.read_text(encoding="utf-8"))
+  file = source / "tokenizer.json"
   inner = content["model"]
-  if inner["type"] != "BPE":
+  if inner["type"] != "BPE" or any(
+    inner.get(name) for name in ("continuing_subword_prefix", "dropout")
+  ):
     raise UserError(
-      f"{file} is a {inner['type']} tokenizer; gguf files can hold BPE: use "
-      "--format=hf_uniform and llama.cpp's own converter"
+      f"{file} is a {inner['type']} tokenizer; gguf files can hold plain BPE: "
+      "use --format=hf_uniform and llama.cpp's own converter"
     )
+  tokens, types = _tokens(content, config, file)
+  if inner.get("byte_fallback"):
+    space = _space_prefix(content, file)
+    _write_sentencepiece(writer, inner, tokens, types)
+    writer.add_add_space_prefix(space)
+  else:
+    merges = [m if isinstance(m, str) else " ".join(m) for m in inner["merges"]]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre_tokenizers.name(content, file))
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    writer.add_token_merges(merges)
+  _write_special(writer, config, content, source)
+
+
+def _content(source: Path) -> Content | None:
+  if (source / "tokenizer.json").is_file():
+    return read_object(source / "tokenizer.json")
+  if any((source / name).is_file() for name in CONVERTIBLE):
+    return json.loads(load_tokenizer(source).backend.to_str())
+  return None
+
+
+def _tokens(
+  content: Content, config: ModelConfig, file: Path
+) -> tuple[list[str], list[int]]:
+  """A token and its type for each row of the embedding."""
+  vocabulary = content["model"]["vocab"]
   tokens = [f"[PAD{i}]" for i in range(config.vocab_size)]
   types = [UNUSED] * config.vocab_size
-  if max(inner["vocab"].values(), default=0) >= config.vocab_size:
+  if max(vocabulary.values(), default=0) >= config.vocab_size:
     raise UserError(
       f"{file} has more tokens than the model's {config.vocab_size}: it is not "
       "this model's"
     )
-  for token, number in inner["vocab"].items():
+  for token, number in vocabulary.items():
     tokens[number], types[number] = token, NORMAL
   for added in content["added_tokens"]:
     if added["id"] >= config.vocab_size:
@@ -57,19 +91,15 @@ def write(writer: Any, config: ModelConfig, source: Path | None) -> None:
       continue
     tokens[added["id"]] = added["content"]
     types[added["id"]] = CONTROL if added["special"] else USER
-  if inner.get("byte_fallback"):
-    _write_sentencepiece(writer, inner, tokens, types)
-  else:
-    _write_byte_level(writer, content, file, tokens, types)
-  _write_special(writer, config, content, source)
+  return tokens, types
 
 
 def _write_sentencepiece(
-  writer: Any, inner: dict, tokens: list[str], types: list[int]
+  writer: Any, inner: Content, tokens: list[str], types: list[int]
 ) -> None:
   """llama.cpp merges the pair with the best score: the earliest merge."""
   merges = [m if isinstance(m, list) else m.split(" ") for m in inner["merges"]]
-  scores = [0.0] * len(tokens)
+  scores = [-1.0 - len(merges)] * len(tokens)
   number = {token: i for i, token in enumerate(tokens)}
   for rank, (left, right) in reversed(list(enumerate(merges))):
     scores[number[left + right]] = -1.0 - rank
@@ -86,86 +116,116 @@ def _write_sentencepiece(
   writer.add_token_types(types)
 
 
-def _write_byte_level(
-  writer: Any, content: dict, file: Path, tokens: list[str], types: list[int]
-) -> None:
-  merges = [
-    m if isinstance(m, str) else " ".join(m) for m in content["model"]["merges"]
-  ]
-  writer.add_tokenizer_model("gpt2")
-  writer.add_tokenizer_pre(pre_tokenizer(content["pre_tokenizer"], file))
-  writer.add_token_list(tokens)
-  writer.add_token_types(types)
-  writer.add_token_merges(merges)
+def _space_prefix(content: Content, file: Path) -> bool:
+  """Whether a space comes in front of a text.
 
-
-def pre_tokenizer(settings: dict | None, file: Path) -> str:
-  """llama.cpp's name for how a byte-level tokenizer splits a text.
+  llama.cpp puts it there always, as SentencePiece does; Transformers' Metaspace
+  leaves it out where the text begins with one.
 
   Raises:
-    UserError: none is known to do the same.
+    UserError: the text is changed or split in a way that llama.cpp does not.
   """
-  steps = _steps(settings, "pretokenizers")
-  patterns = [
-    s["pattern"]["Regex"] for s in steps if "Regex" in s.get("pattern", {})
-  ]
-  kinds = [step.get("type") for step in steps]
-  if not patterns and kinds == ["ByteLevel"]:
-    return "gpt-2"
-  if not patterns and kinds == ["Digits", "ByteLevel"]:
-    return "smollm"
-  for piece, name in PRE_TOKENIZERS:
-    if any(piece in pattern for pattern in patterns):
-      return name
+  replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+  prepend = {"type": "Prepend", "prepend": SPACE}
+  normal = parts(content, "normalizer", "normalizers")
+  split = parts(content, "pre_tokenizer", "pretokenizers")
+  if normal in ([replace], [prepend, replace]) and not split:
+    return begins_with_space(content)
+  metaspace = {"type": "Metaspace", "replacement": SPACE, "split": False}
+  if not normal and len(split) == 1 and metaspace.items() <= split[0].items():
+    return begins_with_space(content)
+  kinds = [str(step.get("type")) for step in [*normal, *split]]
   raise UserError(
-    f"{file}: no pre-tokenizer of llama.cpp is known to split texts like this "
-    f"one ({', '.join(map(str, kinds))}); use --format=hf_uniform and "
-    "llama.cpp's own converter"
+    f"{file}: llama.cpp is not known to split texts like this SentencePiece "
+    f"tokenizer ({', '.join(kinds) or 'spaces are kept'}); use "
+    "--format=hf_uniform and llama.cpp's own converter"
   )
 
 
-def begins_with_special(content: dict) -> bool:
+def begins_with_special(content: Content) -> bool:
   """Whether tokenizer.json puts a special token in front of a text."""
-  steps = _steps(content.get("post_processor"), "processors")
-  templates = [step["single"] for step in steps if step.get("single")]
-  return any("SpecialToken" in template[0] for template in templates)
+  template = _template(content)
+  return bool(template) and "SpecialToken" in template[0]
 
 
-def begins_with_space(content: dict) -> bool:
+def begins_with_space(content: Content) -> bool:
   """Whether tokenizer.json puts a space in front of a text."""
-  normal = _steps(content.get("normalizer"), "normalizers")
-  split = _steps(content.get("pre_tokenizer"), "pretokenizers")
+  normal = parts(content, "normalizer", "normalizers")
+  split = parts(content, "pre_tokenizer", "pretokenizers")
   return any(step.get("type") == "Prepend" for step in normal) or any(
     step.get("type") == "Metaspace" and step.get("prepend_scheme") != "never"
     for step in split
   )
 
 
-def _steps(part: dict | None, name: str) -> list[dict]:
-  """What a part of tokenizer.json does: its steps `name`, or itself alone."""
-  part = part or {}
-  return part.get(name, [part])
+def _template(content: Content) -> list[Step]:
+  """What tokenizer.json makes of a text: special tokens and the text."""
+  steps = parts(content, "post_processor", "processors")
+  return next((step["single"] for step in steps if step.get("single")), [])
 
 
 def _write_special(
-  writer: Any, config: ModelConfig, content: dict, source: Path
+  writer: Any, config: ModelConfig, content: Content, source: Path
 ) -> None:
+  settings = _optional(source / "tokenizer_config.json")
+  begin = _id(content, settings.get("bos_token"))
   if config.bos_id is not None:
-    writer.add_bos_token_id(config.bos_id)
-  if config.eos_ids:
-    writer.add_eos_token_id(config.eos_ids[0])
-  if config.pad_id is not None:
-    writer.add_pad_token_id(config.pad_id)
-  writer.add_add_bos_token(begins_with_special(content))
-  if content["model"].get("byte_fallback"):
-    writer.add_add_space_prefix(begins_with_space(content))
-  settings = source / "tokenizer_config.json"
+    begin = config.bos_id
+  if begins_with_special(content):
+    begin = _id(content, _template(content)[0]["SpecialToken"]["id"])
+  ends = end_tokens(config, content, source)
+  numbers = {"bos": begin, "pad": config.pad_id}
+  numbers |= dict(zip(("eos", "eot", "eom"), ends, strict=False))
+  for role, number in numbers.items():
+    if _has(config, number):
+      getattr(writer, f"add_{role}_token_id")(number)
+  if ends[3:]:
+    logging.warning(
+      "a gguf file names three end tokens; left out are %s",
+      ", ".join(map(str, ends[3:])),
+    )
+  writer.add_add_bos_token(begins_with_special(content) and _has(config, begin))
+  template = _template(content)
+  if len(template) > 1 and "SpecialToken" in template[-1]:
+    writer.add_add_eos_token(True)
   chat = source / "chat_template.jinja"
   if chat.is_file():
     writer.add_chat_template(chat.read_text(encoding="utf-8"))
-  elif settings.is_file():
-    template = json.loads(settings.read_text(encoding="utf-8")).get(
-      "chat_template"
-    )
-    if isinstance(template, str):
-      writer.add_chat_template(template)
+  elif settings.get("chat_template"):  # one, or several with names
+    writer.add_chat_template(settings["chat_template"])
+
+
+def _has(config: ModelConfig, token: int | None) -> bool:
+  """Whether the model has this token; some configs say -1 for none."""
+  return token is not None and 0 <= token < config.vocab_size
+
+
+def end_tokens(
+  config: ModelConfig, content: Content, source: Path
+) -> tuple[int, ...]:
+  """The tokens that end a text, as Transformers' `generate` takes them.
+
+  Those of generation_config.json where it names any, else config.json's, else
+  the tokenizer's. The tokenizer's own comes first: it is what chat templates
+  mean by eos_token.
+  """
+  settings = _optional(source / "tokenizer_config.json")
+  own = _id(content, settings.get("eos_token"))
+  named = _optional(source / "generation_config.json").get("eos_token_id")
+  if named is None:
+    ends = config.eos_ids
+  else:
+    ends = tuple(named) if isinstance(named, list) else (named,)
+  ends = ends or ((own,) if own is not None else ())
+  return tuple(dict.fromkeys(sorted(ends, key=lambda end: end != own)))
+
+
+def _id(content: Content, token: Any) -> int | None:
+  if isinstance(token, dict):  # a serialised AddedToken
+    token = token.get("content")
+  added = {x["content"]: x["id"] for x in content["added_tokens"]}
+  return added.get(token, content["model"]["vocab"].get(token))
+
+
+def _optional(file: Path) -> dict[str, Any]:
+  return read_object(file) if file.is_file() else {}

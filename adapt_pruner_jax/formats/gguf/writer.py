@@ -1,4 +1,4 @@
-"""GGUF files, which llama.cpp runs: layers of unequal sizes and all.
+"""Writes GGUF files: layers of unequal sizes and all.
 
 llama.cpp reads sizes layer by layer only in some architectures. `deci` serves
 LLaMA, Mistral and Qwen2, `openelm` Qwen3 with a tied output; Qwen3 without is
@@ -6,51 +6,47 @@ zero-padded to equal layers (`hf/uniform.py`). A model whose layers are equal
 gets the plain architecture of its family.
 """
 
-from collections.abc import Iterator
+import dataclasses
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from adapt_pruner_jax.errors import UserError, nearest
-from adapt_pruner_jax.formats.gguf import vocab
-from adapt_pruner_jax.formats.hf import save
-from adapt_pruner_jax.formats.hf.tensors import to_hf
+from adapt_pruner_jax.formats.gguf import layout, reader, vocab
+from adapt_pruner_jax.formats.gguf.layout import Part, package
+from adapt_pruner_jax.formats.hf import reopen, save
+from adapt_pruner_jax.formats.hf.tensors import hf_shape, to_hf
 from adapt_pruner_jax.formats.hf.uniform import pad
-from adapt_pruner_jax.models import axes, model_config
+from adapt_pruner_jax.formats.hf.weights import Get, getter
 from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.models.rope import Rope, rope_frequencies
 from adapt_pruner_jax.storage import publish
 
-KINDS = ("f32", "f16", "q8_0")
+KINDS = ("f32", "f16", "bf16", "q8_0")
+STORED = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
+# How far a value may be from what it was, as a share of the tensor's largest.
+TOLERANCE = {"F32": 0.0, "F16": 1e-3, "BF16": 4e-3, "Q8_0": 1e-2}
+LOGITS_TOLERANCE = 1e-4  # of the largest
 LLAMA_LIKE = ("llama", "mistral", "qwen2", "mobilellm")
-NAMES = {
-  "embedding": "token_embd.weight",
-  "final_norm": "output_norm.weight",
-  "lm_head": "output.weight",
-  "attn_norm": "attn_norm.weight",
-  "q": "attn_q.weight",
-  "k": "attn_k.weight",
-  "v": "attn_v.weight",
-  "o": "attn_output.weight",
-  "q_bias": "attn_q.bias",
-  "k_bias": "attn_k.bias",
-  "v_bias": "attn_v.bias",
-  "o_bias": "attn_output.bias",
-  "q_norm": "attn_q_norm.weight",
-  "k_norm": "attn_k_norm.weight",
-  "mlp_norm": "ffn_norm.weight",
-  "gate": "ffn_gate.weight",
-  "up": "ffn_up.weight",
-  "down": "ffn_down.weight",
-  "gate_bias": "ffn_gate.bias",
-  "up_bias": "ffn_up.bias",
-  "down_bias": "ffn_down.bias",
-}
-# Rotary channels that lie side by side, where ours are half a head apart.
-INTERLEAVED = ("q", "k", "q_bias", "k_bias")
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+  """A tensor of the file.
+
+  Attributes:
+    shape: as in a HuggingFace checkpoint, [out, in].
+    kind: a gguf.GGMLQuantizationType.
+    content: of `parts`, or these numbers.
+  """
+
+  name: str
+  shape: tuple[int, ...]
+  kind: Any
+  parts: list[Part]
+  content: np.ndarray | None = None
 
 
 def write(
@@ -59,21 +55,23 @@ def write(
   out: Path,
   *,
   source: Path | None = None,
-  kind: str = "f32",
+  kind: str = "",
 ) -> None:
   """Writes a .gguf file; it is read again and compared before it counts.
 
   Args:
     source: a directory with the tokenizer; without, the file has token ids
       only, which is said.
-    kind: f32, f16 or q8_0 (rows that are no multiple of 32 stay f16).
+    kind: f32, f16, bf16 or q8_0 (rows that are no multiple of 32 stay f16), or
+      "": each matrix as it is stored. Vectors are always f32.
 
   Raises:
-    UserError: a family or structure that llama.cpp has no architecture for, or
-      a tokenizer that it does not know.
+    UserError: a family or structure that llama.cpp has no architecture for, a
+      tokenizer that it does not know, or weights that the kind cannot hold.
   """
-  gguf = _package()
-  if kind not in KINDS:
+  gguf = package()
+  kind = STORED.get(kind, kind)
+  if kind and kind not in KINDS:
     raise UserError(
       f"--dtype={kind} of a gguf is not one of {', '.join(KINDS)}"
       f"{nearest(kind, KINDS)}"
@@ -85,16 +83,11 @@ def write(
   publish.require_free(out, overwrite=True)
   with publish.file(out) as temporary:
     writer = gguf.GGUFWriter(str(temporary), arch)
-    _write_sizes(writer, config, kind)
+    planned = tensors(config, params, arch, kind)
+    _write_sizes(writer, config, planned[0].kind)
     vocab.write(writer, config, source)
-    for tensor, array in tensors(config, params, arch):
-      stored, quantization = _stored(gguf, tensor, array, kind)
-      writer.add_tensor(tensor, stored, raw_dtype=quantization)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    _compare(gguf, temporary, config, params, arch, kind)
+    _write_tensors(writer, planned, config, getter(params), arch)
+    compare(temporary, config, params, planned)
 
 
 def architecture(config: ModelConfig) -> str:
@@ -106,22 +99,27 @@ def architecture(config: ModelConfig) -> str:
   why = None
   if config.residual:
     why = "a model cut by SliceGPT, which only orbax can hold"
+  elif config.rope.partial != 1:
+    why = (
+      f"rotary embeddings of a part of each head ({config.rope.partial}) in "
+      f"the family {config.family}; --format=hf can"
+    )
   elif config.family == "qwen3" and _biases(config):
     why = "biases beside norms of queries and keys; --format=hf can"
-  elif config.family == "qwen3":
-    holes = 0 in config.kv_groups or 0 in config.ffn_widths
-    uneven = not _is_uniform(config)
-    return "openelm" if config.tied and uneven and not holes else "qwen3"
-  elif config.family not in LLAMA_LIKE:
+  elif config.family not in (*LLAMA_LIKE, "qwen3"):
     why = (
       f"the family {config.family}; write --format=hf_uniform and use "
       "llama.cpp's own converter on it"
     )
-  elif any(config.window):
+  elif any(0 < window < config.context for window in config.window):
     why = (
       "sliding windows; exact within the window only: drop them with "
       "--ignore_fields=sliding_window if your prompts are shorter"
     )
+  elif config.family == "qwen3":
+    holes = 0 in config.kv_groups or 0 in config.ffn_widths
+    uneven = not _is_uniform(config)
+    return "openelm" if config.tied and uneven and not holes else "qwen3"
   elif 0 in config.kv_groups or 0 in config.ffn_widths:
     why = "layers without attention or MLP; --format=hf can"
   if why:
@@ -130,42 +128,103 @@ def architecture(config: ModelConfig) -> str:
 
 
 def tensors(
-  config: ModelConfig, params: Params, arch: str
-) -> Iterator[tuple[str, np.ndarray]]:
-  """Names and float32 contents, one at a time."""
-
-  def array(name: str, leaf: jax.Array) -> np.ndarray:
-    made = to_hf(name, np.asarray(jax.device_get(leaf), np.float32))
-    if arch in ("llama", "deci") and name in INTERLEAVED:
-      made = interleave(made, config.head_dim)
-    return np.ascontiguousarray(made)
-
-  for name in model_config.outer_names(config):
-    yield NAMES[name], array(name, params[name])
+  config: ModelConfig, params: Params, arch: str, kind: str
+) -> list[Tensor]:
+  """What the file will hold, known before any weight is read."""
+  types = package().GGMLQuantizationType
+  found = []
+  for name, parts in layout.tensors(config, arch):
+    shapes = [hf_shape(part.name, config.sizes(part.layer)) for part in parts]
+    shape = (sum(rows for rows, *_ in shapes), *shapes[0][1:])
+    leaf = _leaf(params, parts[0])
+    stored = kind or STORED[str(leaf.dtype)]
+    if len(shape) == 1:
+      stored = "f32"
+    elif stored == "q8_0" and shape[-1] % 32:
+      stored = "f16"
+    found.append(Tensor(name, shape, types[stored.upper()], parts))
   if config.rope.kind == "llama3":
-    plain = Rope(theta=config.rope.theta)
-    slowed = rope_frequencies(config.rope, config.head_dim)
-    ratio = rope_frequencies(plain, config.head_dim) / slowed
-    yield "rope_freqs.weight", ratio.astype(np.float32)
-  for i in range(config.num_layers):
-    layer = params[axes.layer_name(i)]
-    names = model_config.layer_names(config, i)
-    if arch == "openelm":  # q, k and v one below the other
-      fused = [array(name, layer[name]) for name in "qkv"]
-      yield f"blk.{i}.attn_qkv.weight", np.concatenate(fused)
-      names = [name for name in names if name not in "qkv"]
-    for name in names:
-      yield f"blk.{i}.{NAMES[name]}", array(name, layer[name])
+    plain = rope_frequencies(Rope(theta=config.rope.theta), config.head_dim)
+    ratio = plain / rope_frequencies(config.rope, config.head_dim)
+    content = ratio.astype(np.float32)
+    name = layout.ROPE_FACTORS
+    found.append(Tensor(name, content.shape, types.F32, [], content))
+  return found
 
 
-def interleave(rows: np.ndarray, head_dim: int) -> np.ndarray:
-  """Rows of a head from (first half, second half) to pairs side by side."""
-  heads = rows.reshape(-1, 2, head_dim // 2, *rows.shape[1:])
-  return heads.swapaxes(1, 2).reshape(rows.shape)
+def _leaf(params: Params, part: Part) -> Any:
+  tree = params if part.layer is None else params[f"layer_{part.layer}"]
+  return tree[part.name]
 
 
-def _write_sizes(writer: Any, config: ModelConfig, kind: str) -> None:
-  gguf = _package()
+def contents(
+  tensor: Tensor, config: ModelConfig, get: Get, arch: str
+) -> np.ndarray:
+  """A tensor in float32, in the file's order of rows."""
+  if tensor.content is not None:
+    return tensor.content
+  rows = []
+  for part in tensor.parts:
+    array = to_hf(part.name, get((part.layer, part.name)).astype(np.float32))
+    if layout.is_interleaved(part.name, arch):
+      array = layout.interleave(array, config.head_dim)
+    rows.append(array)
+  return rows[0] if len(rows) == 1 else np.concatenate(rows)
+
+
+def stored(tensor: Tensor, array: np.ndarray) -> np.ndarray:
+  """Float32 numbers in the tensor's kind.
+
+  Raises:
+    UserError: NaN, infinity, or more than the kind can hold.
+  """
+  gguf = package()
+  array = np.ascontiguousarray(array)
+  largest = np.abs(array).max(initial=0)
+  if not np.isfinite(largest):
+    raise UserError(
+      f"the model is not written: {tensor.name} has NaN or infinite values"
+    )
+  kind = tensor.kind.name
+  half = float(np.finfo(np.float16).max)
+  if largest > {"F16": half, "Q8_0": 127 * half}.get(kind, np.inf):
+    raise UserError(
+      f"{tensor.name} has weights up to {largest:.3g}, and {kind.lower()} "
+      f"holds at most {half:.0f} (times 127 in q8_0): write --dtype=bf16 or "
+      "--dtype=f32"
+    )
+  if kind == "F32":
+    return array
+  if kind == "F16":
+    return array.astype(np.float16)
+  return gguf.quants.quantize(array, tensor.kind)
+
+
+def _write_tensors(
+  writer: Any, planned: list[Tensor], config: ModelConfig, get: Get, arch: str
+) -> None:
+  """Writes the header, then the tensors one after the other."""
+  sizes = package().GGML_QUANT_SIZES
+  for tensor in planned:
+    block, size = sizes[tensor.kind]
+    writer.add_tensor_info(
+      tensor.name,
+      tensor.shape,
+      np.dtype(np.float32),
+      int(np.prod(tensor.shape)) // block * size,
+      tensor.kind,
+    )
+  writer.write_header_to_file()
+  writer.write_kv_data_to_file()
+  writer.write_ti_data_to_file()
+  for tensor in planned:
+    array = stored(tensor, contents(tensor, config, get, arch))
+    writer.write_tensor_data(array)
+  writer.close()
+
+
+def _write_sizes(writer: Any, config: ModelConfig, kind: Any) -> None:
+  gguf = package()
   uniform = _is_uniform(config)
   heads = [k * config.queries_per_group for k in config.kv_groups]
   writer.add_block_count(config.num_layers)
@@ -188,43 +247,56 @@ def _write_sizes(writer: Any, config: ModelConfig, kind: str) -> None:
     writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
     writer.add_rope_scaling_factor(config.rope.factor)
   file_type = {
-    "f32": gguf.LlamaFileType.ALL_F32,
-    "f16": gguf.LlamaFileType.MOSTLY_F16,
-    "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
+    "F32": gguf.LlamaFileType.ALL_F32,
+    "F16": gguf.LlamaFileType.MOSTLY_F16,
+    "BF16": gguf.LlamaFileType.MOSTLY_BF16,
+    "Q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
   }
-  writer.add_file_type(file_type[kind])
+  writer.add_file_type(file_type[kind.name])
 
 
-def _stored(
-  gguf: Any, name: str, array: np.ndarray, kind: str
-) -> tuple[np.ndarray, Any]:
-  """An array as it is stored, and the name of that form (None: numpy's)."""
-  if array.ndim == 1 or kind == "f32":
-    return array, None
-  if kind == "q8_0" and array.shape[-1] % 32 == 0:
-    q8_0 = gguf.GGMLQuantizationType.Q8_0
-    return gguf.quants.quantize(array, q8_0), q8_0
-  return array.astype(np.float16), None
-
-
-def _compare(
-  gguf: Any,
-  file: Path,
-  config: ModelConfig,
-  params: Params,
-  arch: str,
-  kind: str,
+def compare(
+  path: Path, config: ModelConfig, params: Params, planned: list[Tensor]
 ) -> None:
-  """Reads the file again: every tensor there, none other, as it should be."""
-  found = {t.name: t for t in gguf.GGUFReader(file).tensors}
-  tolerance = {"f32": 0.0, "f16": 1e-3, "q8_0": 1e-2}[kind]
-  for name, want in tensors(config, params, arch):
-    tensor = found.pop(name)
-    got = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-    error = np.abs(got.reshape(want.shape) - want).max()
-    if not error <= tolerance * np.abs(want).max() + 1e-7 * (kind != "f32"):
-      raise RuntimeError(f"{name} reads back with an error of {error}")
-  assert not found, f"written without a reason: {sorted(found)}"
+  """Opens a written file as any other and compares it with the model.
+
+  Each parameter must come back to within its kind's rounding. Under the same
+  config that is the same function; where another config comes back (LLaMA 3's
+  rope is stored as factors) logits of both, on the parameters that came back,
+  are compared too.
+
+  Raises:
+    RuntimeError: they differ.
+  """
+  found, tree = reader.stored(path)
+  back, get = getter(tree), getter(params)
+  for tensor in planned:
+    for part in tensor.parts:
+      want = get((part.layer, part.name)).astype(np.float32)
+      error = np.abs(back((part.layer, part.name)) - want).max(initial=0)
+      largest = np.abs(want).max(initial=0)
+      rounding = 1e-7 * (tensor.kind.name != "F32")  # of the smallest halves
+      if not error <= TOLERANCE[tensor.kind.name] * largest + rounding:
+        raise RuntimeError(f"{tensor.name} reads back with an error of {error}")
+  names = ("family", "bos_id", "eos_ids", "pad_id", "window")
+  same = {name: getattr(config, name) for name in names}
+  found = dataclasses.replace(found, **same)
+  if found != config:
+    _compare_logits(config, found, back)
+
+
+def _compare_logits(config: ModelConfig, found: ModelConfig, get: Get) -> None:
+  ids = np.arange(min(reopen.TOKENS, config.context))[None] % config.vocab_size
+  both = zip(
+    reopen.walk(config, get, ids), reopen.walk(found, get, ids), strict=True
+  )
+  for (where, want), (_, got) in both:
+    error = np.abs(got - want).max()
+    if not error <= LOGITS_TOLERANCE * max(1, np.abs(want).max()):
+      raise RuntimeError(
+        f"what was written is another function than the model: {where} differs "
+        f"by {error:.2g}"
+      )
 
 
 def _biases(config: ModelConfig) -> bool:
@@ -235,13 +307,3 @@ def _biases(config: ModelConfig) -> bool:
 
 def _is_uniform(config: ModelConfig) -> bool:
   return len(set(config.kv_groups)) == 1 and len(set(config.ffn_widths)) == 1
-
-
-def _package() -> Any:
-  try:
-    import gguf
-  except ImportError as error:
-    raise UserError(
-      "gguf files need the package gguf: pip install 'adapt-pruner-jax[gguf]'"
-    ) from error
-  return gguf

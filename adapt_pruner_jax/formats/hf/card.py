@@ -13,6 +13,7 @@ from adapt_pruner_jax.formats.hf import layers
 from adapt_pruner_jax.formats.hf.load import HUB_ID
 from adapt_pruner_jax.models.model_config import ModelConfig, count_params
 from adapt_pruner_jax.storage import digest
+from adapt_pruner_jax.storage.confinement import confined
 
 SUMS = "SHA256SUMS"
 CARD = "README.md"
@@ -140,8 +141,10 @@ vLLM: `vllm serve PATH{flag}`"""
 
 def _licence(source: Path | None) -> list[str]:
   """The licence lines of the parent's model card."""
+  if source is None:
+    return []
   try:
-    text = (source / CARD).read_text(encoding="utf-8") if source else ""
+    text = confined(source / CARD, source).read_text(encoding="utf-8")
   except (OSError, UnicodeDecodeError):
     return []
   found = re.match(r"---\n(.*?)\n---", text, re.DOTALL)

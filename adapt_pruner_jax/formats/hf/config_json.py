@@ -43,6 +43,8 @@ def read(
   if missing:
     raise UserError(f"{path}: the field {missing[0]} is missing")
   raw = {**family.fields, **raw}
+  if "sliding_window" in ignored and "sliding_window" in raw:
+    raw["sliding_window"] = None  # absent would be the family's default
   values = {
     FIELDS[f].name: fields.value(raw, f, path)
     for f in family.fields

@@ -120,7 +120,8 @@ def _weight_map(folder: Path) -> dict[str, Path]:
     raise UserError(f"{folder / INDEX} has no weight_map")
   for name in {*found.values()}:
     # Shards lie beside the index: a name with a path could lead anywhere.
-    if not isinstance(name, str) or Path(name).name != name:
+    good = isinstance(name, str) and "\0" not in name
+    if not good or Path(name).name != name:
       raise UserError(
         f"{folder / INDEX}: {name!r} is not the name of a file in the folder"
       )

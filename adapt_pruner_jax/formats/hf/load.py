@@ -61,11 +61,14 @@ READERS = 4
 
 
 def resolve(path: str | os.PathLike) -> Path:
-  """The directory of a model: `path` itself, or a download of this hub id.
+  """The directory of a model: `path` itself, that of a .gguf file, or a
+  download of this hub id.
 
   Raises:
     UserError: neither is there.
   """
+  from adapt_pruner_jax.formats.gguf import directory as gguf_directory
+
   folder = Path(path).expanduser()
   publish.put_back(folder)
   if folder.is_dir():
@@ -74,8 +77,12 @@ def resolve(path: str | os.PathLike) -> Path:
         f"{path} is a work directory; its model is {folder / WORKDIR_MODEL}"
       )
     return folder
+  if gguf_directory.is_gguf(folder):
+    return gguf_directory.of(folder)
   if folder.exists():
-    raise UserError(f"{path} is a file; a model directory is needed")
+    raise UserError(
+      f"{path} is a file; a model directory or a .gguf file is needed"
+    )
   asked = re.fullmatch(HUB_ID, str(path))
   if not asked:
     raise UserError(
@@ -95,7 +102,10 @@ def resolve(path: str | os.PathLike) -> Path:
 def _from_hub(name: str, revision: str | None) -> Path:
   """The snapshot of a hub repository, downloaded or in the cache."""
   import huggingface_hub
-  from huggingface_hub.errors import IncompleteSnapshotError
+  from huggingface_hub.errors import (
+    IncompleteSnapshotError,
+    LocalEntryNotFoundError,
+  )
 
   get = functools.partial(
     huggingface_hub.snapshot_download,
@@ -105,10 +115,16 @@ def _from_hub(name: str, revision: str | None) -> Path:
   )
   try:
     return Path(get(allow_patterns=DOWNLOADED))
-  except IncompleteSnapshotError as error:  # and the hub cannot be reached
-    whole = (Path(error.snapshot_path) / "tokenizer.json").is_file()
-    needed = NEEDED if whole else (*NEEDED, *VOCABULARIES)
-    return Path(get(allow_patterns=needed, local_files_only=True))
+  except LocalEntryNotFoundError as error:  # and the hub cannot be reached
+    try:
+      folder = Path(get(allow_patterns=NEEDED, local_files_only=True))
+      if not (folder / "tokenizer.json").is_file():
+        get(allow_patterns=VOCABULARIES, local_files_only=True)
+    except IncompleteSnapshotError:  # which says what is missing
+      raise
+    except LocalEntryNotFoundError:
+      raise error from None
+    return folder
 
 
 def read_config(
@@ -170,8 +186,12 @@ def stored(
       path,
       repeats,
     )
+  from adapt_pruner_jax.formats.gguf import directory as gguf_directory
+
   # Some indices list a tied matrix twice, and some files have it twice.
-  checkpoint = Checkpoint(folder, absent=(OUTER["lm_head"],) * config.tied)
+  checkpoint = gguf_directory.checkpoint(folder, config) or Checkpoint(
+    folder, absent=(OUTER["lm_head"],) * config.tied
+  )
   check_tensors(checkpoint, config, repeats)
   params: Params = {}
   for (layer, name), place in tensors.places(config, repeats).items():

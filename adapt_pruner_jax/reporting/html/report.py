@@ -124,8 +124,8 @@ def _original(
   path = config["model"]["path"]
   if path == "tiny" and tiny is not None:
     return tiny
-  if not Path(path).is_dir():
-    raise UserError(f"{path} is not a local directory")
+  if not Path(path).exists():
+    raise UserError(f"{path} is not on this machine")
   from adapt_pruner_jax.formats.hf import load
 
   return load.read_config(path, config["model"]["ignore_fields"])
