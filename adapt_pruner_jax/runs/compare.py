@@ -57,7 +57,8 @@ def compare(
   cannot do a ratio gets a row with an `error`, and the table goes on.
 
   Args:
-    config: the recipe; its own target, method and stages are not read.
+    config: the recipe; its own target, method, allotment and stages are not
+      read.
     methods: names with commas between, see `compare_methods.parse_names`.
     ratios: shares of all parameters to remove, with commas between.
     recover_tokens: train each result on so many, as `config.train` says.
