@@ -447,11 +447,11 @@ def test_a_cut_prune_of_a_later_stage_goes_on(
     real(step, steps, state, inputs)
     decided.append((state.stage, step.number))
     if decided[-1] in ((2, 1), (2, 2)):
-      raise KeyboardInterrupt
+      raise Killed
 
   monkeypatch.setattr(run, "write_pruning", noted)
   for _ in range(2):
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Killed):
       run.run(config, work)
   run.run(config, work)
   assert decided[-1] > (2, 2)
