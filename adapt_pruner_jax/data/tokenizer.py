@@ -147,17 +147,6 @@ class Tokenizer:
     """
     return self.encode_plain(self.render_chat(messages, tools))
 
-  def chat_text(self, messages: Sequence[dict], prompt: bool = False) -> str:
-    """A chat as the chat template lays it out.
-
-    Args:
-      prompt: ends with what asks the assistant to speak.
-
-    Raises:
-      UserError: as `encode_chat`.
-    """
-    return self._apply_template(messages, prompt)
-
   def encode_chat_said(
     self, messages: Sequence[Mapping], tools: Sequence[Mapping] | None = None
   ) -> tuple[list[int], np.ndarray]:

@@ -67,7 +67,7 @@ class WordsLM(TemplateLM):
       chat_history = rest
     try:
       if add_generation_prompt:
-        return self.words.chat_text(chat_history, prompt=True)
+        return self.words.render_chat(chat_history, prompt=True)
       return self._unfinished(chat_history)
     except UserError:
       if len(rest) == len(chat_history):
@@ -84,7 +84,7 @@ class WordsLM(TemplateLM):
     """The chat up to the end of its last message's content."""
     *before, last = messages
     marked = last | {"content": last["content"] + MARK}
-    text = self.words.chat_text([*before, marked])
+    text = self.words.render_chat([*before, marked])
     at = text.rfind(MARK.strip())
     if at < 0:
       raise UserError(
