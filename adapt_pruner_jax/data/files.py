@@ -88,18 +88,21 @@ def json_rows(path: str | Path) -> Iterator[tuple[str, Any]]:
     UserError: as `lines`, or not JSON (says which line).
   """
   numbered = enumerate(lines(path), 1)
+  first = True
   for number, line in numbered:
     if not line.strip():
       continue
     where = f"{path} line {number}"
-    if number == 1 and line.strip().startswith("["):
-      text = line + "".join(text for _, text in numbered)
+    if first and line.strip().startswith("["):
+      before = "\n" * (number - 1)  # which count
+      text = before + line + "".join(text for _, text in numbered)
       yield from _array(path, text)
       return
-    if number == 1 and line.strip() == "{":
+    if first and line.strip() == "{":
       text = line + "".join(text for _, text in numbered)
       yield from _instances(str(path), _parsed(str(path), text))
       return
+    first = False
     yield from _instances(where, _parsed(where, line))
 
 

@@ -25,6 +25,7 @@ TURNS = ("messages", "conversations")
 QUESTIONS = ("instruction", "question", "query", "prompt", "input")
 ANSWERS = ("output", "response", "answer", "completion")
 SYSTEMS = ("system", "system_prompt")
+SAID = {"role": "content", "from": "value"}  # fields of a turn
 ALLOWED = (
   "text, messages, conversations, instruction and output, or prompt and "
   "completion"
@@ -112,9 +113,12 @@ def to_document(
 
 def without_null(value: Any) -> Any:
   """Copies without the fields that are null: a table gives every row all the
-  fields that any row has."""
+  fields that any row has. What a turn says stays, as null may be meant."""
   if isinstance(value, Mapping):
-    return {k: without_null(v) for k, v in value.items() if v is not None}
+    said = next((SAID[name] for name in SAID if name in value), None)
+    return {
+      k: without_null(v) for k, v in value.items() if v is not None or k == said
+    }
   if isinstance(value, list):
     return [without_null(item) for item in value]
   return value
