@@ -151,10 +151,9 @@ def evaluate(command: str, argv: list[str]) -> int:
   from adapt_pruner_jax.reporting.log import Log
   from adapt_pruner_jax.storage import json_files, publish
 
+  out = Path(values.out).expanduser()
   if values.out:  # asked before hours of work
-    agreement.on_writer(
-      lambda: publish.require_free(Path(values.out), overwrite=True)
-    )
+    agreement.on_writer(lambda: publish.require_free(out, overwrite=True))
   given = {field: values[field].value for field in evaluate_.FIELDS}
   found = evaluate_.evaluate(
     values.model,
@@ -169,7 +168,7 @@ def evaluate(command: str, argv: list[str]) -> int:
   if agreement.is_writer():
     print(json.dumps(json_files.plain(found), indent=2))
     if values.out:
-      json_files.write_json(Path(values.out), found)
+      json_files.write_json(out, found)
   return 0
 
 
@@ -259,7 +258,7 @@ def report(command: str, argv: list[str]) -> int:
   from adapt_pruner_jax.runs import tiny_model
 
   tiny = tiny_model.config_of(tiny_model.Recipe())
-  print(report_.write(Path(values.workdir), tiny))
+  print(report_.write(_workdir(values.workdir), tiny))
   return 0
 
 

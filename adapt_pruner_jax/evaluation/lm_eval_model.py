@@ -91,6 +91,7 @@ class JaxLM(WordsLM):
   def loglikelihood_rolling(
     self, requests, disable_tqdm: bool = True
   ) -> list[float]:
+    """Log-likelihoods of whole texts, in disjoint windows of the context."""
     windows, owners = [], []
     for i, request in enumerate(requests):
       found = utils.get_rolling_token_windows(
@@ -281,7 +282,9 @@ class JaxLM(WordsLM):
     are not in the text that is searched for the others."""
     added = self.words.backend.get_added_tokens_decoder()
     stops = [i for i, t in added.items() if t.special and t.content in until]
-    return tuple(sorted({*self.eos_ids, self.eot_token_id, *stops}))
+    own = self.words.eos_id
+    own = () if own is None else (own,)
+    return tuple(sorted({*self.eos_ids, *own, *stops}))
 
 
 def _sampling(settings: Mapping[str, Any]) -> generate.Sampling:
