@@ -23,7 +23,8 @@ SUFFIXES = {
   "parquet": (".parquet",),
 }
 PACKED = (".gz", ".zst")
-GZIP, ZSTD, PARQUET = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1"
+GZIP, PARQUET = b"\x1f\x8b", b"PAR1"
+ZSTD = re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18")  # or pzstd's
 READ = 1 << 16  # bytes that are unpacked at a time
 BATCH = 256  # rows of a parquet file at a time
 SPACE = re.compile(r"\s*")
@@ -203,7 +204,7 @@ def _opened(path: str | Path) -> Any:
       raise UserError(f"{path} is a parquet file; write parquet:{path}")
     if start.startswith(GZIP):
       return io.BufferedReader(_Unpacked(path, file, _gzip_frame))
-    if start == ZSTD:
+    if ZSTD.match(start):
       return io.BufferedReader(_Unpacked(path, file, _zstd_frame(path)))
   except BaseException:
     file.close()

@@ -142,6 +142,8 @@ def _pair(row: Mapping) -> tuple[str, str] | None:
 def _of_field(where: str, row: Mapping, name: str, loss: str) -> Document:
   """The document of a field with a text or with turns."""
   content = row[name]
+  if name in TURNS and isinstance(content, str):
+    content = _json(f"{where}: {name}", content)
   if isinstance(content, Mapping):  # how `datasets` shows a list of objects
     turns = zip(*content.values(), strict=False)
     content = [dict(zip(content, turn, strict=True)) for turn in turns]
@@ -234,10 +236,7 @@ def _tools(where: str, row: Mapping) -> list[dict] | None:
   """The row's functions; some sets keep them as JSON in a string."""
   tools = row.get("tools")
   if isinstance(tools, str):
-    try:
-      tools = json.loads(tools) if tools.strip() else None
-    except ValueError as error:
-      raise UserError(f"{where}: tools is not valid JSON: {error}") from error
+    tools = _json(f"{where}: tools", tools) if tools.strip() else None
   if not tools:
     return None
   if not isinstance(tools, list) or not all(
@@ -245,6 +244,14 @@ def _tools(where: str, row: Mapping) -> list[dict] | None:
   ):
     raise UserError(f"{where}: tools is not a list of JSON schemas")
   return list(tools)
+
+
+def _json(where: str, text: str) -> Any:
+  """What some sets keep as JSON in a string, as tables hold it more easily."""
+  try:
+    return json.loads(text)
+  except (ValueError, RecursionError) as error:
+    raise UserError(f"{where} is not valid JSON: {error}") from error
 
 
 def _turns(where: str, turns: Sequence) -> list[dict]:

@@ -16,7 +16,14 @@ def zstd(data):
   return pytest.importorskip("zstandard").ZstdCompressor().compress(data)
 
 
-@pytest.mark.parametrize("pack", [gzip.compress, zstd])
+def pzstd(data):
+  """As zstd's parallel program does: a frame to be skipped comes first."""
+  packed = zstd(data)
+  sizes = (n.to_bytes(4, "little") for n in (4, len(packed)))
+  return b"\x50\x2a\x4d\x18" + b"".join(sizes) + packed
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, zstd, pzstd])
 def test_packed(tmp_path, pack):
   write(tmp_path / "a.jsonl.packed", pack(LINES))
   assert contents(f"jsonl:{tmp_path}/a.jsonl.packed") == ["one", "two"]
