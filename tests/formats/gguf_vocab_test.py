@@ -293,6 +293,16 @@ def test_tokens_that_the_model_does_not_have(added, tmp_path, caplog):
     assert not out.exists()
 
 
+def test_a_token_that_takes_spaces_along_is_said(trained, tmp_path, caplog):
+  flags = {"lstrip": True, "rstrip": True}
+  change = lambda content: content["added_tokens"][0].update(flags)
+  written(trained, tmp_path / "plain.gguf")
+  assert "other ids" not in caplog.text
+  written(changed(trained, tmp_path / "s", change), tmp_path / "model.gguf")
+  assert "no lstrip and rstrip of a token" in caplog.text
+  assert "<|endoftext|>" in caplog.text
+
+
 @pytest.mark.parametrize(
   "generation, config_ids, settings, expected",
   [

@@ -18,6 +18,7 @@ from adapt_pruner_jax.storage.confinement import confined
 
 NORMAL, UNKNOWN, CONTROL, USER, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 SPACE = "▁"  # SentencePiece's
+FLAGS = ("lstrip", "rstrip", "single_word")  # of added tokens, like BERT's mask
 Content = Mapping[str, Any]  # of a tokenizer.json
 
 
@@ -95,6 +96,13 @@ def _tokens(
       continue
     tokens[added["id"]] = added["content"]
     types[added["id"]] = CONTROL if added["special"] else USER
+    flags = [flag for flag in FLAGS if added.get(flag)]
+    if flags:
+      logging.warning(
+        "%s: llama.cpp has no %s of a token: texts with %s next to spaces or "
+        "letters get other ids",
+        *(file, " and ".join(flags), added["content"]),
+      )
   return tokens, types
 
 
