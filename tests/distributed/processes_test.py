@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from adapt_pruner_jax.config import Ranking
 from adapt_pruner_jax.errors import EXIT_ERROR, EXIT_PEER, EXIT_STOPPED
 from tests.small_runs import finish, output, recipe, start
 
@@ -158,7 +159,7 @@ def test_arrays_cut_over_both_processes(
     stages=1,
     tokens=8 * 256,
     method="curvature",
-    curvature_step=0.1,
+    ranking=Ranking(step_size=0.1),
     refit="2",
     refit_all=True,
   )

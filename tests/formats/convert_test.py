@@ -251,9 +251,9 @@ def test_verify(broken, capsys):
   assert "more.json is not in SHA256SUMS" in refusal(capsys, *verify)
   (broken / "more.json").unlink()
   (broken / "special_tokens_map.json").write_text("[]")
-  assert "vocab.json was changed" in refusal(capsys, *verify)
+  assert "special_tokens_map.json was changed" in refusal(capsys, *verify)
   (broken / "special_tokens_map.json").unlink()
-  assert "vocab.json is missing" in refusal(capsys, *verify)
+  assert "special_tokens_map.json is missing" in refusal(capsys, *verify)
   nothing = f"--model={broken / 'nothing'}"
   assert "does not exist" in refusal(capsys, nothing, "--verify")
 

@@ -44,7 +44,8 @@ def terminal(monkeypatch):
   """Makes the console a terminal of 60 columns; returns what it shows."""
   shown = io.StringIO()
 
-  def console(quiet):
+  def console(quiet, stderr):
+    assert not stderr
     return Console(file=shown, force_terminal=True, width=60, quiet=quiet)
 
   monkeypatch.setattr(log_, "Console", console)
