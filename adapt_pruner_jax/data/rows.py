@@ -192,7 +192,7 @@ def _of_pair(where: str, row: Mapping, ask: str, answer: str) -> Document:
   more = _text(f"{where}: input", more)
   messages = _history(where, row)
   # As LLaMA-Factory joins them.
-  asked = f"{question}\n{more}" if more else question
+  asked = "\n".join(filter(None, (question, more)))
   messages += [
     {"role": "user", "content": asked},
     {"role": "assistant", "content": said},

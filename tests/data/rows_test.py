@@ -145,6 +145,15 @@ def test_forms(tmp_path, form):
   assert contents(f"jsonl:{path}") == [want]
 
 
+def test_an_instruction_of_nothing():
+  """All of the question is in `input`, as in some of Alpaca's kind."""
+  row = {"instruction": "", "input": "w2", "output": "w3"}
+  assert rows.to_document("here", row).content == [
+    {"role": "user", "content": "w2"},
+    {"role": "assistant", "content": "w3"},
+  ]
+
+
 def test_turns_in_a_string():
   """JSON in a column of text is a chat all the same."""
   for name in ("messages", "conversations"):
