@@ -20,6 +20,7 @@ from absl import logging
 from jax.sharding import Mesh
 from lm_eval import utils
 from lm_eval.api.instance import Instance
+from lm_eval.models.utils import normalize_gen_kwargs
 
 from adapt_pruner_jax.data.tokenizer import Tokenizer
 from adapt_pruner_jax.distributed import placement, sharding
@@ -125,7 +126,9 @@ class JaxLM(WordsLM):
     self, requests: Sequence[Instance], members: list[int]
   ) -> Iterator[tuple[list[int], list[str]]]:
     """Batches of requests with the same settings, and their answers."""
-    settings = requests[members[0]].args[1]
+    settings = normalize_gen_kwargs(
+      requests[members[0]].args[1], MAX_NEW_TOKENS
+    )
     prompts = {
       i: self.tok_encode(requests[i].args[0]) or [self.prefix_token_id]
       for i in members
@@ -240,8 +243,7 @@ class JaxLM(WordsLM):
 
   def _room(self, settings: Mapping[str, Any]) -> tuple[int, int]:
     """Tokens that are generated, and those that a prompt may have."""
-    number = settings.get("max_gen_toks", MAX_NEW_TOKENS)
-    context = self.model_config.context
+    number, context = settings["max_gen_toks"], self.model_config.context
     if number >= context:
       raise UserError(
         f"the task generates {number} tokens, which leaves no room for a "
@@ -252,9 +254,7 @@ class JaxLM(WordsLM):
   def _continue(
     self, prompts: list[list[int]], number: int, settings: Mapping[str, Any]
   ) -> list[str]:
-    until = settings.get("until", [])
-    until = [until] if isinstance(until, str) else until
-    until = [stop for stop in until if stop]
+    until = [stop for stop in settings["until"] if stop]
 
     def text(tokens):
       return self.words.backend.decode(tokens, skip_special_tokens=True)
@@ -288,7 +288,7 @@ class JaxLM(WordsLM):
 
 
 def _sampling(settings: Mapping[str, Any]) -> generate.Sampling:
-  if not settings.get("do_sample", False):
+  if not settings["do_sample"]:
     return generate.Sampling()
   return generate.Sampling(
     settings.get("temperature", 1.0),

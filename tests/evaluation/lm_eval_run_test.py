@@ -184,6 +184,8 @@ def test_generation_equals_the_hf_model(ours, theirs):
   asked = [
     ("Once upon a time", settings),
     ("The dog", {"until": ["zzz"], "max_gen_toks": 20}),
+    ("The cat", {"until": "zzz", "max_new_tokens": 9}),  # as some tasks say it
+    ("Tom was", {"max_tokens": 7, "do_sample": False, "temperature": 0.7}),
     ("Lily and Tom " * 100 + "went to", settings),  # cut from the left
   ]
   found = ours.generate_until(requests("generate_until", asked))
