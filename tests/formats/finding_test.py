@@ -123,6 +123,9 @@ def test_a_hub_cache_without_card_and_licence(hub, written):
   config, params = load.load("someone/small")
   assert config == CONFIG
   assert same(params, written[1])
+  snapshot = hub / "snapshots" / ("a" * 40)
+  assert f"give its hub id or one of {snapshot}, " in refusal(hub)
+  assert load.read_config(snapshot) == CONFIG
   config, _ = load.load("someone/small@v2")
   assert config.norm_eps == 1e-3
   assert load.read_config(f"someone/small@{'b' * 40}").norm_eps == 1e-3

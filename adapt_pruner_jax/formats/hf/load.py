@@ -76,6 +76,12 @@ def resolve(path: str | os.PathLike) -> Path:
       raise UserError(
         f"{path} is a work directory; its model is {folder / WORKDIR_MODEL}"
       )
+    cached = sorted((folder / "snapshots").glob(f"*/{CONFIG}"))
+    if cached and not (folder / CONFIG).exists():
+      raise UserError(
+        f"{path} is a repository in the hub's cache; give its hub id or one of "
+        + ", ".join(str(file.parent) for file in cached)
+      )
     return folder
   if gguf_directory.is_gguf(folder):
     return gguf_directory.of(folder)
