@@ -135,6 +135,25 @@ def test_a_hub_cache_without_card_and_licence(hub, written):
   assert "model.safetensors" in refusal("someone/small")
 
 
+def test_what_is_downloaded():
+  from huggingface_hub.utils import filter_repo_objects
+
+  wanted = [
+    *("config.json", "model-00001-of-00002.safetensors", "tokenizer.model"),
+    *("LICENSE", "additional_chat_templates/tool_use.jinja"),
+  ]
+  others = [
+    *("onnx/config.json", "original/tokenizer.model", "awq/model.safetensors"),
+    *("adapter/config.json", "consolidated.safetensors", "model.bin"),
+  ]
+  found = filter_repo_objects(
+    [*wanted, *others],
+    allow_patterns=load.DOWNLOADED,
+    ignore_patterns=load.NOT_DOWNLOADED,
+  )
+  assert list(found) == wanted
+
+
 def test_home_in_a_path(written, monkeypatch, tmp_path):
   monkeypatch.setenv("HOME", str(written[0].parent))
   assert load.read_config("~/model") == CONFIG
