@@ -112,11 +112,6 @@ def _check_parts(p: Prune) -> None:
       f"--config.prune.refit={p.refit} is not none, final, or a number of "
       "pruning steps (such as 2) after which to refit"
     )
-  if p.refit != "none" and p.method == "slicegpt":
-    raise UserError(
-      "SliceGPT changes the residual width, which a refit compares: give "
-      "--config.prune.refit=none"
-    )
   for name in ("allotment", "group_importance"):
     if getattr(p, name) and p.method in WHOLE:
       raise UserError(

@@ -141,6 +141,8 @@ def run(
   _set_fewshot(loaded, wanted, questions)
   if not any(len(task.eval_docs) for task in loaded["tasks"].values()):
     raise UserError(f"no questions in {', '.join(wanted)}")
+  truncated = getattr(lm, "truncated", {})  # of this call, not of those before
+  truncated.clear()
   try:
     raw = evaluator.evaluate(
       lm,
@@ -154,7 +156,7 @@ def run(
     )
   except SecurityError as error:
     raise lm_eval_trust.unsafe(error, questions.folder) from error
-  raw["truncated"] = getattr(lm, "truncated", {})
+  raw["truncated"] = dict(truncated)
   raw["sources"] = {
     name: getattr(task, "source", "lm-eval")
     for name, task in loaded["tasks"].items()

@@ -117,5 +117,10 @@ def check(config: ModelConfig, settings: Prune) -> None:
       "this model was cut by SliceGPT, whose layers have residual widths of "
       "their own: only --config.prune.method=slicegpt prunes it again"
     )
+  if settings.method == "slicegpt" and settings.refit != "none":
+    raise UserError(
+      "SliceGPT changes the residual width, which a refit compares: give "
+      "--config.prune.refit=none"
+    )
   if settings.pair()[1] == "curvature" or settings.refit != "none":
     linear_algebra.check(config)

@@ -324,7 +324,6 @@ def test_refusals(params):
   [
     ("prune.refit", "0", "number of pruning steps"),
     ("prune.refit", "fianl", "is not none, final"),
-    ("prune.method", "slicegpt", "give --config.prune.refit=none"),
     ("prune.refit_ridge", -1.0, "at least 0"),
     ("prune.ranking.cap", 0.0, r"in \(0, 1\]"),
     ("calibration.refit_samples", 1, "at least 2"),

@@ -128,5 +128,8 @@ def test_what_does_not_combine(params):
   residual = dataclasses.replace(CONFIG, residual=((8, 8, 8),) * 3)
   with pytest.raises(UserError, match="cut by SliceGPT"):
     methods.check(residual, Prune())
+  sliced = Prune(method="slicegpt", refit="2")
+  with pytest.raises(UserError, match="SliceGPT changes"):
+    methods.check(CONFIG, sliced)
   with pytest.raises(UserError, match="needs a target"):
     methods.prune(task_of(params, Prune(allotment="uniform"), target=None))

@@ -121,9 +121,12 @@ def test_rows_equal_what_the_parts_give(finished, recipe):
   assert row["ffn"] == list(pruned.config.ffn_widths)
   assert row["calibration_tokens"] == len(pruned.trace) * 16 * 64
   length = min(config.context, 2048)
-  want = perplexity.perplexity(pruned.config, pruned.params, text, length, 8)[0]
+  measure = lambda *pair: perplexity.perplexity(
+    *pair, text, length, 8, begin_id=tokenizer.begin_id
+  )[0]
+  want = measure(pruned.config, pruned.params)
   assert row["perplexity"] == pytest.approx(want, rel=1e-4)
-  dense = perplexity.perplexity(config, params, text, length, 8)[0]
+  dense = measure(config, params)
   assert by_key(found)["dense", 0.0]["perplexity"] == pytest.approx(
     dense, rel=1e-5
   )
