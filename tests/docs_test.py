@@ -216,3 +216,11 @@ def test_links_lead_somewhere(page):
   for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", page.read_text()):
     if "://" not in target:
       assert (page.parent / target).exists(), target
+
+
+def test_the_readme_says_first_what_on_what_and_how_long():
+  """Before any table, and so before any of losses."""
+  text = (ROOT / "README.md").read_text()
+  before = text[: text.index("\n|")]
+  for words in ("What it is for", "It was run on CPUs only", "takes minutes"):
+    assert words in before

@@ -68,7 +68,11 @@ class GivenData:
   samples: np.ndarray  # integer [steps, samples, tokens]
 
   def batch(self, step: int) -> np.ndarray:
-    """Reads pruning step `step`'s (from 0), int32 [samples, tokens]."""
+    """Reads pruning step `step`'s (from 0), int32 [samples, tokens].
+
+    Raises:
+      UserError: the file has no samples for that step.
+    """
     if step >= len(self.samples):
       raise UserError(
         f"npy:{self.path} has samples for {len(self.samples)} pruning steps, "

@@ -23,7 +23,8 @@ SUFFIXES = {
   "parquet": (".parquet",),
 }
 PACKED = (".gz", ".zst")
-GZIP, ZSTD, PARQUET = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1"
+GZIP, PARQUET = b"\x1f\x8b", b"PAR1"
+ZSTD = re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18")  # or pzstd's
 READ = 1 << 16  # bytes that are unpacked at a time
 BATCH = 256  # rows of a parquet file at a time
 SPACE = re.compile(r"\s*")
@@ -88,18 +89,21 @@ def json_rows(path: str | Path) -> Iterator[tuple[str, Any]]:
     UserError: as `lines`, or not JSON (says which line).
   """
   numbered = enumerate(lines(path), 1)
+  first = True
   for number, line in numbered:
     if not line.strip():
       continue
     where = f"{path} line {number}"
-    if number == 1 and line.strip().startswith("["):
-      text = line + "".join(text for _, text in numbered)
+    if first and line.strip().startswith("["):
+      before = "\n" * (number - 1)  # which count
+      text = before + line + "".join(text for _, text in numbered)
       yield from _array(path, text)
       return
-    if number == 1 and line.strip() == "{":
+    if first and line.strip() == "{":
       text = line + "".join(text for _, text in numbered)
       yield from _instances(str(path), _parsed(str(path), text))
       return
+    first = False
     yield from _instances(where, _parsed(where, line))
 
 
@@ -200,7 +204,7 @@ def _opened(path: str | Path) -> Any:
       raise UserError(f"{path} is a parquet file; write parquet:{path}")
     if start.startswith(GZIP):
       return io.BufferedReader(_Unpacked(path, file, _gzip_frame))
-    if start == ZSTD:
+    if ZSTD.match(start):
       return io.BufferedReader(_Unpacked(path, file, _zstd_frame(path)))
   except BaseException:
     file.close()

@@ -25,6 +25,7 @@ TURNS = ("messages", "conversations")
 QUESTIONS = ("instruction", "question", "query", "prompt", "input")
 ANSWERS = ("output", "response", "answer", "completion")
 SYSTEMS = ("system", "system_prompt")
+SAID = {"role": "content", "from": "value"}  # fields of a turn
 ALLOWED = (
   "text, messages, conversations, instruction and output, or prompt and "
   "completion"
@@ -112,9 +113,12 @@ def to_document(
 
 def without_null(value: Any) -> Any:
   """Copies without the fields that are null: a table gives every row all the
-  fields that any row has."""
+  fields that any row has. What a turn says stays, as null may be meant."""
   if isinstance(value, Mapping):
-    return {k: without_null(v) for k, v in value.items() if v is not None}
+    said = next((SAID[name] for name in SAID if name in value), None)
+    return {
+      k: without_null(v) for k, v in value.items() if v is not None or k == said
+    }
   if isinstance(value, list):
     return [without_null(item) for item in value]
   return value
@@ -138,6 +142,8 @@ def _pair(row: Mapping) -> tuple[str, str] | None:
 def _of_field(where: str, row: Mapping, name: str, loss: str) -> Document:
   """The document of a field with a text or with turns."""
   content = row[name]
+  if name in TURNS and isinstance(content, str):
+    content = _json(f"{where}: {name}", content)
   if isinstance(content, Mapping):  # how `datasets` shows a list of objects
     turns = zip(*content.values(), strict=False)
     content = [dict(zip(content, turn, strict=True)) for turn in turns]
@@ -186,7 +192,7 @@ def _of_pair(where: str, row: Mapping, ask: str, answer: str) -> Document:
   more = _text(f"{where}: input", more)
   messages = _history(where, row)
   # As LLaMA-Factory joins them.
-  asked = f"{question}\n{more}" if more else question
+  asked = "\n".join(filter(None, (question, more)))
   messages += [
     {"role": "user", "content": asked},
     {"role": "assistant", "content": said},
@@ -230,10 +236,7 @@ def _tools(where: str, row: Mapping) -> list[dict] | None:
   """The row's functions; some sets keep them as JSON in a string."""
   tools = row.get("tools")
   if isinstance(tools, str):
-    try:
-      tools = json.loads(tools) if tools.strip() else None
-    except ValueError as error:
-      raise UserError(f"{where}: tools is not valid JSON: {error}") from error
+    tools = _json(f"{where}: tools", tools) if tools.strip() else None
   if not tools:
     return None
   if not isinstance(tools, list) or not all(
@@ -241,6 +244,14 @@ def _tools(where: str, row: Mapping) -> list[dict] | None:
   ):
     raise UserError(f"{where}: tools is not a list of JSON schemas")
   return list(tools)
+
+
+def _json(where: str, text: str) -> Any:
+  """What some sets keep as JSON in a string, as tables hold it more easily."""
+  try:
+    return json.loads(text)
+  except (ValueError, RecursionError) as error:
+    raise UserError(f"{where} is not valid JSON: {error}") from error
 
 
 def _turns(where: str, turns: Sequence) -> list[dict]:

@@ -73,6 +73,9 @@ def parse_sources(spec: str, option: str) -> list[Source]:
   Args:
     spec: one or more sources, see the top of this file.
     option: name of the configuration field, for messages.
+
+  Raises:
+    UserError: an unknown kind or option, a value out of range, or npy mixed.
   """
   sources = []
   for part in spec.split(","):

@@ -54,10 +54,12 @@ class Tokenizer:
 
   @property
   def bos_id(self) -> int | None:
+    """Id of `bos_token`, whether texts begin with it or not."""
     return self._id(self.bos_token)
 
   @property
   def eos_id(self) -> int | None:
+    """Id of `eos_token`; None = there is none."""
     return self._id(self.eos_token)
 
   @functools.cached_property
@@ -371,7 +373,10 @@ def _templates(folder: Path, settings: Mapping) -> tuple[str | None, ...]:
   if file.is_file() or others:  # then those of the settings do not count
     files = {"default": file} if file.is_file() else {}
     files |= {path.stem: path for path in others}
-    found = {k: path.read_text(encoding="utf-8") for k, path in files.items()}
+    found = {
+      name: confined(path, folder).read_text(encoding="utf-8")
+      for name, path in files.items()
+    }
   return found.get("default"), found.get("tool_use")
 
 

@@ -287,6 +287,7 @@ def _continue(decoder, tokens_BT, starts_B, *, caches, column):
 
 
 def head(config: ModelConfig, params: Params, x_BTD: jax.Array) -> jax.Array:
+  """Logits [B, T, V] of the residual stream behind the last layer."""
   return Decoder(config).apply({"params": params}, x_BTD, method="head")
 
 

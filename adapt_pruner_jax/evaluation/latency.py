@@ -156,6 +156,9 @@ def ffn_advice(
   Returns:
     `width`, `ms` {multiple or 1: milliseconds of one MLP at its width},
     `round_ffn_to` (1 = would not pay), and one line, `text`.
+
+  Raises:
+    UserError: no layer has an MLP.
   """
   widths = sorted(width for width in config.ffn_widths if width)
   if not widths:
@@ -197,6 +200,7 @@ def ffn_advice(
 
 
 def device_name(mesh: Mesh) -> str:
+  """How many devices of which kind, for people."""
   kinds = sorted({device.device_kind for device in mesh.devices.flat})
   return f"{mesh.devices.size} x {', '.join(kinds)}"
 

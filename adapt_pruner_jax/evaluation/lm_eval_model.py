@@ -20,6 +20,7 @@ from absl import logging
 from jax.sharding import Mesh
 from lm_eval import utils
 from lm_eval.api.instance import Instance
+from lm_eval.models.utils import normalize_gen_kwargs
 
 from adapt_pruner_jax.data.tokenizer import Tokenizer
 from adapt_pruner_jax.distributed import placement, sharding
@@ -91,6 +92,7 @@ class JaxLM(WordsLM):
   def loglikelihood_rolling(
     self, requests, disable_tqdm: bool = True
   ) -> list[float]:
+    """Log-likelihoods of whole texts, in disjoint windows of the context."""
     windows, owners = [], []
     for i, request in enumerate(requests):
       found = utils.get_rolling_token_windows(
@@ -124,7 +126,9 @@ class JaxLM(WordsLM):
     self, requests: Sequence[Instance], members: list[int]
   ) -> Iterator[tuple[list[int], list[str]]]:
     """Batches of requests with the same settings, and their answers."""
-    settings = requests[members[0]].args[1]
+    settings = normalize_gen_kwargs(
+      requests[members[0]].args[1], MAX_NEW_TOKENS
+    )
     prompts = {
       i: self.tok_encode(requests[i].args[0]) or [self.prefix_token_id]
       for i in members
@@ -239,8 +243,7 @@ class JaxLM(WordsLM):
 
   def _room(self, settings: Mapping[str, Any]) -> tuple[int, int]:
     """Tokens that are generated, and those that a prompt may have."""
-    number = settings.get("max_gen_toks", MAX_NEW_TOKENS)
-    context = self.model_config.context
+    number, context = settings["max_gen_toks"], self.model_config.context
     if number >= context:
       raise UserError(
         f"the task generates {number} tokens, which leaves no room for a "
@@ -251,9 +254,7 @@ class JaxLM(WordsLM):
   def _continue(
     self, prompts: list[list[int]], number: int, settings: Mapping[str, Any]
   ) -> list[str]:
-    until = settings.get("until", [])
-    until = [until] if isinstance(until, str) else until
-    until = [stop for stop in until if stop]
+    until = [stop for stop in settings["until"] if stop]
 
     def text(tokens):
       return self.words.backend.decode(tokens, skip_special_tokens=True)
@@ -281,11 +282,13 @@ class JaxLM(WordsLM):
     are not in the text that is searched for the others."""
     added = self.words.backend.get_added_tokens_decoder()
     stops = [i for i, t in added.items() if t.special and t.content in until]
-    return tuple(sorted({*self.eos_ids, self.eot_token_id, *stops}))
+    own = self.words.eos_id
+    own = () if own is None else (own,)
+    return tuple(sorted({*self.eos_ids, *own, *stops}))
 
 
 def _sampling(settings: Mapping[str, Any]) -> generate.Sampling:
-  if not settings.get("do_sample", False):
+  if not settings["do_sample"]:
     return generate.Sampling()
   return generate.Sampling(
     settings.get("temperature", 1.0),

@@ -1,7 +1,7 @@
 """The one use of lm-eval's inside: tasks built from a class of ours.
 
 Its public way opens each dataset while it builds a task, from the network, and
-knows no other class. `tests/evaluation/lm_eval_private_test.py` says what an
+knows no other class. `tests/evaluation/lm_eval_trust_test.py` says what an
 lm-eval of another version would break here.
 """
 

@@ -98,6 +98,9 @@ def expand(
 
   Of a preset of several tasks, those without a file in the folder are left
   out, and named.
+
+  Raises:
+    UserError: the folder is missing, or has no task of a preset.
   """
   folder = questions.folder
   wanted: dict[str, int | None] = {}
@@ -129,6 +132,10 @@ def run(
 
   Args:
     wanted: tasks, with the number of examples that is usual; None = the task's.
+
+  Raises:
+    UserError: as `lm_eval_tasks.load`; too few examples, no questions, or a
+      template that would run code.
   """
   loaded = lm_eval_tasks.load(list(wanted), questions)
   _set_fewshot(loaded, wanted, questions)
@@ -207,7 +214,11 @@ def _prompts(lm: JaxLM, questions: Questions) -> dict:
 def summary(
   raw: dict, names: Sequence[str], missing: Mapping[str, list[str]]
 ) -> dict:
-  """Keeps what is kept of lm-eval's results; see `evaluate_tasks`."""
+  """Keeps what is kept of lm-eval's results; see `evaluate_tasks`.
+
+  Raises:
+    UserError: a task without questions.
+  """
   found = {"lm_eval": lm_eval.__version__, "tasks": {}, "groups": {}}
   for name, samples in raw["samples"].items():
     if not samples:

@@ -26,6 +26,7 @@ class Questions:
 
   @property
   def multiturn(self) -> bool:
+    """Whether examples are turns of the chat."""
     given = self.fewshot_as_multiturn
     return self.apply_chat_template if given is None else given
 
@@ -38,7 +39,7 @@ class Questions:
     """
     if not self.tasks_dir:
       return None
-    folder = Path(self.tasks_dir)
+    folder = Path(self.tasks_dir).expanduser()
     if not folder.is_dir():
       raise UserError(f"--tasks_dir={self.tasks_dir}: no such directory")
     return folder

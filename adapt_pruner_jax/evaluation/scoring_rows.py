@@ -117,8 +117,10 @@ def pack(rows: Sequence[Row], batch: int, T: int, Q: int) -> list[np.ndarray]:
 
 
 def whole_blocks(number: int) -> int:
+  """The next multiple of `QUERIES`."""
   return -(-number // QUERIES) * QUERIES
 
 
 def targets_of(row: Row) -> list[int]:
+  """Ids of the row's scored tokens."""
   return [target for _, target, _ in row.queries]

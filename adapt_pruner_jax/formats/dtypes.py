@@ -13,8 +13,10 @@ import jax
 import numpy as np
 
 from adapt_pruner_jax.formats import orbax
-from adapt_pruner_jax.formats.hf import tensors, weights
-from adapt_pruner_jax.formats.hf.files import Checkpoint
+from adapt_pruner_jax.formats.gguf import directory
+from adapt_pruner_jax.formats.hf import config_json, tensors, weights
+from adapt_pruner_jax.formats.hf.families import OUTER
+from adapt_pruner_jax.formats.hf.files import CONFIG, Checkpoint, read_object
 from adapt_pruner_jax.models import axes
 from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.model_config import ModelConfig
@@ -85,12 +87,18 @@ def _stored(
   """The dtype of each parameter in a directory, by layer and name."""
   if orbax.is_orbax(str(source)):
     return orbax.stored_dtypes(source)
-  if not any(source.glob("*.safetensors")):
+  repeats = 1
+  if gguf := directory.checkpoint(source):
+    kinds = gguf.dtypes
+  elif any(source.glob("*.safetensors")):
+    # Some indices list a tied matrix that is not there.
+    kinds = Checkpoint(source, absent=(OUTER["lm_head"],)).dtypes
+    repeats = config_json.repeats(read_object(source / CONFIG))
+  else:
     return {}
-  kinds = Checkpoint(source).dtypes
   config = dataclasses.replace(config, residual=())  # SliceGPT's are new
   return {
     key: kinds[place.tensor]
-    for key, place in tensors.places(config).items()
+    for key, place in tensors.places(config, repeats).items()
     if place.tensor in kinds
   }

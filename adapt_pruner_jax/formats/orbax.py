@@ -1,7 +1,8 @@
 """Our own format: arrays that any mesh opens, of every model there is.
 
 A directory has the arrays in `params/`, the ModelConfig, dtypes and a
-fingerprint of each array in `model.json`, the tokenizer's files and SHA256SUMS.
+fingerprint of each array in `model.json`, what came with the parent (tokenizer,
+generation config, licence) and SHA256SUMS.
 It also holds models that other formats cannot express.
 """
 
@@ -51,7 +52,8 @@ def write_orbax(
   Args:
     config, params: the model; each parameter is written in its dtype.
     out: the directory.
-    source: the parent's directory, which the tokenizer comes from.
+    source: the parent's directory, which the tokenizer, the generation config
+      and the licence come from.
     overwrite: replace the model that is at `out`.
 
   Raises:
@@ -77,7 +79,7 @@ def write_orbax(
     with ocp.StandardCheckpointer() as checkpointer:
       checkpointer.save(folder.absolute() / "params", params)
     if source is not None:
-      parent_files.copy_tokenizer(source, folder)
+      parent_files.copy_all(source, folder)
     json_files.write_json(folder / MANIFEST, manifest)
     card.write_sums(folder)
     _, manifest, abstract = _open_orbax(folder, None)

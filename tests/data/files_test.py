@@ -16,7 +16,14 @@ def zstd(data):
   return pytest.importorskip("zstandard").ZstdCompressor().compress(data)
 
 
-@pytest.mark.parametrize("pack", [gzip.compress, zstd])
+def pzstd(data):
+  """As zstd's parallel program does: a frame to be skipped comes first."""
+  packed = zstd(data)
+  sizes = (n.to_bytes(4, "little") for n in (4, len(packed)))
+  return b"\x50\x2a\x4d\x18" + b"".join(sizes) + packed
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, zstd, pzstd])
 def test_packed(tmp_path, pack):
   write(tmp_path / "a.jsonl.packed", pack(LINES))
   assert contents(f"jsonl:{tmp_path}/a.jsonl.packed") == ["one", "two"]
@@ -100,6 +107,9 @@ def test_json_array(tmp_path):
   for indent in (None, 2):
     write(path, json.dumps(rows, indent=indent))
     assert contents(f"jsonl:{path}") == ["one", "two", CHAT]
+  write(path, "\n\n" + json.dumps([*ROWS, {"text": 3}], indent=0))
+  with error("a.json line 10: text is int"):
+    contents(f"jsonl:{path}")
   write(path, "[]")
   with error("is empty: it has no text"):
     contents(f"jsonl:{path}")
@@ -144,6 +154,7 @@ def test_parquet(tmp_path):
   rows = [
     {"text": "one"},
     {"messages": [CHAT[0], {"role": "assistant", "tool_calls": calls}]},
+    {"messages": [CHAT[0], {"role": "assistant", "content": None}]},
     {"text": "two"},
   ]
   for i, part in enumerate((rows, [{"text": "three"}])):
@@ -152,7 +163,8 @@ def test_parquet(tmp_path):
     )
     parquet.write_table(table, tmp_path / f"{i}.parquet")
   got = contents(f"parquet:{tmp_path}")
-  assert got == ["one", rows[1]["messages"], "two", "three"]
+  silent = [CHAT[0], {"role": "assistant", "content": ""}]  # as in JSON
+  assert got == ["one", rows[1]["messages"], silent, "two", "three"]
   with error(r"0.parquet row 1 has no text; it has messages"):
     contents(f"parquet:{tmp_path}/0.parquet,column=text")
   with error(r"is a parquet file; write parquet:"):

@@ -1,6 +1,7 @@
 """Rows of data sets as people have them, and what is learnt of each."""
 
 import dataclasses
+import json
 import pathlib
 import re
 
@@ -142,6 +143,26 @@ def test_forms(tmp_path, form):
   row, want = FORMS[form]
   path = write(tmp_path / "a.jsonl", [row])
   assert contents(f"jsonl:{path}") == [want]
+
+
+def test_an_instruction_of_nothing():
+  """All of the question is in `input`, as in some of Alpaca's kind."""
+  row = {"instruction": "", "input": "w2", "output": "w3"}
+  assert rows.to_document("here", row).content == [
+    {"role": "user", "content": "w2"},
+    {"role": "assistant", "content": "w3"},
+  ]
+
+
+def test_turns_in_a_string():
+  """JSON in a column of text is a chat all the same."""
+  for name in ("messages", "conversations"):
+    row = {name: json.dumps(CHAT)}
+    assert rows.to_document("here", row).content == CHAT
+    with error(f"here: {name} is not valid JSON"):
+      rows.to_document("here", {name: "not a chat"})
+  with error("here: messages is int, not a string or a list"):
+    rows.to_document("here", {"messages": "3"})
 
 
 def test_text_beside_a_pair():

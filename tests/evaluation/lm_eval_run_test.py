@@ -4,6 +4,7 @@ import json
 import pathlib
 import subprocess
 import sys
+import types
 
 import jax
 import numpy as np
@@ -183,6 +184,8 @@ def test_generation_equals_the_hf_model(ours, theirs):
   asked = [
     ("Once upon a time", settings),
     ("The dog", {"until": ["zzz"], "max_gen_toks": 20}),
+    ("The cat", {"until": "zzz", "max_new_tokens": 9}),  # as some tasks say it
+    ("Tom was", {"max_tokens": 7, "do_sample": False, "temperature": 0.7}),
     ("Lily and Tom " * 100 + "went to", settings),  # cut from the left
   ]
   found = ours.generate_until(requests("generate_until", asked))
@@ -209,6 +212,17 @@ class Letters:
 
   bos_id = eos_id = bos_token = None
   encode = staticmethod(list)
+
+
+def test_without_an_end_token_none_ends_an_answer(odd_params):
+  """Not token 0, which stands for one where a prefix is needed."""
+  words = Letters()
+  words.backend = types.SimpleNamespace(get_added_tokens_decoder=dict)
+  lm = lm_eval_model.JaxLM(ODD, odd_params, words)
+  assert lm.eos_ids == ()
+  assert lm._end_tokens([]) == ()
+  words.eos_id = 3
+  assert lm._end_tokens([]) == (3,)
 
 
 PAIRS = [

@@ -168,6 +168,12 @@ def test_unknown_task():
     lm_eval_tasks.load(["arc_easy", "arc_eazy"], Questions())
 
 
+def test_home(tmp_path, monkeypatch):
+  monkeypatch.setenv("HOME", str(tmp_path))
+  (tmp_path / "questions").mkdir()
+  assert Questions("~/questions").folder == tmp_path / "questions"
+
+
 def test_no_such_directory(tmp_path):
   with pytest.raises(UserError, match="nowhere: no such directory"):
     lm_eval_tasks.load(["arc_easy"], Questions(str(tmp_path / "nowhere")))

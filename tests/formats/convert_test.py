@@ -104,6 +104,28 @@ def test_there_and_back_is_byte_identical(written, orbax, tmp_path, capsys):
   ).read_bytes()
 
 
+@pytest.mark.parametrize("format", ["hf", "orbax"])
+def test_what_came_with_the_parent_goes_along(written, tmp_path, format):
+  """End tokens of `generate`, the licence, and all chat templates."""
+  parent = shutil.copytree(written[0], tmp_path / "parent")
+  files = {
+    "generation_config.json": '{"eos_token_id": [7, 9]}',
+    "LICENSE": "You may.",
+    "tokenizer.json": "{}",
+    "chat_template.jinja": "plain",
+    "additional_chat_templates/tool_use.jinja": "tools",
+  }
+  (parent / "additional_chat_templates").mkdir()
+  for name, text in files.items():
+    (parent / name).write_text(text)
+  convert.convert(str(parent), tmp_path / "out", format)
+  convert.convert(str(tmp_path / "out"), tmp_path / "hf", "hf")
+  for folder in (tmp_path / "out", tmp_path / "hf"):
+    for name, text in files.items():
+      assert (folder / name).read_text() == text, name
+    card.verify(folder)
+
+
 def test_from_file_to_file(written, tmp_path, monkeypatch):
   """No parameter goes to a device."""
   path, params = written

@@ -124,6 +124,51 @@ def test_the_api_saves_as_stored(mixed, tmp_path):
   assert str(found[first.format(0)].dtype) == "bfloat16"
 
 
+def test_an_index_that_lists_a_tied_matrix(mixed, tmp_path):
+  """It opens, and so what comes of it is written."""
+  path = shutil.copytree(mixed[0], tmp_path / "model")
+  arrays = load_file(path / WEIGHTS)
+  del arrays["lm_head.weight"]
+  (path / WEIGHTS).unlink()
+  shard = "model-00001-of-00001.safetensors"
+  save_file(arrays, path / shard, metadata={"format": "pt"})
+  index = {"weight_map": dict.fromkeys([*arrays, "lm_head.weight"], shard)}
+  (path / f"{WEIGHTS}.index.json").write_text(json.dumps(index))
+  config = json.loads((path / "config.json").read_text())
+  config["tie_word_embeddings"] = True
+  (path / "config.json").write_text(json.dumps(config))
+  api.save(api.load(path), tmp_path / "saved")
+  assert_same(tmp_path / "saved", arrays)
+
+
+def test_layers_that_share_their_weights(mixed, tmp_path):
+  """MobileLLM's: each stored one gives two of ours their dtypes."""
+  params = small.random_params(small.CONFIG)
+  source = tmp_path / "shared"
+  save.save(small.CONFIG, params, source, say=lambda _: None)
+  arrays = load_file(source / WEIGHTS)
+  for name, array in arrays.items():
+    if "layers.0." not in name:
+      arrays[name] = array.astype(ml_dtypes.bfloat16)
+  save_file(arrays, source / WEIGHTS, metadata={"format": "pt"})
+  config = json.loads((source / "config.json").read_text())
+  config |= {
+    "model_type": "mobilellm",
+    "architectures": ["MobileLLMForCausalLM"],
+    "layer_sharing": True,
+  }
+  twice = {}
+  for layer, sizes in config["per_layer_config"].items():
+    twice |= {str(2 * int(layer) + i): sizes for i in range(2)}
+  (source / "config.json").write_text(
+    json.dumps(config | {"per_layer_config": twice})
+  )
+  model = api.load(source)
+  written = dtypes.for_export(model.config, model.params, source, "")
+  kinds = [str(written[f"layer_{i}"]["q"].dtype) for i in range(6)]
+  assert kinds == ["float32"] * 2 + ["bfloat16"] * 4
+
+
 def test_what_slicegpt_adds_is_as_most_of_the_others(mixed):
   sizes = ((16, 12, 10), (10, 9, 11), (11, 8, 7))
   config = dataclasses.replace(small.CONFIG, residual=sizes)

@@ -290,6 +290,9 @@ def test_gelu_of_gemma_is_the_tanh_form():
   assert peer.hidden_act == "gelu_pytorch_tanh"
   config = config_json.read(fields | {"model_type": "gemma"})
   assert config.activation == "gelu_tanh"
+  # Gemma 1.1's say it in a second field, which the class passes over.
+  both = fields | {"hidden_activation": "gelu_pytorch_tanh"}
+  assert config_json.read(both | {"model_type": "gemma"}) == config
   with pytest.raises(UserError, match="gelu"):
     config_json.read(fields | {"model_type": "llama"})
 

@@ -11,6 +11,7 @@ from adapt_pruner_jax.data import tokenizer
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.formats import convert, opening, orbax
 from adapt_pruner_jax.formats.hf import load, save
+from adapt_pruner_jax.runs import tiny_model
 from tests import small
 
 CONFIG = small.CONFIG
@@ -51,11 +52,13 @@ def same(one, two):
     "LICENSE",
     "README.md",
     "tokenizer.json",
+    "additional_chat_templates/tool_use.jinja",
   ],
 )
 def test_links_out_of_the_directory(broken, tmp_path, name):
   """They would be copied into the export, whatever they lead to."""
   secret = tmp_path / "secret"
+  (broken / name).parent.mkdir(exist_ok=True)
   if (broken / name).exists():
     (broken / name).rename(secret)
   else:
@@ -64,17 +67,21 @@ def test_links_out_of_the_directory(broken, tmp_path, name):
   with pytest.raises(UserError, match=r"is a link to .*secret, outside of"):
     convert.convert(str(broken), tmp_path / "out", "hf")
   assert not (tmp_path / "out").exists()
-  if name == "tokenizer.json":
+  if name.endswith(("tokenizer.json", ".jinja")):
+    if name != "tokenizer.json":
+      tiny_model.train_tokenizer(tmp_path / "made", 300)
+      made = tmp_path / "made" / "tokenizer.json"
+      shutil.copyfile(made, broken / "tokenizer.json")
     with pytest.raises(UserError, match="is a link to"):
       tokenizer.load_tokenizer(broken)
   # Inside of it they may lead anywhere.
   (broken / name).unlink()
   secret.rename(broken / "elsewhere")
-  (broken / name).symlink_to("elsewhere")
+  (broken / name).symlink_to(broken / "elsewhere")
   if name != "tokenizer.json":  # which that is not
     convert.convert(str(broken), tmp_path / "out", "hf")
     copied = (tmp_path / "out" / name).read_bytes()
-    if name in ("model.safetensors", "LICENSE"):
+    if name not in ("config.json", "README.md"):  # which are made anew
       assert copied == (broken / "elsewhere").read_bytes()
 
 
@@ -118,6 +125,9 @@ def test_a_hub_cache_without_card_and_licence(hub, written):
   config, params = load.load("someone/small")
   assert config == CONFIG
   assert same(params, written[1])
+  snapshot = hub / "snapshots" / ("a" * 40)
+  assert f"give its hub id or one of {snapshot}, " in refusal(hub)
+  assert load.read_config(snapshot) == CONFIG
   config, _ = load.load("someone/small@v2")
   assert config.norm_eps == 1e-3
   assert load.read_config(f"someone/small@{'b' * 40}").norm_eps == 1e-3
@@ -125,6 +135,25 @@ def test_a_hub_cache_without_card_and_licence(hub, written):
   gone = hub / "snapshots" / ("a" * 40) / "model.safetensors"
   gone.unlink()
   assert "model.safetensors" in refusal("someone/small")
+
+
+def test_what_is_downloaded():
+  from huggingface_hub.utils import filter_repo_objects
+
+  wanted = [
+    *("config.json", "model-00001-of-00002.safetensors", "tokenizer.model"),
+    *("LICENSE", "additional_chat_templates/tool_use.jinja"),
+  ]
+  others = [
+    *("onnx/config.json", "original/tokenizer.model", "awq/model.safetensors"),
+    *("adapter/config.json", "consolidated.safetensors", "model.bin"),
+  ]
+  found = filter_repo_objects(
+    [*wanted, *others],
+    allow_patterns=load.DOWNLOADED,
+    ignore_patterns=load.NOT_DOWNLOADED,
+  )
+  assert list(found) == wanted
 
 
 def test_home_in_a_path(written, monkeypatch, tmp_path):

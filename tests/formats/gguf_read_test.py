@@ -164,6 +164,31 @@ def test_a_file_is_a_model_wherever_one_is_named(small_model, tmp_path, capsys):
   assert said[0] == said[1]
 
 
+@pytest.mark.parametrize("arch", ["llama", "openelm"])
+def test_what_is_made_of_a_file_has_its_dtypes(arch, tmp_path):
+  """Also after pruning; openelm has q, k and v in one tensor."""
+  changes = {"family": "qwen3", "qk_norm": "head", "tied": True}
+  config = UNEVEN
+  if arch == "openelm":
+    config = dataclasses.replace(UNEVEN, **changes)
+  params = small.random_params(config)
+  path = tmp_path / "model.gguf"
+  writer.write(config, params, path, kind="bf16")
+  assert reader.File(path).arch == ("deci" if arch == "llama" else arch)
+  model = api.load(path)
+  api.save(model, tmp_path / "same")
+  cut = dataclasses.replace(
+    model.config, ffn_widths=tuple(f - 1 for f in model.config.ffn_widths)
+  )
+  fewer = small.random_params(cut)
+  api.save(model._replace(config=cut, params=fewer), tmp_path / "cut")
+  for name in ("same", "cut"):
+    _, stored = load.stored(tmp_path / name)
+    layer = stored["layer_1"]
+    assert {str(layer[n].dtype) for n in ("q", "k", "up")} == {"bfloat16"}
+    assert layer["attn_norm"].dtype == "float32"
+
+
 @pytest.mark.parametrize(
   "rope, head_dim",
   [

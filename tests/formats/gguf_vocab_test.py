@@ -293,6 +293,16 @@ def test_tokens_that_the_model_does_not_have(added, tmp_path, caplog):
     assert not out.exists()
 
 
+def test_a_token_that_takes_spaces_along_is_said(trained, tmp_path, caplog):
+  flags = {"lstrip": True, "rstrip": True}
+  change = lambda content: content["added_tokens"][0].update(flags)
+  written(trained, tmp_path / "plain.gguf")
+  assert "other ids" not in caplog.text
+  written(changed(trained, tmp_path / "s", change), tmp_path / "model.gguf")
+  assert "no lstrip and rstrip of a token" in caplog.text
+  assert "<|endoftext|>" in caplog.text
+
+
 @pytest.mark.parametrize(
   "generation, config_ids, settings, expected",
   [
@@ -305,7 +315,10 @@ def test_tokens_that_the_model_does_not_have(added, tmp_path, caplog):
     ({"eos_token_id": [5, 0]}, (3,), {"eos_token": "<|endoftext|>"}, (0, 5)),
     ({"eos_token_id": [5]}, (3,), {"eos_token": "<|endoftext|>"}, (5,)),
     ({"eos_token_id": [5, 7, 9, 11]}, (3,), {}, (5, 7, 9)),
-    ({"eos_token_id": [-1]}, (3,), {}, ()),
+    # Ids that are none, or that the model has not, take no place.
+    ({"eos_token_id": [-1]}, (3,), {}, (3,)),
+    ({"eos_token_id": [-1, 9999, 5, 7]}, (3,), {}, (5, 7)),
+    (None, (-1,), {"eos_token": "<|endoftext|>"}, (0,)),
   ],
 )
 def test_end_tokens_are_those_of_generate(
@@ -357,6 +370,27 @@ def test_special_tokens_and_chat_template_come_back(trained, tmp_path):
   assert found.encode("a b")[0] == 0
   chat = [{"role": "user", "content": "Once upon"}]
   assert found.encode_chat(chat) == wanted.encode_chat(chat)
+
+
+def test_a_template_is_not_taken_from_elsewhere(trained, tmp_path):
+  """It would be copied into the file, whatever the link leads to."""
+  source = changed(trained, tmp_path / "s")
+  (tmp_path / "secret").write_text("years")
+  (source / "chat_template.jinja").symlink_to(tmp_path / "secret")
+  with pytest.raises(UserError, match=r"is a link to .*secret, outside of"):
+    written(source, tmp_path / "model.gguf")
+  assert not list(tmp_path.glob("*.gguf"))
+
+
+@pytest.mark.parametrize(
+  "name", ["continuing_subword_prefix", "end_of_word_suffix"]
+)
+def test_marks_of_words_are_refused(name, trained, tmp_path):
+  """llama.cpp knows of none; CLIP's kind has the latter."""
+  change = _with(["model", name], "</w>")
+  source = changed(trained, tmp_path / "s", change)
+  with pytest.raises(UserError, match="gguf files can hold plain BPE"):
+    written(source, tmp_path / "model.gguf")
 
 
 def unfinished(path, add):

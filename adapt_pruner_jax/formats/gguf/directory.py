@@ -52,12 +52,19 @@ def of(path: Path) -> Path:
   return folder
 
 
-def checkpoint(folder: Path, config: ModelConfig) -> reader.Checkpoint | None:
-  """The tensors of a directory that `of` made; None for any other."""
+def checkpoint(
+  folder: Path, config: ModelConfig | None = None
+) -> reader.Checkpoint | None:
+  """The tensors of a directory that `of` made; None for any other.
+
+  Args:
+    config: of the model; None = as the file says.
+  """
   link = folder / WEIGHTS
   if not link.is_symlink():
     return None
-  return reader.Checkpoint(_open(link), config)
+  file = _open(link)
+  return reader.Checkpoint(file, config or reader.read_config(file))
 
 
 def _open(path: Path) -> reader.File:

@@ -11,11 +11,14 @@ from adapt_pruner_jax.data.tokenizer import CONVERTIBLE, load_tokenizer
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.formats.gguf import pre_tokenizers
 from adapt_pruner_jax.formats.gguf.pre_tokenizers import Step, parts
+from adapt_pruner_jax.formats.hf import generation_config
 from adapt_pruner_jax.formats.hf.files import read_object
 from adapt_pruner_jax.models.model_config import ModelConfig
+from adapt_pruner_jax.storage.confinement import confined
 
 NORMAL, UNKNOWN, CONTROL, USER, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 SPACE = "▁"  # SentencePiece's
+FLAGS = ("lstrip", "rstrip", "single_word")  # of added tokens, like BERT's mask
 Content = Mapping[str, Any]  # of a tokenizer.json
 
 
@@ -38,11 +41,13 @@ def write(writer: Any, config: ModelConfig, source: Path | None) -> None:
   file = source / "tokenizer.json"
   inner = content["model"]
   if inner["type"] != "BPE" or any(
-    inner.get(name) for name in ("continuing_subword_prefix", "dropout")
+    inner.get(name)
+    for name in ("continuing_subword_prefix", "end_of_word_suffix", "dropout")
   ):
     raise UserError(
-      f"{file} is a {inner['type']} tokenizer; gguf files can hold plain BPE: "
-      "use --format=hf_uniform and llama.cpp's own converter"
+      f"{file} is a {inner['type']} tokenizer; gguf files can hold plain BPE "
+      "without dropout and marks of words: use --format=hf_uniform and "
+      "llama.cpp's own converter"
     )
   tokens, types = _tokens(content, config, file)
   if inner.get("byte_fallback"):
@@ -91,6 +96,13 @@ def _tokens(
       continue
     tokens[added["id"]] = added["content"]
     types[added["id"]] = CONTROL if added["special"] else USER
+    flags = [flag for flag in FLAGS if added.get(flag)]
+    if flags:
+      logging.warning(
+        "%s: llama.cpp has no %s of a token: texts with %s next to spaces or "
+        "letters get other ids",
+        *(file, " and ".join(flags), added["content"]),
+      )
   return tokens, types
 
 
@@ -190,7 +202,8 @@ def _write_special(
     writer.add_add_eos_token(True)
   chat = source / "chat_template.jinja"
   if chat.is_file():
-    writer.add_chat_template(chat.read_text(encoding="utf-8"))
+    template = confined(chat, source).read_text(encoding="utf-8")
+    writer.add_chat_template(template)
   elif settings.get("chat_template"):  # one, or several with names
     writer.add_chat_template(settings["chat_template"])
 
@@ -203,21 +216,16 @@ def _has(config: ModelConfig, token: int | None) -> bool:
 def end_tokens(
   config: ModelConfig, content: Content, source: Path
 ) -> tuple[int, ...]:
-  """The tokens that end a text, as Transformers' `generate` takes them.
+  """The tokens that end a text, those of `generation_config.end_tokens`.
 
-  Those of generation_config.json where it names any, else config.json's, else
-  the tokenizer's. The tokenizer's own comes first: it is what chat templates
-  mean by eos_token.
+  The tokenizer's own comes first: it is what chat templates mean by eos_token.
   """
   settings = _optional(source / "tokenizer_config.json")
   own = _id(content, settings.get("eos_token"))
-  named = _optional(source / "generation_config.json").get("eos_token_id")
-  if named is None:
-    ends = config.eos_ids
-  else:
-    ends = tuple(named) if isinstance(named, list) else (named,)
+  ends = generation_config.end_tokens(source, config, None)
   ends = ends or ((own,) if own is not None else ())
-  return tuple(dict.fromkeys(sorted(ends, key=lambda end: end != own)))
+  ends = tuple(end for end in ends if _has(config, end))
+  return tuple(sorted(ends, key=lambda end: end != own))
 
 
 def _id(content: Content, token: Any) -> int | None:

@@ -10,6 +10,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from adapt_pruner_jax.errors import UserError, nearest
@@ -136,8 +137,8 @@ def tensors(
   for name, parts in layout.tensors(config, arch):
     shapes = [hf_shape(part.name, config.sizes(part.layer)) for part in parts]
     shape = (sum(rows for rows, *_ in shapes), *shapes[0][1:])
-    leaf = _leaf(params, parts[0])
-    stored = kind or STORED[str(leaf.dtype)]
+    dtypes = [_leaf(params, part).dtype for part in parts]
+    stored = kind or STORED[str(jnp.result_type(*dtypes))]
     if len(shape) == 1:
       stored = "f32"
     elif stored == "q8_0" and shape[-1] % 32:

@@ -36,6 +36,8 @@ def read(
   raw = {name: found for name, found in raw.items() if name not in ignored}
   name, raw = _family(raw, path)
   family = FAMILIES[name]
+  if name == "gemma" and raw.get("hidden_activation") == "gelu_pytorch_tanh":
+    raw = {k: v for k, v in raw.items() if k != "hidden_activation"}
   fields.check(raw, {*family.fields, *layers.OWN, "hidden_act"}, path)
   missing = [
     f for f, v in family.fields.items() if v is REQUIRED and f not in raw

@@ -143,7 +143,11 @@ def check(raw: Raw, known: Collection[str], path: str) -> None:
 
 
 def value(raw: Raw, name: str, path: str) -> Any:
-  """What `ModelConfig` gets for field `name`, with its type checked."""
+  """What `ModelConfig` gets for field `name`, with its type checked.
+
+  Raises:
+    UserError: another type, or a value that is not supported.
+  """
   field, found = FIELDS[name], raw[name]
   require(found, field.types, name, path)
   if field is ACTIVATION and found not in ACTIVATIONS:

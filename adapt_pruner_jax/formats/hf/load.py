@@ -48,11 +48,12 @@ NEEDED = (
   CONFIG,
   *("generation_config.json", "model*.safetensors", INDEX),
   *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
-  *("added_tokens.json", "chat_template*"),
+  *("added_tokens.json", "chat_template*", "additional_chat*/*"),
 )
 VOCABULARIES = ("tokenizer.model", "spiece.model", "vocab.*", "merges.txt")
-# Folders, and Mistral's second copy of the weights.
-NOT_DOWNLOADED = ("*/*", "consolidated*")
+# Folders, but for additional_chat_templates, and Mistral's second copy of the
+# weights.
+NOT_DOWNLOADED = ("[!a]*/*", "a[!d]*/*", "ad[!d]*/*", "consolidated*")
 NOT_PARAMETERS = ("rotary_emb.inv_freq",)  # endings; old checkpoints have them
 HUB_ID = r"(?P<name>[\w-][\w.-]*/[\w.-]+)(@(?P<revision>[\w./-]+))?"
 COMPARED_BYTES = 1 << 26
@@ -75,6 +76,12 @@ def resolve(path: str | os.PathLike) -> Path:
     if (folder / WORKDIR_MODEL / CONFIG).is_file():
       raise UserError(
         f"{path} is a work directory; its model is {folder / WORKDIR_MODEL}"
+      )
+    cached = sorted((folder / "snapshots").glob(f"*/{CONFIG}"))
+    if cached and not (folder / CONFIG).exists():
+      raise UserError(
+        f"{path} is a repository in the hub's cache; give its hub id or one of "
+        + ", ".join(str(file.parent) for file in cached)
       )
     return folder
   if gguf_directory.is_gguf(folder):

@@ -30,6 +30,7 @@ TOKENIZER = (
   "merges.txt",
   "chat_template.jinja",
   "chat_template.json",
+  "additional_chat_templates/*.jinja",  # by name, such as tool_use
 )
 # Fields of config.json by which Transformers chooses a tokenizer's class and
 # whether the mistakes of older versions are put right.
@@ -62,7 +63,9 @@ def copy_tokenizer(source: Path, folder: Path) -> list[str]:
 def _copy(source: Path, folder: Path, patterns: tuple[str, ...]) -> list[str]:
   found = [f for p in patterns for f in source.glob(p) if f.is_file()]
   for file in found:
-    shutil.copyfile(confined(file, source), folder / file.name)
+    copy = folder / file.relative_to(source)
+    copy.parent.mkdir(exist_ok=True)
+    shutil.copyfile(confined(file, source), copy)
   return [file.name for file in found]
 
 

@@ -112,7 +112,11 @@ def _write_around(
 def without_empty_layers(
   config: ModelConfig, params: Params
 ) -> tuple[ModelConfig, Params]:
-  """Leaves out the layers that pass their input on."""
+  """Leaves out the layers that pass their input on.
+
+  Raises:
+    UserError: all of them do.
+  """
   full = [i for i in range(config.num_layers) if layer_names(config, i)]
   if len(full) == config.num_layers:
     return config, params

@@ -82,6 +82,7 @@ def hf_letters(name: str) -> tuple[str, ...]:
 
 
 def hf_shape(name: str, sizes: dict[str, int]) -> tuple[int, ...]:
+  """Shape of a parameter in a checkpoint, by the sizes of its letters."""
   return tuple(
     math.prod(sizes[letter] for letter in group) for group in hf_letters(name)
   )

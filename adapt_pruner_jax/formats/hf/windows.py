@@ -9,7 +9,11 @@ from adapt_pruner_jax.models.model_config import ModelConfig
 
 
 def read(raw: Raw, family: Family, L: int, path: str) -> tuple[int, ...]:
-  """Keys that each layer sees; () if all layers see all."""
+  """Keys that each layer sees; () if all layers see all.
+
+  Raises:
+    UserError: a size or kind of window that is not supported.
+  """
   if not family.windows:
     return ()
   size = raw["sliding_window"]
@@ -41,6 +45,7 @@ def _slides(types: Any, L: int, path: str) -> list[bool]:
 
 
 def write(config: ModelConfig, family: Family) -> dict[str, Any]:
+  """The family's fields of windows."""
   if not family.windows:
     return {}
   windows = config.window or (0,) * config.num_layers

@@ -124,7 +124,7 @@ def _original(
   path = config["model"]["path"]
   if path == "tiny" and tiny is not None:
     return tiny
-  if not Path(path).exists():
+  if not Path(path).expanduser().exists():
     raise UserError(f"{path} is not on this machine")
   from adapt_pruner_jax.formats.hf import load
 
