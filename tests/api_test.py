@@ -11,6 +11,7 @@ from adapt_pruner_jax.runs import run as run_
 from tests.small_runs import recipe
 
 
+@pytest.mark.slow
 def test_the_same_as_a_run(small_model, tmp_path):
   """Also what is drawn for the refit; saved and opened again."""
   config = recipe(small_model, stages=1, refit="final")

@@ -205,6 +205,7 @@ def test_bad_models(refused, small_model, tmp_path):
   check([name, "missing"], missing)
 
 
+@pytest.mark.slow
 def test_directories(refused, command, small_model, tmp_path):
   work = tmp_path / "work"
   with lock.lock(work):
@@ -252,6 +253,7 @@ def test_ignored_fields(command, refused, small_model, tmp_path):
   assert command(*convert)[0] == 0
 
 
+@pytest.mark.slow
 def test_run_then_everything_else(command, small_model, tmp_path, monkeypatch):
   work = tmp_path / "work"
   arguments = run_with(small_model, work, "mesh.data=8", "mesh.fsdp=1")

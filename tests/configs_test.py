@@ -507,6 +507,7 @@ def test_scoring_step_traces(name):
   assert found["salience"]["q"].dtype == jnp.float32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FULL)
 def test_train_step_traces(name):
   """Also for one-shot recipes: `compare --recover_tokens` trains them."""

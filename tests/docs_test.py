@@ -170,6 +170,7 @@ def place(small_model, tmp_path, tmp_path_factory, monkeypatch):
   jax.config.update("jax_compilation_cache_dir", old)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "file", [f for f in RUN if RUN[f]], ids=lambda f: f.name
 )

@@ -7,6 +7,8 @@ import pytest
 from adapt_pruner_jax.data import sources
 from tests.conftest import ROOT
 
+pytestmark = pytest.mark.slow
+
 SIZES = {
   "SAMPLES": 8,
   "REFIT_SAMPLES": 16,

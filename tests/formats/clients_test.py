@@ -16,6 +16,8 @@ from adapt_pruner_jax.models import decoder, model_config
 from adapt_pruner_jax.models.rope import Rope
 from tests.formats import zoo
 
+pytestmark = pytest.mark.slow
+
 OLD = "uneven_0.1"  # written by version 0.1
 PEER = Path(__file__).parent / "transformers_peer.py"
 TRANSFORMERS_4 = (

@@ -213,6 +213,7 @@ def test_sentencepiece_comes_back(shared_data, tmp_path):
   assert (found.bos_token, found.eos_token) == ("<s>", "</s>")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "name, size",
   [("storyllamas-4096", 4099), ("gpt2", 50257), ("minimind", 6400)],

@@ -47,6 +47,7 @@ def scanned(config, params, tokens, inputs, masks):
   return jax.jit(lambda x: jax.lax.scan(run, x, xs))(apply(tokens, "embed"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("option", OPTIONS)
 def test_a_masked_scan_is_the_gathered_decoder(option):
   config = small.option(option)

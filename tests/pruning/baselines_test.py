@@ -167,6 +167,7 @@ def test_slicegpt_reaches_a_target():
     assert size <= target < model_config.count_params(wider)
 
 
+@pytest.mark.slow
 def test_slicegpt_of_nothing_changes_nothing():
   """Not even with biases, scaled embeddings, head norms and absent halves."""
   config = ModelConfig(

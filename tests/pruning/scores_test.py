@@ -81,6 +81,7 @@ def scores_by_hand(params, grads, unit, layer, vectorize):
   return total
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "option, kind",
   [
@@ -104,6 +105,7 @@ def test_taylor_is_weight_times_summed_gradient(option, kind):
       assert not np.any(gone)  # what is masked has no gradient
 
 
+@pytest.mark.slow
 def test_norm_over_all_heads_is_over_those_that_are_left():
   found, masks = measured("norm of all heads", "taylor")
   config, params, grads, losses, _ = plain("norm of all heads")
@@ -134,6 +136,7 @@ def test_layer_importance(measure):
       assert got == pytest.approx(-size(x, y).mean(), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_bfloat16_params_have_float32_sums():
   found, masks = measured("plain", "taylor", dtype="bfloat16")
   assert {s.dtype for s in found["salience"].values()} == {np.dtype("float32")}
@@ -149,6 +152,7 @@ def test_bfloat16_params_have_float32_sums():
     np.testing.assert_allclose(kept.sum(), want.sum(), rtol=0.05)
 
 
+@pytest.mark.slow
 def test_sums_of_bfloat16_gradients_do_not_lose_the_small_ones():
   # 1 + 2^-9 is 1 in bfloat16. One loud minibatch, then 64 quiet ones.
   M = 65

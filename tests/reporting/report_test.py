@@ -325,6 +325,7 @@ def test_bad_directories(tmp_path):
   assert not (path / "report.html").exists()
 
 
+@pytest.mark.slow
 def test_a_run_with_tasks_and_latency(
   small_model, tmp_path, monkeypatch, capsys
 ):

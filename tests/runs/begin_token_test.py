@@ -48,6 +48,7 @@ def test_all_that_a_run_reads(begun, small_model, tmp_path):
     assert other.tokenizer.begin_id is None
 
 
+@pytest.mark.slow
 def test_it_is_recorded_and_said(begun, tmp_path, capsys):
   found = {}
   for bos in ("auto", "none"):

@@ -28,6 +28,8 @@ from adapt_pruner_jax.reporting.log import Log
 from adapt_pruner_jax.runs import compare, compare_methods, compare_table
 from adapt_pruner_jax.runs.inputs import load_model, open_inputs, read_eval_text
 
+pytestmark = pytest.mark.slow
+
 TWO = "adapt,uniform"
 
 

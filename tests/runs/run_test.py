@@ -139,6 +139,7 @@ def test_other_inputs_are_refused(
     run.run(config, tmp_path / "work")
 
 
+@pytest.mark.slow
 def test_overwrite(small_model, tmp_path, monkeypatch, capsys):
   """Another recipe's run goes, once the inputs are good; nothing else does."""
   work = tmp_path / "work"
@@ -198,6 +199,7 @@ def test_overwrite_spares_what_no_run_has_left(small_model, tmp_path):
   assert names == {path.name for path in small_model.iterdir()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "change",
   [
@@ -333,6 +335,7 @@ def killed_after(action=lambda *_: None):
   return kill
 
 
+@pytest.mark.slow
 def test_one_checkpoint_behind_training_and_one_evaluation(
   small_model, tmp_path, monkeypatch
 ):
