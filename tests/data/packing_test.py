@@ -164,6 +164,7 @@ def test_packing_properties(lengths, T):
       assert not column[~inside].any(), name
 
 
+@pytest.mark.slow
 def test_packed_documents_do_not_see_each_other():
   """Logits of a packed row are those of its documents alone."""
   config = model_config.ModelConfig(

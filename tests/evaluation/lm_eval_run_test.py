@@ -313,6 +313,7 @@ def test_token_outside_the_vocabulary(odd_params):
     scorer.score([([1], [48])])
 
 
+@pytest.mark.slow
 def test_evaluate_dispatches(stories, questions, tmp_path):
   """A preset, a task, perplexity and latency, against the same model."""
   path = str(stories[0])

@@ -183,6 +183,7 @@ def test_orbax_is_as_good_as_hf(small_model, text_file, tmp_path):
   assert found == expected
 
 
+@pytest.mark.slow
 def test_orbax_of_what_slicegpt_cuts(small_model, text_file, tmp_path):
   """By the decoder, and by the scorer of tasks; and in a work directory."""
   lm = pytest.importorskip("adapt_pruner_jax.evaluation.lm_eval_model")

@@ -179,6 +179,7 @@ def test_what_slicegpt_adds_is_as_most_of_the_others(mixed):
   assert kinds["attn_shortcut"] == kinds["q"] == kinds["down"] == "bfloat16"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tokens", [0, 512], ids=["pruned", "trained"])
 def test_a_run_writes_as_stored(small_model, tmp_path, tokens):
   """The result of a bfloat16 model is smaller than it, on the disk too."""

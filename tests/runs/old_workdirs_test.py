@@ -32,6 +32,7 @@ def sizes(trace: str) -> list[int]:
   return [json.loads(line)["params"] for line in trace.splitlines()]
 
 
+@pytest.mark.slow
 def test_today_continues_to_the_same_result(old, capsys):
   work, expected = old
   config = from_json(json.loads((work / "config.json").read_text()))

@@ -395,6 +395,7 @@ def test_one_checkpoint_behind_training_and_one_evaluation(
     assert rows(work, kind) == rows(whole, kind) == number
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["adapt", "curvature"])
 def test_a_cut_prune_goes_on(
   small_model, tmp_path, monkeypatch, capsys, method

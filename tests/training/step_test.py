@@ -171,6 +171,7 @@ def test_accumulation_equals_one_big_batch(plain, shape, remat):
   assert_close(split, whole, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_packed_documents_equal_separate_ones(plain):
   params, _, _ = plain
   packed = random_batch(UNEVEN, 2, 12)
@@ -313,6 +314,7 @@ def test_distillation_weight_zero_is_plain_training(plain):
   assert_close(distilled, new, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "shape, accumulation", [((1, 1, 1), 1), ((2, 2, 2), 2)]
 )
@@ -396,6 +398,7 @@ def test_merged_lora_computes_what_the_adapters_do(plain):
   np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_lora_on_eight_devices_equals_one(plain):
   params, batches, _ = plain
   _, one, metrics = lora_run(params, batches, one_device(), rank=4)
