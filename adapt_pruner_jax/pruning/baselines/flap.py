@@ -87,8 +87,8 @@ def prepare(task: PruneTask) -> PruneTask:
 
 def measure(masked: Masked, tokens_NT: np.ndarray) -> Measured:
   """Scores as `prune.flap.metric` and `.structure` say."""
-  moments = _moments_of(masked, tokens_NT)
   pair, flap = activations.pair(masked), masked.task.settings.flap
+  moments = _moments_of(masked, pair, tokens_NT)
   found = unit_scores(
     pair, moments, flap.metric, flap.structure, masked.masks, masked.task.mesh
   )
@@ -102,8 +102,8 @@ def fluctuation(masked: Masked, tokens_NT: np.ndarray) -> Measured:
   weights that read them (WIFV), neither squared nor standardised: units of
   attention and MLP, and of different layers, can be compared.
   """
-  moments = _moments_of(masked, tokens_NT)
-  (_, params), found = activations.pair(masked), {}
+  pair, found = activations.pair(masked), {}
+  moments, (_, params) = _moments_of(masked, pair, tokens_NT), pair
   for u, mask_LU in masked.masks.items():
     found[u] = np.zeros(mask_LU.shape)
     for i, of_layer in enumerate(moments[u]):
@@ -126,15 +126,18 @@ def finish(masked: Masked, left: Kept, measured: Measured | None) -> steps.Pair:
   if moments is None:  # of several steps, or of one that another call took
     whole = dataclasses.replace(masked.step, masks=task.begin)
     masked_before = dataclasses.replace(masked, step=whole)
-    moments = _moments_of(masked_before, task.samples(0))
+    pair = activations.pair(masked_before)
+    moments = _moments_of(masked_before, pair, task.samples(0))
   keep = surgery.to_masks(left, task.full)
   layers = compensated(masked.stacked["layers"], moments, keep, task.mesh)
   stacked = masked.stacked | {"layers": layers}
   return surgery.compact(stacked, left, task.full, task.mesh)
 
 
-def _moments_of(masked: Masked, tokens_NT: np.ndarray) -> Statistics:
-  task, pair = masked.task, activations.pair(masked)
+def _moments_of(
+  masked: Masked, pair: tuple[ModelConfig, Params], tokens_NT: np.ndarray
+) -> Statistics:
+  task = masked.task
   return statistics(*pair, tokens_NT, task.batch, task.mesh, masked.masks)
 
 

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from adapt_pruner_jax.models import axes
-from adapt_pruner_jax.models.axes import UNITS
+from adapt_pruner_jax.models.axes import UNITS, Params
 from adapt_pruner_jax.models.layer import WRITERS
+from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.pruning import allotment, choice, surgery, targets
 from adapt_pruner_jax.pruning.baselines import activations, flap
 from adapt_pruner_jax.pruning.surgery import Masks
@@ -22,6 +23,7 @@ from adapt_pruner_jax.pruning.task import (
   Counts,
   Masked,
   Measured,
+  PruneTask,
 )
 
 
@@ -47,8 +49,10 @@ def in_order(masked: Masked, tokens_NT: np.ndarray, counts: Counts) -> Measured:
   """The same when so many units go, {"K": int [L], "F": int [L]}."""
   masks = {u: m.copy() for u, m in masked.masks.items()}
   found = {u: np.zeros(m.shape) for u, m in masks.items()}
-  for layer in range(masked.task.full.num_layers):
-    for u, score_U in layer_scores(masked, masks, layer, tokens_NT).items():
+  task, pair = masked.task, activations.pair(masked)
+  for layer in range(task.full.num_layers):
+    scores = layer_scores(task, pair, masks, layer, tokens_NT)
+    for u, score_U in scores.items():
       found[u][layer] = score_U
     now = {
       u: np.where(np.arange(len(n)) == layer, n, 0) for u, n in counts.items()
@@ -58,15 +62,19 @@ def in_order(masked: Masked, tokens_NT: np.ndarray, counts: Counts) -> Measured:
 
 
 def layer_scores(
-  masked: Masked, masks: Masks, layer: int, tokens_NT: np.ndarray
+  task: PruneTask,
+  pair: tuple[ModelConfig, Params],
+  masks: Masks,
+  layer: int,
+  tokens_NT: np.ndarray,
 ) -> dict[str, np.ndarray]:
   """Scores of the units of a layer, [K] and [F].
 
   Args:
+    pair: the model in dense coordinates, from `activations.pair`.
     masks: units that are left, in the layers before also after their removals.
   """
-  task, square = masked.task, dict.fromkeys(UNITS, 0.0)
-  config, params = activations.pair(masked)
+  (config, params), square = pair, dict.fromkeys(UNITS, 0.0)
   for tokens_BT, valid_B in activations.batches(
     tokens_NT, task.batch, task.mesh
   ):
