@@ -47,6 +47,7 @@ FIELDS = """
   prune.ranking.step_size prune.ranking.cap prune.uniform.steps
   prune.llm_pruner.ranking prune.flap.metric prune.flap.structure
   prune.slicegpt.multiple prune.slicegpt.subtract_mean prune.magnitude.norm
+  prune.minitron.depth
   calibration.source calibration.samples calibration.seq_len calibration.batch
   calibration.refit_samples
   data.source data.seq_len data.batch data.bos

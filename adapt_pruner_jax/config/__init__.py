@@ -22,6 +22,7 @@ from adapt_pruner_jax.config.fields import (
   Log,
   Magnitude,
   Mesh,
+  Minitron,
   Model,
   Prune,
   Ranking,

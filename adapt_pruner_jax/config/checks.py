@@ -22,6 +22,7 @@ AT_LEAST = {
   "prune.round_kv_to": 1,
   "prune.uniform.steps": 1,
   "prune.slicegpt.multiple": 1,
+  "prune.minitron.depth": 0,
   "prune.refit_ridge": 0,
   "calibration.refit_samples": 2,
   "calibration.samples": 1,

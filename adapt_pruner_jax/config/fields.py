@@ -20,12 +20,13 @@ PUBLISHED = {
   "wanda_sp": ("wanda_sp", "wanda_sp"),
   "slicegpt": ("slicegpt", "slicegpt"),
   "shortgpt": ("shortgpt", "shortgpt"),
+  "minitron": ("minitron", "minitron"),
   "magnitude": ("uniform", "magnitude"),
   "random": ("uniform", "random"),
 }
 
 # Methods whose score and allotment are one thing.
-WHOLE = ("wanda_sp", "slicegpt", "shortgpt")
+WHOLE = ("wanda_sp", "slicegpt", "shortgpt", "minitron")
 
 CHOICES = {
   "model.dtype": ("", "float32", "bfloat16", "float16"),
@@ -138,6 +139,11 @@ class SliceGpt(Section):
 
 
 @dataclasses.dataclass
+class Minitron(Section):
+  depth: int = 0  # layers to drop, those whose absence the loss shows least
+
+
+@dataclasses.dataclass
 class Magnitude(Section):
   norm: str = "l2"
 
@@ -176,6 +182,7 @@ class Prune(Section):
   llm_pruner: LlmPruner = dataclasses.field(default_factory=LlmPruner)
   flap: Flap = dataclasses.field(default_factory=Flap)
   slicegpt: SliceGpt = dataclasses.field(default_factory=SliceGpt)
+  minitron: Minitron = dataclasses.field(default_factory=Minitron)
   magnitude: Magnitude = dataclasses.field(default_factory=Magnitude)
 
   def rounding(self) -> dict[str, int]:

@@ -23,6 +23,7 @@ from adapt_pruner_jax.pruning import (
 from adapt_pruner_jax.pruning.baselines import (
   flap,
   llm_pruner,
+  minitron,
   shortgpt,
   slicegpt,
   wanda_sp,
@@ -38,6 +39,7 @@ MEASURES = {
   "flap": flap.measure,
   "wanda_sp": wanda_sp.measure,
   "shortgpt": shortgpt.measure,
+  "minitron": minitron.measure,
 }
 # How much goes where, by `prune.allotment` or a method's own name.
 ALLOTMENTS = {
@@ -48,6 +50,7 @@ ALLOTMENTS = {
   "flap": flap.allot,
   "wanda_sp": wanda_sp.allot,
   "shortgpt": shortgpt.allot,
+  "minitron": minitron.allot,
 }
 # What methods do before and after.
 AROUND = {
@@ -56,6 +59,7 @@ AROUND = {
   "random": {"prepare": llm_pruner.prepare},
   "flap": {"prepare": flap.prepare, "finish": flap.finish},
   "shortgpt": {"finish": shortgpt.finish},
+  "minitron": {"prepare": minitron.prepare, "finish": shortgpt.finish},
 }
 
 
@@ -124,5 +128,7 @@ def check(config: ModelConfig, settings: Prune) -> None:
       "SliceGPT changes the residual width, which a refit compares: give "
       "--config.prune.refit=none"
     )
+  if settings.method == "minitron":
+    minitron.check(config, settings)
   if settings.pair()[1] == "curvature" or settings.refit != "none":
     linear_algebra.check(config)

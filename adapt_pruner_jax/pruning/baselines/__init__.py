@@ -3,6 +3,7 @@
   activations  the calibration pass that they share
   flap         FLAP: fluctuations, and what is gone as biases
   llm_pruner   LLM-Pruner; magnitude and random choices in its place
+  minitron     Minitron: activations, and layers by the loss
   shortgpt     ShortGPT: whole layers
   slicegpt     SliceGPT: directions of the residual stream
   wanda_sp     Wanda-sp: layer after layer
