@@ -23,6 +23,8 @@ AT_LEAST = {
   "prune.uniform.steps": 1,
   "prune.slicegpt.multiple": 1,
   "prune.refit_ridge": 0,
+  "prune.refit_passes": 0,
+  "prune.refit_rate": 0,
   "calibration.refit_samples": 2,
   "calibration.samples": 1,
   "calibration.seq_len": 2,
@@ -119,6 +121,11 @@ def _check_parts(p: Prune) -> None:
     raise UserError(
       f"--config.prune.refit={p.refit} is not none, final, or a number of "
       "pruning steps (such as 2) after which to refit"
+    )
+  if p.refit_passes and p.refit == "none":
+    raise UserError(
+      f"--config.prune.refit_passes={p.refit_passes} follows a refit: give "
+      "--config.prune.refit=final with it"
     )
   for name in ("allotment", "group_importance"):
     if getattr(p, name) and p.method in WHOLE:

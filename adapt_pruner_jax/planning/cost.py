@@ -131,8 +131,8 @@ def scoring_flops(config: ModelConfig, recipe: Config) -> float:
   """Counts the FLOPs of one pruning step, always at the original's size.
 
   With gradients a layer runs forward twice and backward once, the output
-  matrix forward once and backward for its input. Curvature goes backward to
-  activations only, and has Gram matrices.
+  matrix forward once and backward for its input. Curvature and Fisher go
+  backward to activations only, and curvature has Gram matrices.
   """
   layer, head = flops_.forward_flops(config, recipe.calibration.seq_len)
   each = 4 * layer + 2 * head
@@ -143,6 +143,8 @@ def scoring_flops(config: ModelConfig, recipe: Config) -> float:
     ]
     grams = [n**2 + config.hidden_size**2 for n in (*heads, *config.ffn_widths)]
     each = 3 * layer + 2 * head + 2 * sum(grams)
+  elif score == "fisher":
+    each = 3 * layer + 2 * head
   elif not score.startswith("taylor"):
     each = layer + head
   return recipe.calibration.samples * recipe.calibration.seq_len * each

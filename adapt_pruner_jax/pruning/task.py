@@ -154,6 +154,7 @@ class Pruned:
   kept: Kept
   trace: list[dict]  # a JSON-able record a step, see `record`
   refits: list[dict] = dataclasses.field(default_factory=list)  # of matrices
+  refit_loss: dict | None = None  # of the refit by the loss
 
 
 def removed_share(begin: Masks, masks: Masks) -> Modules:

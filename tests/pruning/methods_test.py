@@ -76,7 +76,7 @@ def same(one, other):
   list(
     itertools.product(
       ("adapt", "uniform", "ranking"),
-      ("taylor", "l2", "random", "curvature", "fluctuation"),
+      ("taylor", "l2", "random", "curvature", "fisher", "fluctuation"),
     )
   ),
 )
