@@ -17,6 +17,7 @@ from adapt_pruner_jax.pruning import (
   linear_algebra,
   refit,
   scores,
+  search,
   steps,
   surgery,
 )
@@ -44,6 +45,7 @@ ALLOTMENTS = {
   "adapt": allotment.adapt,
   "uniform": allotment.uniform,
   "ranking": allotment.ranking,
+  "search": search.search,
   "llm_pruner": llm_pruner.allot,
   "flap": flap.allot,
   "wanda_sp": wanda_sp.allot,
