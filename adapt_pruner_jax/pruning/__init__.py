@@ -8,6 +8,7 @@ curvature       second-order scores
 fisher          scores of each row's own gradients
 backward        the walk through a masked model and back that scores take
 allotment       how much goes where: adapt, uniform, one ranking
+search          how much goes where, tried out on the masked model
 schedule        Adapt-Pruner's schedule, targets of stages
 exact_target    a parameter target met within one channel
 targets         what may be pruned, and how far

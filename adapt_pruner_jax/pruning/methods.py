@@ -19,6 +19,7 @@ from adapt_pruner_jax.pruning import (
   refit,
   refit_loss,
   scores,
+  search,
   steps,
   surgery,
 )
@@ -47,6 +48,7 @@ ALLOTMENTS = {
   "adapt": allotment.adapt,
   "uniform": allotment.uniform,
   "ranking": allotment.ranking,
+  "search": search.search,
   "llm_pruner": llm_pruner.allot,
   "flap": flap.allot,
   "wanda_sp": wanda_sp.allot,
