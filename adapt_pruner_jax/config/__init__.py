@@ -51,6 +51,7 @@ __all__ = [
   "Log",
   "Magnitude",
   "Mesh",
+  "Minitron",
   "Model",
   "Prune",
   "Ranking",
