@@ -53,6 +53,7 @@ FIELDS = """
   calibration.refit_samples
   data.source data.seq_len data.batch data.bos
   train.tokens train.learning_rate train.min_learning_rate train.schedule
+  prune.attention train.attention
   train.data_share train.weight_decay train.dtype train.remat
   train.accumulation train.carry_moments train.distill_alpha train.lora_rank
   train.lora_alpha train.skip_nonfinite

@@ -52,6 +52,8 @@ CHOICES = {
   "prune.flap.metric": ("WIFV", "WIFN", "IFV"),
   "prune.flap.structure": ("ALAM", "ALMM", "ULUM", "ULMM"),
   "prune.magnitude.norm": ("l1", "l2"),
+  "prune.attention": ("auto", "plain", "blocks", "splash", "cudnn"),
+  "train.attention": ("auto", "plain", "blocks", "splash", "cudnn"),
   "train.schedule": ("wsd", "cosine"),
   "train.dtype": ("float32", "bfloat16"),
   "train.data_share": ("linear", "constant", "cosine"),
@@ -181,6 +183,7 @@ class Prune(Section):
   round_ffn_to: int = 1  # MLP widths become multiples of this
   # So do the numbers of KV groups, as a tensor-parallel server needs.
   round_kv_to: int = 1
+  attention: str = "auto"  # which implementation scores; docs/speed.md
   # Least squares on what is left: none, final, or every so many steps and at
   # the end.
   refit: str = "none"
@@ -246,6 +249,7 @@ class Train(Section):
   data_share: str = "linear"  # share of the tokens that a stage gets
   weight_decay: float = 0.0
   dtype: str = "float32"  # of the arithmetic; weights and moments are float32
+  attention: str = "auto"  # which implementation; docs/speed.md
   remat: bool = False  # recompute each layer in the backward pass
   accumulation: int = 1  # microbatches a step
   carry_moments: bool = True  # keep Adam's moments of what a prune leaves

@@ -21,7 +21,7 @@ from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.models import axes
 
 MESH_AXES = ("data", "fsdp", "tensor")
-BATCH = ("data", "fsdp")  # mesh axes that cut the batch
+BATCH = axes.BATCH
 RULES = dict.fromkeys(axes.RESIDUAL, "fsdp") | {
   "K": "tensor",
   "F": "tensor",

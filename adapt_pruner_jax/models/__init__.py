@@ -6,6 +6,8 @@ Pure functions of weights, below everything else in the package:
   arithmetic    products, norms and activations that layers are made of
   rope          rotary position embeddings
   attention     who sees whom, as data, and what the heads say
+  kernels       which implementation of attention runs; splash for TPUs
+  cudnn         cuDNN's attention, of packed rows too
   layer         the one driver of a layer and of its halves, with a tap
   decoder       the Flax modules: parameters, embedding, layers, head
   flops         FLOPs of a token, forward and in training

@@ -2,8 +2,8 @@
 
 Who sees whom is data (`AttentionInputs` and a layer's window), never a ready
 mask: a kernel wants positions and segments, and a mask of all queries and keys
-would have T x S numbers. `attend` makes the mask of a block of queries at a
-time.
+would have T x S numbers. `attend` is the one function, `kernels.choose` says by
+which implementation.
 """
 
 import dataclasses
@@ -12,18 +12,22 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from adapt_pruner_jax.models import cudnn, kernels
 from adapt_pruner_jax.models.arithmetic import project, soft_cap
+from adapt_pruner_jax.models.kernels import AUTO, Kernel
 from adapt_pruner_jax.models.rope import RopeTables
 
-BLOCKS = 4  # of queries, at most
-SMALLEST_BLOCK = 64  # queries
+# Of queries, at most; each is multiplied with the keys before its end.
+SPANS = 4
+SHORTEST_SPAN = 64  # queries
+BLOCK = 128  # queries of a span at a time, where memory counts
 HIDDEN = -1e30  # score of a key that is not seen
 
 
 @partial(
   jax.tree_util.register_dataclass,
   data_fields=["positions", "ropes", "segments", "cached", "column"],
-  meta_fields=["prefix"],
+  meta_fields=["prefix", "kernel"],
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class AttentionInputs:
@@ -44,6 +48,7 @@ class AttentionInputs:
     column: of the cache, where keys and values of these tokens go.
     prefix: all tokens also see those of segment 0 before them: several ways to
       go on from one prompt, each a segment, share a row.
+    kernel: which implementation is asked for, on which devices.
   """
 
   positions: jax.Array
@@ -52,6 +57,7 @@ class AttentionInputs:
   cached: jax.Array | None = None
   column: jax.Array | int = 0
   prefix: bool = False
+  kernel: Kernel = AUTO
 
 
 def attend(
@@ -66,17 +72,12 @@ def attend(
 ) -> jax.Array:
   """What the heads say: softmax(scale q k^T) v over the keys that each sees.
 
-  Query heads of a group are stacked along the queries, which makes large
-  products: on a CPU twice as fast as `jax.nn.dot_product_attention`. Queries
-  are taken in blocks, so that what causality hides from a whole block is not
-  computed.
-
   Args:
     q_BTKGH: rotated queries, by the KV group that they attend with.
     k_BSKH: rotated keys; those of the queries' own tokens (S = T), or, with
       `inputs.cached`, the columns of the cache.
     v_BSKH: values.
-    inputs: who sees whom.
+    inputs: who sees whom, and by which implementation.
     window: positions a query sees, its own included; 0 = all. May be traced.
     scale: of q k^T.
     softcap: of the scaled scores; 0 = none.
@@ -84,60 +85,142 @@ def attend(
   Returns:
     [B, T, K, G, H], the input of `o`, in the values' dtype.
   """
-  T, S = q_BTKGH.shape[1], k_BSKH.shape[1]
-  cached = inputs.cached is not None
-  q_BKGTH = q_BTKGH.transpose(0, 2, 3, 1, 4)
-  k_BKSH, v_BKSH = k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)
-  size = T if cached else max(SMALLEST_BLOCK, -(-T // BLOCKS))
-  said = []
-  for start in range(0, T, size):
-    end = min(start + size, T)
-    keys = S if cached else end
-    said.append(
-      _attend(
-        q_BKGTH[:, :, :, start:end],
-        k_BKSH[:, :, :keys],
-        v_BKSH[:, :, :keys],
-        seen(inputs, window, start, end),
-        scale,
-        softcap,
-      )
+  heads = q_BTKGH, k_BSKH, v_BSKH
+  name, _ = chosen(q_BTKGH, inputs, window, softcap)
+  mesh, segments_BT = inputs.kernel.mesh, inputs.segments
+  if name == "splash":
+    return kernels.splash_attention(
+      mesh, *heads, segments_BT, window, scale, softcap
     )
-  return jnp.concatenate(said, axis=3).transpose(0, 3, 1, 2, 4)
+  xla = partial(
+    _attend, inputs=inputs, window=window, scale=scale, softcap=softcap
+  )
+  if name != "cudnn":
+    return xla(*heads, blocks=name == "blocks")
+  fast = lambda *heads: kernels.cudnn_attention(
+    mesh, *heads, segments_BT, window, scale
+  )
+  if segments_BT is None:
+    return fast(*heads)
+  fits = cudnn.documents(segments_BT) <= cudnn.room(segments_BT.shape[1])
+  return jax.lax.cond(fits, fast, partial(xla, blocks=True), *heads)
+
+
+def chosen(
+  q_BTKGH: jax.Array,
+  inputs: AttentionInputs,
+  window: jax.Array | int = 0,
+  softcap: float = 0.0,
+) -> tuple[str, str]:
+  """Which implementation `attend` takes, and why; as `kernels.choose`."""
+  if inputs.cached is not None:
+    return "plain", "keys come from a cache"
+  packed = inputs.segments is not None
+  case = kernels.case_of(
+    inputs.kernel, q_BTKGH, window, softcap, packed, inputs.prefix
+  )
+  return kernels.choose(inputs.kernel.name, case)
 
 
 def seen(
-  inputs: AttentionInputs, window: jax.Array | int, start: int, end: int
+  inputs: AttentionInputs,
+  window: jax.Array | int,
+  start: jax.Array | int,
+  size: int,
+  keys: int,
 ) -> jax.Array:
-  """Which keys the queries in columns [start, end) see, bool [B or 1, t, s].
+  """Which keys the queries in some columns see, bool [B or 1, size, keys].
 
   Args:
     inputs: who sees whom.
     window: as `attend`'s.
-    start, end: columns of the queries.
-
-  Returns:
-    A row for each query; keys are all columns of the cache or, without one,
-    those in front of `end`: what is behind is never seen.
+    start: the first column of the queries; may be traced.
+    size: how many queries; beyond the last one nothing that they see counts.
+    keys: those of the first so many columns; ignored with a cache, whose
+      columns are all keys.
   """
+
+  def queries(x_BT):
+    return jax.lax.dynamic_slice_in_dim(x_BT, start, size, axis=1)[..., None]
+
   unlimited = isinstance(window, int) and window == 0
-  here = inputs.positions[:, start:end, None]
+  here = queries(inputs.positions)
   if inputs.cached is not None:
     there = inputs.cached[:, None, :]
     seen_Bts = (here >= there) & (there >= 0)
   else:
-    there = inputs.positions[:, None, :end]
-    seen_Bts = (jnp.arange(start, end)[:, None] >= jnp.arange(end))[None]
+    there = inputs.positions[:, None, :keys]
+    columns_t = start + jnp.arange(size)
+    seen_Bts = (columns_t[:, None] >= jnp.arange(keys))[None]
   if not unlimited:
     seen_Bts &= (here - there < window) | (window == 0)
   if inputs.segments is not None:
-    other_B1s = inputs.segments[:, None, :end]
-    same_Bts = inputs.segments[:, start:end, None] == other_B1s
+    other_B1s = inputs.segments[:, None, :keys]
+    same_Bts = queries(inputs.segments) == other_B1s
     seen_Bts &= (same_Bts | (other_B1s == 0)) if inputs.prefix else same_Bts
   return seen_Bts
 
 
-def _attend(q_BKGTH, k_BKSH, v_BKSH, seen_BTS, scale, softcap):
+def _attend(q_BTKGH, k_BSKH, v_BSKH, inputs, window, scale, softcap, blocks):
+  """`attend` by XLA.
+
+  Query heads of a group are stacked along the queries, which makes large
+  products: on a CPU twice as fast as `jax.nn.dot_product_attention`. Queries
+  are taken in spans, so that what causality hides from a whole span is not
+  computed, and with `blocks` in blocks of a span.
+  """
+  T, S = q_BTKGH.shape[1], k_BSKH.shape[1]
+  cached = inputs.cached is not None
+  span = T if cached else max(SHORTEST_SPAN, -(-T // SPANS))
+  if blocks:
+    span = -(-span // BLOCK) * BLOCK
+    inputs, q_BTKGH = _whole_blocks(inputs, q_BTKGH)
+  q_BKGTH = q_BTKGH.transpose(0, 2, 3, 1, 4)
+  k_BKSH, v_BKSH = k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)
+
+  def one(keys, start, q_BKGtH):
+    seen_Bts = seen(inputs, window, start, q_BKGtH.shape[3], keys)
+    kv = k_BKSH[:, :, :keys], v_BKSH[:, :, :keys]
+    return _weigh(q_BKGtH, *kv, seen_Bts, scale, softcap)
+
+  said = []
+  for start in range(0, T, span):
+    end = min(start + span, q_BKGTH.shape[3])
+    keys = S if cached else min(end, T)
+    part = q_BKGTH[:, :, :, start:end]
+    if blocks:
+      said.append(_in_blocks(partial(one, keys), start, part))
+    else:
+      said.append(one(keys, start, part))
+  return jnp.concatenate(said, axis=3).transpose(0, 3, 1, 2, 4)[:, :T]
+
+
+def _whole_blocks(inputs, q_BTKGH):
+  """Padded behind the last column; those queries are cut off again."""
+  rest = -q_BTKGH.shape[1] % BLOCK
+  widen = lambda x: jnp.pad(x, ((0, 0), (0, rest)) + ((0, 0),) * (x.ndim - 2))
+  segments = inputs.segments
+  return dataclasses.replace(
+    inputs,
+    positions=widen(inputs.positions),
+    segments=None if segments is None else widen(segments),
+  ), widen(q_BTKGH)
+
+
+def _in_blocks(one, start, q_BKGTH):
+  """`one(first column, queries)` of a block after the other.
+
+  The backward pass computes each once more, in place of keeping its scores.
+  """
+  B, K, G, T, H = q_BKGTH.shape
+  q_BKGntH = q_BKGTH.reshape(B, K, G, T // BLOCK, BLOCK, H)
+  starts_n = start + BLOCK * jnp.arange(T // BLOCK)
+  once_more = jax.checkpoint(lambda xs: one(*xs))
+  y_nBKGtH = jax.lax.map(once_more, (starts_n, jnp.moveaxis(q_BKGntH, 3, 0)))
+  return jnp.moveaxis(y_nBKGtH, 0, 3).reshape(q_BKGTH.shape)
+
+
+def _weigh(q_BKGTH, k_BKSH, v_BKSH, seen_BTS, scale, softcap):
   B, K, G, T, H = q_BKGTH.shape
   S = k_BKSH.shape[2]
   q_BKRH = q_BKGTH.reshape(B, K, G * T, H)

@@ -56,6 +56,7 @@ AXES = {
   "mlp_shortcut": "ME",
 }
 
+BATCH = ("data", "fsdp")  # mesh axes that cut B
 RESIDUAL = "DME"
 UNITS = "KF"
 # The matrices whose salience makes up the score of a unit. Biases and norms

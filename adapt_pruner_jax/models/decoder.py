@@ -17,6 +17,7 @@ from adapt_pruner_jax.models import axes, layer
 from adapt_pruner_jax.models.arithmetic import project, rms_norm, soft_cap
 from adapt_pruner_jax.models.attention import AttentionInputs
 from adapt_pruner_jax.models.axes import Params
+from adapt_pruner_jax.models.kernels import AUTO, Kernel
 from adapt_pruner_jax.models.model_config import (
   ModelConfig,
   layer_names,
@@ -83,6 +84,7 @@ class Decoder(nn.Module):
 
   config: ModelConfig
   remat: bool = False
+  kernel: Kernel = AUTO  # of attention, in a call of the whole model
 
   def setup(self) -> None:
     c = self.config
@@ -141,7 +143,9 @@ class Decoder(nn.Module):
     """
     if positions_BT is None:
       positions_BT = tokens_BT.shape[1]
-    inputs = layer.attention_inputs(self.config, positions_BT, segments_BT)
+    inputs = layer.attention_inputs(
+      self.config, positions_BT, segments_BT, self.kernel
+    )
     stream = [self.embed(tokens_BT)]
     for block in self.layer:
       stream.append(block(stream[-1], inputs))

@@ -28,6 +28,7 @@ from adapt_pruner_jax.models.arithmetic import (
 )
 from adapt_pruner_jax.models.attention import AttentionInputs, attend
 from adapt_pruner_jax.models.axes import Params
+from adapt_pruner_jax.models.kernels import AUTO, Kernel
 from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.models.rope import RopeTables, rotate
 
@@ -78,6 +79,7 @@ def attention_inputs(
   config: ModelConfig,
   positions: jax.Array | int,
   segments: jax.Array | None = None,
+  kernel: Kernel = AUTO,
 ) -> AttentionInputs:
   """What attention knows about rows that are read from their beginning.
 
@@ -86,13 +88,15 @@ def attention_inputs(
     positions: int [B or 1, T], each token's place in its document; or T, for
       rows that are one document each.
     segments: int [B, T], the documents of packed rows; None = one a row.
+    kernel: which implementation is asked for, on which devices.
 
   Returns:
     The inputs, with a rotary table for each rope of the model.
   """
   if isinstance(positions, int):
     positions = jnp.arange(positions)[None]
-  return AttentionInputs(positions, config.rope_tables(positions), segments)
+  ropes = config.rope_tables(positions)
+  return AttentionInputs(positions, ropes, segments, kernel=kernel)
 
 
 def run_layer(

@@ -126,6 +126,7 @@ def scoring(
     jax.ShapeDtypeStruct((M, B, T), jnp.int32, sharding=whole),
     jax.ShapeDtypeStruct((M, B), bool, sharding=whole),
     mesh=mesh,
+    attention=config.prune.attention,
     **how,
   )
   temporary = arrays.temporary(lowered.compile())

@@ -20,6 +20,7 @@ from adapt_pruner_jax.models import model_config
 from adapt_pruner_jax.models.attention import AttentionInputs
 from adapt_pruner_jax.models.axes import UNITS, Params
 from adapt_pruner_jax.models.decoder import Decoder
+from adapt_pruner_jax.models.kernels import Kernel
 from adapt_pruner_jax.models.layer import (
   Place,
   Tap,
@@ -41,12 +42,14 @@ class Stacked:
     stacked: from `surgery.expand`.
     masks: {"K": bool [L, K], "F": bool [L, F]}, the units that are left.
     mesh: devices that minibatches are cut over; None = wherever they are.
+    attention: as `prune.attention`.
   """
 
   config: ModelConfig
   stacked: Params
   masks: dict[str, jax.Array]
   mesh: Mesh | None = None
+  attention: str = "auto"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -133,7 +136,8 @@ def walk(
     The losses, what was observed, and what the visitor kept.
   """
   config, stacked = model.config, model.stacked
-  inputs = attention_inputs(config, tokens_MBT.shape[-1])
+  kernel = Kernel(model.attention, model.mesh)
+  inputs = attention_inputs(config, tokens_MBT.shape[-1], kernel=kernel)
   outer = {n: stacked[n] for n in model_config.outer_names(config)}
 
   def apply(method, x):

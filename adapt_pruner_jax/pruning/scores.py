@@ -48,6 +48,7 @@ def measure(masked: Masked, tokens_NT: np.ndarray, *, kind: str) -> Measured:
     kind=kind,
     measure=settings.layer_importance,
     mesh=task.mesh,
+    attention=task.settings.attention,
   )
   found = jax.device_get(found)
   if kind == "random":
@@ -76,7 +77,9 @@ def with_importance(
   )
 
 
-@partial(jax.jit, static_argnames=("config", "kind", "measure", "mesh"))
+@partial(
+  jax.jit, static_argnames=("config", "kind", "measure", "mesh", "attention")
+)
 def measure_step(
   config: ModelConfig,
   stacked: axes.Params,
@@ -87,6 +90,7 @@ def measure_step(
   kind: str,
   measure: str,
   mesh: Mesh | None = None,
+  attention: str = "auto",
 ) -> dict:
   """Losses, layer importances and salience of the masked model on one batch.
 
@@ -99,6 +103,7 @@ def measure_step(
     kind: one of KINDS.
     measure: one of config.CHOICES["prune.layer_importance"].
     mesh: devices that the batch is cut over.
+    attention: as `prune.attention`.
 
   Returns:
     loss_M (mean over the minibatch's predictions), importance_ML (mean over
@@ -107,7 +112,7 @@ def measure_step(
   """
   tokens_share_MB = valid_MB / jnp.sum(valid_MB, axis=1, keepdims=True)
   found = backward.walk(
-    backward.Stacked(config, stacked, masks, mesh),
+    backward.Stacked(config, stacked, masks, mesh, attention),
     tokens_MBT,
     valid_MB,
     tokens_share_MB,

@@ -19,7 +19,7 @@ from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.evaluation import evaluate, perplexity
 from adapt_pruner_jax.evaluation.questions import Questions
 from adapt_pruner_jax.formats.hf import files, load
-from adapt_pruner_jax.models import model_config
+from adapt_pruner_jax.models import kernels, model_config
 from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.pruning import schedule, targets
@@ -72,6 +72,7 @@ def open_inputs(recipe: Config, path: Path, log: Log) -> Inputs:
   target = targets.resolve_target(full, recipe.prune)
   targets.prunable_modules(full, recipe.prune)
   _check_lengths(recipe, full)
+  log.say(f"attention: {attention_taken(recipe, full, mesh)}")
   tokenizer = None
   if _reads_text(recipe):
     tokenizer = load_tokenizer(source, recipe.data.bos)
@@ -106,6 +107,26 @@ def open_inputs(recipe: Config, path: Path, log: Log) -> Inputs:
     total_steps=-(-recipe.train.tokens // recipe.data.step_tokens),
     log=log,
   )
+
+
+def attention_taken(recipe: Config, full: ModelConfig, mesh: Mesh) -> str:
+  """Which implementations a run takes, and why not those asked for."""
+  windows = set(full.window or (0,))
+  source, found = recipe.calibration, []
+  each = [("pruning", recipe.prune.attention, source.batch, source.seq_len)]
+  if recipe.train.tokens:
+    rows = recipe.data.batch // recipe.train.accumulation
+    each.append(("training", recipe.train.attention, rows, recipe.data.seq_len))
+  for name, asked, rows, length in each:
+    training = name == "training"
+    dtype = recipe.train.dtype if training else recipe.model.dtype or "float32"
+    case = kernels.case_of_run(full, mesh, rows, length, dtype, training)
+    # The walk of pruning has the layers' windows as data.
+    known = sorted(windows) if training or windows == {0} else [None]
+    taken = [kernels.choose(asked, case._replace(window=w)) for w in known]
+    words = dict.fromkeys(f"{k} ({why})" if why else k for k, why in taken)
+    found.append(f"{name} by {' and '.join(words)}")
+  return ", ".join(found)
 
 
 def questions(recipe: Eval) -> Questions:

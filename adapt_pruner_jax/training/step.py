@@ -22,6 +22,7 @@ from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.models import model_config
 from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.decoder import Decoder
+from adapt_pruner_jax.models.kernels import Kernel
 from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.training import losses, optimizer
 from adapt_pruner_jax.training.lora import abstract_adapters, merge_lora
@@ -121,7 +122,8 @@ def make_loss(
     teacher: of the model to distil from; None = no distillation.
   """
   alpha, dtype = settings.distill_alpha, jnp.dtype(settings.dtype)
-  student = Decoder(config, remat=settings.remat)
+  kernel = Kernel(settings.attention, mesh)
+  student = Decoder(config, settings.remat, kernel)
 
   def mean_loss(trained, base, teacher_params, batch, count):
     params = trained
@@ -132,7 +134,8 @@ def make_loss(
     nll = losses.next_token(logits, targets, weights)[0] / count
     if teacher is None:
       return nll, nll
-    taught = _logits(Decoder(teacher), cast(teacher_params, dtype), batch, mesh)
+    tutor = Decoder(teacher, kernel=kernel)
+    taught = _logits(tutor, cast(teacher_params, dtype), batch, mesh)
     kl = losses.distillation(logits, taught, weights)[0] / count
     return (1 - alpha) * nll + alpha * kl, nll
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from adapt_pruner_jax.models import attention
+from adapt_pruner_jax.models import attention, cudnn, kernels
 from tests import small
 
 
@@ -62,7 +62,7 @@ def test_attention_has_the_gradients_of_jax(T):
   q, k, v = heads(T)
   segments = np.arange(T)[None] // 40
   inputs = inputs_of(T, segments)
-  mask = attention.seen(inputs, 0, 0, T)[:, None]
+  mask = attention.seen(inputs, 0, 0, T, T)[:, None]
 
   def ours(q, k, v):
     return attention.attend(q, k, v, inputs, scale=0.3)
@@ -83,7 +83,7 @@ def test_attention_has_the_gradients_of_jax(T):
 def test_who_sees_whom(window):
   # Two documents; in the second the window hides the first of three.
   segments = np.array([[1, 1, 2, 2, 2]])
-  got = attention.seen(inputs_of(5, segments), window, 0, 5)
+  got = attention.seen(inputs_of(5, segments), window, 0, 5, 5)
   want = [
     [1, 0, 0, 0, 0],
     [1, 1, 0, 0, 0],
@@ -93,7 +93,7 @@ def test_who_sees_whom(window):
   ]
   np.testing.assert_array_equal(got[0], want)
   # A block of queries, and a window of 0 positions, which is none.
-  got = attention.seen(inputs_of(5, segments), window * 0, 3, 4)
+  got = attention.seen(inputs_of(5, segments), window * 0, 3, 1, 4)
   np.testing.assert_array_equal(got[0], [[0, 0, 1, 1]])
 
 
@@ -102,10 +102,10 @@ def test_who_sees_whom_in_a_cache():
   inputs = dataclasses.replace(
     inputs_of(4), positions=jnp.array([[2, 3]]), cached=jnp.arange(6)[None] - 1
   )
-  got = attention.seen(inputs, 0, 0, 2)[0]
+  got = attention.seen(inputs, 0, 0, 2, 6)[0]
   want = [[0, 1, 1, 1, 0, 0], [0, 1, 1, 1, 1, 0]]
   np.testing.assert_array_equal(got, want)
-  got = attention.seen(inputs, 2, 0, 2)[0]
+  got = attention.seen(inputs, 2, 0, 2, 6)[0]
   want = [[0, 0, 1, 1, 0, 0], [0, 0, 0, 1, 1, 0]]
   np.testing.assert_array_equal(got, want)
 
@@ -124,7 +124,169 @@ def test_who_sees_a_prefix():
     [1, 1, 0, 1, 0],
     [1, 1, 0, 1, 1],
   ]
-  np.testing.assert_array_equal(attention.seen(inputs, 0, 0, 5)[0], want)
-  got = attention.seen(inputs, 2, 0, 5)[0]
+  np.testing.assert_array_equal(attention.seen(inputs, 0, 0, 5, 5)[0], want)
+  got = attention.seen(inputs, 2, 0, 5, 5)[0]
   want = [[0, 1, 1, 0, 0], [0, 1, 0, 1, 0], [0, 0, 0, 1, 1]]
   np.testing.assert_array_equal(got[2:], want)
+
+
+# Packed rows, odd and even; windows, soft caps, one KV head, sizes of heads.
+CASES = {
+  "packed": {"T": 301, "K": 2, "G": 2, "H": 64, "packed": True},
+  "window": {"T": 257, "K": 1, "G": 3, "H": 96, "packed": True, "window": 37},
+  "soft cap": {
+    "T": 300,
+    "K": 2,
+    "G": 1,
+    "H": 128,
+    "packed": True,
+    "softcap": 5.0,
+  },
+  "large heads": {
+    "T": 130,
+    "K": 1,
+    "G": 1,
+    "H": 256,
+    "packed": False,
+    "window": 5,
+  },
+}
+
+
+def packed_case(T, K, G, H, packed, window=0, softcap=0.0):
+  """Heads, what attention is told, and its settings."""
+  rng = np.random.default_rng(0)
+  sizes = (2, T, K, G, H), (2, T, K, H), (2, T, K, H)
+  qkv = [rng.normal(size=size).astype(np.float32) for size in sizes]
+  ends = np.array([[11, 100, 160], [1, 64, T]])[:, :, None]
+  segments = (ends <= np.arange(T)).sum(1).astype(np.int32)
+  starts = np.where(ends <= np.arange(T), ends, 0).max(1)
+  positions = np.arange(T) - starts if packed else np.arange(T)[None]
+  inputs = attention.AttentionInputs(
+    positions.astype(np.int32), (), segments if packed else None
+  )
+  return qkv, inputs, {"window": window, "scale": H**-0.5, "softcap": softcap}
+
+
+def assert_same(ours, plain, qkv):
+  """Results and gradients."""
+  weight = np.random.default_rng(1).normal(size=qkv[0].shape)
+
+  def found(fn):
+    loss = lambda *qkv: (lambda y: (jnp.sum(y * weight), y))(fn(*qkv))
+    grads, y = jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(*qkv)
+    return y, *grads
+
+  for got, want in zip(found(ours), found(plain), strict=True):
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=2e-5)
+
+
+def asking(inputs, name):
+  kernel = kernels.Kernel(name, small.one_device())
+  return dataclasses.replace(inputs, kernel=kernel)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_blocks_equal_plain(name):
+  qkv, inputs, settings = packed_case(**CASES[name])
+  run = lambda which: (
+    lambda *qkv: attention.attend(*qkv, asking(inputs, which), **settings)
+  )
+  assert_same(run("blocks"), run("plain"), qkv)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_splash_equals_plain(name):
+  qkv, inputs, settings = packed_case(**CASES[name])
+  mesh = small.one_device()
+
+  def splash(*qkv):
+    segments = inputs.segments
+    return kernels.splash_attention(
+      mesh, *qkv, segments, **settings, interpret=True
+    )
+
+  def plain(*qkv):
+    return attention.attend(*qkv, asking(inputs, "plain"), **settings)
+
+  assert_same(splash, plain, qkv)
+
+
+def test_blocks_keep_no_scores():
+  """Of rows of T tokens, T a prime, nothing has T x T numbers or so."""
+  T = 4099
+  shapes = (1, T, 1, 2, 8), (1, T, 1, 8), (1, T, 1, 8)
+  qkv = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+  inputs = inputs_of(T)
+  loss = lambda *qkv: attention.attend(*qkv, inputs, scale=1.0).sum()
+  compiled = jax.jit(jax.grad(loss, (0, 1, 2))).lower(*qkv).compile()
+  bytes_used = compiled.memory_analysis().temp_size_in_bytes
+  assert bytes_used < T * T  # a quarter of the scores of one head
+
+
+def test_whose_choice():
+  tpu = kernels.Case("TPU v5p", 8, 4096, 128)
+  gpu = kernels.Case("NVIDIA H200", 8, 4096, 128, capability=9.0)
+  cpu = kernels.Case("cpu", 8, 4096, 128)
+  choose = kernels.choose
+  assert choose("auto", tpu) == ("splash", "")
+  assert choose("auto", gpu) == ("cudnn", "")
+  assert choose("auto", cpu) == ("blocks", "")
+  assert choose("auto", cpu._replace(length=1024)) == ("plain", "")
+  assert choose("auto", kernels.Case("Trainium", 8, 4096, 128))[0] == "blocks"
+  for name in ("plain", "blocks"):
+    assert choose(name, tpu) == (name, "")
+  for case in (gpu, cpu):
+    name, why = choose("splash", case)
+    assert (name, case.device in why) == ("blocks", True)
+  assert choose("cudnn", tpu)[0] == "blocks"
+
+
+@pytest.mark.parametrize(
+  "device, changes, why",
+  [
+    ("TPU v5e", {"length": 127}, "128 tokens"),
+    ("TPU v5e", {"window": None}, "window"),
+    ("TPU v5e", {"prefix": True}, "prefix"),
+    ("TPU v5e", {"shards": 0}, "devices"),
+    ("TPU v5e", {"rows": 6, "shards": 4}, "6 row"),
+    ("NVIDIA H200", {"softcap": 30.0}, "soft cap"),
+    ("NVIDIA H200", {"dtype": "float32"}, "float32"),
+    ("NVIDIA H200", {"head_size": 100}, "100"),
+    ("NVIDIA A100", {"head_size": 256, "capability": 8.0}, "256"),
+    ("NVIDIA A100", {"packed": True, "capability": 8.0}, "Hopper"),
+  ],
+)
+def test_what_a_kernel_cannot_do_xla_does(device, changes, why):
+  case = kernels.Case(device, 8, 4096, 128, capability=9.0)
+  case = case._replace(**changes)
+  name, reason = kernels.choose("auto", case)
+  assert name == ("plain" if case.length < 1025 else "blocks")
+  assert why in reason
+
+
+def test_packed_rows_of_cudnn():
+  segments = np.array([[1, 1, 1, 2, 0, 0], [3, 3, 3, 3, 3, 3]])
+  lengths, firsts = cudnn.packed(segments, 4)
+  np.testing.assert_array_equal(lengths, [[3, 1, 2, -1], [6, -1, -1, -1]])
+  np.testing.assert_array_equal(
+    firsts, [[0, 3, 4, -1, -1], [0, -1, -1, -1, -1]]
+  )
+  assert cudnn.documents(segments) == 3
+  full, _ = cudnn.packed(np.array([[1, 2, 3]]), 3)
+  np.testing.assert_array_equal(full, [[1, 1, 1]])
+
+
+def test_cudnn_sees_what_plain_sees():
+  """Its lengths and columns, read as its page says, against the mask."""
+  T = 150
+  _, inputs, _ = packed_case(**CASES["packed"] | {"T": T})
+  lengths, firsts = map(np.asarray, cudnn.packed(inputs.segments, 8))
+  want = attention.seen(inputs, 0, 0, T, T)
+  for b in range(2):
+    sees = np.zeros((T, T), bool)
+    for first, length in zip(firsts[b], lengths[b], strict=False):
+      here = slice(first, first + length) if length > 0 else slice(0)
+      sees[here, here] = np.tri(max(length, 0))
+    np.testing.assert_array_equal(sees, want[b])
