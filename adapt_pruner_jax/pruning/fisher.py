@@ -40,13 +40,14 @@ def measure(masked: Masked, tokens_NT: np.ndarray) -> Measured:
     tokens_MBT,
     valid_MB,
     mesh=task.mesh,
+    attention=task.settings.attention,
   )
   found = jax.device_get(found)
   scores = {u: np.asarray(s, np.float64) for u, s in found["scores"].items()}
   return Measured(scores, found["loss_M"])
 
 
-@partial(jax.jit, static_argnames=("config", "mesh"))
+@partial(jax.jit, static_argnames=("config", "mesh", "attention"))
 def measure_step(
   config: ModelConfig,
   stacked: Params,
@@ -55,6 +56,7 @@ def measure_step(
   valid_MB: jax.Array,
   *,
   mesh: Mesh,
+  attention: str = "auto",
 ) -> dict:
   """Losses and scores of the masked model, float32.
 
@@ -64,13 +66,14 @@ def measure_step(
     masks: {"K": bool [L, K], "F": bool [L, F]}, the units that are left.
     tokens_MBT: M minibatches of B sequences.
     valid_MB: False for rows that only pad.
+    attention: as `prune.attention`.
 
   Returns:
     loss_M (mean over the minibatch's predictions), scores {"K": [L, K], "F":
     [L, F]}; those of masked units mean nothing.
   """
   found = backward.walk(
-    backward.Stacked(config, stacked, masks, mesh),
+    backward.Stacked(config, stacked, masks, mesh, attention),
     tokens_MBT,
     valid_MB,
     valid_MB.astype(jnp.float32),
