@@ -1,6 +1,7 @@
 """What of JAX's private interfaces the package uses: this says what breaks."""
 
 import ast
+import inspect
 import pathlib
 
 import adapt_pruner_jax
@@ -19,7 +20,20 @@ def test_the_client_of_jax_has_barriers():
   assert callable(client.wait_at_barrier)
 
 
-def test_private_names_are_used_in_one_place():
+def test_cudnn_takes_packed_rows():
+  """By the names that `models.cudnn` calls it with."""
+  from jax._src.cudnn import fused_attention_stablehlo as private
+
+  names = inspect.signature(private.dot_product_attention).parameters
+  assert [*names][:9] == [
+    *("query", "key", "value", "bias", "mask"),
+    *("q_seqlen", "kv_seqlen", "q_offsets", "kv_offsets"),
+  ]
+  assert {"scale", "mask_type", "sliding_window_length"} <= {*names}
+  assert {"CAUSAL", "PADDING_CAUSAL"} <= {*private.MaskType.__members__}
+
+
+def test_private_names_are_used_in_two_places():
   found = set()
   for file in ROOT.rglob("*.py"):
     for node in ast.walk(ast.parse(file.read_text("utf-8"))):
@@ -31,7 +45,7 @@ def test_private_names_are_used_in_one_place():
         continue
       if any(n == "jax._src" or n.startswith("jax._src.") for n in names):
         found.add(file.name)
-  assert found == {"processes.py"}
+  assert found == {"processes.py", "cudnn.py"}
 
 
 def test_no_handler_runs_in_a_process_that_crashes():
