@@ -42,7 +42,8 @@ FIELDS = """
   prune.max_steps prune.amplitude prune.allotment prune.group_importance
   prune.layer_importance
   prune.attention_layers prune.mlp_layers prune.gqa_fold prune.trim
-  prune.round_ffn_to prune.round_kv_to prune.refit prune.refit_ridge
+  prune.round_ffn_to prune.round_kv_to prune.attention prune.refit
+  prune.refit_ridge
   prune.refit_all prune.refit_passes prune.refit_rate
   prune.ranking.step_size prune.ranking.cap prune.uniform.steps
   prune.search.steps prune.search.evaluations prune.search.tokens
@@ -53,8 +54,8 @@ FIELDS = """
   calibration.refit_samples
   data.source data.seq_len data.batch data.bos
   train.tokens train.learning_rate train.min_learning_rate train.schedule
-  prune.attention train.attention
-  train.data_share train.weight_decay train.dtype train.remat
+  train.data_share train.weight_decay train.dtype train.attention
+  train.remat
   train.accumulation train.carry_moments train.distill_alpha train.lora_rank
   train.lora_alpha train.skip_nonfinite
   mesh.data mesh.fsdp mesh.tensor
