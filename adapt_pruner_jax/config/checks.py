@@ -1,5 +1,6 @@
 """Which values a recipe may have."""
 
+import math
 import re
 
 from adapt_pruner_jax.config.fields import (
@@ -7,6 +8,7 @@ from adapt_pruner_jax.config.fields import (
   WHOLE,
   Config,
   Prune,
+  Vocab,
   get,
   task_names,
 )
@@ -14,6 +16,7 @@ from adapt_pruner_jax.errors import UserError, nearest
 
 # The least that a field may be.
 AT_LEAST = {
+  "vocab.keep_tokens": 0,
   "prune.target_params": 0,
   "prune.max_steps": 0,
   "prune.amplitude": 0,
@@ -55,7 +58,8 @@ def check(config: Config) -> None:
         f"--config.{name}={value} is not one of {', '.join(allowed)}"
         + nearest(str(value), allowed)
       )
-  _check_target(config.prune)
+  _check_vocab(config)
+  _check_target(config.prune, config.vocab.asked())
   for name, low in AT_LEAST.items():
     value = get(config, name)
     if not value >= low:  # written so that NaN fails
@@ -86,12 +90,48 @@ def check(config: Config) -> None:
   _check_parts(config.prune)
 
 
-def _check_target(p: Prune) -> None:
+def _check_vocab(config: Config) -> None:
+  v = config.vocab
+  if v.keep_tokens and v.ratio:
+    raise UserError(
+      f"vocab.keep_tokens={v.keep_tokens} and vocab.ratio={v.ratio} are both "
+      "given: give one of them"
+    )
+  if not 0 <= v.ratio < 1:
+    raise UserError(f"vocab.ratio={v.ratio} must be in [0, 1)")
+  if v.asked() and config.calibration.source.startswith("npy:"):
+    raise UserError(
+      f"--config.calibration.source={config.calibration.source}: its ids are "
+      "those of the whole vocabulary, which --config.vocab cuts; give the "
+      "text, such as text:FILE"
+    )
+
+
+def vocab_size(v: Vocab, size: int) -> int:
+  """How many tokens stay of a vocabulary.
+
+  Raises:
+    UserError: all of them.
+  """
+  if not v.asked():
+    return size
+  keep = v.keep_tokens or math.floor(size * (1 - v.ratio))
+  if keep >= size:
+    raise UserError(
+      f"vocab.keep_tokens={keep:,} is not below the model's {size:,} tokens: "
+      "nothing would be cut"
+    )
+  return keep
+
+
+def _check_target(p: Prune, vocab: bool) -> None:
   if p.ratio and p.target_params:
     raise UserError(
       f"prune.ratio={p.ratio} and prune.target_params={p.target_params} are "
       "both given: give one of them"
     )
+  if vocab and not (p.ratio or p.target_params or p.max_steps):
+    return  # the vocabulary alone
   if not (p.ratio or p.target_params or p.max_steps):
     raise UserError(
       "no target: give --config.prune.ratio=0.2 (share of all parameters to "

@@ -191,6 +191,21 @@ class Prune(Section):
 
 
 @dataclasses.dataclass
+class Vocab(Section):
+  """Tokens that stay; cut first, and what it saves counts as pruned."""
+
+  keep_tokens: int = 0  # how many; 0 = all
+  ratio: float = 0.0  # or the share of tokens to remove
+  # The corpus that the model is for, its rarest tokens go; as
+  # calibration.source, which it is if empty.
+  source: str = ""
+
+  def asked(self) -> bool:
+    """Whether any tokens go."""
+    return bool(self.keep_tokens or self.ratio)
+
+
+@dataclasses.dataclass
 class Calibration(Section):
   # embedded | text:FILE | jsonl:FILE | parquet:FILE | hf:NAME | tfds:NAME, or
   # several with weights (docs/data.md), or npy:FILE
@@ -269,6 +284,7 @@ class Config(Section):
   """A run; `dataclasses.asdict` of it is the work directory's config.json."""
 
   model: Model = dataclasses.field(default_factory=Model)
+  vocab: Vocab = dataclasses.field(default_factory=Vocab)
   prune: Prune = dataclasses.field(default_factory=Prune)
   calibration: Calibration = dataclasses.field(default_factory=Calibration)
   data: Data = dataclasses.field(default_factory=Data)

@@ -51,13 +51,21 @@ def smallest(config: ModelConfig, settings: Prune) -> int:
   return model_config.count_params(config.with_units(units))
 
 
-def resolve_target(config: ModelConfig, settings: Prune) -> int | None:
+def resolve_target(
+  config: ModelConfig, settings: Prune, original: ModelConfig | None = None
+) -> int | None:
   """Parameters to keep, from `ratio` or `target_params`; None if neither.
+
+  Args:
+    config: of the model to prune.
+    settings: say how far.
+    original: the model before its vocabulary was cut, which counts towards the
+      target; None = this one.
 
   Raises:
     UserError: above the model's size, or below what can be reached.
   """
-  size = model_config.count_params(config)
+  size = model_config.count_params(original or config)
   if settings.ratio:
     target = math.floor(size * (1 - settings.ratio))
   elif settings.target_params:
@@ -69,6 +77,9 @@ def resolve_target(config: ModelConfig, settings: Prune) -> int | None:
       f"prune.target_params={target:,} is not below the model's {size:,} "
       "parameters: nothing would be pruned"
     )
+  left = model_config.count_params(config)
+  if target >= left:  # the vocabulary alone
+    return left
   low = smallest(config, settings)
   # SliceGPT narrows the residual stream, and knows its own limit.
   if target < low and settings.method != "slicegpt":

@@ -28,7 +28,7 @@ def summarise(
     seconds: of all processes that worked on this run.
     times: what `measure_latency` gives, if it was asked for.
   """
-  full, new = inputs.full, state.config
+  full, new = inputs.original.full, state.config
   after = state.stages[-1]
   evaluations = [x.get("evaluation") for x in (state.before, after)]
   tasks = [x and evaluate.scores(x) for x in evaluations]
@@ -41,6 +41,9 @@ def summarise(
     "target_params": inputs.target,
     "perplexity_before": state.before.get("perplexity"),
     "perplexity_after": after.get("perplexity"),
+    "bits_per_byte_before": state.before.get("bits_per_byte"),
+    "bits_per_byte_after": after.get("bits_per_byte"),
+    "vocab": _vocabulary(state, inputs),
     "bos": inputs.recipe.data.bos,
     # What windows and rows of text start with; null = nothing.
     "begin_token": inputs.tokenizer and inputs.tokenizer.begin_token,
@@ -62,6 +65,19 @@ def summarise(
     "refit": inputs.recipe.prune.refit,
     "versions": versions(),
     "hardware": hardware(),
+  }
+
+
+def _vocabulary(state: State, inputs: Inputs) -> dict | None:
+  """What was cut of the vocabulary, and what it alone cost; None = nothing."""
+  if inputs.whole is None:
+    return None
+  cut = state.before.get("vocab", {})
+  return {
+    "tokens_before": inputs.whole.full.vocab_size,
+    "tokens_after": inputs.full.vocab_size,
+    "params_after": model_config.count_params(inputs.full),
+    "bits_per_byte_after": cut.get("bits_per_byte"),
   }
 
 
@@ -109,7 +125,14 @@ def tell(summary: dict, path: Path, log: Log) -> None:
     low, high = summary["bytes_before"], summary["bytes_after"]
     change = f"{high / low - 1:+.1%}" if low else ""
     rows.append(("on disk", in_bytes(low), in_bytes(high), change))
-  if summary["perplexity_after"] is not None:
+  if vocab := summary.get("vocab"):
+    tokens = vocab["tokens_before"], vocab["tokens_after"]
+    change = f"{tokens[1] / tokens[0] - 1:+.1%}"
+    rows.append(("tokens", f"{tokens[0]:,}", f"{tokens[1]:,}", change))
+    if summary["perplexity_after"] is not None:
+      names = ("bits_per_byte_before", "bits_per_byte_after")
+      rows.append(_change("bits per byte", *(summary[n] for n in names)))
+  elif summary["perplexity_after"] is not None:
     low, high = summary["perplexity_before"], summary["perplexity_after"]
     start = summary.get("begin_token")  # an older run has none
     name = f"perplexity, windows from {start}" if start else "perplexity"
