@@ -38,6 +38,7 @@ CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 # What scripts may rely on; a field that is renamed breaks other people's.
 FIELDS = """
   model.path model.dtype model.ignore_fields
+  vocab.keep_tokens vocab.ratio vocab.source
   prune.method prune.target_params prune.ratio prune.stages prune.step_size
   prune.max_steps prune.amplitude prune.allotment prune.group_importance
   prune.layer_importance

@@ -9,7 +9,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from adapt_pruner_jax.config import Config, check
+from adapt_pruner_jax.config import Config, check, vocab_size
 from adapt_pruner_jax.errors import UserError, first_line
 from adapt_pruner_jax.models import model_config
 from adapt_pruner_jax.models.model_config import ModelConfig
@@ -54,21 +54,26 @@ def plan(
   """
   check(config)
   hardware = resolve(hardware or Hardware())
-  full, folder = original(config)
-  target = resolve_target(full, config.prune)
+  whole, folder = original(config)
+  tokens = vocab_size(config.vocab, whole.vocab_size)
+  full = dataclasses.replace(whole, vocab_size=tokens)
+  target = resolve_target(full, config.prune, whole)
+  if target is None and not config.prune.max_steps:
+    target = model_config.count_params(full)  # the vocabulary alone
   stages = stage_table(config, full, target)
   compiled_for = compile_for(hardware)
   configs = [full, *(stage.pop("config") for stage in stages)]
   found = {
     "model": config.model.path,
-    "params": model_config.count_params(full),
+    "params": model_config.count_params(whole),
+    "vocab": _vocabulary(whole, full),
     "target_params": target,
     "smallest_params": smallest(full, config.prune),
     "hardware": dataclasses.asdict(hardware),
     "stages": stages,
     "memory": memory.measure(config, full, configs[1], compiled_for),
     "memory_from": source(compiled_for),
-    "disk": disk(config, configs, folder),
+    "disk": disk(config, [whole, *configs[1:]], folder),
   }
   flops = sum(s["prune_flops"] + s["train_flops"] for s in stages)
   found["flops"] = flops
@@ -110,6 +115,17 @@ def original(config: Config) -> tuple[ModelConfig, Path | None]:
   return load.read_config(folder, ignored), folder
 
 
+def _vocabulary(whole: ModelConfig, full: ModelConfig) -> dict | None:
+  """What cutting the vocabulary saves; None if nothing is cut."""
+  if whole == full:
+    return None
+  return {
+    "tokens_before": whole.vocab_size,
+    "tokens_after": full.vocab_size,
+    "params_after": model_config.count_params(full),
+  }
+
+
 def show(found: dict, config: Config, hardware: Hardware, log: Log) -> None:
   """The plan as tables."""
   size, target = found["params"], found["target_params"]
@@ -118,6 +134,11 @@ def show(found: dict, config: Config, hardware: Hardware, log: Log) -> None:
     f"{found['model']}: {size:,} parameters{aim}; the least that can be "
     f"reached is {found['smallest_params']:,}"
   )
+  if vocab := found["vocab"]:
+    log.say(
+      f"{vocab['tokens_after']:,} of {vocab['tokens_before']:,} tokens stay, "
+      f"which leaves {vocab['params_after']:,} parameters before any pruning"
+    )
   log.table(
     "Stages (shapes if pruned evenly; scores will decide)",
     ("stage", "parameters", "KV groups", "MLP width", "prune steps", "tokens"),

@@ -16,6 +16,7 @@ from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.formats import convert
 from adapt_pruner_jax.formats.hf import load
 from adapt_pruner_jax.models import decoder, model_config
+from adapt_pruner_jax.planning import plan
 from adapt_pruner_jax.reporting.log import Log
 from adapt_pruner_jax.runs import run
 from adapt_pruner_jax.runs.inputs import open_inputs, teacher_of
@@ -50,8 +51,9 @@ def logits_of(folder, ids_BT):
   return np.asarray(run({"params": params}, jnp.asarray(ids_BT))[0])
 
 
+@pytest.mark.slow
 def test_the_cut_model_in_transformers(cut, stories):
-  """Its logits are the original's of the kept ids, and its ids the same text."""
+  """Its logits are the original's of the kept ids; its ids mean the same."""
   import torch
   import transformers
 
@@ -89,6 +91,7 @@ def test_the_cut_model_in_transformers(cut, stories):
   assert small.generation_config.eos_token_id == small.config.eos_token_id
 
 
+@pytest.mark.slow
 def test_what_the_summary_says(cut, stories):
   """Bits per byte by hand, from the perplexity of the run's own tokens."""
   path, summary = cut
@@ -150,6 +153,7 @@ def test_pruned_and_trained_after_it(stories, tmp_path):
   assert again["bits_per_byte_after"] == summary["bits_per_byte_after"]
 
 
+@pytest.mark.slow
 def test_a_vocabulary_that_reaches_the_target_alone(stories, tmp_path):
   config = cut_recipe(stories, keep_tokens=KEEP)
   config.prune.ratio = 0.01
@@ -159,15 +163,32 @@ def test_a_vocabulary_that_reaches_the_target_alone(stories, tmp_path):
   assert summary["params_after"] < summary["target_params"] + 1
 
 
+@pytest.mark.slow
+def test_the_plan_says_what_it_saves(stories):
+  config = cut_recipe(stories, ratio=0.5)
+  config.eval.text = ""
+  found = plan.plan(config)
+  dense = load.read_config(str(stories))
+  small = dataclasses.replace(dense, vocab_size=256)
+  assert found["vocab"] == {
+    "tokens_before": 512,
+    "tokens_after": 256,
+    "params_after": model_config.count_params(small),
+  }
+  assert found["params"] == model_config.count_params(dense)
+  assert found["target_params"] == int(found["params"] * 0.7)
+  assert found["stages"][-1]["params"] <= found["target_params"]
+
+
 @pytest.mark.parametrize(
   ("vocab", "message"),
-  (
+  [
     ({"keep_tokens": 9}, "keep_tokens at least 26"),
     ({"keep_tokens": 512}, "is not below the model's 512 tokens"),
     ({"keep_tokens": 9, "ratio": 0.1}, "give one of them"),
     ({"ratio": 1.5}, "must be in"),
     ({"keep_tokens": 400, "source": "npy:a.npy"}, "says nothing of a vocab"),
-  ),
+  ],
 )
 def test_bad_input(stories, tmp_path, vocab, message):
   with pytest.raises(UserError, match=message):

@@ -13,7 +13,6 @@ import numpy as np
 
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.formats.hf import generation_config
-from adapt_pruner_jax.formats.hf.card import CARD
 from adapt_pruner_jax.formats.hf.families import OUTER
 from adapt_pruner_jax.formats.hf.files import CONFIG, LICENCES, read_object
 from adapt_pruner_jax.storage import json_files, publish
@@ -23,7 +22,7 @@ KEPT = "kept_tokens.json"  # ids in the original model
 SOURCE = ".source"  # a link to its directory
 TEXTS = (
   *("special_tokens_map.json", "chat_template.json", "chat_template.jinja"),
-  *("additional_chat_templates/*.jinja", CARD, *LICENCES),
+  *("additional_chat_templates/*.jinja", "README.md", *LICENCES),
 )
 # Of generation_config.json, beside *_token_id: lists of ids.
 LISTS = ("suppress_tokens", "begin_suppress_tokens")
