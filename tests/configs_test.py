@@ -39,7 +39,10 @@ CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 FIELDS = """
   model.path model.dtype model.ignore_fields
   vocab.keep_tokens vocab.ratio vocab.source
-  prune.method prune.target_params prune.ratio prune.stages prune.step_size
+  prune.method prune.target_params prune.ratio
+  prune.budget prune.budget_value prune.budget_context prune.budget_batch
+  prune.budget_export
+  prune.stages prune.step_size
   prune.max_steps prune.amplitude prune.allotment prune.group_importance
   prune.layer_importance
   prune.attention_layers prune.mlp_layers prune.gqa_fold prune.trim

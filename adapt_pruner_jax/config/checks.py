@@ -18,6 +18,9 @@ from adapt_pruner_jax.errors import UserError, nearest
 AT_LEAST = {
   "vocab.keep_tokens": 0,
   "prune.target_params": 0,
+  "prune.budget_value": 0,
+  "prune.budget_context": 1,
+  "prune.budget_batch": 1,
   "prune.max_steps": 0,
   "prune.amplitude": 0,
   "prune.stages": 1,
@@ -47,6 +50,8 @@ AT_LEAST = {
 }
 # Allotments whose steps have a size of their own, and may just be counted.
 STEPPING = ("adapt", "ranking")
+# Those that can count in another unit than parameters.
+BUDGETED = ("adapt", "uniform", "ranking")
 
 
 def check(config: Config) -> None:
@@ -125,27 +130,37 @@ def vocab_size(v: Vocab, size: int) -> int:
 
 
 def _check_target(p: Prune, vocab: bool) -> None:
-  if p.ratio and p.target_params:
+  names = ("ratio", "target_params", "budget_value")
+  given = [f"prune.{n}={getattr(p, n)}" for n in names if getattr(p, n)]
+  if len(given) > 1:
     raise UserError(
-      f"prune.ratio={p.ratio} and prune.target_params={p.target_params} are "
-      "both given: give one of them"
+      f"{' and '.join(given)} are "
+      f"{'both' if len(given) == 2 else 'all'} given: give one of them"
     )
-  if vocab and not (p.ratio or p.target_params or p.max_steps):
+  if p.budget != "params" and (
+    p.target_params or p.pair()[0] not in BUDGETED or p.method in WHOLE
+  ):
+    raise UserError(
+      f"--config.prune.budget={p.budget} goes with prune.ratio or "
+      "prune.budget_value, and with the allotments "
+      f"{', '.join(BUDGETED)}: give --config.prune.method=adapt or curvature"
+    )
+  if vocab and not (p.has_target() or p.max_steps):
     return  # the vocabulary alone
-  if not (p.ratio or p.target_params or p.max_steps):
+  if not (p.has_target() or p.max_steps):
     raise UserError(
       "no target: give --config.prune.ratio=0.2 (share of all parameters to "
       "remove), --config.prune.target_params=N, or --config.prune.max_steps=N"
     )
   if not 0 <= p.ratio < 1:
     raise UserError(f"prune.ratio={p.ratio} must be in [0, 1)")
-  if not (p.ratio or p.target_params) and p.pair()[0] not in STEPPING:
+  if not p.has_target() and p.pair()[0] not in STEPPING:
     raise UserError(
       f"prune.method={p.method} needs a target, prune.max_steps is not enough: "
       "give --config.prune.ratio=0.2 (share of all parameters to remove) or "
       "--config.prune.target_params=N"
     )
-  if p.stages > 1 and not (p.ratio or p.target_params):
+  if p.stages > 1 and not p.has_target():
     raise UserError(
       f"prune.stages={p.stages} needs prune.ratio or prune.target_params"
     )

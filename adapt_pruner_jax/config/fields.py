@@ -5,6 +5,7 @@ command line overrides a field. Numbers in the comments are the paper's.
 """
 
 import dataclasses
+import math
 from typing import Any
 
 from adapt_pruner_jax.errors import UserError, nearest
@@ -43,6 +44,8 @@ CHOICES = {
     "",
   ),
   "prune.allotment": ("adapt", "uniform", "ranking", ""),
+  "prune.budget": ("params", "flops", "bytes", "kv_bytes"),
+  "prune.budget_export": ("f32", "f16", "bf16", "q8_0"),
   "prune.layer_importance": ("cosine", "euclidean", "manhattan"),
   "prune.gqa_fold": ("aligned", "reference"),
   "prune.llm_pruner.ranking": ("layer", "global"),
@@ -149,6 +152,13 @@ class Prune(Section):
   # 0 = not given; exactly one of them, or neither and max_steps.
   target_params: int = 0
   ratio: float = 0.0
+  # What the ratio is a share of: params | flops | bytes | kv_bytes, and a value
+  # to end at in its unit, in place of a ratio (docs/recipes.md).
+  budget: str = "params"
+  budget_value: float = 0.0
+  budget_context: int = 2048  # tokens, of flops and kv_bytes
+  budget_batch: int = 1  # sequences, of kv_bytes
+  budget_export: str = "bf16"  # of bytes: f32 | f16 | bf16 | q8_0
   stages: int = 1
   step_size: float = 0.02  # growth of the mean sparsity a step
   max_steps: int = 0  # steps a stage; 0 = as many as the target needs
@@ -180,7 +190,13 @@ class Prune(Section):
 
   def rounding(self) -> dict[str, int]:
     """What widths become multiples of, by unit: KV groups, MLP channels."""
-    return {"K": self.round_kv_to, "F": self.round_ffn_to}
+    blocks = self.budget == "bytes" and self.budget_export == "q8_0"
+    ffn = math.lcm(self.round_ffn_to, 32) if blocks else self.round_ffn_to
+    return {"K": self.round_kv_to, "F": ffn}
+
+  def has_target(self) -> bool:
+    """Whether it is said where to end."""
+    return bool(self.ratio or self.target_params or self.budget_value)
 
   def pair(self) -> tuple[str, str]:
     """The allotment and the unit score that these settings ask for."""

@@ -19,10 +19,9 @@ from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.evaluation import evaluate, perplexity
 from adapt_pruner_jax.evaluation.questions import Questions
 from adapt_pruner_jax.formats.hf import files, load
-from adapt_pruner_jax.models import model_config
 from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.model_config import ModelConfig
-from adapt_pruner_jax.pruning import schedule, targets
+from adapt_pruner_jax.pruning import budgets, schedule, targets
 from adapt_pruner_jax.reporting.log import Log
 from adapt_pruner_jax.runs import tiny_model, vocabulary
 from adapt_pruner_jax.storage import digest
@@ -94,7 +93,7 @@ def open_inputs(recipe: Config, path: Path, log: Log) -> Inputs:
     tokenizer = load_tokenizer(source, recipe.data.bos)
   target = targets.resolve_target(full, recipe.prune, whole)
   if target is None and not recipe.prune.max_steps:
-    target = model_config.count_params(full)  # the vocabulary alone
+    target = budgets.count(full, recipe.prune)  # the vocabulary alone
   calibration, refit_data = pruning_data(
     recipe.calibration,
     recipe.prune.refit != "none",
@@ -275,10 +274,11 @@ def fingerprints(inputs: Inputs) -> dict[str, str]:
 
 
 def stage_target(inputs: Inputs, stage: int) -> int | None:
-  """Parameters at the end of a stage; None if only the steps are given."""
+  """The budget left at the end of a stage; None if only the steps are
+  given."""
   if inputs.target is None:
     return None
-  size = model_config.count_params(inputs.full)
+  size = budgets.count(inputs.full, inputs.recipe.prune)
   stages = inputs.recipe.prune.stages
   return schedule.stage_targets(size, inputs.target, stages)[stage - 1]
 

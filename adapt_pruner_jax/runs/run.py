@@ -27,7 +27,7 @@ from adapt_pruner_jax.formats import convert, dtypes
 from adapt_pruner_jax.models import flops, layer, model_config
 from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.model_config import ModelConfig
-from adapt_pruner_jax.pruning import methods, surgery
+from adapt_pruner_jax.pruning import budgets, methods, surgery
 from adapt_pruner_jax.pruning.task import Pruned, Step
 from adapt_pruner_jax.reporting.html import report
 from adapt_pruner_jax.reporting.log import Log
@@ -175,11 +175,12 @@ def prune(
   refits_before = (state.stage - 1) * MATRICES * inputs.full.num_layers
   log.rewind("refit", refits_before)
   title = f"stage {state.stage} of {settings.stages}: pruning"
-  size = model_config.count_params(state.config)
+  size = budgets.count(state.config, settings)
+  counted = budgets.UNIT[settings.budget]
   aim = f" to {target:,}" if target else ""
-  log.say(f"{title} {size:,} parameters{aim} ({settings.method})")
+  log.say(f"{title} {size:,} {counted}{aim} ({settings.method})")
   total = size - target if target else settings.max_steps
-  unit = "parameters" if target else "steps"
+  unit = counted if target else "steps"
   with log.phase(title, total, unit) as phase:
 
     def note(record: dict, step: Step) -> None:
@@ -189,7 +190,9 @@ def prune(
         json_files.append_line(inputs.path / "trace.jsonl", record)
       write_pruning(step, steps, state, inputs)
       params, loss = record["params"], record["loss"]
-      done = size - params if target else record["step"]
+      width = surgery.widths(step.masks)
+      left = budgets.of_widths(inputs.full, width, settings)
+      done = size - left if target else record["step"]
       phase.update(done, params=params, target=target, loss=loss)
       values = {k: record[k] for k in ("stage", "loss", "params")}
       log.metrics("prune", first + len(steps), values)

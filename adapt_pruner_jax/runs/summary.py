@@ -12,6 +12,7 @@ from adapt_pruner_jax.config import Config
 from adapt_pruner_jax.distributed import agreement
 from adapt_pruner_jax.evaluation import evaluate, latency
 from adapt_pruner_jax.models import model_config
+from adapt_pruner_jax.pruning import budgets
 from adapt_pruner_jax.reporting.html import report
 from adapt_pruner_jax.reporting.log import Log
 from adapt_pruner_jax.runs.inputs import Inputs
@@ -29,7 +30,7 @@ def summarise(
     times: what `measure_latency` gives, if it was asked for.
   """
   full, new = inputs.original.full, state.config
-  after = state.stages[-1]
+  after, settings = state.stages[-1], inputs.recipe.prune
   evaluations = [x.get("evaluation") for x in (state.before, after)]
   tasks = [x and evaluate.scores(x) for x in evaluations]
   tokens = state.step * inputs.recipe.data.step_tokens
@@ -38,7 +39,11 @@ def summarise(
     "model": inputs.recipe.model.path,
     "params_before": model_config.count_params(full),
     "params_after": model_config.count_params(new),
-    "target_params": inputs.target,
+    "target_params": inputs.target if settings.budget == "params" else None,
+    "budget": settings.budget,
+    "budget_target": inputs.target,
+    "budget_before": budgets.count(full, settings),
+    "budget_after": budgets.count(new, settings),
     "perplexity_before": state.before.get("perplexity"),
     "perplexity_after": after.get("perplexity"),
     "bits_per_byte_before": state.before.get("bits_per_byte"),
@@ -118,7 +123,14 @@ def tell(summary: dict, path: Path, log: Log) -> None:
     "Layers", ("layer", "KV groups", "MLP channels", "MLP removed"), rows
   )
   before, after = summary["params_before"], summary["params_after"]
-  rows = [
+  rows = []
+  if summary.get("budget", "params") != "params":
+    low, high = summary["budget_before"], summary["budget_after"]
+    change = f"{high / low - 1:+.1%}"
+    rows.append(
+      (budgets.UNIT[summary["budget"]], f"{low:,}", f"{high:,}", change)
+    )
+  rows += [
     ("parameters", f"{before:,}", f"{after:,}", f"{after / before - 1:+.1%}")
   ]
   if "bytes_before" in summary:  # one by an earlier version has none
