@@ -38,7 +38,11 @@ CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 # What scripts may rely on; a field that is renamed breaks other people's.
 FIELDS = """
   model.path model.dtype model.ignore_fields
-  prune.method prune.target_params prune.ratio prune.stages prune.step_size
+  vocab.keep_tokens vocab.ratio vocab.source
+  prune.method prune.target_params prune.ratio
+  prune.budget prune.budget_value prune.budget_context prune.budget_batch
+  prune.budget_export
+  prune.stages prune.step_size
   prune.max_steps prune.amplitude prune.allotment prune.group_importance
   prune.layer_importance
   prune.attention_layers prune.mlp_layers prune.gqa_fold prune.trim
@@ -48,8 +52,8 @@ FIELDS = """
   prune.ranking.step_size prune.ranking.cap prune.uniform.steps
   prune.search.steps prune.search.evaluations prune.search.tokens
   prune.llm_pruner.ranking prune.flap.metric prune.flap.structure
-  prune.slicegpt.multiple prune.slicegpt.subtract_mean prune.magnitude.norm
-  prune.minitron.depth
+  prune.slicegpt.multiple prune.slicegpt.subtract_mean prune.minitron.depth
+  prune.magnitude.norm
   calibration.source calibration.samples calibration.seq_len calibration.batch
   calibration.refit_samples
   data.source data.seq_len data.batch data.bos

@@ -6,7 +6,7 @@ stored        recipes in work directories, compared with the one that is given
 recipe_flags  the recipe on a command line
 """
 
-from adapt_pruner_jax.config.checks import check, layer_range
+from adapt_pruner_jax.config.checks import check, layer_range, vocab_size
 from adapt_pruner_jax.config.fields import (
   CHOICES,
   OLD_FIELDS,
@@ -30,6 +30,7 @@ from adapt_pruner_jax.config.fields import (
   SliceGpt,
   Train,
   Uniform,
+  Vocab,
   field_names,
   get,
   task_names,
@@ -59,6 +60,7 @@ __all__ = [
   "SliceGpt",
   "Train",
   "Uniform",
+  "Vocab",
   "check",
   "difference",
   "field_names",
@@ -66,4 +68,5 @@ __all__ = [
   "get",
   "layer_range",
   "task_names",
+  "vocab_size",
 ]

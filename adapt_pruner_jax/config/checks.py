@@ -1,5 +1,6 @@
 """Which values a recipe may have."""
 
+import math
 import re
 
 from adapt_pruner_jax.config.fields import (
@@ -7,6 +8,7 @@ from adapt_pruner_jax.config.fields import (
   WHOLE,
   Config,
   Prune,
+  Vocab,
   get,
   task_names,
 )
@@ -14,7 +16,11 @@ from adapt_pruner_jax.errors import UserError, nearest
 
 # The least that a field may be.
 AT_LEAST = {
+  "vocab.keep_tokens": 0,
   "prune.target_params": 0,
+  "prune.budget_value": 0,
+  "prune.budget_context": 1,
+  "prune.budget_batch": 1,
   "prune.max_steps": 0,
   "prune.amplitude": 0,
   "prune.stages": 1,
@@ -50,6 +56,8 @@ AT_LEAST = {
 }
 # Allotments whose steps have a size of their own, and may just be counted.
 STEPPING = ("adapt", "ranking")
+# Those that can count in another unit than parameters.
+BUDGETED = ("adapt", "uniform", "ranking")
 
 
 def check(config: Config) -> None:
@@ -61,7 +69,8 @@ def check(config: Config) -> None:
         f"--config.{name}={value} is not one of {', '.join(allowed)}"
         + nearest(str(value), allowed)
       )
-  _check_target(config.prune)
+  _check_vocab(config)
+  _check_target(config.prune, config.vocab.asked())
   for name, low in AT_LEAST.items():
     value = get(config, name)
     if not value >= low:  # written so that NaN fails
@@ -93,26 +102,72 @@ def check(config: Config) -> None:
   _check_search(config)
 
 
-def _check_target(p: Prune) -> None:
-  if p.ratio and p.target_params:
+def _check_vocab(config: Config) -> None:
+  v = config.vocab
+  if v.keep_tokens and v.ratio:
     raise UserError(
-      f"prune.ratio={p.ratio} and prune.target_params={p.target_params} are "
-      "both given: give one of them"
+      f"vocab.keep_tokens={v.keep_tokens} and vocab.ratio={v.ratio} are both "
+      "given: give one of them"
     )
-  if not (p.ratio or p.target_params or p.max_steps):
+  if not 0 <= v.ratio < 1:
+    raise UserError(f"vocab.ratio={v.ratio} must be in [0, 1)")
+  if v.asked() and config.calibration.source.startswith("npy:"):
+    raise UserError(
+      f"--config.calibration.source={config.calibration.source}: its ids are "
+      "those of the whole vocabulary, which --config.vocab cuts; give the "
+      "text, such as text:FILE"
+    )
+
+
+def vocab_size(v: Vocab, size: int) -> int:
+  """How many tokens stay of a vocabulary.
+
+  Raises:
+    UserError: all of them.
+  """
+  if not v.asked():
+    return size
+  keep = v.keep_tokens or math.floor(size * (1 - v.ratio))
+  if keep >= size:
+    raise UserError(
+      f"vocab.keep_tokens={keep:,} is not below the model's {size:,} tokens: "
+      "nothing would be cut"
+    )
+  return keep
+
+
+def _check_target(p: Prune, vocab: bool) -> None:
+  names = ("ratio", "target_params", "budget_value")
+  given = [f"prune.{n}={getattr(p, n)}" for n in names if getattr(p, n)]
+  if len(given) > 1:
+    raise UserError(
+      f"{' and '.join(given)} are "
+      f"{'both' if len(given) == 2 else 'all'} given: give one of them"
+    )
+  if p.budget != "params" and (
+    p.target_params or p.pair()[0] not in BUDGETED or p.method in WHOLE
+  ):
+    raise UserError(
+      f"--config.prune.budget={p.budget} goes with prune.ratio or "
+      "prune.budget_value, and with the allotments "
+      f"{', '.join(BUDGETED)}: give --config.prune.method=adapt or curvature"
+    )
+  if vocab and not (p.has_target() or p.max_steps):
+    return  # the vocabulary alone
+  if not (p.has_target() or p.max_steps):
     raise UserError(
       "no target: give --config.prune.ratio=0.2 (share of all parameters to "
       "remove), --config.prune.target_params=N, or --config.prune.max_steps=N"
     )
   if not 0 <= p.ratio < 1:
     raise UserError(f"prune.ratio={p.ratio} must be in [0, 1)")
-  if not (p.ratio or p.target_params) and p.pair()[0] not in STEPPING:
+  if not p.has_target() and p.pair()[0] not in STEPPING:
     raise UserError(
       f"prune.method={p.method} needs a target, prune.max_steps is not enough: "
       "give --config.prune.ratio=0.2 (share of all parameters to remove) or "
       "--config.prune.target_params=N"
     )
-  if p.stages > 1 and not (p.ratio or p.target_params):
+  if p.stages > 1 and not p.has_target():
     raise UserError(
       f"prune.stages={p.stages} needs prune.ratio or prune.target_params"
     )

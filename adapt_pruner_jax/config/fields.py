@@ -5,6 +5,7 @@ command line overrides a field. Numbers in the comments are the paper's.
 """
 
 import dataclasses
+import math
 from typing import Any
 
 from adapt_pruner_jax.errors import UserError, nearest
@@ -45,6 +46,8 @@ CHOICES = {
     "",
   ),
   "prune.allotment": ("adapt", "uniform", "ranking", "search", ""),
+  "prune.budget": ("params", "flops", "bytes", "kv_bytes"),
+  "prune.budget_export": ("f32", "f16", "bf16", "q8_0"),
   "prune.layer_importance": ("cosine", "euclidean", "manhattan"),
   "prune.gqa_fold": ("aligned", "reference"),
   "prune.llm_pruner.ranking": ("layer", "global"),
@@ -167,6 +170,13 @@ class Prune(Section):
   # 0 = not given; exactly one of them, or neither and max_steps.
   target_params: int = 0
   ratio: float = 0.0
+  # What the ratio is a share of: params | flops | bytes | kv_bytes, and a value
+  # to end at in its unit, in place of a ratio (docs/recipes.md).
+  budget: str = "params"
+  budget_value: float = 0.0
+  budget_context: int = 2048  # tokens, of flops and kv_bytes
+  budget_batch: int = 1  # sequences, of kv_bytes
+  budget_export: str = "bf16"  # of bytes: f32 | f16 | bf16 | q8_0
   stages: int = 1
   step_size: float = 0.02  # growth of the mean sparsity a step
   max_steps: int = 0  # steps a stage; 0 = as many as the target needs
@@ -204,7 +214,13 @@ class Prune(Section):
 
   def rounding(self) -> dict[str, int]:
     """What widths become multiples of, by unit: KV groups, MLP channels."""
-    return {"K": self.round_kv_to, "F": self.round_ffn_to}
+    blocks = self.budget == "bytes" and self.budget_export == "q8_0"
+    ffn = math.lcm(self.round_ffn_to, 32) if blocks else self.round_ffn_to
+    return {"K": self.round_kv_to, "F": ffn}
+
+  def has_target(self) -> bool:
+    """Whether it is said where to end."""
+    return bool(self.ratio or self.target_params or self.budget_value)
 
   def pair(self) -> tuple[str, str]:
     """The allotment and the unit score that these settings ask for."""
@@ -212,6 +228,21 @@ class Prune(Section):
     if score == "magnitude":
       score = self.magnitude.norm
     return self.allotment or allotment, self.group_importance or score
+
+
+@dataclasses.dataclass
+class Vocab(Section):
+  """Tokens that stay; cut first, and what it saves counts as pruned."""
+
+  keep_tokens: int = 0  # how many; 0 = all
+  ratio: float = 0.0  # or the share of tokens to remove
+  # The corpus that the model is for, its rarest tokens go; as
+  # calibration.source, which it is if empty.
+  source: str = ""
+
+  def asked(self) -> bool:
+    """Whether any tokens go."""
+    return bool(self.keep_tokens or self.ratio)
 
 
 @dataclasses.dataclass
@@ -294,6 +325,7 @@ class Config(Section):
   """A run; `dataclasses.asdict` of it is the work directory's config.json."""
 
   model: Model = dataclasses.field(default_factory=Model)
+  vocab: Vocab = dataclasses.field(default_factory=Vocab)
   prune: Prune = dataclasses.field(default_factory=Prune)
   calibration: Calibration = dataclasses.field(default_factory=Calibration)
   data: Data = dataclasses.field(default_factory=Data)

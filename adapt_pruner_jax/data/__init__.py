@@ -10,6 +10,7 @@ for those who bring the data.
   rows           the forms that a row may have, as a text or a chat
   chat_template  a chat as text, and where in it the assistant speaks
   tokenizer      text or a chat to token ids
+  vocabulary     which tokens stay, and the tokenizer of them alone
   token_store    a source as one stream of tokens, kept on disk
   packing        streams as rows of one length, in a random order
   calibration    windows of streams, or what a file gives

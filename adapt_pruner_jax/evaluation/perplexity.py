@@ -59,8 +59,7 @@ def text_perplexity(
   value, nll, count = perplexity(
     config, params, tokens, seq_len, batch, mesh, begin, phase
   )
-  charged = count if begin is not None else len(tokens)
-  whole = nll / count * charged  # nats, every token charged
+  whole = whole_loss(nll, count, len(tokens), begin)
   words, size = len(text.split()), len(text.encode())
   return {
     "perplexity": value,
@@ -76,6 +75,20 @@ def text_perplexity(
     "begin_token": tokenizer.begin_token,  # of each window; null = none
     "text": str(path),
   }
+
+
+def whole_loss(
+  nll: float, predicted: int, tokens: int, begin_id: int | None
+) -> float:
+  """Nats of a text of which every token is charged.
+
+  Args:
+    nll, predicted: what `perplexity` gives.
+    tokens: of the text.
+    begin_id: with one, all of the text is predicted; else tokens that are not
+      are charged the mean.
+  """
+  return nll / predicted * (predicted if begin_id is not None else tokens)
 
 
 def check_length(config: ModelConfig, seq_len: int, name: str) -> None:

@@ -10,7 +10,7 @@ from adapt_pruner_jax.models import model_config
 from adapt_pruner_jax.models.axes import UNITS
 from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.planning.hardware import Hardware
-from adapt_pruner_jax.pruning import schedule
+from adapt_pruner_jax.pruning import budgets, schedule
 from adapt_pruner_jax.pruning.targets import prunable_modules, smallest
 
 
@@ -22,13 +22,13 @@ def stage_table(
   Args:
     config: the recipe.
     full: the original model.
-    target: parameters at the end; None = as `prune.max_steps` leaves.
+    target: of the budget at the end; None = as `prune.max_steps` leaves.
 
   Returns:
     A row a stage; its "config" is the model behind the stage, pruned evenly.
   """
   settings = config.prune
-  size, number = model_config.count_params(full), settings.stages
+  size, number = budgets.count(full, settings), settings.stages
   targets = [even_target(full, settings)]
   if target is not None:
     targets = schedule.stage_targets(size, target, number)
@@ -91,7 +91,7 @@ def evenly(full: ModelConfig, settings: Prune, target: int) -> ModelConfig:
     return dataclasses.replace(full, kv_groups=K, ffn_widths=cut("F", share))
 
   def fits(config: ModelConfig) -> bool:
-    return model_config.count_params(config) <= target
+    return budgets.count(config, settings) <= target
 
   share = _least(lambda s: fits(made(cut("K", s), s)))
   found = []

@@ -9,7 +9,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from adapt_pruner_jax.config import Config, check
+from adapt_pruner_jax.config import Config, Prune, check, vocab_size
 from adapt_pruner_jax.errors import UserError, first_line
 from adapt_pruner_jax.models import model_config
 from adapt_pruner_jax.models.model_config import ModelConfig
@@ -25,6 +25,7 @@ from adapt_pruner_jax.planning.hardware import (
   resolve,
   source,
 )
+from adapt_pruner_jax.pruning import budgets
 from adapt_pruner_jax.pruning.targets import resolve_target, smallest
 from adapt_pruner_jax.reporting.log import Log
 from adapt_pruner_jax.reporting.progress import duration
@@ -54,21 +55,27 @@ def plan(
   """
   check(config)
   hardware = resolve(hardware or Hardware())
-  full, folder = original(config)
-  target = resolve_target(full, config.prune)
+  whole, folder = original(config)
+  tokens = vocab_size(config.vocab, whole.vocab_size)
+  full = dataclasses.replace(whole, vocab_size=tokens)
+  target = resolve_target(full, config.prune, whole)
+  if target is None and not config.prune.max_steps:
+    target = budgets.count(full, config.prune)  # the vocabulary alone
   stages = stage_table(config, full, target)
   compiled_for = compile_for(hardware)
   configs = [full, *(stage.pop("config") for stage in stages)]
   found = {
     "model": config.model.path,
-    "params": model_config.count_params(full),
-    "target_params": target,
+    "params": model_config.count_params(whole),
+    "vocab": _vocabulary(whole, full),
+    "target_params": target if config.prune.budget == "params" else None,
     "smallest_params": smallest(full, config.prune),
+    **_budget(config.prune, whole, configs[-1], target),
     "hardware": dataclasses.asdict(hardware),
     "stages": stages,
     "memory": memory.measure(config, full, configs[1], compiled_for),
     "memory_from": source(compiled_for),
-    "disk": disk(config, configs, folder),
+    "disk": disk(config, [whole, *configs[1:]], folder),
   }
   flops = sum(s["prune_flops"] + s["train_flops"] for s in stages)
   found["flops"] = flops
@@ -110,14 +117,42 @@ def original(config: Config) -> tuple[ModelConfig, Path | None]:
   return load.read_config(folder, ignored), folder
 
 
+def _budget(
+  settings: Prune, whole: ModelConfig, last: ModelConfig, target: int | None
+) -> dict[str, Any]:
+  """What the recipe's budget is now, and what it buys: an even model."""
+  return {
+    "budget": settings.budget,
+    "budget_target": target,
+    "budget_before": budgets.count(whole, settings),
+    "budget_after": budgets.count(last, settings),
+  }
+
+
+def _vocabulary(whole: ModelConfig, full: ModelConfig) -> dict | None:
+  """What cutting the vocabulary saves; None if nothing is cut."""
+  if whole == full:
+    return None
+  return {
+    "tokens_before": whole.vocab_size,
+    "tokens_after": full.vocab_size,
+    "params_after": model_config.count_params(full),
+  }
+
+
 def show(found: dict, config: Config, hardware: Hardware, log: Log) -> None:
   """The plan as tables."""
-  size, target = found["params"], found["target_params"]
+  size, target = found["budget_before"], found["budget_target"]
   aim = f" to {target:,} ({1 - target / size:.1%} less)" if target else ""
   log.say(
-    f"{found['model']}: {size:,} parameters{aim}; the least that can be "
-    f"reached is {found['smallest_params']:,}"
+    f"{found['model']}: {size:,} {budgets.UNIT[found['budget']]}{aim}; the "
+    f"least that can be reached is {found['smallest_params']:,}"
   )
+  if vocab := found["vocab"]:
+    log.say(
+      f"{vocab['tokens_after']:,} of {vocab['tokens_before']:,} tokens stay, "
+      f"which leaves {vocab['params_after']:,} parameters before any pruning"
+    )
   log.table(
     "Stages (shapes if pruned evenly; scores will decide)",
     ("stage", "parameters", "KV groups", "MLP width", "prune steps", "tokens"),

@@ -10,7 +10,8 @@ backward        the walk through a masked model and back that scores take
 allotment       how much goes where: adapt, uniform, one ranking
 search          how much goes where, tried out on the masked model
 schedule        Adapt-Pruner's schedule, targets of stages
-exact_target    a parameter target met within one channel
+budgets         what a target is counted in, and what a unit takes of it
+exact_target    a target met within one channel
 targets         what may be pruned, and how far
 choice          the lowest units go
 surgery         kept units, masks, and the gather of arrays

@@ -6,15 +6,20 @@ ranking  one ranking of all units by score per parameter
 """
 
 import math
-from collections.abc import Mapping
 
 import numpy as np
 
+from adapt_pruner_jax.config import Prune
 from adapt_pruner_jax.errors import UserError
-from adapt_pruner_jax.models import model_config
 from adapt_pruner_jax.models.axes import UNITS
 from adapt_pruner_jax.models.model_config import ModelConfig
-from adapt_pruner_jax.pruning import exact_target, schedule, surgery, targets
+from adapt_pruner_jax.pruning import (
+  budgets,
+  exact_target,
+  schedule,
+  surgery,
+  targets,
+)
 from adapt_pruner_jax.pruning.surgery import Masks
 from adapt_pruner_jax.pruning.task import (
   Allotted,
@@ -61,7 +66,7 @@ def adapt(masked: Masked, measured: Measured) -> Allotted:
   }
   if task.target is not None and settings.trim:
     counts = exact_target.trim(
-      full, masked.masks, counts, prunable, task.target, rounding
+      full, masked.masks, counts, prunable, task.target, settings
     )
   return Allotted(counts, wanted, relative, measured.importance_L)
 
@@ -120,7 +125,7 @@ def by_ratio(
   task, settings = masked.task, masked.task.settings
   exact_target.check_target(task)
   prunable = targets.prunable_modules(task.full, settings)
-  size = surgery.count(task.full, task.begin)
+  size = budgets.of_widths(task.full, surgery.widths(task.begin), settings)
   goals = schedule.stage_targets(size, task.target, steps)
   left = exact_target.solve(
     task.full,
@@ -129,7 +134,7 @@ def by_ratio(
     counts_at,
     prunable,
     goals[min(masked.number, steps) - 1],
-    settings.rounding(),
+    settings,
   )
   was, now = surgery.widths(masked.masks), surgery.widths(left)
   return Allotted({u: was[u] - now[u] for u in UNITS})
@@ -149,16 +154,17 @@ def ranking(masked: Masked, measured: Measured) -> Allotted:
     UserError: no module may lose a unit any more.
   """
   task, settings, full = masked.task, masked.task.settings, masked.task.full
-  size = model_config.count_params(full)
+  size = budgets.count(full, settings)
+  now = budgets.of_widths(full, surgery.widths(masked.masks), settings)
   counts = choose(
     full,
     measured.scores,
     masked.masks,
     targets.prunable_modules(full, settings),
-    masked.step.params - math.ceil(size * settings.ranking.step_size),
+    now - math.ceil(size * settings.ranking.step_size),
     task.target or 0,
     cap=settings.ranking.cap,
-    rounding=settings.rounding(),
+    settings=settings,
   )
   if not any(n.any() for n in counts.values()):
     raise UserError(
@@ -171,7 +177,7 @@ def ranking(masked: Masked, measured: Measured) -> Allotted:
         else "lower --config.prune.max_steps"
       )
     )
-  worth = _worth(full, measured.scores, masked.masks)
+  worth = _worth(full, measured.scores, masked.masks, settings)
   importance_L = np.mean([np.nan_to_num(worth[u]) for u in UNITS], axis=0)
   return Allotted(counts, relative=worth, importance_L=importance_L)
 
@@ -184,27 +190,29 @@ def choose(
   aim: int,
   target: int,
   cap: float = 1.0,
-  rounding: Mapping[str, int] = exact_target.EACH,
+  settings: Prune = exact_target.PARAMS,
 ) -> Counts:
   """Units to remove from each module, {"K": int [L], "F": ...}.
 
-  One ranking of all modules by score per parameter. Units go until `aim`
-  parameters are left, and never below `target` by an MLP channel (block of
-  `rounding`) or more, as long as there are channels: a KV group that would is
-  passed over. At least one unit (block) stays in each module.
+  One ranking of all modules by score per parameter, or per what else the budget
+  of `settings` counts. Units go until `aim` is left, and never below `target`
+  by an MLP channel (block of them) or more, as long as there are channels: a KV
+  group that would is passed over. Units that cost nothing stay, and at least
+  one (block) in each module.
 
   Args:
     scores: [L, K] and [L, F]; those of removed units mean nothing.
     prunable: modules that may lose units, bool [L] each.
     cap: most that a module may lose, as a share of its units; at least one.
   """
-  cost = model_config.unit_cost(full)
-  left, size = surgery.widths(masks), surgery.count(full, masks)
+  cost, rounding = budgets.unit_cost(full, settings), settings.rounding()
+  left = surgery.widths(masks)
+  size = budgets.of_widths(full, left, settings)
   aim = max(aim, target)
   found = []  # (score per parameter, unit, layer, number of units)
   for u in UNITS:
     block = rounding[u]
-    for layer in np.flatnonzero(prunable[u]):
+    for layer in np.flatnonzero(prunable[u] & (cost[u] > 0)):
       width = int(left[u][layer])
       score = np.sort(scores[u][layer][masks[u][layer]], kind="stable")
       most, taken = max(int(cap * width), 1), 0
@@ -212,7 +220,7 @@ def choose(
         n = (width - taken) % block or block
         if taken and taken + n > most:
           break
-        price = score[taken : taken + n].mean() / cost[u]
+        price = score[taken : taken + n].mean() / cost[u][layer]
         found.append((price, u, int(layer), n))
         taken += n
   # Ties: attention before MLP of the same layer, then the lower index.
@@ -222,21 +230,23 @@ def choose(
   for _, u, layer, n in found:
     if size <= aim:
       break
-    if u == "K" and fine and size - n * cost[u] < target:
+    if u == "K" and fine and size - n * cost[u][layer] < target:
       continue
     counts[u][layer] += n
-    size -= n * cost[u]
+    size -= n * cost[u][layer]
   return counts
 
 
-def _worth(full: ModelConfig, scores: Scores, masks: Masks) -> Scores:
+def _worth(
+  full: ModelConfig, scores: Scores, masks: Masks, settings: Prune
+) -> Scores:
   """Mean score per parameter of each module, over the largest; [L] each."""
-  cost = model_config.unit_cost(full)
+  cost = budgets.unit_cost(full, settings)
   mean = {
     u: np.array(
       [
-        s[m].mean() / cost[u] if m.any() else np.nan
-        for s, m in zip(scores[u], masks[u], strict=True)
+        s[m].mean() / n if m.any() and n else np.nan
+        for s, m, n in zip(scores[u], masks[u], cost[u], strict=True)
       ]
     )
     for u in UNITS

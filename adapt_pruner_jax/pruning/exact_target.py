@@ -9,16 +9,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import numpy as np
 
+from adapt_pruner_jax.config import Prune
 from adapt_pruner_jax.errors import UserError
-from adapt_pruner_jax.models import model_config
 from adapt_pruner_jax.models.axes import UNITS
 from adapt_pruner_jax.models.model_config import ModelConfig
-from adapt_pruner_jax.pruning import choice, surgery, targets
+from adapt_pruner_jax.pruning import budgets, choice, surgery, targets
 from adapt_pruner_jax.pruning.surgery import Masks
 from adapt_pruner_jax.pruning.task import Counts, PruneTask, Scores
 
 Removal = tuple[str, int, int]  # unit letter, layer, how many units
-EACH = {"K": 1, "F": 1}  # widths become multiples of this many units
+PARAMS = Prune()  # counts parameters, unit by unit
 CountsAt = Callable[[float], Counts]  # units that go at a ratio, not falling
 
 
@@ -28,28 +28,30 @@ def trim(
   counts: Counts,
   prunable: Masks,
   target: int,
-  rounding: Mapping[str, int] = EACH,
+  settings: Prune = PARAMS,
 ) -> Counts:
   """Fewer removals, so that the size ends at the target or just below it.
 
   Modules give up what they planned in proportion. The result is not above the
-  target, and within one MLP channel (a block of `rounding`) of it as long as
+  target, and within one MLP channel (a block of them) of it as long as
   there are channels, else within one KV group: channels that were not planned
   go in place of a KV group too much. Counts that do not reach the target stay.
 
   Args:
     counts: units that the step would remove, {"K": int [L], "F": ...}.
     prunable: modules from which more may be taken, bool [L] each.
+    target: in the unit of the settings' budget.
+    settings: say what is counted, and what widths become multiples of.
   """
-  cost = model_config.unit_cost(full)
+  cost, rounding = budgets.unit_cost(full, settings), settings.rounding()
   width = surgery.widths(masks)
-  need = surgery.count(full, masks) - target
+  need = budgets.of_widths(full, width, settings) - target
   planned = _in_turn(counts, width, rounding)
   enough = _until(planned, need, cost)
   if need <= 0 or enough is None:
     return dict(counts)
   groups = [r for r in enough if r[0] == "K"]
-  worth = lambda groups: cost["K"] * sum(units for _, _, units in groups)
+  worth = lambda groups: sum(n * cost["K"][layer] for _, layer, n in groups)
 
   def with_groups(groups: list[Removal]) -> list[Removal] | None:
     channels = itertools.chain(
@@ -60,7 +62,7 @@ def trim(
     return None if found is None else groups + found
 
   chosen = with_groups(groups)
-  if worth(groups) - need >= rounding["F"] * cost["F"]:
+  if worth(groups) - need >= rounding["F"] * cost["F"].max():
     chosen = with_groups(groups[:-1]) or chosen
   result = {u: np.zeros(full.num_layers, np.int64) for u in UNITS}
   for unit, layer, units in chosen:
@@ -104,15 +106,15 @@ def _block(width: int, round_to: int) -> int:
 
 
 def _until(
-  removals: Iterable[Removal], need: int, cost: Mapping[str, int]
+  removals: Iterable[Removal], need: int, cost: Mapping[str, np.ndarray]
 ) -> list[Removal] | None:
-  """The first removals worth `need` parameters; None if all are not."""
+  """The first removals worth `need` of the budget; None if all are not."""
   found = []
   for unit, layer, units in removals:
     if need <= 0:
       break
     found.append((unit, layer, units))
-    need -= units * cost[unit]
+    need -= units * cost[unit][layer]
   return found if need <= 0 else None
 
 
@@ -126,9 +128,9 @@ def solve(
   counts_at: CountsAt,
   prunable: Masks,
   target: int,
-  rounding: Mapping[str, int] = EACH,
+  settings: Prune = PARAMS,
 ) -> Masks:
-  """The masks of the largest model not above `target` parameters.
+  """The masks of the largest model not above `target`.
 
   What lies between the last ratio above the target and the first one not above
   it is given up in proportion, as in `trim`, so that the result ends within one
@@ -140,17 +142,18 @@ def solve(
     scores: of the units, [L, K] and [L, F]; the lowest of a module go first.
     counts_at: units that go at ratio p in [0, 1], not falling with p.
     prunable: which modules may lose channels, bool [L] each.
-    rounding: widths become multiples of so many units.
+    target, settings: as of `trim`.
 
   Raises:
     UserError: not even p = 1 reaches the target.
   """
-  order = choice.order(scores, masks)
+  order, rounding = choice.order(scores, masks), settings.rounding()
 
   def at(ratio: float) -> tuple[Counts, Masks, int]:
     counts = rounded(counts_at(ratio), masks, rounding)
     left = choice.remove(masks, order, counts)
-    return counts, left, surgery.count(full, left)
+    size = budgets.of_widths(full, surgery.widths(left), settings)
+    return counts, left, size
 
   low, high = 0.0, 1.0
   if at(high)[2] > target:
@@ -168,9 +171,9 @@ def solve(
   both = {u: np.minimum(at(low)[0][u], at(high)[0][u]) for u in UNITS}
   more = {u: at(high)[0][u] - both[u] for u in UNITS}
   left = choice.remove(masks, order, both)
-  more = trim(full, left, more, prunable, target, rounding)
+  more = trim(full, left, more, prunable, target, settings)
   left = choice.remove(left, choice.order(scores, left), more)
-  return _give_back(full, masks, left, scores, target, rounding["F"])
+  return _give_back(full, masks, left, scores, target, settings)
 
 
 def _give_back(
@@ -179,15 +182,17 @@ def _give_back(
   left: Masks,
   scores: Scores,
   target: int,
-  round_to: int,
+  settings: Prune,
 ) -> Masks:
   """Puts the best removed channels back while they fit.
 
   `trim` does not know that a half layer without units loses its norms too.
   """
-  cost = model_config.unit_cost(full)["F"] * round_to
+  round_to = settings.rounding()["F"]
+  cost = budgets.unit_cost(full, settings)["F"].max() * round_to
   left = left | {"F": left["F"].copy()}
-  while surgery.count(full, left) + cost <= target:
+  size = lambda left: budgets.of_widths(full, surgery.widths(left), settings)
+  while size(left) + cost <= target:
     gone = masks["F"] & ~left["F"] & left["F"].any(axis=1)[:, None]
     gone &= (gone.sum(axis=1) >= round_to)[:, None]
     if not gone.any():
@@ -219,7 +224,7 @@ def check_reachable(task: PruneTask, least: Mapping[str, int]) -> None:
     u: np.where(prunable[u], np.minimum(w, least[u]), w)
     for u, w in surgery.widths(task.begin).items()
   }
-  size = model_config.count_params(surgery.with_widths(task.full, width))
+  size = budgets.of_widths(task.full, width, task.settings)
   if task.target is not None and size > task.target:
     raise unreachable(task.target, size)
 

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from adapt_pruner_jax.config import Prune
 from adapt_pruner_jax.distributed import placement, sharding
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.models import model_config
@@ -57,14 +58,19 @@ class Space:
     masks: units that are left.
     prunable: modules that may lose units.
     target: parameters to end at.
-    rounding: what widths become multiples of.
+    settings: say what widths become multiples of; parameters are counted.
   """
 
   full: ModelConfig
   masks: Masks
   prunable: Masks
   target: int
-  rounding: dict[str, int]
+  settings: Prune
+
+  @property
+  def rounding(self) -> dict[str, int]:
+    """What widths become multiples of, by unit letter."""
+    return self.settings.rounding()
 
 
 def search(masked: Masked, measured: Measured) -> Allotted:
@@ -86,7 +92,7 @@ def search(masked: Masked, measured: Measured) -> Allotted:
     masked.masks,
     targets.prunable_modules(task.full, settings),
     goals[min(masked.number, settings.search.steps) - 1],
-    settings.rounding(),
+    settings,
   )
   order = choice.order(measured.scores, masked.masks)
   divergence = _divergence(masked)
@@ -117,7 +123,7 @@ def starts(space: Space, measured: Measured) -> list[Counts]:
     space.prunable,
     space.target,
     space.target,
-    rounding=space.rounding,
+    settings=space.settings,
   )
   left = surgery.widths(space.masks)
   none = np.zeros_like(left["K"])
@@ -189,7 +195,8 @@ def met(space: Space, counts: Counts) -> Counts | None:
       low = middle
   # Between the two scales lies less than a block of every MLP.
   return exact_target.trim(
-    space.full, space.masks, at(low), space.prunable, space.target, rounding
+    *(space.full, space.masks, at(low), space.prunable, space.target),
+    space.settings,
   )
 
 

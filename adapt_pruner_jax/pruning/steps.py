@@ -16,7 +16,7 @@ import numpy as np
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.models.axes import UNITS, Params
 from adapt_pruner_jax.models.model_config import ModelConfig
-from adapt_pruner_jax.pruning import choice, surgery
+from adapt_pruner_jax.pruning import budgets, choice, surgery
 from adapt_pruner_jax.pruning.refit import refit_masked
 from adapt_pruner_jax.pruning.surgery import Kept
 from adapt_pruner_jax.pruning.task import (
@@ -126,14 +126,15 @@ def _next_step(masked: Masked, measured: Measured, allotted: Allotted) -> Step:
 
 
 def _done(method: Method, task: PruneTask, step: Step) -> bool:
-  settings = task.settings
+  settings, width = task.settings, surgery.widths(step.masks)
   if settings.max_steps and step.number >= settings.max_steps:
     return True
   if task.target is None:
     return False
+  left = budgets.of_widths(task.full, width, settings)
   if method.strict and not settings.trim:
-    return step.params < task.target
-  return step.params <= task.target
+    return left < task.target
+  return left <= task.target
 
 
 def _refits(task: PruneTask, step: Step) -> bool:
@@ -164,8 +165,11 @@ def _check_stuck(task: PruneTask, step: Step, last_change: int) -> None:
   """Raises a UserError if steps remove nothing any more."""
   patience = math.ceil(1 / task.settings.step_size) + 1
   if task.target is not None and step.number - last_change >= patience:
+    width = surgery.widths(step.masks)
+    left = budgets.of_widths(task.full, width, task.settings)
+    unit = budgets.UNIT[task.settings.budget]
     raise UserError(
-      f"pruning stopped at {step.params:,} parameters, above the target "
+      f"pruning stopped at {left:,} {unit}, above the target "
       f"{task.target:,}: {patience} steps in a row removed nothing; lower "
       "--config.prune.amplitude or .step_size, or let more layers be pruned "
       "(--config.prune.attention_layers, .mlp_layers)"

@@ -6,9 +6,9 @@ import numpy as np
 
 from adapt_pruner_jax.config import Prune, layer_range
 from adapt_pruner_jax.errors import UserError
-from adapt_pruner_jax.models import model_config
 from adapt_pruner_jax.models.axes import UNITS
 from adapt_pruner_jax.models.model_config import ModelConfig
+from adapt_pruner_jax.pruning import budgets
 from adapt_pruner_jax.pruning.surgery import Masks
 
 
@@ -22,11 +22,13 @@ def prunable_modules(config: ModelConfig, settings: Prune) -> Masks:
     "K": ("prune.attention_layers", settings.attention_layers),
     "F": ("prune.mlp_layers", settings.mlp_layers),
   }
+  cost = budgets.unit_cost(config, settings)
   found = {
     u: np.isin(
       np.arange(config.num_layers), layer_range(text, config.num_layers, name)
     )
     & (np.array(config.units()[u]) > 0)
+    & (cost[u] > 0)  # in a cache, an MLP has no part
     for u, (name, text) in ranges.items()
   }
   if not any(modules.any() for modules in found.values()):
@@ -38,7 +40,7 @@ def prunable_modules(config: ModelConfig, settings: Prune) -> Masks:
 
 
 def smallest(config: ModelConfig, settings: Prune) -> int:
-  """Parameters with one unit (or one block of channels) left in each module."""
+  """The budget with one unit (or one block of channels) left in each module."""
   prunable = prunable_modules(config, settings)
   least = settings.rounding()
   units = {
@@ -48,33 +50,49 @@ def smallest(config: ModelConfig, settings: Prune) -> int:
     )
     for u in UNITS
   }
-  return model_config.count_params(config.with_units(units))
+  return budgets.count(config.with_units(units), settings)
 
 
-def resolve_target(config: ModelConfig, settings: Prune) -> int | None:
-  """Parameters to keep, from `ratio` or `target_params`; None if neither.
+def resolve_target(
+  config: ModelConfig, settings: Prune, original: ModelConfig | None = None
+) -> int | None:
+  """The limit of the budget (parameters, if not another) that `ratio`,
+  `target_params` or `budget_value` sets; None if none of them is given.
+
+  Args:
+    config: of the model to prune.
+    settings: say how far.
+    original: the model before its vocabulary was cut, which counts towards the
+      target; None = this one.
 
   Raises:
     UserError: above the model's size, or below what can be reached.
   """
-  size = model_config.count_params(config)
+  size = budgets.count(original or config, settings)
+  unit = budgets.UNIT[settings.budget]
   if settings.ratio:
     target = math.floor(size * (1 - settings.ratio))
   elif settings.target_params:
     target = settings.target_params
+  elif settings.budget_value:
+    target = math.floor(settings.budget_value)
   else:
     return None
+  name = "budget_value" if settings.budget_value else "target_params"
   if target >= size:
     raise UserError(
-      f"prune.target_params={target:,} is not below the model's {size:,} "
-      "parameters: nothing would be pruned"
+      f"prune.{name}={target:,} is not below the model's {size:,} "
+      f"{unit}: nothing would be pruned"
     )
+  left = budgets.count(config, settings)
+  if target >= left:  # the vocabulary alone
+    return left
   low = smallest(config, settings)
   # SliceGPT narrows the residual stream, and knows its own limit.
   if target < low and settings.method != "slicegpt":
     raise UserError(
-      f"a target of {target:,} parameters cannot be reached: with "
-      f"{settings.round_kv_to} KV group(s) and {settings.round_ffn_to} MLP "
+      f"a target of {target:,} {unit} cannot be reached: with "
+      f"{settings.round_kv_to} KV group(s) and {settings.rounding()['F']} MLP "
       f"channel(s) left in each layer that may be pruned, {low:,} of {size:,} "
       f"remain (prune.ratio={1 - low / size:.4f})"
     )

@@ -83,7 +83,16 @@ def settings_of(name: str, ratio: float, base: Prune) -> Prune:
 
 
 def shared_recipe(config: Config, recover_tokens: int) -> Config:
-  """What all rows share; the work directory's config.json."""
+  """What all rows share; the work directory's config.json.
+
+  Raises:
+    UserError: another budget than parameters.
+  """
+  if config.prune.budget != "params":
+    raise UserError(
+      f"--config.prune.budget={config.prune.budget}: methods are compared at "
+      "equal parameters; leave it out, or use `run`"
+    )
   return dataclasses.replace(
     config,
     prune=dataclasses.replace(
@@ -91,6 +100,7 @@ def shared_recipe(config: Config, recover_tokens: int) -> Config:
       method="adapt",
       ratio=0.0,
       target_params=0,
+      budget_value=0.0,
       max_steps=0,
       stages=1,
       # What +refit means; not "none", so that its calibration is opened.

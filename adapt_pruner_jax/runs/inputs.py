@@ -19,12 +19,12 @@ from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.evaluation import evaluate, perplexity
 from adapt_pruner_jax.evaluation.questions import Questions
 from adapt_pruner_jax.formats.hf import files, load
-from adapt_pruner_jax.models import kernels, model_config
+from adapt_pruner_jax.models import kernels
 from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.model_config import ModelConfig
-from adapt_pruner_jax.pruning import schedule, targets
+from adapt_pruner_jax.pruning import budgets, schedule, targets
 from adapt_pruner_jax.reporting.log import Log
-from adapt_pruner_jax.runs import tiny_model
+from adapt_pruner_jax.runs import tiny_model, vocabulary
 from adapt_pruner_jax.storage import digest
 from adapt_pruner_jax.training.step import check_rows
 
@@ -35,12 +35,17 @@ PARTS, PART_BYTES = 64, 4096  # of a weights file, that its fingerprint reads
 
 @dataclasses.dataclass
 class Inputs:
-  """What a run works with and does not change."""
+  """What a run works with and does not change.
+
+  Attributes:
+    whole: the same with the model as it was before its vocabulary was cut; None
+      = it is not.
+  """
 
   recipe: Config
   path: Path  # the work directory
-  source: Path  # the original model's directory
-  full: ModelConfig  # of the original model
+  source: Path  # the directory of the model to prune
+  full: ModelConfig  # of that model
   target: int | None
   mesh: Mesh
   tokenizer: Tokenizer | None
@@ -48,8 +53,15 @@ class Inputs:
   refit_data: Any  # the same for refits
   rows: packing.TrainData | None
   eval_tokens: np.ndarray | None
+  eval_bytes: int  # of their text
   total_steps: int  # train steps over all stages
   log: Log
+  whole: "Inputs | None" = None
+
+  @property
+  def original(self) -> "Inputs":
+    """Those of the model that the recipe names."""
+    return self.whole or self
 
 
 def open_inputs(recipe: Config, path: Path, log: Log) -> Inputs:
@@ -68,14 +80,22 @@ def open_inputs(recipe: Config, path: Path, log: Log) -> Inputs:
       "one process alone can do; run it without --distributed"
     )
   source = model_path(recipe.model.path, log)
-  full = load.read_config(str(source), recipe.model.ignore_fields)
-  target = targets.resolve_target(full, recipe.prune)
+  whole = full = load.read_config(str(source), recipe.model.ignore_fields)
   targets.prunable_modules(full, recipe.prune)
   _check_lengths(recipe, full)
   log.say(f"attention: {attention_taken(recipe, full, mesh)}")
   tokenizer = None
   if _reads_text(recipe):
     tokenizer = load_tokenizer(source, recipe.data.bos)
+  text = read_eval_text(recipe.eval.text) if recipe.eval.text else ""
+  before = source, full, tokenizer
+  if recipe.vocab.asked():
+    source = vocabulary.cut(recipe, *before, path / "cache", log)
+    full = load.read_config(str(source), recipe.model.ignore_fields)
+    tokenizer = load_tokenizer(source, recipe.data.bos)
+  target = targets.resolve_target(full, recipe.prune, whole)
+  if target is None and not recipe.prune.max_steps:
+    target = budgets.count(full, recipe.prune)  # the vocabulary alone
   calibration, refit_data = pruning_data(
     recipe.calibration,
     recipe.prune.refit != "none",
@@ -86,13 +106,10 @@ def open_inputs(recipe: Config, path: Path, log: Log) -> Inputs:
     log.say,
   )
   rows = open_training(recipe, tokenizer, full, mesh, path, log)
-  eval_tokens = None
-  if recipe.eval.text:
-    eval_tokens = read_eval_text(recipe.eval.text, tokenizer, full.vocab_size)
   if recipe.eval.tasks:
     names = task_names(recipe.eval)
     evaluate.import_harness().check(names, questions(recipe.eval))
-  return Inputs(
+  inputs = Inputs(
     recipe=recipe,
     path=path,
     source=source,
@@ -103,10 +120,17 @@ def open_inputs(recipe: Config, path: Path, log: Log) -> Inputs:
     calibration=calibration,
     refit_data=refit_data,
     rows=rows,
-    eval_tokens=eval_tokens,
+    eval_tokens=_tokens(text, tokenizer, full),
+    eval_bytes=len(text.encode()),
     total_steps=-(-recipe.train.tokens // recipe.data.step_tokens),
     log=log,
   )
+  if not recipe.vocab.asked():
+    return inputs
+  names = dict(zip(("source", "full", "tokenizer"), before, strict=True))
+  tokens = _tokens(text, names["tokenizer"], whole)
+  uncut = dataclasses.replace(inputs, **names, eval_tokens=tokens)
+  return dataclasses.replace(inputs, whole=uncut)
 
 
 def attention_taken(recipe: Config, full: ModelConfig, mesh: Mesh) -> str:
@@ -201,15 +225,20 @@ def model_path(name: str, log: Log) -> Path:
   return tiny_model.base_model(progress=log.say)
 
 
-def read_eval_text(
-  text: str, tokenizer: Tokenizer, vocab_size: int
-) -> np.ndarray:
-  """The tokens of `eval.text`, int32 [N]."""
+def read_eval_text(text: str) -> str:
+  """The text that `eval.text` names."""
   if text == "embedded":
-    content = sources.embedded_text("heldout")
-  else:
-    content = sources.read_text(text)
-  return packing.heldout_tokens(content, tokenizer, vocab_size)
+    return sources.embedded_text("heldout")
+  return sources.read_text(text)
+
+
+def _tokens(
+  text: str, tokenizer: Tokenizer | None, config: ModelConfig
+) -> np.ndarray | None:
+  """The tokens of the evaluation text, int32 [N]; None without one."""
+  if not text:
+    return None
+  return packing.heldout_tokens(text, tokenizer, config.vocab_size)
 
 
 def weight_dtype(inputs: Inputs) -> jnp.dtype:
@@ -220,7 +249,7 @@ def weight_dtype(inputs: Inputs) -> jnp.dtype:
 
 
 def load_model(inputs: Inputs) -> tuple[ModelConfig, Params]:
-  """The original model."""
+  """The model to prune: the original, with the tokens that stay."""
   return load.load(
     str(inputs.source),
     weight_dtype(inputs).name,
@@ -230,18 +259,23 @@ def load_model(inputs: Inputs) -> tuple[ModelConfig, Params]:
 
 
 def teacher_of(inputs: Inputs) -> tuple[ModelConfig, Params] | None:
-  """The original model, where training distils from it."""
+  """The model before any pruning, where training distils from it.
+
+  Of a cut vocabulary it has the rows that stay: a softmax of its logits is the
+  original's distribution over these tokens, renormalised.
+  """
   if not (inputs.recipe.train.distill_alpha and inputs.total_steps):
     return None
   return load_model(inputs)
 
 
 def fingerprints(inputs: Inputs) -> dict[str, str]:
-  """Digests of the original's files and of the first calibration samples.
+  """Digests of the original's files, of the tokens that stay if not all do,
+  and of the first calibration samples.
 
   Of a large weights file only parts are read: another model differs in each.
   """
-  weights, source = hashlib.sha256(), inputs.source
+  weights, source = hashlib.sha256(), inputs.original.source
   paths = [source / files.CONFIG, *sorted(source.glob("*.safetensors"))]
   for path in [source] if source.is_file() else paths:
     size = path.stat().st_size
@@ -251,7 +285,8 @@ def fingerprints(inputs: Inputs) -> dict[str, str]:
         opened.seek(part * size // PARTS)
         weights.update(opened.read(PART_BYTES))
   windows_NT = inputs.calibration.batch(0)
-  return {
+  cut = {"vocab": vocabulary.fingerprint(inputs.source)} if inputs.whole else {}
+  return cut | {
     "model": weights.hexdigest(),
     "calibration": digest.of_bytes(windows_NT),
   }
@@ -261,10 +296,11 @@ def fingerprints(inputs: Inputs) -> dict[str, str]:
 
 
 def stage_target(inputs: Inputs, stage: int) -> int | None:
-  """Parameters at the end of a stage; None if only the steps are given."""
+  """The budget left at the end of a stage; None if only the steps are
+  given."""
   if inputs.target is None:
     return None
-  size = model_config.count_params(inputs.full)
+  size = budgets.count(inputs.full, inputs.recipe.prune)
   stages = inputs.recipe.prune.stages
   return schedule.stage_targets(size, inputs.target, stages)[stage - 1]
 

@@ -1,15 +1,21 @@
 """How good the model of a run is: perplexity, tasks, latency."""
 
+import math
+
 from adapt_pruner_jax.config import task_names
 from adapt_pruner_jax.evaluation import evaluate, latency, perplexity
+from adapt_pruner_jax.models import model_config
 from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.runs.inputs import Inputs, load_model, questions
 
 
 def measure(config: ModelConfig, params: Params, inputs: Inputs) -> dict:
-  """Perplexity per token, and the mean loss, on the evaluation text."""
-  recipe = inputs.recipe.eval
+  """Perplexity per token, and the mean loss, on the evaluation text.
+
+  Bits per byte compare models of different vocabularies.
+  """
+  recipe, begin = inputs.recipe.eval, inputs.tokenizer.begin_id
   found = perplexity.perplexity(
     config,
     params,
@@ -17,9 +23,47 @@ def measure(config: ModelConfig, params: Params, inputs: Inputs) -> dict:
     perplexity.window(inputs.full, recipe.seq_len),
     recipe.batch,
     inputs.mesh,
-    inputs.tokenizer.begin_id,
+    begin,
   )
-  return {"perplexity": found[0], "loss": found[1] / found[2]}
+  tokens = len(inputs.eval_tokens)
+  nats = perplexity.whole_loss(found[1], found[2], tokens, begin)
+  return {
+    "perplexity": found[0],
+    "loss": found[1] / found[2],
+    "bits_per_byte": nats / inputs.eval_bytes / math.log(2),
+  }
+
+
+def measure_original(
+  config: ModelConfig, params: Params, inputs: Inputs
+) -> dict:
+  """Evaluates the original model, to compare with.
+
+  Args:
+    config, params: the model to prune; another than the original if its
+      vocabulary is cut, and then its own result is in "vocab".
+  """
+  recipe, log, original = inputs.recipe, inputs.log, inputs.original
+  found, cut = {}, (config, params)
+  if inputs.whole and (recipe.eval.text or recipe.eval.tasks):
+    config, params = load_model(original)
+  if inputs.eval_tokens is not None:
+    found = measure(config, params, original)
+    log.say(
+      f"{model_config.count_params(config):,} parameters, perplexity "
+      f"{found['perplexity']:.3f}{windows_note(inputs)}"
+    )
+  if recipe.eval.tasks:
+    log.say(f"original: {recipe.eval.tasks}")
+    found["evaluation"] = measure_tasks(config, params, original)
+  if inputs.whole and inputs.eval_tokens is not None:
+    found["vocab"] = measure(*cut, inputs)
+    bits = [x["bits_per_byte"] for x in (found, found["vocab"])]
+    log.say(
+      f"bits per byte: {bits[0]:.4f}, and {bits[1]:.4f} with the tokens that "
+      "stay"
+    )
+  return found
 
 
 def windows_note(inputs: Inputs) -> str:
@@ -44,7 +88,7 @@ def measure_latency(
 ) -> dict:
   """Times of the original and of this model, one after the other here."""
   how = evaluate.lengths(inputs.full) | {"mesh": inputs.mesh}
-  before = latency.measure(*load_model(inputs), **how)
+  before = latency.measure(*load_model(inputs.original), **how)
   after = latency.measure(config, params, **how)
   compared = latency.compare(before, after)
   return {"before": before, "after": after} | compared

@@ -50,6 +50,8 @@ def prune(
     log=log,
   )
   pruned = methods.prune(task)
+  if pruned.config == old[0]:  # the vocabulary alone has met the target
+    return pruned
   if settings.refit != "none":
     inputs.log.say("refitting what is left")
   refitted = methods.refit_after(task, pruned)

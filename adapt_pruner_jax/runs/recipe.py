@@ -121,6 +121,7 @@ def _claim(inputs: Inputs) -> None:
   # An earlier version did not say what it read.
   begun = stored.get("inputs", prints)
   for name, what in (
+    ("vocab", "the corpus of the vocabulary leaves other tokens"),
     ("model", f"--config.model.path={recipe.model.path} has other weights"),
     (
       "calibration",
@@ -128,7 +129,7 @@ def _claim(inputs: Inputs) -> None:
       "tokens",
     ),
   ):
-    if begun.get(name) != prints[name]:
+    if begun.get(name) != prints.get(name):
       raise UserError(
         f"{what} than when the run in {inputs.path} began: give what it began "
         "with, or another --workdir"
@@ -141,7 +142,7 @@ def _says_bos(stored: dict) -> bool:
 
 
 def _remove(inputs: Inputs) -> None:
-  path, source = inputs.path, inputs.source.resolve()
+  path, source = inputs.path, inputs.original.source.resolve()
   if {(path / name).resolve() for name in LEFT} & {source, *source.parents}:
     raise UserError(
       f"--config.model.path={inputs.recipe.model.path} is among what "

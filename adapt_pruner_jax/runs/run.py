@@ -27,11 +27,11 @@ from adapt_pruner_jax.formats import convert, dtypes
 from adapt_pruner_jax.models import flops, layer, model_config
 from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.model_config import ModelConfig
-from adapt_pruner_jax.pruning import methods, surgery
+from adapt_pruner_jax.pruning import budgets, methods, surgery
 from adapt_pruner_jax.pruning.task import Pruned, Step
 from adapt_pruner_jax.reporting.html import report
 from adapt_pruner_jax.reporting.log import Log
-from adapt_pruner_jax.runs import prune_once
+from adapt_pruner_jax.runs import prune_once, vocabulary
 from adapt_pruner_jax.runs.inputs import (
   Inputs,
   open_inputs,
@@ -42,6 +42,7 @@ from adapt_pruner_jax.runs.inputs import (
 from adapt_pruner_jax.runs.measure import (
   measure,
   measure_latency,
+  measure_original,
   measure_tasks,
   windows_note,
 )
@@ -118,7 +119,7 @@ def _run(inputs: Inputs, stopping: dict, anew: bool) -> dict:
     state = resume(inputs, checkpoints)
     if state is None:
       state = begin(inputs)
-      measure_original(state, inputs)
+      state.before = measure_original(state.config, state.params, inputs)
     tidy(state, inputs)
     earlier = state.seconds
 
@@ -144,22 +145,6 @@ def _run(inputs: Inputs, stopping: dict, anew: bool) -> dict:
       state.stage, state.pruned = state.stage + 1, False
     stop_if_asked()
     return finish(state, inputs, earlier + time.monotonic() - begun)
-
-
-def measure_original(state: State, inputs: Inputs) -> None:
-  """Evaluates the original model, to compare with."""
-  recipe, log = inputs.recipe, inputs.log
-  if inputs.eval_tokens is not None:
-    state.before = measure(state.config, state.params, inputs)
-    log.say(
-      f"{model_config.count_params(state.config):,} parameters, perplexity "
-      f"{state.before['perplexity']:.3f}{windows_note(inputs)}"
-    )
-  if recipe.eval.tasks:
-    log.say(f"original: {recipe.eval.tasks}")
-    state.before["evaluation"] = measure_tasks(
-      state.config, state.params, inputs
-    )
 
 
 def tidy(state: State, inputs: Inputs) -> None:
@@ -190,11 +175,12 @@ def prune(
   refits_before = (state.stage - 1) * MATRICES * inputs.full.num_layers
   log.rewind("refit", refits_before)
   title = f"stage {state.stage} of {settings.stages}: pruning"
-  size = model_config.count_params(state.config)
+  size = budgets.count(state.config, settings)
+  counted = budgets.UNIT[settings.budget]
   aim = f" to {target:,}" if target else ""
-  log.say(f"{title} {size:,} parameters{aim} ({settings.method})")
+  log.say(f"{title} {size:,} {counted}{aim} ({settings.method})")
   total = size - target if target else settings.max_steps
-  unit = "parameters" if target else "steps"
+  unit = counted if target else "steps"
   with log.phase(title, total, unit) as phase:
 
     def note(record: dict, step: Step) -> None:
@@ -204,7 +190,9 @@ def prune(
         json_files.append_line(inputs.path / "trace.jsonl", record)
       write_pruning(step, steps, state, inputs)
       params, loss = record["params"], record["loss"]
-      done = size - params if target else record["step"]
+      width = surgery.widths(step.masks)
+      left = budgets.of_widths(inputs.full, width, settings)
+      done = size - left if target else record["step"]
       phase.update(done, params=params, target=target, loss=loss)
       values = {k: record[k] for k in ("stage", "loss", "params")}
       log.metrics("prune", first + len(steps), values)
@@ -388,11 +376,12 @@ def finish(state: State, inputs: Inputs, seconds: float) -> dict:
     overwrite=True,
     facts=summary,
   )
-  summary |= disk_sizes(inputs.source, path / "model")
+  summary |= disk_sizes(inputs.original.source, path / "model")
   if agreement.is_writer():
     layers = zip(state.kept["K"], state.kept["F"], strict=True)
     kept = [{"kv_groups": k.tolist(), "ffn": f.tolist()} for k, f in layers]
-    json_files.write_json(path / "kept.json", {"layers": kept})
+    tokens = {"vocab": vocabulary.kept(inputs.source)} if inputs.whole else {}
+    json_files.write_json(path / "kept.json", {"layers": kept} | tokens)
     json_files.rewrite_lines(path / "trace.jsonl", state.trace)
     json_files.write_json(path / "summary.json", summary)
     report.write(path)

@@ -12,6 +12,7 @@ from adapt_pruner_jax.config import Config
 from adapt_pruner_jax.distributed import agreement
 from adapt_pruner_jax.evaluation import evaluate, latency
 from adapt_pruner_jax.models import model_config
+from adapt_pruner_jax.pruning import budgets
 from adapt_pruner_jax.reporting.html import report
 from adapt_pruner_jax.reporting.log import Log
 from adapt_pruner_jax.runs.inputs import Inputs
@@ -28,8 +29,8 @@ def summarise(
     seconds: of all processes that worked on this run.
     times: what `measure_latency` gives, if it was asked for.
   """
-  full, new = inputs.full, state.config
-  after = state.stages[-1]
+  full, new = inputs.original.full, state.config
+  after, settings = state.stages[-1], inputs.recipe.prune
   evaluations = [x.get("evaluation") for x in (state.before, after)]
   tasks = [x and evaluate.scores(x) for x in evaluations]
   tokens = state.step * inputs.recipe.data.step_tokens
@@ -38,9 +39,16 @@ def summarise(
     "model": inputs.recipe.model.path,
     "params_before": model_config.count_params(full),
     "params_after": model_config.count_params(new),
-    "target_params": inputs.target,
+    "target_params": inputs.target if settings.budget == "params" else None,
+    "budget": settings.budget,
+    "budget_target": inputs.target,
+    "budget_before": budgets.count(full, settings),
+    "budget_after": budgets.count(new, settings),
     "perplexity_before": state.before.get("perplexity"),
     "perplexity_after": after.get("perplexity"),
+    "bits_per_byte_before": state.before.get("bits_per_byte"),
+    "bits_per_byte_after": after.get("bits_per_byte"),
+    "vocab": _vocabulary(state, inputs),
     "bos": inputs.recipe.data.bos,
     # What windows and rows of text start with; null = nothing.
     "begin_token": inputs.tokenizer and inputs.tokenizer.begin_token,
@@ -62,6 +70,19 @@ def summarise(
     "refit": inputs.recipe.prune.refit,
     "versions": versions(),
     "hardware": hardware(),
+  }
+
+
+def _vocabulary(state: State, inputs: Inputs) -> dict | None:
+  """What was cut of the vocabulary, and what it alone cost; None = nothing."""
+  if inputs.whole is None:
+    return None
+  cut = state.before.get("vocab", {})
+  return {
+    "tokens_before": inputs.whole.full.vocab_size,
+    "tokens_after": inputs.full.vocab_size,
+    "params_after": model_config.count_params(inputs.full),
+    "bits_per_byte_after": cut.get("bits_per_byte"),
   }
 
 
@@ -102,14 +123,28 @@ def tell(summary: dict, path: Path, log: Log) -> None:
     "Layers", ("layer", "KV groups", "MLP channels", "MLP removed"), rows
   )
   before, after = summary["params_before"], summary["params_after"]
-  rows = [
+  rows = []
+  if summary.get("budget", "params") != "params":
+    low, high = summary["budget_before"], summary["budget_after"]
+    change = f"{high / low - 1:+.1%}"
+    rows.append(
+      (budgets.UNIT[summary["budget"]], f"{low:,}", f"{high:,}", change)
+    )
+  rows += [
     ("parameters", f"{before:,}", f"{after:,}", f"{after / before - 1:+.1%}")
   ]
   if "bytes_before" in summary:  # one by an earlier version has none
     low, high = summary["bytes_before"], summary["bytes_after"]
     change = f"{high / low - 1:+.1%}" if low else ""
     rows.append(("on disk", in_bytes(low), in_bytes(high), change))
-  if summary["perplexity_after"] is not None:
+  if vocab := summary.get("vocab"):
+    tokens = vocab["tokens_before"], vocab["tokens_after"]
+    change = f"{tokens[1] / tokens[0] - 1:+.1%}"
+    rows.append(("tokens", f"{tokens[0]:,}", f"{tokens[1]:,}", change))
+    if summary["perplexity_after"] is not None:
+      names = ("bits_per_byte_before", "bits_per_byte_after")
+      rows.append(_change("bits per byte", *(summary[n] for n in names)))
+  elif summary["perplexity_after"] is not None:
     low, high = summary["perplexity_before"], summary["perplexity_after"]
     start = summary.get("begin_token")  # an older run has none
     name = f"perplexity, windows from {start}" if start else "perplexity"

@@ -89,7 +89,7 @@ def size_after(full, counts):
 def test_trim_ends_just_below_the_target(case):
   full, prunable, counts, target, round_to = case
   masks = surgery.to_masks(surgery.everything(full), full)
-  rounding = {"K": 1, "F": round_to}
+  rounding = Prune(round_ffn_to=round_to)
   got = exact_target.trim(full, masks, counts, prunable, target, rounding)
   size = size_after(full, got)
   if size_after(full, counts) > target or target >= model_config.count_params(

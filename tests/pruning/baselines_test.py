@@ -481,7 +481,8 @@ def test_any_target_is_met_within_a_channel(kind, round_to):
       counts_at = llm_pruner.everywhere(task, masks, scores)
     else:
       counts_at = flap.counter(task, masks, scores)
-    size, rounding = model_config.count_params(full), {"K": 1, "F": round_to}
+    size = model_config.count_params(full)
+    rounding = Prune(round_ffn_to=round_to)
     for target in range(size // 2, size, size // 29):
       left = exact_target.solve(
         full, masks, scores, counts_at, prunable, target, rounding

@@ -244,7 +244,8 @@ def test_widths_become_multiples():
   scores["F"][0] = 0
   masks = whole()
   masks["F"][0, :3] = False  # 21 left
-  found = choose(scores, 6 * CHANNEL, masks=masks, rounding={"K": 1, "F": 8})
+  eights = Prune(round_ffn_to=8)
+  found = choose(scores, 6 * CHANNEL, masks=masks, settings=eights)
   assert found["F"] == [5 + 8, 0]
 
 

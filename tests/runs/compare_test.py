@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from adapt_pruner_jax.config import CHOICES, Config
-from adapt_pruner_jax.data import calibration
+from adapt_pruner_jax.data import calibration, packing
 from adapt_pruner_jax.data.tokenizer import load_tokenizer
 from adapt_pruner_jax.distributed import sharding
 from adapt_pruner_jax.errors import StoppedError, UserError
@@ -113,7 +113,8 @@ def test_rows_equal_what_the_parts_give(finished, recipe):
   windows = calibration.calibration_data(
     recipe.calibration, tokenizer, config.vocab_size, 0
   )
-  text = read_eval_text(recipe.eval.text, tokenizer, config.vocab_size)
+  text = read_eval_text(recipe.eval.text)
+  text = packing.heldout_tokens(text, tokenizer, config.vocab_size)
   row = by_key(found)["adapt", 0.4]
   settings = dataclasses.replace(recipe.prune, ratio=0.4)
   target = targets.resolve_target(config, settings)

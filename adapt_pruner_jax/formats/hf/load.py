@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 
 from adapt_pruner_jax.distributed import sharding
 from adapt_pruner_jax.errors import UserError, first_line
-from adapt_pruner_jax.formats.hf import config_json, tensors
+from adapt_pruner_jax.formats.hf import config_json, cut_vocabulary, tensors
 from adapt_pruner_jax.formats.hf.families import OUTER
 from adapt_pruner_jax.formats.hf.files import (
   CONFIG,
@@ -196,9 +196,13 @@ def stored(
   from adapt_pruner_jax.formats.gguf import directory as gguf_directory
 
   # Some indices list a tied matrix twice, and some files have it twice.
-  checkpoint = gguf_directory.checkpoint(folder, config) or Checkpoint(
-    folder, absent=(OUTER["lm_head"],) * config.tied
-  )
+  absent = (OUTER["lm_head"],) * config.tied
+  original = cut_vocabulary.source_of(folder) or folder
+  whole = config if original == folder else None
+  checkpoint = gguf_directory.checkpoint(original, whole)
+  checkpoint = checkpoint or Checkpoint(original, absent)
+  if original != folder:
+    checkpoint = cut_vocabulary.Checkpoint(folder, checkpoint)
   check_tensors(checkpoint, config, repeats)
   params: Params = {}
   for (layer, name), place in tensors.places(config, repeats).items():
