@@ -1,7 +1,12 @@
-"""How good the model of a run is: perplexity, tasks, latency."""
+"""How good the model of a run is: perplexity, answers, tasks, latency."""
 
 from adapt_pruner_jax.config import task_names
-from adapt_pruner_jax.evaluation import evaluate, latency, perplexity
+from adapt_pruner_jax.evaluation import (
+  answer_agreement,
+  evaluate,
+  latency,
+  perplexity,
+)
 from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.runs.inputs import Inputs, load_model, questions
@@ -20,6 +25,21 @@ def measure(config: ModelConfig, params: Params, inputs: Inputs) -> dict:
     inputs.tokenizer.begin_id,
   )
   return {"perplexity": found[0], "loss": found[1] / found[2]}
+
+
+def measure_answers(
+  config: ModelConfig, params: Params, inputs: Inputs
+) -> dict:
+  """How like the dense model it answers, if `eval.answers` asks; else {}."""
+  if inputs.answers is None:
+    return {}
+  return answer_agreement.answer_agreement(
+    load_model(inputs),
+    (config, params),
+    inputs.answers,
+    inputs.recipe.eval.batch,
+    inputs.mesh,
+  )
 
 
 def windows_note(inputs: Inputs) -> str:
