@@ -42,6 +42,16 @@ def measure_answers(
   )
 
 
+def answers_note(result: dict) -> str:
+  """Says what `measure_answers` has found, behind a comma."""
+  if "answer_kl" not in result:
+    return ""
+  return (
+    f", {result['answer_agreement']:.1%} of the dense model's tokens alike "
+    f"(KL {result['answer_kl']:.3f})"
+  )
+
+
 def windows_note(inputs: Inputs) -> str:
   """Says after a perplexity what its windows start with, in brackets."""
   found = perplexity.windows_start(inputs.tokenizer, "--config.data.bos")

@@ -40,6 +40,7 @@ from adapt_pruner_jax.runs.inputs import (
   teacher_of,
 )
 from adapt_pruner_jax.runs.measure import (
+  answers_note,
   measure,
   measure_answers,
   measure_latency,
@@ -352,11 +353,7 @@ def stage_result(state: State, inputs: Inputs) -> dict:
   quality = ""
   if "perplexity" in result:
     quality = f", perplexity {result['perplexity']:.3f}{windows_note(inputs)}"
-  if "answer_kl" in result:
-    quality += (
-      f", {result['answer_agreement']:.1%} of the dense model's answers alike "
-      f"(KL {result['answer_kl']:.3f})"
-    )
+  quality += answers_note(result)
   log.say(
     f"stage {state.stage} of {recipe.prune.stages} done: "
     f"{result['params']:,} parameters{quality}"

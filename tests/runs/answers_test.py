@@ -16,7 +16,8 @@ from adapt_pruner_jax.evaluation import answer_agreement, answers
 from adapt_pruner_jax.formats.hf import load
 from adapt_pruner_jax.models.decoder import Decoder
 from adapt_pruner_jax.runs import answers as run_answers
-from tests import small
+from adapt_pruner_jax.runs import run
+from tests import small, small_runs
 
 TEMPLATE = (
   "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
@@ -180,3 +181,32 @@ def test_our_prompts_and_held_out_ones(opened, chat_model, tmp_path):
     run_answers.check(
       *(recipe, config, chat_model, tokenizer), lambda: ("x",), tmp_path
     )
+
+
+@pytest.mark.slow
+def test_a_run_learns_and_is_measured_on_answers(
+  opened, chat_model, tmp_path, monkeypatch
+):
+  config, params, tokenizer = opened
+  # Half of all tokens end an answer, so that a random model does stop.
+  eos = list(range(0, config.vocab_size, 2))
+  settings = json.dumps({"eos_token_id": eos})
+  (chat_model / "generation_config.json").write_text(settings)
+  recipe = small_runs.recipe(chat_model, stages=1, tokens=1024)
+  file = tmp_path / "prompts.jsonl"
+  rows = [json.dumps({"prompt": f"Why {i}?"}) for i in range(40)]
+  file.write_text("\n".join(rows))
+  how = f"self:{file},max_new_tokens=16"
+  recipe.data.source = recipe.eval.answers = how
+  recipe.calibration.source = f"{how},loss=all"
+  recipe.eval.text = ""
+  summary = run.run(recipe, tmp_path / "run")
+  assert 0 < summary["answer_kl"] < 100
+  assert 0 <= summary["answer_agreement"] <= 1
+  kept = list((tmp_path / "run" / "cache").glob("answers-*.jsonl"))
+  assert len(kept) == 2
+  assert "KL to the original" in (tmp_path / "run/report.html").read_text()
+  # The second time nothing is answered.
+  monkeypatch.setattr(answers, "write", None)
+  again = run.run(recipe, tmp_path / "run", overwrite=True)
+  assert again["answer_kl"] == summary["answer_kl"]
