@@ -248,7 +248,8 @@ class Vocab(Section):
 @dataclasses.dataclass
 class Calibration(Section):
   # embedded | text:FILE | jsonl:FILE | parquet:FILE | hf:NAME | tfds:NAME, or
-  # several with weights (docs/data.md), or npy:FILE
+  # self:PROMPTS.jsonl (the dense model's own answers), or several with weights
+  # (docs/data.md), or npy:FILE
   source: str = "embedded"
   samples: int = 512  # sequences, fresh ones for each step
   seq_len: int = 64
@@ -300,6 +301,9 @@ class Mesh(Section):
 @dataclasses.dataclass
 class Eval(Section):
   text: str = ""  # a text file for the perplexity, "embedded"; empty = none
+  # Prompts whose answers by the dense model the result is compared on, token by
+  # token: self (ours), self:PROMPTS.jsonl; empty = none.
+  answers: str = ""
   tasks: str = ""  # presets and lm-eval's tasks, comma separated; empty = none
   tasks_dir: str = ""  # jsonl files of the questions; empty = the network
   trust_tasks_dir: bool = False  # the folder's YAML may run its Python

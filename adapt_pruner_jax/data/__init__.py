@@ -7,6 +7,7 @@ for those who bring the data.
 
   sources        what a source is, and the documents in it
   files          text, JSON lines, parquet, packed, in folders, by pattern
+  prompts        what a dense model is asked, of a file or of ours
   rows           the forms that a row may have, as a text or a chat
   chat_template  a chat as text, and where in it the assistant speaks
   tokenizer      text or a chat to token ids

@@ -25,6 +25,7 @@ TURNS = ("messages", "conversations")
 QUESTIONS = ("instruction", "question", "query", "prompt", "input")
 ANSWERS = ("output", "response", "answer", "completion")
 SYSTEMS = ("system", "system_prompt")
+PROMPT_FIELDS = ("prompt", "messages", "system", "system_prompt", "tools")
 SAID = {"role": "content", "from": "value"}  # fields of a turn
 ALLOWED = (
   "text, messages, conversations, instruction and output, or prompt and "
@@ -72,6 +73,7 @@ class Document(NamedTuple):
   tools: list[dict] | None = None  # JSON schemas of functions
   # (prompt, answer) as text, for a model without a chat template.
   plain: tuple[str, str] | None = None
+  tokens: list[int] | None = None  # as they are; `prompt` counts tokens then
 
 
 def to_document(
@@ -109,6 +111,66 @@ def to_document(
   if pair is None:
     raise _no_field(where, row, "")
   return _of_pair(where, row, *pair)
+
+
+def to_prompt(where: str, row: Any) -> tuple[list[dict], list[dict] | None]:
+  """Reads a prompt that a model is to answer: its messages, and its tools.
+
+  Args:
+    where: the row's file and line, for messages.
+    row: {"prompt": str} or {"messages": [...]}, and perhaps system and tools;
+      what the assistant says last is left out, it is to be said anew.
+
+  Raises:
+    UserError: the row has neither, other fields too, or nobody asks anything.
+  """
+  allowed = '{"prompt": "..."} or {"messages": [{"role": ..., "content": ...}]}'
+  if not isinstance(row, Mapping):
+    raise UserError(f"{where} is not an object; write {allowed}")
+  row = {key: value for key, value in row.items() if value is not None}
+  if ("prompt" in row) == ("messages" in row):
+    raise UserError(
+      f"{where} must have one of prompt and messages; it has "
+      f"{', '.join(map(str, row)) or 'nothing'}; write {allowed}"
+    )
+  others = [key for key in row if key not in PROMPT_FIELDS]
+  if others:
+    raise UserError(
+      f"{where} has {others[0]!r}, which a prompt has not; write {allowed}, "
+      "with system and tools where they are needed"
+    )
+  if "prompt" in row:
+    asked = _text(f"{where}: prompt", row["prompt"])
+    messages = [{"role": "user", "content": asked}]
+  elif isinstance(row["messages"], list):
+    messages = _turns(f"{where}: messages", row["messages"])
+  else:
+    raise UserError(f"{where}: messages is not a list; write {allowed}")
+  while messages and messages[-1]["role"] == "assistant":
+    messages.pop()
+  if not messages or not str(messages[-1].get("content", "")).strip():
+    raise UserError(f"{where} asks nothing: the prompt is empty")
+  return _with_system(where, row, messages), _tools(where, row)
+
+
+def to_answer(where: str, row: Any) -> Document:
+  """Reads a row of a file that `evaluation/answers.py` writes.
+
+  Raises:
+    UserError: it is not such a row.
+  """
+  names = ("prompt_tokens", "answer_tokens", "messages")
+  if not isinstance(row, Mapping) or any(
+    not isinstance(row.get(name), list) for name in names
+  ):
+    raise UserError(
+      f"{where} is no answer of a dense model, with {', '.join(names)}; "
+      "self:FILE has prompts answered"
+    )
+  prompt, answer = row["prompt_tokens"], row["answer_tokens"]
+  if not all(type(token) is int for token in (*prompt, *answer)):
+    raise UserError(f"{where}: a token is not a whole number")
+  return Document(where, row["messages"], len(prompt), tokens=prompt + answer)
 
 
 def without_null(value: Any) -> Any:

@@ -19,6 +19,11 @@ Options (which kind has which: `OPTIONS`):
   column  the field with the text or the turns; default: by the row's fields
   loss    all (default) or assistant: train on what the assistant says, or on
           the completion of a prompt, only
+
+`self:PROMPTS.jsonl` is prompts that the dense model answers itself, and `self`
+those that ship with this package (`prompts.py`). Its options are of how it
+answers (`Answering`), and split: train (default) leaves one prompt of five to
+heldout. A run has the answers written first, and then reads `answers:FILE`.
 """
 
 import dataclasses
@@ -27,12 +32,17 @@ import itertools
 import os
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from adapt_pruner_jax.data import files
-from adapt_pruner_jax.data.rows import Document, to_document, without_null
+from adapt_pruner_jax.data.rows import (
+  Document,
+  to_answer,
+  to_document,
+  without_null,
+)
 from adapt_pruner_jax.errors import UserError, first_line, nearest
 
 OPTIONS = {
@@ -42,12 +52,29 @@ OPTIONS = {
   "parquet": ("column", "loss", "limit", "weight"),
   "hf": ("subset", "split", "column", "loss", "limit", "weight"),
   "tfds": ("split", "column", "limit", "weight"),
+  "self": (
+    *("max_new_tokens", "temperature", "top_p", "seed", "batch"),
+    *("split", "loss", "limit", "weight"),
+  ),
+  "answers": ("loss", "limit", "weight"),
   "npy": (),
 }
-FILE_KINDS = ("text", "jsonl", "parquet")
+FILE_KINDS = ("text", "jsonl", "parquet", "answers")
+WRITTEN = ("self", "answers")  # by the dense model
 SEPARATOR = "<|endoftext|>"  # a line of its own between documents of a text
 # A longer document is cut at the end of a line, so that memory stays bounded.
 LONGEST_DOCUMENT = 1 << 22  # bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Answering:
+  """Says how the dense model answers prompts."""
+
+  max_new_tokens: int = 512  # an answer is cut there
+  temperature: float = 0.0  # 0 = the likeliest token
+  top_p: float = 1.0  # only among the likeliest that hold this probability
+  seed: int = 0
+  batch: int = 32  # prompts at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +89,7 @@ class Source:
   subset: str = ""
   column: str = ""
   loss: str = "all"
+  answering: Answering | None = None  # of `self`
 
   def __str__(self) -> str:
     return f"{self.kind}:{self.name}" if self.name else self.kind
@@ -72,7 +100,8 @@ def parse_sources(spec: str, option: str) -> list[Source]:
 
   Args:
     spec: one or more sources, see the top of this file.
-    option: name of the configuration field, for messages.
+    option: name of the configuration field, for messages; in `eval.answers`
+      prompts are the held-out ones if nothing else is said.
 
   Raises:
     UserError: an unknown kind or option, a value out of range, or npy mixed.
@@ -82,12 +111,13 @@ def parse_sources(spec: str, option: str) -> list[Source]:
     key, found, value = part.partition("=")
     kind, _, name = part.partition(":")
     if kind in OPTIONS:
-      sources.append(Source(kind, os.path.expanduser(name)))
+      sources.append(_of_kind(kind, os.path.expanduser(name), option))
     elif not sources:
       raise UserError(
         f"--config.{option}={spec}: {kind!r} is not a kind of source"
         f"{nearest(kind, OPTIONS)}; write embedded, text:FILE, jsonl:FILE, "
-        "parquet:FILE, hf:NAME, tfds:NAME or, for calibration, npy:FILE"
+        "parquet:FILE, hf:NAME, tfds:NAME, self:PROMPTS.jsonl or, for "
+        "calibration, npy:FILE"
       )
     elif found and re.fullmatch(r"\w+", key):
       sources[-1] = _with_option(sources[-1], key, value, option)
@@ -96,12 +126,37 @@ def parse_sources(spec: str, option: str) -> list[Source]:
         sources[-1], name=f"{sources[-1].name},{part}"
       )
   for source in sources:
+    if source.kind == "self":  # with a file or without
+      continue
     if bool(source.name) == (source.kind == "embedded"):
       want = "embedded" if source.name else f"{source.kind}:NAME"
       raise UserError(f"--config.{option}={spec}: {source} should be {want}")
   if len(sources) > 1 and any(s.kind == "npy" for s in sources):
     raise UserError(f"--config.{option}={spec}: npy:FILE cannot be mixed")
   return sources
+
+
+def to_spec(sources: Sequence[Source]) -> str:
+  """Writes sources as `parse_sources` reads them; not those of `self`."""
+  parts = []
+  for source in sources:
+    parts.append(str(source))
+    default = _of_kind(source.kind, source.name, "")
+    for key in OPTIONS[source.kind]:
+      if getattr(source, key) != getattr(default, key):
+        parts.append(f"{key}={getattr(source, key)}")
+  return ",".join(parts)
+
+
+def _of_kind(kind: str, name: str, option: str) -> Source:
+  """A source before its options are read."""
+  source = Source(kind, name)
+  if kind in WRITTEN:
+    source = dataclasses.replace(source, loss="assistant")
+  if kind == "self":
+    split = "heldout" if option == "eval.answers" else "train"
+    source = dataclasses.replace(source, split=split, answering=Answering())
+  return source
 
 
 def _with_option(source: Source, key: str, text: str, option: str) -> Source:
@@ -112,6 +167,9 @@ def _with_option(source: Source, key: str, text: str, option: str) -> Source:
       f"{where} has no option {key!r}{nearest(key, allowed)}; allowed: "
       f"{', '.join(allowed) or 'none'}"
     )
+  if key in Answering.__dataclass_fields__:
+    answering = _answering(source.answering, key, text, where)
+    return dataclasses.replace(source, answering=answering)
   value = text
   try:
     if key == "weight":
@@ -127,11 +185,32 @@ def _with_option(source: Source, key: str, text: str, option: str) -> Source:
   choices = {"loss": ("all", "assistant")}
   if source.kind == "embedded":
     choices["split"] = ("train", "heldout")
+  if source.kind == "self":
+    choices["split"] = ("train", "heldout", "all")
   if text not in choices.get(key, (text,)):
     raise UserError(
       f"{where}: {key}={text} is not one of {', '.join(choices[key])}"
     )
   return dataclasses.replace(source, **{key: value})
+
+
+def _answering(how: Answering, key: str, text: str, where: str) -> Answering:
+  """`how` with one field set."""
+  lowest = {"temperature": 0.0, "seed": 0, "max_new_tokens": 1, "batch": 1}
+  kind = float if key in ("temperature", "top_p") else int
+  try:
+    value = kind(text)
+    low = lowest.get(key, 0)
+    fits = 0 < value <= 1 if key == "top_p" else low <= value < 2**31
+    if not fits:  # also NaN
+      raise ValueError
+  except ValueError as error:
+    allowed = "in (0, 1]" if key == "top_p" else f"of at least {lowest[key]}"
+    whole = "whole " if kind is int else ""
+    raise UserError(
+      f"{where}: {key}={text} is not a {whole}number {allowed}"
+    ) from error
+  return dataclasses.replace(how, **{key: value})
 
 
 def read_documents(source: Source) -> Iterator[Document]:
@@ -147,6 +226,8 @@ def read_documents(source: Source) -> Iterator[Document]:
     "parquet": _rows,
     "hf": _hf,
     "tfds": _tfds,
+    "self": _unanswered,
+    "answers": _answers,
   }[source.kind]
   documents = (d for d in reader(source) if not _is_blank(d))
   empty = True
@@ -213,6 +294,20 @@ def _rows(source: Source) -> Iterator[Document]:
     for where, row in rows:
       row = without_null(row) if packed else row
       yield to_document(where, row, source.column, source.loss)
+
+
+def _unanswered(source: Source) -> Iterator[Document]:
+  raise UserError(
+    f"{source} is prompts, which only `adapt-pruner run` has answered: give "
+    "the file of answers that it keeps in its work directory, answers:FILE"
+  )
+
+
+def _answers(source: Source) -> Iterator[Document]:
+  """Prompts with the dense model's answers, token by token."""
+  for path in files.files_of(source.kind, source.name):
+    for where, row in files.json_rows(path):
+      yield to_answer(where, row)
 
 
 def _hf(source: Source) -> Iterator[Document]:

@@ -172,10 +172,14 @@ def _encoded(
   group: Sequence[Document], tokenizer: Tokenizer, loss: str
 ) -> list[Encoded]:
   """Token ids of documents; with loss=assistant also which are to be learnt."""
-  laid_out = [_laid_out(document, tokenizer, loss) for document in group]
-  found: list[Encoded | None] = [None] * len(group)
+  found: list[Encoded | None] = [_given(document, loss) for document in group]
+  laid_out = {
+    i: _laid_out(document, tokenizer, loss)
+    for i, document in enumerate(group)
+    if document.tokens is None
+  }
   for chat in (False, True):
-    mine = [i for i, text in enumerate(laid_out) if text[2] == chat]
+    mine = [i for i, text in laid_out.items() if text[2] == chat]
     texts = [laid_out[i][0] for i in mine]
     if loss == "assistant":
       spans = [laid_out[i][1] for i in mine]
@@ -187,6 +191,14 @@ def _encoded(
     for i, (ids, said) in zip(mine, encoded, strict=True):
       found[i] = _framed(ids, said, tokenizer, closed=not chat)
   return found
+
+
+def _given(document: Document, loss: str) -> Encoded | None:
+  """The tokens of a document that brings its own."""
+  if document.tokens is None:
+    return None
+  said = np.arange(len(document.tokens)) >= document.prompt
+  return document.tokens, said if loss == "assistant" else None
 
 
 def _laid_out(
@@ -237,6 +249,7 @@ def _cache_key(source: Source, tokenizer: Tokenizer) -> dict:
     paths = sorted(Path(source.name).rglob("*"))
   stats = [(str(p), p.stat()) for p in paths if p.is_file()]
   key = dataclasses.asdict(dataclasses.replace(source, weight=1.0))
+  del key["answering"]  # what it led to is in the file
   if source.kind == "embedded":
     key["python"] = sys.version_info[:2]  # each has its own manual
   return key | {

@@ -24,6 +24,15 @@ def all_agree(ok: bool) -> bool:
   return bool(np.all(multihost_utils.process_allgather(np.array(ok))))
 
 
+def from_writer(value: np.ndarray) -> np.ndarray:
+  """An array as process 0 has it; all have to call it, with one shape."""
+  if jax.process_count() == 1:
+    return value
+  from jax.experimental import multihost_utils
+
+  return np.asarray(multihost_utils.broadcast_one_to_all(value))
+
+
 def on_writer(action: Callable[[], Any]) -> Any:
   """What `action` returns on process 0, where alone it is called; else None.
 

@@ -29,7 +29,7 @@ from adapt_pruner_jax.reporting.log import Log
 from adapt_pruner_jax.runs import compare_methods, compare_table, prune_once
 from adapt_pruner_jax.runs.inputs import Inputs, load_model, open_inputs
 from adapt_pruner_jax.runs.measure import measure as measure_text
-from adapt_pruner_jax.runs.measure import measure_tasks
+from adapt_pruner_jax.runs.measure import measure_answers, measure_tasks
 from adapt_pruner_jax.runs.recipe import claim, is_anew
 from adapt_pruner_jax.runs.summary import hardware, versions
 from adapt_pruner_jax.storage import json_files, lock
@@ -322,6 +322,7 @@ def measure(config: ModelConfig, params: Params, inputs: Inputs) -> dict:
   found = {}
   if inputs.eval_tokens is not None:
     found |= measure_text(config, params, inputs)
+  found |= measure_answers(config, params, inputs)
   if inputs.recipe.eval.tasks:
     found["evaluation"] = measure_tasks(config, params, inputs)
   return found

@@ -15,7 +15,7 @@ from adapt_pruner_jax.data import packing, sources
 from adapt_pruner_jax.data.calibration import pruning_data
 from adapt_pruner_jax.data.tokenizer import Tokenizer, load_tokenizer
 from adapt_pruner_jax.distributed import agreement, sharding
-from adapt_pruner_jax.errors import UserError
+from adapt_pruner_jax.errors import StoppedError, UserError
 from adapt_pruner_jax.evaluation import evaluate, perplexity
 from adapt_pruner_jax.evaluation.questions import Questions
 from adapt_pruner_jax.formats.hf import files, load
@@ -24,7 +24,7 @@ from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.pruning import budgets, schedule, targets
 from adapt_pruner_jax.reporting.log import Log
-from adapt_pruner_jax.runs import tiny_model, vocabulary
+from adapt_pruner_jax.runs import answers, tiny_model, vocabulary
 from adapt_pruner_jax.storage import digest
 from adapt_pruner_jax.training.step import check_rows
 
@@ -54,6 +54,7 @@ class Inputs:
   rows: packing.TrainData | None
   eval_tokens: np.ndarray | None
   eval_bytes: int  # of their text
+  answers: list[dict] | None  # of the dense model, held out
   total_steps: int  # train steps over all stages
   log: Log
   whole: "Inputs | None" = None
@@ -64,14 +65,20 @@ class Inputs:
     return self.whole or self
 
 
-def open_inputs(recipe: Config, path: Path, log: Log) -> Inputs:
+def open_inputs(
+  recipe: Config, path: Path, log: Log, stopping: dict | None = None
+) -> Inputs:
   """Opens everything that a run reads, so that bad input shows at once.
+
+  What the dense model is to write itself is written when all else is checked.
 
   Args:
     path: the work directory; the texts' tokens are kept in its `cache`.
+    stopping: from `stop_signals`.
 
   Raises:
     UserError: something cannot be read, or does not fit the model.
+    StoppedError: asked to stop while the dense model writes.
   """
   mesh = sharding.make_mesh(**dataclasses.asdict(recipe.mesh))
   if recipe.prune.method == "slicegpt" and jax.process_count() > 1:
@@ -88,6 +95,10 @@ def open_inputs(recipe: Config, path: Path, log: Log) -> Inputs:
   if _reads_text(recipe):
     tokenizer = load_tokenizer(source, recipe.data.bos)
   text = read_eval_text(recipe.eval.text) if recipe.eval.text else ""
+  if recipe.eval.tasks:
+    names = task_names(recipe.eval)
+    evaluate.import_harness().check(names, questions(recipe.eval))
+  asked = _answered(recipe, full, source, tokenizer, mesh, path, log, stopping)
   before = source, full, tokenizer
   if recipe.vocab.asked():
     source = vocabulary.cut(recipe, *before, path / "cache", log)
@@ -97,7 +108,10 @@ def open_inputs(recipe: Config, path: Path, log: Log) -> Inputs:
   if target is None and not recipe.prune.max_steps:
     target = budgets.count(full, recipe.prune)  # the vocabulary alone
   calibration, refit_data = pruning_data(
-    recipe.calibration,
+    dataclasses.replace(
+      recipe.calibration,
+      source=asked.spec("calibration.source", recipe.calibration.source),
+    ),
     recipe.prune.refit != "none",
     tokenizer,
     full.vocab_size,
@@ -105,10 +119,12 @@ def open_inputs(recipe: Config, path: Path, log: Log) -> Inputs:
     path / "cache",
     log.say,
   )
-  rows = open_training(recipe, tokenizer, full, mesh, path, log)
-  if recipe.eval.tasks:
-    names = task_names(recipe.eval)
-    evaluate.import_harness().check(names, questions(recipe.eval))
+  learnt = dataclasses.replace(
+    recipe.data, source=asked.spec("data.source", recipe.data.source)
+  )
+  rows = open_training(
+    dataclasses.replace(recipe, data=learnt), tokenizer, full, mesh, path, log
+  )
   inputs = Inputs(
     recipe=recipe,
     path=path,
@@ -122,6 +138,7 @@ def open_inputs(recipe: Config, path: Path, log: Log) -> Inputs:
     rows=rows,
     eval_tokens=_tokens(text, tokenizer, full),
     eval_bytes=len(text.encode()),
+    answers=asked.held_out(),
     total_steps=-(-recipe.train.tokens // recipe.data.step_tokens),
     log=log,
   )
@@ -153,6 +170,43 @@ def attention_taken(recipe: Config, full: ModelConfig, mesh: Mesh) -> str:
   return ", ".join(found)
 
 
+def _answered(
+  recipe: Config,
+  full: ModelConfig,
+  source: Path,
+  tokenizer: Tokenizer | None,
+  mesh: Mesh,
+  path: Path,
+  log: Log,
+  stopping: dict | None,
+) -> answers.Asked:
+  """The dense model's own answers, if the recipe asks for any: all written."""
+
+  def stop_if_asked() -> None:
+    asked = stopping is not None and stopping["asked"]
+    if not agreement.all_agree(not asked):
+      raise StoppedError(f"stopped; the same command continues {path}")
+
+  dtype = _weight_dtype(recipe)
+  asked = answers.check(
+    *(recipe, full, source, tokenizer),
+    model=lambda: (weights_fingerprint(source), dtype),
+    folder=path / "cache",
+  )
+  if asked.requests and recipe.vocab.asked():
+    raise UserError(
+      "a vocabulary that is cut (--config.vocab) and answers of the dense "
+      "model (self) do not go together: cut it in a run of its own first"
+    )
+  if asked.requests and recipe.train.tokens:
+    check_rows(recipe.data.batch, recipe.train.accumulation, mesh)
+  load_dense = lambda: load.load(
+    str(source), dtype, mesh, recipe.model.ignore_fields
+  )
+  answers.write(asked, load_dense, mesh, log, stop_if_asked)
+  return asked
+
+
 def questions(recipe: Eval) -> Questions:
   """How a recipe asks its tasks."""
   return Questions(recipe.tasks_dir, recipe.trust_tasks_dir)
@@ -161,7 +215,11 @@ def questions(recipe: Eval) -> Questions:
 def _reads_text(recipe: Config) -> bool:
   given = recipe.calibration.source.startswith("npy:")  # token ids
   return bool(
-    not given or recipe.train.tokens or recipe.eval.text or recipe.eval.tasks
+    not given
+    or recipe.train.tokens
+    or recipe.eval.text
+    or recipe.eval.answers
+    or recipe.eval.tasks
   )
 
 
@@ -243,9 +301,11 @@ def _tokens(
 
 def weight_dtype(inputs: Inputs) -> jnp.dtype:
   """Of the weights: where they are trained, float32 whatever is computed in."""
-  return jnp.dtype(
-    "float32" if inputs.total_steps else inputs.recipe.model.dtype or "float32"
-  )
+  return jnp.dtype(_weight_dtype(inputs.recipe))
+
+
+def _weight_dtype(recipe: Config) -> str:
+  return "float32" if recipe.train.tokens else recipe.model.dtype or "float32"
 
 
 def load_model(inputs: Inputs) -> tuple[ModelConfig, Params]:
@@ -271,11 +331,21 @@ def teacher_of(inputs: Inputs) -> tuple[ModelConfig, Params] | None:
 
 def fingerprints(inputs: Inputs) -> dict[str, str]:
   """Digests of the original's files, of the tokens that stay if not all do,
-  and of the first calibration samples.
+  and of the first calibration samples."""
+  windows_NT = inputs.calibration.batch(0)
+  cut = {"vocab": vocabulary.fingerprint(inputs.source)} if inputs.whole else {}
+  return cut | {
+    "model": weights_fingerprint(inputs.original.source),
+    "calibration": digest.of_bytes(windows_NT),
+  }
+
+
+def weights_fingerprint(source: Path) -> str:
+  """Digest of a model's files.
 
   Of a large weights file only parts are read: another model differs in each.
   """
-  weights, source = hashlib.sha256(), inputs.original.source
+  weights = hashlib.sha256()
   paths = [source / files.CONFIG, *sorted(source.glob("*.safetensors"))]
   for path in [source] if source.is_file() else paths:
     size = path.stat().st_size
@@ -284,12 +354,7 @@ def fingerprints(inputs: Inputs) -> dict[str, str]:
       for part in range(PARTS):
         opened.seek(part * size // PARTS)
         weights.update(opened.read(PART_BYTES))
-  windows_NT = inputs.calibration.batch(0)
-  cut = {"vocab": vocabulary.fingerprint(inputs.source)} if inputs.whole else {}
-  return cut | {
-    "model": weights.hexdigest(),
-    "calibration": digest.of_bytes(windows_NT),
-  }
+  return weights.hexdigest()
 
 
 # ---- What a stage ends at ----------------------------------------------------

@@ -1,9 +1,14 @@
-"""How good the model of a run is: perplexity, tasks, latency."""
+"""How good the model of a run is: perplexity, answers, tasks, latency."""
 
 import math
 
 from adapt_pruner_jax.config import task_names
-from adapt_pruner_jax.evaluation import evaluate, latency, perplexity
+from adapt_pruner_jax.evaluation import (
+  answer_agreement,
+  evaluate,
+  latency,
+  perplexity,
+)
 from adapt_pruner_jax.models import model_config
 from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.model_config import ModelConfig
@@ -64,6 +69,31 @@ def measure_original(
       "stay"
     )
   return found
+
+
+def measure_answers(
+  config: ModelConfig, params: Params, inputs: Inputs
+) -> dict:
+  """How like the dense model it answers, if `eval.answers` asks; else {}."""
+  if inputs.answers is None:
+    return {}
+  return answer_agreement.answer_agreement(
+    load_model(inputs),
+    (config, params),
+    inputs.answers,
+    inputs.recipe.eval.batch,
+    inputs.mesh,
+  )
+
+
+def answers_note(result: dict) -> str:
+  """Says what `measure_answers` has found, behind a comma."""
+  if "answer_kl" not in result:
+    return ""
+  return (
+    f", {result['answer_agreement']:.1%} of the dense model's tokens alike "
+    f"(KL {result['answer_kl']:.3f})"
+  )
 
 
 def windows_note(inputs: Inputs) -> str:

@@ -40,7 +40,9 @@ from adapt_pruner_jax.runs.inputs import (
   teacher_of,
 )
 from adapt_pruner_jax.runs.measure import (
+  answers_note,
   measure,
+  measure_answers,
   measure_latency,
   measure_original,
   measure_tasks,
@@ -99,7 +101,8 @@ def run(recipe: Config, path: Path, overwrite: bool = False) -> dict:
         report.write(path)  # the run was killed just before
     else:
       with stop_signals() as stopping:
-        summary = _run(open_inputs(recipe, path, log), stopping, anew)
+        inputs = open_inputs(recipe, path, log, stopping)
+        summary = _run(inputs, stopping, anew)
     tell(summary, path, log)
   if recipe.oneshot_control and recipe.prune.stages > 1:
     at_once = dataclasses.replace(recipe.prune, stages=1)
@@ -331,12 +334,14 @@ def stage_result(state: State, inputs: Inputs) -> dict:
   }
   if inputs.eval_tokens is not None:
     result |= measure(state.config, state.params, inputs)
+  result |= measure_answers(state.config, state.params, inputs)
   # A row's step is the stage here; `step`, of training, would overwrite it.
   row = {k: v for k, v in result.items() if k != "step"}
   log.metrics("eval", state.stage, row | {"train_step": state.step})
   quality = ""
   if "perplexity" in result:
     quality = f", perplexity {result['perplexity']:.3f}{windows_note(inputs)}"
+  quality += answers_note(result)
   log.say(
     f"stage {state.stage} of {recipe.prune.stages} done: "
     f"{result['params']:,} parameters{quality}"

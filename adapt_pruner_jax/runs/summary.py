@@ -49,6 +49,9 @@ def summarise(
     "bits_per_byte_before": state.before.get("bits_per_byte"),
     "bits_per_byte_after": after.get("bits_per_byte"),
     "vocab": _vocabulary(state, inputs),
+    # On the dense model's own answers, see `answer_agreement`.
+    "answer_agreement": after.get("answer_agreement"),
+    "answer_kl": after.get("answer_kl"),
     "bos": inputs.recipe.data.bos,
     # What windows and rows of text start with; null = nothing.
     "begin_token": inputs.tokenizer and inputs.tokenizer.begin_token,
@@ -149,6 +152,10 @@ def tell(summary: dict, path: Path, log: Log) -> None:
     start = summary.get("begin_token")  # an older run has none
     name = f"perplexity, windows from {start}" if start else "perplexity"
     rows.append(_change(name, low, high))
+  if summary.get("answer_kl") is not None:  # of the dense model: itself
+    alike = summary["answer_agreement"]
+    rows.append(_change("the dense model's next token, share", 1.0, alike))
+    rows.append(_change("KL to it, nats a token", 0.0, summary["answer_kl"]))
   for name, low in (summary["tasks_before"] or {}).items():
     rows.append(_change(name, low, summary["tasks_after"][name]))
   if times := summary["latency"]:

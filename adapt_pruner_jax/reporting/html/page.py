@@ -163,6 +163,11 @@ def quality(found: Found) -> str:
   points = found["perplexity"]
   if len(points) > 1 and points[0][0] == 0:
     rows.append(_change("perplexity", points[0][1], points[-1][1]))
+  if summary.get("answer_kl") is not None:  # the original is like itself
+    alike = as_number(summary["answer_agreement"])
+    rows.append(_change("the original's next token, share", 1.0, alike))
+    kl = as_number(summary["answer_kl"])
+    rows.append(_change("KL to the original, nats a token", 0.0, kl))
   low = summary.get("tasks_before") or {}
   high = summary.get("tasks_after") or {}
   if set(low) & set(high):
