@@ -42,19 +42,19 @@ FIELDS = """
   prune.max_steps prune.amplitude prune.allotment prune.group_importance
   prune.layer_importance
   prune.attention_layers prune.mlp_layers prune.gqa_fold prune.trim
-  prune.round_ffn_to prune.round_kv_to prune.refit prune.refit_ridge
+  prune.round_ffn_to prune.round_kv_to prune.attention
+  prune.refit prune.refit_ridge
   prune.refit_all prune.refit_passes prune.refit_rate
   prune.ranking.step_size prune.ranking.cap prune.uniform.steps
   prune.search.steps prune.search.evaluations prune.search.tokens
   prune.llm_pruner.ranking prune.flap.metric prune.flap.structure
-  prune.slicegpt.multiple prune.slicegpt.subtract_mean prune.magnitude.norm
-  prune.minitron.depth
+  prune.slicegpt.multiple prune.slicegpt.subtract_mean prune.minitron.depth
+  prune.magnitude.norm
   calibration.source calibration.samples calibration.seq_len calibration.batch
   calibration.refit_samples
   data.source data.seq_len data.batch data.bos
   train.tokens train.learning_rate train.min_learning_rate train.schedule
-  prune.attention train.attention
-  train.data_share train.weight_decay train.dtype train.remat
+  train.data_share train.weight_decay train.dtype train.attention train.remat
   train.accumulation train.carry_moments train.distill_alpha train.lora_rank
   train.lora_alpha train.skip_nonfinite
   mesh.data mesh.fsdp mesh.tensor
