@@ -1,11 +1,14 @@
 """Minitron against its definition, from the activations of each sequence."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from adapt_pruner_jax.config import Minitron, Prune
+from adapt_pruner_jax.config import Config, Minitron, Prune, check
+from adapt_pruner_jax.distributed import sharding
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.models import axes, model_config
 from adapt_pruner_jax.models.decoder import Decoder
@@ -121,3 +124,56 @@ def test_layers_go_by_the_loss_without_them(params):
 def test_bad_depths(params, depth, ratio, message):
   with pytest.raises(UserError, match=message):
     methods.prune(task_of(params, depth, ratio))
+
+
+@pytest.mark.slow
+def test_a_masked_model_on_many_devices(params):
+  """Rows that only pad count for nothing."""
+  mesh = sharding.make_mesh(devices=jax.devices()[:8])
+  task = dataclasses.replace(task_of(params), mesh=mesh, batch=8)
+  masked = begun(task)
+  masked.masks["K"][0, 1] = masked.masks["F"][2, 5] = False
+  _, fed = forward(params, masked.masks)
+  found = minitron.unit_scores(masked, TOKENS_NT)
+  for i, layer in enumerate(fed):
+    want_F = np.sqrt((np.abs(layer["F"]).mean(1) ** 2).sum(0))
+    np.testing.assert_allclose(found["F"][i], want_F, rtol=1e-4)
+  losses_L = minitron.losses_without(masked, TOKENS_NT)
+  for i in range(3):
+    masks = {u: m.copy() for u, m in masked.masks.items()}
+    masks["K"][i] = masks["F"][i] = False
+    assert losses_L[i] == pytest.approx(forward(params, masks)[0], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_a_second_prune_drops_no_more_layers(params):
+  one = methods.prune(task_of(params, depth=1, ratio=0.4))
+  again = dataclasses.replace(
+    task_of(one.params, depth=1, ratio=0.5),
+    config=one.config,
+    full=CONFIG,
+    kept=one.kept,
+  )
+  two = methods.prune(again)
+  gone = [[w == 0 for w in p.config.ffn_widths] for p in (one, two)]
+  assert gone[0] == gone[1]
+  assert sum(gone[0]) == 1
+
+
+def test_refusals(params):
+  deep = task_of(params, depth=1)
+  spared = dataclasses.replace(
+    deep.settings, mlp_layers="0:0", attention_layers="0:1"
+  )
+  with pytest.raises(UserError, match="only 0 layers may be dropped"):
+    methods.prune(dataclasses.replace(deep, settings=spared))
+  with pytest.raises(UserError, match="cannot reach 10 "):
+    methods.prune(dataclasses.replace(task_of(params), target=10))
+  recipe = Config(prune=Prune(method="minitron", ratio=0.2))
+  check(recipe)
+  recipe.prune.minitron.depth = -1
+  with pytest.raises(UserError, match=r"prune\.minitron\.depth=-1 must be"):
+    check(recipe)
+  recipe.prune.minitron.depth, recipe.prune.allotment = 0, "adapt"
+  with pytest.raises(UserError, match="scores and allotment are one"):
+    check(recipe)
