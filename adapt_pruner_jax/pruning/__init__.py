@@ -18,6 +18,7 @@ surgery         kept units, masks, and the gather of arrays
 refit           least squares on what is left
 refit_loss      then a distillation on the same windows
 least_squares   how a refit is solved, layer by layer
-linear_algebra  factors and solves of Gram matrices
+linear_algebra  inverses and solves of Gram matrices
+elimination     the same on many devices, by a program that compiles
 baselines       other people's methods
 """

@@ -130,7 +130,8 @@ def _grams(tokens: jax.Array, mesh: Mesh) -> backward.Visitor:
     live = jnp.sum(mask_U) * (weight_CD.shape[0] // mask_U.shape[0])
     ridge = jnp.where(tokens >= ENOUGH * live, WEAK, STRONG)
     gram_CC = gram_CC / tokens
-    return unit_scores(gram_CC, hessian_DD, weight_CD, ridge, len(mask_U))
+    units = len(mask_U)
+    return unit_scores(gram_CC, hessian_DD, weight_CD, ridge, units, mesh)
 
   return backward.Visitor(start, add, finish)
 
@@ -141,6 +142,7 @@ def unit_scores(
   weight_CD: jax.Array,
   ridge: jax.Array,
   units: int,
+  mesh: Mesh | None = None,
 ) -> jax.Array:
   """trace(B_JJ^-1 W_J H W_J^T) of each unit, [units], float32.
 
@@ -149,22 +151,22 @@ def unit_scores(
     hessian_DD: H of its output, summed over tokens.
     weight_CD: W; the rows of a unit follow one another.
     ridge: in units of G's median diagonal.
+    units: how many there are.
+    mesh: where G is inverted, which decides how (`linear_algebra`).
   """
   C = weight_CD.shape[0]
   J = C // units
-  lower_CC, scale_C = linear_algebra.factor(gram_CC, ridge)
-  # B = scale^-1 (L L^T)^-1 scale^-1, so that B_JJ^-1 is scaled the other way.
-  inverse_CC = jax.scipy.linalg.cho_solve((lower_CC, True), jnp.eye(C))
+  scaled_CC, scale_C = linear_algebra.scaled(gram_CC, ridge)
+  # B = scale^-1 A^-1 scale^-1, so that B_JJ^-1 is scaled the other way.
+  inverse_UJJ = linear_algebra.inverse_blocks(scaled_CC, J, mesh)
   scaled_CD = weight_CD.astype(jnp.float32) * scale_C[:, None]
   right_CD = linear_algebra.product("cd,de->ce", scaled_CD, hessian_DD)
   if J == 1:
     energy_C = jnp.sum(right_CD * scaled_CD, axis=-1)
-    return energy_C / jnp.diagonal(inverse_CC)
+    return energy_C / inverse_UJJ[:, 0, 0]
   split = lambda x: x.reshape(units, J, -1)
   curvature_UJJ = linear_algebra.product(
     "ujd,uid->uji", split(right_CD), split(scaled_CD)
   )
-  index = jnp.arange(units)
-  inverse_UJJ = inverse_CC.reshape(units, J, units, J)[index, :, index]
-  solved = jnp.linalg.solve(inverse_UJJ, curvature_UJJ)
+  solved = linear_algebra.solve_blocks(inverse_UJJ, curvature_UJJ, mesh)
   return jnp.trace(solved, axis1=1, axis2=2)

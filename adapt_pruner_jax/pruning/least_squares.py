@@ -142,7 +142,7 @@ def _refit(
   """
   equations = _sum(_normal_equations, task, parts, z, u, fit)
   old = {n: parts.layer[n] for n in task.names}
-  new = solve(*equations, old, np.float32(ridge))
+  new = solve(*equations, old, np.float32(ridge), mesh=task.mesh)
   changed = dataclasses.replace(parts, layer=parts.layer | new)
   before = jax.device_get(_sum(_energies, task, parts, z, u, held))
   after = jax.device_get(_sum(_energies, task, changed, z, u, held))
@@ -312,8 +312,8 @@ def _fed(config, name, layer, place, x_BTD):
   return read(unit, config, layer, place, inputs, x_BTD)[0]
 
 
-@jax.jit
-def solve(gram_CC, moments, weights, ridge):
+@partial(jax.jit, static_argnames="mesh")
+def solve(gram_CC, moments, weights, ridge, *, mesh=None):
   """Weights whose change solves the normal equations, in their dtype.
 
   Args:
@@ -321,13 +321,13 @@ def solve(gram_CC, moments, weights, ridge):
     moments: {name: [C, outputs]}, of the input with what each matrix lacks.
     weights: {name: weight}, as they are now.
     ridge: in units of the Gram matrix's median diagonal.
+    mesh: where it is solved, which decides how (`linear_algebra`).
   """
-  lower_CC, scale_C = linear_algebra.factor(gram_CC, ridge)
+  changes = linear_algebra.solve(gram_CC, ridge, moments, mesh)
+
   new = {}
   for n, weight in weights.items():
-    change = linear_algebra.solve(lower_CC, scale_C, moments[n]).reshape(
-      weight.shape
-    )
+    change = changes[n].reshape(weight.shape)
     new[n] = (weight.astype(jnp.float32) + change).astype(weight.dtype)
   return new
 

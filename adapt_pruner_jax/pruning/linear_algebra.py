@@ -1,16 +1,21 @@
-"""Gram matrices: products at full precision, factors with a ridge, solves.
+"""Gram matrices: products at full precision, ridges, inverses, solves.
 
 `curvature` and `least_squares` look at a model this way: as matrices, each with
 the Gram matrix of its inputs.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.scipy.linalg import cho_solve
+from jax.sharding import Mesh
 
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.models import axes
 from adapt_pruner_jax.models.model_config import ModelConfig
+from adapt_pruner_jax.pruning import elimination
 
 LEAST = 1e-5  # ridge of a channel over its energy, for float32
 
@@ -55,14 +60,14 @@ def product(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
   )
 
 
-def factor(gram_CC: jax.Array, ridge: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Cholesky factor of a Gram matrix with its ridge, scaled: (L, scale_C).
+def scaled(gram_CC: jax.Array, ridge: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """A Gram matrix with its ridge, scaled to a unit diagonal: (A, scale_C).
 
-  gram + ridge * (median of its diagonal) * I = diag(scale) L L^T diag(scale),
-  L L^T with a unit diagonal. The median, because in large models a few channels
-  are a thousand times larger than the rest; these get a ridge of LEAST times
-  their own energy, without which float32 could not tell them apart. Channels
-  that are always zero do not count in the median; they have scale 1.
+  gram + ridge * (median of its diagonal) * I = diag(scale) A diag(scale). The
+  median, because in large models a few channels are a thousand times larger
+  than the rest; these get a ridge of LEAST times their own energy, without
+  which float32 could not tell them apart. Channels that are always zero do not
+  count in the median; they have scale 1.
   """
   diagonal_C = jnp.diagonal(gram_CC)
   live_C = diagonal_C > 0
@@ -70,14 +75,67 @@ def factor(gram_CC: jax.Array, ridge: jax.Array) -> tuple[jax.Array, jax.Array]:
   ridge_C = jnp.maximum(ridge * median, LEAST * diagonal_C)
   scale_C = jnp.where(live_C, jnp.sqrt(diagonal_C + ridge_C), 1)
   scaled_CC = gram_CC / scale_C[:, None] / scale_C[None]
-  scaled_CC = jnp.fill_diagonal(scaled_CC, 1.0, inplace=False)
-  return jnp.linalg.cholesky(scaled_CC), scale_C
+  return jnp.fill_diagonal(scaled_CC, 1.0, inplace=False), scale_C
+
+
+def inverse_blocks(
+  scaled_CC: jax.Array, width: int, mesh: Mesh | None = None
+) -> jax.Array:
+  """Blocks on the diagonal of the inverse, [C // width, width, width].
+
+  Args:
+    scaled_CC: from `scaled`.
+    width: of a block.
+    mesh: where it is computed, which decides how (`elimination.wanted`).
+  """
+  if elimination.wanted(mesh):
+    return elimination.inverse_blocks(scaled_CC, width, mesh)
+  C = len(scaled_CC)
+  lower_CC = jnp.linalg.cholesky(scaled_CC)
+  inverse_CC = cho_solve((lower_CC, True), jnp.eye(C))
+  if width == 1:
+    return jnp.diagonal(inverse_CC)[:, None, None]
+  index = jnp.arange(C // width)
+  blocks = inverse_CC.reshape(C // width, width, C // width, width)
+  return blocks[index, :, index]
+
+
+def solve_blocks(
+  left_UJJ: jax.Array, right_UJJ: jax.Array, mesh: Mesh | None = None
+) -> jax.Array:
+  """Solves many small positive definite systems, [U, J, J].
+
+  Args:
+    left_UJJ: the matrices, as `inverse_blocks` gives them.
+    right_UJJ: right-hand sides.
+    mesh: where it is computed, which decides how (`elimination.wanted`).
+  """
+  if not elimination.wanted(mesh):
+    return jnp.linalg.solve(left_UJJ, right_UJJ)
+  inverse_UJJ = jax.vmap(elimination.inverse)(left_UJJ)
+  times = partial(product, "uij,ujk->uik")
+  found_UJJ = times(inverse_UJJ, right_UJJ)
+  return found_UJJ + times(inverse_UJJ, right_UJJ - times(left_UJJ, found_UJJ))
 
 
 def solve(
-  lower_CC: jax.Array, scale_C: jax.Array, right_CE: jax.Array
-) -> jax.Array:
-  """Solves with what `factor` returns, [C, E]."""
-  scaled_CE = right_CE / scale_C[:, None]
-  solved_CE = jax.scipy.linalg.cho_solve((lower_CC, True), scaled_CE)
-  return solved_CE / scale_C[:, None]
+  gram_CC: jax.Array,
+  ridge: jax.Array,
+  rights: dict[str, jax.Array],
+  mesh: Mesh | None = None,
+) -> dict[str, jax.Array]:
+  """(gram + its ridge)^-1 right of each right-hand side, [C, E].
+
+  Args:
+    gram_CC, ridge: as `scaled`'s.
+    rights: what is solved for; the matrix is factored once.
+    mesh: where it is computed, which decides how (`elimination.wanted`).
+  """
+  scaled_CC, scale_C = scaled(gram_CC, ridge)
+  rights = {n: right_CE / scale_C[:, None] for n, right_CE in rights.items()}
+  if elimination.wanted(mesh):
+    found = elimination.solve(scaled_CC, rights, mesh)
+  else:
+    factor = jnp.linalg.cholesky(scaled_CC), True
+    found = {n: cho_solve(factor, right) for n, right in rights.items()}
+  return {n: found_CE / scale_C[:, None] for n, found_CE in found.items()}

@@ -321,15 +321,17 @@ def test_massive_activations_do_not_drown_the_rest():
   assert error(after, 0) < 1e-4 * np.linalg.norm(z[:, 0])
 
 
+def solved(gram, ridge, right):
+  gram, right = (jnp.asarray(x, jnp.float32) for x in (gram, right))
+  return linear_algebra.solve(gram, ridge, {"W": right})["W"]
+
+
 def test_a_massive_channel_does_not_set_the_ridge():
   rng = np.random.default_rng(5)
   x = rng.normal(size=(400, 6))
   x[:, 0] *= 1e4
   gram, right = x.T @ x, x.T @ (x[:, 1:] @ rng.normal(size=(5, 2)))
-  found = linear_algebra.solve(
-    *linear_algebra.factor(jnp.asarray(gram, jnp.float32), 0.1),
-    jnp.asarray(right, jnp.float32),
-  )
+  found = solved(gram, 0.1, right)
   exact = np.linalg.solve(
     gram + 0.1 * np.median(np.diag(gram)) * np.eye(6), right
   )
@@ -345,17 +347,14 @@ def test_massive_channels_that_say_the_same_are_no_obstacle():
   x = rng.normal(size=(400, 6))
   x[::8, 1:3] = 1e5 * x[::8, :1]
   y = x[:, 3:] @ rng.normal(size=(3, 2))
-  gram, right = jnp.asarray(x.T @ x), jnp.asarray(x.T @ y)
-  found = linear_algebra.solve(*linear_algebra.factor(gram, 1e-3), right)
+  found = solved(x.T @ x, 1e-3, x.T @ y)
   error = lambda W: np.linalg.norm((x @ W - y)[np.arange(400) % 8 > 0])
   assert error(np.asarray(found)) < 0.01 * error(np.zeros((6, 2)))
 
 
 def test_channels_that_are_always_zero_stay_zero():
   gram = jnp.zeros((3, 3)).at[1, 1].set(4.0)
-  found = linear_algebra.solve(
-    *linear_algebra.factor(gram, 0.5), jnp.array([[0.0], [3.0], [0.0]])
-  )
+  found = solved(gram, 0.5, [[0.0], [3.0], [0.0]])
   np.testing.assert_allclose(found, [[0], [0.5], [0]], rtol=1e-6)
 
 
