@@ -33,7 +33,7 @@ from configs import oneshot
 
 DENSE, SCRATCH = compare_methods.DENSE, compare_methods.SCRATCH
 WINDOW = 1024  # tokens of an evaluation's window
-WINDOWS = 16  # of a text
+WINDOWS = 8  # of a text
 LONG_WINDOWS = 4  # of the model's context
 BUCKETS = 16  # of positions, each of as many
 SEQ_LEN, BATCH = 128, 32  # of calibration
@@ -185,7 +185,7 @@ class Bench:
     recipe = oneshot.get_config()
     if cell.method == "default":
       recipe.prune.ratio = cell.ratio
-    else:
+    elif cell.method != SCRATCH:
       recipe.prune = compare_methods.settings_of(
         cell.method, cell.ratio, Prune()
       )
