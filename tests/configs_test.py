@@ -43,8 +43,9 @@ FIELDS = """
   prune.layer_importance
   prune.attention_layers prune.mlp_layers prune.gqa_fold prune.trim
   prune.round_ffn_to prune.round_kv_to prune.refit prune.refit_ridge
-  prune.refit_all
+  prune.refit_all prune.refit_passes prune.refit_rate
   prune.ranking.step_size prune.ranking.cap prune.uniform.steps
+  prune.search.steps prune.search.evaluations prune.search.tokens
   prune.llm_pruner.ranking prune.flap.metric prune.flap.structure
   prune.slicegpt.multiple prune.slicegpt.subtract_mean prune.magnitude.norm
   calibration.source calibration.samples calibration.seq_len calibration.batch

@@ -21,8 +21,13 @@ AT_LEAST = {
   "prune.round_ffn_to": 1,
   "prune.round_kv_to": 1,
   "prune.uniform.steps": 1,
+  "prune.search.steps": 1,
+  "prune.search.evaluations": 1,
+  "prune.search.tokens": 2,
   "prune.slicegpt.multiple": 1,
   "prune.refit_ridge": 0,
+  "prune.refit_passes": 0,
+  "prune.refit_rate": 0,
   "calibration.refit_samples": 2,
   "calibration.samples": 1,
   "calibration.seq_len": 2,
@@ -84,6 +89,7 @@ def check(config: Config) -> None:
     if not 0 < get(config, name) <= 1:
       raise UserError(f"{name}={get(config, name)} must be in (0, 1]")
   _check_parts(config.prune)
+  _check_search(config)
 
 
 def _check_target(p: Prune) -> None:
@@ -120,6 +126,11 @@ def _check_parts(p: Prune) -> None:
       f"--config.prune.refit={p.refit} is not none, final, or a number of "
       "pruning steps (such as 2) after which to refit"
     )
+  if p.refit_passes and p.refit == "none":
+    raise UserError(
+      f"--config.prune.refit_passes={p.refit_passes} follows a refit: give "
+      "--config.prune.refit=final with it"
+    )
   for name in ("allotment", "group_importance"):
     if getattr(p, name) and p.method in WHOLE:
       raise UserError(
@@ -127,6 +138,20 @@ def _check_parts(p: Prune) -> None:
         f"--config.prune.method={p.method}, whose scores and allotment are one "
         "thing: leave it out, or give --config.prune.method=adapt"
       )
+
+
+def _check_search(config: Config) -> None:
+  """Whether a step has the tokens that candidates are tried on."""
+  given = config.calibration.samples * config.calibration.seq_len
+  tokens = config.prune.search.tokens
+  searches = config.prune.pair()[0] == "search"
+  # A file of given samples says itself how many there are.
+  if searches and tokens > given and "npy:" not in config.calibration.source:
+    raise UserError(
+      f"--config.prune.search.tokens={tokens} is more than the {given} "
+      "calibration tokens of a step: lower it, or give more "
+      "--config.calibration.samples"
+    )
 
 
 def layer_range(text: str, num_layers: int, name: str) -> range:

@@ -39,10 +39,11 @@ CHOICES = {
     "l2",
     "random",
     "curvature",
+    "fisher",
     "fluctuation",
     "",
   ),
-  "prune.allotment": ("adapt", "uniform", "ranking", ""),
+  "prune.allotment": ("adapt", "uniform", "ranking", "search", ""),
   "prune.layer_importance": ("cosine", "euclidean", "manhattan"),
   "prune.gqa_fold": ("aligned", "reference"),
   "prune.llm_pruner.ranking": ("layer", "global"),
@@ -121,6 +122,15 @@ class Uniform(Section):
 
 
 @dataclasses.dataclass
+class Search(Section):
+  """The counts of modules that diverge least from the dense model."""
+
+  steps: int = 1  # scores are taken anew for each
+  evaluations: int = 100  # candidates a step
+  tokens: int = 2048  # of the step's calibration that each is tried on
+
+
+@dataclasses.dataclass
 class LlmPruner(Section):
   ranking: str = "layer"  # units compete in their layer, or "global"
 
@@ -170,9 +180,13 @@ class Prune(Section):
   refit: str = "none"
   refit_ridge: float = 0.0  # 0 = by the number of tokens
   refit_all: bool = False  # all seven matrices, not just o and down
+  # Then passes over the same windows that lower the loss, by all weights.
+  refit_passes: int = 0
+  refit_rate: float = 3e-4  # the highest learning rate of these
   # Of single allotments and methods; the defaults are the published ones.
   ranking: Ranking = dataclasses.field(default_factory=Ranking)
   uniform: Uniform = dataclasses.field(default_factory=Uniform)
+  search: Search = dataclasses.field(default_factory=Search)
   llm_pruner: LlmPruner = dataclasses.field(default_factory=LlmPruner)
   flap: Flap = dataclasses.field(default_factory=Flap)
   slicegpt: SliceGpt = dataclasses.field(default_factory=SliceGpt)

@@ -124,28 +124,36 @@ def prune_steps(
     return max(math.ceil(share / settings.step_size - 1e-9), 1)
   if allotment in ("uniform", "llm_pruner"):
     return settings.uniform.steps
-  return 1
+  return settings.search.steps if allotment == "search" else 1
 
 
 def scoring_flops(config: ModelConfig, recipe: Config) -> float:
   """Counts the FLOPs of one pruning step, always at the original's size.
 
+  A search runs each candidate forward, and the dense output matrix beside it.
+
   With gradients a layer runs forward twice and backward once, the output
-  matrix forward once and backward for its input. Curvature goes backward to
-  activations only, and has Gram matrices.
+  matrix forward once and backward for its input. Curvature and Fisher go
+  backward to activations only, and curvature has Gram matrices.
   """
   layer, head = flops_.forward_flops(config, recipe.calibration.seq_len)
   each = 4 * layer + 2 * head
-  _, score = recipe.prune.pair()
+  allotment, score = recipe.prune.pair()
   if score == "curvature":
     heads = [
       K * config.queries_per_group * config.head_dim for K in config.kv_groups
     ]
     grams = [n**2 + config.hidden_size**2 for n in (*heads, *config.ffn_widths)]
     each = 3 * layer + 2 * head + 2 * sum(grams)
+  elif score == "fisher":
+    each = 3 * layer + 2 * head
   elif not score.startswith("taylor"):
     each = layer + head
-  return recipe.calibration.samples * recipe.calibration.seq_len * each
+  total = recipe.calibration.samples * recipe.calibration.seq_len * each
+  if allotment == "search":
+    tried = recipe.prune.search
+    total += tried.evaluations * tried.tokens * (layer + 2 * head)
+  return total
 
 
 def training_flops(

@@ -73,7 +73,7 @@ def _measure(
   if config.train.tokens:
     check_rows(config.data.batch, config.train.accumulation, mesh)
   found = {}
-  if config.prune.pair()[1] in (*KINDS, "curvature"):
+  if config.prune.pair()[1] in (*KINDS, "curvature", "fisher"):
     found["scoring"] = scoring(config, full, mesh, real)
   if config.prune.refit != "none":
     found["refit"] = refitting(config, full, mesh)
@@ -96,7 +96,7 @@ def scoring(
     mesh: real devices, or stand-ins.
     real: whether they are those that the run is meant for.
   """
-  from adapt_pruner_jax.pruning import curvature
+  from adapt_pruner_jax.pruning import curvature, fisher
   from adapt_pruner_jax.pruning.scores import measure_step
 
   dtype = arrays.weight_dtype(config)
@@ -112,8 +112,9 @@ def scoring(
     )
     for unit, width in full.units().items()
   }
-  program, how = curvature.measure_step, {}
   kind = config.prune.pair()[1]
+  program = fisher.measure_step if kind == "fisher" else curvature.measure_step
+  how = {}
   if kind in KINDS:
     program = measure_step
     how["kind"] = kind

@@ -5,14 +5,17 @@ methods         the methods by name, made of a score and an allotment
 steps           the one loop: measure, allot, choose, refit
 scores          Taylor, magnitude and random scores; importance of layers
 curvature       second-order scores
+fisher          scores of each row's own gradients
 backward        the walk through a masked model and back that scores take
 allotment       how much goes where: adapt, uniform, one ranking
+search          how much goes where, tried out on the masked model
 schedule        Adapt-Pruner's schedule, targets of stages
 exact_target    a parameter target met within one channel
 targets         what may be pruned, and how far
 choice          the lowest units go
 surgery         kept units, masks, and the gather of arrays
 refit           least squares on what is left
+refit_loss      then a distillation on the same windows
 least_squares   how a refit is solved, layer by layer
 linear_algebra  factors and solves of Gram matrices
 baselines       other people's methods

@@ -73,6 +73,10 @@ class Half:
     args = self.config, weights, self.place, self.inputs, x_BTD, self.masks
     return run_half(self.unit, *args)
 
+  def gated(self, gate_U: jax.Array) -> "Half":
+    """The same half with numbers in place of its mask, to differentiate by."""
+    return dataclasses.replace(self, masks=self.masks | {self.unit: gate_U})
+
 
 class Visitor(NamedTuple):
   """What is summed over the minibatches of a half, and what is kept of it.

@@ -14,9 +14,12 @@ from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.pruning import (
   allotment,
   curvature,
+  fisher,
   linear_algebra,
   refit,
+  refit_loss,
   scores,
+  search,
   steps,
   surgery,
 )
@@ -34,6 +37,7 @@ from adapt_pruner_jax.pruning.task import Pruned, PruneTask
 MEASURES = {
   **{kind: partial(scores.measure, kind=kind) for kind in scores.KINDS},
   "curvature": curvature.measure,
+  "fisher": fisher.measure,
   "fluctuation": flap.fluctuation,
   "flap": flap.measure,
   "wanda_sp": wanda_sp.measure,
@@ -44,6 +48,7 @@ ALLOTMENTS = {
   "adapt": allotment.adapt,
   "uniform": allotment.uniform,
   "ranking": allotment.ranking,
+  "search": search.search,
   "llm_pruner": llm_pruner.allot,
   "flap": flap.allot,
   "wanda_sp": wanda_sp.allot,
@@ -85,8 +90,11 @@ def prune(task: PruneTask) -> Pruned:
 def refit_after(task: PruneTask, pruned: Pruned) -> Pruned:
   """The refit that `prune.refit` asks for at the end of a prune.
 
+  Least squares; then, by `prune.refit_passes`, the loss.
+
   Returns:
-    The same without a refit; else with new params, and a record a matrix.
+    The same without a refit; else with new params, a record a matrix, and one
+    of the loss.
   """
   settings = task.settings
   if settings.refit == "none":
@@ -94,17 +102,32 @@ def refit_after(task: PruneTask, pruned: Pruned) -> Pruned:
   done = task.after.number if task.after else 0
   if pruned.trace:
     done = pruned.trace[-1]["step"]
+  dense, tokens_NT = (task.config, task.params), task.refit_samples(done)
   params, records = refit.refit(
-    (task.config, task.params),
+    dense,
     (pruned.config, pruned.params),
     surgery.relative_to(task.kept, pruned.kept),
-    task.refit_samples(done),
+    tokens_NT,
     task.batch,
     ridge=settings.refit_ridge,
     refit_all=settings.refit_all,
     mesh=task.mesh,
   )
-  return dataclasses.replace(pruned, params=params, refits=records)
+  by_loss = None
+  if settings.refit_passes:
+    params, by_loss = refit_loss.refit_loss(
+      dense,
+      (pruned.config, params),
+      tokens_NT,
+      task.batch,
+      task.mesh,
+      passes=settings.refit_passes,
+      rate=settings.refit_rate,
+      seed=task.seed,
+    )
+  return dataclasses.replace(
+    pruned, params=params, refits=records, refit_loss=by_loss
+  )
 
 
 def resumes(settings: Prune) -> bool:

@@ -121,6 +121,7 @@ def _next_step(masked: Masked, measured: Measured, allotted: Allotted) -> Step:
     importance_L=nan_L if importance_L is None else importance_L,
     relative=allotted.relative or dict.fromkeys(UNITS, nan_L),
     scores=measured.scores,
+    facts=allotted.facts,
   )
 
 

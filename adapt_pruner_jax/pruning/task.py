@@ -34,6 +34,7 @@ class Step:
   importance_L: np.ndarray | None = None  # summed over minibatches
   relative: Modules | None = None
   scores: Scores | None = None  # before the removal
+  facts: dict | None = None  # how the allotment came about, for the record
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -137,12 +138,14 @@ class Allotted:
     sparsity: that the modules should have now; None = what they have.
     relative: importance of the modules, for the record.
     importance_L: of the layers, for the record.
+    facts: how it came about, JSON-able, for the record.
   """
 
   counts: Counts
   sparsity: Modules | None = None
   relative: Modules | None = None
   importance_L: np.ndarray | None = None
+  facts: dict | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -154,6 +157,7 @@ class Pruned:
   kept: Kept
   trace: list[dict]  # a JSON-able record a step, see `record`
   refits: list[dict] = dataclasses.field(default_factory=list)  # of matrices
+  refit_loss: dict | None = None  # of the refit by the loss
 
 
 def removed_share(begin: Masks, masks: Masks) -> Modules:
@@ -169,7 +173,8 @@ def record(step: Step) -> dict:
     return None if np.isnan(value) else float(value)
 
   width = surgery.widths(step.masks)
-  return {
+  facts = {} if step.facts is None else {"search": step.facts}
+  return facts | {
     "step": step.number,
     "loss": number(np.mean(step.losses_M)),
     "params": int(step.params),

@@ -74,6 +74,8 @@ def settings_of(name: str, ratio: float, base: Prune) -> Prune:
     refit = "final"
   variant = VARIANTS.get(plain, {"method": plain})
   variant = variant | {"ratio": ratio, "refit": refit, "allotment": ""}
+  if refit == "none":
+    variant["refit_passes"] = 0
   # A kind of Taylor score is for the methods that have one.
   if PUBLISHED[variant["method"]][1] != "taylor":
     variant["group_importance"] = ""

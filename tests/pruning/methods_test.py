@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from adapt_pruner_jax.config import PUBLISHED, LlmPruner, Prune, Uniform
+from adapt_pruner_jax.config import PUBLISHED, LlmPruner, Prune, Search, Uniform
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.models import axes, model_config
 from adapt_pruner_jax.models.model_config import ModelConfig
@@ -73,10 +73,11 @@ def same(one, other):
 
 @pytest.mark.parametrize(
   "allotment, score",
-  list(
+  [pytest.param("search", "curvature", marks=pytest.mark.slow)]  # noqa: RUF005
+  + list(
     itertools.product(
       ("adapt", "uniform", "ranking"),
-      ("taylor", "l2", "random", "curvature", "fluctuation"),
+      ("taylor", "l2", "random", "curvature", "fisher", "fluctuation"),
     )
   ),
 )
@@ -87,6 +88,7 @@ def test_any_score_with_any_allotment_and_refits(params, allotment, score):
     group_importance=score,
     refit="2",
     uniform=Uniform(steps=3),
+    search=Search(steps=3, evaluations=6, tokens=32),
     step_size=0.1,
   )
   seen = []

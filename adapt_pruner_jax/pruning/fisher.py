@@ -1,0 +1,107 @@
+"""Fisher: how much a unit's removal changes the loss of each text on its own.
+
+A unit has a gate m, 1 while it is there. With the loss L_n of calibration row
+n, a mean over its tokens,
+
+  s = 1/2 mean_n (dL_n / dm)^2
+
+half the empirical Fisher information of the gate: the second-order increase
+of the loss when m goes to 0 (a Taylor expansion in which the Fisher information
+stands for the Hessian, as in arXiv 1801.05787 and 2204.09656). What a unit does
+is summed over the tokens of a row before it is squared, so that a row is one
+observation; the same squares token by token choose worse (docs/method.md).
+
+Scores of all modules have one unit of measure, so that one ranking can replace
+a schedule.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from adapt_pruner_jax.distributed import placement, sharding
+from adapt_pruner_jax.models.axes import Params
+from adapt_pruner_jax.models.model_config import ModelConfig
+from adapt_pruner_jax.pruning import backward, surgery
+from adapt_pruner_jax.pruning.task import Masked, Measured
+
+
+def measure(masked: Masked, tokens_NT: np.ndarray) -> Measured:
+  """Scores of all units."""
+  task = masked.task
+  tokens_MBT, valid_MB = placement.minibatches(tokens_NT, task.batch, task.mesh)
+  found = measure_step(
+    surgery.dense(task.full),
+    masked.stacked,
+    placement.replicate(masked.masks, task.mesh),
+    tokens_MBT,
+    valid_MB,
+    mesh=task.mesh,
+  )
+  found = jax.device_get(found)
+  scores = {u: np.asarray(s, np.float64) for u, s in found["scores"].items()}
+  return Measured(scores, found["loss_M"])
+
+
+@partial(jax.jit, static_argnames=("config", "mesh"))
+def measure_step(
+  config: ModelConfig,
+  stacked: Params,
+  masks: dict[str, jax.Array],
+  tokens_MBT: jax.Array,
+  valid_MB: jax.Array,
+  *,
+  mesh: Mesh,
+) -> dict:
+  """Losses and scores of the masked model, float32.
+
+  Args:
+    config: equal layers (`surgery.dense`).
+    stacked: from `surgery.expand`.
+    masks: {"K": bool [L, K], "F": bool [L, F]}, the units that are left.
+    tokens_MBT: M minibatches of B sequences.
+    valid_MB: False for rows that only pad.
+
+  Returns:
+    loss_M (mean over the minibatch's predictions), scores {"K": [L, K], "F":
+    [L, F]}; those of masked units mean nothing.
+  """
+  found = backward.walk(
+    backward.Stacked(config, stacked, masks, mesh),
+    tokens_MBT,
+    valid_MB,
+    valid_MB.astype(jnp.float32),
+    _gates(jnp.sum(valid_MB)),
+  )
+  losses_M = found.loss_M / jnp.sum(valid_MB, axis=1)
+  return sharding.whole({"loss_M": losses_M, "scores": found.kept}, mesh)
+
+
+def _gates(rows: jax.Array) -> backward.Visitor:
+  """Sums the squares of each row's own gradient with respect to the gates.
+
+  Args:
+    rows: how many the sums are over.
+  """
+
+  def start(half):
+    return jnp.zeros(half.masks[half.unit].shape, jnp.float32)
+
+  def add(half, total_U, x_BTD, dy_BTD, valid_B):
+    gate_U = half.masks[half.unit].astype(jnp.float32)
+
+    def back(x_TD, dy_TD):
+      run = lambda gate_U, x_TD: half.gated(gate_U).run(x_TD[None])[0][0]
+      return jax.vjp(run, gate_U, x_TD)[1](dy_TD)
+
+    dgate_BU, dx_BTD = jax.vmap(back)(x_BTD, dy_BTD)
+    square_BU = jnp.where(valid_B[:, None], dgate_BU, 0) ** 2
+    return total_U + jnp.sum(square_BU, axis=0), dx_BTD
+
+  def finish(half, total_U):
+    return total_U / (2 * rows)
+
+  return backward.Visitor(start, add, finish)

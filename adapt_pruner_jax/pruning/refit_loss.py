@@ -1,0 +1,145 @@
+"""Refit by the loss: all that is left learns to predict as the dense model did.
+
+Behind the least squares of `refit`, which match one matrix at a time, some
+passes over the same calibration windows lower
+
+  KL(dense || pruned), a mean over tokens, times temperature^2
+
+by all weights at once (Adam, arXiv 1503.02531). It is training, of as many
+tokens as `prune.refit_passes` x `calibration.refit_samples` x
+`calibration.seq_len`, and is counted as such where methods are compared. The
+last tenth of the windows is held out: where their loss does not fall, the
+weights stay as they were.
+"""
+
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from adapt_pruner_jax.config import Train
+from adapt_pruner_jax.distributed import placement
+from adapt_pruner_jax.errors import UserError
+from adapt_pruner_jax.models.axes import Params
+from adapt_pruner_jax.models.model_config import ModelConfig
+from adapt_pruner_jax.training import loop, optimizer, step
+
+HELD_OUT = 10  # of so many rows, one
+
+
+def refit_loss(
+  dense: tuple[ModelConfig, Params],
+  pruned: tuple[ModelConfig, Params],
+  tokens_NT: np.ndarray,
+  batch: int,
+  mesh: Mesh,
+  *,
+  passes: int,
+  rate: float,
+  seed: int = 0,
+) -> tuple[Params, dict[str, float]]:
+  """Distils the dense model into the pruned one, on calibration windows.
+
+  Args:
+    dense: the model before pruning.
+    pruned: the model after it.
+    tokens_NT: calibration tokens.
+    batch: windows a step, cut over the mesh; rounded up to what it divides.
+    passes: over the windows.
+    rate: the highest learning rate; it falls to a tenth along a cosine.
+    seed: of the order of the windows, another one each pass.
+
+  Returns:
+    The params, in the types that they had, and {"tokens", "before", "after"}:
+    tokens trained on, and the loss of the held-out windows.
+
+  Raises:
+    UserError: too few windows for one step.
+  """
+  config, params = pruned
+  shards = placement.batch_shards(mesh)
+  held_NT = tokens_NT[len(tokens_NT) - len(tokens_NT) // HELD_OUT :]
+  rows_NT = tokens_NT[: len(tokens_NT) - len(held_NT)]
+  batch = -(-min(batch, len(rows_NT)) // shards) * shards
+  steps = len(rows_NT) // batch
+  if not steps or not len(held_NT):
+    raise UserError(
+      f"{len(tokens_NT)} calibration windows are too few to refit by the loss: "
+      f"give --config.calibration.refit_samples={HELD_OUT * max(batch, 2)} or "
+      "more, or --config.prune.refit_passes=0"
+    )
+  settings = Train(
+    learning_rate=rate,
+    min_learning_rate=rate / 10,
+    schedule="cosine",
+    distill_alpha=1.0,
+    remat=True,
+  )
+  distance = _distance(config, dense, settings, mesh)
+  before = distance(params, held_NT, batch)
+  schedule = optimizer.schedule(settings, passes * steps)
+  # The step donates what it trains: the old weights must outlive it.
+  trained = jax.tree.map(lambda p: jnp.array(p, jnp.float32), params)
+  training = loop.start(
+    (config, trained), settings, schedule, mesh, teacher=dense
+  )
+  order = _batches(rows_NT, batch, passes, seed)
+  training, _ = loop.recover(training, order, 0, passes * steps, mesh)
+  cast = lambda new, old: new.astype(old.dtype)
+  new = jax.tree.map(cast, training.trained, params)
+  after = distance(new, held_NT, batch)
+  trained_on = passes * steps * batch * tokens_NT.shape[1]
+  record = {"tokens": trained_on, "before": before, "after": after}
+  return (new if after < before else params), record
+
+
+def _batches(
+  rows_NT: np.ndarray, batch: int, passes: int, seed: int
+) -> Iterator[step.Batch]:
+  """Whole batches, in another order each pass."""
+  for number in range(passes):
+    order = np.random.default_rng((seed % 2**32, number)).permutation(
+      len(rows_NT)
+    )
+    for i in range(0, len(order) - batch + 1, batch):
+      yield batch_of(rows_NT[order[i : i + batch]])
+
+
+def batch_of(rows_BT: np.ndarray, real: int | None = None) -> step.Batch:
+  """Windows as a train step takes them; each predicts its tokens but the first.
+
+  Args:
+    rows_BT: token ids.
+    real: how many rows count, from the first; None = all.
+  """
+  B, T = rows_BT.shape
+  weights_BT = np.ones((B, T), np.float32)
+  weights_BT[:, -1] = 0
+  weights_BT[B if real is None else real :] = 0
+  return {
+    "tokens_BT": rows_BT,
+    "targets_BT": np.roll(rows_BT, -1, axis=1),
+    "segments_BT": np.ones((B, T), np.int32),
+    "positions_BT": np.tile(np.arange(T, dtype=np.int32), (B, 1)),
+    "weights_BT": weights_BT,
+  }
+
+
+def _distance(config, dense, settings, mesh):
+  """Of params and windows: the loss, a mean over the windows' tokens."""
+  teacher_config, teacher = dense
+  loss = jax.jit(step.make_loss(config, settings, mesh, teacher_config))
+
+  def distance(params, rows_NT, batch):
+    total, count = 0.0, len(rows_NT) * (rows_NT.shape[1] - 1)
+    for i in range(0, len(rows_NT), batch):
+      rows = rows_NT[i : i + batch]
+      short = batch - len(rows)
+      padded = np.concatenate([rows, np.repeat(rows[:1], short, axis=0)])
+      placed = loop.place(batch_of(padded, len(rows)), mesh)
+      total += float(loss(params, None, teacher, placed, count)[0])
+    return total
+
+  return distance
