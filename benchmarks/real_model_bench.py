@@ -71,6 +71,7 @@ class Bench:
   ):
     self.model, self.data, self.workdir, self.out = model, data, workdir, out
     self.questions, self.mmlu = questions, mmlu
+    self.commit = commit()  # of the code that was read, not of later
     self.mesh = sharding.make_mesh(devices=jax.devices()[:1])
     # As in the published numbers, windows are of text alone.
     self.tokenizer = load_tokenizer(model, "none")
@@ -93,7 +94,7 @@ class Bench:
       result = getattr(self, cell.part)(cell)
       result["cell_cpu_seconds"] = round(time.process_time() - cpu, 1)
       self.found[cell] = result
-      row = {"cell": cell._asdict(), "commit": commit(), "result": result}
+      row = {"cell": cell._asdict(), "commit": self.commit, "result": result}
       json_files.append_line(self.out, row)
       print(f"{time.monotonic() - begun:6.0f} s {cell}", flush=True)
     return self.found[cell]
