@@ -1,0 +1,177 @@
+"""The paper's claims and our default on a real language model.
+
+  python benchmarks/real_model.py --model=DIR --data=DIR --workdir=W \\
+    --part=prune
+
+DIR of --model is SmolLM2-135M-Instruct as a HuggingFace directory, made from
+--gguf=FILE if it is missing; --data holds `text` and `eval`. Parts:
+
+  prune    methods at 20 % (then 10 and 30 %), no training: loss on four texts
+  tasks    the six commonsense tasks, of the models that `prune` has made
+  length   loss by position up to the model's context
+  recover  training on what pruning leaves, and on random weights
+  report   the tables of docs/results.md and README.md, from all cells
+
+Each measurement is a line of benchmarks/real_model.jsonl, kept when it is done,
+so that the same command goes on after a kill; --cells=1 measures one and ends.
+Models stay in the working directory, for the later parts.
+
+Calibration is the first 4,000,000 bytes of c4_sample.txt, tuning (rates) the
+next 200,000; reported are C4 from byte 4,250,000 on, WikiText-2, books and
+Shakespeare, which nothing else reads.
+"""
+
+import itertools
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # as __main__ does
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for configs/
+
+import real_model_report
+from absl import app, flags
+from real_model_bench import DENSE, SCRATCH, Bench, Cell
+
+PARTS = ("prune", "tasks", "length", "recover", "report")
+HERE = Path(__file__).parent
+FLAGS = flags.FLAGS
+flags.DEFINE_enum("part", "prune", PARTS, "What is measured.")
+flags.DEFINE_string("model", None, "HuggingFace directory.", required=True)
+flags.DEFINE_string("gguf", "", "Made into --model if that is missing.")
+flags.DEFINE_string("data", "../shared/data", "Holds text/ and eval/.")
+flags.DEFINE_string("workdir", None, "For the models.", required=True)
+flags.DEFINE_string("out", str(HERE / "real_model.jsonl"), "The cells.")
+flags.DEFINE_string("docs", str(HERE.parent), "Holds docs/ and README.md.")
+flags.DEFINE_list("methods", [], "Only these.")
+flags.DEFINE_list("ratios", [], "Only these.")
+flags.DEFINE_list("seeds", [], "Only these.")
+flags.DEFINE_integer("cells", 0, "Measure so many and end; 0 = all.")
+flags.DEFINE_integer("questions", 200, "A task; 0 = all.", lower_bound=0)
+flags.DEFINE_bool("mmlu", False, "Ask these questions too; not averaged.")
+flags.DEFINE_bool("full", False, "Recover with 10M tokens and three seeds.")
+
+SMALL, LARGE = 8_192, 32_768  # calibration tokens a step
+PAPER, DEFAULT = "paper", "default"
+# In order of importance.
+RIVALS = (
+  "llm_pruner",
+  "flap",
+  "slicegpt",
+  "shortgpt",
+  "magnitude",
+  "wanda_sp",
+  "minitron",
+  "surgeon",
+)
+BEST = ((PAPER, LARGE), (DEFAULT, LARGE), (DEFAULT, SMALL))
+RATES = (3e-5, 1e-4, 3e-4)
+SCRATCH_RATES = (1e-3, 3e-3)
+
+
+# ---- What is measured --------------------------------------------------------
+
+
+def prune(bench: Bench) -> Iterator[Cell]:
+  """Methods at equal sizes, without training."""
+  yield Cell("prune", DENSE)
+  for ratio in (0.2, 0.1, 0.3):
+    for method in (PAPER, *RIVALS):
+      yield Cell("prune", method, ratio, 0, SMALL)
+    for method, tokens in BEST:
+      yield Cell("prune", method, ratio, 0, tokens)
+  for seed, (method, tokens) in itertools.product(
+    (1, 2), (*BEST, (PAPER, SMALL))
+  ):
+    yield Cell("prune", method, 0.2, seed, tokens)
+
+
+def of_pruned(part: str, bench: Bench) -> Iterator[Cell]:
+  """A part's cells of the models that are there."""
+  for cell in prune(bench):
+    if cell in bench.found:
+      yield cell._replace(part=part)
+
+
+def length(bench: Bench) -> Iterator[Cell]:
+  """Of the dense model, the paper's and the default's."""
+  for cell in of_pruned("length", bench):
+    wanted = (cell.method, cell.ratio) in ((PAPER, 0.2), (DEFAULT, 0.2))
+    if cell.method == DENSE or (wanted and not cell.seed):
+      yield cell
+
+
+def recover(bench: Bench) -> Iterator[Cell]:
+  """Plain loss and distillation, in one go and in four stages."""
+  few, budgets = 25_600, (102_400, 512_000)
+  seeds = range(1)
+  if FLAGS.full:
+    budgets, seeds = (102_400, 1_024_000, 10_240_000), range(3)
+  cell = Cell("recover", PAPER, 0.2, 0, SMALL)
+  for budget, seed in itertools.product(budgets, seeds):
+    for method in (PAPER, DEFAULT):
+      for alpha, stages in itertools.product((0.0, 1.0), (1, 4)):
+        own = cell._replace(method=method, alpha=alpha)
+        rate = bench.best_rate(own._replace(train_tokens=few), RATES)
+        yield own._replace(
+          seed=seed, stages=stages, train_tokens=budget, rate=rate
+        )
+    own = cell._replace(method=SCRATCH)
+    rate = bench.best_rate(own._replace(train_tokens=few), SCRATCH_RATES)
+    yield own._replace(seed=seed, train_tokens=budget, rate=rate)
+
+
+def tasks(bench: Bench) -> Iterator[Cell]:
+  """Of all models."""
+  yield from of_pruned("tasks", bench)
+
+
+def chosen(cell: Cell) -> bool:
+  """Whether the flags ask for a cell; the dense model always."""
+  return cell.method == DENSE or (
+    (not FLAGS.methods or cell.method in FLAGS.methods)
+    and (not FLAGS.ratios or str(cell.ratio) in FLAGS.ratios)
+    and (not FLAGS.seeds or str(cell.seed) in FLAGS.seeds)
+  )
+
+
+def make_model(gguf: str, out: str) -> None:
+  """Turns a gguf file into a HuggingFace directory."""
+  from adapt_pruner_jax import api
+
+  api.save(api.load(gguf), out)
+
+
+def main(argv: list[str]) -> None:
+  if len(argv) > 1:
+    raise app.UsageError(f"unknown words: {' '.join(argv[1:])}")
+  out = Path(FLAGS.out)
+  if FLAGS.part == "report":
+    real_model_report.write(out, Path(FLAGS.docs))
+    return
+  if FLAGS.gguf and not Path(FLAGS.model).exists():
+    make_model(FLAGS.gguf, FLAGS.model)
+  bench = Bench(
+    Path(FLAGS.model),
+    Path(FLAGS.data),
+    Path(FLAGS.workdir),
+    out,
+    FLAGS.questions,
+    FLAGS.mmlu,
+  )
+  parts = {"prune": prune, "tasks": tasks, "length": length, "recover": recover}
+  done = 0
+  for cell in parts[FLAGS.part](bench):
+    if not chosen(cell) or cell in bench.found or not bench.possible(cell):
+      continue
+    bench.get(cell)
+    done += 1
+    if done == FLAGS.cells:
+      return
+
+
+if __name__ == "__main__":
+  app.run(main)

@@ -1,0 +1,374 @@
+"""Makes and measures the models of real_model.py; what is measured is kept."""
+
+import contextlib
+import dataclasses
+import functools
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.monitoring
+import jax.numpy as jnp
+import numpy as np
+from real_model_texts import cut, to_hex, token_losses
+
+from adapt_pruner_jax.config import Config, Data, Prune
+from adapt_pruner_jax.data import packing
+from adapt_pruner_jax.data.calibration import pruning_data
+from adapt_pruner_jax.data.tokenizer import load_tokenizer
+from adapt_pruner_jax.distributed import sharding
+from adapt_pruner_jax.evaluation import lm_eval_run, lm_eval_tasks
+from adapt_pruner_jax.evaluation.questions import Questions
+from adapt_pruner_jax.formats import convert, opening
+from adapt_pruner_jax.models import model_config
+from adapt_pruner_jax.pruning import methods, schedule, surgery, targets
+from adapt_pruner_jax.pruning.task import PruneTask
+from adapt_pruner_jax.runs import compare_methods, tiny_model
+from adapt_pruner_jax.storage import digest, json_files, publish
+from adapt_pruner_jax.training import loop, optimizer
+from configs import oneshot
+
+DENSE, SCRATCH = compare_methods.DENSE, compare_methods.SCRATCH
+WINDOW = 1024  # tokens of an evaluation's window
+WINDOWS = 8  # of a text
+LONG_WINDOWS = 4  # of the model's context
+BUCKETS = 16  # of positions, each of as many
+SEQ_LEN, BATCH = 128, 32  # of calibration
+ROWS, ROW_LEN = 2, 256  # of a train step
+CALIBRATION_END, TUNE_END, TEST_BEGIN = 4_000_000, 4_200_000, 4_250_000
+COMPILING = "/jax/core/compile/backend_compile_duration"
+Pair = tuple[model_config.ModelConfig, Any]
+
+
+class Cell(NamedTuple):
+  """One measurement; the last four are of recovery training."""
+
+  part: str
+  method: str
+  ratio: float = 0.0
+  seed: int = 0
+  tokens: int = 0  # of calibration, a step
+  stages: int = 1
+  train_tokens: int = 0
+  alpha: float = 0.0  # of distillation
+  rate: float = 0.0
+
+
+class Bench:
+  """Measures cells, and keeps what has been measured."""
+
+  def __init__(
+    self,
+    model: Path,
+    data: Path,
+    workdir: Path,
+    out: Path,
+    questions: int,
+    mmlu: bool = False,
+  ):
+    self.model, self.data, self.workdir, self.out = model, data, workdir, out
+    self.questions, self.mmlu = questions, mmlu
+    self.commit = commit()  # of the code that was read, not of later
+    self.mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    # As in the published numbers, windows are of text alone.
+    self.tokenizer = load_tokenizer(model, "none")
+    self.found = {
+      Cell(**row["cell"]): row["result"] for row in json_files.read_lines(out)
+    }
+    workdir.mkdir(parents=True, exist_ok=True)
+    self.calibration_file = workdir / "calibration.txt"
+    publish.write_text(self.calibration_file, self.c4(0, CALIBRATION_END))
+
+  def possible(self, cell: Cell) -> bool:
+    """Whether there is such a method."""
+    known = (*compare_methods.NAMES, DENSE, SCRATCH, "default")
+    return cell.method in known
+
+  def get(self, cell: Cell) -> dict:
+    """The result of a cell, measured now unless it is there."""
+    if cell not in self.found:
+      begun, cpu = time.monotonic(), time.process_time()
+      result = getattr(self, cell.part)(cell)
+      result["cell_cpu_seconds"] = round(time.process_time() - cpu, 1)
+      self.found[cell] = result
+      row = {"cell": cell._asdict(), "commit": self.commit, "result": result}
+      json_files.append_line(self.out, row)
+      print(f"{time.monotonic() - begun:6.0f} s {cell}", flush=True)
+    return self.found[cell]
+
+  # ---- Parts -----------------------------------------------------------------
+
+  def prune(self, cell: Cell) -> dict:
+    """Prunes, keeps the model, and measures its loss."""
+    if cell.method == DENSE:
+      pair, facts = self.dense, {}
+    else:
+      pair, facts = self.staged(cell)
+      self.keep(cell, pair)
+    return self.facts(pair) | facts | {"texts": self.losses(pair)}
+
+  def tasks(self, cell: Cell) -> dict:
+    """Which questions a model gets right, as hexadecimal bits by task."""
+    how = Questions(tasks_dir=str(self.data / "eval"), limit=self.questions)
+    lm = lm_eval_run.open_lm(*self.kept(cell), self.tokenizer, mesh=self.mesh)
+    metrics = lm_eval_tasks.PRESETS["commonsense"].metrics
+    names = ["commonsense"] + ["mmlu"] * self.mmlu
+    raw = lm_eval_run.run(lm_eval_run.expand(names, how)[0], lm, how)
+    correct, number = {}, {}
+    for name, samples in raw["samples"].items():
+      metric = metrics.get(name, "acc")  # MMLU's subjects have one
+      rows = sorted(samples, key=lambda sample: sample["doc_id"])
+      right = [int(row[metric]) for row in rows if metric in row]
+      correct[name], number[name] = to_hex(right), len(right)
+    return {"correct": correct, "questions": number}
+
+  def length(self, cell: Cell) -> dict:
+    """Mean loss of a window's parts, one after the other, by window."""
+    pair = self.kept(cell)
+    longest = pair[0].context // BUCKETS * BUCKETS
+    windows = cut(
+      self.tokenizer, self.text("books.txt"), LONG_WINDOWS, longest + 1
+    )
+    found = []
+    for row_T in windows:
+      nll_T = token_losses(*pair, row_T)
+      parts = nll_T[:longest].reshape(BUCKETS, -1).mean(1)
+      found.append([round(float(part), 4) for part in parts])
+    return {"context": longest, "losses": found}
+
+  def recover(self, cell: Cell) -> dict:
+    """Trains, and measures the loss; of random weights on the way, too."""
+    if cell.method == SCRATCH:
+      shape = self.kept(Cell("prune", "paper", cell.ratio, 0, cell.tokens))[0]
+      params = tiny_model.init_params(shape, cell.seed, self.mesh)
+      params, _ = self.fit(cell, shape, params, None, 0, self.steps(cell))
+      pair, facts = (shape, params), {}
+    else:
+      pair, facts = self.staged(cell)
+    tune = np.mean(self.text_losses(pair, self.windows["tune"]))
+    texts = self.losses(pair)
+    return self.facts(pair) | facts | {"tune": float(tune), "texts": texts}
+
+  def best_rate(self, cell: Cell, rates: Sequence[float]) -> float:
+    """The best on the tuning text."""
+    cells = [cell._replace(rate=rate) for rate in rates]
+    return min(cells, key=lambda cell: self.get(cell)["tune"]).rate
+
+  # ---- Models ----------------------------------------------------------------
+
+  @functools.cached_property
+  def dense(self) -> Pair:
+    return opening.open_model(str(self.model), "float32", "", self.mesh)[:2]
+
+  def path(self, cell: Cell) -> Path:
+    """Of the pruned model that is kept."""
+    words = cell.method, cell.ratio, cell.seed, cell.tokens
+    return self.workdir / "-".join(map(str, words))
+
+  def keep(self, cell: Cell, pair: Pair) -> None:
+    form = "orbax" if pair[0].residual else "hf"
+    convert.write(
+      *pair, self.path(cell), form, source=self.model, overwrite=True
+    )
+
+  def kept(self, cell: Cell) -> Pair:
+    """A model that `prune` has made."""
+    if cell.method == DENSE:
+      return self.dense
+    path = str(self.path(cell))
+    return opening.open_model(path, "float32", "", self.mesh)[:2]
+
+  def settings(self, cell: Cell) -> Config:
+    """The recipe: the default's own file, or what `compare` takes."""
+    recipe = oneshot.get_config()
+    if cell.method == "default":
+      recipe.prune.ratio = cell.ratio
+    elif cell.method != SCRATCH:
+      recipe.prune = compare_methods.settings_of(
+        cell.method, cell.ratio, Prune()
+      )
+    own = recipe.calibration
+    recipe.calibration = dataclasses.replace(
+      own,
+      source=f"text:{self.calibration_file}",
+      samples=cell.tokens // SEQ_LEN,
+      seq_len=SEQ_LEN,
+      batch=BATCH,
+      refit_samples=own.refit_samples * own.seq_len // SEQ_LEN,
+    )
+    recipe.train = dataclasses.replace(
+      recipe.train,
+      tokens=cell.train_tokens,
+      learning_rate=cell.rate,
+      min_learning_rate=cell.rate / 10,
+      distill_alpha=cell.alpha,
+    )
+    recipe.data = Data(recipe.calibration.source, ROW_LEN, ROWS, "none")
+    recipe.seed = cell.seed
+    return recipe
+
+  def staged(self, cell: Cell) -> tuple[Pair, dict]:
+    """Prunes, refits and trains by stages, as `runs.run` does."""
+    recipe, (full, _) = self.settings(cell), self.dense
+    fresh, for_refit = pruning_data(
+      recipe.calibration,
+      recipe.prune.refit != "none",
+      self.tokenizer,
+      full.vocab_size,
+      cell.seed,
+      self.workdir / "cache",
+    )
+    pair, kept, state, number = self.dense, surgery.everything(full), None, 0
+    target = targets.resolve_target(full, recipe.prune)
+    goals = schedule.stage_targets(
+      model_config.count_params(full), target, cell.stages
+    )
+    share = recipe.train.data_share
+    ends = schedule.stage_ends(self.steps(cell), cell.stages, share)
+    clock = CpuClock()
+    for goal, begin, end in zip(goals, [0, *ends[:-1]], ends, strict=True):
+      task = PruneTask(
+        *pair,
+        recipe.prune,
+        lambda step, first=number: fresh.batch(first + step),
+        goal,
+        full,
+        kept,
+        lambda step, first=number: for_refit.batch(first + step),
+        BATCH,
+        self.mesh,
+        cell.seed,
+      )
+      with clock.counting():
+        made = methods.refit_after(task, methods.prune(task))
+        jax.block_until_ready(made.params)
+      number += len(made.trace)
+      if state is not None:
+        left = surgery.relative_to(kept, made.kept)
+        _, state = surgery.gather(pair[0], state, left, self.mesh)
+      kept = made.kept
+      params, state = self.fit(
+        cell, made.config, made.params, state, begin, end
+      )
+      pair = made.config, params
+    return pair, {
+      "prune_seconds": round(clock.seconds, 1),
+      "compile_seconds": round(clock.compiling, 1),
+      "prune_steps": number,
+      "settings": digest.of_json(dataclasses.asdict(recipe.prune))[:12],
+    }
+
+  def steps(self, cell: Cell) -> int:
+    return cell.train_tokens // (ROWS * ROW_LEN)
+
+  def fit(
+    self, cell: Cell, config: Any, params: Any, state: Any, begin: int, end: int
+  ) -> tuple:
+    """(params, optimizer state) after the train steps from `begin` to `end`."""
+    if begin == end:
+      return params, state
+    recipe = self.settings(cell)
+    rows = packing.train_data(
+      recipe.data,
+      self.tokenizer,
+      config.vocab_size,
+      cell.seed,
+      self.workdir / "cache",
+    )
+    params = jax.tree.map(jnp.copy, params)  # the step donates its argument
+    training, _ = loop.recover(
+      loop.start(
+        (config, params),
+        recipe.train,
+        optimizer.schedule(recipe.train, self.steps(cell)),
+        self.mesh,
+        opt_state=state,
+        teacher=self.dense if cell.alpha else None,
+      ),
+      rows.batches(begin),
+      begin,
+      end,
+      self.mesh,
+    )
+    return jax.block_until_ready((training.trained, training.opt_state))
+
+  def facts(self, pair: Pair) -> dict:
+    return {
+      "params": model_config.count_params(pair[0]),
+      "kv_groups": list(pair[0].kv_groups),
+      "ffn": list(pair[0].ffn_widths),
+    }
+
+  # ---- Texts -----------------------------------------------------------------
+
+  def text(self, name: str) -> str:
+    return (self.data / "text" / name).read_text(encoding="utf-8")
+
+  def c4(self, begin: int, end: int | None) -> str:
+    whole = (self.data / "text" / "c4_sample.txt").read_bytes()
+    return whole[begin:end].decode(errors="ignore")
+
+  @functools.cached_property
+  def windows(self) -> dict[str, np.ndarray]:
+    """Of each text, int32 [WINDOWS, WINDOW], evenly spread over it."""
+    shakespeare = self.data / "tinyshakespeare" / "input.txt"
+    texts = {
+      "tune": self.c4(CALIBRATION_END, TUNE_END),
+      "c4": self.c4(TEST_BEGIN, None),
+      "wikitext": self.text("wikitext2_raw_test.txt"),
+      "books": self.text("books.txt"),
+      "shakespeare": shakespeare.read_text(encoding="utf-8"),
+    }
+    return {
+      name: cut(self.tokenizer, text, WINDOWS, WINDOW)
+      for name, text in texts.items()
+    }
+
+  def losses(self, pair: Pair) -> dict[str, list[float]]:
+    """Mean nats a token of each window of the reported texts."""
+    return {
+      name: [round(loss, 5) for loss in self.text_losses(pair, rows)]
+      for name, rows in self.windows.items()
+      if name != "tune"
+    }
+
+  def text_losses(self, pair: Pair, windows: np.ndarray) -> list[float]:
+    return [float(token_losses(*pair, row_T).mean()) for row_T in windows]
+
+
+class CpuClock:
+  """CPU seconds of this process, those that XLA compiled in taken off."""
+
+  def __init__(self) -> None:
+    self.seconds = self.compiling = 0.0
+    self.running = False
+    jax.monitoring.register_event_duration_secs_listener(self.note)
+
+  def note(self, event: str, seconds: float, **_: Any) -> None:
+    if self.running and event == COMPILING:
+      self.compiling += seconds
+
+  @contextlib.contextmanager
+  def counting(self) -> Iterator[None]:
+    before, begun = self.compiling, time.process_time()
+    self.running = True
+    try:
+      yield
+    finally:
+      self.running = False
+      compiled = self.compiling - before
+      self.seconds += time.process_time() - begun - compiled
+
+
+def commit() -> str:
+  """Of the checkout that runs; with + if files differ from it."""
+  found = subprocess.run(
+    ["git", "describe", "--always", "--dirty=+", "--exclude=*"],
+    cwd=Path(__file__).parent,
+    capture_output=True,
+    text=True,
+  )
+  return found.stdout.strip()

@@ -1,0 +1,308 @@
+"""What real_model.py shows: tables in docs/results.md and README.md.
+
+They stand between two comments in each file, `begin` and `end` below, and are
+made from the cells alone. Intervals are of 95 %, by paired bootstrap: over
+windows of a text, over questions within each task.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from real_model_bench import DENSE, SCRATCH, Cell
+from real_model_texts import from_hex
+
+from adapt_pruner_jax.errors import UserError
+from adapt_pruner_jax.formats import markdown
+from adapt_pruner_jax.storage import json_files, publish
+
+TEXTS = {
+  "c4": "C4",
+  "wikitext": "WikiText-2",
+  "books": "books",
+  "shakespeare": "Shakespeare",
+}
+TASKS = {  # accuracy by chance
+  "arc_easy": 0.25,
+  "arc_challenge": 0.25,
+  "hellaswag": 0.25,
+  "openbookqa": 0.25,
+  "piqa": 0.5,
+  "winogrande": 0.5,
+}
+NAMES = {
+  DENSE: "dense",
+  SCRATCH: "random weights in the paper's shape",
+  "paper": "Adapt-Pruner (the paper's)",
+  "default": "`configs/oneshot.py` (ours)",
+  "llm_pruner": "LLM-Pruner",
+  "flap": "FLAP",
+  "wanda_sp": "Wanda-sp",
+  "shortgpt": "ShortGPT",
+  "slicegpt": "SliceGPT",
+  "minitron": "Minitron's way",
+  "surgeon": "LLM Surgeon",
+}
+RESAMPLES = 10_000
+MAIN = 0.2
+BEGIN, END = "<!-- real_model.py: begin -->", "<!-- real_model.py: end -->"
+Results = dict[Cell, dict]
+
+
+def write(cells: Path, folder: Path) -> None:
+  """Writes the tables into docs/results.md and README.md of a folder."""
+  found = read(cells)
+  parts = [
+    *(untrained(found, ratio) for ratio in (0.2, 0.1, 0.3)),
+    against(found),
+    by_task(found),
+    by_length(found),
+    recovered(found),
+  ]
+  replace(folder / "docs" / "results.md", "\n\n".join(filter(None, parts)))
+  replace(folder / "README.md", summary(found))
+
+
+def read(cells: Path) -> Results:
+  """Results by cell; later lines of a cell replace earlier ones."""
+  return {
+    Cell(**row["cell"]): row["result"] for row in json_files.read_lines(cells)
+  }
+
+
+def replace(file: Path, text: str) -> None:
+  """Puts text between the two comments of a file.
+
+  Raises:
+    UserError: the comments are not there.
+  """
+  whole = file.read_text(encoding="utf-8")
+  before, begin, rest = whole.partition(BEGIN)
+  _, end, after = rest.partition(END)
+  if not end:
+    raise UserError(f"{file} has no place for the tables: {BEGIN} and {END}")
+  publish.write_text(file, f"{before}{begin}\n\n{text}\n\n{end}{after}")
+
+
+# ---- Tables ------------------------------------------------------------------
+
+
+def untrained(found: Results, ratio: float) -> str:
+  """Nats above dense, accuracy and seconds of each method at a ratio."""
+  rows = []
+  for cell, result in of_ratio(found, ratio):
+    row = [*head(cell), f"{result['params']:,}"]
+    row += [rise(found, cell, text) for text in TEXTS]
+    row += [accuracy(found, cell), f"{result['prune_seconds']:.0f}"]
+    rows.append(row)
+  if not rows:
+    return ""
+  header = ["method", "tokens a step", "seed", "parameters"]
+  header += [*TEXTS.values(), "accuracy", "CPU s"]
+  return "\n\n".join(
+    [
+      f"#### {ratio:.0%} of all parameters removed, without training",
+      "Nats a token above dense, and the mean accuracy of six tasks.",
+      markdown.table(header, rows, header[1:]),
+    ]
+  )
+
+
+def against(found: Results) -> str:
+  """Each method at MAIN minus the paper's at equal tokens and seed."""
+  rows = []
+  for cell, _ in of_ratio(found, MAIN):
+    paper = cell._replace(method="paper")
+    if cell.method == "paper" or paper not in found:
+      continue
+    row = head(cell)
+    row += [loss_difference(found, cell, paper, text) for text in TEXTS]
+    rows.append([*row, score_difference(found, cell, paper)])
+  if not rows:
+    return ""
+  header = ["method", "tokens a step", "seed", *TEXTS.values(), "accuracy"]
+  return "\n\n".join(
+    [
+      f"#### Against the paper's method at equal tokens, {MAIN:.0%} removed",
+      "Loss minus its loss, accuracy minus its accuracy, with intervals of "
+      "95 %. A lead is below 0 in loss and above 0 in accuracy.",
+      markdown.table(header, rows, header[1:]),
+    ]
+  )
+
+
+def by_task(found: Results) -> str:
+  """Accuracy by task at MAIN, and the mean against dense."""
+  dense, rows = Cell("prune", DENSE), []
+  for cell in (dense, *(cell for cell, _ in of_ratio(found, MAIN))):
+    bits = answers(found, cell)
+    if bits:
+      row = [*head(cell), *(f"{bits[task].mean():.3f}" for task in TASKS)]
+      row += [accuracy(found, cell), score_difference(found, cell, dense)]
+      rows.append(row)
+  if not rows:
+    return ""
+  header = ["method", "tokens a step", "seed", *TASKS, "mean", "minus dense"]
+  numbers = sorted({len(x) for x in answers(found, dense).values()})
+  return "\n\n".join(
+    [
+      f"#### Task scores, {MAIN:.0%} removed, without training",
+      f"{' to '.join(map(str, dict.fromkeys((numbers[0], numbers[-1]))))} "
+      "questions a task; acc_norm, of winogrande acc. By chance .25 four "
+      "times and .5 twice, mean .333.",
+      markdown.table(header, rows, header[1:]),
+    ]
+  )
+
+
+def by_length(found: Results) -> str:
+  """Loss by position, of all that was measured."""
+  rows, ends = [], []
+  for cell, result in found.items():
+    if cell.part == "length":
+      means = np.mean(result["losses"], 0)
+      ends = np.arange(1, len(means) + 1) * result["context"] // len(means)
+      rows.append([*head(cell), *(f"{mean:.3f}" for mean in means)])
+  if not rows:
+    return ""
+  header = ["method", "tokens a step", "seed", *(f"{end:,}" for end in ends)]
+  return "\n\n".join(
+    [
+      "#### Loss by position, on books",
+      "Nats a token; each column up to that position, from the one before.",
+      markdown.table(header, rows, header[1:]),
+    ]
+  )
+
+
+def recovered(found: Results) -> str:
+  """Loss above dense after training."""
+  rows = []
+  for cell, result in found.items():
+    if cell.part == "recover":
+      row = [*head(cell), f"{cell.train_tokens:,}", str(cell.stages)]
+      row += [f"{cell.alpha:g}", f"{cell.rate:.0e}", f"{result['tune']:.3f}"]
+      rows.append(row + [rise(found, cell, text) for text in TEXTS])
+  if not rows:
+    return ""
+  header = ["method", "tokens a step", "seed", "trained on", "stages", "alpha"]
+  header += ["rate", "tuning text", *TEXTS.values()]
+  return "\n\n".join(
+    [
+      f"#### After training, {MAIN:.0%} removed",
+      "Nats a token above dense; of the tuning text the loss itself.",
+      markdown.table(header, rows, header[1:]),
+    ]
+  )
+
+
+def summary(found: Results) -> str:
+  """README's table: each method once at MAIN, with its most calibration."""
+  best: dict[str, Cell] = {}
+  for cell, _ in of_ratio(found, MAIN):
+    if not cell.seed:
+      held = best.get(cell.method, cell)
+      best[cell.method] = max(held, cell, key=lambda c: c.tokens)
+  order = sorted(best.values(), key=lambda c: mean_rise(found, c))
+  rows = []
+  for cell in order:
+    row = [NAMES.get(cell.method, cell.method), f"{cell.tokens:,}"]
+    row += [rise(found, cell, text) for text in TEXTS]
+    rows.append([*row, accuracy(found, cell)])
+  dense = Cell("prune", DENSE)
+  losses = found[dense]["texts"]
+  row = ["dense (nats a token)", "-"]
+  row += [f"{np.mean(losses[text]):.3f}" for text in TEXTS]
+  rows.insert(0, [*row, accuracy(found, dense)])
+  header = [
+    f"SmolLM2-135M, {MAIN:.0%} removed: nats above dense",
+    "calibration tokens a step",
+    *TEXTS.values(),
+    "six tasks",
+  ]
+  return markdown.table(header, rows, header[1:])
+
+
+# ---- Numbers -----------------------------------------------------------------
+
+
+def of_ratio(found: Results, ratio: float) -> list[tuple[Cell, dict]]:
+  """Cells without training, the lowest rise first."""
+  cells = [
+    (cell, result)
+    for cell, result in found.items()
+    if cell.part == "prune" and cell.ratio == ratio
+  ]
+  return sorted(cells, key=lambda item: mean_rise(found, item[0]))
+
+
+def head(cell: Cell) -> list[str]:
+  name = NAMES.get(cell.method, cell.method)
+  return [name, f"{cell.tokens:,}" if cell.tokens else "-", str(cell.seed)]
+
+
+def rises(found: Results, cell: Cell, text: str) -> np.ndarray:
+  dense = found[Cell("prune", DENSE)]["texts"][text]
+  return np.array(found[cell]["texts"][text]) - dense
+
+
+def mean_rise(found: Results, cell: Cell) -> float:
+  return float(np.mean([rises(found, cell, text) for text in TEXTS]))
+
+
+def rise(found: Results, cell: Cell, text: str) -> str:
+  return shown(rises(found, cell, text).mean(), "+.3f")
+
+
+def answers(found: Results, cell: Cell) -> dict[str, np.ndarray]:
+  """Which questions are right, by task; {} if they were not asked."""
+  result = found.get(cell._replace(part="tasks"))
+  if result is None:
+    return {}
+  return {
+    task: from_hex(result["correct"][task], result["questions"][task])
+    for task in TASKS
+    if task in result["correct"]
+  }
+
+
+def accuracy(found: Results, cell: Cell) -> str:
+  bits = answers(found, cell)
+  mean = np.mean([x.mean() for x in bits.values()]) if bits else None
+  return "-" if mean is None else shown(mean, ".3f")
+
+
+def loss_difference(found: Results, cell: Cell, other: Cell, text: str) -> str:
+  gains = rises(found, cell, text) - rises(found, other, text)
+  return interval([gains], "+.3f")
+
+
+def score_difference(found: Results, cell: Cell, other: Cell) -> str:
+  """Of the mean over tasks, on the questions that both were asked."""
+  mine, theirs = answers(found, cell), answers(found, other)
+  if not mine or not theirs or cell == other:
+    return "-"
+  gains = []
+  for task in mine:
+    number = min(len(mine[task]), len(theirs[task]))
+    gains.append(mine[task][:number] - theirs[task][:number])
+  return interval(gains, "+.3f")
+
+
+def interval(gains: Sequence[np.ndarray], form: str) -> str:
+  """Mean over groups of their means, with its interval."""
+  rng = np.random.default_rng(0)
+  draw: Callable = lambda x: rng.choice(x, (RESAMPLES, len(x))).mean(1)
+  drawn = np.mean([draw(x) for x in gains], 0)
+  low, high = np.percentile(drawn, [2.5, 97.5])
+  mean = np.mean([x.mean() for x in gains])
+  return f"{shown(mean, form)} ({shown(low, form)} to {shown(high, form)})"
+
+
+def shown(value: float, form: str) -> str:
+  """A number without the zero before its point."""
+  return (
+    format(value, form).replace("0.", ".", 1)
+    if abs(value) < 1
+    else (format(value, form))
+  )

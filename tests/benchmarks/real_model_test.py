@@ -1,0 +1,87 @@
+"""benchmarks/real_model.py on a model and texts so small that it takes
+seconds."""
+
+import json
+
+import numpy as np
+import pytest
+
+from adapt_pruner_jax.data import sources
+from adapt_pruner_jax.evaluation import perplexity
+from tests import small_runs
+from tests.conftest import ROOT
+
+pytestmark = pytest.mark.slow
+
+SIZES = {"WINDOW": 32, "WINDOWS": 4, "LONG_WINDOWS": 2, "BUCKETS": 4}
+SIZES |= {"SEQ_LEN": 16, "BATCH": 8, "ROWS": 8, "ROW_LEN": 32}
+SIZES |= {"CALIBRATION_END": 60_000, "TUNE_END": 70_000, "TEST_BEGIN": 75_000}
+
+
+@pytest.fixture
+def bench(small_model, tmp_path, monkeypatch):
+  monkeypatch.syspath_prepend(ROOT / "benchmarks")
+  import real_model_bench
+
+  for name, value in SIZES.items():
+    monkeypatch.setattr(real_model_bench, name, value)
+  text = sources.embedded_text("train")[:100_000]
+  for name in ("c4_sample", "wikitext2_raw_test", "books"):
+    (tmp_path / "text").mkdir(exist_ok=True)
+    (tmp_path / "text" / f"{name}.txt").write_text(text)
+  (tmp_path / "tinyshakespeare").mkdir()
+  (tmp_path / "tinyshakespeare" / "input.txt").write_text(text)
+  small_runs.write_questions(tmp_path / "eval")
+  where = tmp_path / "work", tmp_path / "cells.jsonl"
+  return lambda: real_model_bench.Bench(small_model, tmp_path, *where, 0)
+
+
+@pytest.mark.slow
+def test_goes_on_and_reports(bench, tmp_path, monkeypatch):
+  import real_model_report as report
+  from real_model_bench import DENSE, SCRATCH, Cell
+  from real_model_texts import from_hex, to_hex
+
+  first = bench()
+  dense = Cell("prune", DENSE)
+  paper = Cell("prune", "paper", 0.2, 0, 256)
+  default = paper._replace(method="default")
+  trained = paper._replace(
+    part="recover", stages=2, train_tokens=1024, alpha=1.0, rate=1e-4
+  )
+  scratch = trained._replace(method=SCRATCH, stages=1, alpha=0.0)
+  cells = [dense, paper, default, trained, scratch]
+  cells += [c._replace(part="tasks") for c in (dense, paper, default)]
+  cells += [c._replace(part="length") for c in (dense, paper)]
+  found = {cell: first.get(cell) for cell in cells}
+  assert found[paper]["params"] <= 0.8 * found[dense]["params"]
+
+  # The evaluation that everyone else uses says the same.
+  rows = first.windows["books"]
+  _, total, number = perplexity.perplexity(
+    *first.dense, rows.reshape(-1), rows.shape[1], 2
+  )
+  mine = np.mean(found[dense]["texts"]["books"])
+  assert mine == pytest.approx(total / number, rel=1e-4)
+
+  again = bench()
+  monkeypatch.setattr(again, "staged", None)  # nothing is measured twice
+  assert {cell: again.get(cell) for cell in cells} == found
+
+  (tmp_path / "docs").mkdir()
+  for file in (tmp_path / "docs" / "results.md", tmp_path / "README.md"):
+    file.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+  monkeypatch.setattr(report, "TASKS", {"arc_easy": 0.25})
+  report.write(tmp_path / "cells.jsonl", tmp_path)
+  readme = (tmp_path / "README.md").read_text()
+  rise = np.mean(found[paper]["texts"]["c4"]) - np.mean(
+    found[dense]["texts"]["c4"]
+  )
+  shown = report.shown(rise, "+.3f")
+  assert f"| Adapt-Pruner (the paper's) | 256 | {shown} |" in readme
+  assert "old" not in readme
+  results = (tmp_path / "docs" / "results.md").read_text()
+  assert results.count("####") == 5
+  line = json.loads((tmp_path / "cells.jsonl").read_text().splitlines()[0])
+  assert line["cell"]["method"] == DENSE
+  assert from_hex(to_hex([1, 0, 1]), 3).tolist() == [1, 0, 1]
