@@ -148,6 +148,7 @@ def test_the_result_is_alone_on_stdout(command, stories, text, questions):
 # ---- Not finite --------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_what_float16_cannot_hold(command, loud, text, questions):
   """In float32 the same is a number."""
   pytest.importorskip("lm_eval")

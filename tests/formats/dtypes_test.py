@@ -207,6 +207,7 @@ def test_a_run_writes_as_stored(small_model, tmp_path, tokens):
   assert found == pytest.approx(summary["perplexity_after"], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_a_run_writes_as_asked(small_model, tmp_path):
   settings = recipe(small_model, stages=1, tokens=512)
   settings.model.dtype = "bfloat16"

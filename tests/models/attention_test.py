@@ -57,6 +57,7 @@ def test_attention(option, window, T):
   np.testing.assert_allclose(got[0], want, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("T", [7, 150])
 def test_attention_has_the_gradients_of_jax(T):
   q, k, v = heads(T)

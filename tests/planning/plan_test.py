@@ -211,6 +211,7 @@ def test_stand_ins_in_a_process_of_their_own():
   assert scored["temporary"] > 0
 
 
+@pytest.mark.slow
 def test_curvature_and_refit():
   """A refit holds two models, four streams and a Gram matrix."""
   config = recipe(

@@ -58,6 +58,7 @@ def distance(dense, pruned, tokens_NT):
   return 4 * jnp.sum(jnp.exp(t) * (t - s), axis=-1).mean().item()
 
 
+@pytest.mark.slow
 def test_held_out_loss_falls_and_types_stay(pairs):
   dense, pruned = pairs
   params, record = refit_loss.refit_loss(

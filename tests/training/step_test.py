@@ -358,6 +358,7 @@ def lora_run(params, batches, mesh, rank=3):
   return base, adapters, metrics
 
 
+@pytest.mark.slow
 def test_lora_starts_at_the_base_and_leaves_it_alone(plain):
   params, batches, (_, _, metrics) = plain
   base, adapters, lora_metrics = lora_run(params, batches, one_device())
