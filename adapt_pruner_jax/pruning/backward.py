@@ -138,18 +138,14 @@ def walk(
   config, stacked = model.config, model.stacked
   kernel = Kernel(model.attention, model.mesh)
   inputs = attention_inputs(config, tokens_MBT.shape[-1], kernel=kernel)
-  outer = {n: stacked[n] for n in model_config.outer_names(config)}
-
-  def apply(method, x):
-    return Decoder(config).apply({"params": outer}, x, method=method)
-
   layers = stacked["layers"], places(config), model.masks
   forward = _forward(model, inputs, valid_MB, observe)
-  x_MBTD = _cut(apply(Decoder.embed, tokens_MBT), model.mesh)
+  x_MBTD = outer(config, stacked, tokens_MBT, Decoder.embed)
+  x_MBTD = cut(x_MBTD, model.mesh)
   x_MBTD, (ins, mids, observed) = jax.lax.scan(forward, x_MBTD, layers)
 
   def loss(x_BTD, tokens_BT, counts_B):
-    logits_BTV = apply(Decoder.head, x_BTD[:, :-1])
+    logits_BTV = outer(config, stacked, x_BTD[:, :-1], Decoder.head)
     targets_BT = tokens_BT[:, 1:]
     each_BT = counts_B[:, None] / targets_BT.shape[1]
     weights_BT = jnp.broadcast_to(each_BT, targets_BT.shape)
@@ -160,11 +156,38 @@ def walk(
     return Found(jax.lax.map(lambda end: loss(*end), ends), observed, {})
   gradient = jax.value_and_grad(loss)
   loss_M, dx_MBTD = jax.lax.map(lambda end: gradient(*end), ends)
-  dx_MBTD = _cut(dx_MBTD, model.mesh)
+  dx_MBTD = cut(dx_MBTD, model.mesh)
   backward = _backward(model, inputs, valid_MB, visitor)
   layers = layers, {"K": ins, "F": mids}
   _, kept = jax.lax.scan(backward, dx_MBTD, layers, reverse=True)
   return Found(loss_M, observed, kept)
+
+
+def scored(
+  model: Stacked,
+  tokens_MBT: jax.Array,
+  valid_MB: jax.Array,
+  visitor: Visitor,
+) -> dict[str, Any]:
+  """Walks for a score, the loss being the sum over rows of their mean losses.
+
+  Args:
+    model, tokens_MBT, valid_MB, visitor: as `walk`'s.
+
+  Returns:
+    On all devices: loss_M, the mean over each minibatch's rows, and scores,
+    what the visitor kept.
+  """
+  counts_MB = valid_MB.astype(jnp.float32)
+  found = walk(model, tokens_MBT, valid_MB, counts_MB, visitor)
+  losses_M = found.loss_M / jnp.sum(valid_MB, axis=1)
+  return sharding.whole({"loss_M": losses_M, "scores": found.kept}, model.mesh)
+
+
+def outer(config: ModelConfig, stacked: Params, x: jax.Array, method) -> Any:
+  """What is before and behind the layers: `Decoder.embed` or `.head` of x."""
+  own = {n: stacked[n] for n in model_config.outer_names(config)}
+  return Decoder(config).apply({"params": own}, x, method=method)
 
 
 def _forward(model, inputs, valid_MB, observe) -> Callable:
@@ -182,7 +205,7 @@ def _forward(model, inputs, valid_MB, observe) -> Callable:
       return tap.between, out_BTD, observed
 
     mid, out, observed = jax.lax.map(one, (x_MBTD, valid_MB))
-    return _cut(out, model.mesh), (x_MBTD, _cut(mid, model.mesh), observed)
+    return cut(out, model.mesh), (x_MBTD, cut(mid, model.mesh), observed)
 
   return forward
 
@@ -202,14 +225,14 @@ def _backward(model, inputs, valid_MB, visitor) -> Callable:
 
       minibatches = streams[unit], dx_MBTD, valid_MB
       sums, dx_MBTD = jax.lax.scan(add, visitor.start(half), minibatches)
-      dx_MBTD = _cut(dx_MBTD, model.mesh)
+      dx_MBTD = cut(dx_MBTD, model.mesh)
       kept[unit] = visitor.finish(half, sums)
     return dx_MBTD, kept
 
   return backward
 
 
-def _cut(x_MBTD: jax.Array, mesh: Mesh | None) -> jax.Array:
+def cut(x_MBTD: jax.Array, mesh: Mesh | None) -> jax.Array:
   """Rows of each minibatch over the devices."""
   if mesh is None:
     return x_MBTD

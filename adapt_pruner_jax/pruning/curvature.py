@@ -23,15 +23,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from adapt_pruner_jax.distributed import placement, sharding
+from adapt_pruner_jax.distributed import sharding
 from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.layer import WRITERS, spread_mask
 from adapt_pruner_jax.models.model_config import ModelConfig
-from adapt_pruner_jax.pruning import (
-  backward,
-  linear_algebra,
-  surgery,
-)
+from adapt_pruner_jax.pruning import backward, linear_algebra, scores
 from adapt_pruner_jax.pruning.task import Masked, Measured
 
 ENOUGH = 4  # tokens per input channel from which a weak ridge is best
@@ -40,20 +36,7 @@ WEAK, STRONG = 1e-3, 0.1
 
 def measure(masked: Masked, tokens_NT: np.ndarray) -> Measured:
   """Scores of all units, in nats of the sequences' summed mean losses."""
-  task = masked.task
-  tokens_MBT, valid_MB = placement.minibatches(tokens_NT, task.batch, task.mesh)
-  found = measure_step(
-    surgery.dense(task.full),
-    masked.stacked,
-    placement.replicate(masked.masks, task.mesh),
-    tokens_MBT,
-    valid_MB,
-    mesh=task.mesh,
-    attention=task.settings.attention,
-  )
-  found = jax.device_get(found)
-  scores = {u: np.asarray(s, np.float64) for u, s in found["scores"].items()}
-  return Measured(scores, found["loss_M"])
+  return scores.measure_by(measure_step, masked, tokens_NT)
 
 
 @partial(jax.jit, static_argnames=("config", "mesh", "attention"))
@@ -82,15 +65,12 @@ def measure_step(
     [L, F]}. The loss behind the gradients is the sum over sequences of the
     mean over their tokens.
   """
-  found = backward.walk(
+  return backward.scored(
     backward.Stacked(config, stacked, masks, mesh, attention),
     tokens_MBT,
     valid_MB,
-    valid_MB.astype(jnp.float32),
     _grams(jnp.sum(valid_MB) * tokens_MBT.shape[-1], mesh),
   )
-  losses_M = found.loss_M / jnp.sum(valid_MB, axis=1)
-  return sharding.whole({"loss_M": losses_M, "scores": found.kept}, mesh)
 
 
 def _grams(tokens: jax.Array, mesh: Mesh) -> backward.Visitor:

@@ -22,29 +22,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from adapt_pruner_jax.distributed import placement, sharding
 from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.model_config import ModelConfig
-from adapt_pruner_jax.pruning import backward, surgery
+from adapt_pruner_jax.pruning import backward, scores
 from adapt_pruner_jax.pruning.task import Masked, Measured
 
 
 def measure(masked: Masked, tokens_NT: np.ndarray) -> Measured:
   """Scores of all units."""
-  task = masked.task
-  tokens_MBT, valid_MB = placement.minibatches(tokens_NT, task.batch, task.mesh)
-  found = measure_step(
-    surgery.dense(task.full),
-    masked.stacked,
-    placement.replicate(masked.masks, task.mesh),
-    tokens_MBT,
-    valid_MB,
-    mesh=task.mesh,
-    attention=task.settings.attention,
-  )
-  found = jax.device_get(found)
-  scores = {u: np.asarray(s, np.float64) for u, s in found["scores"].items()}
-  return Measured(scores, found["loss_M"])
+  return scores.measure_by(measure_step, masked, tokens_NT)
 
 
 @partial(jax.jit, static_argnames=("config", "mesh", "attention"))
@@ -72,15 +58,12 @@ def measure_step(
     loss_M (mean over the minibatch's predictions), scores {"K": [L, K], "F":
     [L, F]}; those of masked units mean nothing.
   """
-  found = backward.walk(
+  return backward.scored(
     backward.Stacked(config, stacked, masks, mesh, attention),
     tokens_MBT,
     valid_MB,
-    valid_MB.astype(jnp.float32),
     _gates(jnp.sum(valid_MB)),
   )
-  losses_M = found.loss_M / jnp.sum(valid_MB, axis=1)
-  return sharding.whole({"loss_M": losses_M, "scores": found.kept}, mesh)
 
 
 def _gates(rows: jax.Array) -> backward.Visitor:

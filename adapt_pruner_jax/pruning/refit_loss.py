@@ -59,17 +59,8 @@ def refit_loss(
     UserError: too few windows for one step.
   """
   config, params = pruned
-  shards = placement.batch_shards(mesh)
-  held_NT = tokens_NT[len(tokens_NT) - len(tokens_NT) // HELD_OUT :]
-  rows_NT = tokens_NT[: len(tokens_NT) - len(held_NT)]
-  batch = -(-min(batch, len(rows_NT)) // shards) * shards
+  rows_NT, held_NT, batch = _split(tokens_NT, batch, mesh)
   steps = len(rows_NT) // batch
-  if not steps or not len(held_NT):
-    raise UserError(
-      f"{len(tokens_NT)} calibration windows are too few to refit by the loss: "
-      f"give --config.calibration.refit_samples={HELD_OUT * max(batch, 2)} or "
-      "more, or --config.prune.refit_passes=0"
-    )
   settings = Train(
     learning_rate=rate,
     min_learning_rate=rate / 10,
@@ -93,6 +84,23 @@ def refit_loss(
   trained_on = passes * steps * batch * tokens_NT.shape[1]
   record = {"tokens": trained_on, "before": before, "after": after}
   return (new if after < before else params), record
+
+
+def _split(
+  tokens_NT: np.ndarray, batch: int, mesh: Mesh
+) -> tuple[np.ndarray, np.ndarray, int]:
+  """Windows to train on, those held out, and how many go in a step."""
+  shards = placement.batch_shards(mesh)
+  first = len(tokens_NT) - len(tokens_NT) // HELD_OUT
+  rows_NT, held_NT = tokens_NT[:first], tokens_NT[first:]
+  batch = -(-min(batch, len(rows_NT)) // shards) * shards
+  if len(rows_NT) < max(batch, 1) or not len(held_NT):
+    raise UserError(
+      f"{len(tokens_NT)} calibration windows are too few to refit by the loss: "
+      f"give --config.calibration.refit_samples={HELD_OUT * max(batch, 2)} or "
+      "more, or --config.prune.refit_passes=0"
+    )
+  return rows_NT, held_NT, batch
 
 
 def _batches(

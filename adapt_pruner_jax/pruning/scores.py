@@ -62,6 +62,30 @@ def measure(masked: Masked, tokens_NT: np.ndarray, *, kind: str) -> Measured:
   return Measured(scores, found["loss_M"], importance_L)
 
 
+def measure_by(
+  step: Callable[..., dict], masked: Masked, tokens_NT: np.ndarray
+) -> Measured:
+  """Unit scores that a walk through the masked model keeps.
+
+  Args:
+    step: the compiled walk, such as `curvature.measure_step`.
+  """
+  task = masked.task
+  tokens_MBT, valid_MB = placement.minibatches(tokens_NT, task.batch, task.mesh)
+  found = step(
+    surgery.dense(task.full),
+    masked.stacked,
+    placement.replicate(masked.masks, task.mesh),
+    tokens_MBT,
+    valid_MB,
+    mesh=task.mesh,
+    attention=task.settings.attention,
+  )
+  found = jax.device_get(found)
+  scores = {u: np.asarray(s, np.float64) for u, s in found["scores"].items()}
+  return Measured(scores, found["loss_M"])
+
+
 def with_importance(
   measure_units: Callable[[Masked, np.ndarray], Measured],
   masked: Masked,

@@ -20,15 +20,15 @@ import numpy as np
 from jax.sharding import Mesh
 
 from adapt_pruner_jax.config import Prune
-from adapt_pruner_jax.distributed import placement, sharding
+from adapt_pruner_jax.distributed import placement
 from adapt_pruner_jax.errors import UserError
-from adapt_pruner_jax.models import model_config
 from adapt_pruner_jax.models.axes import UNITS, Params
 from adapt_pruner_jax.models.decoder import Decoder
 from adapt_pruner_jax.models.layer import attention_inputs, places, run_layer
 from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.pruning import (
   allotment,
+  backward,
   choice,
   exact_target,
   schedule,
@@ -260,7 +260,7 @@ def last_stream(
     mesh: devices that minibatches are cut over.
   """
   inputs = attention_inputs(config, tokens_MBT.shape[-1])
-  x_MBTD = _outer(config, stacked, tokens_MBT, Decoder.embed)
+  x_MBTD = backward.outer(config, stacked, tokens_MBT, Decoder.embed)
 
   def forward(x_MBTD, layer):
     weights, place, masks = layer
@@ -268,11 +268,7 @@ def last_stream(
     return jax.lax.map(one, x_MBTD), None
 
   layers = stacked["layers"], places(config), masks
-  if mesh is not None:
-    where = jax.sharding.PartitionSpec(None, sharding.BATCH)
-    where = jax.sharding.NamedSharding(mesh, where)
-    x_MBTD = jax.lax.with_sharding_constraint(x_MBTD, where)
-  return jax.lax.scan(forward, x_MBTD, layers)[0]
+  return jax.lax.scan(forward, backward.cut(x_MBTD, mesh), layers)[0]
 
 
 @partial(jax.jit, static_argnames=("config", "mesh"))
@@ -302,16 +298,11 @@ def mean_divergence(
     x_BTD, dense_BTD, valid_B = minibatch
     weights_BT = jnp.broadcast_to(valid_B[:, None], x_BTD.shape[:2])
     return losses.distillation(
-      _outer(config, stacked, x_BTD, Decoder.head),
-      _outer(config, dense, dense_BTD, Decoder.head),
+      backward.outer(config, stacked, x_BTD, Decoder.head),
+      backward.outer(config, dense, dense_BTD, Decoder.head),
       weights_BT,
       temperature=1.0,
     )
 
   sums_M, weights_M = jax.lax.map(one, (x_MBTD, dense_MBTD, valid_MB))
   return jnp.sum(sums_M) / jnp.sum(weights_M)
-
-
-def _outer(config: ModelConfig, params: Params, x: jax.Array, method):
-  outer = {n: params[n] for n in model_config.outer_names(config)}
-  return Decoder(config).apply({"params": outer}, x, method=method)

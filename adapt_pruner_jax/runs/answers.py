@@ -36,6 +36,19 @@ class Asked:
       return given
     return to_spec([self._written(source) for source in self.sources[name]])
 
+  def in_place(self, recipe: Config) -> Config:
+    """The recipe with files of answers in place of prompts."""
+    calibration, data = recipe.calibration, recipe.data
+    return dataclasses.replace(
+      recipe,
+      calibration=dataclasses.replace(
+        calibration, source=self.spec("calibration.source", calibration.source)
+      ),
+      data=dataclasses.replace(
+        data, source=self.spec("data.source", data.source)
+      ),
+    )
+
   def held_out(self) -> list[dict] | None:
     """The rows that `answer_agreement` compares on; None = not asked for."""
     if HELD_OUT not in self.sources:

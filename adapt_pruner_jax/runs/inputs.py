@@ -107,11 +107,9 @@ def open_inputs(
   target = targets.resolve_target(full, recipe.prune, whole)
   if target is None and not recipe.prune.max_steps:
     target = budgets.count(full, recipe.prune)  # the vocabulary alone
+  written = asked.in_place(recipe)
   calibration, refit_data = pruning_data(
-    dataclasses.replace(
-      recipe.calibration,
-      source=asked.spec("calibration.source", recipe.calibration.source),
-    ),
+    written.calibration,
     recipe.prune.refit != "none",
     tokenizer,
     full.vocab_size,
@@ -119,12 +117,7 @@ def open_inputs(
     path / "cache",
     log.say,
   )
-  learnt = dataclasses.replace(
-    recipe.data, source=asked.spec("data.source", recipe.data.source)
-  )
-  rows = open_training(
-    dataclasses.replace(recipe, data=learnt), tokenizer, full, mesh, path, log
-  )
+  rows = open_training(written, tokenizer, full, mesh, path, log)
   inputs = Inputs(
     recipe=recipe,
     path=path,
@@ -144,10 +137,21 @@ def open_inputs(
   )
   if not recipe.vocab.asked():
     return inputs
-  names = dict(zip(("source", "full", "tokenizer"), before, strict=True))
-  tokens = _tokens(text, names["tokenizer"], whole)
-  uncut = dataclasses.replace(inputs, **names, eval_tokens=tokens)
+  uncut = _of_the_uncut(inputs, *before, text)
   return dataclasses.replace(inputs, whole=uncut)
+
+
+def _of_the_uncut(
+  inputs: Inputs, source: Path, full: ModelConfig, tokenizer: Any, text: str
+) -> Inputs:
+  """The same inputs of the model whose vocabulary was cut for the run."""
+  return dataclasses.replace(
+    inputs,
+    source=source,
+    full=full,
+    tokenizer=tokenizer,
+    eval_tokens=_tokens(text, tokenizer, full),
+  )
 
 
 def attention_taken(recipe: Config, full: ModelConfig, mesh: Mesh) -> str:

@@ -5,12 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from adapt_pruner_jax.distributed import sharding
-from adapt_pruner_jax.models import axes, model_config
+from adapt_pruner_jax.models import model_config
 from adapt_pruner_jax.models.decoder import Decoder
 from adapt_pruner_jax.models.layer import attention_inputs, places, run_layer
 from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.models.rope import Rope
 from adapt_pruner_jax.pruning import fisher, surgery
+from tests import small
 
 CONFIG = ModelConfig(
   family="llama",
@@ -49,12 +50,7 @@ def row_loss(gates, params, layers, tokens_T):
 
 def test_half_the_mean_square_of_each_rows_gradient():
   rng = np.random.default_rng(0)
-  draw = lambda name, _, leaf: jnp.asarray(
-    rng.normal(1.0 if "norm" in name else 0, 0.4, leaf.shape), jnp.float32
-  )
-  params = axes.map_named(
-    draw, model_config.abstract_params(CONFIG, jnp.float32)
-  )
+  params = jax.tree.map(jnp.asarray, small.random_params(CONFIG))
   mesh, kept = sharding.one_device(), surgery.everything(CONFIG)
   stacked = surgery.expand(CONFIG, params, kept, CONFIG, mesh)
   masks = surgery.to_masks(kept, CONFIG)

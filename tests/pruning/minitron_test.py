@@ -18,6 +18,7 @@ from adapt_pruner_jax.models.rope import Rope
 from adapt_pruner_jax.pruning import methods, steps
 from adapt_pruner_jax.pruning.baselines import minitron
 from adapt_pruner_jax.pruning.task import PruneTask
+from tests import small
 
 CONFIG = ModelConfig(
   family="llama",
@@ -45,11 +46,7 @@ def _compile_fast():
 
 @pytest.fixture(scope="module")
 def params():
-  rng = np.random.default_rng(0)
-  draw = lambda name, _, leaf: jnp.asarray(
-    rng.normal(1.0 if "norm" in name else 0, 0.4, leaf.shape), jnp.float32
-  )
-  return axes.map_named(draw, model_config.abstract_params(CONFIG, jnp.float32))
+  return small.random_params(CONFIG)
 
 
 def task_of(params, depth=0, ratio=0.25):
