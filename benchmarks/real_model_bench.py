@@ -36,7 +36,7 @@ WINDOW = 1024  # tokens of an evaluation's window
 WINDOWS = 8  # of a text
 LONG_WINDOWS = 4  # of the model's context
 BUCKETS = 16  # of positions, each of as many
-SEQ_LEN, BATCH = 128, 32  # of calibration
+SEQ_LEN, BATCH = 128, 32  # of the other methods' calibration
 ROWS, ROW_LEN = 2, 256  # of a train step
 CALIBRATION_END, TUNE_END, TEST_BEGIN = 4_000_000, 4_200_000, 4_250_000
 COMPILING = "/jax/core/compile/backend_compile_duration"
@@ -190,14 +190,16 @@ class Bench:
       recipe.prune = compare_methods.settings_of(
         cell.method, cell.ratio, Prune()
       )
-    own = recipe.calibration
+    own, length = recipe.calibration, SEQ_LEN
+    if cell.method == "default":
+      length = own.seq_len
     recipe.calibration = dataclasses.replace(
       own,
       source=f"text:{self.calibration_file}",
-      samples=cell.tokens // SEQ_LEN,
-      seq_len=SEQ_LEN,
-      batch=BATCH,
-      refit_samples=own.refit_samples * own.seq_len // SEQ_LEN,
+      samples=cell.tokens // length,
+      seq_len=length,
+      batch=BATCH * SEQ_LEN // length,
+      refit_samples=cell.tokens // length,
     )
     recipe.train = dataclasses.replace(
       recipe.train,
@@ -238,7 +240,7 @@ class Bench:
         full,
         kept,
         lambda step, first=number: for_refit.batch(first + step),
-        BATCH,
+        recipe.calibration.batch,
         self.mesh,
         cell.seed,
       )

@@ -199,7 +199,7 @@ class Prune(Section):
   refit: str = "none"
   refit_ridge: float = 0.0  # 0 = by the number of tokens
   refit_all: bool = False  # all seven matrices, not just o and down
-  # Then passes over the same windows that lower the loss, by all weights.
+  # Then passes, each over fresh windows, that lower the loss by all weights.
   refit_passes: int = 0
   refit_rate: float = 3e-4  # the highest learning rate of these
   # Of single allotments and methods; the defaults are the published ones.

@@ -16,7 +16,7 @@ targets         what may be pruned, and how far
 choice          the lowest units go
 surgery         kept units, masks, and the gather of arrays
 refit           least squares on what is left
-refit_loss      then a distillation on the same windows
+refit_loss      then a distillation on more windows
 least_squares   how a refit is solved, layer by layer
 linear_algebra  inverses and solves of Gram matrices
 elimination     the same on many devices, by a program that compiles

@@ -94,7 +94,8 @@ def prune(task: PruneTask) -> Pruned:
 def refit_after(task: PruneTask, pruned: Pruned) -> Pruned:
   """The refit that `prune.refit` asks for at the end of a prune.
 
-  Least squares; then, by `prune.refit_passes`, the loss.
+  Least squares; then, by `prune.refit_passes`, the loss, each pass on windows
+  of its own.
 
   Returns:
     The same without a refit; else with new params, a record a matrix, and one
@@ -122,7 +123,7 @@ def refit_after(task: PruneTask, pruned: Pruned) -> Pruned:
     params, by_loss = refit_loss.refit_loss(
       dense,
       (pruned.config, params),
-      tokens_NT,
+      lambda number: task.refit_samples(done + number),
       task.batch,
       task.mesh,
       passes=settings.refit_passes,
