@@ -18,7 +18,14 @@ from adapt_pruner_jax.config import Config
 
 def get_config() -> Config:
   config = Config()
-  config.prune.method = "curvature"
-  config.prune.refit = "2"
+  config.prune.method = "fisher"
+  config.prune.ranking.step_size = 0.2
+  config.prune.ranking.cap = 0.8
+  config.prune.refit = "final"
   config.prune.refit_all = True
+  config.prune.refit_passes = 3
+  config.calibration.samples = 64
+  config.calibration.refit_samples = 64
+  config.calibration.seq_len = 512
+  config.calibration.batch = 4
   return config

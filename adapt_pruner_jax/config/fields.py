@@ -16,6 +16,7 @@ from adapt_pruner_jax.errors import UserError, nearest
 PUBLISHED = {
   "adapt": ("adapt", "taylor"),
   "curvature": ("ranking", "curvature"),
+  "fisher": ("ranking", "fisher"),
   "llm_pruner": ("llm_pruner", "taylor"),
   "flap": ("flap", "flap"),
   "wanda_sp": ("wanda_sp", "wanda_sp"),

@@ -117,7 +117,7 @@ def test_a_method_alone_is_its_published_pair(params, name):
   note = lambda record, step: seen.append(step)
   whole = methods.prune(task_of(params, settings, log=note))
   allotment, score = settings.pair()
-  if score in methods.scores.KINDS or score == "curvature":
+  if score in (*methods.scores.KINDS, "curvature", "fisher"):
     named = dataclasses.replace(settings, group_importance=score)
     if allotment in ("adapt", "ranking"):
       named = dataclasses.replace(named, allotment=allotment, method="adapt")
