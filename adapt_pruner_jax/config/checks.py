@@ -177,15 +177,20 @@ def _check_parts(p: Prune) -> None:
   """Whether method, allotment, score and refit go together."""
   if not isinstance(p.refit, str):
     raise UserError(f'prune.refit={p.refit!r} must be text: "{p.refit}"')
-  if not re.fullmatch(r"none|final|[1-9]\d*", p.refit):
+  if not re.fullmatch(r"none|final|loss|[1-9]\d*", p.refit):
     raise UserError(
-      f"--config.prune.refit={p.refit} is not none, final, or a number of "
-      "pruning steps (such as 2) after which to refit"
+      f"--config.prune.refit={p.refit} is not none, final, loss, or a number "
+      "of pruning steps (such as 2) after which to refit"
     )
   if p.refit_passes and p.refit == "none":
     raise UserError(
       f"--config.prune.refit_passes={p.refit_passes} follows a refit: give "
-      "--config.prune.refit=final with it"
+      "--config.prune.refit=final with it, or loss for these passes alone"
+    )
+  if p.refit == "loss" and not p.refit_passes:
+    raise UserError(
+      "--config.prune.refit=loss makes --config.prune.refit_passes, which are "
+      "0: give a number with it, such as 3"
     )
   for name in ("allotment", "group_importance"):
     if getattr(p, name) and p.method in WHOLE:

@@ -196,7 +196,7 @@ class Prune(Section):
   round_kv_to: int = 1
   attention: str = "auto"  # which implementation scores; docs/speed.md
   # Least squares on what is left: none, final, or every so many steps and at
-  # the end.
+  # the end; loss = only the passes below.
   refit: str = "none"
   refit_ridge: float = 0.0  # 0 = by the number of tokens
   refit_all: bool = False  # all seven matrices, not just o and down
@@ -222,6 +222,10 @@ class Prune(Section):
   def has_target(self) -> bool:
     """Whether it is said where to end."""
     return bool(self.ratio or self.target_params or self.budget_value)
+
+  def solves(self) -> bool:
+    """Whether a refit has least squares in it."""
+    return self.refit not in ("none", "loss")
 
   def pair(self) -> tuple[str, str]:
     """The allotment and the unit score that these settings ask for."""

@@ -32,8 +32,9 @@ def check(config: ModelConfig) -> None:
   else:
     return
   raise UserError(
-    f"this model cannot be refitted: {why}; use --config.prune.refit=none "
-    "--config.prune.method=adapt, as --config=configs/paper.py does"
+    f"this model cannot be refitted by least squares: {why}; use "
+    "--config.prune.refit=loss with --config.prune.method=fisher, or "
+    "--config=configs/paper.py"
   )
 
 

@@ -107,18 +107,19 @@ def refit_after(task: PruneTask, pruned: Pruned) -> Pruned:
   done = task.after.number if task.after else 0
   if pruned.trace:
     done = pruned.trace[-1]["step"]
-  dense, tokens_NT = (task.config, task.params), task.refit_samples(done)
-  params, records = refit.refit(
-    dense,
-    (pruned.config, pruned.params),
-    surgery.relative_to(task.kept, pruned.kept),
-    tokens_NT,
-    task.batch,
-    ridge=settings.refit_ridge,
-    refit_all=settings.refit_all,
-    mesh=task.mesh,
-  )
-  by_loss = None
+  dense = task.config, task.params
+  params, records, by_loss = pruned.params, [], None
+  if settings.solves():
+    params, records = refit.refit(
+      dense,
+      (pruned.config, pruned.params),
+      surgery.relative_to(task.kept, pruned.kept),
+      task.refit_samples(done),
+      task.batch,
+      ridge=settings.refit_ridge,
+      refit_all=settings.refit_all,
+      mesh=task.mesh,
+    )
   if settings.refit_passes:
     params, by_loss = refit_loss.refit_loss(
       dense,
@@ -154,5 +155,5 @@ def check(config: ModelConfig, settings: Prune) -> None:
     )
   if settings.method == "minitron":
     minitron.check(config, settings)
-  if settings.pair()[1] == "curvature" or settings.refit != "none":
+  if settings.pair()[1] == "curvature" or settings.solves():
     linear_algebra.check(config)
