@@ -17,6 +17,8 @@ from adapt_pruner_jax.pruning.surgery import Kept, Masks
 # Calibration tokens of a pruning step (from 0), int32 [N, T].
 Samples = Callable[[int], np.ndarray]
 Counts = dict[str, np.ndarray]  # units to remove, {"K": int [L], "F": int [L]}
+# Further budgets: settings that count, and the most that there may be.
+Limits = tuple[tuple[Prune, int], ...]
 Scores = dict[str, np.ndarray]  # float64, {"K": [L, K], "F": [L, F]}
 
 
@@ -55,6 +57,7 @@ class PruneTask:
     seed: of random scores.
     after: the last step that an interrupted prune has done.
     log: called with `record(step)` and the step, after each.
+    limits: met beside the target.
   """
 
   config: ModelConfig
@@ -70,6 +73,7 @@ class PruneTask:
   seed: int = 0
   after: Step | None = None
   log: Callable[[dict, Step], None] | None = None
+  limits: Limits = ()
 
   def __post_init__(self) -> None:
     given = {

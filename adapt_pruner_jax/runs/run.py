@@ -31,14 +31,13 @@ from adapt_pruner_jax.pruning import budgets, methods, surgery
 from adapt_pruner_jax.pruning.task import Pruned, Step
 from adapt_pruner_jax.reporting.html import report
 from adapt_pruner_jax.reporting.log import Log
-from adapt_pruner_jax.runs import prune_once, vocabulary
-from adapt_pruner_jax.runs.inputs import (
-  Inputs,
-  open_inputs,
-  stage_end,
-  stage_target,
-  teacher_of,
+from adapt_pruner_jax.runs import (
+  budget_results,
+  export_size,
+  prune_once,
+  vocabulary,
 )
+from adapt_pruner_jax.runs.inputs import Inputs, open_inputs, teacher_of
 from adapt_pruner_jax.runs.measure import (
   answers_note,
   measure,
@@ -49,6 +48,7 @@ from adapt_pruner_jax.runs.measure import (
   windows_note,
 )
 from adapt_pruner_jax.runs.recipe import claim, is_anew, remove_cut_off_exports
+from adapt_pruner_jax.runs.stages import stage_end, stage_limits, stage_target
 from adapt_pruner_jax.runs.state import (
   EVALUATED,
   PRUNING,
@@ -180,8 +180,8 @@ def prune(
   title = f"stage {state.stage} of {settings.stages}: pruning"
   size = budgets.count(state.config, settings)
   counted = budgets.UNIT[settings.budget]
-  aim = f" to {target:,}" if target else ""
-  log.say(f"{title} {size:,} {counted}{aim} ({settings.method})")
+  aim = f" to {budgets.shown(target, settings)}" if target else ""
+  log.say(f"{title} {budgets.shown(size, settings)}{aim} ({settings.method})")
   total = size - target if target else settings.max_steps
   unit = counted if target else "steps"
   with log.phase(title, total, unit) as phase:
@@ -206,6 +206,7 @@ def prune(
       inputs,
       settings,
       target=target,
+      limits=stage_limits(inputs, state.stage),
       kept=state.kept,
       first=first,
       after=after,
@@ -358,7 +359,7 @@ def stage_result(state: State, inputs: Inputs) -> dict:
 def to_export(state: State, inputs: Inputs) -> Params:
   """The parameters as they are written: as the original, if not as asked."""
   return dtypes.for_export(
-    state.config, state.params, inputs.source, inputs.recipe.model.dtype
+    state.config, state.params, inputs.source, export_size.dtype(inputs.recipe)
   )
 
 
@@ -382,6 +383,8 @@ def finish(state: State, inputs: Inputs, seconds: float) -> dict:
     facts=summary,
   )
   summary |= disk_sizes(inputs.original.source, path / "model")
+  pair = state.config, state.params
+  summary |= budget_results.measure(*pair, inputs, summary["bytes_after"])
   if agreement.is_writer():
     layers = zip(state.kept["K"], state.kept["F"], strict=True)
     kept = [{"kv_groups": k.tolist(), "ffn": f.tolist()} for k, f in layers]
