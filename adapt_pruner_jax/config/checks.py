@@ -99,6 +99,12 @@ def check(config: Config) -> None:
     if not 0 < get(config, name) <= 1:
       raise UserError(f"{name}={get(config, name)} must be in (0, 1]")
   _check_parts(config.prune)
+  source = config.calibration.tuning or config.calibration.source
+  if config.prune.budget == "quality" and source.startswith("npy:"):
+    raise UserError(
+      f"--config.prune.budget=quality is measured on text, not on {source}: "
+      "give --config.calibration.tuning=text:FILE"
+    )
   _check_search(config)
 
 
@@ -176,6 +182,18 @@ def _check_budget(p: Prune) -> None:
     )
   if p.limits:
     _check_limits(p)
+  if p.budget == "quality" and (
+    p.limits
+    or not p.budget_value
+    or p.stages > 1
+    or p.pair()[0] not in STEPPING
+    or p.method in WHOLE
+  ):
+    raise UserError(
+      "--config.prune.budget=quality goes with prune.budget_value (nats above "
+      "the original), one stage, no further limits, and the allotments "
+      f"{', '.join(STEPPING)}: give --config.prune.method=adapt or curvature"
+    )
   if p.budget == "params" and not p.limits:
     return
   if p.pair()[0] not in BUDGETED or p.method in WHOLE:
@@ -199,7 +217,8 @@ def _check_budget(p: Prune) -> None:
 
 def _check_limits(p: Prune) -> None:
   """Whether `prune.limits` says what it should."""
-  allowed, seen = CHOICES["prune.budget"], [p.budget]
+  allowed = [name for name in CHOICES["prune.budget"] if name != "quality"]
+  seen = [p.budget]
   for part in p.limits.split(","):
     name, equals, text = (x.strip() for x in part.partition("="))
     try:

@@ -50,7 +50,14 @@ CHOICES = {
     "",
   ),
   "prune.allotment": ("adapt", "uniform", "ranking", "search", ""),
-  "prune.budget": ("params", "flops", "bytes", "kv_bytes", "latency"),
+  "prune.budget": (
+    "params",
+    "flops",
+    "bytes",
+    "kv_bytes",
+    "latency",
+    "quality",
+  ),
   "prune.budget_export": ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_k_m"),
   "prune.budget_phase": ("decode", "prefill"),
   "prune.layer_importance": ("cosine", "euclidean", "manhattan"),
@@ -176,7 +183,8 @@ class Prune(Section):
   target_params: int = 0
   ratio: float = 0.0
   # What the ratio is a share of, and a value to end at in its unit, in place of
-  # a ratio: params | flops | bytes | kv_bytes | latency (docs/budgets.md).
+  # a ratio: params | flops | bytes | kv_bytes | latency | quality, in nats
+  # above the original (docs/budgets.md).
   budget: str = "params"
   budget_value: float = 0.0
   limits: str = ""  # further ones, such as "kv_bytes=2e6,latency=12"
@@ -279,6 +287,9 @@ class Calibration(Section):
   seq_len: int = 64
   batch: int = 32  # sequences at a time
   refit_samples: int = 512  # sequences of a refit
+  # The text that a quality to keep is measured on; empty = other windows of the
+  # source.
+  tuning: str = ""
 
 
 @dataclasses.dataclass

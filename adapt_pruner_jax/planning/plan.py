@@ -97,6 +97,11 @@ def plan(
   found["hours"] = hours(flops, hardware)
   found["warnings"] = warnings(config, found, hardware)
   found["warnings"] += fixed_attention(config.prune, full)
+  if config.prune.budget == "quality":
+    found["warnings"].append(
+      "how small a model keeps the quality is measured as it is pruned: the "
+      "plan is of the smallest that there may be"
+    )
   show(found, config, hardware, log or Log(None))
   return found
 
@@ -182,6 +187,8 @@ def _every_budget(
   """The original and the even model in every unit, of weights alone."""
   found = []
   for name in budgets.UNIT:
+    if name == "quality":
+      continue
     if name == "latency" and not settings.budget_table:
       continue
     one = dataclasses.replace(settings, budget=name, limits="")

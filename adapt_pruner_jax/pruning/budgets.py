@@ -5,6 +5,7 @@ flops     of one token behind `prune.budget_context` - 1 others, whose keys and
           values are in the cache; the embedding's look-up is none
 bytes     of the weights in an export of `prune.budget_export`: safetensors in
           f32, f16 or bf16, or a gguf (`file_bytes`)
+quality   the loss: as params, and pruning stops where it is too much
 kv_bytes  of the keys and values of `prune.budget_batch` sequences of
           `prune.budget_context` tokens, two bytes a number
 latency   by a table of what halves of some widths take on a device
@@ -30,12 +31,14 @@ from adapt_pruner_jax.pruning import file_bytes
 CACHED = 2  # bytes of a number in the cache
 UNIT = {"params": "parameters", "flops": "FLOPs", "bytes": "bytes"}
 UNIT |= {"kv_bytes": "bytes of cache", "latency": "ms"}
+UNIT |= {"quality": "parameters"}
+NUMBERS = ("params", "quality")  # count parameters
 Curves = dict[str, list[np.ndarray]]  # {"K": an int [K + 1] a layer, "F": ...}
 
 
 def count(config: ModelConfig, settings: Prune) -> int:
   """How much of the budget a model takes: `value` has it in its unit."""
-  if settings.budget == "params":
+  if settings.budget in NUMBERS:
     return model_config.count_params(config)
   units = config.units()
   return _outside(config, settings) + sum(
@@ -63,6 +66,13 @@ def shown(amount: int, settings: Prune) -> str:
   amount = value(amount, settings)
   number = f"{amount:,.3f}" if settings.budget == "latency" else f"{amount:,}"
   return f"{number} {unit(settings)}"
+
+
+def aim(target: int, settings: Prune) -> str:
+  """Where a prune ends, for people."""
+  if settings.budget == "quality":
+    return f"at most {settings.budget_value} nats a token more loss"
+  return shown(target, settings)
 
 
 def unit(settings: Prune) -> str:
@@ -106,7 +116,7 @@ def unit_cost(config: ModelConfig, settings: Prune) -> dict[str, np.ndarray]:
 
   The mean where it depends on the width, over whole blocks.
   """
-  if settings.budget == "params":
+  if settings.budget in NUMBERS:
     cost = model_config.unit_cost(config)
     return {u: np.full(config.num_layers, cost[u]) for u in UNITS}
   block, found = settings.rounding(), {}

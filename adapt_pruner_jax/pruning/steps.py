@@ -17,7 +17,7 @@ from adapt_pruner_jax.config import Prune
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.models.axes import UNITS, Params
 from adapt_pruner_jax.models.model_config import ModelConfig
-from adapt_pruner_jax.pruning import budgets, choice, surgery
+from adapt_pruner_jax.pruning import budgets, choice, quality, surgery
 from adapt_pruner_jax.pruning.refit import refit_masked
 from adapt_pruner_jax.pruning.surgery import Kept
 from adapt_pruner_jax.pruning.task import (
@@ -70,13 +70,14 @@ def prune(method: Method, task: PruneTask) -> Pruned:
   """
   task = method.prepare(task)
   masked, trace, measured = _begin(task), [], None
-  last_change = masked.step.number
+  last_change, before = masked.step.number, quality.begun(masked)
   while not _done(method, task, masked.step):
     tokens_NT = task.samples(masked.step.number)
     measured = method.measure(masked, tokens_NT)
     _check_finite(masked, measured)
     binding = dataclasses.replace(masked, task=_binding(task, masked.step))
     step = _next_step(masked, measured, method.allot(binding, measured))
+    step = quality.held(masked, step, before)
     if step.params < masked.step.params:
       last_change = step.number
     masked, refits = dataclasses.replace(masked, step=step), {}
@@ -129,6 +130,8 @@ def _next_step(masked: Masked, measured: Measured, allotted: Allotted) -> Step:
 
 def _done(method: Method, task: PruneTask, step: Step) -> bool:
   settings, width = task.settings, surgery.widths(step.masks)
+  if step.ended:
+    return True
   if settings.max_steps and step.number >= settings.max_steps:
     return True
   if task.target is None:

@@ -76,6 +76,8 @@ def resolve_target(
   Raises:
     UserError: above the model's size, or below what can be reached.
   """
+  if settings.budget == "quality":
+    return smallest(config, settings)
   size = budgets.count(original or config, settings) + beside
   show = lambda amount: budgets.shown(amount, settings)
   if settings.ratio:

@@ -37,6 +37,21 @@ class Step:
   relative: Modules | None = None
   scores: Scores | None = None  # before the removal
   facts: dict | None = None  # how the allotment came about, for the record
+  rise: float | None = None  # nats above the model before, if that is limited
+  ended: bool = False  # no further step keeps the quality
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Quality:
+  """A loss to keep.
+
+  Attributes:
+    limit: nats a token above the model's before pruning, at most.
+    tokens_NT: the windows that it is measured on.
+  """
+
+  limit: float
+  tokens_NT: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -58,6 +73,7 @@ class PruneTask:
     after: the last step that an interrupted prune has done.
     log: called with `record(step)` and the step, after each.
     limits: met beside the target.
+    quality: where pruning stops before the target.
   """
 
   config: ModelConfig
@@ -74,6 +90,7 @@ class PruneTask:
   after: Step | None = None
   log: Callable[[dict, Step], None] | None = None
   limits: Limits = ()
+  quality: Quality | None = None
 
   def __post_init__(self) -> None:
     given = {
@@ -178,6 +195,11 @@ def record(step: Step) -> dict:
 
   width = surgery.widths(step.masks)
   facts = {} if step.facts is None else {"search": step.facts}
+  if step.rise is not None:
+    # What is left, so that the model of each step can be made again.
+    packed = {u: np.packbits(m, axis=1) for u, m in step.masks.items()}
+    masks = {u: [row.tobytes().hex() for row in m] for u, m in packed.items()}
+    facts |= {"rise": step.rise, "ended": step.ended, "masks": masks}
   return facts | {
     "step": step.number,
     "loss": number(np.mean(step.losses_M)),

@@ -59,6 +59,7 @@ class Inputs:
   mesh: Mesh
   tokenizer: Tokenizer | None
   calibration: Any  # .batch(step) of pruning steps, counted over all stages
+  tuning: Any  # the same, of a quality to keep; else None
   refit_data: Any  # the same for refits
   rows: packing.TrainData | None
   eval_tokens: np.ndarray | None
@@ -129,6 +130,14 @@ def open_inputs(
     path / "cache",
     log.say,
   )
+  tuning = None
+  if recipe.prune.budget == "quality":
+    source_of = written.calibration.tuning or written.calibration.source
+    tuning, _ = pruning_data(
+      dataclasses.replace(written.calibration, source=source_of),
+      False,
+      *(tokenizer, full.vocab_size, recipe.seed + 2, path / "cache", log.say),
+    )
   rows = open_training(written, tokenizer, full, mesh, path, log)
   inputs = Inputs(
     recipe=recipe,
@@ -141,6 +150,7 @@ def open_inputs(
     mesh=mesh,
     tokenizer=tokenizer,
     calibration=calibration,
+    tuning=tuning,
     refit_data=refit_data,
     rows=rows,
     eval_tokens=_tokens(text, tokenizer, full),

@@ -7,7 +7,13 @@ from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.pruning import methods
 from adapt_pruner_jax.pruning.surgery import Kept
-from adapt_pruner_jax.pruning.task import Limits, Pruned, PruneTask, Step
+from adapt_pruner_jax.pruning.task import (
+  Limits,
+  Pruned,
+  PruneTask,
+  Quality,
+  Step,
+)
 from adapt_pruner_jax.runs.inputs import Inputs
 
 
@@ -43,6 +49,8 @@ def prune(
     samples=lambda step: inputs.calibration.batch(first + step),
     target=target,
     limits=limits,
+    quality=inputs.tuning
+    and Quality(settings.budget_value, inputs.tuning.batch(0)),
     full=inputs.full,
     kept=kept,
     refit_samples=lambda step: inputs.refit_data.batch(first + step),

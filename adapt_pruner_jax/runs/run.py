@@ -180,7 +180,7 @@ def prune(
   title = f"stage {state.stage} of {settings.stages}: pruning"
   size = budgets.count(state.config, settings)
   counted = budgets.UNIT[settings.budget]
-  aim = f" to {budgets.shown(target, settings)}" if target else ""
+  aim = f" to {budgets.aim(target, settings)}" if target else ""
   log.say(f"{title} {budgets.shown(size, settings)}{aim} ({settings.method})")
   total = size - target if target else settings.max_steps
   unit = counted if target else "steps"
@@ -383,8 +383,7 @@ def finish(state: State, inputs: Inputs, seconds: float) -> dict:
     facts=summary,
   )
   summary |= disk_sizes(inputs.original.source, path / "model")
-  pair = state.config, state.params
-  summary |= budget_results.measure(*pair, inputs, summary["bytes_after"])
+  summary |= budget_results.measure(state, inputs, summary["bytes_after"])
   if agreement.is_writer():
     layers = zip(state.kept["K"], state.kept["F"], strict=True)
     kept = [{"kv_groups": k.tolist(), "ffn": f.tolist()} for k, f in layers]

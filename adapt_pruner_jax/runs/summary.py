@@ -81,8 +81,10 @@ def summarise(
 
 def _budget_target(inputs: Inputs) -> float | int | None:
   """The target in its own unit, with what an export has beside weights."""
-  target = inputs.target
-  return target and _with_header(target, inputs.recipe.prune, inputs)
+  target, settings = inputs.target, inputs.recipe.prune
+  if settings.budget == "quality":
+    return settings.budget_value
+  return target and _with_header(target, settings, inputs)
 
 
 def _with_header(amount: int, settings: Prune, inputs: Inputs) -> float | int:
@@ -143,9 +145,12 @@ def tell(summary: dict, path: Path, log: Log) -> None:
   rows = []
   if summary.get("budget", "params") != "params":
     amounts = summary["budget_before"], summary["budget_after"]
-    change = f"{amounts[1] / amounts[0] - 1:+.1%}"
+    change = f"{amounts[1] / amounts[0] - 1:+.1%}" if amounts[0] else ""
     shown = [f"{x:,.3f}" if isinstance(x, float) else f"{x:,}" for x in amounts]
-    rows.append((budgets.UNIT[summary["budget"]], *shown, change))
+    unit = budgets.UNIT[summary["budget"]]
+    if summary["budget"] == "quality":
+      unit = "more loss on the tuning text, nats"
+    rows.append((unit, *shown, change))
   rows += [
     ("parameters", f"{before:,}", f"{after:,}", f"{after / before - 1:+.1%}")
   ]

@@ -6,12 +6,13 @@ import json
 import gguf
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from adapt_pruner_jax.config import Config, Prune, check
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.formats.gguf import writer
-from adapt_pruner_jax.models import model_config
+from adapt_pruner_jax.models import decoder, model_config
 from adapt_pruner_jax.models.axes import UNITS
 from adapt_pruner_jax.pruning import (
   allotment,
@@ -20,7 +21,7 @@ from adapt_pruner_jax.pruning import (
   surgery,
   targets,
 )
-from adapt_pruner_jax.pruning.task import PruneTask
+from adapt_pruner_jax.pruning.task import PruneTask, Quality
 from tests import small
 
 WIDE = dataclasses.replace(
@@ -253,6 +254,51 @@ def test_a_limit_that_is_kept_already_or_out_of_reach():
     targets.resolve_limits(WIDE, settings)
 
 
+# ---- A quality to keep -------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["adapt", "curvature"])
+def test_the_smallest_that_keeps_a_quality(method):
+  """By the loss of the compacted model; all of the step would be too much."""
+  tokens_NT = small.tokens(WIDE, 4, 8, 99)
+  params = small.random_params(WIDE)
+  limit = 0.004
+  settings = Prune(
+    method=method, budget="quality", budget_value=limit, step_size=0.05
+  )
+  task = PruneTask(
+    WIDE,
+    params,
+    settings,
+    lambda step: small.tokens(WIDE, 4, 8, step),
+    targets.resolve_target(WIDE, settings),
+    batch=4,
+    quality=Quality(limit, tokens_NT),
+  )
+  pruned = methods.prune(task)
+
+  def loss(config, params):
+    logits_BTV = decoder.Decoder(config).apply({"params": params}, tokens_NT)[0]
+    found = optax.softmax_cross_entropy_with_integer_labels(
+      logits_BTV[:, :-1], tokens_NT[:, 1:]
+    )
+    return float(found.mean())
+
+  *others, last = pruned.trace
+  rise = loss(pruned.config, pruned.params) - loss(WIDE, params)
+  assert last["rise"] == pytest.approx(rise, abs=1e-5)
+  assert last["ended"]
+  assert rise <= limit
+  assert not any(row["ended"] for row in others)
+  assert all(row["rise"] <= limit for row in others)
+  assert last["params"] == model_config.count_params(pruned.config)
+  # The masks of a step say which units it left.
+  row = bytes.fromhex(last["masks"]["F"][2])
+  left = np.flatnonzero(np.unpackbits(np.frombuffer(row, np.uint8)))
+  assert left.tolist() == pruned.kept["F"][2].tolist()
+
+
 # ---- Whole halves ------------------------------------------------------------
 
 
@@ -352,6 +398,7 @@ def test_the_largest_model_not_above(name, method):
     ({"limits": "params=3"}, "give further budgets than params"),
     ({"limits": "kv_bytes=-3"}, "'kv_bytes=-3' is none"),
     ({"limits": "kv_bytes=3", "method": "flap"}, "limits=kv_bytes=3 goes with"),
+    ({"budget": "quality"}, "budget=quality goes with prune.budget_value"),
     ({"whole_halves": True}, "goes with the allotment ranking"),
     (
       {

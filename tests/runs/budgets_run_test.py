@@ -133,6 +133,21 @@ def test_a_table_that_is_measured_for_the_run(model, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+def test_a_quality_is_kept(model, tmp_path):
+  config = recipe(model, budget="quality", budget_value=0.01)
+  config.prune.ratio = 0.0
+  summary = run.run(config, tmp_path / "work")
+  assert summary["budget_before"] == 0
+  assert summary["budget_after"] <= 0.01 == summary["budget_target"]
+  assert summary["params_after"] < summary["params_before"]
+  page = (tmp_path / "work" / "report.html").read_text()
+  assert "Loss above the original" in page
+  trace = json_files.read_lines(tmp_path / "work" / "trace.jsonl")
+  assert trace[-1]["ended"]
+  assert summary["budget_after"] == trace[-1]["rise"]
+
+
+@pytest.mark.slow
 def test_methods_compared_at_equal_milliseconds(model, tmp_path):
   config = recipe(model, budget="latency", budget_context=32)
   config.eval.text = "embedded"
