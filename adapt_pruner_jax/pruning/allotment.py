@@ -79,11 +79,14 @@ def uniform(masked: Masked, measured: Measured) -> Allotted:
   """The same share of the channels of every module that may be pruned.
 
   In `prune.uniform.steps` steps of equally many parameters; whole KV groups,
-  rounded down, and one unit stays.
+  rounded down, and one unit stays. Layers of one width stay so without
+  `prune.trim`, which otherwise takes the last units from some of them.
   """
   share = same_share(masked.task, masked.masks)
-  steps = masked.task.settings.uniform.steps
-  return by_ratio(masked, measured, share, steps)
+  settings = masked.task.settings
+  return by_ratio(
+    masked, measured, share, settings.uniform.steps, exact=settings.trim
+  )
 
 
 def same_share(task: PruneTask, masks: Masks) -> exact_target.CountsAt:
@@ -112,6 +115,7 @@ def by_ratio(
   measured: Measured,
   counts_at: exact_target.CountsAt,
   steps: int = 1,
+  exact: bool = True,
 ) -> Allotted:
   """The least ratio at which the step's target is met, trimmed to it.
 
@@ -119,6 +123,7 @@ def by_ratio(
     masked, measured: as an allotment gets them.
     counts_at: units that go at a ratio in [0, 1].
     steps: of equally many parameters, in which the task's target is met.
+    exact: to within a unit; else every module as the ratio says.
 
   Raises:
     UserError: there is no target, or no ratio reaches it.
@@ -136,6 +141,7 @@ def by_ratio(
     prunable,
     goals[min(masked.number, steps) - 1],
     settings,
+    exact,
   )
   was, now = surgery.widths(masked.masks), surgery.widths(left)
   return Allotted({u: was[u] - now[u] for u in UNITS})

@@ -154,6 +154,7 @@ def solve(
   prunable: Masks,
   target: int,
   settings: Prune = PARAMS,
+  exact: bool = True,
 ) -> Masks:
   """The masks of the largest model not above `target`.
 
@@ -168,6 +169,7 @@ def solve(
     counts_at: units that go at ratio p in [0, 1], not falling with p.
     prunable: which modules may lose channels, bool [L] each.
     target, settings: as of `trim`.
+    exact: give up in part what lies between two ratios; else all of it goes.
 
   Raises:
     UserError: not even p = 1 reaches the target.
@@ -191,6 +193,8 @@ def solve(
       low = middle
     else:
       high = middle
+  if not exact:
+    return at(high)[1]
   # A budget of its own for each unit letter may take fewer channels when one
   # more group goes: what both ratios remove is sure, the rest is trimmed.
   both = {u: np.minimum(at(low)[0][u], at(high)[0][u]) for u in UNITS}

@@ -21,7 +21,13 @@ from adapt_pruner_jax.pruning import (
   surgery,
   targets,
 )
-from adapt_pruner_jax.pruning.task import PruneTask, Quality
+from adapt_pruner_jax.pruning.task import (
+  Masked,
+  Measured,
+  PruneTask,
+  Quality,
+  Step,
+)
 from tests import small
 
 WIDE = dataclasses.replace(
@@ -344,6 +350,30 @@ def test_halves_compete_with_units():
   left = budgets.count(pruned.config, settings)
   assert left <= target < left + budgets.unit_cost(WIDE, settings)["F"].max()
   assert "mlp_norm" not in pruned.params["layer_1"]
+
+
+def test_layers_of_one_width_stay_so_without_trimming():
+  config = dataclasses.replace(
+    WIDE, window=(), kv_groups=(4,) * 3, ffn_widths=(160,) * 3
+  )
+  scores = {
+    u: np.random.default_rng(0).random((3, w[0]))
+    for u, w in config.units().items()
+  }
+  settings = Prune(
+    method="curvature", allotment="uniform", ratio=0.25, round_ffn_to=32
+  )
+  target = targets.resolve_target(config, settings)
+  for trim in (True, False):
+    settings.trim = trim
+    task = PruneTask(
+      config, small.random_params(config), settings, None, target
+    )
+    masked = Masked(task, None, None, Step(0, task.begin, None, 0))
+    counts = allotment.uniform(masked, Measured(scores)).counts
+    width = {u: np.array(w) - counts[u] for u, w in config.units().items()}
+    assert budgets.of_widths(config, width, settings) <= target
+    assert trim == any(len({*w.tolist()}) > 1 for w in width.values())
 
 
 def pruned_to(settings, target, limits=(), params=None):
