@@ -42,6 +42,7 @@ AT_LEAST = {
   "data.seq_len": 2,
   "data.batch": 1,
   "train.tokens": 0,
+  "train.hours": 0,
   "train.learning_rate": 0,
   "train.min_learning_rate": 0,
   "train.weight_decay": 0,

@@ -310,6 +310,7 @@ class Data(Section):
 @dataclasses.dataclass
 class Train(Section):
   tokens: int = 0  # recovery training over all stages; 0 = none
+  hours: float = 0.0  # or the time that all of a run takes: it chooses tokens
   learning_rate: float = 2e-5
   min_learning_rate: float = 2e-6
   schedule: str = "wsd"

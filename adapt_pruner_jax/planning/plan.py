@@ -19,9 +19,9 @@ from adapt_pruner_jax.config import (
 from adapt_pruner_jax.errors import UserError, first_line
 from adapt_pruner_jax.models import model_config
 from adapt_pruner_jax.models.model_config import ModelConfig
-from adapt_pruner_jax.planning import memory
+from adapt_pruner_jax.planning import cost, hours, memory
 from adapt_pruner_jax.planning.advice import fixed_attention, warnings
-from adapt_pruner_jax.planning.cost import hours, stage_table
+from adapt_pruner_jax.planning.cost import stage_table
 from adapt_pruner_jax.planning.disk import disk
 from adapt_pruner_jax.planning.hardware import (
   Hardware,
@@ -75,6 +75,9 @@ def plan(
   limits = resolve_limits(full, config.prune, beside)
   if target is None and not config.prune.max_steps:
     target = budgets.count(full, config.prune)  # the vocabulary alone
+  if config.train.hours:
+    hours.checked(config)
+    config = hours.predict(config, whole, hardware)
   stages = stage_table(config, full, target, limits)
   compiled_for = compile_for(hardware)
   configs = [full, *(stage.pop("config") for stage in stages)]
@@ -94,7 +97,7 @@ def plan(
   }
   flops = sum(s["prune_flops"] + s["train_flops"] for s in stages)
   found["flops"] = flops
-  found["hours"] = hours(flops, hardware)
+  found["hours"] = cost.hours(flops, hardware)
   found["warnings"] = warnings(config, found, hardware)
   found["warnings"] += fixed_attention(config.prune, full)
   if config.prune.budget == "quality":

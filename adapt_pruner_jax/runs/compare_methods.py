@@ -90,8 +90,13 @@ def shared_recipe(config: Config, recover_tokens: int) -> Config:
   """What all rows share; the work directory's config.json.
 
   Raises:
-    UserError: limits beside the ratio.
+    UserError: limits beside the ratio, or hours.
   """
+  if config.train.hours:
+    raise UserError(
+      f"--config.train.hours={config.train.hours}: methods are compared at "
+      "equal tokens; give --recover_tokens=N"
+    )
   if config.prune.limits:
     raise UserError(
       f"--config.prune.limits={config.prune.limits}: methods are compared at "

@@ -33,6 +33,7 @@ from adapt_pruner_jax.reporting.html import report
 from adapt_pruner_jax.reporting.log import Log
 from adapt_pruner_jax.runs import (
   budget_results,
+  deadline,
   export_size,
   prune_once,
   vocabulary,
@@ -125,6 +126,8 @@ def _run(inputs: Inputs, stopping: dict, anew: bool) -> dict:
       state.before = measure_original(state.config, state.params, inputs)
     tidy(state, inputs)
     earlier = state.seconds
+    late = deadline.passed(recipe, earlier)
+    ends = lambda step: late() or asked_to_stop(stopping, step)
 
     def save() -> None:
       state.seconds = earlier + time.monotonic() - begun
@@ -142,7 +145,7 @@ def _run(inputs: Inputs, stopping: dict, anew: bool) -> dict:
         prune(state, inputs, stop_if_asked)
         save()
       if state.step < stage_end(inputs, state.stage):
-        recover(state, inputs, teacher, save, stopping)
+        recover(state, inputs, teacher, save, ends)
         stop_if_asked()
       evaluate(state, inputs)
       state.stage, state.pruned = state.stage + 1, False
@@ -248,14 +251,14 @@ def recover(
   inputs: Inputs,
   teacher: tuple[ModelConfig, Params] | None,
   save: Callable[[], None],
-  stopping: dict,
+  ends: Callable[[int], bool],
 ) -> None:
   """Trains on the stage's share of the tokens, from `state.step` on.
 
   Args:
     teacher: the pair to distil from, if the recipe does.
     save: writes a checkpoint of `state`.
-    stopping: from `stop_signals`.
+    ends: whether to end before a step.
   """
   recipe, settings, log = inputs.recipe, inputs.recipe.train, inputs.log
   first, last = (
@@ -286,7 +289,7 @@ def recover(
       row = {"stage": state.stage, "total_tokens": (step + 1) * per_step}
       log.metrics("train", step, values | row)
 
-    while state.step < last and not asked_to_stop(stopping, state.step):
+    while state.step < last and not ends(state.step):
       training, state.step = loop.recover(
         training,
         inputs.rows.batches(state.step),
@@ -294,7 +297,7 @@ def recover(
         min(last, state.step + recipe.checkpoint.steps),
         inputs.mesh,
         log=note,
-        stop=lambda step: asked_to_stop(stopping, step),
+        stop=ends,
         skip_nonfinite=settings.skip_nonfinite,
       )
       state.opt_state = training.opt_state
