@@ -83,11 +83,12 @@ def run(command: str, argv: list[str]) -> int:
   _parse(command, argv, values, ["workdir"])
   path = _workdir(values.workdir)
   _start_jax(values)
-  from adapt_pruner_jax.planning import hours
   from adapt_pruner_jax.runs import run as run_
 
   recipe = recipe_flags.recipe(values)
   if recipe.train.hours:
+    from adapt_pruner_jax.planning import hours
+
     recipe = hours.of_run(recipe, path, values.overwrite)
   run_.run(recipe, path, values.overwrite)
   return 0

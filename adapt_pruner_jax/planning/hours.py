@@ -37,7 +37,8 @@ from adapt_pruner_jax.planning.hardware import (
 from adapt_pruner_jax.pruning import targets
 from adapt_pruner_jax.reporting.log import Log
 from adapt_pruner_jax.reporting.progress import duration
-from adapt_pruner_jax.storage import json_files
+from adapt_pruner_jax.runs.recipe import RECIPE
+from adapt_pruner_jax.storage import digest, json_files
 from adapt_pruner_jax.training import loop, optimizer
 
 FILE = "hours.json"  # in the work directory: what was chosen, and for what
@@ -81,7 +82,8 @@ def settle(
     kept = json_files.read_json(file)
     if kept["asked"] == asked:
       return _chosen(config, kept["chosen"])
-    if not anew:  # the run will say that it is another recipe's directory
+    claimed = (path / RECIPE).exists()
+    if claimed and not anew:  # the run will say that it is another recipe's
       return _with_tokens(config)
   if jax.process_count() > 1:
     raise UserError(
