@@ -63,9 +63,13 @@ def amount(value: float, settings: Prune) -> int:
 
 def shown(amount: int, settings: Prune) -> str:
   """A count for people, with its unit."""
-  amount = value(amount, settings)
-  number = f"{amount:,.3f}" if settings.budget == "latency" else f"{amount:,}"
-  return f"{number} {unit(settings)}"
+  return f"{number(amount, settings)} {unit(settings)}"
+
+
+def number(amount: int, settings: Prune) -> str:
+  """A count for people."""
+  form = ",.3f" if settings.budget == "latency" else ","
+  return format(value(amount, settings), form)
 
 
 def aim(target: int, settings: Prune) -> str:

@@ -91,8 +91,8 @@ def resolve_target(
   name = "budget_value" if settings.budget_value else "target_params"
   if target >= size:
     raise UserError(
-      f"prune.{name}={target:,} is not below the model's {show(size)}: nothing "
-      "would be pruned"
+      f"prune.{name}={budgets.number(target, settings)} is not below the "
+      f"model's {show(size)}: nothing would be pruned"
     )
   left = budgets.count(config, settings) + beside
   if target >= left:  # the vocabulary alone
@@ -114,7 +114,8 @@ def _out_of_reach(
     units = "nothing"
   return UserError(
     f"a target of {show(target)} cannot be reached: with {units} left in each "
-    f"layer that may be pruned, {show(low)} of {show(size)} remain "
+    f"layer that may be pruned, {budgets.number(low, settings)} of "
+    f"{show(size)} remain "
     f"(prune.ratio={1 - low / size:.4f})"
   )
 

@@ -236,7 +236,7 @@ def test_several_limits_are_all_met(method):
     method=method,
     group_importance="l2" if method == "magnitude" else "random",
     ratio=0.2,
-    limits="kv_bytes=3072, flops=210000",
+    limits="kv_bytes=9000, flops=200000",
     budget_context=32,
   )
   target = targets.resolve_target(WIDE, settings)

@@ -102,7 +102,7 @@ def header_bytes(
 
   Args:
     config, params: the model, shapes and dtypes of which are enough.
-    source, kind: as of `write`.
+    source, kind: as of `write`; without a source its words are not counted.
   """
   last = max(config.ffn_widths[-1] - 1, 1)
   uneven = dataclasses.replace(
@@ -114,7 +114,8 @@ def header_bytes(
     writer = package().GGUFWriter(str(file), arch)
     planned = tensors(config, params, arch, kind)
     _write_sizes(writer, uneven, _usual(planned))
-    vocab.write(writer, config, source)
+    if source is not None:
+      vocab.write(writer, config, source)
     _write_header(writer, planned)
     writer.close()
     # Each tensor begins at a multiple of the alignment.
