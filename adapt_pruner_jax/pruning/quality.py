@@ -8,10 +8,8 @@ token above the model's that it began with.
 
 import dataclasses
 
-import jax
 import numpy as np
 
-from adapt_pruner_jax.distributed import placement
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.models.axes import UNITS, Params
 from adapt_pruner_jax.pruning import choice, exact_target, scores, surgery
@@ -82,21 +80,12 @@ def loss(masked: Masked, stacked: Params, masks: Masks) -> float:
 
   By the same program as a step's layer importance.
   """
-  task = masked.task
-  tokens_MBT, valid_MB = placement.minibatches(
-    task.quality.tokens_NT, task.batch, task.mesh
-  )
-  found = scores.measure_step(
-    surgery.dense(task.full),
-    stacked,
-    placement.replicate(masks, task.mesh),
-    tokens_MBT,
-    valid_MB,
-    kind="random",
-    measure=task.settings.layer_importance,
-    mesh=task.mesh,
-    attention=task.settings.attention,
-  )
-  losses_M = np.asarray(jax.device_get(found["loss_M"]), np.float64)
-  rows_M = np.asarray(jax.device_get(valid_MB)).sum(axis=1)
-  return float((losses_M * rows_M).sum() / rows_M.sum())
+  task, step = masked.task, dataclasses.replace(masked.step, masks=masks)
+  seen = dataclasses.replace(masked, stacked=stacked, step=step)
+  tokens_NT = task.quality.tokens_NT
+  losses_M = scores.measure(seen, tokens_NT, kind="random").losses_M
+  batch = min(task.batch, len(tokens_NT))
+  rows_M = np.clip(len(tokens_NT) - batch * np.arange(len(losses_M)), 0, batch)
+  real = rows_M > 0
+  losses_M = np.asarray(losses_M, np.float64)[real]
+  return float(np.average(losses_M, weights=rows_M[real]))
