@@ -8,6 +8,7 @@ import dataclasses
 import math
 from typing import Any
 
+from adapt_pruner_jax.config import latency_table
 from adapt_pruner_jax.errors import UserError, nearest
 
 # The published pairs: which allotment and which unit score a method is. Names
@@ -26,6 +27,9 @@ PUBLISHED = {
   "magnitude": ("uniform", "magnitude"),
   "random": ("uniform", "random"),
 }
+
+# Multiples of MLP widths that leave whole blocks in a quantised file.
+BLOCKS = {"q8_0": 32, "q4_0": 32, "q4_k_m": 256}
 
 # Methods whose score and allotment are one thing.
 WHOLE = ("wanda_sp", "slicegpt", "shortgpt", "minitron")
@@ -47,8 +51,16 @@ CHOICES = {
     "",
   ),
   "prune.allotment": ("adapt", "uniform", "ranking", "search", ""),
-  "prune.budget": ("params", "flops", "bytes", "kv_bytes"),
-  "prune.budget_export": ("f32", "f16", "bf16", "q8_0"),
+  "prune.budget": (
+    "params",
+    "flops",
+    "bytes",
+    "kv_bytes",
+    "latency",
+    "quality",
+  ),
+  "prune.budget_export": ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_k_m"),
+  "prune.budget_phase": ("decode", "prefill"),
   "prune.layer_importance": ("cosine", "euclidean", "manhattan"),
   "prune.gqa_fold": ("aligned", "reference"),
   "prune.llm_pruner.ranking": ("layer", "global"),
@@ -171,13 +183,18 @@ class Prune(Section):
   # 0 = not given; exactly one of them, or neither and max_steps.
   target_params: int = 0
   ratio: float = 0.0
-  # What the ratio is a share of: params | flops | bytes | kv_bytes, and a value
-  # to end at in its unit, in place of a ratio (docs/recipes.md).
+  # What the ratio is a share of, and a value to end at in its unit, in place of
+  # a ratio: params | flops | bytes | kv_bytes | latency | quality, in nats
+  # above the original (docs/budgets.md).
   budget: str = "params"
   budget_value: float = 0.0
-  budget_context: int = 2048  # tokens, of flops and kv_bytes
-  budget_batch: int = 1  # sequences, of kv_bytes
-  budget_export: str = "bf16"  # of bytes: f32 | f16 | bf16 | q8_0
+  limits: str = ""  # further ones, such as "kv_bytes=2e6,latency=12"
+  budget_context: int = 2048  # tokens, of flops, kv_bytes and latency
+  budget_batch: int = 1  # sequences, of kv_bytes and latency
+  budget_export: str = "bf16"  # of bytes: f32 | bf16 | q8_0 | q4_k_m ...
+  budget_phase: str = "decode"  # of latency, or "prefill"
+  budget_table: str = ""  # of latency; empty = measured here, before pruning
+  budget_device: str = ""  # that the table is of; empty = this one
   stages: int = 1
   step_size: float = 0.02  # growth of the mean sparsity a step
   max_steps: int = 0  # steps a stage; 0 = as many as the target needs
@@ -194,6 +211,8 @@ class Prune(Section):
   round_ffn_to: int = 1  # MLP widths become multiples of this
   # So do the numbers of KV groups, as a tensor-parallel server needs.
   round_kv_to: int = 1
+  # An allotment by ranking may take all of a layer's attention or MLP.
+  whole_halves: bool = False
   attention: str = "auto"  # which implementation scores; docs/speed.md
   # Least squares on what is left: none, final, or every so many steps and at
   # the end; loss = only the passes below.
@@ -215,9 +234,22 @@ class Prune(Section):
 
   def rounding(self) -> dict[str, int]:
     """What widths become multiples of, by unit: KV groups, MLP channels."""
-    blocks = self.budget == "bytes" and self.budget_export == "q8_0"
-    ffn = math.lcm(self.round_ffn_to, 32) if blocks else self.round_ffn_to
-    return {"K": self.round_kv_to, "F": ffn}
+    K, F = self.round_kv_to, self.round_ffn_to
+    if self.counts("bytes"):
+      F = math.lcm(F, BLOCKS.get(self.budget_export, 1))
+    if self.counts("latency"):
+      steps = latency_table.read(self.budget_table)["multiples"]
+      K, F = math.lcm(K, steps["kv_groups"]), math.lcm(F, steps["ffn"])
+    return {"K": K, "F": F}
+
+  def other_limits(self) -> list[tuple[str, float]]:
+    """The budgets in `limits` with their values."""
+    parts = [part.partition("=") for part in self.limits.split(",") if part]
+    return [(name.strip(), float(value)) for name, _, value in parts]
+
+  def counts(self, budget: str) -> bool:
+    """Whether something is limited in this unit."""
+    return budget in (self.budget, *(name for name, _ in self.other_limits()))
 
   def has_target(self) -> bool:
     """Whether it is said where to end."""
@@ -260,6 +292,9 @@ class Calibration(Section):
   seq_len: int = 64
   batch: int = 32  # sequences at a time
   refit_samples: int = 512  # sequences of a refit
+  # The text that a quality to keep is measured on; empty = other windows of the
+  # source.
+  tuning: str = ""
 
 
 @dataclasses.dataclass
@@ -280,6 +315,7 @@ class Data(Section):
 @dataclasses.dataclass
 class Train(Section):
   tokens: int = 0  # recovery training over all stages; 0 = none
+  hours: float = 0.0  # or the time that all of a run takes: it chooses tokens
   learning_rate: float = 2e-5
   min_learning_rate: float = 2e-6
   schedule: str = "wsd"
@@ -347,24 +383,6 @@ class Config(Section):
   seed: int = 0
 
 
-def task_names(recipe: Eval) -> list[str]:
-  """The names in `eval.tasks`."""
-  return [name.strip() for name in recipe.tasks.split(",") if name.strip()]
-
-
-def field_names(config: Config) -> list[str]:
-  """Dotted names of all fields, e.g. 'prune.ratio'."""
-  return [".".join(path) for path, _ in leaves(dataclasses.asdict(config))]
-
-
-def get(config: Config, name: str) -> Any:
-  """Value of a dotted field."""
-  value = config
-  for part in filter(None, name.split(".")):
-    value = getattr(value, part)
-  return value
-
-
 # Fields that once had another name. A stored recipe is read with the old names
 # too; a command line and a recipe file are told the new one.
 OLD_FIELDS = {
@@ -378,14 +396,3 @@ OLD_FIELDS = {
   "prune.curvature_step": "prune.ranking.step_size",
   "prune.cap": "prune.ranking.cap",
 }
-
-
-def leaves(tree: dict, path: tuple = ()) -> list[tuple[tuple, Any]]:
-  """Lists the values in nested dicts, each with the keys that lead to it."""
-  found = []
-  for key, value in tree.items():
-    if isinstance(value, dict):
-      found += leaves(value, (*path, key))
-    else:
-      found.append(((*path, key), value))
-  return found

@@ -12,6 +12,8 @@ search          how much goes where, tried out on the masked model
 schedule        Adapt-Pruner's schedule, targets of stages
 budgets         what a target is counted in, and what a unit takes of it
 exact_target    a target met within one channel
+file_bytes      bytes of a parameter in a file
+quality         a loss to keep: pruning stops where it is too much
 targets         what may be pruned, and how far
 choice          the lowest units go
 surgery         kept units, masks, and the gather of arrays

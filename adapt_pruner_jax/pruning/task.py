@@ -17,6 +17,8 @@ from adapt_pruner_jax.pruning.surgery import Kept, Masks
 # Calibration tokens of a pruning step (from 0), int32 [N, T].
 Samples = Callable[[int], np.ndarray]
 Counts = dict[str, np.ndarray]  # units to remove, {"K": int [L], "F": int [L]}
+# Further budgets: settings that count, and the most that there may be.
+Limits = tuple[tuple[Prune, int], ...]
 Scores = dict[str, np.ndarray]  # float64, {"K": [L, K], "F": [L, F]}
 
 
@@ -35,6 +37,21 @@ class Step:
   relative: Modules | None = None
   scores: Scores | None = None  # before the removal
   facts: dict | None = None  # how the allotment came about, for the record
+  rise: float | None = None  # nats above the model before, if that is limited
+  ended: bool = False  # no further step keeps the quality
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Quality:
+  """A loss to keep.
+
+  Attributes:
+    limit: nats a token above the model's before pruning, at most.
+    tokens_NT: the windows that it is measured on.
+  """
+
+  limit: float
+  tokens_NT: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -55,6 +72,8 @@ class PruneTask:
     seed: of random scores.
     after: the last step that an interrupted prune has done.
     log: called with `record(step)` and the step, after each.
+    limits: met beside the target.
+    quality: where pruning stops before the target.
   """
 
   config: ModelConfig
@@ -70,6 +89,8 @@ class PruneTask:
   seed: int = 0
   after: Step | None = None
   log: Callable[[dict, Step], None] | None = None
+  limits: Limits = ()
+  quality: Quality | None = None
 
   def __post_init__(self) -> None:
     given = {
@@ -174,6 +195,11 @@ def record(step: Step) -> dict:
 
   width = surgery.widths(step.masks)
   facts = {} if step.facts is None else {"search": step.facts}
+  if step.rise is not None:
+    # What is left, so that the model of each step can be made again.
+    packed = {u: np.packbits(m, axis=1) for u, m in step.masks.items()}
+    masks = {u: [row.tobytes().hex() for row in m] for u, m in packed.items()}
+    facts |= {"rise": step.rise, "ended": step.ended, "masks": masks}
   return facts | {
     "step": step.number,
     "loss": number(np.mean(step.losses_M)),

@@ -31,14 +31,14 @@ from adapt_pruner_jax.pruning import budgets, methods, surgery
 from adapt_pruner_jax.pruning.task import Pruned, Step
 from adapt_pruner_jax.reporting.html import report
 from adapt_pruner_jax.reporting.log import Log
-from adapt_pruner_jax.runs import prune_once, vocabulary
-from adapt_pruner_jax.runs.inputs import (
-  Inputs,
-  open_inputs,
-  stage_end,
-  stage_target,
-  teacher_of,
+from adapt_pruner_jax.runs import (
+  budget_results,
+  deadline,
+  export_size,
+  prune_once,
+  vocabulary,
 )
+from adapt_pruner_jax.runs.inputs import Inputs, open_inputs, teacher_of
 from adapt_pruner_jax.runs.measure import (
   answers_note,
   measure,
@@ -49,6 +49,7 @@ from adapt_pruner_jax.runs.measure import (
   windows_note,
 )
 from adapt_pruner_jax.runs.recipe import claim, is_anew, remove_cut_off_exports
+from adapt_pruner_jax.runs.stages import stage_end, stage_limits, stage_target
 from adapt_pruner_jax.runs.state import (
   EVALUATED,
   PRUNING,
@@ -125,6 +126,8 @@ def _run(inputs: Inputs, stopping: dict, anew: bool) -> dict:
       state.before = measure_original(state.config, state.params, inputs)
     tidy(state, inputs)
     earlier = state.seconds
+    late = deadline.passed(recipe, earlier)
+    ends = lambda step: late() or asked_to_stop(stopping, step)
 
     def save() -> None:
       state.seconds = earlier + time.monotonic() - begun
@@ -142,7 +145,7 @@ def _run(inputs: Inputs, stopping: dict, anew: bool) -> dict:
         prune(state, inputs, stop_if_asked)
         save()
       if state.step < stage_end(inputs, state.stage):
-        recover(state, inputs, teacher, save, stopping)
+        recover(state, inputs, teacher, save, ends)
         stop_if_asked()
       evaluate(state, inputs)
       state.stage, state.pruned = state.stage + 1, False
@@ -180,8 +183,8 @@ def prune(
   title = f"stage {state.stage} of {settings.stages}: pruning"
   size = budgets.count(state.config, settings)
   counted = budgets.UNIT[settings.budget]
-  aim = f" to {target:,}" if target else ""
-  log.say(f"{title} {size:,} {counted}{aim} ({settings.method})")
+  aim = f" to {budgets.aim(target, settings)}" if target else ""
+  log.say(f"{title} {budgets.shown(size, settings)}{aim} ({settings.method})")
   total = size - target if target else settings.max_steps
   unit = counted if target else "steps"
   with log.phase(title, total, unit) as phase:
@@ -206,6 +209,7 @@ def prune(
       inputs,
       settings,
       target=target,
+      limits=stage_limits(inputs, state.stage),
       kept=state.kept,
       first=first,
       after=after,
@@ -247,14 +251,14 @@ def recover(
   inputs: Inputs,
   teacher: tuple[ModelConfig, Params] | None,
   save: Callable[[], None],
-  stopping: dict,
+  ends: Callable[[int], bool],
 ) -> None:
   """Trains on the stage's share of the tokens, from `state.step` on.
 
   Args:
     teacher: the pair to distil from, if the recipe does.
     save: writes a checkpoint of `state`.
-    stopping: from `stop_signals`.
+    ends: whether to end before a step.
   """
   recipe, settings, log = inputs.recipe, inputs.recipe.train, inputs.log
   first, last = (
@@ -285,7 +289,7 @@ def recover(
       row = {"stage": state.stage, "total_tokens": (step + 1) * per_step}
       log.metrics("train", step, values | row)
 
-    while state.step < last and not asked_to_stop(stopping, state.step):
+    while state.step < last and not ends(state.step):
       training, state.step = loop.recover(
         training,
         inputs.rows.batches(state.step),
@@ -293,7 +297,7 @@ def recover(
         min(last, state.step + recipe.checkpoint.steps),
         inputs.mesh,
         log=note,
-        stop=lambda step: asked_to_stop(stopping, step),
+        stop=ends,
         skip_nonfinite=settings.skip_nonfinite,
       )
       state.opt_state = training.opt_state
@@ -358,7 +362,7 @@ def stage_result(state: State, inputs: Inputs) -> dict:
 def to_export(state: State, inputs: Inputs) -> Params:
   """The parameters as they are written: as the original, if not as asked."""
   return dtypes.for_export(
-    state.config, state.params, inputs.source, inputs.recipe.model.dtype
+    state.config, state.params, inputs.source, export_size.dtype(inputs.recipe)
   )
 
 
@@ -382,6 +386,7 @@ def finish(state: State, inputs: Inputs, seconds: float) -> dict:
     facts=summary,
   )
   summary |= disk_sizes(inputs.original.source, path / "model")
+  summary |= budget_results.measure(state, inputs, summary["bytes_after"])
   if agreement.is_writer():
     layers = zip(state.kept["K"], state.kept["F"], strict=True)
     kept = [{"kv_groups": k.tolist(), "ffn": f.tolist()} for k, f in layers]

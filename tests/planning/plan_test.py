@@ -291,6 +291,48 @@ def test_plan_says_what_to_change(capsys):
   assert "WARNING: scoring needs" in capsys.readouterr().out
 
 
+def test_plan_says_what_a_target_buys(monkeypatch, capsys):
+  """In every unit, by hand; all limits are kept."""
+  monkeypatch.setattr(memory, "measure", lambda *_: {})
+  config = recipe(
+    prune__ratio=0.3,
+    prune__budget="bytes",
+    prune__budget_export="q8_0",
+    prune__limits="kv_bytes=100000",
+    prune__budget_context=64,
+  )
+  found = plan.plan(config)
+  assert found["budget_after"] <= found["budget_target"]
+  assert found["budget_target"] <= 0.7 * found["budget_before"]
+  every = {row["budget"]: row for row in found["budgets"]}
+  assert {*every} == {"params", "flops", "bytes", "kv_bytes"}
+  full, _ = plan.original(config)
+  whole = full.num_layers * full.kv_groups[0] * full.head_dim
+  assert every["kv_bytes"]["before"] == 2 * 2 * 64 * whole
+  assert every["kv_bytes"]["after"] <= 100000
+  assert every["params"]["before"] == found["params"]
+  # With what a file has beside weights.
+  assert found["budget_before"] > every["bytes"]["before"]
+  out = capsys.readouterr().out
+  assert "bytes of q8_0" in out
+  assert "at most 100,000.0 of kv_bytes" in out
+
+
+def test_a_plan_times_nothing():
+  with pytest.raises(UserError, match="a plan times nothing"):
+    plan.plan(recipe(prune__budget="latency"))
+
+
+def test_hours_are_predicted_from_the_peak(monkeypatch):
+  monkeypatch.setattr(memory, "measure", lambda *_: {"training": {"all": 1}})
+  hardware = Hardware(devices=1, memory=4e9, peak=1e9)
+  found = plan.plan(recipe(train__hours=0.5), hardware)
+  assert 0.2 < found["hours"] <= 0.5 * 0.8
+  assert found["stages"][0]["train_tokens"] > 0
+  with pytest.raises(UserError, match="of unknown speed"):
+    plan.plan(recipe(train__hours=0.5))
+
+
 def test_unreachable_target_is_refused():
   with pytest.raises(UserError, match=r"cannot be reached.*208,768 of"):
     plan.plan(recipe(prune__ratio=0.9))
