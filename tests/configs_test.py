@@ -53,6 +53,8 @@ FIELDS = """
   prune.search.steps prune.search.evaluations prune.search.tokens
   prune.llm_pruner.ranking prune.flap.metric prune.flap.structure
   prune.slicegpt.multiple prune.slicegpt.subtract_mean prune.minitron.depth
+  prune.surgeon.shots prune.surgeon.damp_a prune.surgeon.damp_g
+  prune.surgeon.matrices
   prune.magnitude.norm
   calibration.source calibration.samples calibration.seq_len calibration.batch
   calibration.refit_samples

@@ -1,5 +1,6 @@
 """The words of a recipe.
 
+choices       what fields of words may say
 fields        every section and field with its default, and their old names
 checks        which values a recipe may have
 stored        recipes in work directories, compared with the one that is given
@@ -7,11 +8,9 @@ recipe_flags  the recipe on a command line
 """
 
 from adapt_pruner_jax.config.checks import check, layer_range, vocab_size
+from adapt_pruner_jax.config.choices import CHOICES, PUBLISHED, WHOLE
 from adapt_pruner_jax.config.fields import (
-  CHOICES,
   OLD_FIELDS,
-  PUBLISHED,
-  WHOLE,
   Calibration,
   Checkpoint,
   Config,
@@ -28,6 +27,7 @@ from adapt_pruner_jax.config.fields import (
   Ranking,
   Search,
   SliceGpt,
+  Surgeon,
   Train,
   Uniform,
   Vocab,
@@ -58,6 +58,7 @@ __all__ = [
   "Ranking",
   "Search",
   "SliceGpt",
+  "Surgeon",
   "Train",
   "Uniform",
   "Vocab",

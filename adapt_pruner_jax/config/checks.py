@@ -3,9 +3,8 @@
 import math
 import re
 
+from adapt_pruner_jax.config.choices import CHOICES, WHOLE
 from adapt_pruner_jax.config.fields import (
-  CHOICES,
-  WHOLE,
   Config,
   Prune,
   Vocab,
@@ -32,6 +31,9 @@ AT_LEAST = {
   "prune.search.tokens": 2,
   "prune.slicegpt.multiple": 1,
   "prune.minitron.depth": 0,
+  "prune.surgeon.shots": 1,
+  "prune.surgeon.damp_a": 1e-6,
+  "prune.surgeon.damp_g": 1e-6,
   "prune.refit_ridge": 0,
   "prune.refit_passes": 0,
   "prune.refit_rate": 0,

@@ -8,59 +8,8 @@ import dataclasses
 import math
 from typing import Any
 
+from adapt_pruner_jax.config.choices import PUBLISHED
 from adapt_pruner_jax.errors import UserError, nearest
-
-# The published pairs: which allotment and which unit score a method is. Names
-# that are not choices of prune.allotment and prune.group_importance are the
-# method's own.
-PUBLISHED = {
-  "adapt": ("adapt", "taylor"),
-  "curvature": ("ranking", "curvature"),
-  "llm_pruner": ("llm_pruner", "taylor"),
-  "flap": ("flap", "flap"),
-  "wanda_sp": ("wanda_sp", "wanda_sp"),
-  "slicegpt": ("slicegpt", "slicegpt"),
-  "shortgpt": ("shortgpt", "shortgpt"),
-  "minitron": ("minitron", "minitron"),
-  "magnitude": ("uniform", "magnitude"),
-  "random": ("uniform", "random"),
-}
-
-# Methods whose score and allotment are one thing.
-WHOLE = ("wanda_sp", "slicegpt", "shortgpt", "minitron")
-
-CHOICES = {
-  "model.dtype": ("", "float32", "bfloat16", "float16"),
-  "prune.method": tuple(PUBLISHED),
-  "prune.group_importance": (
-    "taylor",
-    "taylor_vectorize",
-    "taylor_second",
-    "taylor_mix",
-    "l1",
-    "l2",
-    "random",
-    "curvature",
-    "fisher",
-    "fluctuation",
-    "",
-  ),
-  "prune.allotment": ("adapt", "uniform", "ranking", "search", ""),
-  "prune.budget": ("params", "flops", "bytes", "kv_bytes"),
-  "prune.budget_export": ("f32", "f16", "bf16", "q8_0"),
-  "prune.layer_importance": ("cosine", "euclidean", "manhattan"),
-  "prune.gqa_fold": ("aligned", "reference"),
-  "prune.llm_pruner.ranking": ("layer", "global"),
-  "data.bos": ("auto", "none"),
-  "prune.flap.metric": ("WIFV", "WIFN", "IFV"),
-  "prune.flap.structure": ("ALAM", "ALMM", "ULUM", "ULMM"),
-  "prune.magnitude.norm": ("l1", "l2"),
-  "prune.attention": ("auto", "plain", "blocks", "splash", "cudnn"),
-  "train.attention": ("auto", "plain", "blocks", "splash", "cudnn"),
-  "train.schedule": ("wsd", "cosine"),
-  "train.dtype": ("float32", "bfloat16"),
-  "train.data_share": ("linear", "constant", "cosine"),
-}
 
 
 class Section:
@@ -159,6 +108,16 @@ class Minitron(Section):
 
 
 @dataclasses.dataclass
+class Surgeon(Section):
+  shots: int = 5  # published: 40; factors are measured anew for each
+  # Added to the diagonals of the factors of inputs and of gradients, in units
+  # of their means.
+  damp_a: float = 0.01
+  damp_g: float = 0.01
+  matrices: str = "all"  # that pay and are updated; writers = just o and down
+
+
+@dataclasses.dataclass
 class Magnitude(Section):
   norm: str = "l2"
 
@@ -210,6 +169,7 @@ class Prune(Section):
   flap: Flap = dataclasses.field(default_factory=Flap)
   slicegpt: SliceGpt = dataclasses.field(default_factory=SliceGpt)
   minitron: Minitron = dataclasses.field(default_factory=Minitron)
+  surgeon: Surgeon = dataclasses.field(default_factory=Surgeon)
   magnitude: Magnitude = dataclasses.field(default_factory=Magnitude)
 
   def rounding(self) -> dict[str, int]:
