@@ -82,7 +82,10 @@ class Search(Section):
 
   steps: int = 1  # scores are taken anew for each
   evaluations: int = 100  # candidates a step
-  tokens: int = 2048  # of the step's calibration that each is tried on
+  tokens: int = 2048  # that each is tried on
+  # The text that they are of, as calibration.source but npy; empty = the step's
+  # calibration. Choices are made by it: it must not be one that is reported.
+  source: str = ""
 
 
 @dataclasses.dataclass
@@ -215,6 +218,9 @@ class Calibration(Section):
   seq_len: int = 64
   batch: int = 32  # sequences at a time
   refit_samples: int = 512  # sequences of a refit
+  # The least tokens for each input channel of the widest matrix that a
+  # curvature's score, or a refit, may have; 0 = any, but few are told.
+  tokens_per_channel: float = 0.0
 
 
 @dataclasses.dataclass

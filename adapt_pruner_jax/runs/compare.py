@@ -26,7 +26,12 @@ from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.pruning import surgery, targets
 from adapt_pruner_jax.pruning.task import Step
 from adapt_pruner_jax.reporting.log import Log
-from adapt_pruner_jax.runs import compare_methods, compare_table, prune_once
+from adapt_pruner_jax.runs import (
+  compare_methods,
+  compare_table,
+  prune_once,
+  text_checks,
+)
 from adapt_pruner_jax.runs.inputs import Inputs, load_model, open_inputs
 from adapt_pruner_jax.runs.measure import measure as measure_text
 from adapt_pruner_jax.runs.measure import measure_answers, measure_tasks
@@ -82,7 +87,7 @@ def compare(
   ):
     done = {(row["method"], row["ratio"]) for row in stored_rows(path)}
     anew = is_anew(shared, path, overwrite, done >= {*jobs})
-    inputs = open_inputs(shared, path, log)
+    inputs = open_inputs(shared, path, log, stopping)
     claim(inputs, anew)
     found = {
       "model": config.model.path,
@@ -228,6 +233,10 @@ def prune(
     The pair, and {"target_params", "calibration_tokens"}.
   """
   target = targets.resolve_target(inputs.full, settings)
+  text_checks.check_channels(
+    *(settings, inputs.recipe, inputs.full),
+    *(inputs.calibration, inputs.refit_data, inputs.log.say),
+  )
   used = {}
   counted = dataclasses.replace(
     inputs,

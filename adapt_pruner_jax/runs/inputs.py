@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from adapt_pruner_jax.config import Config, Eval, task_names
 from adapt_pruner_jax.data import packing, sources
-from adapt_pruner_jax.data.calibration import pruning_data
+from adapt_pruner_jax.data.calibration import pruning_data, tuning_data
 from adapt_pruner_jax.data.tokenizer import Tokenizer, load_tokenizer
 from adapt_pruner_jax.distributed import agreement, sharding
 from adapt_pruner_jax.errors import StoppedError, UserError
@@ -24,7 +24,8 @@ from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.pruning import budgets, schedule, targets
 from adapt_pruner_jax.reporting.log import Log
-from adapt_pruner_jax.runs import answers, tiny_model, vocabulary
+from adapt_pruner_jax.runs import answers, text_checks, tiny_model, vocabulary
+from adapt_pruner_jax.runs.text_checks import TUNING
 from adapt_pruner_jax.storage import digest
 from adapt_pruner_jax.training.step import check_rows
 
@@ -51,6 +52,7 @@ class Inputs:
   tokenizer: Tokenizer | None
   calibration: Any  # .batch(step) of pruning steps, counted over all stages
   refit_data: Any  # the same for refits
+  tuning_data: Any  # the same for a search with a text of its own, or None
   rows: packing.TrainData | None
   eval_tokens: np.ndarray | None
   eval_bytes: int  # of their text
@@ -108,15 +110,15 @@ def open_inputs(
   if target is None and not recipe.prune.max_steps:
     target = budgets.count(full, recipe.prune)  # the vocabulary alone
   written = asked.in_place(recipe)
+  reading = tokenizer, full.vocab_size, recipe.seed, path / "cache", log.say
   calibration, refit_data = pruning_data(
-    written.calibration,
-    recipe.prune.refit != "none",
-    tokenizer,
-    full.vocab_size,
-    recipe.seed,
-    path / "cache",
-    log.say,
+    written.calibration, recipe.prune.refit != "none", *reading
   )
+  tuning, tried = None, recipe.prune.search
+  if tried.source:
+    tuning = tuning_data(
+      tried.source, tried.tokens, written.calibration, *reading
+    )
   rows = open_training(written, tokenizer, full, mesh, path, log)
   inputs = Inputs(
     recipe=recipe,
@@ -128,12 +130,22 @@ def open_inputs(
     tokenizer=tokenizer,
     calibration=calibration,
     refit_data=refit_data,
+    tuning_data=tuning,
     rows=rows,
     eval_tokens=_tokens(text, tokenizer, full),
     eval_bytes=len(text.encode()),
     answers=asked.held_out(),
     total_steps=-(-recipe.train.tokens // recipe.data.step_tokens),
     log=log,
+  )
+  text_checks.check_overlaps(
+    recipe,
+    inputs.eval_tokens,
+    {TUNING: tuning, "calibration.source": calibration, "data.source": rows},
+    log.say,
+  )
+  text_checks.check_channels(
+    recipe.prune, recipe, full, calibration, refit_data, log.say
   )
   if not recipe.vocab.asked():
     return inputs

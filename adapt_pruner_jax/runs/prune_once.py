@@ -35,6 +35,7 @@ def prune(
     after: the last step that is decided already, of a prune that was cut.
     log: called with each step's record as it is decided.
   """
+  tuning = inputs.tuning_data
   task = PruneTask(
     *old,
     settings,
@@ -43,6 +44,7 @@ def prune(
     full=inputs.full,
     kept=kept,
     refit_samples=lambda step: inputs.refit_data.batch(first + step),
+    tuning=tuning and (lambda step: tuning.batch(first + step)),
     batch=inputs.recipe.calibration.batch,
     mesh=inputs.mesh,
     seed=inputs.recipe.seed,
