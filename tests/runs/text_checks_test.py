@@ -109,7 +109,5 @@ def test_a_text_of_a_search_that_cannot_be():
   tried = dataclasses.replace(searching, search=Search(source="text:a"))
   check(Config(prune=tried))
   tried.allotment = ""
-  with pytest.raises(
-    UserError, match=r"give --config\.prune\.allotment=search"
-  ):
+  with pytest.raises(UserError, match=r"prune\.allotment=search with it"):
     check(Config(prune=tried))

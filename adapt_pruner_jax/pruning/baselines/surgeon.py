@@ -164,20 +164,24 @@ def _rising(ranked: kronecker.Ranked, mask_LU: np.ndarray) -> np.ndarray:
 # ---- On the devices ----------------------------------------------------------
 
 
+def kind_of(settings: Prune) -> Kind:
+  """What the settings ask for, to score."""
+  own = settings.surgeon
+  return Kind(own.damp_a, own.damp_g, own.matrices == "all", update=False)
+
+
 def _walk(
   masked: Masked, masks: Masks, tokens_NT: np.ndarray, update: bool
 ) -> dict:
   task = masked.task
-  settings = task.settings.surgeon
   tokens_MBT, valid_MB = placement.minibatches(tokens_NT, task.batch, task.mesh)
-  readers = settings.matrices == "all"
   return walk(
     surgery.dense(task.full),
     masked.stacked,
     placement.replicate(masks, task.mesh),
     tokens_MBT,
     valid_MB,
-    kind=Kind(settings.damp_a, settings.damp_g, readers, update),
+    kind=kind_of(task.settings)._replace(update=update),
     mesh=task.mesh,
     attention=task.settings.attention,
   )
