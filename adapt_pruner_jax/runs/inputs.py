@@ -103,7 +103,7 @@ def open_inputs(
   asked = _answered(recipe, full, source, tokenizer, mesh, path, log, stopping)
   before = source, full, tokenizer
   if recipe.vocab.asked():
-    source = vocabulary.cut(recipe, *before, path / "cache", log)
+    source = vocabulary.cut(recipe, *before, path / "cache", log.say)
     full = load.read_config(str(source), recipe.model.ignore_fields)
     tokenizer = load_tokenizer(source, recipe.data.bos)
   target = targets.resolve_target(full, recipe.prune, whole)
