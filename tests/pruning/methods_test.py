@@ -31,7 +31,12 @@ CONFIG = ModelConfig(
 )
 CHANNEL = model_config.unit_cost(CONFIG)["F"]
 SIZE = model_config.count_params(CONFIG)
-MASKED = [name for name in PUBLISHED if name != "slicegpt"]
+SLOW = {"surgeon": pytest.mark.slow}  # two programs, each of many matrices
+MASKED = [
+  pytest.param(name, marks=SLOW.get(name, ()))
+  for name in PUBLISHED
+  if name != "slicegpt"
+]
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -18,6 +18,7 @@ from adapt_pruner_jax.pruning.task import PruneTask
 from tests import small
 
 DAMPING = 0.01
+change = jax.jit(kronecker.change)
 READERS = {"K": ("q", "k", "v"), "F": ("gate", "up")}
 
 
@@ -70,7 +71,9 @@ def on_device(matrix):
   return kronecker.Matrix(*map(jnp.float32, matrix), DAMPING)
 
 
-@pytest.mark.parametrize("rounds", [64, 2])
+@pytest.mark.parametrize(
+  "rounds", [pytest.param(64, marks=pytest.mark.slow), 2]
+)
 def test_rises_and_changes_are_those_of_the_dense_fisher(rounds, monkeypatch):
   """Units of two rows in one matrix and one row in another; one is absent."""
   monkeypatch.setattr(kronecker, "ROUNDS", rounds)
@@ -99,7 +102,8 @@ def test_rises_and_changes_are_those_of_the_dense_fisher(rounds, monkeypatch):
     own[dead] = own[:, dead] = 0
     given[name] = on_device((w, own, far))
   mask_U = jnp.arange(U) != absent
-  found = kronecker.rank(given, mask_U)
+  # A function of its own, since ROUNDS is read when it compiles.
+  found = jax.jit(lambda *args: kronecker.rank(*args))(given, mask_U)
   place_U = np.where(mask_U, found.place_U, U)
   order = np.argsort(place_U)[:4]
   here = [0, 1, 2, 4]
@@ -113,7 +117,7 @@ def test_rises_and_changes_are_those_of_the_dense_fisher(rounds, monkeypatch):
       assert left[int(np.argmin(costs))] == order[n]
   keep_U = jnp.array([False, True, True, False, True])
   for (name, matrix), J in zip(given.items(), (2, 1), strict=True):
-    change_CE = kronecker.change(matrix, keep_U)
+    change_CE = change(matrix, keep_U)
     _, want_CE = least(both[name], rows([0], J))
     want_CE[rows([0, absent], J)] = 0
     np.testing.assert_allclose(change_CE, want_CE, rtol=1e-4, atol=1e-5)
@@ -124,7 +128,7 @@ def test_columns_have_no_part_in_a_change():
   weight_CE, own_CC, _ = some_matrix(rng, 6, 3)
   keep_U = jnp.array([True, False, True, True, False, True])
   one, two = (
-    kronecker.change(on_device((weight_CE, own_CC, far)), keep_U)
+    change(on_device((weight_CE, own_CC, far)), keep_U)
     for far in (np.eye(3), some_matrix(rng, 3, 3)[1])
   )
   np.testing.assert_array_equal(one, two)
