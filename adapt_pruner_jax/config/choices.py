@@ -18,7 +18,7 @@ PUBLISHED = {
 }
 
 # Methods whose score and allotment are one thing.
-WHOLE = ("wanda_sp", "slicegpt", "shortgpt", "minitron", "surgeon")
+WHOLE = ("wanda_sp", "slicegpt", "shortgpt", "minitron")
 
 CHOICES = {
   "model.dtype": ("", "float32", "bfloat16", "float16"),
@@ -32,6 +32,7 @@ CHOICES = {
     "l2",
     "random",
     "curvature",
+    "surgeon",
     "fisher",
     "fluctuation",
     "",

@@ -117,7 +117,9 @@ class Surgeon(Section):
   # of their means.
   damp_a: float = 0.01
   damp_g: float = 0.01
-  matrices: str = "all"  # that pay and are updated; writers = just o and down
+  # That pay and are updated: writers = o and down, through which a unit speaks;
+  # all = also those that read the stream, for which it then pays twice.
+  matrices: str = "writers"
 
 
 @dataclasses.dataclass

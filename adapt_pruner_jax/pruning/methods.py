@@ -158,6 +158,7 @@ def check(config: ModelConfig, settings: Prune) -> None:
   if settings.method == "minitron":
     minitron.check(config, settings)
   if settings.method == "surgeon":
-    surgeon.check(config, settings)
-  if settings.pair()[1] == "curvature" or settings.refit != "none":
+    surgeon.check(settings)
+  inverts = settings.pair()[1] in ("curvature", "surgeon")
+  if inverts or settings.method == "surgeon" or settings.refit != "none":
     linear_algebra.check(config)

@@ -78,13 +78,14 @@ def same(one, other):
 
 @pytest.mark.parametrize(
   "allotment, score",
-  [pytest.param("search", "curvature", marks=pytest.mark.slow)]  # noqa: RUF005
-  + list(
-    itertools.product(
+  [
+    pytest.param("search", "curvature", marks=pytest.mark.slow),
+    pytest.param("ranking", "surgeon", marks=pytest.mark.slow),
+    *itertools.product(
       ("adapt", "uniform", "ranking"),
       ("taylor", "l2", "random", "curvature", "fisher", "fluctuation"),
-    )
-  ),
+    ),
+  ],
 )
 def test_any_score_with_any_allotment_and_refits(params, allotment, score):
   """The target is met, and a cut prune ends as the whole one does."""

@@ -255,7 +255,7 @@ def test_scores_are_those_of_torchs_factors(torch_model, matrices):
 @pytest.mark.slow
 def test_weights_behind_a_shot_are_those_of_torchs_factors(torch_model):
   model, (config, params) = torch_model
-  task = task_of(config, params, TOKENS_NT, ratio=0.25, shots=1)
+  task = task_of(config, params, TOKENS_NT, ratio=0.25, shots=1, matrices="all")
   pruned = methods.prune(task)
   assert pruned.trace[-1]["step"] == 1
   assert sum(pruned.config.ffn_widths) < 24

@@ -1,19 +1,21 @@
 """LLM Surgeon: Kronecker-factored curvature, weights updated (2312.17244).
 
-The Hessian of the loss with respect to each matrix of a layer is taken as
-A (x) G: A the mean of a a^T of its inputs, G that of g g^T, g the gradient of
-the tokens' log-likelihood at its output. A unit costs what its rows (of `q`,
-`k`, `v`; of `gate`, `up`) and its columns (of `o`; of `down`) cost when what is
-left of each matrix makes up for them, given the units that went before it
-(`kronecker`). All units compete, by cost per parameter. They go in
-`prune.surgeon.shots` shots of equally many parameters; behind each the
-weights of what is left are updated, and both factors are measured anew.
+The Hessian of the loss with respect to a matrix is taken as A (x) G: A the mean
+of a a^T of its inputs, G that of g g^T, g the gradient of the tokens'
+log-likelihood at its output. A unit costs what its inputs of `o` or `down` cost
+when what is left of that matrix makes up for them, given the units that went
+before it (`kronecker`). All units compete, by cost per parameter. They go in
+`prune.surgeon.shots` shots of equally many parameters; behind each the weights
+of what is left are updated, and both factors are measured anew.
 
 The published code removes rows and columns of all matrices one by one and
 compares them as they are; here they go with their unit, which has a size. What
 a unit says passes through one matrix, `o` or `down`, so that its rows and its
-columns make up for the same thing twice; with `prune.surgeon.matrices=writers`
-only these two pay and are updated.
+columns would make up for the same thing twice, which is worse (docs/method.md):
+only these two pay and are updated. With `prune.surgeon.matrices=all` so are the
+matrices that read the stream, of which a unit is outputs.
+
+The scores alone, `prune.group_importance=surgeon`, go with any allotment.
 """
 
 import dataclasses
@@ -73,9 +75,8 @@ class Kind(NamedTuple):
   update: bool
 
 
-def check(config: ModelConfig, settings: Prune) -> None:
-  """Raises a UserError for a model, or a refit, that does not go with it."""
-  linear_algebra.check(config)
+def check(settings: Prune) -> None:
+  """Raises a UserError for a refit that does not go with it."""
   if settings.refit.isdigit():
     raise UserError(
       f"--config.prune.refit={settings.refit}: the surgeon updates the weights "
@@ -89,7 +90,6 @@ def prepare(task: PruneTask) -> PruneTask:
   Raises:
     UserError: a target out of reach.
   """
-  exact_target.check_target(task)
   exact_target.check_reachable(task, task.settings.rounding())
   return task
 
@@ -104,7 +104,12 @@ def measure(masked: Masked, tokens_NT: np.ndarray) -> Measured:
 
 
 def allot(masked: Masked, measured: Measured) -> Allotted:
-  """The units that cost least per parameter, down to the shot's target."""
+  """The units that cost least per parameter, down to the shot's target.
+
+  Raises:
+    UserError: there is no target.
+  """
+  exact_target.check_target(masked.task)
   task, settings, full = masked.task, masked.task.settings, masked.task.full
   shots = settings.surgeon.shots
   size = surgery.count(full, task.begin)
