@@ -51,11 +51,14 @@ FIELDS = """
   prune.refit_all prune.refit_passes prune.refit_rate
   prune.ranking.step_size prune.ranking.cap prune.uniform.steps
   prune.search.steps prune.search.evaluations prune.search.tokens
+  prune.search.source
   prune.llm_pruner.ranking prune.flap.metric prune.flap.structure
   prune.slicegpt.multiple prune.slicegpt.subtract_mean prune.minitron.depth
+  prune.surgeon.shots prune.surgeon.damp_a prune.surgeon.damp_g
+  prune.surgeon.matrices
   prune.magnitude.norm
   calibration.source calibration.samples calibration.seq_len calibration.batch
-  calibration.refit_samples
+  calibration.refit_samples calibration.tokens_per_channel
   data.source data.seq_len data.batch data.bos
   train.tokens train.learning_rate train.min_learning_rate train.schedule
   train.data_share train.weight_decay train.dtype train.attention

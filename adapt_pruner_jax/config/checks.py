@@ -3,10 +3,8 @@
 import math
 import re
 
+from adapt_pruner_jax.config.choices import BLOCKS, CHOICES, WHOLE
 from adapt_pruner_jax.config.fields import (
-  BLOCKS,
-  CHOICES,
-  WHOLE,
   Config,
   Prune,
   Vocab,
@@ -32,10 +30,14 @@ AT_LEAST = {
   "prune.search.tokens": 2,
   "prune.slicegpt.multiple": 1,
   "prune.minitron.depth": 0,
+  "prune.surgeon.shots": 1,
+  "prune.surgeon.damp_a": 1e-6,
+  "prune.surgeon.damp_g": 1e-6,
   "prune.refit_ridge": 0,
   "prune.refit_passes": 0,
   "prune.refit_rate": 0,
   "calibration.refit_samples": 2,
+  "calibration.tokens_per_channel": 0,
   "calibration.samples": 1,
   "calibration.seq_len": 2,
   "calibration.batch": 1,
@@ -271,12 +273,25 @@ def _check_parts(p: Prune) -> None:
 
 
 def _check_search(config: Config) -> None:
-  """Whether a step has the tokens that candidates are tried on."""
+  """Whether a search has the tokens that candidates are tried on."""
+  source = config.prune.search.source
+  if source.startswith(("npy:", "self")):
+    raise UserError(
+      f"--config.prune.search.source={source} must be a text: embedded, "
+      "text:FILE, jsonl:FILE, parquet:FILE, hf:NAME or tfds:NAME"
+    )
+  if source and config.prune.pair()[0] != "search":
+    raise UserError(
+      f"--config.prune.search.source={source} is for a search: give "
+      "--config.prune.allotment=search with it, or leave it out"
+    )
   given = config.calibration.samples * config.calibration.seq_len
   tokens = config.prune.search.tokens
   searches = config.prune.pair()[0] == "search"
   # A file of given samples says itself how many there are.
-  if searches and tokens > given and "npy:" not in config.calibration.source:
+  if source or "npy:" in config.calibration.source:
+    return
+  if searches and tokens > given:
     raise UserError(
       f"--config.prune.search.tokens={tokens} is more than the {given} "
       "calibration tokens of a step: lower it, or give more "

@@ -9,71 +9,8 @@ import math
 from typing import Any
 
 from adapt_pruner_jax.config import latency_table
+from adapt_pruner_jax.config.choices import BLOCKS, PUBLISHED
 from adapt_pruner_jax.errors import UserError, nearest
-
-# The published pairs: which allotment and which unit score a method is. Names
-# that are not choices of prune.allotment and prune.group_importance are the
-# method's own.
-PUBLISHED = {
-  "adapt": ("adapt", "taylor"),
-  "curvature": ("ranking", "curvature"),
-  "fisher": ("ranking", "fisher"),
-  "llm_pruner": ("llm_pruner", "taylor"),
-  "flap": ("flap", "flap"),
-  "wanda_sp": ("wanda_sp", "wanda_sp"),
-  "slicegpt": ("slicegpt", "slicegpt"),
-  "shortgpt": ("shortgpt", "shortgpt"),
-  "minitron": ("minitron", "minitron"),
-  "magnitude": ("uniform", "magnitude"),
-  "random": ("uniform", "random"),
-}
-
-# Multiples of MLP widths that leave whole blocks in a quantised file.
-BLOCKS = {"q8_0": 32, "q4_0": 32, "q4_k_m": 256}
-
-# Methods whose score and allotment are one thing.
-WHOLE = ("wanda_sp", "slicegpt", "shortgpt", "minitron")
-
-CHOICES = {
-  "model.dtype": ("", "float32", "bfloat16", "float16"),
-  "prune.method": tuple(PUBLISHED),
-  "prune.group_importance": (
-    "taylor",
-    "taylor_vectorize",
-    "taylor_second",
-    "taylor_mix",
-    "l1",
-    "l2",
-    "random",
-    "curvature",
-    "fisher",
-    "fluctuation",
-    "",
-  ),
-  "prune.allotment": ("adapt", "uniform", "ranking", "search", ""),
-  "prune.budget": (
-    "params",
-    "flops",
-    "bytes",
-    "kv_bytes",
-    "latency",
-    "quality",
-  ),
-  "prune.budget_export": ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_k_m"),
-  "prune.budget_phase": ("decode", "prefill"),
-  "prune.layer_importance": ("cosine", "euclidean", "manhattan"),
-  "prune.gqa_fold": ("aligned", "reference"),
-  "prune.llm_pruner.ranking": ("layer", "global"),
-  "data.bos": ("auto", "none"),
-  "prune.flap.metric": ("WIFV", "WIFN", "IFV"),
-  "prune.flap.structure": ("ALAM", "ALMM", "ULUM", "ULMM"),
-  "prune.magnitude.norm": ("l1", "l2"),
-  "prune.attention": ("auto", "plain", "blocks", "splash", "cudnn"),
-  "train.attention": ("auto", "plain", "blocks", "splash", "cudnn"),
-  "train.schedule": ("wsd", "cosine"),
-  "train.dtype": ("float32", "bfloat16"),
-  "train.data_share": ("linear", "constant", "cosine"),
-}
 
 
 class Section:
@@ -146,7 +83,10 @@ class Search(Section):
 
   steps: int = 1  # scores are taken anew for each
   evaluations: int = 100  # candidates a step
-  tokens: int = 2048  # of the step's calibration that each is tried on
+  tokens: int = 2048  # that each is tried on
+  # The text that they are of, as calibration.source but npy; empty = the step's
+  # calibration. Choices are made by it: it must not be one that is reported.
+  source: str = ""
 
 
 @dataclasses.dataclass
@@ -169,6 +109,18 @@ class SliceGpt(Section):
 @dataclasses.dataclass
 class Minitron(Section):
   depth: int = 0  # layers to drop, those whose absence the loss shows least
+
+
+@dataclasses.dataclass
+class Surgeon(Section):
+  shots: int = 5  # published: 40; factors are measured anew for each
+  # Added to the diagonals of the factors of inputs and of gradients, in units
+  # of their means.
+  damp_a: float = 0.01
+  damp_g: float = 0.01
+  # That pay and are updated: writers = o and down, through which a unit speaks;
+  # all = also those that read the stream, for which it then pays twice.
+  matrices: str = "writers"
 
 
 @dataclasses.dataclass
@@ -230,6 +182,7 @@ class Prune(Section):
   flap: Flap = dataclasses.field(default_factory=Flap)
   slicegpt: SliceGpt = dataclasses.field(default_factory=SliceGpt)
   minitron: Minitron = dataclasses.field(default_factory=Minitron)
+  surgeon: Surgeon = dataclasses.field(default_factory=Surgeon)
   magnitude: Magnitude = dataclasses.field(default_factory=Magnitude)
 
   def rounding(self) -> dict[str, int]:
@@ -295,6 +248,9 @@ class Calibration(Section):
   # The text that a quality to keep is measured on; empty = other windows of the
   # source.
   tuning: str = ""
+  # The least tokens for each input channel of the widest matrix that a
+  # curvature's score, or a refit, may have; 0 = any, but few are told.
+  tokens_per_channel: float = 0.0
 
 
 @dataclasses.dataclass

@@ -33,6 +33,9 @@ from adapt_pruner_jax.pruning import surgery
 from adapt_pruner_jax.pruning.scores import KINDS
 from adapt_pruner_jax.training.step import check_rows
 
+# Scores that walk back through the model, each by its own program.
+WALKS = ("curvature", "fisher", "surgeon")
+
 
 def measure(
   config: Config,
@@ -43,7 +46,7 @@ def measure(
   """Measures {"scoring": bytes, "refit": ..., "training": ...} of a run.
 
   Refit and training are left out where there are none, scoring where scores are
-  neither of `pruning.scores` nor curvature.
+  neither of `pruning.scores` nor of WALKS.
 
   Args:
     full: the original model.
@@ -73,7 +76,7 @@ def _measure(
   if config.train.tokens:
     check_rows(config.data.batch, config.train.accumulation, mesh)
   found = {}
-  if config.prune.pair()[1] in (*KINDS, "curvature", "fisher"):
+  if config.prune.pair()[1] in (*KINDS, *WALKS):
     found["scoring"] = scoring(config, full, mesh, real)
   if config.prune.refit != "none":
     found["refit"] = refitting(config, full, mesh)
@@ -97,6 +100,7 @@ def scoring(
     real: whether they are those that the run is meant for.
   """
   from adapt_pruner_jax.pruning import curvature, fisher
+  from adapt_pruner_jax.pruning.baselines import surgeon
   from adapt_pruner_jax.pruning.scores import measure_step
 
   dtype = arrays.weight_dtype(config)
@@ -115,6 +119,9 @@ def scoring(
   kind = config.prune.pair()[1]
   program = fisher.measure_step if kind == "fisher" else curvature.measure_step
   how = {}
+  if kind == "surgeon":
+    program = surgeon.walk
+    how["kind"] = surgeon.kind_of(config.prune)
   if kind in KINDS:
     program = measure_step
     how["kind"] = kind

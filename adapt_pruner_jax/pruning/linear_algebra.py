@@ -134,9 +134,23 @@ def solve(
   """
   scaled_CC, scale_C = scaled(gram_CC, ridge)
   rights = {n: right_CE / scale_C[:, None] for n, right_CE in rights.items()}
-  if elimination.wanted(mesh):
-    found = elimination.solve(scaled_CC, rights, mesh)
-  else:
-    factor = jnp.linalg.cholesky(scaled_CC), True
-    found = {n: cho_solve(factor, right) for n, right in rights.items()}
+  found = solve_scaled(scaled_CC, rights, mesh)
   return {n: found_CE / scale_C[:, None] for n, found_CE in found.items()}
+
+
+def solve_scaled(
+  scaled_CC: jax.Array,
+  rights: dict[str, jax.Array],
+  mesh: Mesh | None = None,
+) -> dict[str, jax.Array]:
+  """scaled^-1 right of each right-hand side, [C, E].
+
+  Args:
+    scaled_CC: positive definite, with a unit diagonal, as from `scaled`.
+    rights: as `solve`'s.
+    mesh: where it is computed, which decides how (`elimination.wanted`).
+  """
+  if elimination.wanted(mesh):
+    return elimination.solve(scaled_CC, rights, mesh)
+  factor = jnp.linalg.cholesky(scaled_CC), True
+  return {n: cho_solve(factor, right) for n, right in rights.items()}

@@ -29,6 +29,7 @@ from adapt_pruner_jax.pruning.baselines import (
   minitron,
   shortgpt,
   slicegpt,
+  surgeon,
   wanda_sp,
 )
 from adapt_pruner_jax.pruning.steps import Method
@@ -44,6 +45,7 @@ MEASURES = {
   "wanda_sp": wanda_sp.measure,
   "shortgpt": shortgpt.measure,
   "minitron": minitron.measure,
+  "surgeon": surgeon.measure,
 }
 # How much goes where, by `prune.allotment` or a method's own name.
 ALLOTMENTS = {
@@ -56,6 +58,7 @@ ALLOTMENTS = {
   "wanda_sp": wanda_sp.allot,
   "shortgpt": shortgpt.allot,
   "minitron": minitron.allot,
+  "surgeon": surgeon.allot,
 }
 # What methods do before and after.
 AROUND = {
@@ -65,6 +68,7 @@ AROUND = {
   "flap": {"prepare": flap.prepare, "finish": flap.finish},
   "shortgpt": {"finish": shortgpt.finish},
   "minitron": {"prepare": minitron.prepare, "finish": shortgpt.finish},
+  "surgeon": {"prepare": surgeon.prepare, "update": surgeon.update},
 }
 
 
@@ -155,5 +159,8 @@ def check(config: ModelConfig, settings: Prune) -> None:
     )
   if settings.method == "minitron":
     minitron.check(config, settings)
-  if settings.pair()[1] == "curvature" or settings.solves():
+  if settings.method == "surgeon":
+    surgeon.check(settings)
+  inverts = settings.pair()[1] in ("curvature", "surgeon")
+  if inverts or settings.method == "surgeon" or settings.solves():
     linear_algebra.check(config)

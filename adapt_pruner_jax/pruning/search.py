@@ -3,7 +3,8 @@
 Units of each module are ranked once, by any score; a candidate is how many of
 each module stay, and its masks are data, so that all candidates share one
 compiled program. What is minimised is the divergence from the dense model,
-KL(dense || masked) in nats a token, on tokens of the step. The search climbs
+KL(dense || masked) in nats a token, on tokens of the step, or of a tuning text
+of its own (`prune.search.source`). The search climbs
 from the best of a few starts: a candidate that is better replaces the one that
 it was made from (as evolution of one parent and one child).
 
@@ -213,7 +214,7 @@ def _size(space: Space, counts: Counts) -> int:
 def _divergence(masked: Masked):
   """Of masks: the divergence of the masked model from the task's, in nats."""
   task = masked.task
-  tokens_NT = task.samples(masked.step.number)
+  tokens_NT = (task.tuning or task.samples)(masked.step.number)
   wanted = task.settings.search.tokens
   if wanted > tokens_NT.size:
     raise UserError(

@@ -67,6 +67,8 @@ class PruneTask:
     kept: which of its units are left.
     refit_samples: gives the tokens of the refit behind a step; only asked for
       one, since a file of given samples may hold none for it.
+    tuning: gives the tokens that a search tries its candidates on; None =
+      those of the step.
     batch: calibration sequences at a time.
     mesh: devices; default one.
     seed: of random scores.
@@ -84,6 +86,7 @@ class PruneTask:
   full: ModelConfig | None = None
   kept: Kept | None = None
   refit_samples: Samples | None = None
+  tuning: Samples | None = None
   batch: int = 32
   mesh: Mesh | None = None
   seed: int = 0

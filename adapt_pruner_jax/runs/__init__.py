@@ -4,6 +4,7 @@ run              a run, read top to bottom: prune, refit, recover, evaluate,
                  save
 inputs           what a run reads, opened before any work
 answers          prompts that the dense model answers first, and where they are
+text_checks      texts that overlap, or are too short
 vocabulary       the tokens that stay, where the recipe cuts some
 state            what a run has done, in memory and on disk
 prune_once       one prune with its refit

@@ -31,6 +31,7 @@ from adapt_pruner_jax.runs import (
   compare_table,
   latency_budget,
   prune_once,
+  text_checks,
 )
 from adapt_pruner_jax.runs.inputs import Inputs, load_model, open_inputs
 from adapt_pruner_jax.runs.measure import measure as measure_text
@@ -87,7 +88,7 @@ def compare(
   ):
     done = {(row["method"], row["ratio"]) for row in stored_rows(path)}
     anew = is_anew(shared, path, overwrite, done >= {*jobs})
-    inputs = open_inputs(shared, path, log)
+    inputs = open_inputs(shared, path, log, stopping)
     claim(inputs, anew)
     found = {
       "model": config.model.path,
@@ -250,6 +251,10 @@ def prune(
   """
   beside = inputs.beside if settings.budget == "bytes" else 0
   target = targets.resolve_target(inputs.full, settings, beside=beside)
+  text_checks.check_channels(
+    *(settings, inputs.recipe, inputs.full),
+    *(inputs.calibration, inputs.refit_data, inputs.log.say),
+  )
   used = {}
   counted = dataclasses.replace(
     inputs,

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from adapt_pruner_jax.config import Config, Eval, latency_table, task_names
 from adapt_pruner_jax.data import packing, sources
-from adapt_pruner_jax.data.calibration import pruning_data
+from adapt_pruner_jax.data.calibration import pruning_data, search_texts
 from adapt_pruner_jax.data.tokenizer import Tokenizer, load_tokenizer
 from adapt_pruner_jax.distributed import agreement, sharding
 from adapt_pruner_jax.errors import StoppedError, UserError
@@ -29,9 +29,11 @@ from adapt_pruner_jax.runs import (
   answers,
   export_size,
   latency_budget,
+  text_checks,
   tiny_model,
   vocabulary,
 )
+from adapt_pruner_jax.runs.text_checks import TUNING
 from adapt_pruner_jax.storage import digest
 from adapt_pruner_jax.training.step import check_rows
 
@@ -61,6 +63,7 @@ class Inputs:
   calibration: Any  # .batch(step) of pruning steps, counted over all stages
   tuning: Any  # the same, of a quality to keep; else None
   refit_data: Any  # the same for refits
+  search_data: Any  # the same for a search with a text of its own, or None
   rows: packing.TrainData | None
   eval_tokens: np.ndarray | None
   eval_bytes: int  # of their text
@@ -117,7 +120,7 @@ def open_inputs(
   asked = _answered(recipe, full, source, tokenizer, mesh, path, log, stopping)
   before = source, full, tokenizer
   if recipe.vocab.asked():
-    source = vocabulary.cut(recipe, *before, path / "cache", log)
+    source = vocabulary.cut(recipe, *before, path / "cache", log.say)
     full = load.read_config(str(source), recipe.model.ignore_fields)
     tokenizer = load_tokenizer(source, recipe.data.bos)
   recipe = latency_budget.resolve(recipe, full, path, log)
@@ -126,14 +129,9 @@ def open_inputs(
   if target is None and not recipe.prune.max_steps:
     target = budgets.count(full, recipe.prune)  # the vocabulary alone
   written = asked.in_place(recipe)
+  reading = tokenizer, full.vocab_size, recipe.seed, path / "cache", log.say
   calibration, refit_data = pruning_data(
-    written.calibration,
-    recipe.prune.refit != "none",
-    tokenizer,
-    full.vocab_size,
-    recipe.seed,
-    path / "cache",
-    log.say,
+    written.calibration, recipe.prune.refit != "none", *reading
   )
   tuning = None
   if recipe.prune.budget == "quality":
@@ -142,6 +140,11 @@ def open_inputs(
       dataclasses.replace(written.calibration, source=source_of),
       False,
       *(tokenizer, full.vocab_size, recipe.seed + 2, path / "cache", log.say),
+    )
+  search_data, tried = None, recipe.prune.search
+  if tried.source:
+    search_data = search_texts(
+      tried.source, tried.tokens, written.calibration, *reading
     )
   rows = open_training(written, tokenizer, full, mesh, path, log)
   inputs = Inputs(
@@ -157,12 +160,26 @@ def open_inputs(
     calibration=calibration,
     tuning=tuning,
     refit_data=refit_data,
+    search_data=search_data,
     rows=rows,
     eval_tokens=_tokens(text, tokenizer, full),
     eval_bytes=len(text.encode()),
     answers=asked.held_out(),
     total_steps=-(-recipe.train.tokens // recipe.data.step_tokens),
     log=log,
+  )
+  text_checks.check_overlaps(
+    recipe,
+    inputs.eval_tokens,
+    {
+      TUNING: search_data,
+      "calibration.source": calibration,
+      "data.source": rows,
+    },
+    log.say,
+  )
+  text_checks.check_channels(
+    recipe.prune, recipe, full, calibration, refit_data, log.say
   )
   if not recipe.vocab.asked():
     return inputs

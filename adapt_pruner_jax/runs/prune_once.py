@@ -43,6 +43,7 @@ def prune(
     after: the last step that is decided already, of a prune that was cut.
     log: called with each step's record as it is decided.
   """
+  searched = inputs.search_data
   task = PruneTask(
     *old,
     settings,
@@ -54,6 +55,7 @@ def prune(
     full=inputs.full,
     kept=kept,
     refit_samples=lambda step: inputs.refit_data.batch(first + step),
+    tuning=searched and (lambda step: searched.batch(first + step)),
     batch=inputs.recipe.calibration.batch,
     mesh=inputs.mesh,
     seed=inputs.recipe.seed,

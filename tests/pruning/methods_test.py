@@ -31,7 +31,12 @@ CONFIG = ModelConfig(
 )
 CHANNEL = model_config.unit_cost(CONFIG)["F"]
 SIZE = model_config.count_params(CONFIG)
-MASKED = [name for name in PUBLISHED if name != "slicegpt"]
+SLOW = {"surgeon": pytest.mark.slow}  # two programs, each of many matrices
+MASKED = [
+  pytest.param(name, marks=SLOW.get(name, ()))
+  for name in PUBLISHED
+  if name != "slicegpt"
+]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -73,13 +78,14 @@ def same(one, other):
 
 @pytest.mark.parametrize(
   "allotment, score",
-  [pytest.param("search", "curvature", marks=pytest.mark.slow)]  # noqa: RUF005
-  + list(
-    itertools.product(
+  [
+    pytest.param("search", "curvature", marks=pytest.mark.slow),
+    pytest.param("ranking", "surgeon", marks=pytest.mark.slow),
+    *itertools.product(
       ("adapt", "uniform", "ranking"),
       ("taylor", "l2", "random", "curvature", "fisher", "fluctuation"),
-    )
-  ),
+    ),
+  ],
 )
 def test_any_score_with_any_allotment_and_refits(params, allotment, score):
   """The target is met, and a cut prune ends as the whole one does."""
@@ -158,7 +164,7 @@ def test_refit_by_the_loss_alone_takes_a_model_without_least_squares(params):
   """Of OLMo 2, whose norms stand behind the matrices; each pass is new text."""
   olmo = dataclasses.replace(CONFIG, norm_order="post", family="olmo2")
   fisher = Prune(method="fisher", refit="final")
-  with pytest.raises(UserError, match="refit=loss .*method=fisher"):
+  with pytest.raises(UserError, match=r"refit=loss .*method=fisher"):
     methods.check(olmo, fisher)
   asked = []
 

@@ -468,6 +468,19 @@ def test_from_scratch_needs_tokens_and_adapt(recipe, tmp_path):
     )
 
 
+def test_answers_are_columns():
+  rows = [
+    {"method": "dense", "ratio": 0.0, "answer_agreement": 1.0, "answer_kl": 0},
+    {"method": "flap", "ratio": 0.2, "answer_agreement": 0.5, "answer_kl": 2.0},
+    {"method": "adapt", "ratio": 0.2, "error": "no"},
+  ]
+  columns, cells = compare_table.table(rows)
+  at = columns.index("tokens as dense")
+  assert columns[at : at + 2] == ["tokens as dense", "KL to dense"]
+  assert [row[at] for row in cells] == ["100.0%", "50.0%", ""]
+  assert [row[at + 1] for row in cells] == ["0.000", "2.000", ""]
+
+
 def test_ruined_models_are_shown():
   assert compare_table.shown("Infinity") == "inf"
   assert compare_table.shown(5.8791) == "5.879"
