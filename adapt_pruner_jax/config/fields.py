@@ -56,6 +56,7 @@ CHOICES = {
   "prune.flap.structure": ("ALAM", "ALMM", "ULUM", "ULMM"),
   "prune.magnitude.norm": ("l1", "l2"),
   "prune.attention": ("auto", "plain", "blocks", "splash", "cudnn"),
+  "prune.precision": ("float32", "tensorfloat32", "bfloat16"),
   "train.attention": ("auto", "plain", "blocks", "splash", "cudnn"),
   "train.schedule": ("wsd", "cosine"),
   "train.dtype": ("float32", "bfloat16"),
@@ -194,6 +195,9 @@ class Prune(Section):
   # So do the numbers of KV groups, as a tensor-parallel server needs.
   round_kv_to: int = 1
   attention: str = "auto"  # which implementation scores; docs/speed.md
+  # Of products of float32 numbers where units are scored and refitted; a TPU
+  # or GPU may be faster in less (docs/method.md).
+  precision: str = "float32"
   # Least squares on what is left: none, final, or every so many steps and at
   # the end.
   refit: str = "none"
@@ -254,6 +258,9 @@ class Calibration(Section):
   samples: int = 512  # sequences, fresh ones for each step
   seq_len: int = 64
   batch: int = 32  # sequences at a time
+  # Tokens that one program scores, at least a batch; its memory grows with
+  # them. 0 = as many as fill half a GB a device (docs/speed.md).
+  pass_tokens: int = 0
   refit_samples: int = 512  # sequences of a refit
 
 

@@ -8,6 +8,8 @@ pairs; `prune.allotment` and `prune.group_importance` exchange one of the two.
 import dataclasses
 from functools import partial
 
+import jax
+
 from adapt_pruner_jax.config import Prune
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.models.model_config import ModelConfig
@@ -86,9 +88,10 @@ def prune(task: PruneTask) -> Pruned:
       finite.
   """
   check(task.full, task.settings)
-  if task.settings.method == "slicegpt":
-    return slicegpt.prune(task)
-  return steps.prune(method_of(task.settings), task)
+  with jax.default_matmul_precision(task.settings.precision):
+    if task.settings.method == "slicegpt":
+      return slicegpt.prune(task)
+    return steps.prune(method_of(task.settings), task)
 
 
 def refit_after(task: PruneTask, pruned: Pruned) -> Pruned:
@@ -107,16 +110,17 @@ def refit_after(task: PruneTask, pruned: Pruned) -> Pruned:
   if pruned.trace:
     done = pruned.trace[-1]["step"]
   dense, tokens_NT = (task.config, task.params), task.refit_samples(done)
-  params, records = refit.refit(
-    dense,
-    (pruned.config, pruned.params),
-    surgery.relative_to(task.kept, pruned.kept),
-    tokens_NT,
-    task.batch,
-    ridge=settings.refit_ridge,
-    refit_all=settings.refit_all,
-    mesh=task.mesh,
-  )
+  with jax.default_matmul_precision(settings.precision):
+    params, records = refit.refit(
+      dense,
+      (pruned.config, pruned.params),
+      surgery.relative_to(task.kept, pruned.kept),
+      tokens_NT,
+      task.batch,
+      ridge=settings.refit_ridge,
+      refit_all=settings.refit_all,
+      mesh=task.mesh,
+    )
   by_loss = None
   if settings.refit_passes:
     params, by_loss = refit_loss.refit_loss(

@@ -97,7 +97,8 @@ def _begin(task: PruneTask) -> Masked:
   stacked = surgery.expand(task.config, task.params, task.kept, full, task.mesh)
   nothing = {u: np.zeros(full.num_layers) for u in UNITS}
   step = task.after or Step(0, begin, nothing, surgery.count(full, begin))
-  masked = Masked(task, stacked, stacked, step)
+  masked = Masked(task, stacked, step)
+  del stacked  # a refit donates it
   for number, masks in step.refitted.items():
     stacked, _ = refit_masked(masked, masks, task.samples(number - 1))
     masked = dataclasses.replace(masked, stacked=stacked)

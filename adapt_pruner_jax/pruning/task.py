@@ -51,6 +51,8 @@ class PruneTask:
     refit_samples: gives the tokens of the refit behind a step; only asked for
       one, since a file of given samples may hold none for it.
     batch: calibration sequences at a time.
+    pass_tokens: calibration tokens that one program scores, at least a batch; 0
+      = by memory (`passes`).
     mesh: devices; default one.
     seed: of random scores.
     after: the last step that an interrupted prune has done.
@@ -66,6 +68,7 @@ class PruneTask:
   kept: Kept | None = None
   refit_samples: Samples | None = None
   batch: int = 32
+  pass_tokens: int = 0
   mesh: Mesh | None = None
   seed: int = 0
   after: Step | None = None
@@ -91,13 +94,12 @@ class Masked:
   """A model under way: whole arrays, and the units that count in them.
 
   Attributes:
-    original: the task's params in dense coordinates (`surgery.expand`).
-    stacked: the same as the refits so far have left them.
+    stacked: the task's params in dense coordinates (`surgery.expand`), as the
+      refits so far have left them.
     step: the last one that is done.
   """
 
   task: PruneTask
-  original: Params
   stacked: Params
   step: Step
 

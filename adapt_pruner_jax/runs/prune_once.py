@@ -44,6 +44,7 @@ def prune(
     kept=kept,
     refit_samples=lambda step: inputs.refit_data.batch(first + step),
     batch=inputs.recipe.calibration.batch,
+    pass_tokens=inputs.recipe.calibration.pass_tokens,
     mesh=inputs.mesh,
     seed=inputs.recipe.seed,
     after=after,
