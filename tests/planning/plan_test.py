@@ -260,8 +260,9 @@ def test_scoring_memory_does_not_grow_with_the_windows():
 
   one, few, many = scored(16), scored(32), scored(4096)
   assert few == many
-  D, F = SMALL.hidden_size, SMALL.ffn_widths[0]
-  assert few["sums between passes"] == 4 * 4 * (F * F + 3 * D * D) + 8
+  sizes = SMALL.ffn_widths[0], 4 * 2 * 16, SMALL.hidden_size, SMALL.hidden_size
+  grams = 4 * 4 * sum(size**2 for size in sizes)
+  assert few["sums between passes"] == grams + 8  # and two counts
   assert "sums between passes" not in one
   assert few["temporary"] < 1.1 * one["temporary"]
 

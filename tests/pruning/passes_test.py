@@ -72,7 +72,7 @@ def test_on_eight_devices(score):
 
 
 @pytest.mark.parametrize(
-  "most, passes_, each", [(9, 1, 5), (2, 3, 2), (4, 2, 3)]
+  "most, number, each", [(9, 1, 5), (2, 3, 2), (4, 2, 3)]
 )
 def test_equal_parts(most, number, each):
   tokens = small.tokens(small.CONFIG, 5, 3)
