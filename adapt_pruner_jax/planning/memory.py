@@ -132,7 +132,8 @@ def scoring(
   before = None
   if recipe.samples > M * B:
     before = passes.sums(programs, args, how)
-  lowered = programs.whole.lower(*args, before=before, **how)
+  with jax.default_matmul_precision(config.prune.precision):
+    lowered = programs.whole.lower(*args, before=before, **how)
   temporary = arrays.temporary(lowered.compile())
   if not real and dtype.itemsize == 2:
     # The residual stream in front of each half layer is what is stored.
