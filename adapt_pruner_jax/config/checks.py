@@ -41,6 +41,7 @@ AT_LEAST = {
   "calibration.samples": 1,
   "calibration.seq_len": 2,
   "calibration.batch": 1,
+  "calibration.pass_tokens": 0,
   "data.seq_len": 2,
   "data.batch": 1,
   "train.tokens": 0,

@@ -61,6 +61,7 @@ CHOICES = {
   "prune.surgeon.matrices": ("all", "writers"),
   "prune.magnitude.norm": ("l1", "l2"),
   "prune.attention": ("auto", "plain", "blocks", "splash", "cudnn"),
+  "prune.precision": ("float32", "tensorfloat32", "bfloat16"),
   "train.attention": ("auto", "plain", "blocks", "splash", "cudnn"),
   "train.schedule": ("wsd", "cosine"),
   "train.dtype": ("float32", "bfloat16"),

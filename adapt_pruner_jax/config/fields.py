@@ -166,6 +166,9 @@ class Prune(Section):
   # An allotment by ranking may take all of a layer's attention or MLP.
   whole_halves: bool = False
   attention: str = "auto"  # which implementation scores; docs/speed.md
+  # Of products of float32 numbers where units are scored and refitted; a TPU
+  # or GPU may be faster in less (docs/method.md).
+  precision: str = "float32"
   # Least squares on what is left: none, final, or every so many steps and at
   # the end; loss = only the passes below.
   refit: str = "none"
@@ -244,6 +247,9 @@ class Calibration(Section):
   samples: int = 512  # sequences, fresh ones for each step
   seq_len: int = 64
   batch: int = 32  # sequences at a time
+  # Tokens that one program scores, at least a batch; its memory grows with
+  # them. 0 = as many as fill half a GB a device (docs/speed.md).
+  pass_tokens: int = 0
   refit_samples: int = 512  # sequences of a refit
   # The text that a quality to keep is measured on; empty = other windows of the
   # source.

@@ -8,6 +8,8 @@ pairs; `prune.allotment` and `prune.group_importance` exchange one of the two.
 import dataclasses
 from functools import partial
 
+import jax
+
 from adapt_pruner_jax.config import Prune
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.models.model_config import ModelConfig
@@ -90,9 +92,10 @@ def prune(task: PruneTask) -> Pruned:
       finite.
   """
   check(task.full, task.settings)
-  if task.settings.method == "slicegpt":
-    return slicegpt.prune(task)
-  return steps.prune(method_of(task.settings), task)
+  with jax.default_matmul_precision(task.settings.precision):
+    if task.settings.method == "slicegpt":
+      return slicegpt.prune(task)
+    return steps.prune(method_of(task.settings), task)
 
 
 def refit_after(task: PruneTask, pruned: Pruned) -> Pruned:
@@ -114,16 +117,7 @@ def refit_after(task: PruneTask, pruned: Pruned) -> Pruned:
   dense = task.config, task.params
   params, records, by_loss = pruned.params, [], None
   if settings.solves():
-    params, records = refit.refit(
-      dense,
-      (pruned.config, pruned.params),
-      surgery.relative_to(task.kept, pruned.kept),
-      task.refit_samples(done),
-      task.batch,
-      ridge=settings.refit_ridge,
-      refit_all=settings.refit_all,
-      mesh=task.mesh,
-    )
+    params, records = _solved(task, pruned, task.refit_samples(done))
   if settings.refit_passes:
     params, by_loss = refit_loss.refit_loss(
       dense,
@@ -138,6 +132,24 @@ def refit_after(task: PruneTask, pruned: Pruned) -> Pruned:
   return dataclasses.replace(
     pruned, params=params, refits=records, refit_loss=by_loss
   )
+
+
+def _solved(
+  task: PruneTask, pruned: Pruned, tokens_NT: np.ndarray
+) -> tuple[Params, list[dict]]:
+  """What least squares make of the params, and a record a matrix."""
+  settings = task.settings
+  with jax.default_matmul_precision(settings.precision):
+    return refit.refit(
+      (task.config, task.params),
+      (pruned.config, pruned.params),
+      surgery.relative_to(task.kept, pruned.kept),
+      tokens_NT,
+      task.batch,
+      ridge=settings.refit_ridge,
+      refit_all=settings.refit_all,
+      mesh=task.mesh,
+    )
 
 
 def resumes(settings: Prune) -> bool:

@@ -23,6 +23,7 @@ from jax.sharding import Mesh
 from adapt_pruner_jax.config import Prune
 from adapt_pruner_jax.distributed import placement
 from adapt_pruner_jax.errors import UserError
+from adapt_pruner_jax.models import model_config
 from adapt_pruner_jax.models.axes import UNITS, Params
 from adapt_pruner_jax.models.decoder import Decoder
 from adapt_pruner_jax.models.layer import attention_inputs, places, run_layer
@@ -227,10 +228,14 @@ def _divergence(masked: Masked):
   tokens_MBT, valid_MB = placement.minibatches(some_NT, task.batch, task.mesh)
   config = surgery.dense(task.full)
   place = partial(placement.replicate, mesh=task.mesh)
-  dense_MBTD = last_stream(
-    config, masked.original, place(task.begin), tokens_MBT, mesh=task.mesh
+  dense = surgery.expand(
+    task.config, task.params, task.kept, task.full, task.mesh
   )
-  ends = tokens_MBT, valid_MB, dense_MBTD, masked.original
+  dense_MBTD = last_stream(
+    config, dense, place(task.begin), tokens_MBT, mesh=task.mesh
+  )
+  outer = {n: dense[n] for n in model_config.outer_names(config)}
+  ends = tokens_MBT, valid_MB, dense_MBTD, outer
 
   def divergence(masks: Masks) -> float:
     return float(
@@ -291,7 +296,7 @@ def mean_divergence(
     valid_MB: False for rows that only pad.
     dense_MBTD: `last_stream` of the dense model, whose logits are made anew
       since they are too many to keep.
-    dense: its params.
+    dense: its params outside the layers.
   """
   x_MBTD = last_stream(config, stacked, masks, tokens_MBT, mesh=mesh)
 

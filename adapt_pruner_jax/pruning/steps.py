@@ -113,7 +113,8 @@ def _begin(task: PruneTask, update: Update | None = None) -> Masked:
   stacked = surgery.expand(task.config, task.params, task.kept, full, task.mesh)
   nothing = {u: np.zeros(full.num_layers) for u in UNITS}
   step = task.after or Step(0, begin, nothing, surgery.count(full, begin))
-  masked = Masked(task, stacked, stacked, step)
+  masked = Masked(task, stacked, step)
+  del stacked  # a refit donates it
   before = dataclasses.replace(step, masks=begin)
   for number, masks in step.refitted.items():
     masked = dataclasses.replace(masked, step=before)

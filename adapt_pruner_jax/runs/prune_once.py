@@ -57,6 +57,7 @@ def prune(
     refit_samples=lambda step: inputs.refit_data.batch(first + step),
     tuning=searched and (lambda step: searched.batch(first + step)),
     batch=inputs.recipe.calibration.batch,
+    pass_tokens=inputs.recipe.calibration.pass_tokens,
     mesh=inputs.mesh,
     seed=inputs.recipe.seed,
     after=after,

@@ -15,6 +15,7 @@ is opened in `inputs`, what it keeps is in `state`.
 """
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -138,14 +139,15 @@ def _run(inputs: Inputs, stopping: dict, anew: bool) -> dict:
         checkpoints.wait()
         raise StoppedError(f"stopped; the same command continues {path}")
 
-    teacher = teacher_of(inputs)
+    # Loaded when it is first needed, which is behind the first prune.
+    teacher = functools.cache(lambda: teacher_of(inputs))
     while state.stage <= recipe.prune.stages:
       stop_if_asked()
       if not state.pruned:
         prune(state, inputs, stop_if_asked)
         save()
       if state.step < stage_end(inputs, state.stage):
-        recover(state, inputs, teacher, save, ends)
+        recover(state, inputs, teacher(), save, ends)
         stop_if_asked()
       evaluate(state, inputs)
       state.stage, state.pruned = state.stage + 1, False
