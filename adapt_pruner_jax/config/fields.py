@@ -57,6 +57,7 @@ CHOICES = {
   "prune.magnitude.norm": ("l1", "l2"),
   "prune.attention": ("auto", "plain", "blocks", "splash", "cudnn"),
   "train.attention": ("auto", "plain", "blocks", "splash", "cudnn"),
+  "train.scan_layers": ("auto", "on", "off"),
   "train.schedule": ("wsd", "cosine"),
   "train.dtype": ("float32", "bfloat16"),
   "train.data_share": ("linear", "constant", "cosine"),
@@ -283,6 +284,8 @@ class Train(Section):
   dtype: str = "float32"  # of the arithmetic; weights and moments are float32
   attention: str = "auto"  # which implementation; docs/speed.md
   remat: bool = False  # recompute each layer in the backward pass
+  # Compile runs of layers, padded to one size, once: auto = not on a CPU.
+  scan_layers: str = "auto"
   accumulation: int = 1  # microbatches a step
   carry_moments: bool = True  # keep Adam's moments of what a prune leaves
   distill_alpha: float = 0.0  # weight of the distillation loss; 0 = none

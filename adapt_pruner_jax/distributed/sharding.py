@@ -144,3 +144,8 @@ def whole_embedding(params: axes.Params, mesh: Mesh) -> axes.Params:
   gathered from then on is weights.
   """
   return params | {"embedding": whole(params["embedding"], mesh)}
+
+
+def with_numpy(mesh: Mesh) -> bool:
+  """Whether arrays are best rearranged by numpy: one process, on a CPU."""
+  return jax.process_count() == 1 and mesh.devices.flat[0].platform == "cpu"

@@ -230,15 +230,11 @@ def transform(fn: Callable, tree: Any, mesh: Mesh) -> Any:
   gather comes first and the sharding second: a gather with an output sharding
   aborts XLA in jax 0.11.2.
   """
-  if _with_numpy(mesh):
+  if sharding.with_numpy(mesh):
     made = fn(jax.device_get(tree))
     return jax.device_put(made, _shardings(made, mesh))
   made = jax.jit(fn)(tree)
   return jax.jit(lambda x: x, out_shardings=_shardings(made, mesh))(made)
-
-
-def _with_numpy(mesh: Mesh) -> bool:
-  return jax.process_count() == 1 and mesh.devices.flat[0].platform == "cpu"
 
 
 def _shardings(tree: Any, mesh: Mesh) -> Any:

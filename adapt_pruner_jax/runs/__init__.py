@@ -7,6 +7,7 @@ answers          prompts that the dense model answers first, and where they are
 vocabulary       the tokens that stay, where the recipe cuts some
 state            what a run has done, in memory and on disk
 prune_once       one prune with its refit
+recovery         a stage's training, compiled ahead in a thread
 measure          perplexity, tasks and latency of a run's model
 recipe           whose work directory it is, and what --overwrite removes
 summary          summary.json, and the tables at the end

@@ -26,6 +26,7 @@ from adapt_pruner_jax.pruning import budgets, schedule, targets
 from adapt_pruner_jax.reporting.log import Log
 from adapt_pruner_jax.runs import answers, tiny_model, vocabulary
 from adapt_pruner_jax.storage import digest
+from adapt_pruner_jax.training import stacking
 from adapt_pruner_jax.training.step import check_rows
 
 # Up to four epochs are nearly as good as new text (arXiv 2305.16264).
@@ -328,9 +329,10 @@ def teacher_of(inputs: Inputs) -> tuple[ModelConfig, Params] | None:
   Of a cut vocabulary it has the rows that stay: a softmax of its logits is the
   original's distribution over these tokens, renormalised.
   """
-  if not (inputs.recipe.train.distill_alpha and inputs.total_steps):
+  settings = inputs.recipe.train
+  if not (settings.distill_alpha and inputs.total_steps):
     return None
-  return load_model(inputs)
+  return stacking.teacher(load_model(inputs), settings, inputs.mesh)
 
 
 def fingerprints(inputs: Inputs) -> dict[str, str]:

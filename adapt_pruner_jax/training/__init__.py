@@ -2,6 +2,7 @@
 
 step       one train step: full, distilled, or LoRA
 loop       the steps of a stage, each loss checked
+stacking   which layers are stacked and scanned over, and trees there and back
 lora       low-rank adapters, and merging them
 losses     next-token and distillation losses, as sums
 optimizer  AdamW, the learning rate, and how its state is cut

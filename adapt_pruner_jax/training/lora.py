@@ -53,17 +53,31 @@ def merge_lora(
   params: Params, adapters: dict[str, Any], lora_alpha: float
 ) -> Params:
   """Params with a @ b * (lora_alpha / rank) added, in the params' dtype."""
+  new = dict(params)
+  for layer, factors in adapters.items():
+    new[layer] = merge_layer(params[layer], factors, lora_alpha)
+  return new
+
+
+def merge_layer(
+  weights: Params, factors: dict[str, Any], lora_alpha: float
+) -> Params:
+  """`merge_lora` of one layer."""
 
   def merged(weight, factor):
     scale = lora_alpha / factor["b"].shape[0]
     delta = jnp.tensordot(factor["a"], factor["b"], axes=1) * scale
     return (weight.astype(jnp.float32) + delta).astype(weight.dtype)
 
-  new = dict(params)
-  for layer, factors in adapters.items():
-    changed = {n: merged(params[layer][n], f) for n, f in factors.items()}
-    new[layer] = params[layer] | changed
-  return new
+  return weights | {n: merged(weights[n], f) for n, f in factors.items()}
+
+
+def factor_letters(name: str) -> dict[str, str]:
+  """The dims of both factors of a matrix, R the rank: {"a": "DR", ...}."""
+  letters = axes.AXES[name]
+  # The residual width D is the side where a matrix reads, or writes.
+  cut = 1 if letters[0] in axes.RESIDUAL else len(letters) - 1
+  return {"a": letters[:cut] + "R", "b": "R" + letters[cut:]}
 
 
 def abstract_adapters(
@@ -78,10 +92,7 @@ def abstract_adapters(
     for name in LORA_NAMES:
       if name not in model_config.layer_names(config, i):
         continue  # this half of the layer is gone
-      letters = axes.AXES[name]
-      # The residual width D is the side where a matrix reads, or writes.
-      cut = 1 if letters[0] in axes.RESIDUAL else len(letters) - 1
-      pair = {"a": letters[:cut] + "R", "b": "R" + letters[cut:]}
+      pair = factor_letters(name)
       shape = {f: tuple(sizes[x] for x in pair[f]) for f in pair}
       shapes[layer][name] = {
         f: jax.ShapeDtypeStruct(shape[f], jnp.float32) for f in pair
