@@ -134,13 +134,3 @@ def whole(tree: Any, mesh: Mesh | None) -> Any:
   if mesh is None:
     return tree
   return jax.lax.with_sharding_constraint(tree, replicated(mesh))
-
-
-def whole_embedding(params: axes.Params, mesh: Mesh) -> axes.Params:
-  """Within `jit`: params with the table of the embedding on every device.
-
-  A look-up in a table cut along D would leave the residual stream cut along D,
-  of all rows on every device; from a whole table it is cut by rows, and what is
-  gathered from then on is weights.
-  """
-  return params | {"embedding": whole(params["embedding"], mesh)}

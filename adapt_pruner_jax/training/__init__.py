@@ -4,5 +4,6 @@ step       one train step: full, distilled, or LoRA
 loop       the steps of a stage, each loss checked
 lora       low-rank adapters, and merging them
 losses     next-token and distillation losses, as sums
+output_loss  the same behind the output matrix, in chunks of tokens
 optimizer  AdamW, the learning rate, and how its state is cut
 """

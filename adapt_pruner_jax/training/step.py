@@ -18,13 +18,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from adapt_pruner_jax.config import Train
 from adapt_pruner_jax.distributed import placement, sharding
+from adapt_pruner_jax.distributed.embedding import embed
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.models import model_config
 from adapt_pruner_jax.models.axes import Params
-from adapt_pruner_jax.models.decoder import Decoder
+from adapt_pruner_jax.models.decoder import Decoder, output_name
 from adapt_pruner_jax.models.kernels import Kernel
 from adapt_pruner_jax.models.model_config import ModelConfig
-from adapt_pruner_jax.training import losses, optimizer
+from adapt_pruner_jax.training import optimizer, output_loss
 from adapt_pruner_jax.training.lora import abstract_adapters, merge_lora
 
 Batch = Mapping[str, Any]
@@ -124,20 +125,24 @@ def make_loss(
   alpha, dtype = settings.distill_alpha, jnp.dtype(settings.dtype)
   kernel = Kernel(settings.attention, mesh)
   student = Decoder(config, settings.remat, kernel)
+  objective = output_loss.Objective(config, mesh, teacher, alpha)
+
+  def ends(decoder, params, batch):
+    """The stream behind the final norm, and the output matrix."""
+    x_BTD = hidden(decoder, params, batch, mesh, dtype)
+    return x_BTD, params[output_name(decoder.config)]
 
   def mean_loss(trained, base, teacher_params, batch, count):
     params = trained
     if base is not None:
       params = merge_lora(base, trained, settings.lora_alpha)
-    logits = _logits(student, cast(params, dtype), batch, mesh)
-    targets, weights = batch["targets_BT"], batch["weights_BT"]
-    nll = losses.next_token(logits, targets, weights)[0] / count
-    if teacher is None:
-      return nll, nll
-    tutor = Decoder(teacher, kernel=kernel)
-    taught = _logits(tutor, cast(teacher_params, dtype), batch, mesh)
-    kl = losses.distillation(logits, taught, weights)[0] / count
-    return (1 - alpha) * nll + alpha * kl, nll
+    x_BTD, matrix = ends(student, params, batch)
+    taught = None
+    if teacher is not None:
+      taught = ends(Decoder(teacher, kernel=kernel), teacher_params, batch)
+    tokens = batch["targets_BT"], batch["weights_BT"]
+    sums = output_loss.loss(objective, matrix, x_BTD, *tokens, taught)
+    return sums[0] / count, sums[1] / count
 
   return mean_loss
 
@@ -166,16 +171,24 @@ def microbatches(batch: Batch, number: int, mesh: Mesh) -> Batch:
   return jax.tree.map(split, batch)
 
 
-def _logits(
-  decoder: Decoder, params: Params, batch: Batch, mesh: Mesh
+def hidden(
+  decoder: Decoder,
+  params: Params,
+  batch: Batch,
+  mesh: Mesh,
+  dtype: jnp.dtype,
 ) -> jax.Array:
-  logits_BTV, _ = decoder.apply(
-    {"params": sharding.whole_embedding(params, mesh)},
-    batch["tokens_BT"],
+  """The stream behind the final norm, [B, T, D], computed in `dtype`."""
+  x_BTD = embed(
+    decoder.config, params["embedding"], batch["tokens_BT"], mesh, dtype
+  )
+  return decoder.apply(
+    {"params": cast(params, dtype)},
+    x_BTD,
     batch["segments_BT"],
     batch["positions_BT"],
+    method="hidden",
   )
-  return logits_BTV
 
 
 def check_rows(rows: int, accumulation: int, mesh: Mesh) -> None:
