@@ -63,15 +63,33 @@ def _project_forward(equation, x, w, dtype):
 
 
 def _project_backward(equation, dtype, saved, dy):
-  x, w = saved
-  x_letters, w_letters, y_letters = equation.replace("->", ",").split(",")
-  dy = dy.astype(x.dtype)
-  dx = jnp.einsum(f"{y_letters},{w_letters}->{x_letters}", dy, w)
-  dw = jnp.einsum(f"{x_letters},{y_letters}->{w_letters}", x, dy)
-  return dx.astype(x.dtype), dw.astype(w.dtype)
+  dx, dw = project_gradients(equation, *saved, dy)
+  return dx, dw.astype(saved[1].dtype)
 
 
 project.defvjp(_project_forward, _project_backward)
+
+
+def project_gradients(
+  equation: str,
+  x: jax.Array,
+  w: jax.Array,
+  dy: jax.Array,
+  dtype: jnp.dtype | None = None,
+) -> tuple[jax.Array, jax.Array]:
+  """The gradients of `project` by x, in its dtype, and by w.
+
+  Args:
+    equation, x, w: as of `project`.
+    dy: the gradient of what that gives.
+    dtype: of w's gradient; default that of the product.
+  """
+  x_letters, w_letters, y_letters = equation.replace("->", ",").split(",")
+  dy = dy.astype(x.dtype)
+  dx = jnp.einsum(f"{y_letters},{w_letters}->{x_letters}", dy, w)
+  equation = f"{x_letters},{y_letters}->{w_letters}"
+  dw = jnp.einsum(equation, x, dy, preferred_element_type=dtype)
+  return dx.astype(x.dtype), dw
 
 
 ACTIVATIONS = {"silu": nn.silu, "gelu_tanh": partial(nn.gelu, approximate=True)}

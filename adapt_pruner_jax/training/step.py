@@ -20,13 +20,14 @@ from jax.stages import Lowered
 
 from adapt_pruner_jax.config import Train
 from adapt_pruner_jax.distributed import placement, sharding
+from adapt_pruner_jax.distributed.embedding import embed
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.models import layer, layer_runs, model_config
 from adapt_pruner_jax.models.axes import Params
-from adapt_pruner_jax.models.decoder import Decoder
+from adapt_pruner_jax.models.decoder import Decoder, output_name
 from adapt_pruner_jax.models.kernels import Kernel
 from adapt_pruner_jax.models.model_config import ModelConfig
-from adapt_pruner_jax.training import losses, optimizer, stacking
+from adapt_pruner_jax.training import optimizer, output_loss, stacking
 from adapt_pruner_jax.training.lora import (
   abstract_adapters,
   merge_layer,
@@ -206,17 +207,17 @@ def make_loss(
     teacher: of the model to distil from; None = no distillation.
   """
   alpha = settings.distill_alpha
+  objective = output_loss.Objective(config, mesh, teacher, alpha)
 
   def mean_loss(trained, base, teacher_params, batch, count):
-    logits = _logits(config, settings, trained, base, batch, mesh)
-    targets, weights = batch["targets_BT"], batch["weights_BT"]
-    nll = losses.next_token(logits, targets, weights)[0] / count
-    if teacher is None:
-      return nll, nll
-    frozen = dataclasses.replace(settings, remat=False)
-    taught = _logits(teacher, frozen, teacher_params, None, batch, mesh)
-    kl = losses.distillation(logits, taught, weights)[0] / count
-    return (1 - alpha) * nll + alpha * kl, nll
+    x_BTD, matrix = _ends(config, settings, trained, base, batch, mesh)
+    taught = None
+    if teacher is not None:
+      frozen = dataclasses.replace(settings, remat=False)
+      taught = _ends(teacher, frozen, teacher_params, None, batch, mesh)
+    tokens = batch["targets_BT"], batch["weights_BT"]
+    sums = output_loss.loss(objective, matrix, x_BTD, *tokens, taught)
+    return sums[0] / count, sums[1] / count
 
   return mean_loss
 
@@ -245,30 +246,26 @@ def microbatches(batch: Batch, number: int, mesh: Mesh) -> Batch:
   return jax.tree.map(split, batch)
 
 
-def _logits(
+def _ends(
   config: ModelConfig,
   settings: Train,
   trained: Any,
   base: Params | None,
   batch: Batch,
   mesh: Mesh,
-) -> jax.Array:
-  """Logits of a batch, float32 [B, T, V], whether layers are stacked or not.
+) -> tuple[jax.Array, jax.Array]:
+  """The stream behind the final norm, [B, T, D], and the output matrix.
 
   Args:
-    trained: params, or the adapters of `base`.
+    trained: params, or the adapters of `base`; their layers may be stacked.
   """
-  dtype = jnp.dtype(settings.dtype)
+  dtype, alpha = jnp.dtype(settings.dtype), settings.lora_alpha
   kernel = Kernel(settings.attention, mesh)
-  whole = lambda params: sharding.whole_embedding(cast(params, dtype), mesh)
-  alpha = settings.lora_alpha
-  names = ("tokens_BT", "segments_BT", "positions_BT")
-  tokens_BT, segments_BT, positions_BT = (batch[name] for name in names)
   if not layer_runs.bounds(trained):
     params = trained if base is None else merge_lora(base, trained, alpha)
     decoder = Decoder(config, settings.remat, kernel)
-    params = {"params": whole(params)}
-    return decoder.apply(params, tokens_BT, segments_BT, positions_BT)[0]
+    x_BTD = hidden(decoder, params, batch, mesh, dtype)
+    return x_BTD, params[output_name(config)]
 
   def weights_of(part: Any) -> Params:
     return cast(part if base is None else merge_layer(*part, alpha), dtype)
@@ -277,14 +274,38 @@ def _logits(
   if base is not None:
     params = base
     stacked = {name: (base[name], trained[name]) for name in trained}
-  outer = {name: params[name] for name in model_config.outer_names(config)}
-  around, outer = Decoder(config.with_layers(())), {"params": whole(outer)}
-  inputs = layer.attention_inputs(config, positions_BT, segments_BT, kernel)
-  x_BTD = around.apply(outer, tokens_BT, method="embed")
+  inputs = layer.attention_inputs(
+    config, batch["positions_BT"], batch["segments_BT"], kernel
+  )
+  x_BTD = embed(config, params["embedding"], batch["tokens_BT"], mesh, dtype)
   x_BTD = layer_runs.scan_layers(
     config, stacked, weights_of, inputs, x_BTD, settings.remat
   )
-  return around.apply(outer, x_BTD, method="head")
+  names = model_config.outer_names(config)
+  outer = {"params": cast({name: params[name] for name in names}, dtype)}
+  behind = Decoder(config.with_layers(()))
+  x_BTD = behind.apply(outer, x_BTD, method="normed")
+  return x_BTD, params[output_name(config)]
+
+
+def hidden(
+  decoder: Decoder,
+  params: Params,
+  batch: Batch,
+  mesh: Mesh,
+  dtype: jnp.dtype,
+) -> jax.Array:
+  """The stream behind the final norm, [B, T, D], computed in `dtype`."""
+  x_BTD = embed(
+    decoder.config, params["embedding"], batch["tokens_BT"], mesh, dtype
+  )
+  return decoder.apply(
+    {"params": cast(params, dtype)},
+    x_BTD,
+    batch["segments_BT"],
+    batch["positions_BT"],
+    method="hidden",
+  )
 
 
 def check_rows(rows: int, accumulation: int, mesh: Mesh) -> None:

@@ -496,14 +496,18 @@ def torch_peer(torch, transformers, config, params):
 
 
 def test_fsdp_gathers_weights_not_activations():
-  """No device ever holds the logits, or the MLP, of the whole batch."""
+  """No device ever holds the logits, or the MLP, of the whole batch. The output
+  matrix, and the embedding, stay where they are."""
   config = dataclasses.replace(UNEVEN, vocab_size=96, ffn_widths=(40, 72))
   mesh = sharding.make_mesh(1, 8, 1)
   rows, length = 16, 12
   text = compiled_text(config, mesh, rows, length)
-  for width in (96, 40, 72):
+  for width in (40, 72):
     assert f"f32[{rows // 8},{length},{width}]" in text
     assert f"f32[{rows},{length},{width}]" not in text
+  assert f"f32[{rows},{length},{96 // 8}]" in text
+  assert f"{length},96]" not in text
+  assert f"f32[96,{config.hidden_size}]" not in text
 
 
 def compiled_text(config, mesh, rows, length):
