@@ -446,10 +446,8 @@ def test_lora_makes_no_matrix_of_full_size():
   settings, mesh = Train(lora_rank=2), one_device()
   base = model_config.abstract_params(config, jnp.float32)
   adapters, _ = lora.abstract_adapters(config, 2, mesh)
-  batch, loss = (
-    random_batch(config, 1, 4),
-    make_loss(config, settings, mesh, None),
-  )
+  batch = random_batch(config, 1, 4)
+  loss = make_loss(config, settings, mesh, None)
   gradient = jax.jit(jax.grad(lambda *args: loss(*args)[0]))
   compiled = gradient.lower(adapters, base, None, batch, 1.0).compile()
   assert compiled.memory_analysis().temp_size_in_bytes < 4 * 128 * 512
