@@ -8,6 +8,7 @@ padded with tokens that nobody says.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -23,7 +24,7 @@ from adapt_pruner_jax.models.arithmetic import project_gradients
 from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.training import losses
 
-CHUNK = 2**26  # logits that a device has at a time
+CHUNK = 2**26  # numbers that a device has at a time
 CUT = ("tensor", "fsdp", "data")  # mesh axes that cut V, the first the coarsest
 NOBODY = -1e30  # the logit of padding; -inf would make nan of 0 * inf
 
@@ -151,7 +152,10 @@ def over_chunks(
     The sums, and the arrays of all tokens.
   """
   B, T = arrays[0].shape[:2]
-  tokens = max(1, CHUNK * (1 if mesh is None else mesh.size) // vocab_size)
+  # Of a token a device has its part of the logits, and all that is given.
+  part = -(-vocab_size // (1 if mesh is None else mesh.size))
+  given = max(math.prod(x.shape[2:]) for x in arrays)
+  tokens = max(1, CHUNK // max(part, given))
   number = min(T, -(-B * T // tokens))
   if number <= 1:
     return chunk(*arrays)
