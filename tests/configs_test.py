@@ -62,7 +62,7 @@ FIELDS = """
   data.source data.seq_len data.batch data.bos
   train.tokens train.learning_rate train.min_learning_rate train.schedule
   train.data_share train.weight_decay train.dtype train.attention
-  train.remat
+  train.remat train.scan_layers
   train.accumulation train.carry_moments train.distill_alpha train.lora_rank
   train.lora_alpha train.skip_nonfinite
   mesh.data mesh.fsdp mesh.tensor

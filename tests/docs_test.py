@@ -34,6 +34,7 @@ NOT_HERE = {
   "benchmarks/base_model.py": "trains for a quarter of an hour",
   "benchmarks/claims.py": "measures for hours",
   "benchmarks/real_model.py": "measures for hours",
+  "benchmarks/tpu_compile.py": "needs libtpu, half a gigabyte",
   "configs/deepseek_r1_qwen_15b_to_1b.py": "needs the hub",
   "configs/llama31_8b_oneshot.py": "needs the hub",
   "configs/mobilellm_": "needs the hub",

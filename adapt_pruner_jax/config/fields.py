@@ -286,6 +286,8 @@ class Train(Section):
   dtype: str = "float32"  # of the arithmetic; weights and moments are float32
   attention: str = "auto"  # which implementation; docs/speed.md
   remat: bool = False  # recompute each layer in the backward pass
+  # Compile runs of layers, padded to one size, once: auto = not on a CPU.
+  scan_layers: str = "auto"
   accumulation: int = 1  # microbatches a step
   carry_moments: bool = True  # keep Adam's moments of what a prune leaves
   distill_alpha: float = 0.0  # weight of the distillation loss; 0 = none

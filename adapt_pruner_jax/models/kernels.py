@@ -21,6 +21,7 @@ from adapt_pruner_jax.models import cudnn
 from adapt_pruner_jax.models.axes import BATCH
 from adapt_pruner_jax.models.model_config import ModelConfig
 
+KERNELS = ("splash", "cudnn")  # the others are plain XLA
 LONGEST_PLAIN = 1024  # tokens; longer rows go in blocks
 LANES = 128  # of a TPU: what splash's blocks are multiples of
 LARGEST_BLOCK = 1024  # of splash: queries, and keys

@@ -16,11 +16,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from adapt_pruner_jax.distributed import each_device, sharding
+from adapt_pruner_jax.distributed import each_device, embedding, sharding
 from adapt_pruner_jax.models import model_config
 from adapt_pruner_jax.models.attention import AttentionInputs
 from adapt_pruner_jax.models.axes import UNITS, Params
-from adapt_pruner_jax.models.decoder import Decoder
+from adapt_pruner_jax.models.decoder import Decoder, output_name
 from adapt_pruner_jax.models.kernels import Kernel
 from adapt_pruner_jax.models.layer import (
   Place,
@@ -31,7 +31,7 @@ from adapt_pruner_jax.models.layer import (
   run_layer,
 )
 from adapt_pruner_jax.models.model_config import ModelConfig
-from adapt_pruner_jax.training import losses
+from adapt_pruner_jax.training import output_loss
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -164,17 +164,20 @@ def walk(
   inputs = attention_inputs(config, tokens_MBT.shape[-1], kernel=kernel)
   rows = _Rows(valid_MB, inputs, mesh, axes)
   layers = stacked["layers"], places(config), model.masks
-  x_MBTD = outer(config, stacked, tokens_MBT, Decoder.embed)
-  x_MBTD = rows.cut(x_MBTD)
+  x_MBTD = embed(config, stacked, tokens_MBT, mesh)
   forward = _forward(model, rows, observe)
   x_MBTD, (ins, mids, observed) = jax.lax.scan(forward, x_MBTD, layers)
 
+  objective = output_loss.Objective(config, model.mesh)
+  matrix = output(config, stacked, model.mesh)
+
   def loss(x_BTD, tokens_BT, counts_B):
-    logits_BTV = outer(config, stacked, x_BTD[:, :-1], Decoder.head)
+    x_BTD = normed(config, stacked, x_BTD[:, :-1])
     targets_BT = tokens_BT[:, 1:]
     each_BT = counts_B[:, None] / targets_BT.shape[1]
     weights_BT = jnp.broadcast_to(each_BT, targets_BT.shape)
-    return losses.next_token(logits_BTV, targets_BT, weights_BT)[0]
+    tokens = targets_BT, weights_BT
+    return output_loss.loss(objective, matrix, x_BTD, *tokens)[0]
 
   ends = x_MBTD, tokens_MBT, counts_MB
   if visitor is None:
@@ -232,10 +235,33 @@ def results(
   return sharding.whole(measured | {name: kept}, mesh)
 
 
-def outer(config: ModelConfig, stacked: Params, x: jax.Array, method) -> Any:
-  """What is before and behind the layers: `Decoder.embed` or `.head` of x."""
+def embed(
+  config: ModelConfig,
+  stacked: Params,
+  tokens_MBT: jax.Array,
+  mesh: Mesh | None,
+) -> jax.Array:
+  """The stream in front of the first layer, [M, B, T, D]."""
+  # Rows are cut in each minibatch, and so must lead.
+  tokens_BMT = jnp.moveaxis(tokens_MBT, 1, 0)
+  B, M, T = tokens_BMT.shape
+  x_BXD = embedding.embed(
+    config, stacked["embedding"], tokens_BMT.reshape(B, M * T), mesh
+  )
+  return cut(jnp.moveaxis(x_BXD.reshape(B, M, T, -1), 0, 1), mesh)
+
+
+def normed(config: ModelConfig, stacked: Params, x_BTD: jax.Array) -> jax.Array:
+  """The stream behind the final norm."""
   own = {n: stacked[n] for n in model_config.outer_names(config)}
-  return Decoder(config).apply({"params": own}, x, method=method)
+  return Decoder(config).apply({"params": own}, x_BTD, method=Decoder.normed)
+
+
+def output(
+  config: ModelConfig, stacked: Params, mesh: Mesh | None
+) -> output_loss.Placed:
+  """The output matrix as `output_loss` takes it, for all minibatches."""
+  return output_loss.place(config, stacked[output_name(config)], mesh)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

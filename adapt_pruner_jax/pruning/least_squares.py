@@ -17,10 +17,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from adapt_pruner_jax.distributed import each_device, placement, sharding
+from adapt_pruner_jax.distributed.embedding import embed
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.models import axes
 from adapt_pruner_jax.models.axes import Params
-from adapt_pruner_jax.models.decoder import Decoder
 from adapt_pruner_jax.models.layer import (
   HALVES,
   NAMES,
@@ -238,8 +238,7 @@ def _same(dense_layer: Params, layer: Params) -> bool:
 
 @partial(jax.jit, static_argnames=("config", "mesh"))
 def _embed(config, outer, tokens_BT, *, mesh):
-  variables = {"params": sharding.whole_embedding(outer, mesh)}
-  x_BTD = Decoder(config).apply(variables, tokens_BT, method=Decoder.embed)
+  x_BTD = embed(config, outer["embedding"], tokens_BT, mesh)
   return placement.cut_rows(x_BTD.astype(jnp.float32), mesh)
 
 

@@ -9,9 +9,11 @@ import dataclasses
 from functools import partial
 
 import jax
+import numpy as np
 
 from adapt_pruner_jax.config import Prune
 from adapt_pruner_jax.errors import UserError
+from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.pruning import (
   allotment,

@@ -76,19 +76,21 @@ def refit_loss(
   schedule = optimizer.schedule(settings, steps)
   # The step donates what it trains: the old weights must outlive it.
   trained = jax.tree.map(lambda p: jnp.array(p, jnp.float32), params)
+  trained_on = steps * batch * first_NT.shape[1]
   training = loop.start(
-    (config, trained), settings, schedule, mesh, teacher=dense
+    (config, trained),
+    settings,
+    schedule,
+    mesh,
+    teacher=dense,
+    tokens=trained_on,
   )
   order = _batches(sets, batch, passes, seed)
   training, _ = loop.recover(training, order, 0, steps, mesh)
   cast = lambda new, old: new.astype(old.dtype)
   new = jax.tree.map(cast, training.trained, params)
   after = distance(new, held_NT, batch)
-  record = {
-    "tokens": steps * batch * first_NT.shape[1],
-    "before": before,
-    "after": after,
-  }
+  record = {"tokens": trained_on, "before": before, "after": after}
   return (new if after < before else params), record
 
 

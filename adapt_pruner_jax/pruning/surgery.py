@@ -239,7 +239,7 @@ def transform(fn: Callable, tree: Any, mesh: Mesh) -> Any:
   gather comes first and the sharding second: a gather with an output sharding
   aborts XLA in jax 0.11.2.
   """
-  if _with_numpy(mesh):
+  if sharding.with_numpy(mesh):
     made = fn(jax.device_get(tree))
     where = jax.tree.leaves(_shardings(made, mesh))
     leaves, structure = jax.tree.flatten(made)
@@ -249,10 +249,6 @@ def transform(fn: Callable, tree: Any, mesh: Mesh) -> Any:
     return jax.tree.unflatten(structure, leaves)
   made = jax.jit(fn)(tree)
   return jax.jit(lambda x: x, out_shardings=_shardings(made, mesh))(made)
-
-
-def _with_numpy(mesh: Mesh) -> bool:
-  return jax.process_count() == 1 and mesh.devices.flat[0].platform == "cpu"
 
 
 def _shardings(tree: Any, mesh: Mesh) -> Any:

@@ -308,6 +308,7 @@ def recover(
     mesh,
     teacher=dense if settings.distill_alpha else None,
     seed=inputs.recipe.seed,
+    tokens=steps * inputs.recipe.data.step_tokens,
   )
   per_step = inputs.recipe.data.step_tokens
   cost = flops.training_flops(config, inputs.recipe.data.seq_len)

@@ -355,7 +355,8 @@ def weight_dtype(inputs: Inputs) -> jnp.dtype:
 
 
 def _weight_dtype(recipe: Config) -> str:
-  return "float32" if recipe.train.tokens else recipe.model.dtype or "float32"
+  trained = recipe.train.tokens and not recipe.train.lora_rank
+  return "float32" if trained else recipe.model.dtype or "float32"
 
 
 def load_model(inputs: Inputs) -> tuple[ModelConfig, Params]:
@@ -366,17 +367,6 @@ def load_model(inputs: Inputs) -> tuple[ModelConfig, Params]:
     inputs.mesh,
     inputs.recipe.model.ignore_fields,
   )
-
-
-def teacher_of(inputs: Inputs) -> tuple[ModelConfig, Params] | None:
-  """The model before any pruning, where training distils from it.
-
-  Of a cut vocabulary it has the rows that stay: a softmax of its logits is the
-  original's distribution over these tokens, renormalised.
-  """
-  if not (inputs.recipe.train.distill_alpha and inputs.total_steps):
-    return None
-  return load_model(inputs)
 
 
 def fingerprints(inputs: Inputs) -> dict[str, str]:

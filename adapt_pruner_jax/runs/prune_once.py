@@ -28,6 +28,7 @@ def prune(
   first: int = 0,
   after: Step | None = None,
   log: Callable[[dict, Step], None],
+  sized: Callable[[ModelConfig], None] | None = None,
 ) -> Pruned:
   """Prunes a model as `settings` say, and refits it if they ask for it.
 
@@ -42,6 +43,7 @@ def prune(
       has calibration windows of its own.
     after: the last step that is decided already, of a prune that was cut.
     log: called with each step's record as it is decided.
+    sized: called as soon as the sizes of all layers are known.
   """
   searched = inputs.search_data
   task = PruneTask(
@@ -64,6 +66,8 @@ def prune(
     log=log,
   )
   pruned = methods.prune(task)
+  if sized is not None:
+    sized(pruned.config)
   if pruned.config == old[0]:  # the vocabulary alone has met the target
     return pruned
   if settings.refit != "none":
