@@ -126,8 +126,7 @@ def _run(inputs: Inputs, stopping: dict, anew: bool) -> dict:
       state.before = measure_original(state.config, state.params, inputs)
     tidy(state, inputs)
     earlier = state.seconds
-    late = deadline.passed(recipe, earlier)
-    ends = lambda step: late() or asked_to_stop(stopping, step)
+    ending = deadline.stopping(recipe.train.hours, stopping, earlier)
 
     def save() -> None:
       state.seconds = earlier + time.monotonic() - begun
@@ -145,7 +144,7 @@ def _run(inputs: Inputs, stopping: dict, anew: bool) -> dict:
         prune(state, inputs, stop_if_asked)
         save()
       if state.step < stage_end(inputs, state.stage):
-        recover(state, inputs, teacher, save, ends)
+        recover(state, inputs, teacher, save, ending)
         stop_if_asked()
       evaluate(state, inputs)
       state.stage, state.pruned = state.stage + 1, False
@@ -251,14 +250,14 @@ def recover(
   inputs: Inputs,
   teacher: tuple[ModelConfig, Params] | None,
   save: Callable[[], None],
-  ends: Callable[[int], bool],
+  stopping: dict,
 ) -> None:
   """Trains on the stage's share of the tokens, from `state.step` on.
 
   Args:
     teacher: the pair to distil from, if the recipe does.
     save: writes a checkpoint of `state`.
-    ends: whether to end before a step.
+    stopping: from `stop_signals`.
   """
   recipe, settings, log = inputs.recipe, inputs.recipe.train, inputs.log
   first, last = (
@@ -289,7 +288,7 @@ def recover(
       row = {"stage": state.stage, "total_tokens": (step + 1) * per_step}
       log.metrics("train", step, values | row)
 
-    while state.step < last and not ends(state.step):
+    while state.step < last and not asked_to_stop(stopping, state.step):
       training, state.step = loop.recover(
         training,
         inputs.rows.batches(state.step),
@@ -297,7 +296,7 @@ def recover(
         min(last, state.step + recipe.checkpoint.steps),
         inputs.mesh,
         log=note,
-        stop=ends,
+        stop=lambda step: asked_to_stop(stopping, step),
         skip_nonfinite=settings.skip_nonfinite,
       )
       state.opt_state = training.opt_state
