@@ -1,11 +1,12 @@
 """A stage's training, which compiles as soon as the stage's sizes are known."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 
 from adapt_pruner_jax.distributed import sharding
+from adapt_pruner_jax.distributed.stopping import asked_to_stop
 from adapt_pruner_jax.formats.hf import load
 from adapt_pruner_jax.models import flops, model_config
 from adapt_pruner_jax.models.axes import Params
@@ -55,7 +56,7 @@ def recover(
   inputs: Inputs,
   teacher: tuple[ModelConfig, Params] | None,
   save: Callable[[], None],
-  ends: Callable[[int], bool],
+  stopping: Mapping,
   ahead: loop.Ahead | None = None,
 ) -> None:
   """Trains on the stage's share of the tokens, from `state.step` on.
@@ -63,7 +64,7 @@ def recover(
   Args:
     teacher: the pair to distil from, if the recipe does.
     save: writes a checkpoint of `state`.
-    ends: whether to end before a step.
+    stopping: from `stop_signals`, or with a deadline.
     ahead: the stage's step, if it has been compiling.
   """
   recipe, settings, log = inputs.recipe, inputs.recipe.train, inputs.log
@@ -97,7 +98,7 @@ def recover(
       row = {"stage": state.stage, "total_tokens": (step + 1) * per_step}
       log.metrics("train", step, values | row)
 
-    while state.step < last and not ends(state.step):
+    while state.step < last and not asked_to_stop(stopping, state.step):
       training, state.step = loop.recover(
         training,
         inputs.rows.batches(state.step),
@@ -105,7 +106,7 @@ def recover(
         min(last, state.step + recipe.checkpoint.steps),
         inputs.mesh,
         log=note,
-        stop=ends,
+        stop=lambda step: asked_to_stop(stopping, step),
         skip_nonfinite=settings.skip_nonfinite,
       )
       state.opt_state = training.opt_state

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from adapt_pruner_jax.config import Config, check
 from adapt_pruner_jax.distributed import agreement
-from adapt_pruner_jax.distributed.stopping import asked_to_stop, stop_signals
+from adapt_pruner_jax.distributed.stopping import stop_signals
 from adapt_pruner_jax.errors import StoppedError
 from adapt_pruner_jax.formats import convert, dtypes
 from adapt_pruner_jax.models import layer, model_config
@@ -128,8 +128,7 @@ def _run(inputs: Inputs, stopping: dict, anew: bool) -> dict:
       state.before = measure_original(state.config, state.params, inputs)
     tidy(state, inputs)
     earlier = state.seconds
-    late = deadline.passed(recipe, earlier)
-    ends = lambda step: late() or asked_to_stop(stopping, step)
+    ending = deadline.stopping(recipe.train.hours, stopping, earlier)
 
     def save() -> None:
       state.seconds = earlier + time.monotonic() - begun
@@ -149,7 +148,7 @@ def _run(inputs: Inputs, stopping: dict, anew: bool) -> dict:
         ahead = prune(state, inputs, stop_if_asked)
         save()
       if state.step < stage_end(inputs, state.stage):
-        recover(state, inputs, teacher(), save, ends, ahead)
+        recover(state, inputs, teacher(), save, ending, ahead)
         stop_if_asked()
       evaluate(state, inputs)
       state.stage, state.pruned, ahead = state.stage + 1, False, None

@@ -9,7 +9,7 @@ from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.planning import cost, hours, memory
 from adapt_pruner_jax.planning.hardware import Hardware
 from adapt_pruner_jax.pruning import targets
-from adapt_pruner_jax.runs import tiny_model
+from adapt_pruner_jax.runs import deadline, tiny_model
 from adapt_pruner_jax.storage import json_files
 from tests import small_runs
 
@@ -98,6 +98,21 @@ def test_hours_need_a_target():
   config.prune.ratio, config.prune.max_steps = 0.0, 2
   with pytest.raises(UserError, match=r"give --config\.prune\.ratio"):
     hours.checked(config)
+
+
+def test_training_ends_with_the_hours(monkeypatch):
+  now = [100.0]
+  monkeypatch.setattr(deadline.time, "monotonic", lambda: now[0])
+  signals = {"asked": False}
+  assert deadline.stopping(0.0, signals, 0) is signals
+  ending = deadline.stopping(1.0, signals, spent=3000)
+  now[0] += 0.92 * 3600 - 3000
+  assert not ending["asked"]
+  now[0] += 1
+  assert ending["asked"]
+  ending = deadline.stopping(1.0, signals, spent=0)
+  signals["asked"] = True
+  assert ending["asked"]
 
 
 @pytest.mark.slow
