@@ -144,7 +144,9 @@ def update(
   """
   left = {u + LEFT: masks[u] for u in UNITS}
   found = _walk(masked, masked.masks | left, tokens_NT, update=True)["scores"]
-  layers = masked.stacked["layers"] | found["K"] | found["F"]
+  layers = dict(masked.stacked["layers"])
+  for name, weight in (found["K"] | found["F"]).items():
+    layers[name] = jax.device_put(weight, layers[name].sharding)
   return masked.stacked | {"layers": layers}, []
 
 
