@@ -83,7 +83,7 @@ def prune(
     UserError: bad settings, or a target out of reach.
   """
   from adapt_pruner_jax.config import Calibration, Config, Prune, check
-  from adapt_pruner_jax.data.calibration import pruning_data, tuning_data
+  from adapt_pruner_jax.data.calibration import pruning_data, search_texts
   from adapt_pruner_jax.pruning import methods, targets
   from adapt_pruner_jax.pruning.task import PruneTask
 
@@ -97,7 +97,7 @@ def prune(
   windows, for_refit = pruning_data(source, recipe.refit != "none", *reading)
   tuning, tried = None, recipe.search
   if tried.source:
-    tuning = tuning_data(tried.source, tried.tokens, source, *reading).batch
+    tuning = search_texts(tried.source, tried.tokens, source, *reading).batch
   task = PruneTask(
     model.config,
     model.params,

@@ -6,6 +6,7 @@
 PUBLISHED = {
   "adapt": ("adapt", "taylor"),
   "curvature": ("ranking", "curvature"),
+  "fisher": ("ranking", "fisher"),
   "llm_pruner": ("llm_pruner", "taylor"),
   "flap": ("flap", "flap"),
   "wanda_sp": ("wanda_sp", "wanda_sp"),
@@ -16,6 +17,9 @@ PUBLISHED = {
   "magnitude": ("uniform", "magnitude"),
   "random": ("uniform", "random"),
 }
+
+# Multiples of MLP widths that leave whole blocks in a quantised file.
+BLOCKS = {"q8_0": 32, "q4_0": 32, "q4_k_m": 256}
 
 # Methods whose score and allotment are one thing.
 WHOLE = ("wanda_sp", "slicegpt", "shortgpt", "minitron")
@@ -38,8 +42,16 @@ CHOICES = {
     "",
   ),
   "prune.allotment": ("adapt", "uniform", "ranking", "search", ""),
-  "prune.budget": ("params", "flops", "bytes", "kv_bytes"),
-  "prune.budget_export": ("f32", "f16", "bf16", "q8_0"),
+  "prune.budget": (
+    "params",
+    "flops",
+    "bytes",
+    "kv_bytes",
+    "latency",
+    "quality",
+  ),
+  "prune.budget_export": ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_k_m"),
+  "prune.budget_phase": ("decode", "prefill"),
   "prune.layer_importance": ("cosine", "euclidean", "manhattan"),
   "prune.gqa_fold": ("aligned", "reference"),
   "prune.llm_pruner.ranking": ("layer", "global"),
@@ -49,7 +61,9 @@ CHOICES = {
   "prune.surgeon.matrices": ("all", "writers"),
   "prune.magnitude.norm": ("l1", "l2"),
   "prune.attention": ("auto", "plain", "blocks", "splash", "cudnn"),
+  "prune.precision": ("float32", "tensorfloat32", "bfloat16"),
   "train.attention": ("auto", "plain", "blocks", "splash", "cudnn"),
+  "train.scan_layers": ("auto", "on", "off"),
   "train.schedule": ("wsd", "cosine"),
   "train.dtype": ("float32", "bfloat16"),
   "train.data_share": ("linear", "constant", "cosine"),

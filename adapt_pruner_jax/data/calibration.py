@@ -78,7 +78,7 @@ class GivenData:
         f"npy:{self.path} has samples for {len(self.samples)} pruning steps, "
         f"and step {step + 1} is asked for; give more, lower "
         "--config.prune.max_steps or take larger steps; a refit at the end "
-        "takes one more"
+        "takes one more, and so does each of its passes behind the first"
       )
     return np.asarray(self.samples[step], np.int32)
 
@@ -157,7 +157,7 @@ def pruning_data(
   return steps, opened(more, seed + 1)
 
 
-def tuning_data(
+def search_texts(
   source: str,
   tokens: int,
   config: Calibration,

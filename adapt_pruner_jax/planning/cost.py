@@ -12,10 +12,11 @@ from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.planning.hardware import Hardware
 from adapt_pruner_jax.pruning import budgets, schedule
 from adapt_pruner_jax.pruning.targets import prunable_modules, smallest
+from adapt_pruner_jax.pruning.task import Limits
 
 
 def stage_table(
-  config: Config, full: ModelConfig, target: int | None
+  config: Config, full: ModelConfig, target: int | None, limits: Limits = ()
 ) -> list[dict]:
   """Lists the stages with their sizes, steps, tokens and FLOPs.
 
@@ -23,6 +24,7 @@ def stage_table(
     config: the recipe.
     full: the original model.
     target: of the budget at the end; None = as `prune.max_steps` leaves.
+    limits: further budgets at the end.
 
   Returns:
     A row a stage; its "config" is the model behind the stage, pruned evenly.
@@ -37,7 +39,7 @@ def stage_table(
   ends = schedule.stage_ends(total, number, config.train.data_share)
   rows, now, trained = [], full, 0
   for i, (aim, last) in enumerate(zip(targets, ends, strict=True)):
-    after = evenly(full, settings, aim)
+    after = evenly(full, settings, aim, _at_stage(full, limits, i, number))
     needed = prune_steps(now, after, full, settings)
     steps = min(needed, settings.max_steps or needed)
     rows.append(
@@ -72,18 +74,30 @@ def even_target(full: ModelConfig, settings: Prune) -> int:
   return max(size - gone, smallest(full, settings))
 
 
-def evenly(full: ModelConfig, settings: Prune, target: int) -> ModelConfig:
+def _at_stage(
+  full: ModelConfig, limits: Limits, stage: int, stages: int
+) -> Limits:
+  ends = lambda s, n: schedule.stage_targets(budgets.count(full, s), n, stages)
+  return tuple((s, ends(s, n)[stage]) for s, n in limits)
+
+
+def evenly(
+  full: ModelConfig, settings: Prune, target: int, limits: Limits = ()
+) -> ModelConfig:
   """Finds the largest model not above `target` that loses evenly everywhere.
 
   KV groups are few: where their rounding takes too much or too little, the MLPs
   make up for it.
   """
   prunable = prunable_modules(full, settings)
+  both, least = ((settings, target), *limits), 1 - settings.whole_halves
 
   def cut(unit: str, share: float, rounding: Callable = math.floor) -> tuple:
     block = settings.rounding()[unit]
     return tuple(
-      min(n, max(rounding(n * (1 - share) / block), 1) * block) if may else n
+      min(n, max(rounding(n * (1 - share) / block), least) * block)
+      if may
+      else n
       for n, may in zip(full.units()[unit], prunable[unit], strict=True)
     )
 
@@ -91,7 +105,7 @@ def evenly(full: ModelConfig, settings: Prune, target: int) -> ModelConfig:
     return dataclasses.replace(full, kv_groups=K, ffn_widths=cut("F", share))
 
   def fits(config: ModelConfig) -> bool:
-    return budgets.count(config, settings) <= target
+    return all(budgets.count(config, s) <= n for s, n in both)
 
   share = _least(lambda s: fits(made(cut("K", s), s)))
   found = []

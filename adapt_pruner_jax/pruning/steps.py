@@ -13,10 +13,11 @@ from collections.abc import Callable
 
 import numpy as np
 
+from adapt_pruner_jax.config import Prune
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.models.axes import UNITS, Params
 from adapt_pruner_jax.models.model_config import ModelConfig
-from adapt_pruner_jax.pruning import budgets, choice, surgery
+from adapt_pruner_jax.pruning import budgets, choice, quality, surgery
 from adapt_pruner_jax.pruning.refit import refit_masked
 from adapt_pruner_jax.pruning.surgery import Kept, Masks
 from adapt_pruner_jax.pruning.task import (
@@ -74,12 +75,14 @@ def prune(method: Method, task: PruneTask) -> Pruned:
   """
   task = method.prepare(task)
   masked, trace, measured = _begin(task, method.update), [], None
-  last_change = masked.step.number
+  last_change, start = masked.step.number, quality.begun(masked)
   while not _done(method, task, masked.step):
     tokens_NT = task.samples(masked.step.number)
     measured = method.measure(masked, tokens_NT)
     _check_finite(masked, measured)
-    step = _next_step(masked, measured, method.allot(masked, measured))
+    binding = dataclasses.replace(masked, task=_binding(task, masked.step))
+    step = _next_step(masked, measured, method.allot(binding, measured))
+    step = quality.held(masked, step, start)
     if step.params < masked.step.params:
       last_change = step.number
     before, masked = masked, dataclasses.replace(masked, step=step)
@@ -110,7 +113,8 @@ def _begin(task: PruneTask, update: Update | None = None) -> Masked:
   stacked = surgery.expand(task.config, task.params, task.kept, full, task.mesh)
   nothing = {u: np.zeros(full.num_layers) for u in UNITS}
   step = task.after or Step(0, begin, nothing, surgery.count(full, begin))
-  masked = Masked(task, stacked, stacked, step)
+  masked = Masked(task, stacked, step)
+  del stacked  # a refit donates it
   before = dataclasses.replace(step, masks=begin)
   for number, masks in step.refitted.items():
     masked = dataclasses.replace(masked, step=before)
@@ -144,14 +148,39 @@ def _next_step(masked: Masked, measured: Measured, allotted: Allotted) -> Step:
 
 def _done(method: Method, task: PruneTask, step: Step) -> bool:
   settings, width = task.settings, surgery.widths(step.masks)
+  if step.ended:
+    return True
   if settings.max_steps and step.number >= settings.max_steps:
     return True
   if task.target is None:
+    return False
+  if any(budgets.of_widths(task.full, width, s) > n for s, n in task.limits):
     return False
   left = budgets.of_widths(task.full, width, settings)
   if method.strict and not settings.trim:
     return left < task.target
   return left <= task.target
+
+
+def _binding(task: PruneTask, step: Step) -> PruneTask:
+  """The task, or the one of its limits that the largest share is left of.
+
+  So several limits are met together: what goes in a step is priced in the
+  budget that is furthest from its end.
+  """
+  if not task.limits:
+    return task
+  now, first = surgery.widths(step.masks), surgery.widths(task.begin)
+
+  def share(limit: tuple[Prune, int]) -> float:
+    settings, most = limit
+    begin = budgets.of_widths(task.full, first, settings)
+    left = budgets.of_widths(task.full, now, settings)
+    return (left - most) / max(begin - most, 1)
+
+  own = task.settings, task.target
+  settings, target = max((own, *task.limits), key=share)
+  return dataclasses.replace(task, settings=settings, target=target)
 
 
 def _refits(task: PruneTask, step: Step) -> bool:
@@ -182,12 +211,12 @@ def _check_stuck(task: PruneTask, step: Step, last_change: int) -> None:
   """Raises a UserError if steps remove nothing any more."""
   patience = math.ceil(1 / task.settings.step_size) + 1
   if task.target is not None and step.number - last_change >= patience:
-    width = surgery.widths(step.masks)
+    task, width = _binding(task, step), surgery.widths(step.masks)
     left = budgets.of_widths(task.full, width, task.settings)
-    unit = budgets.UNIT[task.settings.budget]
+    show = lambda amount: budgets.shown(amount, task.settings)
     raise UserError(
-      f"pruning stopped at {left:,} {unit}, above the target "
-      f"{task.target:,}: {patience} steps in a row removed nothing; lower "
+      f"pruning stopped at {show(left)}, above the target {show(task.target)}: "
+      f"{patience} steps in a row removed nothing; lower "
       "--config.prune.amplitude or .step_size, or let more layers be pruned "
       "(--config.prune.attention_layers, .mlp_layers)"
     )

@@ -98,7 +98,7 @@ def check_channels(
   needs = {}
   if (score := settings.pair()[1]) in SECOND_ORDER:
     needs[f"{score}'s scores"] = ("samples", steps)
-  if settings.refit != "none":
+  if settings.solves():
     needs["the refit"] = ("refit_samples", refits)
   least = recipe.calibration.tokens_per_channel
   for what, (name, opened) in needs.items():

@@ -444,7 +444,7 @@ def test_settings_of_names():
   config.prune.refit = "5"
   base = compare_methods.shared_recipe(config, 0).prune
   assert (of("curvature+refit").refit, of("curvature").refit) == ("5", "none")
-  assert of("flap+refit").refit == "final"  # only curvature can refit between
+  assert of("flap+refit").refit == "final"  # only ours refit between
 
 
 def test_nothing_to_compare_by(recipe, tmp_path):

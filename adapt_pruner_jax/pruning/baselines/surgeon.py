@@ -19,7 +19,6 @@ The scores alone, `prune.group_importance=surgeon`, go with any allotment.
 """
 
 import dataclasses
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -28,7 +27,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from adapt_pruner_jax.config import Prune
-from adapt_pruner_jax.distributed import placement, sharding
+from adapt_pruner_jax.distributed import sharding
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.models.axes import UNITS, Params
 from adapt_pruner_jax.models.layer import (
@@ -44,6 +43,7 @@ from adapt_pruner_jax.pruning import (
   backward,
   exact_target,
   linear_algebra,
+  passes,
   schedule,
   surgery,
   targets,
@@ -96,7 +96,7 @@ def prepare(task: PruneTask) -> PruneTask:
 
 def measure(masked: Masked, tokens_NT: np.ndarray) -> Measured:
   """Rises of the loss with each unit, nats a token, in the order they go."""
-  found = jax.device_get(_walk(masked, masked.masks, tokens_NT, update=False))
+  found = _walk(masked, tokens_NT, masked.masks, update=False)
   scores = {
     u: _rising(ranked, masked.masks[u]) for u, ranked in found["scores"].items()
   }
@@ -143,11 +143,11 @@ def update(
     The new stacked params; and no records.
   """
   left = {u + LEFT: masks[u] for u in UNITS}
-  found = _walk(masked, masked.masks | left, tokens_NT, update=True)["scores"]
-  layers = dict(masked.stacked["layers"])
-  for name, weight in (found["K"] | found["F"]).items():
-    layers[name] = jax.device_put(weight, layers[name].sharding)
-  return masked.stacked | {"layers": layers}, []
+  found = _walk(masked, tokens_NT, masked.masks | left, update=True)["scores"]
+  old = masked.stacked["layers"]
+  new = found["K"] | found["F"]
+  placed = {n: jax.device_put(x, old[n].sharding) for n, x in new.items()}
+  return masked.stacked | {"layers": old | placed}, []
 
 
 def _rising(ranked: kronecker.Ranked, mask_LU: np.ndarray) -> np.ndarray:
@@ -178,24 +178,13 @@ def kind_of(settings: Prune) -> Kind:
 
 
 def _walk(
-  masked: Masked, masks: Masks, tokens_NT: np.ndarray, update: bool
+  masked: Masked, tokens_NT: np.ndarray, masks: Masks, update: bool
 ) -> dict:
-  task = masked.task
-  tokens_MBT, valid_MB = placement.minibatches(tokens_NT, task.batch, task.mesh)
-  return walk(
-    surgery.dense(task.full),
-    masked.stacked,
-    placement.replicate(masks, task.mesh),
-    tokens_MBT,
-    valid_MB,
-    kind=kind_of(task.settings)._replace(update=update),
-    mesh=task.mesh,
-    attention=task.settings.attention,
-  )
+  kind = kind_of(masked.task.settings)._replace(update=update)
+  return passes.run(PROGRAMS, masked, tokens_NT, masks, kind=kind)
 
 
-@partial(jax.jit, static_argnames=("config", "kind", "mesh", "attention"))
-def walk(
+def _measure_step(
   config: ModelConfig,
   stacked: Params,
   masks: dict[str, jax.Array],
@@ -205,6 +194,8 @@ def walk(
   kind: Kind,
   mesh: Mesh,
   attention: str = "auto",
+  before: backward.Sums | None = None,
+  last: bool = True,
 ) -> dict:
   """Measures the factors of a masked model, half by half.
 
@@ -217,6 +208,7 @@ def walk(
     valid_MB: False for rows that only pad.
     kind: what the factors are for.
     attention: as `prune.attention`.
+    before, last: as `backward.walk`'s.
 
   Returns:
     loss_M, and scores {"K": ..., "F": ...}: a `kronecker.Ranked` of [L, U], or
@@ -224,14 +216,14 @@ def walk(
   """
   model = backward.Stacked(config, stacked, masks, mesh, attention)
   length = tokens_MBT.shape[-1]
-  tokens = jnp.sum(valid_MB) * length
 
   def start(half):
     return jax.tree.map(
       lambda size: jnp.zeros((size, size), jnp.float32), _sizes(half, kind)
     )
 
-  def add(half, total, x_BTD, dy_BTD, valid_B):
+  def add(half, total, x_BTD, dy_BTD, valid_B, rows):
+    del rows
     seen, dx_BTD = _seen(half, kind, x_BTD, dy_BTD)
     grams = {}
     for name, y in seen.items():
@@ -240,7 +232,8 @@ def walk(
       grams[name] = linear_algebra.product("btc,bte->ce", y_BTC, y_BTC)
     return jax.tree.map(jnp.add, total, grams), dx_BTD
 
-  def finish(half, sums):
+  def finish(half, sums, seen):
+    tokens = seen.rows * length
     grams = {n: s / tokens for n, s in sharding.whole(sums, mesh).items()}
     # The walk's loss is a sum over rows of means over their predictions.
     matrices = _matrices(half, kind, grams, (length - 1) ** 2)
@@ -249,7 +242,10 @@ def walk(
     return kronecker.rank(matrices, half.masks[half.unit], mesh)
 
   visitor = backward.Visitor(start, add, finish)
-  return backward.scored(model, tokens_MBT, valid_MB, visitor)
+  return backward.scored(model, tokens_MBT, valid_MB, visitor, before, last)
+
+
+PROGRAMS = passes.programs(_measure_step, "kind")
 
 
 def _readers(half: backward.Half, kind: Kind) -> tuple[str, ...]:
