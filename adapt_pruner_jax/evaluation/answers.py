@@ -12,6 +12,7 @@ it is done, so that a killed process goes on with the next one.
 import dataclasses
 import shutil
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,7 @@ from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.storage import digest, json_files
 
 VERSION = 1
+ENOUGH = 64  # answers of which one must end, or the rest is not asked for
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -117,7 +119,8 @@ def write(
       the next call continues.
 
   Raises:
-    UserError: no answer comes to its end, or it cannot be written.
+    UserError: no answer comes to its end, of the first ENOUGH or of all, or it
+      cannot be written.
   """
   parts = asked.file.with_suffix(".parts")
   names = [parts / f"part-{i:05}.jsonl" for i in range(len(asked.groups))]
@@ -135,6 +138,8 @@ def write(
           json_files.rewrite_lines(names[i], rows)
       number += len(group)
       bar.update(number)
+      if number - len(group) < ENOUGH <= number:
+        agreement.on_writer(partial(_check_ends, asked, names, number))
   agreement.on_writer(lambda: _join(asked, names))
 
 
@@ -196,15 +201,22 @@ def _join(asked: Request, parts: Sequence[Path]) -> None:
   """Publishes the parts as one file, in the order of the prompts."""
   rows = [row for part in parts for row in json_files.read_lines(part)]
   rows.sort(key=lambda row: row.pop("prompt"))
+  _check_ends(asked, parts, len(rows))
+  json_files.rewrite_lines(asked.file, rows)
+  shutil.rmtree(parts[0].parent)
+
+
+def _check_ends(asked: Request, parts: Sequence[Path], number: int) -> None:
+  """Raises a UserError if none of the first `number` answers ends."""
+  written = (part for part in parts if part.exists())
+  rows = (row for part in written for row in json_files.read_lines(part))
   if not any(row["ended"] for row in rows):
     raise UserError(
       f"{asked.source}: the dense model does not stop: none of its "
-      f"{len(rows):,} answers ends within max_new_tokens="
+      f"{number:,} answers ends within max_new_tokens="
       f"{asked.how.max_new_tokens}; give a larger max_new_tokens, or a model "
       "that is trained to answer"
     )
-  json_files.rewrite_lines(asked.file, rows)
-  shutil.rmtree(parts[0].parent)
 
 
 def _whole(asked: Request) -> bool:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from adapt_pruner_jax.config import Config, Prune, Surgeon, check
+from adapt_pruner_jax.distributed import sharding
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.formats.hf import load
 from adapt_pruner_jax.models import axes, model_config
@@ -323,6 +324,23 @@ def test_what_is_masked_is_what_is_gathered(uneven):
     sizes, (size - (size - task.target) // 2, task.target), strict=True
   ):
     assert goal - channel < params <= goal
+
+
+@pytest.mark.slow
+def test_many_devices_find_the_same(uneven):
+  """Rows that only pad count for nothing."""
+  config, params = uneven
+  tokens_NT = small.tokens(config, 6, 12)
+  mesh = sharding.make_mesh(data=4, fsdp=2, devices=jax.devices()[:8])
+  placed = jax.device_put(params, sharding.param_shardings(params, mesh))
+  one = methods.prune(task_of(config, params, tokens_NT, shots=2))
+  task = task_of(config, placed, tokens_NT, shots=2)
+  many = methods.prune(dataclasses.replace(task, mesh=mesh, batch=8))
+  jax.tree.map(np.testing.assert_array_equal, one.kept, many.kept)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-2, atol=1e-4),
+    *(one.params, many.params),
+  )
 
 
 def test_what_does_not_go_with_it():

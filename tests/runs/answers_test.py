@@ -139,8 +139,19 @@ def test_agreement_is_what_a_hand_finds(opened):
   assert found["answer_agreement"] == pytest.approx(same / count)
 
 
-def test_a_model_that_does_not_stop_is_refused(opened, chat_model, tmp_path):
+def test_a_model_that_does_not_stop_is_refused(
+  opened, chat_model, tmp_path, monkeypatch
+):
+  """After a few answers, and when the same command is given again."""
   found = asked(opened, chat_model, tmp_path, eos=(opened[0].vocab_size,))
+  with monkeypatch.context() as patch:
+    patch.setattr(answers, "ENOUGH", 2)
+    with pytest.raises(UserError, match="does not stop: none of its 2"):
+      answers.write(found, *opened[:2])
+    assert len([*tmp_path.rglob("part-*")]) == 1
+    patch.setattr(answers, "_answered", None)
+    with pytest.raises(UserError, match="does not stop: none of its 2"):
+      answers.write(found, *opened[:2])
   with pytest.raises(UserError, match="does not stop: none of its 4"):
     answers.write(found, *opened[:2])
 
