@@ -19,10 +19,11 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from adapt_pruner_jax.models import layer
 from adapt_pruner_jax.models.attention import AttentionInputs
-from adapt_pruner_jax.models.axes import UNITS, Params
+from adapt_pruner_jax.models.axes import BATCH, UNITS, Params
 from adapt_pruner_jax.models.model_config import ModelConfig
 
 PREFIX = "layers_"
@@ -73,6 +74,7 @@ def _scan(config, first, end, stacked, weights_of, inputs, x_BTD, remat):
   counts = {u: np.array(n[first:end]) for u, n in config.units().items()}
 
   def one(x_BTD, xs):
+    x_BTD = _by_rows(x_BTD, inputs.kernel.mesh)
     part, place, count = xs
     weights, masks = weights_of(part), None
     if config.qk_norm == "all":
@@ -84,6 +86,14 @@ def _scan(config, first, end, stacked, weights_of, inputs, x_BTD, remat):
   # A scan already keeps XLA from merging the two computations.
   body = jax.checkpoint(one, prevent_cse=False) if remat else one
   return jax.lax.scan(body, x_BTD, (stacked, places, counts))[0]
+
+
+def _by_rows(x_BTD: jax.Array, mesh: Mesh | None) -> jax.Array:
+  """Rows cut over the devices: what is gathered is weights, layer by layer."""
+  if mesh is None:
+    return x_BTD
+  rows = NamedSharding(mesh, PartitionSpec(BATCH))
+  return jax.lax.with_sharding_constraint(x_BTD, rows)
 
 
 def _places(config, first, end):
