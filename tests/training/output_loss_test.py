@@ -22,6 +22,10 @@ UNTIED = dataclasses.replace(small.CONFIG, vocab_size=V, logit_scale=0.25)
 ONE, EIGHT = (1, 1, 1), (2, 2, 2)
 
 
+def slow(*values):
+  return pytest.param(*values, marks=pytest.mark.slow)
+
+
 def mesh_of(shape):
   return sharding.make_mesh(*shape, devices=jax.devices()[: math.prod(shape)])
 
@@ -71,13 +75,13 @@ def plain(objective, matrix, x_BTD, targets_BT, weights_BT, taught):
 @pytest.mark.parametrize(
   "config, teacher, alpha, temperature, shape, chunk",
   [
-    (TIED, None, 0.0, 2.0, ONE, 2**26),
+    slow(TIED, None, 0.0, 2.0, ONE, 2**26),
     (UNTIED, TIED, 0.5, 1.0, ONE, V * B * 4),
-    (UNTIED, None, 0.0, 2.0, EIGHT, 2**26),
-    (TIED, UNTIED, 0.5, 2.0, EIGHT, V * B),
-    pytest.param(UNTIED, TIED, 1.0, 4.0, (1, 8, 1), 1, marks=pytest.mark.slow),
-    pytest.param(TIED, None, 0.0, 2.0, (1, 1, 8), V, marks=pytest.mark.slow),
-    pytest.param(UNTIED, None, 0.0, 2.0, (8, 1, 1), V, marks=pytest.mark.slow),
+    slow(UNTIED, None, 0.0, 2.0, EIGHT, 2**26),
+    slow(TIED, UNTIED, 0.5, 2.0, EIGHT, V * B),
+    slow(UNTIED, TIED, 1.0, 4.0, (1, 8, 1), 1),
+    slow(TIED, None, 0.0, 2.0, (1, 1, 8), V),
+    slow(UNTIED, None, 0.0, 2.0, (8, 1, 1), V),
   ],
 )
 def test_gradients_are_those_of_whole_logits(
@@ -115,7 +119,7 @@ def test_gradients_are_those_of_whole_logits(
   near(alone(x_BTD) / 7, dx, atol=1e-5 * np.abs(dx_).max())
 
 
-@pytest.mark.parametrize("shape", [ONE, EIGHT])
+@pytest.mark.parametrize("shape", [ONE, slow(EIGHT)])
 def test_log_probs_of_tokens(shape, monkeypatch):
   monkeypatch.setattr(output_loss, "CHUNK", V)
   mesh = mesh_of(shape)
@@ -161,7 +165,12 @@ def test_the_gradient_of_a_matrix_in_bfloat16_is_summed_in_float32(monkeypatch):
 
 @pytest.mark.parametrize(
   "shape, vocab, width",
-  [(EIGHT, 40, 16), (EIGHT, 43, 16), ((1, 4, 2), 44, 15), ((1, 2, 4), 43, 16)],
+  [
+    (EIGHT, 40, 16),
+    slow(EIGHT, 43, 16),
+    slow((1, 4, 2), 44, 15),
+    slow((1, 2, 4), 43, 16),
+  ],
 )
 def test_embedding_cut_over_devices(shape, vocab, width):
   """V or D or neither divides; with the gradient, which sums equal tokens."""
