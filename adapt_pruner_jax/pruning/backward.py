@@ -14,13 +14,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
-from adapt_pruner_jax.distributed import each_device, embedding, sharding
-from adapt_pruner_jax.models import model_config
+from adapt_pruner_jax.distributed import each_device, sharding
 from adapt_pruner_jax.models.attention import AttentionInputs
 from adapt_pruner_jax.models.axes import UNITS, Params
-from adapt_pruner_jax.models.decoder import Decoder, output_name
 from adapt_pruner_jax.models.kernels import Kernel
 from adapt_pruner_jax.models.layer import (
   Place,
@@ -31,6 +29,7 @@ from adapt_pruner_jax.models.layer import (
   run_layer,
 )
 from adapt_pruner_jax.models.model_config import ModelConfig
+from adapt_pruner_jax.pruning import ends
 from adapt_pruner_jax.training import output_loss
 
 
@@ -164,26 +163,26 @@ def walk(
   inputs = attention_inputs(config, tokens_MBT.shape[-1], kernel=kernel)
   rows = _Rows(valid_MB, inputs, mesh, axes)
   layers = stacked["layers"], places(config), model.masks
-  x_MBTD = embed(config, stacked, tokens_MBT, mesh)
+  x_MBTD = ends.embed(config, stacked, tokens_MBT, mesh)
   forward = _forward(model, rows, observe)
   x_MBTD, (ins, mids, observed) = jax.lax.scan(forward, x_MBTD, layers)
 
   objective = output_loss.Objective(config, model.mesh)
-  matrix = output(config, stacked, model.mesh)
+  matrix = ends.output(config, stacked, model.mesh)
 
   def loss(x_BTD, tokens_BT, counts_B):
-    x_BTD = normed(config, stacked, x_BTD[:, :-1])
+    x_BTD = ends.normed(config, stacked, x_BTD[:, :-1])
     targets_BT = tokens_BT[:, 1:]
     each_BT = counts_B[:, None] / targets_BT.shape[1]
     weights_BT = jnp.broadcast_to(each_BT, targets_BT.shape)
     tokens = targets_BT, weights_BT
     return output_loss.loss(objective, matrix, x_BTD, *tokens)[0]
 
-  ends = x_MBTD, tokens_MBT, counts_MB
+  behind = x_MBTD, tokens_MBT, counts_MB
   if visitor is None:
-    return Found(jax.lax.map(lambda end: loss(*end), ends), observed, {})
+    return Found(jax.lax.map(lambda end: loss(*end), behind), observed, {})
   gradient = jax.value_and_grad(loss)
-  loss_M, dx_MBTD = jax.lax.map(lambda end: gradient(*end), ends)
+  loss_M, dx_MBTD = jax.lax.map(lambda end: gradient(*end), behind)
   dx_MBTD = rows.cut(dx_MBTD)
   seen = _counted(model, rows, visitor, before, last)
   backward = _backward(model, rows, visitor, seen, last)
@@ -235,35 +234,6 @@ def results(
   return sharding.whole(measured | {name: kept}, mesh)
 
 
-def embed(
-  config: ModelConfig,
-  stacked: Params,
-  tokens_MBT: jax.Array,
-  mesh: Mesh | None,
-) -> jax.Array:
-  """The stream in front of the first layer, [M, B, T, D]."""
-  # Rows are cut in each minibatch, and so must lead.
-  tokens_BMT = jnp.moveaxis(tokens_MBT, 1, 0)
-  B, M, T = tokens_BMT.shape
-  x_BXD = embedding.embed(
-    config, stacked["embedding"], tokens_BMT.reshape(B, M * T), mesh
-  )
-  return cut(jnp.moveaxis(x_BXD.reshape(B, M, T, -1), 0, 1), mesh)
-
-
-def normed(config: ModelConfig, stacked: Params, x_BTD: jax.Array) -> jax.Array:
-  """The stream behind the final norm."""
-  own = {n: stacked[n] for n in model_config.outer_names(config)}
-  return Decoder(config).apply({"params": own}, x_BTD, method=Decoder.normed)
-
-
-def output(
-  config: ModelConfig, stacked: Params, mesh: Mesh | None
-) -> output_loss.Placed:
-  """The output matrix as `output_loss` takes it, for all minibatches."""
-  return output_loss.place(config, stacked[output_name(config)], mesh)
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Rows:
   """The rows of a walk, and the devices that they are cut over."""
@@ -275,7 +245,7 @@ class _Rows:
 
   def cut(self, x_MBTD: jax.Array) -> jax.Array:
     """Rows of each minibatch over the devices."""
-    return cut(x_MBTD, self.mesh, self.axes)
+    return ends.cut(x_MBTD, self.mesh, self.axes)
 
   def run(self, fn: Callable, minibatches: Any, layer: Any, sums: Any) -> Any:
     """`fn(minibatches, layer)` on each device, as `each_device.run`."""
@@ -394,21 +364,3 @@ def _backward(
     return (dx_MBTD, before), kept
 
   return backward
-
-
-def cut(
-  x_MBTD: jax.Array, mesh: Mesh | None, axes: each_device.Axes | None = None
-) -> jax.Array:
-  """Rows of each minibatch over the devices.
-
-  Args:
-    x_MBTD: the minibatches.
-    mesh: the devices.
-    axes: of it; None = `each_device.row_axes`.
-  """
-  if mesh is None:
-    return x_MBTD
-  if axes is None:
-    axes = each_device.row_axes(mesh, x_MBTD.shape[1])
-  where = NamedSharding(mesh, PartitionSpec(None, axes))
-  return jax.lax.with_sharding_constraint(x_MBTD, where)

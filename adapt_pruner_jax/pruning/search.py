@@ -29,8 +29,8 @@ from adapt_pruner_jax.models.layer import attention_inputs, places, run_layer
 from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.pruning import (
   allotment,
-  backward,
   choice,
+  ends,
   exact_target,
   schedule,
   surgery,
@@ -234,12 +234,12 @@ def _divergence(masked: Masked):
     config, dense, place(task.begin), tokens_MBT, mesh=task.mesh
   )
   outer = {n: dense[n] for n in model_config.outer_names(config)}
-  ends = tokens_MBT, valid_MB, dense_MBTD, outer
+  given = tokens_MBT, valid_MB, dense_MBTD, outer
 
   def divergence(masks: Masks) -> float:
     return float(
       mean_divergence(
-        config, masked.stacked, place(masks), *ends, mesh=task.mesh
+        config, masked.stacked, place(masks), *given, mesh=task.mesh
       )
     )
 
@@ -265,7 +265,7 @@ def last_stream(
     mesh: devices that minibatches are cut over.
   """
   inputs = attention_inputs(config, tokens_MBT.shape[-1])
-  x_MBTD = backward.embed(config, stacked, tokens_MBT, mesh)
+  x_MBTD = ends.embed(config, stacked, tokens_MBT, mesh)
 
   def forward(x_MBTD, layer):
     weights, place, masks = layer
@@ -298,13 +298,13 @@ def mean_divergence(
     dense: its params outside the layers.
   """
   x_MBTD = last_stream(config, stacked, masks, tokens_MBT, mesh=mesh)
-  matrix = backward.output(config, stacked, mesh)
-  dense_matrix = backward.output(config, dense, mesh)
+  matrix = ends.output(config, stacked, mesh)
+  dense_matrix = ends.output(config, dense, mesh)
 
   def one(minibatch):
     x_BTD, dense_BTD, valid_B = minibatch
-    student = backward.normed(config, stacked, x_BTD), matrix
-    teacher = backward.normed(config, dense, dense_BTD), dense_matrix
+    student = ends.normed(config, stacked, x_BTD), matrix
+    teacher = ends.normed(config, dense, dense_BTD), dense_matrix
     weights_BT = jnp.broadcast_to(valid_B[:, None], x_BTD.shape[:2])
     return output_loss.divergence(
       (config, config), mesh, student, teacher, weights_BT

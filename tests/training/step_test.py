@@ -412,9 +412,8 @@ def trained_adapters(config, rank, mesh):
   return jax.tree.map(lambda x: x + np.float32(rng.normal(size=x.shape)), fresh)
 
 
-@pytest.mark.parametrize(
-  "option", ["biases", pytest.param("sandwich", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("option", ["biases", "sandwich"])
 def test_adapters_beside_a_model_are_the_merged_model(option):
   """In their loss and in their gradients."""
   config, mesh = small.option(option), one_device()
@@ -438,6 +437,7 @@ def test_adapters_beside_a_model_are_the_merged_model(option):
   assert_close(gradient, gradient_, rtol=1e-4, atol=1e-5 * largest)
 
 
+@pytest.mark.slow
 def test_lora_makes_no_matrix_of_full_size():
   """Few tokens: what the step needs beside its arguments is less than one."""
   config = dataclasses.replace(
