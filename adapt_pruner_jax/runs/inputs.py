@@ -26,7 +26,6 @@ from adapt_pruner_jax.pruning import budgets, schedule, targets
 from adapt_pruner_jax.reporting.log import Log
 from adapt_pruner_jax.runs import answers, tiny_model, vocabulary
 from adapt_pruner_jax.storage import digest
-from adapt_pruner_jax.training import stacking
 from adapt_pruner_jax.training.step import check_rows
 
 # Up to four epochs are nearly as good as new text (arXiv 2305.16264).
@@ -310,7 +309,8 @@ def weight_dtype(inputs: Inputs) -> jnp.dtype:
 
 
 def _weight_dtype(recipe: Config) -> str:
-  return "float32" if recipe.train.tokens else recipe.model.dtype or "float32"
+  trained = recipe.train.tokens and not recipe.train.lora_rank
+  return "float32" if trained else recipe.model.dtype or "float32"
 
 
 def load_model(inputs: Inputs) -> tuple[ModelConfig, Params]:
@@ -321,18 +321,6 @@ def load_model(inputs: Inputs) -> tuple[ModelConfig, Params]:
     inputs.mesh,
     inputs.recipe.model.ignore_fields,
   )
-
-
-def teacher_of(inputs: Inputs) -> tuple[ModelConfig, Params] | None:
-  """The model before any pruning, where training distils from it.
-
-  Of a cut vocabulary it has the rows that stay: a softmax of its logits is the
-  original's distribution over these tokens, renormalised.
-  """
-  settings = inputs.recipe.train
-  if not (settings.distill_alpha and inputs.total_steps):
-    return None
-  return stacking.teacher(load_model(inputs), settings, inputs.mesh)
 
 
 def fingerprints(inputs: Inputs) -> dict[str, str]:

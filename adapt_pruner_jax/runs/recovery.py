@@ -2,13 +2,22 @@
 
 from collections.abc import Callable
 
+import jax
+import jax.numpy as jnp
+
+from adapt_pruner_jax.distributed import sharding
 from adapt_pruner_jax.distributed.stopping import asked_to_stop
+from adapt_pruner_jax.formats.hf import load
 from adapt_pruner_jax.models import flops, model_config
 from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.model_config import ModelConfig
-from adapt_pruner_jax.runs.inputs import Inputs, stage_end
+from adapt_pruner_jax.runs.inputs import (
+  Inputs,
+  stage_end,
+  weight_dtype,
+)
 from adapt_pruner_jax.runs.state import State
-from adapt_pruner_jax.training import loop, optimizer
+from adapt_pruner_jax.training import loop, optimizer, stacking
 
 
 def stage_tokens(inputs: Inputs, stage: int) -> int:
@@ -18,10 +27,7 @@ def stage_tokens(inputs: Inputs, stage: int) -> int:
 
 
 def compile_ahead(
-  config: ModelConfig,
-  stage: int,
-  inputs: Inputs,
-  teacher: tuple[ModelConfig, Params] | None,
+  config: ModelConfig, stage: int, inputs: Inputs
 ) -> loop.Ahead | None:
   """Starts to compile a stage's train step, while refits and saving go on.
 
@@ -29,7 +35,6 @@ def compile_ahead(
     config: of the model that will be trained.
     stage: its number, from 1.
     inputs: of the run.
-    teacher: as `recover`'s.
 
   Returns:
     What `recover` waits for; None without training.
@@ -39,7 +44,13 @@ def compile_ahead(
     return None
   shape = recipe.data.batch, recipe.data.seq_len
   return loop.compile_ahead(
-    config, recipe.train, inputs.mesh, shape, teacher=teacher, tokens=tokens
+    config,
+    recipe.train,
+    inputs.mesh,
+    shape,
+    dtype=weight_dtype(inputs),
+    teacher=abstract_teacher(inputs),
+    tokens=tokens,
   )
 
 
@@ -107,3 +118,39 @@ def recover(
       else:
         state.params = training.trained
       save()
+
+
+def teacher_of(inputs: Inputs) -> tuple[ModelConfig, Params] | None:
+  """The model before any pruning, where training distils from it, as stored.
+
+  Of a cut vocabulary it has the rows that stay: a softmax of its logits is the
+  original's distribution over these tokens, renormalised.
+  """
+  if not _distils(inputs):
+    return None
+  pair = load.load(str(inputs.source), None, inputs.mesh, _ignored(inputs))
+  return stacking.teacher(pair, inputs.recipe.train, inputs.mesh)
+
+
+def abstract_teacher(inputs: Inputs) -> tuple[ModelConfig, Params] | None:
+  """`teacher_of` as shapes with shardings; no weight is read."""
+  if not _distils(inputs):
+    return None
+  config, tree = load.stored(str(inputs.source), None, _ignored(inputs))
+  settings, mesh = inputs.recipe.train, inputs.mesh
+  shapes = model_config.abstract_params(config, jnp.float32)
+  params = jax.tree.map(
+    lambda x, s, p: jax.ShapeDtypeStruct(s.shape, x.dtype, sharding=p),
+    tree,
+    shapes,
+    sharding.param_shardings(shapes, mesh),
+  )
+  return stacking.abstract_teacher((config, params), settings, mesh)
+
+
+def _distils(inputs: Inputs) -> bool:
+  return bool(inputs.recipe.train.distill_alpha and inputs.total_steps)
+
+
+def _ignored(inputs: Inputs) -> str:
+  return inputs.recipe.model.ignore_fields

@@ -15,6 +15,7 @@ is opened in `inputs`, what it keeps is in `state`.
 """
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -37,7 +38,6 @@ from adapt_pruner_jax.runs.inputs import (
   open_inputs,
   stage_end,
   stage_target,
-  teacher_of,
 )
 from adapt_pruner_jax.runs.measure import (
   answers_note,
@@ -49,7 +49,7 @@ from adapt_pruner_jax.runs.measure import (
   windows_note,
 )
 from adapt_pruner_jax.runs.recipe import claim, is_anew, remove_cut_off_exports
-from adapt_pruner_jax.runs.recovery import compile_ahead, recover
+from adapt_pruner_jax.runs.recovery import compile_ahead, recover, teacher_of
 from adapt_pruner_jax.runs.state import (
   EVALUATED,
   PRUNING,
@@ -136,14 +136,15 @@ def _run(inputs: Inputs, stopping: dict, anew: bool) -> dict:
         checkpoints.wait()
         raise StoppedError(f"stopped; the same command continues {path}")
 
-    teacher, ahead = teacher_of(inputs), None
+    teacher = functools.cache(lambda: teacher_of(inputs))
+    ahead = None
     while state.stage <= recipe.prune.stages:
       stop_if_asked()
       if not state.pruned:
-        ahead = prune(state, inputs, stop_if_asked, teacher)
+        ahead = prune(state, inputs, stop_if_asked)
         save()
       if state.step < stage_end(inputs, state.stage):
-        recover(state, inputs, teacher, save, stopping, ahead)
+        recover(state, inputs, teacher(), save, stopping, ahead)
         stop_if_asked()
       evaluate(state, inputs)
       state.stage, state.pruned, ahead = state.stage + 1, False, None
@@ -169,7 +170,6 @@ def prune(
   state: State,
   inputs: Inputs,
   stop_if_asked: Callable[[], None],
-  teacher: tuple[ModelConfig, Params] | None,
 ) -> Ahead | None:
   """Prunes to the stage's target; `state` then holds the smaller model.
 
@@ -213,7 +213,7 @@ def prune(
 
     def sized(config: ModelConfig) -> None:
       nonlocal ahead
-      ahead = compile_ahead(config, state.stage, inputs, teacher)
+      ahead = compile_ahead(config, state.stage, inputs)
 
     pruned = prune_once.prune(
       (state.config, state.params),

@@ -7,6 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from adapt_pruner_jax.config import Train
@@ -49,6 +50,7 @@ def compile_ahead(
   mesh: Mesh,
   shape: tuple[int, int],
   *,
+  dtype: jnp.dtype = jnp.float32,
   teacher: tuple[ModelConfig, Params] | None = None,
   tokens: int = 0,
 ) -> Ahead:
@@ -56,13 +58,20 @@ def compile_ahead(
 
   Args:
     config: of the model.
-    settings, mesh, teacher, tokens: as they will be given to `start`.
+    settings, mesh, tokens: as they will be given to `start`.
     shape: of the batches, (rows, tokens of a row).
+    dtype: of the params, where adapters are trained beside them.
+    teacher: as it will be given to `start`; shapes with shardings will do.
   """
   rank = settings.lora_rank
   runs = stacking.choose(config, settings, mesh, tokens)
   trained, state = abstract_state(config, settings, mesh, rank, runs)
-  base = abstract_state(config, settings, mesh, 0, runs)[0] if rank else None
+  base = None
+  if rank:
+    base = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding),
+      abstract_state(config, settings, mesh, 0, runs)[0],
+    )
   given = config, settings, lambda step: 0.0, mesh
   step_fn = make_step(*given, base=base, teacher=teacher, runs=runs)
 

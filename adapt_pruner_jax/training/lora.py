@@ -1,4 +1,8 @@
-"""LoRA: low-rank adapters beside frozen params, and merging them into these."""
+"""LoRA: low-rank adapters beside frozen params, and merging them into these.
+
+While they are trained, the product of both factors is never made: x goes
+through the frozen matrix, and through one factor and then the other.
+"""
 
 import math
 from typing import Any
@@ -9,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from adapt_pruner_jax.distributed import sharding
 from adapt_pruner_jax.models import axes, model_config
+from adapt_pruner_jax.models.arithmetic import LowRank
 from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.model_config import ModelConfig
 
@@ -49,27 +54,39 @@ def init_lora(
   return jax.jit(build, out_shardings=placed)(key)
 
 
+def beside(
+  weights: Params, factors: dict[str, Any], lora_alpha: float
+) -> Params:
+  """A layer's weights with its adapters beside them, to be computed with.
+
+  Args:
+    weights: of the layer, frozen.
+    factors: its adapters, {"q": {"a": ..., "b": ...}, ...}.
+    lora_alpha: what is added is a b times lora_alpha / rank.
+  """
+
+  def pair(name: str, factor: dict) -> LowRank:
+    scale = lora_alpha / factor["b"].shape[0]
+    return LowRank(weights[name], factor["a"], factor["b"] * scale)
+
+  return weights | {name: pair(name, f) for name, f in factors.items()}
+
+
 def merge_lora(
   params: Params, adapters: dict[str, Any], lora_alpha: float
 ) -> Params:
   """Params with a @ b * (lora_alpha / rank) added, in the params' dtype."""
-  new = dict(params)
-  for layer, factors in adapters.items():
-    new[layer] = merge_layer(params[layer], factors, lora_alpha)
-  return new
-
-
-def merge_layer(
-  weights: Params, factors: dict[str, Any], lora_alpha: float
-) -> Params:
-  """`merge_lora` of one layer."""
 
   def merged(weight, factor):
     scale = lora_alpha / factor["b"].shape[0]
     delta = jnp.tensordot(factor["a"], factor["b"], axes=1) * scale
     return (weight.astype(jnp.float32) + delta).astype(weight.dtype)
 
-  return weights | {n: merged(weights[n], f) for n, f in factors.items()}
+  new = dict(params)
+  for layer, factors in adapters.items():
+    changed = {n: merged(params[layer][n], f) for n, f in factors.items()}
+    new[layer] = params[layer] | changed
+  return new
 
 
 def factor_letters(name: str) -> dict[str, str]:

@@ -8,6 +8,7 @@ padded with tokens that nobody says.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -23,7 +24,7 @@ from adapt_pruner_jax.models.arithmetic import project_gradients
 from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.training import losses
 
-CHUNK = 2**26  # logits that a device has at a time
+CHUNK = 2**26  # numbers that a device has at a time
 CUT = ("tensor", "fsdp", "data")  # mesh axes that cut V, the first the coarsest
 NOBODY = -1e30  # the logit of padding; -inf would make nan of 0 * inf
 
@@ -151,7 +152,10 @@ def over_chunks(
     The sums, and the arrays of all tokens.
   """
   B, T = arrays[0].shape[:2]
-  tokens = max(1, CHUNK * (1 if mesh is None else mesh.size) // vocab_size)
+  # Of a token a device has its part of the logits, and all that is given.
+  part = -(-vocab_size // (1 if mesh is None else mesh.size))
+  given = max(math.prod(x.shape[2:]) for x in arrays)
+  tokens = max(1, CHUNK // max(part, given))
   number = min(T, -(-B * T // tokens))
   if number <= 1:
     return chunk(*arrays)
@@ -195,13 +199,12 @@ def place(
   if isinstance(matrix, Placed) or mesh is None or mesh.size == 1:
     return matrix if isinstance(matrix, Placed) else Placed(matrix)
   axis = _axis(config)
-  stored = _stored(config, mesh)
   pad = [(0, 0), (0, 0)]
-  pad[axis] = 0, -config.vocab_size % mesh.size
-  matrix = _constrain(jnp.pad(matrix, pad), stored, mesh)
-  # First what moves between devices, then what each drops of its own.
-  matrix = _constrain(matrix, _along(axis, CUT[:2]), mesh)
-  return Placed(_constrain(matrix, _along(axis, CUT), mesh))
+  pad[axis] = 0, _padding(config, mesh)
+  matrix = jnp.pad(matrix, pad)
+  for spec in _way(config, mesh):
+    matrix = _constrain(matrix, spec, mesh)
+  return Placed(matrix)
 
 
 def logits(
@@ -223,9 +226,9 @@ def _taken_back(
   """The gradient of a placed matrix, cut as the matrix was before."""
   if mesh is None or mesh.size == 1:
     return gradient
+  for spec in reversed(_way(config, mesh)):
+    gradient = _constrain(gradient, spec, mesh)
   axis = _axis(config)
-  gradient = _constrain(gradient, _along(axis, CUT[:2]), mesh)
-  gradient = _constrain(gradient, _stored(config, mesh), mesh)
   return jax.lax.slice_in_dim(gradient, 0, config.vocab_size, axis=axis)
 
 
@@ -237,10 +240,24 @@ def _along(axis: int, names: tuple[str, ...]) -> PartitionSpec:
   return PartitionSpec(*(names if i == axis else None for i in range(2)))
 
 
-def _stored(config: ModelConfig, mesh: Mesh) -> PartitionSpec:
-  name = decoder.output_name(config)
-  shape = axes.shape(name, config.sizes())
-  return sharding.param_sharding(name, shape, mesh).spec
+def _padding(config: ModelConfig, mesh: Mesh) -> int:
+  return -config.vocab_size % mesh.size
+
+
+def _way(config: ModelConfig, mesh: Mesh) -> list[PartitionSpec]:
+  """How the padded matrix is cut, from how it is stored to all along V.
+
+  In steps of one kind each, as XLA makes the matrix whole in between
+  otherwise: each device drops some of its own, or parts change places.
+  """
+  name, axis = decoder.output_name(config), _axis(config)
+  sizes = config.sizes()
+  padded = sizes | {"V": sizes["V"] + _padding(config, mesh)}
+  stored, wanted = (
+    sharding.param_sharding(name, axes.shape(name, s), mesh).spec
+    for s in (sizes, padded)
+  )
+  return [stored, wanted, _along(axis, CUT[:2]), _along(axis, CUT)]
 
 
 def _constrain(x: jax.Array, spec: PartitionSpec, mesh: Mesh | None):

@@ -224,6 +224,25 @@ def teacher(
   return config, stack(runs, params, mesh)
 
 
+def abstract_teacher(
+  pair: tuple[ModelConfig, Params], settings: Train, mesh: Mesh
+) -> tuple[ModelConfig, Params]:
+  """What `teacher` makes of a pair, as shapes with shardings.
+
+  Args:
+    pair: not stacked, of `jax.ShapeDtypeStruct`s with shardings.
+    settings, mesh: as `teacher`'s.
+  """
+  config, params = pair
+  runs = choose(config, settings, mesh)
+  if not runs:
+    return pair
+  cast = lambda x: jax.ShapeDtypeStruct(
+    x.shape, jnp.dtype(settings.dtype), sharding=x.sharding
+  )
+  return config, abstract(runs, jax.tree.map(cast, params), mesh)
+
+
 def _map_dicts(fn: Callable[[dict], dict], tree: Any) -> Any:
   """`fn` of each dict of layers inside a tree."""
 

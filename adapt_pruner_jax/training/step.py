@@ -28,11 +28,7 @@ from adapt_pruner_jax.models.decoder import Decoder, output_name
 from adapt_pruner_jax.models.kernels import Kernel
 from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.training import optimizer, output_loss, stacking
-from adapt_pruner_jax.training.lora import (
-  abstract_adapters,
-  merge_layer,
-  merge_lora,
-)
+from adapt_pruner_jax.training.lora import abstract_adapters, beside
 
 Batch = Mapping[str, Any]
 Metrics = dict[str, Any]
@@ -262,13 +258,16 @@ def _ends(
   dtype, alpha = jnp.dtype(settings.dtype), settings.lora_alpha
   kernel = Kernel(settings.attention, mesh)
   if not layer_runs.bounds(trained):
-    params = trained if base is None else merge_lora(base, trained, alpha)
+    params = trained
+    if base is not None:
+      layers = {n: beside(base[n], f, alpha) for n, f in trained.items()}
+      params = base | layers
     decoder = Decoder(config, settings.remat, kernel)
     x_BTD = hidden(decoder, params, batch, mesh, dtype)
     return x_BTD, params[output_name(config)]
 
   def weights_of(part: Any) -> Params:
-    return cast(part if base is None else merge_layer(*part, alpha), dtype)
+    return cast(part if base is None else beside(*part, alpha), dtype)
 
   params, stacked = trained, trained
   if base is not None:

@@ -1,12 +1,14 @@
 """A stage's training in stacked runs of layers, as whole runs see it."""
 
 import json
+import shutil
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
-from adapt_pruner_jax.runs import run
+from adapt_pruner_jax.runs import recovery, run
 from adapt_pruner_jax.storage.checkpoints import Checkpoints
 from tests.small_runs import recipe
 
@@ -27,6 +29,47 @@ def killed_after_saves(number):
       raise Killed
 
   return saved
+
+
+def stored_in_half(small_model, tmp_path):
+  """The small model with its matrices in bfloat16."""
+  path = tmp_path / "half"
+  shutil.copytree(small_model, path)
+  tensors = load_file(path / "model.safetensors")
+  half = {n: x.astype(jnp.bfloat16) for n, x in tensors.items() if x.ndim > 1}
+  save_file(tensors | half, path / "model.safetensors", {"format": "pt"})
+  return path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scan_layers", ["off", "on"])
+def test_the_teacher_is_loaded_as_stored_when_first_needed(
+  small_model, tmp_path, monkeypatch, scan_layers
+):
+  config = recipe(
+    stored_in_half(small_model, tmp_path), stages=1, tokens=2 * 256
+  )
+  config.train.distill_alpha = 0.5
+  config.train.scan_layers = scan_layers
+  loaded, load = [], recovery.teacher_of
+
+  def teacher_of(inputs):
+    loaded.append(load(inputs))
+    return loaded[-1]
+
+  monkeypatch.setattr(run, "teacher_of", teacher_of)
+  with monkeypatch.context() as patch:
+    patch.setattr(Checkpoints, "save", killed_after_saves(1))
+    with pytest.raises(Killed):
+      run.run(config, tmp_path / "work")  # pruned, and nothing else
+  assert not loaded
+  run.run(config, tmp_path / "work")
+  run.run(config, tmp_path / "work")
+  [(_, params)] = loaded
+  if scan_layers == "off":
+    layer = params["layer_0"]
+    assert layer["q"].dtype == jnp.bfloat16
+    assert layer["attn_norm"].dtype == jnp.float32
 
 
 @pytest.mark.slow
