@@ -186,14 +186,14 @@ def lower(
   runs = stacking.choose(model, settings, mesh, int(FLAGS.train_tokens))
   params = partial(step.abstract_state, settings=settings, mesh=mesh)
   rank, base, teacher = settings.lora_rank, None, None
+  half = lambda x: jax.ShapeDtypeStruct(
+    x.shape, settings.dtype, sharding=x.sharding
+  )
   if rank:
-    base, _ = params(model, rank=0, runs=runs)
+    base = jax.tree.map(half, params(model, rank=0, runs=runs)[0])
   if settings.distill_alpha:
     whole = stacking.choose(full, settings, mesh)
     taught, _ = params(full, rank=0, runs=whole)
-    half = lambda x: jax.ShapeDtypeStruct(
-      x.shape, settings.dtype, sharding=x.sharding
-    )
     teacher = full, jax.tree.map(half, taught)
   trained, state = params(model, rank=rank, runs=runs)
   batch = step.abstract_batch(FLAGS.rows, FLAGS.tokens, mesh)

@@ -106,10 +106,12 @@ def _add(computations, name, chips, times, found):
     elif op.removesuffix("-start") in COLLECTIVES:
       kind, sent = _sent(op.removesuffix("-start"), made, tail, chips, name)
       found.sent[kind] = found.sent.get(kind, 0) + sent * times
-    elif cycles := re.search(r'"estimated_cycles":"(\d+)"', tail):
-      found.cycles += int(cycles[1]) * times
-    elif op == "fusion" and inner and STARTS.match(instruction):
-      _add(computations, inner[1], chips, times, found)
+    else:
+      if cycles := re.search(r'"estimated_cycles":"(\d+)"', tail):
+        found.cycles += int(cycles[1]) * times
+      fused = op == "fusion" and inner
+      if fused and (STARTS.match(instruction) or STARTS.match(inner[1])):
+        _add(computations, inner[1], chips, times, found)
 
 
 def _add_dearest(computations, tail, chips, times, found):

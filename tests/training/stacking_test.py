@@ -57,7 +57,7 @@ def compare(monkeypatch, config, runs, settings=None, mesh=None, **kwargs):
   scanned = dataclasses.replace(settings, scan_layers="on")
   losses, trained, state = train(config, scanned, mesh, **kwargs)
   np.testing.assert_allclose(losses, plain[0], rtol=1e-6)
-  assert_close((trained, state), plain[1:], atol=2e-5)
+  assert_close((trained, state), plain[1:], atol=5e-5)
   return trained
 
 
@@ -66,16 +66,20 @@ def test_uneven_layers_with_absent_halves(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [n for n in small.OPTIONS if n != "plain"])
-def test_options_of_families(monkeypatch, name):
+@pytest.mark.parametrize(
+  "names",
+  [
+    ("biases", "norm of each head", "scales"),
+    ("norm of all heads",),
+    ("sandwich",),
+  ],
+)
+def test_options_of_families(monkeypatch, names):
   """Biases, norms over all heads, windows of each layer, rotary tables."""
-  config = small.option(name)
-  compare(
-    monkeypatch,
-    config,
-    (Run(0, 3, 4, 40),),
-    Train(remat=True, weight_decay=0.1),
-  )
+  settings, config = Train(remat=True, weight_decay=0.1), small.CONFIG
+  for name in names:
+    config = dataclasses.replace(config, **small.OPTIONS[name])
+  compare(monkeypatch, config, (Run(0, 3, 4, 40),), settings)
 
 
 @pytest.mark.slow
