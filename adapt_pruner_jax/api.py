@@ -80,8 +80,9 @@ def prune(
   """
   from adapt_pruner_jax.config import Calibration, Config, Prune, check
   from adapt_pruner_jax.data.calibration import pruning_data
-  from adapt_pruner_jax.pruning import methods, targets
-  from adapt_pruner_jax.pruning.task import PruneTask
+  from adapt_pruner_jax.evaluation import profile
+  from adapt_pruner_jax.pruning import budgets, methods, targets
+  from adapt_pruner_jax.pruning.task import PruneTask, Quality
 
   recipe = Prune(ratio=ratio, target_params=target_params, **settings)
   source = Calibration(calibration, samples, seq_len, batch, refit_samples)
@@ -92,6 +93,14 @@ def prune(
   windows, for_refit = pruning_data(
     source, recipe.refit != "none", tokenizer, model.config.vocab_size, seed
   )
+  if recipe.counts("latency"):
+    budgets.check_table(model.config, recipe, profile.device_name("jax"))
+  quality = None
+  if recipe.budget == "quality":  # on windows that no step reads
+    other, _ = pruning_data(
+      source, False, tokenizer, model.config.vocab_size, seed + 2
+    )
+    quality = Quality(recipe.budget_value, other.batch(0))
   task = PruneTask(
     model.config,
     model.params,
@@ -101,6 +110,8 @@ def prune(
     refit_samples=for_refit.batch,
     batch=batch,
     seed=seed,
+    limits=targets.resolve_limits(model.config, recipe),
+    quality=quality,
   )
   found = methods.refit_after(task, methods.prune(task))
   return Model(found.config, found.params, model.source, model.dtype)
