@@ -30,6 +30,7 @@ from adapt_pruner_jax.runs import (
   export_size,
   latency_budget,
   tiny_model,
+  tuning_text,
   vocabulary,
 )
 from adapt_pruner_jax.storage import digest
@@ -135,7 +136,7 @@ def open_inputs(
     path / "cache",
     log.say,
   )
-  tuning = _tuning(written, tokenizer, full, path, log)
+  tuning = tuning_text.windows(written, tokenizer, full, path, log)
   rows = open_training(written, tokenizer, full, mesh, path, log)
   inputs = Inputs(
     recipe=recipe,
@@ -161,25 +162,6 @@ def open_inputs(
     return inputs
   uncut = _of_the_uncut(inputs, *before, text)
   return dataclasses.replace(inputs, whole=uncut)
-
-
-def _tuning(
-  recipe: Config,
-  tokenizer: Tokenizer | None,
-  full: ModelConfig,
-  path: Path,
-  log: Log,
-) -> Any:
-  """The windows that a quality to keep is measured on; None without one."""
-  given = recipe.calibration
-  if recipe.prune.budget != "quality":
-    return None
-  source = given.tuning or given.source
-  return pruning_data(
-    dataclasses.replace(given, source=source),
-    False,
-    *(tokenizer, full.vocab_size, recipe.seed + 2, path / "cache", log.say),
-  )[0]
 
 
 def _of_the_uncut(
