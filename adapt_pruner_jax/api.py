@@ -84,8 +84,9 @@ def prune(
   """
   from adapt_pruner_jax.config import Calibration, Config, Prune, check
   from adapt_pruner_jax.data.calibration import pruning_data, search_texts
-  from adapt_pruner_jax.pruning import methods, targets
-  from adapt_pruner_jax.pruning.task import PruneTask
+  from adapt_pruner_jax.evaluation import profile
+  from adapt_pruner_jax.pruning import budgets, methods, targets
+  from adapt_pruner_jax.pruning.task import PruneTask, Quality
 
   recipe = Prune(ratio=ratio, target_params=target_params, **settings)
   source = Calibration(calibration, samples, seq_len, batch, refit_samples)
@@ -93,11 +94,18 @@ def prune(
   tokenizer = None
   if recipe.search.source or not calibration.startswith("npy:"):
     tokenizer = _tokenizer(model, bos)
-  reading = tokenizer, model.config.vocab_size, seed
+  vocab_size = model.config.vocab_size
+  reading = tokenizer, vocab_size, seed
   windows, for_refit = pruning_data(source, recipe.refit != "none", *reading)
   tuning, tried = None, recipe.search
   if tried.source:
     tuning = search_texts(tried.source, tried.tokens, source, *reading).batch
+  if recipe.counts("latency"):
+    budgets.check_table(model.config, recipe, profile.device_name("jax"))
+  quality = None
+  if recipe.budget == "quality":  # on windows that no step reads
+    other, _ = pruning_data(source, False, tokenizer, vocab_size, seed + 2)
+    quality = Quality(recipe.budget_value, other.batch(0))
   task = PruneTask(
     model.config,
     model.params,
@@ -108,6 +116,8 @@ def prune(
     tuning=tuning,
     batch=batch,
     seed=seed,
+    limits=targets.resolve_limits(model.config, recipe),
+    quality=quality,
   )
   found = methods.refit_after(task, methods.prune(task))
   return Model(found.config, found.params, model.source, model.dtype)

@@ -236,21 +236,7 @@ def show(found: dict, config: Config, hardware: Hardware, log: Log) -> None:
     ("stage", "parameters", "KV groups", "MLP width", "prune steps", "tokens"),
     [tuple(stage[name] for name in STAGE_COLUMNS) for stage in found["stages"]],
   )
-  log.table(
-    "What it buys, if pruned evenly",
-    ("budget", "unit", "before", "after", "change"),
-    [
-      (
-        *(row["budget"], row["unit"]),
-        *(
-          f"{row[n]:,.6g}" if row["budget"] == "latency" else f"{row[n]:,}"
-          for n in ("before", "after")
-        ),
-        f"{row['after'] / row['before'] - 1:+.1%}" if row["before"] else "",
-      )
-      for row in found["budgets"]
-    ],
-  )
+  _show_budgets(found["budgets"], log)
   name = hardware.device or "device"
   time = "unknown: give --device or --tflops"
   if found["hours"] is not None:
@@ -285,3 +271,21 @@ def show(found: dict, config: Config, hardware: Hardware, log: Log) -> None:
   log.say(f"Memory: {found['memory_from']}.")
   for line in found["warnings"]:
     log.say(f"WARNING: {line}")
+
+
+def _show_budgets(rows: list[dict], log: Log) -> None:
+  log.table(
+    "What it buys, if pruned evenly",
+    ("budget", "unit", "before", "after", "change"),
+    [
+      (
+        *(row["budget"], row["unit"]),
+        *(
+          f"{row[n]:,.6g}" if row["budget"] == "latency" else f"{row[n]:,}"
+          for n in ("before", "after")
+        ),
+        f"{row['after'] / row['before'] - 1:+.1%}" if row["before"] else "",
+      )
+      for row in rows
+    ],
+  )

@@ -64,11 +64,12 @@ def held(masked: Masked, step: Step, before: float) -> Step:
     else:
       high = share
   masks, value = best
-  if masks is masked.masks and masked.number == 1:
+  params = surgery.count(masked.task.full, masks)
+  if params == masked.step.params and masked.number == 1:
     raise UserError(
-      f"--config.prune.budget_value={limit}: no smaller model keeps this: "
-      f"all of the first step costs {found:.4f} nats, and {share:.1%} of it "
-      "still more than that; give more nats"
+      f"--config.prune.budget_value={limit}: no smaller model keeps this: all "
+      f"of the first step costs {found:.4f} nats, and {high:.1%} of it still "
+      "too many; give more"
     )
   return dataclasses.replace(
     step,
@@ -76,7 +77,7 @@ def held(masked: Masked, step: Step, before: float) -> Step:
     rise=value,
     ended=True,
     sparsity=removed_share(masked.task.begin, masks),
-    params=surgery.count(masked.task.full, masks),
+    params=params,
   )
 
 

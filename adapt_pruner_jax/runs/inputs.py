@@ -31,6 +31,7 @@ from adapt_pruner_jax.runs import (
   latency_budget,
   text_checks,
   tiny_model,
+  tuning_text,
   vocabulary,
 )
 from adapt_pruner_jax.runs.text_checks import TUNING
@@ -133,14 +134,7 @@ def open_inputs(
   calibration, refit_data = pruning_data(
     written.calibration, recipe.prune.refit != "none", *reading
   )
-  tuning = None
-  if recipe.prune.budget == "quality":
-    source_of = written.calibration.tuning or written.calibration.source
-    tuning, _ = pruning_data(
-      dataclasses.replace(written.calibration, source=source_of),
-      False,
-      *(tokenizer, full.vocab_size, recipe.seed + 2, path / "cache", log.say),
-    )
+  tuning = tuning_text.windows(written, tokenizer, full, path, log)
   search_data, tried = None, recipe.prune.search
   if tried.source:
     search_data = search_texts(

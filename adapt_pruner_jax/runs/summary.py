@@ -44,7 +44,7 @@ def summarise(
     "budget_target": _budget_target(inputs),
     "limits": [
       {"budget": s.budget, "at_most": _with_header(n, s, inputs)}
-      | {"after": budgets.value(budgets.count(new, s), s)}
+      | {"after": _with_header(budgets.count(new, s), s, inputs)}
       for s, n in inputs.limits
     ],
     "perplexity_before": state.before.get("perplexity"),

@@ -18,9 +18,12 @@ from adapt_pruner_jax.pruning import (
   allotment,
   budgets,
   methods,
+  quality,
+  steps,
   surgery,
   targets,
 )
+from adapt_pruner_jax.pruning.steps import Method
 from adapt_pruner_jax.pruning.task import (
   Masked,
   Measured,
@@ -264,45 +267,69 @@ def test_a_limit_that_is_kept_already_or_out_of_reach():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["adapt", "curvature"])
-def test_the_smallest_that_keeps_a_quality(method):
-  """By the loss of the compacted model; all of the step would be too much."""
-  tokens_NT = small.tokens(WIDE, 4, 8, 99)
+def test_the_loss_is_the_compacted_models():
+  tokens_NT = small.tokens(WIDE, 6, 8, 99)  # the last minibatch is short
   params = small.random_params(WIDE)
-  limit = 0.004
+  settings = Prune(budget="quality", budget_value=1.0)
+  quality_ = Quality(1.0, tokens_NT)
+  task = PruneTask(WIDE, params, settings, None, batch=4, quality=quality_)
+  stacked = surgery.expand(WIDE, params, task.kept, WIDE, task.mesh)
+  masked = Masked(task, stacked, stacked, Step(0, task.begin, None, 0))
+  masks = {u: m.copy() for u, m in task.begin.items()}
+  masks["F"][:, ::3], masks["K"][0, 1] = False, False
+  config, less = surgery.compact(
+    stacked, surgery.to_kept(masks), WIDE, task.mesh
+  )
+  logits_BTV = decoder.Decoder(config).apply({"params": less}, tokens_NT)[0]
+  wanted = optax.softmax_cross_entropy_with_integer_labels(
+    logits_BTV[:, :-1], tokens_NT[:, 1:]
+  ).mean()
+  found = quality.loss(masked, stacked, masks)
+  assert found == pytest.approx(float(wanted), abs=1e-5)
+  assert quality.begun(masked) != pytest.approx(found, abs=1e-5)
+
+
+@pytest.mark.parametrize("method", ["adapt", "curvature"])
+def test_the_smallest_that_keeps_a_quality(method, monkeypatch):
+  """With a loss that rises by a milli for each channel that is gone."""
+  lost = lambda masks: 1e-3 * (sum(WIDE.ffn_widths) - masks["F"].sum())
+  monkeypatch.setattr(quality, "loss", lambda masked, _, masks: lost(masks))
+  measured = Measured(
+    {"K": np.ones((3, 4)), "F": np.tile(np.arange(160.0), (3, 1))},
+    importance_L=np.arange(3.0),
+  )
   settings = Prune(
-    method=method, budget="quality", budget_value=limit, step_size=0.05
+    method=method, budget="quality", budget_value=0.1, step_size=0.05
   )
+  name, _ = settings.pair()
+  way = Method(lambda *_: measured, methods.ALLOTMENTS[name])
+  target = targets.resolve_target(WIDE, settings)
+  found = Quality(0.1, None)
   task = PruneTask(
-    WIDE,
-    params,
-    settings,
-    lambda step: small.tokens(WIDE, 4, 8, step),
-    targets.resolve_target(WIDE, settings),
-    batch=4,
-    quality=Quality(limit, tokens_NT),
+    *(WIDE, small.random_params(WIDE), settings, lambda _: None, target),
+    quality=found,
   )
-  pruned = methods.prune(task)
-
-  def loss(config, params):
-    logits_BTV = decoder.Decoder(config).apply({"params": params}, tokens_NT)[0]
-    found = optax.softmax_cross_entropy_with_integer_labels(
-      logits_BTV[:, :-1], tokens_NT[:, 1:]
-    )
-    return float(found.mean())
-
+  pruned = steps.prune(way, task)
   *others, last = pruned.trace
-  rise = loss(pruned.config, pruned.params) - loss(WIDE, params)
-  assert last["rise"] == pytest.approx(rise, abs=1e-5)
+  gone = sum(WIDE.ffn_widths) - sum(pruned.config.ffn_widths)
+  assert last["rise"] == pytest.approx(1e-3 * gone)
+  assert 97 <= gone <= 100  # halved six times
   assert last["ended"]
-  assert rise <= limit
   assert not any(row["ended"] for row in others)
-  assert all(row["rise"] <= limit for row in others)
   assert last["params"] == model_config.count_params(pruned.config)
   # The masks of a step say which units it left.
   row = bytes.fromhex(last["masks"]["F"][2])
   left = np.flatnonzero(np.unpackbits(np.frombuffer(row, np.uint8)))
   assert left.tolist() == pruned.kept["F"][2].tolist()
+  # A run that was cut behind the last step has nothing left to do.
+  end = Step(9, surgery.to_masks(pruned.kept, WIDE), None, 0, ended=True)
+  again = steps.prune(way, dataclasses.replace(task, after=end))
+  assert again.config == pruned.config
+  monkeypatch.setattr(
+    quality, "loss", lambda masked, _, masks: 9 * (lost(masks) > 0)
+  )
+  with pytest.raises(UserError, match="no smaller model keeps this"):
+    steps.prune(way, task)
 
 
 # ---- Whole halves ------------------------------------------------------------
