@@ -251,7 +251,7 @@ def test_shortgpt_golden(name):
   stacked = surgery.expand(
     task.config, task.params, task.kept, task.full, task.mesh
   )
-  masked = Masked(task, stacked, stacked, Step(0, task.begin, {}, 0))
+  masked = Masked(task, stacked, Step(0, task.begin, {}, 0))
   influence = shortgpt.measure(masked, array(name, "calib")).importance_L
   np.testing.assert_allclose(
     np.array(influence) * want["tokens"],
