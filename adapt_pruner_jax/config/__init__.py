@@ -1,5 +1,6 @@
 """The words of a recipe.
 
+choices       what fields of words may say
 fields        every section and field with its default, and their old names
 names         the fields by their dotted names
 checks        which values a recipe may have
@@ -9,11 +10,9 @@ latency_table what halves of layers take on a device, as a file
 """
 
 from adapt_pruner_jax.config.checks import check, layer_range, vocab_size
+from adapt_pruner_jax.config.choices import CHOICES, PUBLISHED, WHOLE
 from adapt_pruner_jax.config.fields import (
-  CHOICES,
   OLD_FIELDS,
-  PUBLISHED,
-  WHOLE,
   Calibration,
   Checkpoint,
   Config,
@@ -30,6 +29,7 @@ from adapt_pruner_jax.config.fields import (
   Ranking,
   Search,
   SliceGpt,
+  Surgeon,
   Train,
   Uniform,
   Vocab,
@@ -58,6 +58,7 @@ __all__ = [
   "Ranking",
   "Search",
   "SliceGpt",
+  "Surgeon",
   "Train",
   "Uniform",
   "Vocab",

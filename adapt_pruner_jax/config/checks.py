@@ -3,10 +3,8 @@
 import math
 import re
 
+from adapt_pruner_jax.config.choices import BLOCKS, CHOICES, WHOLE
 from adapt_pruner_jax.config.fields import (
-  BLOCKS,
-  CHOICES,
-  WHOLE,
   Config,
   Prune,
   Vocab,
@@ -32,13 +30,18 @@ AT_LEAST = {
   "prune.search.tokens": 2,
   "prune.slicegpt.multiple": 1,
   "prune.minitron.depth": 0,
+  "prune.surgeon.shots": 1,
+  "prune.surgeon.damp_a": 1e-6,
+  "prune.surgeon.damp_g": 1e-6,
   "prune.refit_ridge": 0,
   "prune.refit_passes": 0,
   "prune.refit_rate": 0,
   "calibration.refit_samples": 2,
+  "calibration.tokens_per_channel": 0,
   "calibration.samples": 1,
   "calibration.seq_len": 2,
   "calibration.batch": 1,
+  "calibration.pass_tokens": 0,
   "data.seq_len": 2,
   "data.batch": 1,
   "train.tokens": 0,
@@ -246,15 +249,20 @@ def _check_parts(p: Prune) -> None:
   """Whether method, allotment, score and refit go together."""
   if not isinstance(p.refit, str):
     raise UserError(f'prune.refit={p.refit!r} must be text: "{p.refit}"')
-  if not re.fullmatch(r"none|final|[1-9]\d*", p.refit):
+  if not re.fullmatch(r"none|final|loss|[1-9]\d*", p.refit):
     raise UserError(
-      f"--config.prune.refit={p.refit} is not none, final, or a number of "
-      "pruning steps (such as 2) after which to refit"
+      f"--config.prune.refit={p.refit} is not none, final, loss, or a number "
+      "of pruning steps (such as 2) after which to refit"
     )
   if p.refit_passes and p.refit == "none":
     raise UserError(
       f"--config.prune.refit_passes={p.refit_passes} follows a refit: give "
-      "--config.prune.refit=final with it"
+      "--config.prune.refit=final with it, or loss for these passes alone"
+    )
+  if p.refit == "loss" and not p.refit_passes:
+    raise UserError(
+      "--config.prune.refit=loss makes --config.prune.refit_passes, which are "
+      "0: give a number with it, such as 3"
     )
   for name in ("allotment", "group_importance"):
     if getattr(p, name) and p.method in WHOLE:
@@ -266,12 +274,25 @@ def _check_parts(p: Prune) -> None:
 
 
 def _check_search(config: Config) -> None:
-  """Whether a step has the tokens that candidates are tried on."""
+  """Whether a search has the tokens that candidates are tried on."""
+  source = config.prune.search.source
+  if source.startswith(("npy:", "self")):
+    raise UserError(
+      f"--config.prune.search.source={source} must be a text: embedded, "
+      "text:FILE, jsonl:FILE, parquet:FILE, hf:NAME or tfds:NAME"
+    )
+  if source and config.prune.pair()[0] != "search":
+    raise UserError(
+      f"--config.prune.search.source={source} is for a search: give "
+      "--config.prune.allotment=search with it, or leave it out"
+    )
   given = config.calibration.samples * config.calibration.seq_len
   tokens = config.prune.search.tokens
   searches = config.prune.pair()[0] == "search"
   # A file of given samples says itself how many there are.
-  if searches and tokens > given and "npy:" not in config.calibration.source:
+  if source or "npy:" in config.calibration.source:
+    return
+  if searches and tokens > given:
     raise UserError(
       f"--config.prune.search.tokens={tokens} is more than the {given} "
       "calibration tokens of a step: lower it, or give more "

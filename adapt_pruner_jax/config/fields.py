@@ -9,70 +9,8 @@ import math
 from typing import Any
 
 from adapt_pruner_jax.config import latency_table
+from adapt_pruner_jax.config.choices import BLOCKS, PUBLISHED
 from adapt_pruner_jax.errors import UserError, nearest
-
-# The published pairs: which allotment and which unit score a method is. Names
-# that are not choices of prune.allotment and prune.group_importance are the
-# method's own.
-PUBLISHED = {
-  "adapt": ("adapt", "taylor"),
-  "curvature": ("ranking", "curvature"),
-  "llm_pruner": ("llm_pruner", "taylor"),
-  "flap": ("flap", "flap"),
-  "wanda_sp": ("wanda_sp", "wanda_sp"),
-  "slicegpt": ("slicegpt", "slicegpt"),
-  "shortgpt": ("shortgpt", "shortgpt"),
-  "minitron": ("minitron", "minitron"),
-  "magnitude": ("uniform", "magnitude"),
-  "random": ("uniform", "random"),
-}
-
-# Multiples of MLP widths that leave whole blocks in a quantised file.
-BLOCKS = {"q8_0": 32, "q4_0": 32, "q4_k_m": 256}
-
-# Methods whose score and allotment are one thing.
-WHOLE = ("wanda_sp", "slicegpt", "shortgpt", "minitron")
-
-CHOICES = {
-  "model.dtype": ("", "float32", "bfloat16", "float16"),
-  "prune.method": tuple(PUBLISHED),
-  "prune.group_importance": (
-    "taylor",
-    "taylor_vectorize",
-    "taylor_second",
-    "taylor_mix",
-    "l1",
-    "l2",
-    "random",
-    "curvature",
-    "fisher",
-    "fluctuation",
-    "",
-  ),
-  "prune.allotment": ("adapt", "uniform", "ranking", "search", ""),
-  "prune.budget": (
-    "params",
-    "flops",
-    "bytes",
-    "kv_bytes",
-    "latency",
-    "quality",
-  ),
-  "prune.budget_export": ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_k_m"),
-  "prune.budget_phase": ("decode", "prefill"),
-  "prune.layer_importance": ("cosine", "euclidean", "manhattan"),
-  "prune.gqa_fold": ("aligned", "reference"),
-  "prune.llm_pruner.ranking": ("layer", "global"),
-  "data.bos": ("auto", "none"),
-  "prune.flap.metric": ("WIFV", "WIFN", "IFV"),
-  "prune.flap.structure": ("ALAM", "ALMM", "ULUM", "ULMM"),
-  "prune.magnitude.norm": ("l1", "l2"),
-  "prune.attention": ("auto", "plain", "blocks", "splash", "cudnn"),
-  "train.attention": ("auto", "plain", "blocks", "splash", "cudnn"),
-  "train.schedule": ("wsd", "cosine"),
-  "train.dtype": ("float32", "bfloat16"),
-  "train.data_share": ("linear", "constant", "cosine"),
-}
 
 
 class Section:
@@ -145,7 +83,10 @@ class Search(Section):
 
   steps: int = 1  # scores are taken anew for each
   evaluations: int = 100  # candidates a step
-  tokens: int = 2048  # of the step's calibration that each is tried on
+  tokens: int = 2048  # that each is tried on
+  # The text that they are of, as calibration.source but npy; empty = the step's
+  # calibration. Choices are made by it: it must not be one that is reported.
+  source: str = ""
 
 
 @dataclasses.dataclass
@@ -168,6 +109,18 @@ class SliceGpt(Section):
 @dataclasses.dataclass
 class Minitron(Section):
   depth: int = 0  # layers to drop, those whose absence the loss shows least
+
+
+@dataclasses.dataclass
+class Surgeon(Section):
+  shots: int = 5  # published: 40; factors are measured anew for each
+  # Added to the diagonals of the factors of inputs and of gradients, in units
+  # of their means.
+  damp_a: float = 0.01
+  damp_g: float = 0.01
+  # That pay and are updated: writers = o and down, through which a unit speaks;
+  # all = also those that read the stream, for which it then pays twice.
+  matrices: str = "writers"
 
 
 @dataclasses.dataclass
@@ -213,12 +166,15 @@ class Prune(Section):
   # An allotment by ranking may take all of a layer's attention or MLP.
   whole_halves: bool = False
   attention: str = "auto"  # which implementation scores; docs/speed.md
+  # Of products of float32 numbers where units are scored and refitted; a TPU
+  # or GPU may be faster in less (docs/method.md).
+  precision: str = "float32"
   # Least squares on what is left: none, final, or every so many steps and at
-  # the end.
+  # the end; loss = only the passes below.
   refit: str = "none"
   refit_ridge: float = 0.0  # 0 = by the number of tokens
   refit_all: bool = False  # all seven matrices, not just o and down
-  # Then passes over the same windows that lower the loss, by all weights.
+  # Then passes, each over fresh windows, that lower the loss by all weights.
   refit_passes: int = 0
   refit_rate: float = 3e-4  # the highest learning rate of these
   # Of single allotments and methods; the defaults are the published ones.
@@ -229,6 +185,7 @@ class Prune(Section):
   flap: Flap = dataclasses.field(default_factory=Flap)
   slicegpt: SliceGpt = dataclasses.field(default_factory=SliceGpt)
   minitron: Minitron = dataclasses.field(default_factory=Minitron)
+  surgeon: Surgeon = dataclasses.field(default_factory=Surgeon)
   magnitude: Magnitude = dataclasses.field(default_factory=Magnitude)
 
   def rounding(self) -> dict[str, int]:
@@ -253,6 +210,10 @@ class Prune(Section):
   def has_target(self) -> bool:
     """Whether it is said where to end."""
     return bool(self.ratio or self.target_params or self.budget_value)
+
+  def solves(self) -> bool:
+    """Whether a refit has least squares in it."""
+    return self.refit not in ("none", "loss")
 
   def pair(self) -> tuple[str, str]:
     """The allotment and the unit score that these settings ask for."""
@@ -286,10 +247,16 @@ class Calibration(Section):
   samples: int = 512  # sequences, fresh ones for each step
   seq_len: int = 64
   batch: int = 32  # sequences at a time
+  # Tokens that one program scores, at least a batch; its memory grows with
+  # them. 0 = as many as fill half a GB a device (docs/speed.md).
+  pass_tokens: int = 0
   refit_samples: int = 512  # sequences of a refit
   # The text that a quality to keep is measured on; empty = other windows of the
   # source.
   tuning: str = ""
+  # The least tokens for each input channel of the widest matrix that a
+  # curvature's score, or a refit, may have; 0 = any, but few are told.
+  tokens_per_channel: float = 0.0
 
 
 @dataclasses.dataclass
@@ -319,6 +286,8 @@ class Train(Section):
   dtype: str = "float32"  # of the arithmetic; weights and moments are float32
   attention: str = "auto"  # which implementation; docs/speed.md
   remat: bool = False  # recompute each layer in the backward pass
+  # Compile runs of layers, padded to one size, once: auto = not on a CPU.
+  scan_layers: str = "auto"
   accumulation: int = 1  # microbatches a step
   carry_moments: bool = True  # keep Adam's moments of what a prune leaves
   distill_alpha: float = 0.0  # weight of the distillation loss; 0 = none

@@ -6,7 +6,7 @@ without any array.
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -101,6 +101,14 @@ class ModelConfig:
     """
     return dataclasses.replace(
       self, kv_groups=units["K"], ffn_widths=units["F"]
+    )
+
+  def with_layers(self, layers: Sequence[int]) -> "ModelConfig":
+    """The model with these layers only, in this order."""
+    of_layers = ("kv_groups", "ffn_widths", "window", "residual")
+    fields = {name: getattr(self, name) for name in of_layers}
+    return dataclasses.replace(
+      self, **{n: tuple(x[i] for i in layers if x) for n, x in fields.items()}
     )
 
   def rope_tables(self, positions_BT: jax.Array) -> tuple[RopeTables, ...]:

@@ -53,7 +53,8 @@ def stage_table(
         "prune_steps": steps,
         "train_steps": last - trained,
         "train_tokens": (last - trained) * per_step,
-        "prune_flops": steps * scoring_flops(full, config),
+        "prune_flops": steps * scoring_flops(full, config)
+        + refit_flops(after, now, config),
         "train_flops": (last - trained)
         * per_step
         * training_flops(after, full, config),
@@ -138,6 +139,8 @@ def prune_steps(
     return max(math.ceil(share / settings.step_size - 1e-9), 1)
   if allotment in ("uniform", "llm_pruner"):
     return settings.uniform.steps
+  if allotment == "surgeon":
+    return settings.surgeon.shots
   return settings.search.steps if allotment == "search" else 1
 
 
@@ -148,7 +151,9 @@ def scoring_flops(config: ModelConfig, recipe: Config) -> float:
 
   With gradients a layer runs forward twice and backward once, the output
   matrix forward once and backward for its input. Curvature and Fisher go
-  backward to activations only, and curvature has Gram matrices.
+  backward to activations only, and curvature has Gram matrices. The surgeon has
+  those of both sides of its matrices, and measures them a second time to update
+  the weights.
   """
   layer, head = flops_.forward_flops(config, recipe.calibration.seq_len)
   each = 4 * layer + 2 * head
@@ -159,6 +164,8 @@ def scoring_flops(config: ModelConfig, recipe: Config) -> float:
     ]
     grams = [n**2 + config.hidden_size**2 for n in (*heads, *config.ffn_widths)]
     each = 3 * layer + 2 * head + 2 * sum(grams)
+  elif score == "surgeon":
+    each = 2 * (3 * layer + 2 * head + _factors(config, recipe))
   elif score == "fisher":
     each = 3 * layer + 2 * head
   elif not score.startswith("taylor"):
@@ -168,6 +175,35 @@ def scoring_flops(config: ModelConfig, recipe: Config) -> float:
     tried = recipe.prune.search
     total += tried.evaluations * tried.tokens * (layer + 2 * head)
   return total
+
+
+def _factors(config: ModelConfig, recipe: Config) -> int:
+  """FLOPs a token of all factors that the surgeon measures."""
+  D, readers = config.hidden_size, recipe.prune.surgeon.matrices == "all"
+  total = 0
+  for K, F in zip(config.kv_groups, config.ffn_widths, strict=True):
+    keys, heads = K * config.head_dim, K * config.queries_per_group
+    heads *= config.head_dim
+    total += heads**2 + F**2 + 2 * D**2
+    if readers:
+      total += heads**2 + 2 * keys**2 + 2 * F**2 + 2 * D**2
+  return 2 * total
+
+
+def refit_flops(
+  config: ModelConfig, teacher: ModelConfig, recipe: Config
+) -> float:
+  """Counts the FLOPs of a refit by the loss; least squares take few.
+
+  Args:
+    config: what is refitted.
+    teacher: the model before the prune.
+    recipe: its passes and windows.
+  """
+  of = recipe.calibration
+  tokens = recipe.prune.refit_passes * of.refit_samples * of.seq_len
+  each = flops_.training_flops(config, of.seq_len)
+  return tokens * (each + sum(flops_.forward_flops(teacher, of.seq_len)))
 
 
 def training_flops(

@@ -21,9 +21,14 @@ HALVINGS = 6  # of the step that is too much
 
 def begun(masked: Masked) -> float:
   """The loss that the prune starts from, nats a token; 0 if none is kept."""
-  if masked.task.quality is None:
+  task = masked.task
+  if task.quality is None:
     return 0.0
-  return loss(masked, masked.original, masked.task.begin)
+  # Not what refits have made of it since, where a prune goes on.
+  stacked = surgery.expand(
+    task.config, task.params, task.kept, task.full, task.mesh
+  )
+  return loss(masked, stacked, task.begin)
 
 
 def held(masked: Masked, step: Step, before: float) -> Step:

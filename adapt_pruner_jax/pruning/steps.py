@@ -19,7 +19,7 @@ from adapt_pruner_jax.models.axes import UNITS, Params
 from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.pruning import budgets, choice, quality, surgery
 from adapt_pruner_jax.pruning.refit import refit_masked
-from adapt_pruner_jax.pruning.surgery import Kept
+from adapt_pruner_jax.pruning.surgery import Kept, Masks
 from adapt_pruner_jax.pruning.task import (
   Allotted,
   Masked,
@@ -32,6 +32,7 @@ from adapt_pruner_jax.pruning.task import (
 )
 
 Pair = tuple[ModelConfig, Params]
+Update = Callable[[Masked, Masks, np.ndarray], tuple[Params, list[dict]]]
 
 
 def gathered(masked: Masked, left: Kept, measured: Measured | None) -> Pair:
@@ -49,6 +50,9 @@ class Method:
     measure: scores of a masked model's units on the tokens of a step.
     allot: how many units of each module go, from what was measured.
     prepare: the task as the method takes it.
+    update: the stacked params, and records, behind a step that it has removed
+      units in: of the model before it, the units that are left and the step's
+      tokens; None = the weights stay, but for refits.
     finish: the smaller pair, of the masked model, the units that are left and
       the last measurement (None if an interrupted call made it).
     strict: without `prune.trim` it ends below the target, not at it.
@@ -57,6 +61,7 @@ class Method:
   measure: Callable[[Masked, np.ndarray], Measured]
   allot: Callable[[Masked, Measured], Allotted]
   prepare: Callable[[PruneTask], PruneTask] = lambda task: task
+  update: Update | None = None
   finish: Callable[[Masked, Kept, Measured | None], Pair] = gathered
   strict: bool = False
 
@@ -69,20 +74,24 @@ def prune(method: Method, task: PruneTask) -> Pruned:
       values are not finite.
   """
   task = method.prepare(task)
-  masked, trace, measured = _begin(task), [], None
-  last_change, before = masked.step.number, quality.begun(masked)
+  masked, trace, measured = _begin(task, method.update), [], None
+  last_change, start = masked.step.number, quality.begun(masked)
   while not _done(method, task, masked.step):
     tokens_NT = task.samples(masked.step.number)
     measured = method.measure(masked, tokens_NT)
     _check_finite(masked, measured)
     binding = dataclasses.replace(masked, task=_binding(task, masked.step))
     step = _next_step(masked, measured, method.allot(binding, measured))
-    step = quality.held(masked, step, before)
+    step = quality.held(masked, step, start)
     if step.params < masked.step.params:
       last_change = step.number
-    masked, refits = dataclasses.replace(masked, step=step), {}
+    before, masked = masked, dataclasses.replace(masked, step=step)
+    update, refits = method.update, {}
     if _refits(task, step) and not _done(method, task, step):
-      stacked, refits["refit"] = refit_masked(masked, step.masks, tokens_NT)
+      update = refit_masked
+    if update is not None:
+      stacked, records = update(before, step.masks, tokens_NT)
+      refits = {"refit": records} if records else {}
       at = step.refitted | {step.number: step.masks}
       step = dataclasses.replace(step, refitted=at)
       masked = dataclasses.replace(masked, stacked=stacked, step=step)
@@ -94,17 +103,26 @@ def prune(method: Method, task: PruneTask) -> Pruned:
   return Pruned(*method.finish(masked, left, measured), left, trace)
 
 
-def _begin(task: PruneTask) -> Masked:
-  """The masked model where the task starts, or goes on."""
+def _begin(task: PruneTask, update: Update | None = None) -> Masked:
+  """The masked model where the task starts, or goes on.
+
+  Args:
+    update: the method's.
+  """
   full, begin = task.full, task.begin
   stacked = surgery.expand(task.config, task.params, task.kept, full, task.mesh)
   nothing = {u: np.zeros(full.num_layers) for u in UNITS}
   step = task.after or Step(0, begin, nothing, surgery.count(full, begin))
-  masked = Masked(task, stacked, stacked, step)
+  masked = Masked(task, stacked, step)
+  del stacked  # a refit donates it
+  before = dataclasses.replace(step, masks=begin)
   for number, masks in step.refitted.items():
-    stacked, _ = refit_masked(masked, masks, task.samples(number - 1))
+    masked = dataclasses.replace(masked, step=before)
+    again = update or refit_masked
+    stacked, _ = again(masked, masks, task.samples(number - 1))
     masked = dataclasses.replace(masked, stacked=stacked)
-  return masked
+    before = dataclasses.replace(before, masks=masks)
+  return dataclasses.replace(masked, step=step)
 
 
 def _next_step(masked: Masked, measured: Measured, allotted: Allotted) -> Step:

@@ -67,7 +67,11 @@ class PruneTask:
     kept: which of its units are left.
     refit_samples: gives the tokens of the refit behind a step; only asked for
       one, since a file of given samples may hold none for it.
+    tuning: gives the tokens that a search tries its candidates on; None =
+      those of the step.
     batch: calibration sequences at a time.
+    pass_tokens: calibration tokens that one program scores, at least a batch; 0
+      = by memory (`passes`).
     mesh: devices; default one.
     seed: of random scores.
     after: the last step that an interrupted prune has done.
@@ -84,7 +88,9 @@ class PruneTask:
   full: ModelConfig | None = None
   kept: Kept | None = None
   refit_samples: Samples | None = None
+  tuning: Samples | None = None
   batch: int = 32
+  pass_tokens: int = 0
   mesh: Mesh | None = None
   seed: int = 0
   after: Step | None = None
@@ -112,13 +118,12 @@ class Masked:
   """A model under way: whole arrays, and the units that count in them.
 
   Attributes:
-    original: the task's params in dense coordinates (`surgery.expand`).
-    stacked: the same as the refits so far have left them.
+    stacked: the task's params in dense coordinates (`surgery.expand`), as the
+      refits so far have left them.
     step: the last one that is done.
   """
 
   task: PruneTask
-  original: Params
   stacked: Params
   step: Step
 

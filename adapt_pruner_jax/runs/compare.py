@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from adapt_pruner_jax.config import Config, Prune, Train, latency_table
+from adapt_pruner_jax.config import Config, Prune, Train
 from adapt_pruner_jax.distributed import agreement, sharding
 from adapt_pruner_jax.distributed.stopping import stop_signals
 from adapt_pruner_jax.errors import StoppedError, UserError
@@ -31,6 +31,7 @@ from adapt_pruner_jax.runs import (
   compare_table,
   latency_budget,
   prune_once,
+  text_checks,
 )
 from adapt_pruner_jax.runs.inputs import Inputs, load_model, open_inputs
 from adapt_pruner_jax.runs.measure import measure as measure_text
@@ -87,7 +88,7 @@ def compare(
   ):
     done = {(row["method"], row["ratio"]) for row in stored_rows(path)}
     anew = is_anew(shared, path, overwrite, done >= {*jobs})
-    inputs = open_inputs(shared, path, log)
+    inputs = open_inputs(shared, path, log, stopping)
     claim(inputs, anew)
     found = {
       "model": config.model.path,
@@ -202,20 +203,8 @@ def do_job(
     per_step = inputs.recipe.data.step_tokens
     row["train_tokens"] = inputs.total_steps * per_step
   row |= _facts(pair[0], inputs) | {"seconds": round(seconds, 3)}
-  row |= _timed(dense, pair, inputs)
+  row |= latency_budget.of_row(inputs.recipe.prune, dense, pair)
   return row | measure(*pair, inputs)
-
-
-def _timed(dense: Pair, pair: Pair, inputs: Inputs) -> dict:
-  """Milliseconds in turns with the original's, where these are limited."""
-  settings = inputs.recipe.prune
-  if not settings.counts("latency"):
-    return {}
-  table = latency_table.read(settings.budget_table)
-  if table["engine"] != "jax":  # others open files, and there are none
-    return {}
-  found = latency_budget.compare(settings, dense, pair, ())
-  return {"latency": found, "measured_ms": found["measured_ms"]}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -250,6 +239,10 @@ def prune(
   """
   beside = inputs.beside if settings.budget == "bytes" else 0
   target = targets.resolve_target(inputs.full, settings, beside=beside)
+  text_checks.check_channels(
+    *(settings, inputs.recipe, inputs.full),
+    *(inputs.calibration, inputs.refit_data, inputs.log.say),
+  )
   used = {}
   counted = dataclasses.replace(
     inputs,
@@ -303,6 +296,7 @@ def recover(
     mesh,
     teacher=dense if settings.distill_alpha else None,
     seed=inputs.recipe.seed,
+    tokens=steps * inputs.recipe.data.step_tokens,
   )
   per_step = inputs.recipe.data.step_tokens
   cost = flops.training_flops(config, inputs.recipe.data.seq_len)

@@ -15,7 +15,8 @@ VARIANTS = {
 }
 NAMES = (*PUBLISHED, *VARIANTS)
 REFIT = "+refit"  # after a name: with prune.refit, "final" if that is none
-ALL = (*NAMES, "adapt" + REFIT, "curvature" + REFIT)
+OURS = ("curvature", "fisher")
+ALL = (*NAMES, *(name + REFIT for name in ("adapt", *OURS)))
 DENSE, SCRATCH = "dense", "from_scratch"
 
 
@@ -73,8 +74,8 @@ def settings_of(name: str, ratio: float, base: Prune) -> Prune:
   """
   plain = name.removesuffix(REFIT)
   refit = "none" if plain == name else base.refit
-  # Of the tables' methods only curvature is refitted between its steps.
-  if refit.isdigit() and plain != "curvature":
+  # Of the tables' methods only ours are refitted between their steps.
+  if refit.isdigit() and plain not in OURS:
     refit = "final"
   variant = VARIANTS.get(plain, {"method": plain})
   variant = variant | {"ratio": ratio, "refit": refit, "allotment": ""}

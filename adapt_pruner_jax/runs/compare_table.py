@@ -97,6 +97,10 @@ def table(
     "before training": [
       shown(row.get("pruned", {}).get("perplexity")) for row in rows
     ],
+    "tokens as dense": [
+      _number(row.get("answer_agreement"), "{:.1%}") for row in rows
+    ],
+    "KL to dense": [_number(row.get("answer_kl"), "{:.3f}") for row in rows],
     **{t: [_score(scores(r).get(t)) for r in rows] for t in tasks},
     "seconds": [_number(row.get("seconds"), "{:.1f}") for row in rows],
     "calibration tokens": [

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from adapt_pruner_jax.config import Config, Eval, latency_table, task_names
 from adapt_pruner_jax.data import packing, sources
-from adapt_pruner_jax.data.calibration import pruning_data
+from adapt_pruner_jax.data.calibration import pruning_data, search_texts
 from adapt_pruner_jax.data.tokenizer import Tokenizer, load_tokenizer
 from adapt_pruner_jax.distributed import agreement, sharding
 from adapt_pruner_jax.errors import StoppedError, UserError
@@ -29,10 +29,12 @@ from adapt_pruner_jax.runs import (
   answers,
   export_size,
   latency_budget,
+  text_checks,
   tiny_model,
   tuning_text,
   vocabulary,
 )
+from adapt_pruner_jax.runs.text_checks import TUNING
 from adapt_pruner_jax.storage import digest
 from adapt_pruner_jax.training.step import check_rows
 
@@ -62,6 +64,7 @@ class Inputs:
   calibration: Any  # .batch(step) of pruning steps, counted over all stages
   tuning: Any  # the same, of a quality to keep; else None
   refit_data: Any  # the same for refits
+  search_data: Any  # the same for a search with a text of its own, or None
   rows: packing.TrainData | None
   eval_tokens: np.ndarray | None
   eval_bytes: int  # of their text
@@ -118,7 +121,7 @@ def open_inputs(
   asked = _answered(recipe, full, source, tokenizer, mesh, path, log, stopping)
   before = source, full, tokenizer
   if recipe.vocab.asked():
-    source = vocabulary.cut(recipe, *before, path / "cache", log)
+    source = vocabulary.cut(recipe, *before, path / "cache", log.say)
     full = load.read_config(str(source), recipe.model.ignore_fields)
     tokenizer = load_tokenizer(source, recipe.data.bos)
   recipe = latency_budget.resolve(recipe, full, path, log)
@@ -127,16 +130,16 @@ def open_inputs(
   if target is None and not recipe.prune.max_steps:
     target = budgets.count(full, recipe.prune)  # the vocabulary alone
   written = asked.in_place(recipe)
+  reading = tokenizer, full.vocab_size, recipe.seed, path / "cache", log.say
   calibration, refit_data = pruning_data(
-    written.calibration,
-    recipe.prune.refit != "none",
-    tokenizer,
-    full.vocab_size,
-    recipe.seed,
-    path / "cache",
-    log.say,
+    written.calibration, recipe.prune.refit != "none", *reading
   )
   tuning = tuning_text.windows(written, tokenizer, full, path, log)
+  search_data, tried = None, recipe.prune.search
+  if tried.source:
+    search_data = search_texts(
+      tried.source, tried.tokens, written.calibration, *reading
+    )
   rows = open_training(written, tokenizer, full, mesh, path, log)
   inputs = Inputs(
     recipe=recipe,
@@ -151,12 +154,26 @@ def open_inputs(
     calibration=calibration,
     tuning=tuning,
     refit_data=refit_data,
+    search_data=search_data,
     rows=rows,
     eval_tokens=_tokens(text, tokenizer, full),
     eval_bytes=len(text.encode()),
     answers=asked.held_out(),
     total_steps=-(-recipe.train.tokens // recipe.data.step_tokens),
     log=log,
+  )
+  text_checks.check_overlaps(
+    recipe,
+    inputs.eval_tokens,
+    {
+      TUNING: search_data,
+      "calibration.source": calibration,
+      "data.source": rows,
+    },
+    log.say,
+  )
+  text_checks.check_channels(
+    recipe.prune, recipe, full, calibration, refit_data, log.say
   )
   if not recipe.vocab.asked():
     return inputs
@@ -332,7 +349,8 @@ def weight_dtype(inputs: Inputs) -> jnp.dtype:
 
 
 def _weight_dtype(recipe: Config) -> str:
-  return "float32" if recipe.train.tokens else recipe.model.dtype or "float32"
+  trained = recipe.train.tokens and not recipe.train.lora_rank
+  return "float32" if trained else recipe.model.dtype or "float32"
 
 
 def load_model(inputs: Inputs) -> tuple[ModelConfig, Params]:
@@ -343,17 +361,6 @@ def load_model(inputs: Inputs) -> tuple[ModelConfig, Params]:
     inputs.mesh,
     inputs.recipe.model.ignore_fields,
   )
-
-
-def teacher_of(inputs: Inputs) -> tuple[ModelConfig, Params] | None:
-  """The model before any pruning, where training distils from it.
-
-  Of a cut vocabulary it has the rows that stay: a softmax of its logits is the
-  original's distribution over these tokens, renormalised.
-  """
-  if not (inputs.recipe.train.distill_alpha and inputs.total_steps):
-    return None
-  return load_model(inputs)
 
 
 def fingerprints(inputs: Inputs) -> dict[str, str]:

@@ -28,6 +28,7 @@ def prune(
   first: int = 0,
   after: Step | None = None,
   log: Callable[[dict, Step], None],
+  sized: Callable[[ModelConfig], None] | None = None,
 ) -> Pruned:
   """Prunes a model as `settings` say, and refits it if they ask for it.
 
@@ -42,7 +43,9 @@ def prune(
       has calibration windows of its own.
     after: the last step that is decided already, of a prune that was cut.
     log: called with each step's record as it is decided.
+    sized: called as soon as the sizes of all layers are known.
   """
+  searched = inputs.search_data
   task = PruneTask(
     *old,
     settings,
@@ -54,13 +57,17 @@ def prune(
     full=inputs.full,
     kept=kept,
     refit_samples=lambda step: inputs.refit_data.batch(first + step),
+    tuning=searched and (lambda step: searched.batch(first + step)),
     batch=inputs.recipe.calibration.batch,
+    pass_tokens=inputs.recipe.calibration.pass_tokens,
     mesh=inputs.mesh,
     seed=inputs.recipe.seed,
     after=after,
     log=log,
   )
   pruned = methods.prune(task)
+  if sized is not None:
+    sized(pruned.config)
   if pruned.config == old[0]:  # the vocabulary alone has met the target
     return pruned
   if settings.refit != "none":
