@@ -174,10 +174,9 @@ def test_all_are_those_that_can_meet_the_budget():
   }
   assert {"flap", "shortgpt", "adapt"} <= names()
   config.prune.budget = "kv_bytes"
-  assert names() == {
-    *("dense", "adapt", "curvature", "magnitude", "random", "uniform"),
-    *("paper", "adapt+refit", "curvature+refit"),
-  }
+  can = {"dense", "adapt", "curvature", "magnitude", "random", "adapt+refit"}
+  assert can <= names()
+  assert not names() & {"flap", "shortgpt", "slicegpt", "llm_pruner"}
   with pytest.raises(UserError, match="method=adapt or curvature"):
     compare_methods.jobs(config, "flap", [0.2], 0, False)
   config.prune.limits = "params=3"
