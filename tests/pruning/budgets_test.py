@@ -274,7 +274,7 @@ def test_the_loss_is_the_compacted_models():
   quality_ = Quality(1.0, tokens_NT)
   task = PruneTask(WIDE, params, settings, None, batch=4, quality=quality_)
   stacked = surgery.expand(WIDE, params, task.kept, WIDE, task.mesh)
-  masked = Masked(task, stacked, stacked, Step(0, task.begin, None, 0))
+  masked = Masked(task, stacked, Step(0, task.begin, None, 0))
   masks = {u: m.copy() for u, m in task.begin.items()}
   masks["F"][:, ::3], masks["K"][0, 1] = False, False
   config, less = surgery.compact(
@@ -396,7 +396,7 @@ def test_layers_of_one_width_stay_so_without_trimming():
     task = PruneTask(
       config, small.random_params(config), settings, None, target
     )
-    masked = Masked(task, None, None, Step(0, task.begin, None, 0))
+    masked = Masked(task, None, Step(0, task.begin, None, 0))
     counts = allotment.uniform(masked, Measured(scores)).counts
     width = {u: np.array(w) - counts[u] for u, w in config.units().items()}
     assert budgets.of_widths(config, width, settings) <= target
