@@ -370,6 +370,7 @@ def test_where_all_that_is_left_is_too_much_the_least_goes():
   settings = Prune(whole_halves=True, round_ffn_to=96)
   masks = surgery.to_masks(surgery.everything(config), config)
   scores = {u: np.ones(m.shape) for u, m in masks.items()}
+  scores["K"] += np.arange(4)  # so that they do not go together
   prunable = {u: np.ones(3, bool) for u in UNITS}
   aim = budgets.count(config, settings) - 1000
   counts = allotment.choose(
