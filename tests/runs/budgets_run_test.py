@@ -109,7 +109,8 @@ def test_milliseconds_are_promised_and_measured(model, tmp_path):
     config.prune, budget_table=table_of(tmp_path / "moved.json")
   )
   config = dataclasses.replace(config, prune=other)
-  assert run.run(config, tmp_path / "work") == summary
+  again = run.run(config, tmp_path / "work")
+  assert again["seconds"] == summary["seconds"]
 
 
 def test_a_table_that_is_measured_for_the_run(model, tmp_path, monkeypatch):
