@@ -225,17 +225,20 @@ def choose(
   counts = {u: np.zeros(full.num_layers, np.int64) for u in UNITS}
   fine = any(p.unit == "F" for p in pieces)
   cost, rounding = budgets.unit_cost(full, settings), settings.rounding()
-  channel, passed = rounding["F"] * cost["F"].max(), set()
+  channel, passed = rounding["F"] * cost["F"].max(), {}
   for p in pieces:
     if size <= aim:
       break
     coarse = p.unit == "K" or p.gain > channel
     module = p.unit, p.layer
     if module in passed or (coarse and fine and size - p.gain < target):
-      passed.add(module)  # what comes behind it has to wait for it
+      passed.setdefault(module, p)  # what comes behind it has to wait for it
       continue
     counts[p.unit][p.layer] += p.units
     size -= p.gain
+  if size > target and passed and not any(n.any() for n in counts.values()):
+    p = min(passed.values(), key=lambda p: p.gain)  # nothing finer is left
+    counts[p.unit][p.layer] = p.units
   return counts
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from adapt_pruner_jax.config import Config, Prune, Train, latency_table
+from adapt_pruner_jax.config import Config, Prune, Train
 from adapt_pruner_jax.distributed import agreement, sharding
 from adapt_pruner_jax.distributed.stopping import stop_signals
 from adapt_pruner_jax.errors import StoppedError, UserError
@@ -203,20 +203,8 @@ def do_job(
     per_step = inputs.recipe.data.step_tokens
     row["train_tokens"] = inputs.total_steps * per_step
   row |= _facts(pair[0], inputs) | {"seconds": round(seconds, 3)}
-  row |= _timed(dense, pair, inputs)
+  row |= latency_budget.of_row(inputs.recipe.prune, dense, pair)
   return row | measure(*pair, inputs)
-
-
-def _timed(dense: Pair, pair: Pair, inputs: Inputs) -> dict:
-  """Milliseconds in turns with the original's, where these are limited."""
-  settings = inputs.recipe.prune
-  if not settings.counts("latency"):
-    return {}
-  table = latency_table.read(settings.budget_table)
-  if table["engine"] != "jax":  # others open files, and there are none
-    return {}
-  found = latency_budget.compare(settings, dense, pair, ())
-  return {"latency": found, "measured_ms": found["measured_ms"]}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -113,6 +113,21 @@ def compare(
   }
 
 
+def of_row(
+  settings: Prune,
+  dense: tuple[ModelConfig, Params],
+  pair: tuple[ModelConfig, Params],
+) -> dict:
+  """`compare` of a row, where a latency is limited and JAX is what it is of;
+  others open files, and a row has none."""
+  if not settings.counts("latency"):
+    return {}
+  if latency_table.read(settings.budget_table)["engine"] != "jax":
+    return {}
+  found = compare(settings, dense, pair, ())
+  return {"latency": found, "measured_ms": found["measured_ms"]}
+
+
 def text(found: dict) -> str:
   """Promise, measurement and their difference, in a line."""
   promised = (

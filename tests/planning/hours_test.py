@@ -126,7 +126,7 @@ def test_a_run_that_is_told_hours(tmp_path, monkeypatch, capsys):
     return hours.Speed(10.0, 0.0)
 
   monkeypatch.setattr(hours, "timed", timed)
-  config = recipe(model, hours=0.05, stages=1)
+  config = recipe(model, hours=0.1, stages=1)
   config.prune.method, config.prune.group_importance = "curvature", "random"
   config.eval.text = ""
   flags = small_runs.flags_of(config, tmp_path / "work")
@@ -139,7 +139,7 @@ def test_a_run_that_is_told_hours(tmp_path, monkeypatch, capsys):
   summary = json_files.read_json(tmp_path / "work" / "summary.json")
   assert summary["train_tokens"] == chosen["tokens"] > 0
   assert "is finished" in capsys.readouterr().out
-  flags = [f.replace("hours=0.05", "hours=0.06") for f in flags]
+  flags = [f.replace("hours=0.1", "hours=0.2") for f in flags]
   with pytest.raises(SystemExit) as ended:
     cli.main(["run", *flags])
   assert ended.value.code

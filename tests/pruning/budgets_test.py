@@ -363,6 +363,23 @@ def test_the_last_unit_takes_its_half_with_it():
   assert counts["F"].sum() == -(-need // cost["F"][0])
 
 
+def test_where_all_that_is_left_is_too_much_the_least_goes():
+  config = dataclasses.replace(
+    WIDE, window=(), kv_groups=(4, 4, 4), ffn_widths=(96, 96, 96)
+  )
+  settings = Prune(whole_halves=True, round_ffn_to=96)
+  masks = surgery.to_masks(surgery.everything(config), config)
+  scores = {u: np.ones(m.shape) for u, m in masks.items()}
+  scores["K"] += np.arange(4)  # so that they do not go together
+  prunable = {u: np.ones(3, bool) for u in UNITS}
+  aim = budgets.count(config, settings) - 1000
+  counts = allotment.choose(
+    *(config, scores, masks, prunable, aim, aim), settings=settings
+  )
+  assert counts["K"].sum() == 1
+  assert not counts["F"].any()
+
+
 @pytest.mark.slow
 def test_halves_compete_with_units():
   """Halves that do nothing go first, and what is left is what was left."""
