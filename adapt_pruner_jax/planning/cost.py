@@ -53,7 +53,8 @@ def stage_table(
         "prune_steps": steps,
         "train_steps": last - trained,
         "train_tokens": (last - trained) * per_step,
-        "prune_flops": steps * scoring_flops(full, config),
+        "prune_flops": steps * scoring_flops(full, config)
+        + refit_flops(after, now, config),
         "train_flops": (last - trained)
         * per_step
         * training_flops(after, full, config),
@@ -187,6 +188,22 @@ def _factors(config: ModelConfig, recipe: Config) -> int:
     if readers:
       total += heads**2 + 2 * keys**2 + 2 * F**2 + 2 * D**2
   return 2 * total
+
+
+def refit_flops(
+  config: ModelConfig, teacher: ModelConfig, recipe: Config
+) -> float:
+  """Counts the FLOPs of a refit by the loss; least squares take few.
+
+  Args:
+    config: what is refitted.
+    teacher: the model before the prune.
+    recipe: its passes and windows.
+  """
+  of = recipe.calibration
+  tokens = recipe.prune.refit_passes * of.refit_samples * of.seq_len
+  each = flops_.training_flops(config, of.seq_len)
+  return tokens * (each + sum(flops_.forward_flops(teacher, of.seq_len)))
 
 
 def training_flops(

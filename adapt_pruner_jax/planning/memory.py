@@ -45,10 +45,11 @@ def measure(
   student: ModelConfig,
   devices: Sequence[jax.Device] | int,
 ) -> dict[str, Bytes]:
-  """Measures {"scoring": bytes, "refit": ..., "training": ...} of a run.
+  """Measures {"scoring": bytes, "refit": ..., "refit by loss": ...,
+  "training": ...} of a run.
 
-  Refit and training are left out where there are none, scoring where scores are
-  neither of `pruning.scores` nor of WALKS.
+  Refits and training are left out where there are none, scoring where scores
+  are neither of `pruning.scores` nor of WALKS.
 
   Args:
     full: the original model.
@@ -80,14 +81,28 @@ def _measure(
   found = {}
   if config.prune.pair()[1] in (*KINDS, *WALKS):
     found["scoring"] = scoring(config, full, mesh, real)
-  if config.prune.refit != "none":
+  rule = (
+    training_memory.training if real else training_memory.estimated_training
+  )
+  if config.prune.solves():
     found["refit"] = refitting(config, full, mesh)
+  if config.prune.refit_passes:
+    by_loss = _refit_as_training(config, mesh)
+    found["refit by loss"] = rule(by_loss, full, student, mesh)
   if config.train.tokens:
-    rule = (
-      training_memory.training if real else training_memory.estimated_training
-    )
     found["training"] = rule(config, full, student, mesh)
   return found
+
+
+def _refit_as_training(config: Config, mesh: Mesh) -> Config:
+  """The recipe of a training that does what a refit by the loss does."""
+  from adapt_pruner_jax.pruning import refit_loss
+
+  of = config.calibration
+  rows = placement.padded_rows(min(of.batch, of.refit_samples), mesh)
+  data = dataclasses.replace(config.data, batch=rows, seq_len=of.seq_len)
+  settings = refit_loss.as_training(config.prune.refit_rate)
+  return dataclasses.replace(config, train=settings, data=data)
 
 
 def scoring(

@@ -64,13 +64,7 @@ def refit_loss(
   left_NT, held_NT = first_NT[:-held], first_NT[-held:]
   sets = lambda number: samples(number) if number else left_NT
   steps = len(left_NT) // batch + (passes - 1) * (len(first_NT) // batch)
-  settings = Train(
-    learning_rate=rate,
-    min_learning_rate=rate / 10,
-    schedule="cosine",
-    distill_alpha=1.0,
-    remat=True,
-  )
+  settings = as_training(rate)
   distance = _distance(config, dense, settings, mesh)
   before = distance(params, held_NT, batch)
   schedule = optimizer.schedule(settings, steps)
@@ -92,6 +86,21 @@ def refit_loss(
   after = distance(new, held_NT, batch)
   record = {"tokens": trained_on, "before": before, "after": after}
   return (new if after < before else params), record
+
+
+def as_training(rate: float) -> Train:
+  """The settings of a training that does the same.
+
+  Args:
+    rate: the highest learning rate.
+  """
+  return Train(
+    learning_rate=rate,
+    min_learning_rate=rate / 10,
+    schedule="cosine",
+    distill_alpha=1.0,
+    remat=True,
+  )
 
 
 def _split(windows: int, batch: int, mesh: Mesh) -> tuple[int, int]:
