@@ -86,7 +86,9 @@ def compare(
     Log(path, **dataclasses.asdict(config.log)) as log,
     stop_signals() as stopping,
   ):
-    done = {(row["method"], row["ratio"]) for row in stored_rows(path)}
+    done = {
+      (row["method"], row["ratio"]) for row in compare_table.stored_rows(path)
+    }
     anew = is_anew(shared, path, overwrite, done >= {*jobs})
     inputs = open_inputs(shared, path, log, stopping)
     claim(inputs, anew)
@@ -102,7 +104,7 @@ def compare(
       "versions": versions(),
       "hardware": hardware(),
       "windows_start": _windows_start(inputs),
-      "rows": stored_rows(path),
+      "rows": compare_table.stored_rows(path),
     }
     run_jobs(jobs, found, inputs, stopping)
     compare_table.write(found, path)
@@ -382,11 +384,3 @@ def _check_results(found: dict, ratios: list[float], path: Path) -> None:
       f"no method could remove {', '.join(failed)}; {path / 'compare.md'} "
       "says why"
     )
-
-
-def stored_rows(path: Path) -> list[dict]:
-  """The rows that an earlier call has finished; failed ones are tried again."""
-  file = path / compare_table.JSON
-  rows = json_files.read_json(file)["rows"] if file.exists() else []
-  agreement.all_agree(True)  # all have read before one writes
-  return [row for row in rows if "error" not in row]

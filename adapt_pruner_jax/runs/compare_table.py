@@ -54,6 +54,14 @@ def command(
   return shlex.join(["adapt-pruner", "compare", *words])
 
 
+def stored_rows(path: Path) -> list[dict]:
+  """The rows that an earlier call has finished; failed ones are tried again."""
+  file = path / JSON
+  rows = json_files.read_json(file)["rows"] if file.exists() else []
+  agreement.all_agree(True)  # all have read before one writes
+  return [row for row in rows if "error" not in row]
+
+
 def write(found: dict, path: Path) -> None:
   """Writes compare.json, compare.md and the plots; process 0 does."""
   if not agreement.is_writer():

@@ -1,7 +1,6 @@
 """What a run reads: all of it is opened and checked before any work."""
 
 import dataclasses
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +39,6 @@ from adapt_pruner_jax.training.step import check_rows
 
 # Up to four epochs are nearly as good as new text (arXiv 2305.16264).
 MANY_EPOCHS = 4
-PARTS, PART_BYTES = 64, 4096  # of a weights file, that its fingerprint reads
 
 
 @dataclasses.dataclass
@@ -381,17 +379,6 @@ def fingerprints(inputs: Inputs) -> dict[str, str]:
 
 
 def weights_fingerprint(source: Path) -> str:
-  """Digest of a model's files.
-
-  Of a large weights file only parts are read: another model differs in each.
-  """
-  weights = hashlib.sha256()
+  """Digest of a model's files."""
   paths = [source / files.CONFIG, *sorted(source.glob("*.safetensors"))]
-  for path in [source] if source.is_file() else paths:
-    size = path.stat().st_size
-    weights.update(f"{path.name} {size}".encode())
-    with open(path, "rb") as opened:
-      for part in range(PARTS):
-        opened.seek(part * size // PARTS)
-        weights.update(opened.read(PART_BYTES))
-  return weights.hexdigest()
+  return digest.of_parts([source] if source.is_file() else paths)
