@@ -37,6 +37,34 @@ def rms_norm(
   return scale * normal.astype(x.dtype)
 
 
+def layer_norm(
+  x: jax.Array,
+  scale: jax.Array,
+  bias: jax.Array | None,
+  eps: float,
+  offset: float = 0.0,
+) -> jax.Array:
+  """Layer norm (Ba et al., arXiv 1607.06450), over the last axis.
+
+  Args:
+    x: [..., size].
+    scale, bias: [size]; None = without a bias.
+    eps: added to the variance.
+    offset: added to `scale`; 1 for Nemotron.
+
+  Returns:
+    The normed array, in the dtype of `x`.
+  """
+  x32 = x.astype(jnp.float32)
+  x32 -= jnp.mean(x32, axis=-1, keepdims=True)
+  variance = jnp.mean(x32 * x32, axis=-1, keepdims=True)
+  normal = x32 * jax.lax.rsqrt(variance + eps)
+  normal *= offset + scale.astype(jnp.float32)
+  if bias is not None:
+    normal += bias.astype(jnp.float32)
+  return normal.astype(x.dtype)
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0, 3))
 def project(
   equation: str, x: jax.Array, w: jax.Array, dtype: jnp.dtype | None = None
@@ -74,7 +102,12 @@ def _project_backward(equation, dtype, saved, dy):
 project.defvjp(_project_forward, _project_backward)
 
 
-ACTIVATIONS = {"silu": nn.silu, "gelu_tanh": partial(nn.gelu, approximate=True)}
+ACTIVATIONS = {
+  "silu": nn.silu,
+  "gelu_tanh": partial(nn.gelu, approximate=True),
+  "gelu": partial(nn.gelu, approximate=False),
+  "relu2": lambda x: jnp.square(nn.relu(x)),
+}
 
 
 def soft_cap(x: jax.Array, cap: float) -> jax.Array:

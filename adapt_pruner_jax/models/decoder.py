@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from adapt_pruner_jax.models import axes, layer
-from adapt_pruner_jax.models.arithmetic import project, rms_norm, soft_cap
+from adapt_pruner_jax.models.arithmetic import project, soft_cap
 from adapt_pruner_jax.models.attention import AttentionInputs
 from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.kernels import AUTO, Kernel
@@ -112,10 +112,7 @@ class Decoder(nn.Module):
       x_BTD: the residual stream behind the last layer.
     """
     c = self.config
-    width = c.hidden_size if c.residual else None
-    x_BTD = rms_norm(
-      x_BTD, self.weight["final_norm"], c.norm_eps, c.norm_offset, width
-    )
+    x_BTD = layer.norm(c, self.weight, "final_norm", x_BTD)
     if c.tied:
       equation, matrix = "btd,vd->btv", self.weight["embedding"]
     else:
@@ -177,8 +174,8 @@ class Decoder(nn.Module):
 
 
 def _initializer(name: str, config: ModelConfig):
-  if "norm" in name:
-    return nn.initializers.constant(1.0 - config.norm_offset)
   if name.endswith("bias"):
     return nn.initializers.zeros
+  if "norm" in name:
+    return nn.initializers.constant(1.0 - config.norm_offset)
   return nn.initializers.normal(0.02)

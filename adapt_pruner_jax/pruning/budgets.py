@@ -13,7 +13,6 @@ rows come in blocks of 32 numbers: MLP widths then become multiples of 32
 (`Prune.rounding`).
 """
 
-import dataclasses
 import math
 from collections.abc import Mapping
 
@@ -87,16 +86,7 @@ def _uniform(config: ModelConfig, width: Mapping[str, int]) -> ModelConfig:
 
 def _only(config: ModelConfig, layer: int, settings: Prune) -> int:
   """`count` of one layer."""
-  return count(
-    dataclasses.replace(
-      config,
-      kv_groups=config.kv_groups[layer : layer + 1],
-      ffn_widths=config.ffn_widths[layer : layer + 1],
-      window=config.window[layer : layer + 1],
-      residual=config.residual[layer : layer + 1],
-    ),
-    settings,
-  )
+  return count(config.with_layers([layer]), settings)
 
 
 def _seen(config: ModelConfig, settings: Prune) -> np.ndarray:

@@ -166,7 +166,7 @@ def widen(
   library = np if _on_host(like) else jnp
 
   def absent(name):
-    fill = 1 if "norm" in name else 0
+    fill = 1 if "norm" in name and not name.endswith("bias") else 0
     return library.full(axes.shape(name, sizes), fill, like.dtype)
 
   return {

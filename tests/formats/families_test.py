@@ -1,14 +1,16 @@
 """Families against Transformers, and config.json as it is found in the wild."""
 
+import dataclasses
 import json
 import shutil
 
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from adapt_pruner_jax.errors import UserError
-from adapt_pruner_jax.formats.hf import config_json, families, load
+from adapt_pruner_jax.formats.hf import config_json, families, load, save
 from adapt_pruner_jax.models import decoder, model_config
 from tests.formats import zoo
 
@@ -30,11 +32,13 @@ def old_spelling(raw):
   raw = dict(raw)
   rope = raw.pop("rope_parameters")
   if "sliding_attention" in rope:
-    raw["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+    if raw["model_type"] == "gemma3_text":
+      raw["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
     rope = rope["full_attention"]
   rope = dict(rope)
-  raw["rope_theta"] = rope.pop("rope_theta")
-  raw["partial_rotary_factor"] = rope.pop("partial_rotary_factor", ...)
+  own = families.FAMILIES[raw["model_type"]].renamed
+  for name in ("rope_theta", "partial_rotary_factor"):
+    raw[own.get(name, name)] = rope.pop(name, ...)
   rope["type"] = rope.pop("rope_type")
   raw["rope_scaling"] = rope if rope["type"] != "default" else None
   raw["torch_dtype"] = raw.pop("dtype")
@@ -71,22 +75,25 @@ def test_spellings_and_inverse(animals, name):
 
 @pytest.mark.parametrize("family", families.FAMILIES)
 def test_defaults_are_those_of_transformers(family):
+  row = families.FAMILIES[family]
   peer = transformers.AutoConfig.for_model(family)
-  rope = peer.rope_parameters
+  rope = {} if row.rope else peer.rope_parameters
   same = {
-    "rope_theta": rope.get("full_attention", rope).get("rope_theta"),
+    "rope_theta": rope.get("full_attention", rope).get("rope_theta", 1e4),
     "rope_local_base_freq": rope.get("sliding_attention", {}).get("rope_theta"),
     "partial_rotary_factor": rope.get("partial_rotary_factor"),
     "rope_scaling": None,
     "rope_parameters": None,
     "sliding_window_pattern": 6,  # in code; no field any more
   }
-  for field, default in families.FAMILIES[family].fields.items():
+  for field, default in row.fields.items():
     if default is families.REQUIRED or field == "layer_types":
       continue
-    if field in ("head_dim", "num_key_value_heads") and default is None:
+    derived = ("head_dim", "num_key_value_heads", "no_rope_layers")
+    if field in derived and default is None:
       continue  # they follow from other fields
-    expected = same[field] if field in same else getattr(peer, field)
+    own = row.renamed.get(field, field)
+    expected = same[field] if field in same else getattr(peer, own)
     if field == "sliding_window" and not getattr(
       peer, "use_sliding_window", True
     ):
@@ -95,20 +102,29 @@ def test_defaults_are_those_of_transformers(family):
 
 
 @pytest.mark.parametrize(
-  "family, layers", [("gemma2", 5), ("gemma3_text", 13), ("qwen2", 30)]
+  "family, layers",
+  [
+    ("gemma2", 5),
+    ("gemma3_text", 13),
+    ("qwen2", 30),
+    ("olmo3", 9),
+    ("smollm3", 9),
+  ],
 )
 def test_windows_are_those_of_transformers(family, layers):
   """Where layer_types is absent, as in older files."""
   fields = {**zoo.BASE, "num_hidden_layers": layers, "sliding_window": 8}
   fields["use_sliding_window"] = True
   peer = transformers.AutoConfig.for_model(family, **fields)
-  if not family.startswith("qwen"):
+  if family not in ("qwen2", "smollm3"):
     del fields["use_sliding_window"]
   config = config_json.read(fields | {"model_type": family})
   expected = [8 * (kind == "sliding_attention") for kind in peer.layer_types]
   assert 0 in expected
   assert 8 in expected
   assert list(config.window) == expected
+  still = getattr(peer, "no_rope_layers", [1] * layers)
+  assert list(config.nope or (0,) * layers) == [1 - i for i in still]
 
 
 def test_a_pattern_that_transformers_does_not_read():
@@ -230,8 +246,27 @@ def refusal(**changes):
     ({"logit_cap": 3}, ["logit_cap=3 is not known", "ignore_fields=logit_cap"]),
     ({"atention_bias": True}, ["did you mean attention_bias"]),
     ({"sliding_window": 8}, ["sliding_window=8"]),
-    ({"rope_scaling": {"type": "yarn", "factor": 2}}, ["rope type yarn"]),
-    ({"rope_scaling": {"rope_type": "dynamic"}}, ["rope type dynamic"]),
+    ({"rope_scaling": {"type": "ntk", "factor": 2}}, ["rope type ntk"]),
+    ({"rope_scaling": {"type": "mrope"}}, ["rope type mrope"]),
+    ({"rope_scaling": {"rope_type": "dynamic"}}, ["needs the field factor"]),
+    (
+      {
+        "rope_scaling": {
+          "type": "longrope",
+          "short_factor": [1.0],
+          "long_factor": [1.0, 2.0],
+        }
+      },
+      ["short_factor has 1 numbers; 2 are needed"],
+    ),
+    (
+      {"rope_scaling": {"type": "yarn", "factor": 2, "beta_slow": -1}},
+      ["a rope of these numbers makes no sense"],
+    ),
+    (
+      {"rope_scaling": {"type": "yarn", "llama_4_scaling_beta": 0.1}},
+      ["llama_4_scaling_beta is not supported in a rope of type yarn"],
+    ),
     ({"rope_scaling": {"type": "linear"}}, ["linear needs the field factor"]),
     (
       {"rope_scaling": {"type": "linear", "factor": 2.0, "beta_fast": 1}},
@@ -268,7 +303,7 @@ def test_ignored_fields():
   # Switched off, harmless, or not there.
   raw = LLAMA | {"alibi": False, "some_future_field": None, "temperature": 0.7}
   assert config_json.read(raw) == config
-  yarn = {"type": "yarn", "factor": 4.0, "beta_fast": 32}
+  yarn = {"type": "ntk", "factor": 4.0, "alpha": 32}
   raw = LLAMA | {"rope_scaling": yarn}
   assert config_json.read(raw, "rope_scaling") == config
 
@@ -293,54 +328,198 @@ def test_gelu_of_gemma_is_the_tanh_form():
   # Gemma 1.1's say it in a second field, which the class passes over.
   both = fields | {"hidden_activation": "gelu_pytorch_tanh"}
   assert config_json.read(both | {"model_type": "gemma"}) == config
-  with pytest.raises(UserError, match="gelu"):
-    config_json.read(fields | {"model_type": "llama"})
+  exact = config_json.read(fields | {"model_type": "llama"})
+  assert exact.activation == "gelu"
 
 
-def test_wrappers_of_a_language_model(tmp_path):
-  """The command that the refusal names makes a directory that can be read."""
+VISION = {
+  "hidden_size": 16,
+  "intermediate_size": 16,
+  "num_hidden_layers": 1,
+  "num_attention_heads": 2,
+  "image_size": 28,
+  "patch_size": 14,
+}
+# name: (type of the wrapper, changes to zoo.BASE, fields of the wrapper)
+WRAPPERS = {
+  "gemma3": (
+    {**zoo.GEMMA, "model_type": "gemma3_text"},
+    {
+      "vision_config": VISION,
+      "mm_tokens_per_image": 4,
+      "image_token_index": 60,
+      "boi_token_index": 61,
+      "eoi_token_index": 62,
+    },
+  ),
+  "mistral3": (
+    {
+      "model_type": "ministral3",
+      "head_dim": 16,
+      "rope_parameters": {**zoo.YARN, "llama_4_scaling_beta": 0.1},
+      "tie_word_embeddings": False,
+    },
+    {
+      "vision_config": {**VISION, "head_dim": 8},
+      "image_token_index": 60,
+      "tie_word_embeddings": False,
+    },
+  ),
+  "qwen3_vl": (
+    {
+      "model_type": "qwen3_vl_text",
+      "head_dim": 16,
+      "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 1e4,
+        "mrope_section": [3, 3, 2],
+      },
+    },
+    {
+      "vision_config": {
+        "depth": 1,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_heads": 2,
+        "out_hidden_size": 32,
+        "deepstack_visual_indexes": [0],
+      },
+      "image_token_id": 60,
+      "video_token_id": 61,
+      "vision_start_token_id": 62,
+      "vision_end_token_id": 63,
+    },
+  ),
+}
+
+
+def wrapper(name, folder):
+  """Writes a tiny multimodal model; gives it."""
   import torch
 
-  fields = {**zoo.BASE, **zoo.GEMMA, "model_type": "gemma3_text"}
-  vision = {
-    "hidden_size": 16,
-    "intermediate_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "image_size": 28,
-    "patch_size": 14,
-  }
+  inner, outer = WRAPPERS[name]
   config = transformers.AutoConfig.for_model(
-    "gemma3",
-    text_config=fields,
-    vision_config=vision,
-    mm_tokens_per_image=4,
-    image_token_index=60,
-    boi_token_index=61,
-    eoi_token_index=62,
+    name, text_config={**zoo.BASE, **inner}, **outer
   )
   torch.manual_seed(0)
   peer = transformers.AutoModelForImageTextToText.from_config(config).eval()
-  peer.save_pretrained(tmp_path / "wrapper")
-  with pytest.raises(UserError) as caught:
-    load.load(tmp_path / "wrapper")
-  text = str(caught.value)
-  assert "of type gemma3 holds a language model of type gemma3_text" in text
-  assert "did you mean" not in text
-  code = text[text.index('"') + 1 : -1]
-  code = code.replace("'MODEL'", repr(str(tmp_path / "wrapper")))
-  exec(code.replace("'TEXT'", repr(str(tmp_path / "text"))), {})
-  tokens = np.random.default_rng(0).integers(60, size=(1, 20))
+  peer.save_pretrained(folder)
+  return peer
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_the_language_model_of_a_wrapper(name, tmp_path, caplog):
+  """Its logits, and an export that is a plain text model."""
+  import torch
+
+  peer = wrapper(name, tmp_path / "whole")
+  config, params = load.load(tmp_path / "whole")
+  assert "only the language model is read" in caplog.text
+  assert "vis" in caplog.text.split("left out")[0]
+  tokens = np.random.default_rng(0).integers(60, size=(1, 40))
   with torch.no_grad():
     expected = peer(torch.tensor(tokens)).logits.numpy()
-  found = logits_of(*load.load(tmp_path / "text"), tokens)
+  found = logits_of(config, params, tokens)
   np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
+  out = tmp_path / "text"
+  save.save(config, params, out, source=tmp_path / "whole", say=lambda _: None)
+  again = transformers.AutoModelForCausalLM.from_pretrained(out)
+  prefix = families.FAMILIES[config.family].prefix
+  assert type(again).__name__ == f"{prefix}ForCausalLM"
+  with torch.no_grad():
+    text = again(torch.tensor(tokens)).logits.numpy()
+  np.testing.assert_allclose(text, expected, rtol=0, atol=1e-4)
+
+
+def test_names_of_a_wrapper(tmp_path, animals):
+  """Both spellings of releases, and what the outer config says."""
+  raw = json.loads((animals["mistral"].path / "config.json").read_text())
+  weights = load_file(animals["mistral"].path / "model.safetensors")
+  inner = {n: v for n, v in raw.items() if n != "eos_token_id"}
+  outer = {"model_type": "mistral3", "text_config": inner, "eos_token_id": [2]}
+  outer |= {"image_token_index": 10, "vision_config": {"hidden_size": 8}}
+  expected, params = load.load(animals["mistral"].path)
+  spellings = {
+    "old": lambda name: f"language_model.{name}",
+    "new": lambda name: name.replace("model.", "model.language_model."),
+  }
+  for spelling, rename in spellings.items():
+    path = tmp_path / spelling
+    path.mkdir()
+    tower = {"vision_tower.patch.weight": np.zeros((2, 2), np.float32)}
+    save_file(
+      {rename(n): w for n, w in weights.items()} | tower,
+      path / "model.safetensors",
+    )
+    (path / "config.json").write_text(json.dumps(outer))
+    config, found = load.load(path)
+    assert config.eos_ids == (2,)
+    assert dataclasses.replace(config, eos_ids=expected.eos_ids) == expected
+    assert jax.tree.all(jax.tree.map(np.array_equal, found, params))
+  with pytest.raises(UserError, match="needs the field text_config"):
+    config_json.read({"model_type": "mistral3"})
+  # A wrapper that is not known, around a language model that is.
+  with pytest.raises(UserError) as caught:
+    config_json.read(outer | {"model_type": "paligemma"})
+  text = str(caught.value)
+  assert "of type paligemma holds a language model of type mistral" in text
+  assert "did you mean" not in text
+
+
+@pytest.mark.parametrize("block", [[16, 8], None])
+def test_weights_in_eight_bits(tmp_path, animals, block):
+  """Blocks with a scale each, or one scale: their product, made by torch."""
+  import torch
+  from safetensors.torch import load_file as load_torch
+  from safetensors.torch import save_file as save_torch
+
+  source = animals["mistral"].path
+  tensors = load_torch(source / "model.safetensors")
+  stored, plain = {}, {}
+  for name, weight in tensors.items():
+    stored[name] = plain[name] = weight
+    if not name.endswith("_proj.weight"):
+      continue
+    small, scale = weight.to(torch.float8_e4m3fn), torch.rand(())
+    spread = scale
+    if block:
+      grid = [-(-n // b) for n, b in zip(weight.shape, block, strict=True)]
+      scale = torch.rand(grid) + 0.5
+      spread = scale.repeat_interleave(block[0], 0).repeat_interleave(
+        block[1], 1
+      )[: weight.shape[0], : weight.shape[1]]
+    stored |= {name: small, f"{name}_scale_inv": scale}
+    stored[name.replace("weight", "activation_scale")] = torch.ones(())
+    plain[name] = small.float() * spread
+  for folder, content in ("eight", stored), ("plain", plain):
+    shutil.copytree(source, tmp_path / folder)
+    save_torch(content, tmp_path / folder / "model.safetensors")
+  with pytest.raises(UserError, match="is stored in eight bits, which needs"):
+    load.load(tmp_path / "eight")
+  quantization = {"quant_method": "fp8", "weight_block_size": block}
+  zoo.rewrite_config(tmp_path / "eight", quantization_config=quantization)
+  config, found = load.load(tmp_path / "eight")
+  expected = load.load(tmp_path / "plain")
+  assert config == expected[0]
+  assert jax.tree.all(jax.tree.map(np.array_equal, found, expected[1]))
+  _, kept = load.load(tmp_path / "eight", None)
+  assert kept["layer_0"]["q"].dtype == "bfloat16"
+  other = {"quant_method": "fp8", "weight_block_size": [8, 8]}
+  zoo.rewrite_config(tmp_path / "eight", quantization_config=other)
+  with pytest.raises(UserError, match="_scale_inv has shape"):
+    load.load(tmp_path / "eight")
 
 
 def test_families_that_refuse_by_name():
-  long = {"type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}
+  kinds = {"layer_types": ["full_attention", "mamba", "mamba"]}
+  dense = {"num_local_experts": 0}
   for family, changes, word in [
-    ("phi3", {"rope_scaling": long}, "rope type longrope"),
+    ("granitemoehybrid", {}, "num_local_experts=8 is not supported"),
+    ("granitemoehybrid", dense, "layer_types=None"),
+    ("granitemoehybrid", dense | kinds, "layer 1 is of the kind mamba"),
+    ("smollm3", {"no_rope_layers": [1]}, "no_rope_layers must name 3 layers"),
+    ("phi3", {"rope_scaling": {"type": "linear"}}, "rope type linear"),
     ("gemma2", {"sliding_window": None}, "sliding_window"),
     ("gemma2", {"layer_types": ["chunked"]}, "layer_types"),
     (
