@@ -2,10 +2,12 @@
 
 import dataclasses
 import json
+from collections.abc import Collection
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from adapt_pruner_jax.models import axes, model_config
 
@@ -191,6 +193,11 @@ SINCE_5 += ("phi3_longrope", "gpt_neox", "seed_oss", "arcee", "nemotron")
 SINCE_5 += ("starcoder2",)
 
 
+def slow_if(name: str, slow: Collection[str]) -> object:
+  """A parameter of a test that is among the slow ones."""
+  return pytest.param(name, marks=pytest.mark.slow) if name in slow else name
+
+
 @dataclasses.dataclass(frozen=True)
 class Animal:
   """A model on disk, and what Transformers computes with it."""
@@ -200,15 +207,16 @@ class Animal:
   logits_BTV: np.ndarray
 
 
-def make(root: Path) -> dict[str, Animal]:
-  """Writes all of `CASES` below `root`."""
+def make(root: Path, names: Collection[str] = ()) -> dict[str, Animal]:
+  """Writes all of `CASES` below `root`, or those of these names."""
   import torch
   import transformers
 
   torch.manual_seed(0)
   tokens = np.random.default_rng(0).integers(BASE["vocab_size"], size=(2, 40))
   animals = {}
-  for name, (kind, changes) in CASES.items():
+  for name in names or CASES:
+    kind, changes = CASES[name]
     fields = {**BASE, **changes}
     config = transformers.AutoConfig.for_model(kind, **fields)
     peer = transformers.AutoModelForCausalLM.from_config(

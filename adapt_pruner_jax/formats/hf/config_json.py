@@ -11,12 +11,9 @@ from adapt_pruner_jax.formats.hf import (
   text_part,
   windows,
 )
-from adapt_pruner_jax.formats.hf.families import (
-  FAMILIES,
-  REQUIRED,
-  SUPPORTED,
-  Family,
-)
+from adapt_pruner_jax.formats.hf.defaults import REQUIRED
+from adapt_pruner_jax.formats.hf.families import FAMILIES, SUPPORTED
+from adapt_pruner_jax.formats.hf.family import Family
 from adapt_pruner_jax.formats.hf.fields import FIELDS, Raw, require
 from adapt_pruner_jax.models.model_config import ModelConfig
 

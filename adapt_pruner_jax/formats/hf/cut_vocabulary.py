@@ -13,8 +13,9 @@ import numpy as np
 
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.formats.hf import generation_config, text_part
-from adapt_pruner_jax.formats.hf.families import FAMILIES, OUTER
+from adapt_pruner_jax.formats.hf.families import FAMILIES
 from adapt_pruner_jax.formats.hf.files import CONFIG, LICENCES, read_object
+from adapt_pruner_jax.formats.hf.tensor_names import OUTER
 from adapt_pruner_jax.storage import json_files, publish
 from adapt_pruner_jax.storage.confinement import confined
 

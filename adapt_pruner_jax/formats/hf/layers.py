@@ -7,7 +7,8 @@ Transformers knows such a field from version 5.15 on.
 from typing import Any
 
 from adapt_pruner_jax.errors import UserError
-from adapt_pruner_jax.formats.hf.families import FAMILIES, Family
+from adapt_pruner_jax.formats.hf.families import FAMILIES
+from adapt_pruner_jax.formats.hf.family import Family
 from adapt_pruner_jax.formats.hf.fields import Raw, mapping, require
 from adapt_pruner_jax.models.model_config import ModelConfig
 

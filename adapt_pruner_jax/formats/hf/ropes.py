@@ -6,7 +6,7 @@ from absl import logging
 
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.formats.hf import fields
-from adapt_pruner_jax.formats.hf.families import Family
+from adapt_pruner_jax.formats.hf.family import Family
 from adapt_pruner_jax.formats.hf.fields import (
   FULL,
   NUMBER,

@@ -13,8 +13,9 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 
-from adapt_pruner_jax.formats.hf.families import FAMILIES, OUTER
+from adapt_pruner_jax.formats.hf.families import FAMILIES
 from adapt_pruner_jax.formats.hf.layers import is_stock
+from adapt_pruner_jax.formats.hf.tensor_names import OUTER
 from adapt_pruner_jax.models import axes
 from adapt_pruner_jax.models.model_config import (
   ModelConfig,

@@ -12,9 +12,10 @@ from absl import logging
 
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.formats.hf import fp8, tensors
-from adapt_pruner_jax.formats.hf.families import FAMILIES, OUTER
+from adapt_pruner_jax.formats.hf.families import FAMILIES
 from adapt_pruner_jax.formats.hf.fields import Raw
 from adapt_pruner_jax.formats.hf.files import CONFIG, Checkpoint, read_object
+from adapt_pruner_jax.formats.hf.tensor_names import OUTER
 from adapt_pruner_jax.models.model_config import ModelConfig
 
 # Multimodal types: of what type the language model is if its config says none.

@@ -3,7 +3,7 @@
 from typing import Any
 
 from adapt_pruner_jax.errors import UserError
-from adapt_pruner_jax.formats.hf.families import Family
+from adapt_pruner_jax.formats.hf.family import Family
 from adapt_pruner_jax.formats.hf.fields import FULL, NONE, SLIDING, Raw, require
 from adapt_pruner_jax.models.model_config import ModelConfig
 
