@@ -12,6 +12,7 @@ CORE = [
   "jax>=0.11.1,<0.13; python_version>='3.12'",
   "flax>=0.12.8,<0.13; python_version<'3.12'",
   "flax>=0.12.10,<0.13; python_version>='3.12'",
+  "filelock>=3.16,<5",  # with which JAX bounds its cache of programs
   "grain>=0.2.18,<0.3",
   "huggingface_hub>=1.31,<3",
   "jinja2>=3.1.6,<4",  # chat templates

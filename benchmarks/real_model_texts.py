@@ -7,11 +7,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from adapt_pruner_jax.evaluation import generate
-from adapt_pruner_jax.models import decoder, layer, model_config
-from adapt_pruner_jax.training import losses
+from adapt_pruner_jax.distributed import embedding
+from adapt_pruner_jax.models import decoder, model_config
+from adapt_pruner_jax.training import output_loss
 
-BLOCK = 256  # positions whose logits exist at once
 MARK = "<|endoftext|>"  # between the texts' documents
 
 
@@ -28,31 +27,20 @@ def token_losses(
   config: model_config.ModelConfig, params: Any, row_T: np.ndarray
 ) -> np.ndarray:
   """Nats of each token of a window but the first, float32 [T - 1]."""
-  inputs_T, targets_T = row_T[:-1], row_T[1:]
-  number = -(-len(inputs_T) // BLOCK)
-  pad = (0, number * BLOCK - len(inputs_T))
-  found = _token_losses(
-    config, params, np.pad(inputs_T, pad), np.pad(targets_T, pad)
-  )
-  return np.asarray(found)[: len(inputs_T)]
+  return np.asarray(_token_losses(config, params, row_T[None]))
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def _token_losses(config, params, inputs_T, targets_T):
-  x_BTD, _ = decoder.Decoder(config).apply(
-    {"params": params},
-    inputs_T[None],
-    layer.attention_inputs(config, len(inputs_T)),
-    method="residual",
+def _token_losses(config, params, row_BT):
+  x_BTD = embedding.embed(config, params["embedding"], row_BT[:, :-1], None)
+  x_BTD = decoder.Decoder(config).apply(
+    {"params": params}, x_BTD, method="hidden"
   )
-
-  def block(parts):
-    x_CD, targets_C = parts
-    logits_BCV = generate.head(config, params, x_CD[None])
-    return -losses.log_probs(logits_BCV, targets_C[None])[0][0]
-
-  x_MCD = x_BTD[0].reshape(-1, BLOCK, x_BTD.shape[-1])
-  return jax.lax.map(block, (x_MCD, targets_T.reshape(-1, BLOCK))).ravel()
+  matrix = params[decoder.output_name(config)]
+  found = output_loss.token_log_probs(
+    config, None, matrix, x_BTD, row_BT[:, 1:]
+  )
+  return -found[0][0]
 
 
 def to_hex(bits: Sequence[int]) -> str:

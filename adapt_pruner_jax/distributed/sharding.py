@@ -136,11 +136,6 @@ def whole(tree: Any, mesh: Mesh | None) -> Any:
   return jax.lax.with_sharding_constraint(tree, replicated(mesh))
 
 
-def whole_embedding(params: axes.Params, mesh: Mesh) -> axes.Params:
-  """Within `jit`: params with the table of the embedding on every device.
-
-  A look-up in a table cut along D would leave the residual stream cut along D,
-  of all rows on every device; from a whole table it is cut by rows, and what is
-  gathered from then on is weights.
-  """
-  return params | {"embedding": whole(params["embedding"], mesh)}
+def with_numpy(mesh: Mesh) -> bool:
+  """Whether arrays are best rearranged by numpy: one process, on a CPU."""
+  return jax.process_count() == 1 and mesh.devices.flat[0].platform == "cpu"

@@ -10,12 +10,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from adapt_pruner_jax.distributed import placement, sharding
+from adapt_pruner_jax.distributed.embedding import embed
 from adapt_pruner_jax.evaluation import generate
 from adapt_pruner_jax.evaluation.finite import not_finite
 from adapt_pruner_jax.models.axes import Params
-from adapt_pruner_jax.models.decoder import Decoder
+from adapt_pruner_jax.models.decoder import Decoder, output_name
 from adapt_pruner_jax.models.model_config import ModelConfig
-from adapt_pruner_jax.training import losses
+from adapt_pruner_jax.training import losses, output_loss
 
 Model = tuple[ModelConfig, Params]
 
@@ -83,15 +84,30 @@ def _compared(
   weights_BT: jax.Array,
 ) -> jax.Array:
   """Summed KL, how often both agree, and the number of tokens: float32 [3]."""
-  dense_BTV, model_BTV = (
-    Decoder(config).apply(
-      {"params": sharding.whole_embedding(one, mesh)}, rows_BT
-    )[0][:, :-1]
+
+  def end(config, params):
+    x_BTD = embed(config, params["embedding"], rows_BT, mesh)
+    x_BTD = Decoder(config).apply({"params": params}, x_BTD, method="hidden")
+    return x_BTD[:, :-1]
+
+  matrices = [
+    output_loss.place(config, one[output_name(config)], mesh)
     for config, one in zip(configs, params, strict=True)
+  ]
+
+  def chunk(weights_BT, *ends):
+    dense_BTV, model_BTV = (
+      output_loss.logits(config, mesh, matrix, x_BTD)
+      for config, matrix, x_BTD in zip(configs, matrices, ends, strict=True)
+    )
+    kl, tokens = losses.distillation(
+      model_BTV, dense_BTV, weights_BT, temperature=1.0
+    )
+    same_BT = dense_BTV.argmax(-1) == model_BTV.argmax(-1)
+    return jnp.stack([kl, (same_BT * weights_BT).sum(), tokens]), ()
+
+  ends = map(end, configs, params)
+  found, _ = output_loss.over_chunks(
+    chunk, configs[0].vocab_size, mesh, weights_BT, *ends
   )
-  kl, tokens = losses.distillation(
-    model_BTV, dense_BTV, weights_BT, temperature=1.0
-  )
-  same_BT = dense_BTV.argmax(-1) == model_BTV.argmax(-1)
-  found = jnp.stack([kl, (same_BT * weights_BT).sum(), tokens])
   return sharding.whole(found, mesh)

@@ -15,12 +15,14 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from adapt_pruner_jax.distributed import placement, sharding
+from adapt_pruner_jax.distributed.embedding import embed
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.evaluation.finite import not_finite
 from adapt_pruner_jax.models import layer
 from adapt_pruner_jax.models.axes import Params
-from adapt_pruner_jax.models.decoder import Decoder
+from adapt_pruner_jax.models.decoder import Decoder, output_name
 from adapt_pruner_jax.models.model_config import ModelConfig
+from adapt_pruner_jax.training import output_loss
 
 CHUNK = 32  # tokens decoded before the host looks at them
 
@@ -190,15 +192,15 @@ def prefill(
   starts_B: jax.Array,
 ) -> tuple[jax.Array, Caches]:
   """Logits [B, V] behind the prompts, and caches of `slots` columns."""
-  params = sharding.whole_embedding(params, mesh)
   B, T = tokens_BT.shape
   x_BTD, caches = Decoder(config).apply(
     {"params": params},
-    tokens_BT,
+    embed(config, params["embedding"], tokens_BT, mesh),
     starts_B,
     method=partial(_continue, caches=None, column=0),
   )
-  logits_BTV = head(config, params, x_BTD[:, -1:])
+  matrix = output_loss.place(config, params[output_name(config)], mesh)
+  logits_BTV = head(config, mesh, params, matrix, x_BTD[:, -1:])
 
   def widen(kv_BTKH):
     K = kv_BTKH.shape[2]
@@ -234,7 +236,7 @@ def decode(
     whether all logits that were drawn from are finite.
   """
   config, mesh = how.config, how.mesh
-  params = sharding.whole_embedding(params, mesh)
+  matrix = output_loss.place(config, params[output_name(config)], mesh)
   B = logits_BV.shape[0]
   key = jax.random.key(seed)
 
@@ -252,11 +254,11 @@ def decode(
       done_B |= token_B == eos
     x_BTD, caches = Decoder(config).apply(
       {"params": params},
-      token_B[:, None],
+      embed(config, params["embedding"], token_B[:, None], mesh),
       at.starts_B,
       method=partial(_continue, caches=caches, column=at.prompt + at.first + i),
     )
-    logits_BTV = head(config, params, x_BTD)
+    logits_BTV = head(config, mesh, params, matrix, x_BTD)
     return i + 1, done_B, logits_BTV[:, 0], caches, drawn_BC, finite
 
   drawn_BC = jnp.zeros((B, how.count), jnp.int32)
@@ -267,9 +269,9 @@ def decode(
   return logits_BV, caches, drawn_BC, finite
 
 
-def _continue(decoder, tokens_BT, starts_B, *, caches, column):
+def _continue(decoder, x_BTD, starts_B, *, caches, column):
   """`Decoder.residual` of left-padded rows that these tokens go on."""
-  T = tokens_BT.shape[1]
+  T = x_BTD.shape[1]
   positions_BT = column + jnp.arange(T) - starts_B[:, None]
   inside_BT = (positions_BT >= 0).astype(jnp.int32)
   positions_BT = jnp.maximum(positions_BT, 0)
@@ -283,12 +285,20 @@ def _continue(decoder, tokens_BT, starts_B, *, caches, column):
       cached=jnp.arange(widths[0]) - starts_B[:, None],
       column=column,
     )
-  return decoder.residual(tokens_BT, inputs, caches)
+  return decoder.residual(x_BTD, inputs, caches)
 
 
-def head(config: ModelConfig, params: Params, x_BTD: jax.Array) -> jax.Array:
+def head(
+  config: ModelConfig,
+  mesh: Mesh,
+  params: Params,
+  matrix: output_loss.Placed,
+  x_BTD: jax.Array,
+) -> jax.Array:
   """Logits [B, T, V] of the residual stream behind the last layer."""
-  return Decoder(config).apply({"params": params}, x_BTD, method="head")
+  x_BTD = Decoder(config).apply({"params": params}, x_BTD, method="normed")
+  logits_BTV = output_loss.logits(config, mesh, matrix, x_BTD)
+  return logits_BTV[..., : config.vocab_size]
 
 
 def _draw(logits_BV: jax.Array, key: jax.Array, sampling: Sampling):

@@ -12,13 +12,14 @@ from jax.sharding import Mesh
 from adapt_pruner_jax.data import packing, sources
 from adapt_pruner_jax.data.tokenizer import Tokenizer
 from adapt_pruner_jax.distributed import placement, sharding
+from adapt_pruner_jax.distributed.embedding import embed
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.evaluation.finite import not_finite
 from adapt_pruner_jax.evaluation.phases import Phases, silent
-from adapt_pruner_jax.models import decoder
 from adapt_pruner_jax.models.axes import Params
+from adapt_pruner_jax.models.decoder import Decoder, output_name
 from adapt_pruner_jax.models.model_config import ModelConfig
-from adapt_pruner_jax.training import losses
+from adapt_pruner_jax.training import output_loss
 
 LONGEST = 2048  # tokens a window has unless more are asked for
 
@@ -223,12 +224,14 @@ def _window_loss(
   lengths_B: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
   """Summed nll and number of predicted tokens of one batch, on all devices."""
-  params = sharding.whole_embedding(params, mesh)
-  logits_BTV, _ = decoder.Decoder(config).apply({"params": params}, rows_BT)
+  x_BTD = embed(config, params["embedding"], rows_BT, mesh)
+  x_BTD = Decoder(config).apply({"params": params}, x_BTD, method="hidden")
   positions_T = jnp.arange(1, rows_BT.shape[1])
   weights_BT = positions_T < lengths_B[:, None]
-  found = losses.next_token(logits_BTV[:, :-1], rows_BT[:, 1:], weights_BT)
-  return sharding.whole(found, mesh)
+  objective = output_loss.Objective(config, mesh)
+  args = params[output_name(config)], x_BTD[:, :-1], rows_BT[:, 1:], weights_BT
+  nll, _ = output_loss.loss(objective, *args)
+  return sharding.whole((nll, weights_BT.sum()), mesh)
 
 
 def _exp(nats: float, beyond: float | None = math.inf) -> float | None:

@@ -1,6 +1,7 @@
 """The arithmetic that the decoder's layers share."""
 
 from functools import partial
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -65,9 +66,30 @@ def layer_norm(
   return normal.astype(x.dtype)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 3))
+class LowRank(NamedTuple):
+  """A matrix with another of low rank added, w + a b, which is never made.
+
+  Attributes:
+    w: the matrix.
+    a: [in..., rank], the dims of `w` that are summed over.
+    b: [rank, out...].
+  """
+
+  w: jax.Array
+  a: jax.Array
+  b: jax.Array
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    """That of the sum."""
+    return self.w.shape
+
+
 def project(
-  equation: str, x: jax.Array, w: jax.Array, dtype: jnp.dtype | None = None
+  equation: str,
+  x: jax.Array,
+  w: jax.Array | LowRank,
+  dtype: jnp.dtype | None = None,
 ) -> jax.Array:
   """Computes `jnp.einsum(equation, x, w)`, with gradients in the same order.
 
@@ -83,23 +105,54 @@ def project(
   Returns:
     The product; gradients are in the dtypes of `x` and of `w`.
   """
+  if not isinstance(w, LowRank):
+    return _project(equation, x, w, dtype)
+  x_letters, w_letters, y_letters = equation.replace("->", ",").split(",")
+  rows = "".join(n for n in x_letters if n not in w_letters) + "r"
+  into = "".join(n for n in w_letters if n in x_letters) + "r"
+  out = "r" + "".join(n for n in w_letters if n not in x_letters)
+  x_R = _project(f"{x_letters},{into}->{rows}", x, w.a, dtype)
+  added = _project(f"{rows},{out}->{y_letters}", x_R, w.b, dtype)
+  return _project(equation, x, w.w, dtype) + added
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 3))
+def _project(equation, x, w, dtype):
   return jnp.einsum(equation, x, w, preferred_element_type=dtype)
 
 
 def _project_forward(equation, x, w, dtype):
-  return project(equation, x, w, dtype), (x, w)
+  return _project(equation, x, w, dtype), (x, w)
 
 
 def _project_backward(equation, dtype, saved, dy):
-  x, w = saved
+  dx, dw = project_gradients(equation, *saved, dy)
+  return dx, dw.astype(saved[1].dtype)
+
+
+_project.defvjp(_project_forward, _project_backward)
+
+
+def project_gradients(
+  equation: str,
+  x: jax.Array,
+  w: jax.Array,
+  dy: jax.Array,
+  dtype: jnp.dtype | None = None,
+) -> tuple[jax.Array, jax.Array]:
+  """The gradients of `project` by x, in its dtype, and by w.
+
+  Args:
+    equation, x, w: as of `project`.
+    dy: the gradient of what that gives.
+    dtype: of w's gradient; default that of the product.
+  """
   x_letters, w_letters, y_letters = equation.replace("->", ",").split(",")
   dy = dy.astype(x.dtype)
   dx = jnp.einsum(f"{y_letters},{w_letters}->{x_letters}", dy, w)
-  dw = jnp.einsum(f"{x_letters},{y_letters}->{w_letters}", x, dy)
-  return dx.astype(x.dtype), dw.astype(w.dtype)
-
-
-project.defvjp(_project_forward, _project_backward)
+  equation = f"{x_letters},{y_letters}->{w_letters}"
+  dw = jnp.einsum(equation, x, dy, preferred_element_type=dtype)
+  return dx.astype(x.dtype), dw
 
 
 ACTIVATIONS = {

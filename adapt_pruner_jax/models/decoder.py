@@ -105,6 +105,14 @@ class Decoder(nn.Module):
     scale = self.config.embed_scale
     return x_BTD if scale == 1 else x_BTD * jnp.asarray(scale, x_BTD.dtype)
 
+  def normed(self, x_BTD: jax.Array) -> jax.Array:
+    """The stream behind the final norm, which the output matrix multiplies.
+
+    Args:
+      x_BTD: the residual stream behind the last layer.
+    """
+    return layer.norm(self.config, self.weight, "final_norm", x_BTD)
+
   def head(self, x_BTD: jax.Array) -> jax.Array:
     """Logits, float32 [B, T, V].
 
@@ -112,15 +120,8 @@ class Decoder(nn.Module):
       x_BTD: the residual stream behind the last layer.
     """
     c = self.config
-    x_BTD = layer.norm(c, self.weight, "final_norm", x_BTD)
-    if c.tied:
-      equation, matrix = "btd,vd->btv", self.weight["embedding"]
-    else:
-      equation, matrix = "btd,dv->btv", self.weight["lm_head"]
-    logits_BTV = project(equation, x_BTD, matrix, jnp.float32)
-    if c.logit_scale != 1:
-      logits_BTV *= c.logit_scale
-    return soft_cap(logits_BTV, c.final_softcap)
+    matrix = self.weight[output_name(c)]
+    return finish(c, product(c, matrix, self.normed(x_BTD)))
 
   def __call__(
     self,
@@ -138,26 +139,46 @@ class Decoder(nn.Module):
     Returns:
       Logits, float32 [B, T, V]; and L + 1 arrays [B, T, D].
     """
-    if positions_BT is None:
-      positions_BT = tokens_BT.shape[1]
-    inputs = layer.attention_inputs(
-      self.config, positions_BT, segments_BT, self.kernel
-    )
+    inputs = self._inputs(tokens_BT.shape[1], segments_BT, positions_BT)
     stream = [self.embed(tokens_BT)]
     for block in self.layer:
       stream.append(block(stream[-1], inputs))
     return self.head(stream[-1]), stream
 
+  def hidden(
+    self,
+    x_BTD: jax.Array,
+    segments_BT: jax.Array | None = None,
+    positions_BT: jax.Array | None = None,
+  ) -> jax.Array:
+    """The stream behind the final norm, [B, T, D].
+
+    Args:
+      x_BTD: the residual stream in front of the first layer.
+      segments_BT, positions_BT: as in a call of the whole model.
+    """
+    inputs = self._inputs(x_BTD.shape[1], segments_BT, positions_BT)
+    for block in self.layer:
+      x_BTD = block(x_BTD, inputs)
+    return self.normed(x_BTD)
+
+  def _inputs(self, length, segments_BT, positions_BT) -> AttentionInputs:
+    if positions_BT is None:
+      positions_BT = length
+    return layer.attention_inputs(
+      self.config, positions_BT, segments_BT, self.kernel
+    )
+
   def residual(
     self,
-    tokens_BT: jax.Array,
+    x_BTD: jax.Array,
     inputs: AttentionInputs,
     caches: Sequence[layer.Cache | None] | None = None,
   ) -> tuple[jax.Array, list[layer.Cache | None]]:
     """The residual stream behind the last layer, and what a cache holds.
 
     Args:
-      tokens_BT: int token ids.
+      x_BTD: the residual stream in front of the first layer.
       inputs: who sees whom; with `caches`, `cached` and `column` are of these.
       caches: keys and values of each layer, which the new ones are written
         into; None = the tokens see each other only.
@@ -166,11 +187,35 @@ class Decoder(nn.Module):
       [B, T, D]; and the keys and values [B, S, K, H] of each layer, None of one
       without attention.
     """
-    x_BTD, found = self.embed(tokens_BT), []
+    found = []
     for i, block in enumerate(self.layer):
       x_BTD, tap = block.step(x_BTD, inputs, caches and caches[i])
       found.append(tap.cache)
     return x_BTD, found
+
+
+def output_name(config: ModelConfig) -> str:
+  """Which parameter is the output matrix."""
+  return "embedding" if config.tied else "lm_head"
+
+
+def output_equation(config: ModelConfig) -> str:
+  """The product with it, as of `arithmetic.project`."""
+  return "btd,vd->btv" if config.tied else "btd,dv->btv"
+
+
+def product(
+  config: ModelConfig, matrix: jax.Array, x_BTD: jax.Array
+) -> jax.Array:
+  """The stream behind the final norm times the output matrix, float32."""
+  return project(output_equation(config), x_BTD, matrix, jnp.float32)
+
+
+def finish(config: ModelConfig, raw_BTV: jax.Array) -> jax.Array:
+  """Logits, scaled and capped, of `product`."""
+  if config.logit_scale != 1:
+    raw_BTV *= config.logit_scale
+  return soft_cap(raw_BTV, config.final_softcap)
 
 
 def _initializer(name: str, config: ModelConfig):

@@ -27,9 +27,13 @@ from adapt_pruner_jax.models.arithmetic import (
   project,
   rms_norm,
 )
-from adapt_pruner_jax.models.attention import AttentionInputs, attend
+from adapt_pruner_jax.models.attention import (
+  AttentionInputs,
+  attend,
+  chosen,
+)
 from adapt_pruner_jax.models.axes import Params
-from adapt_pruner_jax.models.kernels import AUTO, Kernel
+from adapt_pruner_jax.models.kernels import AUTO, KERNELS, Kernel
 from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.models.rope import RopeTables, query_scale, rotate
 
@@ -292,15 +296,33 @@ def _heads(config, weights, place, inputs, x_BTD, masks, cache):
     update = jax.lax.dynamic_update_slice_in_dim
     pairs = zip(cache, kv, strict=True)
     kv = [update(old, new, inputs.column, axis=1) for old, new in pairs]
-  y_BTKGH = attend(
-    q_BTKGH,
-    *kv,
-    inputs,
-    place.window if any(config.window) else 0,
-    scale=config.attn_scale or config.head_dim**-0.5,
-    softcap=config.attn_softcap,
+  return _attend(config, place, inputs, q_BTKGH, *kv), tuple(kv)
+
+
+def _attend(config, place, inputs, q_BTKGH, k_BSKH, v_BSKH):
+  """`attend` with the window of a place.
+
+  A kernel must know its window when it is compiled: in a scan over layers that
+  differ in it there is one kernel for each, and the place chooses.
+  """
+  scale, softcap = (
+    config.attn_scale or config.head_dim**-0.5,
+    config.attn_softcap,
   )
-  return y_BTKGH, tuple(kv)
+
+  def seeing(window):
+    return lambda *heads: attend(
+      *heads, inputs, window, scale=scale, softcap=softcap
+    )
+
+  heads, windows = (q_BTKGH, k_BSKH, v_BSKH), sorted(set(config.window))
+  if not any(windows):
+    return seeing(0)(*heads)
+  kernel, _ = chosen(q_BTKGH, inputs, windows[-1], softcap)
+  if isinstance(place.window, int) or kernel not in KERNELS:
+    return seeing(place.window)(*heads)
+  which = jnp.searchsorted(np.array(windows), place.window)
+  return jax.lax.switch(which, [seeing(w) for w in windows], *heads)
 
 
 def _rope(ropes: tuple[RopeTables, ...], which: jax.Array | int) -> RopeTables:

@@ -13,7 +13,7 @@ from adapt_pruner_jax.models import axes, model_config
 from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.planning import arrays
 from adapt_pruner_jax.planning.arrays import Bytes
-from adapt_pruner_jax.training import lora, optimizer
+from adapt_pruner_jax.training import lora, optimizer, output_loss
 from adapt_pruner_jax.training.step import make_step
 
 FEW_LAYERS = (2, 3)  # layers of the training programs that are compiled
@@ -63,21 +63,22 @@ def estimated_training(
   kept = sum(layers)
   if settings.remat:
     kept = c.num_layers * tokens * c.hidden_size * itemsize + max(layers)
-  # Logits and their gradient.
-  vocabulary = tokens * c.vocab_size / tensor * 4 * 2
+  # Logits of a chunk and their gradient, and the output matrix's.
+  logits = rows * config.data.seq_len * c.vocab_size / mesh.size
+  vocabulary = min(logits, output_loss.CHUNK) * 4 * 2
   if settings.distill_alpha:
     vocabulary *= 2
-  # Two layers and the vocabulary's matrices are whole on each device when they
-  # are used, the gradients of one layer when they are reduced.
+  vocabulary += c.vocab_size * c.hidden_size / mesh.size * (4 + itemsize)
+  # Two layers are whole on each device when they are used, the gradients of one
+  # when they are reduced.
   shapes = model_config.param_shapes(c)
   biggest = max(
     sum(map(math.prod, shapes[axes.layer_name(i)].values()))
     for i in range(c.num_layers)
   )
-  matrices = c.vocab_size * c.hidden_size * (1 if c.tied else 2)
   gathered = 0
   if mesh.size > 1:
-    gathered = (2 * biggest / tensor + matrices) * itemsize + biggest * 4
+    gathered = 2 * biggest / tensor * itemsize + biggest * 4
   between = held(config, full, student, mesh)
   gradients = arrays.size(train_state(settings, full, student, mesh)[0])
   # Half precision has a copy of the weights in it.

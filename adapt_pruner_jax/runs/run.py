@@ -15,30 +15,31 @@ is opened in `inputs`, what it keeps is in `state`.
 """
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from adapt_pruner_jax.config import Config, check
 from adapt_pruner_jax.distributed import agreement
-from adapt_pruner_jax.distributed.stopping import asked_to_stop, stop_signals
+from adapt_pruner_jax.distributed.stopping import stop_signals
 from adapt_pruner_jax.errors import StoppedError
 from adapt_pruner_jax.formats import convert, dtypes
-from adapt_pruner_jax.models import flops, layer, model_config
+from adapt_pruner_jax.models import layer, model_config
 from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.pruning import budgets, methods, surgery
 from adapt_pruner_jax.pruning.task import Pruned, Step
 from adapt_pruner_jax.reporting.html import report
 from adapt_pruner_jax.reporting.log import Log
-from adapt_pruner_jax.runs import prune_once, vocabulary
-from adapt_pruner_jax.runs.inputs import (
-  Inputs,
-  open_inputs,
-  stage_end,
-  stage_target,
-  teacher_of,
+from adapt_pruner_jax.runs import (
+  budget_results,
+  deadline,
+  export_size,
+  prune_once,
+  vocabulary,
 )
+from adapt_pruner_jax.runs.inputs import Inputs, open_inputs
 from adapt_pruner_jax.runs.measure import (
   answers_note,
   measure,
@@ -49,6 +50,8 @@ from adapt_pruner_jax.runs.measure import (
   windows_note,
 )
 from adapt_pruner_jax.runs.recipe import claim, is_anew, remove_cut_off_exports
+from adapt_pruner_jax.runs.recovery import compile_ahead, recover, teacher_of
+from adapt_pruner_jax.runs.stages import stage_end, stage_limits, stage_target
 from adapt_pruner_jax.runs.state import (
   EVALUATED,
   PRUNING,
@@ -70,7 +73,7 @@ from adapt_pruner_jax.runs.summary import (
 )
 from adapt_pruner_jax.storage import json_files, lock
 from adapt_pruner_jax.storage.checkpoints import Checkpoints
-from adapt_pruner_jax.training import loop, optimizer
+from adapt_pruner_jax.training.loop import Ahead
 from adapt_pruner_jax.training.lora import merge_lora
 
 # Of a layer: the most that a refit has records of.
@@ -125,6 +128,7 @@ def _run(inputs: Inputs, stopping: dict, anew: bool) -> dict:
       state.before = measure_original(state.config, state.params, inputs)
     tidy(state, inputs)
     earlier = state.seconds
+    ending = deadline.stopping(recipe.train.hours, stopping, earlier)
 
     def save() -> None:
       state.seconds = earlier + time.monotonic() - begun
@@ -135,17 +139,19 @@ def _run(inputs: Inputs, stopping: dict, anew: bool) -> dict:
         checkpoints.wait()
         raise StoppedError(f"stopped; the same command continues {path}")
 
-    teacher = teacher_of(inputs)
+    # Loaded when it is first needed, which is behind the first prune.
+    teacher = functools.cache(lambda: teacher_of(inputs))
+    ahead = None
     while state.stage <= recipe.prune.stages:
       stop_if_asked()
       if not state.pruned:
-        prune(state, inputs, stop_if_asked)
+        ahead = prune(state, inputs, stop_if_asked)
         save()
       if state.step < stage_end(inputs, state.stage):
-        recover(state, inputs, teacher, save, stopping)
+        recover(state, inputs, teacher(), save, ending, ahead)
         stop_if_asked()
       evaluate(state, inputs)
-      state.stage, state.pruned = state.stage + 1, False
+      state.stage, state.pruned, ahead = state.stage + 1, False, None
     stop_if_asked()
     return finish(state, inputs, earlier + time.monotonic() - begun)
 
@@ -165,12 +171,20 @@ def tidy(state: State, inputs: Inputs) -> None:
 
 
 def prune(
-  state: State, inputs: Inputs, stop_if_asked: Callable[[], None]
-) -> None:
-  """Prunes to the stage's target; `state` then holds the smaller model."""
+  state: State,
+  inputs: Inputs,
+  stop_if_asked: Callable[[], None],
+) -> Ahead | None:
+  """Prunes to the stage's target; `state` then holds the smaller model.
+
+  Returns:
+    The stage's train step, which compiles in a thread since the sizes of the
+    layers are known; None without training.
+  """
   settings, log = inputs.recipe.prune, inputs.log
   target = stage_target(inputs, state.stage)
   first = len(state.trace)
+  ahead = None
   steps, after = read_pruning(state, inputs)
   if steps and agreement.is_writer():
     json_files.rewrite_lines(inputs.path / "trace.jsonl", state.trace + steps)
@@ -180,8 +194,8 @@ def prune(
   title = f"stage {state.stage} of {settings.stages}: pruning"
   size = budgets.count(state.config, settings)
   counted = budgets.UNIT[settings.budget]
-  aim = f" to {target:,}" if target else ""
-  log.say(f"{title} {size:,} {counted}{aim} ({settings.method})")
+  aim = f" to {budgets.aim(target, settings)}" if target else ""
+  log.say(f"{title} {budgets.shown(size, settings)}{aim} ({settings.method})")
   total = size - target if target else settings.max_steps
   unit = counted if target else "steps"
   with log.phase(title, total, unit) as phase:
@@ -201,15 +215,21 @@ def prune(
       log.metrics("prune", first + len(steps), values)
       stop_if_asked()
 
+    def sized(config: ModelConfig) -> None:
+      nonlocal ahead
+      ahead = compile_ahead(config, state.stage, inputs)
+
     pruned = prune_once.prune(
       (state.config, state.params),
       inputs,
       settings,
       target=target,
+      limits=stage_limits(inputs, state.stage),
       kept=state.kept,
       first=first,
       after=after,
       log=note,
+      sized=sized,
     )
   for number, row in enumerate(pruned.refits):
     log.metrics("refit", refits_before + number, {"stage": state.stage} | row)
@@ -218,6 +238,7 @@ def prune(
   state.config, state.params = pruned.config, pruned.params
   state.kept, state.pruned = pruned.kept, True
   state.trace += steps
+  return ahead
 
 
 def carried_moments(state: State, pruned: Pruned, inputs: Inputs):
@@ -237,71 +258,6 @@ def carried_moments(state: State, pruned: Pruned, inputs: Inputs):
     pruned.config
   )
   return moments if same else None
-
-
-# ---- Recover -----------------------------------------------------------------
-
-
-def recover(
-  state: State,
-  inputs: Inputs,
-  teacher: tuple[ModelConfig, Params] | None,
-  save: Callable[[], None],
-  stopping: dict,
-) -> None:
-  """Trains on the stage's share of the tokens, from `state.step` on.
-
-  Args:
-    teacher: the pair to distil from, if the recipe does.
-    save: writes a checkpoint of `state`.
-    stopping: from `stop_signals`.
-  """
-  recipe, settings, log = inputs.recipe, inputs.recipe.train, inputs.log
-  first, last = (
-    stage_end(inputs, state.stage - 1),
-    stage_end(inputs, state.stage),
-  )
-  training = loop.start(
-    (state.config, state.params),
-    settings,
-    optimizer.schedule(settings, inputs.total_steps),
-    inputs.mesh,
-    adapters=state.adapters,
-    opt_state=state.opt_state,
-    teacher=teacher,
-    seed=recipe.seed + state.stage,
-  )
-  per_step = recipe.data.step_tokens
-  title = f"stage {state.stage} of {recipe.prune.stages}: recovery"
-  log.rewind("train", state.step)
-  size = model_config.count_params(state.config)
-  total = (last - first) * per_step
-  cost = flops.training_flops(state.config, recipe.data.seq_len)
-  with log.phase(title, total, "tokens", flops=cost) as phase:
-
-    def note(step: int, values: dict[str, float]) -> None:
-      done = (step + 1 - first) * per_step
-      phase.update(done, loss=values["loss"], params=size)
-      row = {"stage": state.stage, "total_tokens": (step + 1) * per_step}
-      log.metrics("train", step, values | row)
-
-    while state.step < last and not asked_to_stop(stopping, state.step):
-      training, state.step = loop.recover(
-        training,
-        inputs.rows.batches(state.step),
-        state.step,
-        min(last, state.step + recipe.checkpoint.steps),
-        inputs.mesh,
-        log=note,
-        stop=lambda step: asked_to_stop(stopping, step),
-        skip_nonfinite=settings.skip_nonfinite,
-      )
-      state.opt_state = training.opt_state
-      if settings.lora_rank:
-        state.adapters = training.trained
-      else:
-        state.params = training.trained
-      save()
 
 
 # ---- Evaluate ----------------------------------------------------------------
@@ -358,7 +314,7 @@ def stage_result(state: State, inputs: Inputs) -> dict:
 def to_export(state: State, inputs: Inputs) -> Params:
   """The parameters as they are written: as the original, if not as asked."""
   return dtypes.for_export(
-    state.config, state.params, inputs.source, inputs.recipe.model.dtype
+    state.config, state.params, inputs.source, export_size.dtype(inputs.recipe)
   )
 
 
@@ -382,6 +338,7 @@ def finish(state: State, inputs: Inputs, seconds: float) -> dict:
     facts=summary,
   )
   summary |= disk_sizes(inputs.original.source, path / "model")
+  summary |= budget_results.measure(state, inputs, summary["bytes_after"])
   if agreement.is_writer():
     layers = zip(state.kept["K"], state.kept["F"], strict=True)
     kept = [{"kv_groups": k.tolist(), "ffn": f.tolist()} for k, f in layers]

@@ -9,6 +9,8 @@ from pathlib import Path
 import jax
 from absl import logging
 
+LARGEST = 4 * 2**30  # bytes of compiled programs that are kept
+
 
 def home() -> Path:
   """$ADAPT_PRUNER_CACHE, else ~/.cache/adapt_pruner_jax; it may not exist yet.
@@ -32,6 +34,9 @@ def home() -> Path:
 def keep_compiled_programs() -> None:
   """Lets JAX keep them in the cache, unless it has been given a place.
 
+  JAX keys them by the program and its devices; beyond `LARGEST` those that
+  were not used for the longest go.
+
   Not where others could write, since what is there is run: one line says so.
   """
   if jax.config.jax_compilation_cache_dir:
@@ -42,6 +47,7 @@ def keep_compiled_programs() -> None:
     logging.warning("compiled programs are not kept: %s", problem)
   else:
     jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_compilation_cache_max_size", LARGEST)
 
 
 def _why_not_private(folder: Path) -> str:

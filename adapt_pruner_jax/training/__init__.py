@@ -2,7 +2,9 @@
 
 step       one train step: full, distilled, or LoRA
 loop       the steps of a stage, each loss checked
+stacking   which layers are stacked and scanned over, and trees there and back
 lora       low-rank adapters, and merging them
 losses     next-token and distillation losses, as sums
+output_loss  the same behind the output matrix, in chunks of tokens
 optimizer  AdamW, the learning rate, and how its state is cut
 """

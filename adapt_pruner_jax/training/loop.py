@@ -1,10 +1,13 @@
 """Recovery training: how it starts, and its loop over train steps (`step`)."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from adapt_pruner_jax.config import Train
@@ -12,23 +15,74 @@ from adapt_pruner_jax.distributed import placement
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.model_config import ModelConfig
-from adapt_pruner_jax.training import optimizer
+from adapt_pruner_jax.training import optimizer, stacking
 from adapt_pruner_jax.training.lora import init_lora
 from adapt_pruner_jax.training.step import (
   Batch,
   Metrics,
   Step,
+  abstract_batch,
+  abstract_state,
   init_optimizer,
   make_step,
 )
 
 
 class Training(NamedTuple):
-  """A model in training: what a step changes, and the step."""
+  """A model in training: what a step changes, not stacked, and the step."""
 
   step_fn: Step  # holds the compiled program of these shapes
   trained: Any  # the params, or the adapters under LoRA
   opt_state: Any
+
+
+class Ahead(NamedTuple):
+  """A train step that compiles in a thread, and what it is of."""
+
+  config: ModelConfig
+  runs: stacking.Runs
+  program: Future
+
+
+def compile_ahead(
+  config: ModelConfig,
+  settings: Train,
+  mesh: Mesh,
+  shape: tuple[int, int],
+  *,
+  dtype: jnp.dtype = jnp.float32,
+  teacher: tuple[ModelConfig, Params] | None = None,
+  tokens: int = 0,
+) -> Ahead:
+  """Starts to compile a train step in a thread.
+
+  Args:
+    config: of the model.
+    settings, mesh, tokens: as they will be given to `start`.
+    shape: of the batches, (rows, tokens of a row).
+    dtype: of the params, where adapters are trained beside them.
+    teacher: as it will be given to `start`; shapes with shardings will do.
+  """
+  rank = settings.lora_rank
+  runs = stacking.choose(config, settings, mesh, tokens)
+  trained, state = abstract_state(config, settings, mesh, rank, runs)
+  base = None
+  if rank:
+    base = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding),
+      abstract_state(config, settings, mesh, 0, runs)[0],
+    )
+  given = config, settings, lambda step: 0.0, mesh
+  step_fn = make_step(*given, base=base, teacher=teacher, runs=runs)
+
+  def compiled() -> Any:
+    batch = abstract_batch(*shape, mesh)
+    return step_fn.lower(trained, state, batch).compile()
+
+  pool = ThreadPoolExecutor(1)
+  program = pool.submit(compiled)
+  pool.shutdown(wait=False)
+  return Ahead(config, runs, program)
 
 
 def start(
@@ -42,6 +96,8 @@ def start(
   teacher: tuple[ModelConfig, Params] | None = None,
   seed: int = 0,
   step_fn: Step | None = None,
+  tokens: int = 0,
+  ahead: Ahead | None = None,
 ) -> Training:
   """Makes what training needs: the step, the optimizer state, and adapters.
 
@@ -57,6 +113,8 @@ def start(
     seed: of new adapters.
     step_fn: of an earlier start with the same shapes, settings and teacher;
       None = a new one, which compiles at its first call.
+    tokens: to train on; what is worth compiling depends on it.
+    ahead: from `compile_ahead`; waited for if it is of this model.
   """
   config, params = model
   base, trained = None, params
@@ -69,9 +127,14 @@ def start(
   if opt_state is None:
     opt_state = init_optimizer(trained, settings, mesh)
   if step_fn is None:
-    step_fn = make_step(
-      config, settings, schedule, mesh, base=base, teacher=teacher
-    )
+    runs = stacking.choose(config, settings, mesh, tokens)
+    base = stacking.stack(runs, base, mesh)
+    if settings.distill_alpha:
+      teacher = stacking.teacher(teacher, settings, mesh)
+    given = config, settings, schedule, mesh
+    step_fn = make_step(*given, base=base, teacher=teacher, runs=runs)
+    if ahead is not None and (ahead.config, ahead.runs) == (config, runs):
+      step_fn = dataclasses.replace(step_fn, program=ahead.program.result())
   return Training(step_fn, trained, opt_state)
 
 
@@ -103,8 +166,12 @@ def recover(
   Raises:
     UserError: a non-finite loss, or the data ended.
   """
-  step_fn, trained, opt_state = training
-
+  step_fn = training.step_fn
+  # Donated, so that no more than a run of layers is there twice.
+  trained, opt_state = (
+    stacking.stack(step_fn.runs, tree, mesh, donate=True)
+    for tree in training[1:]
+  )
   running = None
   step = first_step
   while step < last_step:
@@ -124,6 +191,10 @@ def recover(
     step += 1
   if running is not None:
     _report(*running, log, skip_nonfinite)
+  trained, opt_state = (
+    stacking.unstack(step_fn.runs, step_fn.config, tree, mesh, donate=True)
+    for tree in (trained, opt_state)
+  )
   return Training(step_fn, trained, opt_state), step
 
 

@@ -1,4 +1,8 @@
-"""LoRA: low-rank adapters beside frozen params, and merging them into these."""
+"""LoRA: low-rank adapters beside frozen params, and merging them into these.
+
+While they are trained, the product of both factors is never made: x goes
+through the frozen matrix, and through one factor and then the other.
+"""
 
 import math
 from typing import Any
@@ -9,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from adapt_pruner_jax.distributed import sharding
 from adapt_pruner_jax.models import axes, model_config
+from adapt_pruner_jax.models.arithmetic import LowRank
 from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.model_config import ModelConfig
 
@@ -49,6 +54,24 @@ def init_lora(
   return jax.jit(build, out_shardings=placed)(key)
 
 
+def beside(
+  weights: Params, factors: dict[str, Any], lora_alpha: float
+) -> Params:
+  """A layer's weights with its adapters beside them, to be computed with.
+
+  Args:
+    weights: of the layer, frozen.
+    factors: its adapters, {"q": {"a": ..., "b": ...}, ...}.
+    lora_alpha: what is added is a b times lora_alpha / rank.
+  """
+
+  def pair(name: str, factor: dict) -> LowRank:
+    scale = lora_alpha / factor["b"].shape[0]
+    return LowRank(weights[name], factor["a"], factor["b"] * scale)
+
+  return weights | {name: pair(name, f) for name, f in factors.items()}
+
+
 def merge_lora(
   params: Params, adapters: dict[str, Any], lora_alpha: float
 ) -> Params:
@@ -66,6 +89,14 @@ def merge_lora(
   return new
 
 
+def factor_letters(name: str) -> dict[str, str]:
+  """The dims of both factors of a matrix, R the rank: {"a": "DR", ...}."""
+  letters = axes.AXES[name]
+  # The residual width D is the side where a matrix reads, or writes.
+  cut = 1 if letters[0] in axes.RESIDUAL else len(letters) - 1
+  return {"a": letters[:cut] + "R", "b": "R" + letters[cut:]}
+
+
 def abstract_adapters(
   config: ModelConfig, rank: int, mesh: Mesh
 ) -> tuple[Any, Any]:
@@ -78,10 +109,7 @@ def abstract_adapters(
     for name in LORA_NAMES:
       if name not in model_config.layer_names(config, i):
         continue  # this half of the layer is gone
-      letters = axes.AXES[name]
-      # The residual width D is the side where a matrix reads, or writes.
-      cut = 1 if letters[0] in axes.RESIDUAL else len(letters) - 1
-      pair = {"a": letters[:cut] + "R", "b": "R" + letters[cut:]}
+      pair = factor_letters(name)
       shape = {f: tuple(sizes[x] for x in pair[f]) for f in pair}
       shapes[layer][name] = {
         f: jax.ShapeDtypeStruct(shape[f], jnp.float32) for f in pair

@@ -6,6 +6,7 @@ frozen params. A batch is a dict of arrays [B, T] as `data` makes them:
 `tokens_BT, targets_BT, segments_BT, positions_BT, weights_BT`.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -15,22 +16,62 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.stages import Lowered
 
 from adapt_pruner_jax.config import Train
 from adapt_pruner_jax.distributed import placement, sharding
+from adapt_pruner_jax.distributed.embedding import embed
 from adapt_pruner_jax.errors import UserError
-from adapt_pruner_jax.models import model_config
+from adapt_pruner_jax.models import layer, layer_runs, model_config
 from adapt_pruner_jax.models.axes import Params
-from adapt_pruner_jax.models.decoder import Decoder
+from adapt_pruner_jax.models.decoder import Decoder, output_name
 from adapt_pruner_jax.models.kernels import Kernel
 from adapt_pruner_jax.models.model_config import ModelConfig
-from adapt_pruner_jax.training import losses, optimizer
-from adapt_pruner_jax.training.lora import abstract_adapters, merge_lora
+from adapt_pruner_jax.training import optimizer, output_loss, stacking
+from adapt_pruner_jax.training.lora import abstract_adapters, beside
 
 Batch = Mapping[str, Any]
 Metrics = dict[str, Any]
-# (trained, optimizer state, batch, global step) -> the first two and metrics
-Step = Callable[[Any, Any, Batch, int], tuple[Any, Any, Metrics]]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Step:
+  """A train step: called with what is trained, its state, a batch, a step.
+
+  Attributes:
+    config: of the model.
+    runs: how the layers of what is trained, and of `base`, are stacked.
+    program: the compiled step, or what compiles it when it is first called.
+    base: the frozen params under LoRA.
+    taught: the teacher's params.
+    schedule: the learning rate of each global step.
+    accumulation, mesh: microbatches a step, and the devices.
+  """
+
+  config: ModelConfig
+  runs: stacking.Runs
+  program: Callable
+  base: Params | None
+  taught: Params | None
+  schedule: optimizer.Schedule
+  accumulation: int
+  mesh: Mesh
+
+  def __call__(
+    self, trained: Any, opt_state: Any, batch: Batch, step: int
+  ) -> tuple[Any, Any, Metrics]:
+    """The next `trained` and `opt_state`, and metrics; both are donated."""
+    check_rows(len(batch["tokens_BT"]), self.accumulation, self.mesh)
+    rate = np.float32(self.schedule(step))
+    return self.program(*self._arguments(trained, opt_state, batch), rate)
+
+  def lower(self, trained: Any, opt_state: Any, batch: Batch) -> Lowered:
+    """The program of such arguments, to compile; shapes will do."""
+    rate = np.float32(0)
+    return self.program.lower(*self._arguments(trained, opt_state, batch), rate)
+
+  def _arguments(self, trained, opt_state, batch):
+    return trained, opt_state, self.base, self.taught, batch
 
 
 def make_step(
@@ -40,6 +81,7 @@ def make_step(
   mesh: Mesh,
   base: Params | None = None,
   teacher: tuple[ModelConfig, Params] | None = None,
+  runs: stacking.Runs = (),
 ) -> Step:
   """The train step of one model shape, compiled at its first call.
 
@@ -51,6 +93,7 @@ def make_step(
     config, settings: the model, and how it is trained.
     base: the frozen params under LoRA; the step then trains adapters.
     teacher: the pair to distil from, needed if `settings.distill_alpha` > 0.
+    runs: how the layers of what is trained, and of `base`, are stacked.
   """
   alpha = settings.distill_alpha
   assert not alpha or teacher is not None, "distillation without a teacher"
@@ -78,21 +121,59 @@ def make_step(
     metrics |= {"next_token": nll} if alpha else {}
     return *new, metrics
 
-  abstract = model_config.abstract_params(config, jnp.float32)
-  placed = sharding.param_shardings(abstract, mesh)
-  if base is not None:
-    abstract, placed = abstract_adapters(config, settings.lora_rank, mesh)
-  state = optimizer.state_shardings(transform, abstract, placed, mesh)
-  out = (placed, state, sharding.replicated(mesh))
+  rank = 0 if base is None else settings.lora_rank
+  abstract = abstract_state(config, settings, mesh, rank, runs)
+  out = jax.tree.map(lambda x: x.sharding, abstract)
+  out = (*out, sharding.replicated(mesh))
   compiled = jax.jit(step_fn, donate_argnums=(0, 1), out_shardings=out)
-  taught = teacher[1] if alpha else None
+  taught, number = teacher[1] if alpha else None, settings.accumulation
+  return Step(config, runs, compiled, base, taught, schedule, number, mesh)
 
-  def run(trained, opt_state, batch, step):
-    check_rows(len(batch["tokens_BT"]), settings.accumulation, mesh)
-    rate = np.float32(schedule(step))
-    return compiled(trained, opt_state, base, taught, batch, rate)
 
-  return run
+def abstract_state(
+  config: ModelConfig,
+  settings: Train,
+  mesh: Mesh,
+  rank: int,
+  runs: stacking.Runs = (),
+) -> tuple[Any, Any]:
+  """What a step trains, and Adam's state, as shapes with shardings.
+
+  Args:
+    config, settings, mesh, runs: as `make_step`'s.
+    rank: of the adapters that are trained; 0 = the params themselves.
+  """
+  if rank:
+    shapes, placed = abstract_adapters(config, rank, mesh)
+  else:
+    shapes = model_config.abstract_params(config, jnp.float32)
+    placed = sharding.param_shardings(shapes, mesh)
+  trained = stacking.abstract(runs, _with_shardings(shapes, placed), mesh)
+  placed = jax.tree.map(lambda x: x.sharding, trained)
+  transform = optimizer.optimizer(settings.weight_decay)
+  state = jax.eval_shape(transform.init, trained)
+  where = optimizer.state_shardings(transform, trained, placed, mesh)
+  return trained, _with_shardings(state, where)
+
+
+def abstract_batch(rows: int, length: int, mesh: Mesh) -> Batch:
+  """A batch as shapes with shardings."""
+  dtypes = dict.fromkeys(
+    ("tokens", "targets", "segments", "positions"), "int32"
+  )
+  where = placement.batch_sharding(mesh)
+  return {
+    f"{name}_BT": jax.ShapeDtypeStruct((rows, length), dtype, sharding=where)
+    for name, dtype in (dtypes | {"weights": "float32"}).items()
+  }
+
+
+def _with_shardings(tree: Any, shardings: Any) -> Any:
+  return jax.tree.map(
+    lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+    tree,
+    shardings,
+  )
 
 
 def _summed(
@@ -121,23 +202,18 @@ def make_loss(
   Args:
     teacher: of the model to distil from; None = no distillation.
   """
-  alpha, dtype = settings.distill_alpha, jnp.dtype(settings.dtype)
-  kernel = Kernel(settings.attention, mesh)
-  student = Decoder(config, settings.remat, kernel)
+  alpha = settings.distill_alpha
+  objective = output_loss.Objective(config, mesh, teacher, alpha)
 
   def mean_loss(trained, base, teacher_params, batch, count):
-    params = trained
-    if base is not None:
-      params = merge_lora(base, trained, settings.lora_alpha)
-    logits = _logits(student, cast(params, dtype), batch, mesh)
-    targets, weights = batch["targets_BT"], batch["weights_BT"]
-    nll = losses.next_token(logits, targets, weights)[0] / count
-    if teacher is None:
-      return nll, nll
-    tutor = Decoder(teacher, kernel=kernel)
-    taught = _logits(tutor, cast(teacher_params, dtype), batch, mesh)
-    kl = losses.distillation(logits, taught, weights)[0] / count
-    return (1 - alpha) * nll + alpha * kl, nll
+    x_BTD, matrix = _ends(config, settings, trained, base, batch, mesh)
+    taught = None
+    if teacher is not None:
+      frozen = dataclasses.replace(settings, remat=False)
+      taught = _ends(teacher, frozen, teacher_params, None, batch, mesh)
+    tokens = batch["targets_BT"], batch["weights_BT"]
+    sums = output_loss.loss(objective, matrix, x_BTD, *tokens, taught)
+    return sums[0] / count, sums[1] / count
 
   return mean_loss
 
@@ -166,16 +242,69 @@ def microbatches(batch: Batch, number: int, mesh: Mesh) -> Batch:
   return jax.tree.map(split, batch)
 
 
-def _logits(
-  decoder: Decoder, params: Params, batch: Batch, mesh: Mesh
+def _ends(
+  config: ModelConfig,
+  settings: Train,
+  trained: Any,
+  base: Params | None,
+  batch: Batch,
+  mesh: Mesh,
+) -> tuple[jax.Array, jax.Array]:
+  """The stream behind the final norm, [B, T, D], and the output matrix.
+
+  Args:
+    trained: params, or the adapters of `base`; their layers may be stacked.
+  """
+  dtype, alpha = jnp.dtype(settings.dtype), settings.lora_alpha
+  kernel = Kernel(settings.attention, mesh)
+  if not layer_runs.bounds(trained):
+    params = trained
+    if base is not None:
+      layers = {n: beside(base[n], f, alpha) for n, f in trained.items()}
+      params = base | layers
+    decoder = Decoder(config, settings.remat, kernel)
+    x_BTD = hidden(decoder, params, batch, mesh, dtype)
+    return x_BTD, params[output_name(config)]
+
+  def weights_of(part: Any) -> Params:
+    return cast(part if base is None else beside(*part, alpha), dtype)
+
+  params, stacked = trained, trained
+  if base is not None:
+    params = base
+    stacked = {name: (base[name], trained[name]) for name in trained}
+  inputs = layer.attention_inputs(
+    config, batch["positions_BT"], batch["segments_BT"], kernel
+  )
+  x_BTD = embed(config, params["embedding"], batch["tokens_BT"], mesh, dtype)
+  x_BTD = layer_runs.scan_layers(
+    config, stacked, weights_of, inputs, x_BTD, settings.remat
+  )
+  names = model_config.outer_names(config)
+  outer = {"params": cast({name: params[name] for name in names}, dtype)}
+  behind = Decoder(config.with_layers(()))
+  x_BTD = behind.apply(outer, x_BTD, method="normed")
+  return x_BTD, params[output_name(config)]
+
+
+def hidden(
+  decoder: Decoder,
+  params: Params,
+  batch: Batch,
+  mesh: Mesh,
+  dtype: jnp.dtype,
 ) -> jax.Array:
-  logits_BTV, _ = decoder.apply(
-    {"params": sharding.whole_embedding(params, mesh)},
-    batch["tokens_BT"],
+  """The stream behind the final norm, [B, T, D], computed in `dtype`."""
+  x_BTD = embed(
+    decoder.config, params["embedding"], batch["tokens_BT"], mesh, dtype
+  )
+  return decoder.apply(
+    {"params": cast(params, dtype)},
+    x_BTD,
     batch["segments_BT"],
     batch["positions_BT"],
+    method="hidden",
   )
-  return logits_BTV
 
 
 def check_rows(rows: int, accumulation: int, mesh: Mesh) -> None:

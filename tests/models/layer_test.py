@@ -117,7 +117,8 @@ def test_branches_see_the_prefix_and_themselves():
   inputs = layer.attention_inputs(config, jnp.asarray(positions), segments)
   inputs = dataclasses.replace(inputs, prefix=True)
   apply = jax.jit(Decoder(config).apply, static_argnames="method")
-  got, _ = apply(variables, tokens, inputs, method="residual")
+  x_BTD = apply(variables, tokens, method="embed")
+  got, _ = apply(variables, x_BTD, inputs, method="residual")
   for own, said in ((slice(60, 80), one), (slice(80, 110), two)):
     row = np.concatenate([prefix, said])[None]
     _, stream = apply(variables, row)
@@ -134,7 +135,8 @@ def test_a_cache_goes_on_where_the_rows_stopped(option):
   apply = jax.jit(Decoder(config).apply, static_argnames="method")
   _, stream = apply(variables, tokens)
   inputs = layer.attention_inputs(config, 9)
-  _, caches = apply(variables, tokens[:, :9], inputs, method="residual")
+  x_BTD = apply(variables, tokens, method="embed")
+  _, caches = apply(variables, x_BTD[:, :9], inputs, method="residual")
   room = ((0, 0), (0, columns - 9), (0, 0), (0, 0))
   caches = jax.tree.map(lambda kv: jnp.pad(kv, room), caches)
   inputs = dataclasses.replace(
@@ -142,7 +144,7 @@ def test_a_cache_goes_on_where_the_rows_stopped(option):
     cached=jnp.arange(columns)[None],
     column=9,
   )
-  got, _ = apply(variables, tokens[:, 9:], inputs, caches, method="residual")
+  got, _ = apply(variables, x_BTD[:, 9:], inputs, caches, method="residual")
   np.testing.assert_allclose(got, stream[-1][:, 9:], rtol=1e-4, atol=1e-5)
 
 

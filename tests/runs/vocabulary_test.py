@@ -19,7 +19,8 @@ from adapt_pruner_jax.models import decoder, model_config
 from adapt_pruner_jax.planning import plan
 from adapt_pruner_jax.reporting.log import Log
 from adapt_pruner_jax.runs import run
-from adapt_pruner_jax.runs.inputs import open_inputs, teacher_of
+from adapt_pruner_jax.runs.inputs import open_inputs
+from adapt_pruner_jax.runs.recovery import teacher_of
 from tests.small_runs import recipe
 
 KEEP = 420

@@ -26,8 +26,10 @@ def kept(monkeypatch, tmp_path, caplog):
     cache.keep_compiled_programs()
     return jax.config.jax_compilation_cache_dir, said
 
+  largest = jax.config.jax_compilation_cache_max_size
   yield run
   jax.config.update("jax_compilation_cache_dir", old)
+  jax.config.update("jax_compilation_cache_max_size", largest)
 
 
 def test_compiled_programs_are_the_users_alone(kept, tmp_path):
@@ -38,6 +40,7 @@ def test_compiled_programs_are_the_users_alone(kept, tmp_path):
     os.umask(old)
   assert place == str(tmp_path / "cache" / "jax")
   assert os.stat(place).st_mode & 0o777 == 0o700
+  assert jax.config.jax_compilation_cache_max_size == cache.LARGEST > 0
   assert not said
 
 

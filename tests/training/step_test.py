@@ -16,7 +16,13 @@ from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.models.rope import Rope
 from adapt_pruner_jax.training import loop, lora, optimizer
 from adapt_pruner_jax.training.losses import distillation, next_token
-from adapt_pruner_jax.training.step import check_rows, init_optimizer, make_step
+from adapt_pruner_jax.training.step import (
+  check_rows,
+  init_optimizer,
+  make_loss,
+  make_step,
+)
+from tests import small
 
 UNEVEN = ModelConfig(
   family="llama",
@@ -399,6 +405,54 @@ def test_merged_lora_computes_what_the_adapters_do(plain):
   np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
+def trained_adapters(config, rank, mesh):
+  """As they are in training, where `b` is no longer zero."""
+  fresh = lora.init_lora(config, rank, jax.random.key(0), mesh)
+  rng = np.random.default_rng(0)
+  return jax.tree.map(lambda x: x + np.float32(rng.normal(size=x.shape)), fresh)
+
+
+@pytest.mark.parametrize(
+  "option", ["biases", pytest.param("sandwich", marks=pytest.mark.slow)]
+)
+def test_adapters_beside_a_model_are_the_merged_model(option):
+  """In their loss and in their gradients."""
+  config, mesh = small.option(option), one_device()
+  settings = Train(lora_rank=2, lora_alpha=0.1)
+  base = small.random_params(config)
+  adapters = trained_adapters(config, 2, mesh)
+  batch, count = random_batch(config, 2, 12), 7.0
+  loss = make_loss(config, settings, mesh, None)
+
+  def beside(adapters):
+    return loss(adapters, base, None, batch, count)[0]
+
+  def merged(adapters):
+    params = lora.merge_lora(base, adapters, settings.lora_alpha)
+    return loss(params, None, None, batch, count)[0]
+
+  value, gradient = jax.jit(jax.value_and_grad(beside))(adapters)
+  value_, gradient_ = jax.jit(jax.value_and_grad(merged))(adapters)
+  assert value == pytest.approx(float(value_), rel=1e-5)
+  largest = max(np.abs(x).max() for x in jax.tree.leaves(gradient_))
+  assert_close(gradient, gradient_, rtol=1e-4, atol=1e-5 * largest)
+
+
+def test_lora_makes_no_matrix_of_full_size():
+  """Few tokens: what the step needs beside its arguments is less than one."""
+  config = dataclasses.replace(
+    UNEVEN, hidden_size=128, kv_groups=(2, 2), ffn_widths=(512, 512)
+  )
+  settings, mesh = Train(lora_rank=2), one_device()
+  base = model_config.abstract_params(config, jnp.float32)
+  adapters, _ = lora.abstract_adapters(config, 2, mesh)
+  batch = random_batch(config, 1, 4)
+  loss = make_loss(config, settings, mesh, None)
+  gradient = jax.jit(jax.grad(lambda *args: loss(*args)[0]))
+  compiled = gradient.lower(adapters, base, None, batch, 1.0).compile()
+  assert compiled.memory_analysis().temp_size_in_bytes < 4 * 128 * 512
+
+
 @pytest.mark.slow
 def test_lora_on_eight_devices_equals_one(plain):
   params, batches, _ = plain
@@ -496,14 +550,18 @@ def torch_peer(torch, transformers, config, params):
 
 
 def test_fsdp_gathers_weights_not_activations():
-  """No device ever holds the logits, or the MLP, of the whole batch."""
+  """No device ever holds the logits, or the MLP, of the whole batch. The output
+  matrix, and the embedding, stay where they are."""
   config = dataclasses.replace(UNEVEN, vocab_size=96, ffn_widths=(40, 72))
   mesh = sharding.make_mesh(1, 8, 1)
   rows, length = 16, 12
   text = compiled_text(config, mesh, rows, length)
-  for width in (96, 40, 72):
+  for width in (40, 72):
     assert f"f32[{rows // 8},{length},{width}]" in text
     assert f"f32[{rows},{length},{width}]" not in text
+  assert f"f32[{rows},{length},{96 // 8}]" in text
+  assert f"{length},96]" not in text
+  assert f"f32[96,{config.hidden_size}]" not in text
 
 
 def compiled_text(config, mesh, rows, length):

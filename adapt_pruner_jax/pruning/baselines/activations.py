@@ -12,10 +12,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from adapt_pruner_jax.distributed import placement, sharding
+from adapt_pruner_jax.distributed import embedding, placement, sharding
 from adapt_pruner_jax.models import axes, model_config
 from adapt_pruner_jax.models.axes import Params
-from adapt_pruner_jax.models.decoder import Decoder
 from adapt_pruner_jax.models.layer import attention_inputs, place, run_half
 from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.pruning import surgery
@@ -89,11 +88,8 @@ def embed(
 
 @partial(jax.jit, static_argnames=("config", "mesh"))
 def _embed(config, outer, tokens_BT, mesh):
-  variables = {"params": sharding.whole_embedding(outer, mesh)}
-  decoder = Decoder(config)
-  return placement.cut_rows(
-    decoder.apply(variables, tokens_BT, method=Decoder.embed), mesh
-  )
+  x_BTD = embedding.embed(config, outer["embedding"], tokens_BT, mesh)
+  return placement.cut_rows(x_BTD, mesh)
 
 
 def reduced(fn: Callable) -> Callable:

@@ -1,0 +1,153 @@
+"""A stage's training, which compiles as soon as the stage's sizes are known."""
+
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+
+from adapt_pruner_jax.distributed import sharding
+from adapt_pruner_jax.distributed.stopping import asked_to_stop
+from adapt_pruner_jax.formats.hf import load
+from adapt_pruner_jax.models import flops, model_config
+from adapt_pruner_jax.models.axes import Params
+from adapt_pruner_jax.models.model_config import ModelConfig
+from adapt_pruner_jax.runs.inputs import Inputs, weight_dtype
+from adapt_pruner_jax.runs.stages import stage_end
+from adapt_pruner_jax.runs.state import State
+from adapt_pruner_jax.training import loop, optimizer, stacking
+
+
+def stage_tokens(inputs: Inputs, stage: int) -> int:
+  """Tokens that a stage trains on, whatever of them is done."""
+  steps = stage_end(inputs, stage) - stage_end(inputs, stage - 1)
+  return steps * inputs.recipe.data.step_tokens
+
+
+def compile_ahead(
+  config: ModelConfig, stage: int, inputs: Inputs
+) -> loop.Ahead | None:
+  """Starts to compile a stage's train step, while refits and saving go on.
+
+  Args:
+    config: of the model that will be trained.
+    stage: its number, from 1.
+    inputs: of the run.
+
+  Returns:
+    What `recover` waits for; None without training.
+  """
+  recipe, tokens = inputs.recipe, stage_tokens(inputs, stage)
+  if not tokens:
+    return None
+  shape = recipe.data.batch, recipe.data.seq_len
+  return loop.compile_ahead(
+    config,
+    recipe.train,
+    inputs.mesh,
+    shape,
+    dtype=weight_dtype(inputs),
+    teacher=abstract_teacher(inputs),
+    tokens=tokens,
+  )
+
+
+def recover(
+  state: State,
+  inputs: Inputs,
+  teacher: tuple[ModelConfig, Params] | None,
+  save: Callable[[], None],
+  stopping: Mapping,
+  ahead: loop.Ahead | None = None,
+) -> None:
+  """Trains on the stage's share of the tokens, from `state.step` on.
+
+  Args:
+    teacher: the pair to distil from, if the recipe does.
+    save: writes a checkpoint of `state`.
+    stopping: from `stop_signals`, or with a deadline.
+    ahead: the stage's step, if it has been compiling.
+  """
+  recipe, settings, log = inputs.recipe, inputs.recipe.train, inputs.log
+  first, last = (
+    stage_end(inputs, state.stage - 1),
+    stage_end(inputs, state.stage),
+  )
+  training = loop.start(
+    (state.config, state.params),
+    settings,
+    optimizer.schedule(settings, inputs.total_steps),
+    inputs.mesh,
+    adapters=state.adapters,
+    opt_state=state.opt_state,
+    teacher=teacher,
+    seed=recipe.seed + state.stage,
+    tokens=stage_tokens(inputs, state.stage),
+    ahead=ahead,
+  )
+  per_step = recipe.data.step_tokens
+  title = f"stage {state.stage} of {recipe.prune.stages}: recovery"
+  log.rewind("train", state.step)
+  size = model_config.count_params(state.config)
+  total = (last - first) * per_step
+  cost = flops.training_flops(state.config, recipe.data.seq_len)
+  with log.phase(title, total, "tokens", flops=cost) as phase:
+
+    def note(step: int, values: dict[str, float]) -> None:
+      done = (step + 1 - first) * per_step
+      phase.update(done, loss=values["loss"], params=size)
+      row = {"stage": state.stage, "total_tokens": (step + 1) * per_step}
+      log.metrics("train", step, values | row)
+
+    while state.step < last and not asked_to_stop(stopping, state.step):
+      training, state.step = loop.recover(
+        training,
+        inputs.rows.batches(state.step),
+        state.step,
+        min(last, state.step + recipe.checkpoint.steps),
+        inputs.mesh,
+        log=note,
+        stop=lambda step: asked_to_stop(stopping, step),
+        skip_nonfinite=settings.skip_nonfinite,
+      )
+      state.opt_state = training.opt_state
+      if settings.lora_rank:
+        state.adapters = training.trained
+      else:
+        state.params = training.trained
+      save()
+
+
+def teacher_of(inputs: Inputs) -> tuple[ModelConfig, Params] | None:
+  """The model before any pruning, where training distils from it, as stored.
+
+  Of a cut vocabulary it has the rows that stay: a softmax of its logits is the
+  original's distribution over these tokens, renormalised.
+  """
+  if not _distils(inputs):
+    return None
+  pair = load.load(str(inputs.source), None, inputs.mesh, _ignored(inputs))
+  return stacking.teacher(pair, inputs.recipe.train, inputs.mesh)
+
+
+def abstract_teacher(inputs: Inputs) -> tuple[ModelConfig, Params] | None:
+  """`teacher_of` as shapes with shardings; no weight is read."""
+  if not _distils(inputs):
+    return None
+  config, tree = load.stored(str(inputs.source), None, _ignored(inputs))
+  settings, mesh = inputs.recipe.train, inputs.mesh
+  shapes = model_config.abstract_params(config, jnp.float32)
+  params = jax.tree.map(
+    lambda x, s, p: jax.ShapeDtypeStruct(s.shape, x.dtype, sharding=p),
+    tree,
+    shapes,
+    sharding.param_shardings(shapes, mesh),
+  )
+  return stacking.abstract_teacher((config, params), settings, mesh)
+
+
+def _distils(inputs: Inputs) -> bool:
+  return bool(inputs.recipe.train.distill_alpha and inputs.total_steps)
+
+
+def _ignored(inputs: Inputs) -> str:
+  return inputs.recipe.model.ignore_fields
