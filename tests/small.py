@@ -46,11 +46,23 @@ OPTIONS = {
     "window": (3, 0, 3),
     "local_rope": Rope(theta=100.0),
   },
+  "parallel": {
+    "parallel": True,
+    "norm": "layer",
+    "norm_bias": True,
+    "gated": False,
+    "activation": "gelu",
+    "qkv_bias": True,
+    "o_bias": True,
+    "gate_up_bias": True,
+    "down_bias": True,
+  },
   "scales": {
     "residual_scale": 0.5,
     "logit_scale": 0.25,
     "attn_scale": 0.3,
-    "rope": Rope(partial=0.5),
+    "rope": Rope(partial=0.5, query_growth=0.5, original_context=8),
+    "nope": (0, 1, 0),
   },
 }
 

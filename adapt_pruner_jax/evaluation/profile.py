@@ -176,8 +176,7 @@ def _equal_layers(config: ModelConfig) -> ModelConfig:
   units = {u: (max(w),) * layers for u, w in config.units().items()}
   if not all(w[0] for w in units.values()):
     raise UserError("the model has no attention, or no MLP, to time")
-  window = config.window[:layers]
-  return dataclasses.replace(config.with_units(units), window=window)
+  return config.with_layers(range(layers)).with_units(units)
 
 
 def _widths(most: int, unit: str, lanes: int) -> list[int]:

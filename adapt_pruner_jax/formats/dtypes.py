@@ -14,9 +14,13 @@ import numpy as np
 
 from adapt_pruner_jax.formats import orbax
 from adapt_pruner_jax.formats.gguf import directory
-from adapt_pruner_jax.formats.hf import config_json, tensors, weights
-from adapt_pruner_jax.formats.hf.families import OUTER
-from adapt_pruner_jax.formats.hf.files import CONFIG, Checkpoint, read_object
+from adapt_pruner_jax.formats.hf import (
+  config_json,
+  tensors,
+  text_part,
+  weights,
+)
+from adapt_pruner_jax.formats.hf.files import CONFIG, read_object
 from adapt_pruner_jax.models import axes
 from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.model_config import ModelConfig
@@ -91,8 +95,7 @@ def _stored(
   if gguf := directory.checkpoint(source):
     kinds = gguf.dtypes
   elif any(source.glob("*.safetensors")):
-    # Some indices list a tied matrix that is not there.
-    kinds = Checkpoint(source, absent=(OUTER["lm_head"],)).dtypes
+    kinds = text_part.checkpoint(source).dtypes
     repeats = config_json.repeats(read_object(source / CONFIG))
   else:
     return {}

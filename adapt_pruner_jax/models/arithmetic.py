@@ -38,6 +38,34 @@ def rms_norm(
   return scale * normal.astype(x.dtype)
 
 
+def layer_norm(
+  x: jax.Array,
+  scale: jax.Array,
+  bias: jax.Array | None,
+  eps: float,
+  offset: float = 0.0,
+) -> jax.Array:
+  """Layer norm (Ba et al., arXiv 1607.06450), over the last axis.
+
+  Args:
+    x: [..., size].
+    scale, bias: [size]; None = without a bias.
+    eps: added to the variance.
+    offset: added to `scale`; 1 for Nemotron.
+
+  Returns:
+    The normed array, in the dtype of `x`.
+  """
+  x32 = x.astype(jnp.float32)
+  x32 -= jnp.mean(x32, axis=-1, keepdims=True)
+  variance = jnp.mean(x32 * x32, axis=-1, keepdims=True)
+  normal = x32 * jax.lax.rsqrt(variance + eps)
+  normal *= offset + scale.astype(jnp.float32)
+  if bias is not None:
+    normal += bias.astype(jnp.float32)
+  return normal.astype(x.dtype)
+
+
 class LowRank(NamedTuple):
   """A matrix with another of low rank added, w + a b, which is never made.
 
@@ -127,7 +155,12 @@ def project_gradients(
   return dx.astype(x.dtype), dw
 
 
-ACTIVATIONS = {"silu": nn.silu, "gelu_tanh": partial(nn.gelu, approximate=True)}
+ACTIVATIONS = {
+  "silu": nn.silu,
+  "gelu_tanh": partial(nn.gelu, approximate=True),
+  "gelu": partial(nn.gelu, approximate=False),
+  "relu2": lambda x: jnp.square(nn.relu(x)),
+}
 
 
 def soft_cap(x: jax.Array, cap: float) -> jax.Array:

@@ -28,9 +28,11 @@ import numpy as np
 AXES = {
   "embedding": "VD",
   "final_norm": "E",
+  "final_norm_bias": "E",
   "lm_head": "EV",
   # one set a layer
   "attn_norm": "D",
+  "attn_norm_bias": "D",
   "q": "DKGH",
   "k": "DKH",
   "v": "DKH",
@@ -46,6 +48,7 @@ AXES = {
   "attn_post_norm": "M",
   "attn_shortcut": "DM",
   "mlp_norm": "M",
+  "mlp_norm_bias": "M",
   "gate": "MF",
   "up": "MF",
   "down": "FE",
@@ -59,8 +62,8 @@ AXES = {
 BATCH = ("data", "fsdp")  # mesh axes that cut B
 RESIDUAL = "DME"
 UNITS = "KF"
-# The matrices whose salience makes up the score of a unit. Biases and norms
-# never enter a score.
+# The matrices whose salience makes up the score of a unit; an MLP may have no
+# gate. Biases and norms never enter a score.
 SCORED = {"K": ("q", "k", "v", "o"), "F": ("gate", "up", "down")}
 
 Params = dict[str, Any]

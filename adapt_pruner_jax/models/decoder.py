@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from adapt_pruner_jax.models import axes, layer
-from adapt_pruner_jax.models.arithmetic import project, rms_norm, soft_cap
+from adapt_pruner_jax.models.arithmetic import project, soft_cap
 from adapt_pruner_jax.models.attention import AttentionInputs
 from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.kernels import AUTO, Kernel
@@ -111,11 +111,7 @@ class Decoder(nn.Module):
     Args:
       x_BTD: the residual stream behind the last layer.
     """
-    c = self.config
-    width = c.hidden_size if c.residual else None
-    return rms_norm(
-      x_BTD, self.weight["final_norm"], c.norm_eps, c.norm_offset, width
-    )
+    return layer.norm(self.config, self.weight, "final_norm", x_BTD)
 
   def head(self, x_BTD: jax.Array) -> jax.Array:
     """Logits, float32 [B, T, V].
@@ -223,8 +219,8 @@ def finish(config: ModelConfig, raw_BTV: jax.Array) -> jax.Array:
 
 
 def _initializer(name: str, config: ModelConfig):
-  if "norm" in name:
-    return nn.initializers.constant(1.0 - config.norm_offset)
   if name.endswith("bias"):
     return nn.initializers.zeros
+  if "norm" in name:
+    return nn.initializers.constant(1.0 - config.norm_offset)
   return nn.initializers.normal(0.02)

@@ -23,6 +23,7 @@ import numpy as np
 from adapt_pruner_jax.models import axes
 from adapt_pruner_jax.models.arithmetic import (
   ACTIVATIONS,
+  layer_norm,
   project,
   rms_norm,
 )
@@ -34,7 +35,7 @@ from adapt_pruner_jax.models.attention import (
 from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.kernels import AUTO, KERNELS, Kernel
 from adapt_pruner_jax.models.model_config import ModelConfig
-from adapt_pruner_jax.models.rope import RopeTables, rotate
+from adapt_pruner_jax.models.rope import RopeTables, query_scale, rotate
 
 # The matrix that each half writes with, and those that it reads with.
 HALVES = {"o": ("q", "k", "v"), "down": ("gate", "up")}
@@ -57,7 +58,8 @@ class Tap(NamedTuple):
   Attributes:
     fed: {"K": [B, T, K, G, H], "F": [B, T, F]}: the inputs of `o` and `down`
       before masks; None where a half is absent, no entry where it was not run.
-    between: the residual stream between the halves; None after just one half.
+    between: what is between the halves, see `stream`; None after just one
+      half.
     cache: the layer's keys and values, new ones in their columns; None where
       there is no attention.
   """
@@ -216,6 +218,7 @@ def write(
     The residual stream behind the half.
   """
   half, bias = NAMES[unit], f"{WRITERS[unit]}_bias"
+  front_BTD, x_BTD = x_BTD, stream(config, x_BTD)
   y_BTD = None
   if fed is not None:
     equation = {"K": "btkgh,kghd->btd", "F": "btf,fd->btd"}[unit]
@@ -224,12 +227,27 @@ def write(
     x_BTD = x_BTD @ weights[f"{half}_shortcut"]
   if bias in weights:
     y_BTD = weights[bias] if y_BTD is None else y_BTD + weights[bias]
-  if y_BTD is None:
-    return x_BTD
-  y_BTD = norm(config, weights, f"{half}_post_norm", y_BTD)
-  if config.residual_scale != 1:
-    y_BTD *= jnp.asarray(config.residual_scale, y_BTD.dtype)
-  return x_BTD + y_BTD
+  if y_BTD is not None:
+    y_BTD = norm(config, weights, f"{half}_post_norm", y_BTD)
+    if config.residual_scale != 1:
+      y_BTD *= jnp.asarray(config.residual_scale, y_BTD.dtype)
+    x_BTD = x_BTD + y_BTD
+  if config.parallel and unit == "K":
+    return jnp.concatenate([front_BTD, x_BTD], axis=-1)
+  return x_BTD
+
+
+def stream(config: ModelConfig, x: jax.Array) -> jax.Array:
+  """The residual stream itself, at any place.
+
+  Between the halves of a layer whose MLP reads what is in front of the
+  attention, both are handed on, side by side: what is in front, and the stream.
+
+  Args:
+    config: as `run_layer`'s.
+    x: in front of a half or behind it, [B, T, D] or [B, T, 2 D].
+  """
+  return x[..., -config.hidden_size :] if config.parallel else x
 
 
 def count(unit: str, weights: Params) -> int:
@@ -241,15 +259,23 @@ def count(unit: str, weights: Params) -> int:
 def norm(
   config: ModelConfig, weights: Params, name: str, x: jax.Array
 ) -> jax.Array:
-  """Norms with a parameter of a layer; without it nothing is done.
+  """Norms with a parameter of the model; without it nothing is done.
 
   Args:
-    config, weights: as `run_layer`'s.
+    config: as `run_layer`'s.
+    weights: of the layer, or those outside the layers.
     name: of the parameter.
-    x: normed over its last axis.
+    x: normed over its last axis; the residual stream in front of a half for the
+      norm in front of it.
   """
+  if config.parallel and name == "mlp_norm":
+    x = x[..., : config.hidden_size]
   if name not in weights:
     return x
+  if config.norm == "layer":
+    bias = weights.get(f"{name}_bias")
+    eps, offset = config.norm_eps, config.norm_offset
+    return layer_norm(x, weights[name], bias, eps, offset)
   sliced = config.residual and axes.AXES[name] in axes.RESIDUAL
   width = config.hidden_size if sliced else None
   eps, offset = config.norm_eps, config.norm_offset
@@ -263,6 +289,9 @@ def _heads(config, weights, place, inputs, x_BTD, masks, cache):
   """What the heads say, [B, T, K, G, H], and the keys and values."""
   rope = _rope(inputs.ropes, place.rope)
   q_BTKGH, *kv = _qkv(config, weights, rope, x_BTD, masks)
+  if config.rope.query_growth:
+    scale_BT = query_scale(config.rope, inputs.positions)
+    q_BTKGH *= scale_BT[..., None, None, None].astype(q_BTKGH.dtype)
   if cache is not None:
     update = jax.lax.dynamic_update_slice_in_dim
     pairs = zip(cache, kv, strict=True)
@@ -343,8 +372,12 @@ def _channels(config, weights, x_BTD):
   """The MLP's activations, [B, T, F]."""
   w, c = weights, config
   h_BTD = norm(c, w, "mlp_norm", x_BTD)
-  gate_BTF = project("btd,df->btf", h_BTD, w["gate"])
   up_BTF = project("btd,df->btf", h_BTD, w["up"])
   if c.gate_up_bias:
-    gate_BTF, up_BTF = gate_BTF + w["gate_bias"], up_BTF + w["up_bias"]
+    up_BTF = up_BTF + w["up_bias"]
+  if not c.gated:
+    return ACTIVATIONS[c.activation](up_BTF)
+  gate_BTF = project("btd,df->btf", h_BTD, w["gate"])
+  if c.gate_up_bias:
+    gate_BTF = gate_BTF + w["gate_bias"]
   return ACTIVATIONS[c.activation](gate_BTF) * up_BTF

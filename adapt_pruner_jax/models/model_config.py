@@ -14,7 +14,12 @@ import jax.numpy as jnp
 
 from adapt_pruner_jax.models import axes
 from adapt_pruner_jax.models.axes import Params
-from adapt_pruner_jax.models.rope import Rope, RopeTables, rope_tables
+from adapt_pruner_jax.models.rope import (
+  Rope,
+  RopeTables,
+  rope_tables,
+  rotated_channels,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +46,11 @@ class ModelConfig:
   o_bias: bool = False
   gate_up_bias: bool = False
   down_bias: bool = False
-  activation: str = "silu"  # silu | gelu_tanh
+  activation: str = "silu"  # a key of `arithmetic.ACTIVATIONS`
+  gated: bool = True  # the MLP has a gate beside `up`
+  parallel: bool = False  # the MLP reads what is in front of the attention
+  norm: str = "rms"  # rms | layer (which takes the mean away)
+  norm_bias: bool = False  # of layer norms
   norm_order: str = "pre"  # pre | post | sandwich, around each half layer
   norm_offset: float = 0.0  # added to norm weights (Gemma: 1)
   qk_norm: str = ""  # "" | head (each head) | all (over all heads together)
@@ -53,6 +62,7 @@ class ModelConfig:
   logit_scale: float = 1.0
   window: tuple[int, ...] = ()  # keys each layer sees; 0 or () = all
   local_rope: Rope | None = None  # of the layers with a window, if another
+  nope: tuple[int, ...] = ()  # 1 = a layer without rotary embeddings; () = none
   # Residual widths (D, M, E) of each layer in a model cut by SliceGPT; () = D
   # throughout and no shortcut matrices. Norms go on dividing by D.
   residual: tuple[tuple[int, int, int], ...] = ()
@@ -105,7 +115,7 @@ class ModelConfig:
 
   def with_layers(self, layers: Sequence[int]) -> "ModelConfig":
     """The model with these layers only, in this order."""
-    of_layers = ("kv_groups", "ffn_widths", "window", "residual")
+    of_layers = ("kv_groups", "ffn_widths", "window", "nope", "residual")
     fields = {name: getattr(self, name) for name in of_layers}
     return dataclasses.replace(
       self, **{n: tuple(x[i] for i in layers if x) for n, x in fields.items()}
@@ -120,19 +130,25 @@ class ModelConfig:
     Returns:
       (cosine, sine) of each, float32 [B, T, R].
     """
-    ropes = (self.rope, self.local_rope) if self.local_rope else (self.rope,)
     return tuple(
-      rope_tables(rope, self.head_dim, positions_BT) for rope in ropes
+      rope_tables(rope, self.head_dim, positions_BT) for rope in self.ropes()
     )
+
+  def ropes(self) -> tuple[Rope, ...]:
+    """The distinct ropes of the model, at least one."""
+    local = (self.local_rope,) if self.local_rope else ()
+    share = (rotated_channels(self.rope, self.head_dim) + 0.5) / self.head_dim
+    still = Rope(kind="none", partial=share)
+    return (self.rope, *local, *(still,) * any(self.nope))
 
   def rope_ids(self) -> tuple[int, ...]:
     """Which of `rope_tables` each layer uses, [L]."""
-    local = self.local_rope is not None and self.window
-    return (
-      tuple(int(bool(w)) for w in self.window)
-      if local
-      else (0,) * self.num_layers
-    )
+    ids = [0] * self.num_layers
+    if self.local_rope is not None and self.window:
+      ids = [int(bool(w)) for w in self.window]
+    for i, still in enumerate(self.nope):
+      ids[i] = len(self.ropes()) - 1 if still else ids[i]
+    return tuple(ids)
 
 
 def to_json(config: ModelConfig) -> dict:
@@ -164,7 +180,8 @@ def from_json(fields: dict) -> ModelConfig:
   }
   for name in ("rope", "local_rope"):
     if fields[name] is not None:
-      fields[name] = Rope(**fields[name])
+      of_rope = fields[name].items()
+      fields[name] = Rope(**{n: tuples(value) for n, value in of_rope})
   return ModelConfig(**fields)
 
 
@@ -175,18 +192,22 @@ def layer_names(config: ModelConfig, layer: int | None = None) -> list[str]:
     config: of the model.
     layer: which one; None = one with all the parameters that the family has.
   """
-  attention, mlp = ["q", "k", "v", "o"], ["gate", "up", "down"]
+  attention = ["q", "k", "v", "o"]
+  mlp = ["gate"] * config.gated + ["up", "down"]
   attention += ["q_bias", "k_bias", "v_bias"] * config.qkv_bias
   attention += {
     "": [],
     "head": ["q_norm", "k_norm"],
     "all": ["q_norm_all", "k_norm_all"],
   }[config.qk_norm]
-  mlp += ["gate_bias", "up_bias"] * config.gate_up_bias
+  mlp += ["gate_bias"] * (config.gate_up_bias and config.gated)
+  mlp += ["up_bias"] * config.gate_up_bias
   before = config.norm_order != "post"
   after = config.norm_order != "pre"
   attention += ["attn_norm"] * before + ["attn_post_norm"] * after
   mlp += ["mlp_norm"] * before + ["mlp_post_norm"] * after
+  attention += ["attn_norm_bias"] * config.norm_bias
+  mlp += ["mlp_norm_bias"] * config.norm_bias
   if layer is not None:
     attention = attention if config.kv_groups[layer] else []
     mlp = mlp if config.ffn_widths[layer] else []
@@ -197,7 +218,8 @@ def layer_names(config: ModelConfig, layer: int | None = None) -> list[str]:
 
 def outer_names(config: ModelConfig) -> list[str]:
   """Names of the parameters outside the layers."""
-  return ["embedding", "final_norm"] + ["lm_head"] * (not config.tied)
+  norm = ["final_norm"] + ["final_norm_bias"] * config.norm_bias
+  return ["embedding", *norm] + ["lm_head"] * (not config.tied)
 
 
 def param_shapes(config: ModelConfig) -> dict:

@@ -1,6 +1,5 @@
 """Device memory of recovery training, compiled or added up."""
 
-import dataclasses
 import math
 from typing import Any
 
@@ -180,10 +179,6 @@ def _batch(config: Config, mesh: Mesh) -> Any:
 
 def few_layers(config: ModelConfig, layers: int) -> ModelConfig:
   """The model with its first layers only, each as wide as the widest."""
-  return dataclasses.replace(
-    config,
-    kv_groups=(max(config.kv_groups),) * layers,
-    ffn_widths=(max(config.ffn_widths),) * layers,
-    window=config.window[:layers],
-    residual=config.residual[:layers],
-  )
+  widest = {u: (max(w),) * layers for u, w in config.units().items()}
+  first = [i % config.num_layers for i in range(layers)]
+  return config.with_layers(first).with_units(widest)

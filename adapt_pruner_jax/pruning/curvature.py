@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 
 from adapt_pruner_jax.distributed import sharding
 from adapt_pruner_jax.models.axes import Params
-from adapt_pruner_jax.models.layer import WRITERS, spread_mask
+from adapt_pruner_jax.models.layer import WRITERS, spread_mask, stream
 from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.pruning import backward, linear_algebra, passes, scores
 from adapt_pruner_jax.pruning.task import Masked, Measured
@@ -103,7 +103,8 @@ def _grams(T: int, mesh: Mesh) -> backward.Visitor:
   def add(half, total, x_BTD, dy_BTD, valid_B, rows):
     del rows
     _, vjp, fed = jax.vjp(lambda x: run(half, x), x_BTD, has_aux=True)
-    g_BTD = dy_BTD.astype(jnp.float32) * half.config.residual_scale
+    g_BTD = stream(half.config, dy_BTD).astype(jnp.float32)
+    g_BTD *= half.config.residual_scale
     fed_BTC = fed.reshape(*fed.shape[:2], -1).astype(jnp.float32)
     fed_BTC *= valid_B[:, None, None]
     found = (

@@ -29,6 +29,7 @@ from adapt_pruner_jax.models.layer import (
   norm,
   places,
   read,
+  stream,
   write,
 )
 from adapt_pruner_jax.models.model_config import ModelConfig
@@ -83,7 +84,8 @@ def layers(
     changed, records = {}, []
     placed = placement.replicate(masks, mesh)
 
-    for writer, readers in HALVES.items():
+    for writer, both in HALVES.items():
+      readers = tuple(name for name in both if name in layer)
       live = masks["K" if writer == "o" else "F"].any()
       for names in [readers] * refit_all + [(writer,)]:
         if names == (writer,):
@@ -303,7 +305,9 @@ def _lacking(task, parts, z_BTD, u_BTD, weight_BT):
     unit = axes.unit_of(names[0])
     given_BTD = write(unit, config, layer, u_BTD, fed)
     scale = config.residual_scale
-    found[names[0]] = (z_BTD - given_BTD) / scale, (z_BTD - u_BTD) / scale
+    z_BTE, u_BTE = stream(config, z_BTD), stream(config, u_BTD)
+    lacks_BTE = (z_BTE - stream(config, given_BTD)) / scale
+    found[names[0]] = lacks_BTE, (z_BTE - u_BTE) / scale
   else:
     dense = parts.dense_layer
     dense_BTD = _fed(config, names[0], dense, parts.place, z_BTD)

@@ -166,6 +166,14 @@ def check(config: ModelConfig, settings: Prune) -> None:
       "this model was cut by SliceGPT, whose layers have residual widths of "
       "their own: only --config.prune.method=slicegpt prunes it again"
     )
+  if settings.method == "slicegpt" and (
+    config.norm != "rms" or config.parallel
+  ):
+    raise UserError(
+      f"SliceGPT turns the residual stream of models with RMSNorm in front of "
+      f"each half; {config.family} is not one: choose another "
+      "--config.prune.method"
+    )
   if settings.method == "slicegpt" and settings.refit != "none":
     raise UserError(
       "SliceGPT changes the residual width, which a refit compares: give "

@@ -148,7 +148,8 @@ def _taylor(kind: str) -> backward.Visitor:
   """
 
   def scored(half):
-    return {n: half.weights[n] for n in axes.SCORED[half.unit]}
+    names = axes.SCORED[half.unit]
+    return {n: half.weights[n] for n in names if n in half.weights}
 
   def start(half):
     zeros = jax.tree.map(
@@ -191,7 +192,9 @@ def magnitude(layers: axes.Params, kind: str) -> dict[str, jax.Array]:
     return {}
   names = axes.SCORED["K"] + axes.SCORED["F"]
   return {
-    n: jax.vmap(partial(_per_unit, n, kind=kind))(layers[n]) for n in names
+    n: jax.vmap(partial(_per_unit, n, kind=kind))(layers[n])
+    for n in names
+    if n in layers
   }
 
 
@@ -223,7 +226,7 @@ def group_scores(
     )
   combine = np.sum if kind in TAYLOR else np.mean
   return {
-    unit: combine([salience[n] for n in names], axis=0)
+    unit: combine([salience[n] for n in names if n in salience], axis=0)
     for unit, names in axes.SCORED.items()
   }
 

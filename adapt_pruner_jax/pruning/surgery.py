@@ -179,7 +179,7 @@ def _widened(name, layer, at, sizes, like):
   """A parameter of a layer in dense coordinates, as `widen`."""
   if name in layer:
     return axes.put(name, layer[name], at, sizes)
-  fill = 1 if "norm" in name else 0
+  fill = 1 if "norm" in name and not name.endswith("bias") else 0
   library = np if _on_host(like) else jnp
   return library.full(axes.shape(name, sizes), fill, like.dtype)
 

@@ -139,6 +139,8 @@ def test_layers_that_are_gone_are_left_out(tmp_path):
     ({"residual": ((32, 32, 32),) * 3}, "only orbax"),
     ({"window": (8, 8, 8), "family": "mistral"}, "sliding windows"),
     ({"rope": Rope(partial=0.5)}, "a part of each head"),
+    ({"rope": Rope(kind="yarn", factor=2.0)}, "of the kind yarn"),
+    ({"family": "smollm3", "nope": (0, 1, 0)}, "the family smollm3"),
     (
       {"rope": Rope(partial=0.5), "family": "qwen3", "qk_norm": "head"},
       "a part of each head",

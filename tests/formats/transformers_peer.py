@@ -1,8 +1,9 @@
 """What users do with an export, with transformers and torch only.
 
-Run as a program of its own: `transformers_peer.py ROOT`. ROOT has tokens.npy
-and a folder for each export with logits.npy; a JSON object goes to standard
-output: for each export what came out of each check.
+Run as a program of its own: `transformers_peer.py ROOT [WITHOUT ...]`. ROOT has
+tokens.npy and a folder for each export with logits.npy; a JSON object goes to
+standard output: for each export what came out of each check. Exports whose
+names begin with one of WITHOUT are left out.
 """
 
 import json
@@ -234,6 +235,7 @@ def main():
   root = Path(sys.argv[1])
   tokens = torch.tensor(np.load(root / "tokens.npy"))
   paths = [path.parent for path in sorted(root.glob("*/logits.npy"))]
+  paths = [p for p in paths if not p.name.startswith(tuple(sys.argv[2:]))]
   uneven = [path for path in paths if path.name.endswith("-hf")]
   # Before any of their code is trusted.
   before = {path.name: untrusted(path) for path in uneven}

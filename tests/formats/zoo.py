@@ -2,10 +2,12 @@
 
 import dataclasses
 import json
+from collections.abc import Collection
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from adapt_pruner_jax.models import axes, model_config
 
@@ -30,6 +32,25 @@ LLAMA3 = {
   "high_freq_factor": 4.0,
   "original_max_position_embeddings": 16,
 }
+YARN = {
+  "rope_type": "yarn",
+  "rope_theta": 1e6,
+  "factor": 4.0,
+  "original_max_position_embeddings": 16,
+  "mscale": 1.0,
+  "mscale_all_dim": 0.7,
+  "beta_fast": 4.0,
+}
+# Rows of 40 tokens are beyond the original context.
+LONGROPE = {
+  "rope_type": "longrope",
+  "rope_theta": 1e4,
+  "partial_rotary_factor": 0.75,
+  "short_factor": [1.0, 1.1, 1.3],
+  "long_factor": [1.5, 3.0, 6.0],
+  "original_max_position_embeddings": 24,
+}
+KINDS = ["sliding_attention", "full_attention", "sliding_attention"]
 GEMMA = {"head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 24}
 UNEVEN = {"K": (4, 1, 2), "F": (24, 17, 5)}
 HOLES = {"K": (0, 4, 1), "F": (24, 0, 7)}  # the first layer has no attention
@@ -72,11 +93,7 @@ CASES = {
     "gemma3_text",
     {
       **GEMMA,
-      "layer_types": [
-        "sliding_attention",
-        "full_attention",
-        "sliding_attention",
-      ],
+      "layer_types": KINDS,
       "rope_parameters": {
         "full_attention": {
           "rope_type": "linear",
@@ -88,7 +105,46 @@ CASES = {
     },
   ),
   "phi3": ("phi3", {"sliding_window": 8}),
+  "phi3_longrope": (
+    "phi3",
+    {
+      "num_attention_heads": 4,
+      "num_key_value_heads": 4,
+      "original_max_position_embeddings": 24,
+      "rope_parameters": LONGROPE,
+      "tie_word_embeddings": True,
+    },
+  ),
   "olmo2": ("olmo2", {}),
+  "olmo3": (
+    "olmo3",
+    {
+      "sliding_window": 8,
+      "layer_types": KINDS,
+      "rope_parameters": {
+        "full_attention": YARN,
+        "sliding_attention": {"rope_type": "default", "rope_theta": 5e5},
+      },
+    },
+  ),
+  "smollm3": (
+    "smollm3",
+    {
+      "no_rope_layers": [1, 0, 1],
+      "use_sliding_window": True,
+      "sliding_window": 8,
+      "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+      "attention_bias": True,
+    },
+  ),
+  "ministral3": (
+    "ministral3",
+    {
+      "head_dim": 16,
+      "rope_parameters": {**YARN, "llama_4_scaling_beta": 0.5},
+      "tie_word_embeddings": True,
+    },
+  ),
   "granite": (
     "granite",
     {
@@ -99,7 +155,47 @@ CASES = {
       "mlp_bias": True,
     },
   ),
+  "gpt_neox": (
+    "gpt_neox",
+    {
+      "num_attention_heads": 4,
+      "num_key_value_heads": 4,
+      "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 1e4,
+        "partial_rotary_factor": 0.5,
+      },
+    },
+  ),
+  "arcee": ("arcee", {"mlp_bias": True}),
+  "nemotron": ("nemotron", {"attention_bias": True}),
+  "seed_oss": ("seed_oss", {"head_dim": 16}),
+  "starcoder2": ("starcoder2", {"sliding_window": 8}),
+  "ernie4_5": ("ernie4_5", {"head_dim": 16, "use_bias": True}),
+  "granitemoehybrid": (
+    "granitemoehybrid",
+    {
+      "attention_multiplier": 0.3,
+      "embedding_multiplier": 3.0,
+      "residual_multiplier": 0.4,
+      "logits_scaling": 0.7,
+      "shared_intermediate_size": 24,
+      "num_local_experts": 0,
+      "layer_types": ["full_attention"] * 3,
+      "position_embedding_type": "rope",
+      "mamba_n_heads": 1,
+    },
+  ),
 }
+# Exports of these are opened by Transformers 5 alone.
+SINCE_5 = ("ernie4_5", "granitemoehybrid", "ministral3", "olmo3", "smollm3")
+SINCE_5 += ("phi3_longrope", "gpt_neox", "seed_oss", "arcee", "nemotron")
+SINCE_5 += ("starcoder2",)
+
+
+def slow_if(name: str, slow: Collection[str]) -> object:
+  """A parameter of a test that is among the slow ones."""
+  return pytest.param(name, marks=pytest.mark.slow) if name in slow else name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,15 +207,16 @@ class Animal:
   logits_BTV: np.ndarray
 
 
-def make(root: Path) -> dict[str, Animal]:
-  """Writes all of `CASES` below `root`."""
+def make(root: Path, names: Collection[str] = ()) -> dict[str, Animal]:
+  """Writes all of `CASES` below `root`, or those of these names."""
   import torch
   import transformers
 
   torch.manual_seed(0)
   tokens = np.random.default_rng(0).integers(BASE["vocab_size"], size=(2, 40))
   animals = {}
-  for name, (kind, changes) in CASES.items():
+  for name in names or CASES:
+    kind, changes = CASES[name]
     fields = {**BASE, **changes}
     config = transformers.AutoConfig.for_model(kind, **fields)
     peer = transformers.AutoModelForCausalLM.from_config(

@@ -16,8 +16,9 @@ from adapt_pruner_jax.models.decoder import Decoder
 from adapt_pruner_jax.pruning import surgery
 from tests import small
 
-# Windows, a rope of their own, soft caps; and a norm over all heads.
-OPTIONS = ["sandwich", "norm of all heads", "biases"]
+# Windows, a rope of their own, soft caps; a norm over all heads; layers without
+# rotary embeddings; and MLPs beside their attention.
+OPTIONS = ["sandwich", "norm of all heads", "biases", "scales", "parallel"]
 LENGTHS = (70, 50, 30)  # of packed documents: more than one block of queries
 
 

@@ -392,7 +392,13 @@ def test_ranking_puts_ties_in_order_and_leaves_masked_units_out():
 # ---- Arrays ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("option", small.OPTIONS)
+@pytest.mark.parametrize(
+  "option",
+  [
+    pytest.param(o, marks=pytest.mark.slow) if o == "parallel" else o
+    for o in small.OPTIONS
+  ],
+)
 def test_masked_is_removed(option):
   config = small.option(option)
   params, mesh = small.random_params(config), small.one_device()

@@ -224,6 +224,40 @@ def test_refit_all(pair, refitted):
   assert records[-1]["after"] < refitted[1][-1]["after"]
 
 
+@pytest.mark.slow
+def test_layers_whose_mlp_is_beside_their_attention():
+  """One refit of `down` of the last layer, against least squares in NumPy."""
+  config = dataclasses.replace(
+    CONFIG,
+    family="gpt_neox",
+    parallel=True,
+    norm="layer",
+    norm_bias=True,
+    gated=False,
+    activation="gelu",
+    residual_scale=1.0,
+  )
+  params = random_params(config)
+  kept = {"K": (np.arange(3),) * 2, "F": (np.arange(24), np.arange(0, 24, 2))}
+  dense = config, params
+  pruned = surgery.gather(config, params, kept, one_device())
+  new, records = refit.refit(dense, pruned, kept, TOKENS, 40, ridge=0.1)
+  (record,) = [r for r in records if r["layer"] == 1 and r["matrix"] == "down"]
+  assert record["refitted"]
+  assert record["after"] < 0.9 * record["before"]
+
+  def last(pair):
+    _, stream = decoder.Decoder(pair[0]).apply({"params": pair[1]}, TOKENS)
+    return np.asarray(stream[-1], np.float64)
+
+  far = lambda x: np.square(last(dense) - x).sum()
+  assert far(last((pruned[0], new))) < 0.9 * far(last(pruned))
+  everything = refit.refit(
+    dense, pruned, kept, TOKENS, 40, ridge=0.1, refit_all=True
+  )[1]
+  assert {r["matrix"] for r in everything} == {*"qkvo", "up", "down"}
+
+
 def test_automatic_ridge(pair):
   # 36 x 8 tokens: enough for 8 and 12 channels (20 each), not for 16 and 17.
   _, records = refit.refit(*pair, KEPT, TOKENS, 40)

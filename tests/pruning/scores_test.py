@@ -70,6 +70,8 @@ def scores_by_hand(params, grads, unit, layer, vectorize):
   """|W g| summed per unit; query heads count for their own group."""
   total = 0.0
   for name in axes.SCORED[unit]:
+    if name not in params[axes.layer_name(layer)]:
+      continue  # an MLP without a gate
     weight = params[axes.layer_name(layer)][name]
     salience = weight * grads[axes.layer_name(layer)][name]
     letters = axes.AXES[name]
@@ -89,6 +91,7 @@ def scores_by_hand(params, grads, unit, layer, vectorize):
     ("plain", "taylor_vectorize"),
     ("biases", "taylor"),
     ("sandwich", "taylor"),
+    ("parallel", "taylor"),
   ],
 )
 def test_taylor_is_weight_times_summed_gradient(option, kind):

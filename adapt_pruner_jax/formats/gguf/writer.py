@@ -138,6 +138,11 @@ def architecture(config: ModelConfig) -> str:
   why = None
   if config.residual:
     why = "a model cut by SliceGPT, which only orbax can hold"
+  elif config.rope.kind not in ("default", "linear", "llama3"):
+    why = (
+      f"rotary embeddings of the kind {config.rope.kind}; write "
+      "--format=hf_uniform and use llama.cpp's own converter on it"
+    )
   elif config.rope.partial != 1:
     why = (
       f"rotary embeddings of a part of each head ({config.rope.partial}) in "

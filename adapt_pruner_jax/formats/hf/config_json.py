@@ -3,13 +3,24 @@
 from typing import Any
 
 from adapt_pruner_jax.errors import UserError
-from adapt_pruner_jax.formats.hf import fields, layers, ropes, windows
-from adapt_pruner_jax.formats.hf.families import FAMILIES, REQUIRED, SUPPORTED
+from adapt_pruner_jax.formats.hf import (
+  fields,
+  fp8,
+  layers,
+  ropes,
+  text_part,
+  windows,
+)
+from adapt_pruner_jax.formats.hf.defaults import REQUIRED
+from adapt_pruner_jax.formats.hf.families import FAMILIES, SUPPORTED
+from adapt_pruner_jax.formats.hf.family import Family
 from adapt_pruner_jax.formats.hf.fields import FIELDS, Raw, require
 from adapt_pruner_jax.models.model_config import ModelConfig
 
 # Began the model_type of an export whose layers differ, before 0.2.
 OLD_PRUNED = "pruned_"
+# Known in all families: the latter counts in some kinds of rope only.
+ALWAYS = ("hidden_act", ropes.ORIGINAL)
 UNWRAP = (
   'python -c "import transformers as t; '
   "m = t.AutoModelForImageTextToText.from_pretrained('MODEL', dtype='auto'); "
@@ -33,18 +44,30 @@ def read(
       the function and is not supported.
   """
   ignored = {name.strip() for name in ignore_fields.split(",")}
+  raw = text_part.config_of(raw, path)
   raw = {name: found for name, found in raw.items() if name not in ignored}
+  if fp8.is_read(raw.get("quantization_config")):
+    del raw["quantization_config"]  # weights are dequantised on the way in
   name, raw = _family(raw, path)
   family = FAMILIES[name]
   if name == "gemma" and raw.get("hidden_activation") == "gelu_pytorch_tanh":
     raw = {k: v for k, v in raw.items() if k != "hidden_activation"}
-  fields.check(raw, {*family.fields, *layers.OWN, "hidden_act"}, path)
+  raw = _usual_names(raw, family)
+  fields.check(
+    raw, {*family.fields, *family.passed, *layers.OWN, *ALWAYS}, path
+  )
   missing = [
     f for f, v in family.fields.items() if v is REQUIRED and f not in raw
   ]
   if missing:
     raise UserError(f"{path}: the field {missing[0]} is missing")
   raw = {**family.fields, **raw}
+  for field, only in family.must.items():
+    if raw[field] != only:
+      raise UserError(
+        f"{path}: {field}={raw[field]} is not supported in {name}; "
+        f"{field}={only} is"
+      )
   if name == "gemma" and raw["hidden_act"] == "gelu":
     raw["hidden_act"] = "gelu_pytorch_tanh"  # what its class means by it
   if "sliding_window" in ignored and "sliding_window" in raw:
@@ -54,9 +77,13 @@ def read(
     for f in family.fields
     if f in FIELDS
   }
-  values |= layers.read_sizes(raw, path) | layers.read_biases(raw)
-  values |= ropes.read(raw, family, path)
-  values["window"] = windows.read(raw, family, len(values["kv_groups"]), path)
+  values |= layers.read_sizes(raw, family, path) | layers.read_biases(
+    raw, family
+  )
+  values |= ropes.read(raw, family, values["head_dim"], path)
+  L = len(values["kv_groups"])
+  values["nope"] = ropes.read_nope(raw, family, L, path)
+  values["window"] = windows.read(raw, family, values["nope"], L, path)
   if name.startswith("gemma"):
     values["embed_scale"] = values["hidden_size"] ** 0.5
   return ModelConfig(**{"family": name, **values, **family.fixed})
@@ -64,7 +91,7 @@ def read(
 
 def repeats(raw: Raw) -> int:
   """How often in a row each stored layer runs (MobileLLM's layer sharing)."""
-  shared = raw["model_type"] == "mobilellm" and raw.get("layer_sharing")
+  shared = raw.get("model_type") == "mobilellm" and raw.get("layer_sharing")
   return 2 if shared else 1
 
 
@@ -95,12 +122,22 @@ def write(config: ModelConfig) -> dict[str, Any]:
       field = FIELDS[name]
       raw[name] = field.write(getattr(config, field.name))
   raw |= layers.write_biases(config) | ropes.write(config, family)
-  raw |= windows.write(config, family)
+  raw |= windows.write(config, family) | ropes.write_nope(config, family)
+  raw |= family.must | family.written
+  for usual, own in family.renamed.items():
+    raw[own] = raw.pop(usual)
   if not layers.is_stock(config):
     raw |= layers.write_classes(family, config.family)
   if read(raw) != config:
     raise UserError(f"config.json cannot express this model: {config}")
   return raw
+
+
+def _usual_names(raw: Raw, family: Family) -> Raw:
+  """The fields under the names that most families have for them."""
+  own = {theirs: usual for usual, theirs in family.renamed.items()}
+  unread = {*family.renamed} - {*own}  # the family's class passes over these
+  return {own.get(f, f): v for f, v in raw.items() if f not in unread}
 
 
 def _family(raw: Raw, path: str) -> tuple[str, Raw]:

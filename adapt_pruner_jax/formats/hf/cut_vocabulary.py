@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 
 from adapt_pruner_jax.errors import UserError
-from adapt_pruner_jax.formats.hf import generation_config
-from adapt_pruner_jax.formats.hf.families import OUTER
+from adapt_pruner_jax.formats.hf import generation_config, text_part
+from adapt_pruner_jax.formats.hf.families import FAMILIES
 from adapt_pruner_jax.formats.hf.files import CONFIG, LICENCES, read_object
+from adapt_pruner_jax.formats.hf.tensor_names import OUTER
 from adapt_pruner_jax.storage import json_files, publish
 from adapt_pruner_jax.storage.confinement import confined
 
@@ -26,7 +27,11 @@ TEXTS = (
 )
 # Of generation_config.json, beside *_token_id: lists of ids.
 LISTS = ("suppress_tokens", "begin_suppress_tokens")
-ROWS = (OUTER["embedding"], OUTER["lm_head"])  # tensors with a row a token
+ROWS = frozenset(  # tensors with a row a token
+  names[name]
+  for names in (OUTER, *(family.outer for family in FAMILIES.values()))
+  for name in ("embedding", "lm_head")
+)
 
 
 def write(
@@ -46,7 +51,9 @@ def write(
   new = {int(old): number for number, old in enumerate(kept)}
   folder.parent.mkdir(parents=True, exist_ok=True)
   with publish.directory(folder) as made:
-    raw = read_object(source / CONFIG) | {"vocab_size": len(kept)}
+    whole = read_object(source / CONFIG)
+    raw = text_part.config_of(whole, str(source / CONFIG))
+    raw = {**raw, "vocab_size": len(kept)}
     json_files.write_json(made / CONFIG, _renumbered(raw, new))
     json_files.write_json(made / "tokenizer.json", tokenizer)
     for name, change in (
@@ -70,6 +77,7 @@ def named_ids(source: Path) -> set[int]:
   found = set()
   for name in (CONFIG, generation_config.FILE):
     raw = read_object(source / name) if (source / name).is_file() else {}
+    raw = text_part.config_of(raw, str(source / name))
     for field, value in raw.items():
       if field.endswith("_token_id"):
         found |= {*_ids(value)}

@@ -44,6 +44,8 @@ ACTIVATIONS = {
   "swish": "silu",
   "silu": "silu",
   "gelu_pytorch_tanh": "gelu_tanh",
+  "gelu": "gelu",
+  "relu2": "relu2",
 }
 ACTIVATION = Field(
   "activation",
@@ -70,6 +72,7 @@ FIELDS = {
   "eos_token_id": Field("eos_ids", (int, list, NONE), _ids, _from_ids),
   "hidden_act": ACTIVATION,
   "hidden_activation": ACTIVATION,
+  "use_parallel_residual": Field("parallel", (bool,)),
   # Gemma
   "query_pre_attn_scalar": Field(
     "attn_scale", NUMBER, lambda x: x**-0.5, lambda scale: tidy(scale**-2)
@@ -90,8 +93,10 @@ _HARMLESS = """
   _attn_implementation _attn_implementation_autoset _commit_hash _name_or_path
   _sliding_window_pattern
   architectures attention_dropout auto_map bad_words_ids begin_suppress_tokens
-  cache_implementation chunk_size_feed_forward decoder_start_token_id
+  cache_implementation chunk_size_feed_forward classifier_dropout
+  decoder_start_token_id
   diversity_penalty do_sample dtype early_stopping embd_pdrop
+  embedding_dropout hidden_dropout residual_dropout
   encoder_no_repeat_ngram_size exponential_decay_length_penalty finetuning_task
   forced_bos_token_id forced_eos_token_id id2label initializer_range is_decoder
   is_llama_config label2id length_penalty max_length min_length model_type
@@ -108,13 +113,18 @@ _HARMLESS = """
 # Known to change the function when on; fine when off (0, false, null, empty).
 _SWITCHES = """
   add_cross_attention alibi attention_bias cross_attention_hidden_size
-  is_encoder_decoder layer_sharing mlp_bias mrope num_experts num_local_experts
-  pruned_heads qk_layernorm quantization_config rope_interleaved
-  share_embedding sliding_window use_bidirectional_attention use_mrope
-  use_qk_norm use_sliding_window
+  is_encoder_decoder layer_sharing lm_head_bias mlp_bias mrope num_experts
+  num_local_experts parallel_attn pruned_heads qk_layernorm quantization_config
+  rope_interleaved share_embedding sliding_window use_bidirectional_attention
+  use_mrope use_qk_norm use_sliding_window
 """
 # Fields that no class reads, with what may stand there: what is so anyway.
-_TRUE_ANYWAY = {"activation": "swiglu"}  # Falcon 3
+_TRUE_ANYWAY = {
+  "activation": "swiglu",  # Falcon 3
+  "normalization_function": "rmsnorm",  # Granite 4
+  "full_attn_mod": 1,  # Phi 4 mini, as the next one
+  "interpolate_factor": 1,
+}
 HARMLESS = frozenset(_HARMLESS.split())
 SWITCHES = frozenset(_SWITCHES.split())
 

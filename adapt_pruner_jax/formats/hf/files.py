@@ -21,6 +21,8 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SHARD = r"model-(\d+)-of-(\d+)\.safetensors"
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+FLOAT8 = "float8_e4m3fn"
+READ = DTYPES | {"F8_E4M3": FLOAT8}  # see fp8.py
 CONVERT = (
   'python -c "from transformers import AutoModelForCausalLM as M; '
   "M.from_pretrained('{0}').save_pretrained('{0}-safetensors')\""
@@ -96,14 +98,14 @@ class Checkpoint:
           raise UserError(
             f"{tensor} is in both {self._file[tensor].name} and {file}"
           )
-        if part.get_dtype() not in DTYPES:
+        if part.get_dtype() not in READ:
           raise UserError(
             f"{file}: {tensor} is stored as {part.get_dtype()}; only "
             f"{', '.join(DTYPES)} are supported, quantized models are not"
           )
         self._file[tensor] = file
         self.shapes[tensor] = tuple(part.get_shape())
-        self.dtypes[tensor] = DTYPES[part.get_dtype()]
+        self.dtypes[tensor] = READ[part.get_dtype()]
         first, end = header[tensor]["data_offsets"]
         size = math.prod(self.shapes[tensor])
         if end - first != size * jnp.dtype(self.dtypes[tensor]).itemsize:

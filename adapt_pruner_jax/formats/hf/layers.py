@@ -7,7 +7,8 @@ Transformers knows such a field from version 5.15 on.
 from typing import Any
 
 from adapt_pruner_jax.errors import UserError
-from adapt_pruner_jax.formats.hf.families import FAMILIES, Family
+from adapt_pruner_jax.formats.hf.families import FAMILIES
+from adapt_pruner_jax.formats.hf.family import Family
 from adapt_pruner_jax.formats.hf.fields import Raw, mapping, require
 from adapt_pruner_jax.models.model_config import ModelConfig
 
@@ -19,7 +20,7 @@ HEADS, GROUPS, WIDTH = SIZES = (
 # Fields of such an export: sizes by layer, and the modules below a layer that
 # have a bias that the family's class has not.
 OWN = ("per_layer_config", "extra_biases")
-EXTRA_BIASES = {"self_attn.o_proj": "o_bias", "mlp.down_proj": "down_bias"}
+EXTRA_BIASES = {"o": "o_bias", "down": "down_bias"}
 # Larger ones are damage, and would fill the memory before it shows.
 MAX_LAYERS, MAX_SIZE = 10_000, 2**31 - 1
 
@@ -34,30 +35,42 @@ def is_stock(config: ModelConfig) -> bool:
     or extra_biases(config)
   ):
     return False
-  heads = config.kv_groups[0] * config.queries_per_group
-  return not FAMILIES[config.family].divides or config.hidden_size % heads == 0
+  return heads_are_legal(config, config.kv_groups[0])
+
+
+def heads_are_legal(config: ModelConfig, groups: int) -> bool:
+  """Whether the family's config class takes this many KV groups."""
+  heads, D = groups * config.queries_per_group, config.hidden_size
+  if config.rope.kind == "longrope" and config.family == "phi3":
+    return D // heads == config.head_dim  # it counts the factors by these
+  if config.family == "gpt_neox":  # whose heads have no size of their own
+    return heads * config.head_dim == D
+  return not FAMILIES[config.family].divides or D % heads == 0
 
 
 def extra_biases(config: ModelConfig) -> list[str]:
   """Modules below a layer with a bias that the family's class has not."""
-  stock = read_biases(write_biases(config))
+  family = FAMILIES[config.family]
+  stock = read_biases(write_biases(config), family) | family.fixed
   return [
-    module
-    for module, name in EXTRA_BIASES.items()
+    family.module_of(matrix)
+    for matrix, name in EXTRA_BIASES.items()
     if getattr(config, name) and not stock[name]
   ]
 
 
-def read_biases(raw: Raw) -> dict[str, bool]:
+def read_biases(raw: Raw, family: Family) -> dict[str, bool]:
   """The fields of `ModelConfig` that say which matrices have a bias."""
-  attention = bool(raw.get("attention_bias"))
-  mlp = bool(raw.get("mlp_bias"))
+  every = bool(raw.get("use_bias"))
+  attention = every or bool(raw.get("attention_bias"))
+  mlp = every or bool(raw.get("mlp_bias"))
   extra = raw.get("extra_biases") or ()
   return {
     "qkv_bias": attention,
-    "o_bias": attention or "self_attn.o_proj" in extra,
+    "o_bias": bool(raw.get("attention_out_bias", attention))
+    or family.module_of("o") in extra,
     "gate_up_bias": mlp,
-    "down_bias": mlp or "mlp.down_proj" in extra,
+    "down_bias": mlp or family.module_of("down") in extra,
   }
 
 
@@ -67,11 +80,13 @@ def write_biases(config: ModelConfig) -> dict[str, bool]:
   biases = {
     "attention_bias": config.qkv_bias,
     "mlp_bias": config.gate_up_bias,
+    "attention_out_bias": config.o_bias,
+    "use_bias": config.qkv_bias and config.gate_up_bias,
   }
   return {name: on for name, on in biases.items() if name in known}
 
 
-def read_sizes(raw: Raw, path: str) -> dict[str, Any]:
+def read_sizes(raw: Raw, family: Family, path: str) -> dict[str, Any]:
   """KV groups and MLP width of each layer, queries a group, head size.
 
   Raises:
@@ -88,7 +103,7 @@ def read_sizes(raw: Raw, path: str) -> dict[str, Any]:
       raise UserError(
         f"{path}: {name}={raw[name]} must be from 1 to {largest:,}"
       )
-  layers = _by_layer(raw, path)
+  layers = _by_layer(raw, family, path)
   queries = _queries_per_group(layers, raw, path)
   head_dim = raw["head_dim"]
   if head_dim is None:
@@ -104,18 +119,19 @@ def read_sizes(raw: Raw, path: str) -> dict[str, Any]:
   }
 
 
-def _by_layer(raw: Raw, path: str) -> list[dict[str, int]]:
+def _by_layer(raw: Raw, family: Family, path: str) -> list[dict[str, int]]:
   """The sizes of each layer: its own, else those of the whole model."""
   layers = [{n: raw[n] for n in SIZES} for _ in range(raw["num_hidden_layers"])]
   for key, sizes in mapping(raw, "per_layer_config", path).items():
     if not str(key).isdecimal() or int(key) >= len(layers):
       raise UserError(f"{path}: per_layer_config has no layer {key}")
     require(sizes, (dict,), f"per_layer_config.{key}", path)
+    known = {family.renamed.get(name, name): name for name in SIZES}
     for name, size in sizes.items():
-      if name not in SIZES:
+      if name not in known:
         raise UserError(
           f"{path}: per_layer_config.{key}.{name} is not supported; "
-          f"{', '.join(SIZES)} are"
+          f"{', '.join(known)} are"
         )
       require(size, (int,), f"per_layer_config.{key}.{name}", path)
       if not 0 <= size <= MAX_SIZE:
@@ -123,7 +139,7 @@ def _by_layer(raw: Raw, path: str) -> list[dict[str, int]]:
           f"{path}: per_layer_config.{key}.{name}={size} must be from 0 to "
           f"{MAX_SIZE:,}"
         )
-    layers[int(key)] |= sizes
+    layers[int(key)] |= {known[name]: size for name, size in sizes.items()}
   return layers
 
 
@@ -153,8 +169,11 @@ def write_sizes(config: ModelConfig) -> dict[str, Any]:
     groups, width = config.kv_groups[0], config.ffn_widths[0]
     return _sizes(config, groups, width)
   digits = len(str(config.num_layers - 1))  # so that the keys sort
+  own = FAMILIES[config.family].renamed
   layers = {
-    str(i).zfill(digits): _sizes(config, K, F)
+    str(i).zfill(digits): {
+      own.get(name, name): size for name, size in _sizes(config, K, F).items()
+    }
     for i, (K, F) in enumerate(
       zip(config.kv_groups, config.ffn_widths, strict=True)
     )
@@ -180,9 +199,8 @@ def _whole_sizes(config: ModelConfig) -> dict[str, int]:
   fills in what is missing with random numbers and says so in a warning only:
   one size at least has to be another than in any layer that has that half.
   """
-  D, G = config.hidden_size, config.queries_per_group
-  divides = FAMILIES[config.family].divides
-  legal = [k for k in range(1, D + 1) if not divides or D % (k * G) == 0]
+  D = config.hidden_size
+  legal = [k for k in range(1, D + 1) if heads_are_legal(config, k)]
   groups = [k for k in legal if k >= max(config.kv_groups)]
   kept = {*config.kv_groups} - {0}, {*config.ffn_widths} - {0}
   sizes = _sizes(config, min(groups, default=1), max(*config.ffn_widths, 1))

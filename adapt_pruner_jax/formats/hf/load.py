@@ -23,8 +23,12 @@ from jax.sharding import Mesh
 
 from adapt_pruner_jax.distributed import sharding
 from adapt_pruner_jax.errors import UserError, first_line
-from adapt_pruner_jax.formats.hf import config_json, cut_vocabulary, tensors
-from adapt_pruner_jax.formats.hf.families import OUTER
+from adapt_pruner_jax.formats.hf import (
+  config_json,
+  cut_vocabulary,
+  tensors,
+  text_part,
+)
 from adapt_pruner_jax.formats.hf.files import (
   CONFIG,
   INDEX,
@@ -195,22 +199,25 @@ def stored(
     )
   from adapt_pruner_jax.formats.gguf import directory as gguf_directory
 
-  # Some indices list a tied matrix twice, and some files have it twice.
-  absent = (OUTER["lm_head"],) * config.tied
   original = cut_vocabulary.source_of(folder) or folder
   whole = config if original == folder else None
   checkpoint = gguf_directory.checkpoint(original, whole)
-  checkpoint = checkpoint or Checkpoint(original, absent)
+  checkpoint = checkpoint or text_part.checkpoint(original)
+  if isinstance(checkpoint, text_part.Part):
+    checkpoint.say()
+  checkpoint = text_part.with_head(checkpoint, config)
   if original != folder:
     checkpoint = cut_vocabulary.Checkpoint(folder, checkpoint)
   check_tensors(checkpoint, config, repeats)
   params: Params = {}
+  pairs = tensors.side_by_side(config)
   for (layer, name), place in tensors.places(config, repeats).items():
     tree = params
     if layer is not None:
       tree = params.setdefault(axes.layer_name(layer), {})
     kind = jnp.dtype(dtype or checkpoint.dtypes[place.tensor])
-    tree[name] = Stored(checkpoint, name, place, config.sizes(layer), kind)
+    sizes = config.sizes(layer)
+    tree[name] = Stored(checkpoint, name, place, sizes, kind, pairs)
   return config, params
 
 
@@ -221,6 +228,7 @@ class Stored:
   Attributes:
     sizes: of its dim letters.
     dtype: what it becomes when it is read.
+    pairs: as of `tensors.from_hf`.
   """
 
   checkpoint: Checkpoint
@@ -228,6 +236,7 @@ class Stored:
   place: Place
   sizes: dict[str, int]
   dtype: np.dtype
+  pairs: int = 0
 
   def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
     """All of it; a view of the file if the dtype is that of the file."""
@@ -255,9 +264,8 @@ class Stored:
       ranges.append(slice(start * inner, stop * inner))
       sizes[first] = stop - start
       cut[first] = slice(None)
-    start, rows = self.place.start, ranges[0]
-    ranges[0] = slice(rows.start + start, rows.stop + start)
-    part = tensors.from_hf(self.name, tensor[tuple(ranges)], sizes)
+    rows = tensors.own_rows(tensor, self.place)[tuple(ranges)]
+    part = tensors.from_hf(self.name, rows, sizes, self.pairs)
     return part[tuple(cut[letter] for letter in axes.AXES[self.name])]
 
   def place_on(self, mesh: Mesh | None) -> jax.Array:
@@ -296,9 +304,10 @@ def check_tensors(
     for tensor, shape in checkpoint.shapes.items()
     if not tensor.endswith(NOT_PARAMETERS)
   }
-  if config.tied and OUTER["lm_head"] in found:
-    _check_tied(checkpoint)
-    del found[OUTER["lm_head"]]
+  output = tensors.outer_tensor(config, "lm_head")
+  if config.tied and output in found:
+    _check_tied(checkpoint, config)
+    del found[output]
   problems = [f"{t} is missing" for t in expected if t not in found]
   problems += [f"{t} is unexpected" for t in found if t not in expected]
   problems += [
@@ -314,9 +323,10 @@ def check_tensors(
     )
 
 
-def _check_tied(checkpoint: Checkpoint) -> None:
+def _check_tied(checkpoint: Checkpoint, config: ModelConfig) -> None:
   """Some checkpoints store a tied matrix twice: fine if both are equal."""
-  one, two = OUTER["embedding"], OUTER["lm_head"]
+  names = ("embedding", "lm_head")
+  one, two = (tensors.outer_tensor(config, name) for name in names)
   shape = checkpoint.shapes.get(one)
   same = shape == checkpoint.shapes[two]
   if same:

@@ -21,7 +21,11 @@ from adapt_pruner_jax.formats.hf.weights import Get, getter
 from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.decoder import Decoder
 from adapt_pruner_jax.models.layer import attention_inputs, place, run_layer
-from adapt_pruner_jax.models.model_config import ModelConfig, layer_names
+from adapt_pruner_jax.models.model_config import (
+  ModelConfig,
+  layer_names,
+  outer_names,
+)
 
 TOKENS = 16
 VOCABULARY_PART = 8192
@@ -133,7 +137,7 @@ def walk(
   def weights(i: int | None, names: list[str]) -> dict:
     return {n: jnp.asarray(get((i, n)), jnp.float32) for n in names}
 
-  outer = weights(None, ["final_norm"])
+  outer = weights(None, [n for n in outer_names(config) if "norm" in n])
   rows_TD = get((None, "embedding"))[ids_BT[0]]
   x_BTD = _outside(config, outer, rows_TD, np.arange(len(rows_TD))[None])
   for i in range(config.num_layers):
@@ -163,6 +167,7 @@ def _outside(config, outer, rows_VD, inputs):
     kv_groups=(),
     ffn_widths=(),
     window=(),
+    nope=(),
   )
   params = outer | {"embedding": jnp.asarray(rows_VD, jnp.float32)}
   method = "embed" if inputs.ndim == 2 else "head"

@@ -7,7 +7,6 @@ model, and only then gets its name. In a run of many processes all of them call
 """
 
 import contextlib
-import dataclasses
 import os
 import string
 from collections.abc import Callable, Iterator
@@ -33,6 +32,15 @@ from adapt_pruner_jax.models.model_config import ModelConfig, layer_names
 from adapt_pruner_jax.storage import json_files, publish
 
 FORMATS = ("hf", "hf_uniform")
+# GPT-NeoX makes heads of hidden_size / heads channels.
+RESIZE = """\
+  attention, heads = layer.attention, sizes.num_attention_heads
+  size, width = config.head_dim, config.hidden_size
+  has_bias = attention.dense.bias is not None
+  attention.head_size, attention.scaling = size, size**-0.5
+  attention.query_key_value = nn.Linear(width, 3 * heads * size, bias=has_bias)
+  attention.dense = nn.Linear(heads * size, width, bias=has_bias)
+"""
 MARKS = (CONFIG, MANIFEST)  # by which a directory is one of a model
 
 
@@ -125,13 +133,7 @@ def without_empty_layers(
   kept = {n: x for n, x in params.items() if not n.startswith("layer_")}
   for new, old in enumerate(full):
     kept[axes.layer_name(new)] = params[axes.layer_name(old)]
-  config = dataclasses.replace(
-    config,
-    kv_groups=tuple(config.kv_groups[i] for i in full),
-    ffn_widths=tuple(config.ffn_widths[i] for i in full),
-    window=tuple(config.window[i] for i in full) if config.window else (),
-  )
-  return config, kept
+  return config.with_layers(full), kept
 
 
 @contextlib.contextmanager
@@ -167,12 +169,22 @@ def _write_classes(folder: Path, config: ModelConfig) -> None:
     ]
     for half in ("attn", "mlp")
   }
+  attention, o = family.module_of("o").rsplit(".", 1)
+  mlp, down = family.module_of("down").rsplit(".", 1)
   names = {
     "family": config.family,
     "module": family.module,
     "prefix": family.prefix,
     "config_class": family.config_class,
     "model_class": family.model_class,
+    "body": family.body,
+    "layer_class": f"{family.prefix}{family.layer}",
+    "resize": RESIZE if config.family == "gpt_neox" else "",
+    "attention": attention,
+    "o": o,
+    "mlp": mlp,
+    "down": down,
+    "width": family.renamed.get("intermediate_size", "intermediate_size"),
     "attention_norms": norms["attn"],
     "mlp_norms": norms["mlp"],
   }

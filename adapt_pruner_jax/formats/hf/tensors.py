@@ -13,27 +13,36 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 
-from adapt_pruner_jax.formats.hf.families import FAMILIES, OUTER
+from adapt_pruner_jax.formats.hf.families import FAMILIES
+from adapt_pruner_jax.formats.hf.layers import is_stock
+from adapt_pruner_jax.formats.hf.tensor_names import OUTER
 from adapt_pruner_jax.models import axes
 from adapt_pruner_jax.models.model_config import (
   ModelConfig,
   layer_names,
   outer_names,
 )
+from adapt_pruner_jax.models.rope import rotated_channels
 
 Key = tuple[int | None, str]  # layer (None: outside the layers), parameter
 
+# Of each head of these, the first channels are turned by rotary embeddings.
+ROTATED = ("q", "k", "q_bias", "k_bias")
 BLOCK_BYTES = 1 << 23  # stays in a CPU's cache
 BLOCK_ROWS = 64  # at least: fewer would read strided memory line by line
 
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-  """Rows start : start + rows of a tensor."""
+  """Rows start : start + rows of a tensor, or of each of its blocks.
+
+  A tensor of several blocks of rows has a share of the parameter in each.
+  """
 
   tensor: str
   start: int
   rows: int
+  blocks: int = 1
 
 
 def places(config: ModelConfig, repeats: int = 1) -> dict[Key, Place]:
@@ -42,20 +51,33 @@ def places(config: ModelConfig, repeats: int = 1) -> dict[Key, Place]:
   Args:
     repeats: how many layers in a row share each stored layer.
   """
-  names = FAMILIES[config.family].tensors
+  family = FAMILIES[config.family]
+  names = family.tensors
   found: dict[Key, Place] = {}
   for name in outer_names(config):
     rows = hf_shape(name, config.sizes())[0]
-    found[None, name] = Place(OUTER[name], 0, rows)
+    found[None, name] = Place(outer_tensor(config, name), 0, rows)
   for i in range(config.num_layers):
     filled: dict[str, int] = {}
     for name in layer_names(config, i):
-      tensor = f"model.layers.{i // repeats}.{names[name]}"
+      tensor = f"{family.body}.layers.{i // repeats}.{names[name]}"
       start = filled.get(tensor, 0)
       rows = hf_shape(name, config.sizes(i))[0]
-      found[i, name] = Place(tensor, start, rows)
-      filled[tensor] = start + rows
+      blocks = config.kv_groups[i] if name in family.by_head else 1
+      found[i, name] = Place(tensor, start, rows, blocks)
+      filled[tensor] = start + rows // blocks
   return found
+
+
+def outer_tensor(config: ModelConfig, name: str) -> str:
+  """The tensor of a parameter outside the layers.
+
+  A class of our own has its output matrix where today's Transformers has all
+  of them; it renames older names for its own classes only.
+  """
+  if name == "lm_head" and not is_stock(config):
+    return OUTER["lm_head"]
+  return FAMILIES[config.family].outer[name]
 
 
 def tensor_shapes(
@@ -65,8 +87,19 @@ def tensor_shapes(
   shapes: dict[str, tuple[int, ...]] = {}
   for (layer, name), place in places(config, repeats).items():
     rest = hf_shape(name, config.sizes(layer))[1:]
-    shapes[place.tensor] = (place.start + place.rows, *rest)
+    rows = place.start * place.blocks + place.rows
+    shapes[place.tensor] = (rows, *rest)
   return shapes
+
+
+def own_rows(tensor: np.ndarray, place: Place) -> np.ndarray:
+  """The rows of a tensor that are a parameter's; a view of a single block."""
+  if place.blocks == 1:
+    return tensor[place.start : place.start + place.rows]
+  share = place.rows // place.blocks
+  by_block = tensor.reshape(place.blocks, -1, *tensor.shape[1:])
+  own = by_block[:, place.start : place.start + share]
+  return own.reshape(place.rows, *tensor.shape[1:])
 
 
 def hf_letters(name: str) -> tuple[str, ...]:
@@ -88,19 +121,48 @@ def hf_shape(name: str, sizes: dict[str, int]) -> tuple[int, ...]:
   )
 
 
-def to_hf(name: str, array: np.ndarray) -> np.ndarray:
-  """Our array in the layout of the checkpoint, a view."""
+def side_by_side(config: ModelConfig) -> int:
+  """Channels of a head whose rotary pairs lie side by side in the checkpoint.
+
+  In our arrays, and in most families' files, they are half of these apart.
+  """
+  if not FAMILIES[config.family].interleaved:
+    return 0
+  return rotated_channels(config.rope, config.head_dim)
+
+
+def _pair_order(pairs: int, head_dim: int) -> np.ndarray:
+  """Our channel at each place of a head in the file."""
+  order = np.arange(pairs).reshape(2, -1).T.reshape(-1)
+  return np.concatenate([order, np.arange(pairs, head_dim)])
+
+
+def to_hf(name: str, array: np.ndarray, pairs: int = 0) -> np.ndarray:
+  """Our array in the layout of the checkpoint, a view but for pairs.
+
+  Args:
+    pairs: from `side_by_side`.
+  """
+  if pairs and name in ROTATED:
+    axis = axes.AXES[name].index("H")
+    array = array.take(_pair_order(pairs, array.shape[axis]), axis)
   groups = hf_letters(name)
   sizes = dict(zip(axes.AXES[name], array.shape, strict=True))
   order = [axes.AXES[name].index(letter) for letter in "".join(groups)]
   return array.transpose(order).reshape(hf_shape(name, sizes))
 
 
-def from_hf(name: str, tensor: np.ndarray, sizes: dict[str, int]) -> np.ndarray:
-  """The inverse of `to_hf`, a view as well."""
+def from_hf(
+  name: str, tensor: np.ndarray, sizes: dict[str, int], pairs: int = 0
+) -> np.ndarray:
+  """The inverse of `to_hf`."""
   letters = "".join(hf_letters(name))
   array = tensor.reshape([sizes[letter] for letter in letters])
-  return array.transpose([letters.index(x) for x in axes.AXES[name]])
+  array = array.transpose([letters.index(x) for x in axes.AXES[name]])
+  if pairs and name in ROTATED:
+    order = np.argsort(_pair_order(pairs, sizes["H"]))
+    array = array.take(order, axes.AXES[name].index("H"))
+  return array
 
 
 def blocks(

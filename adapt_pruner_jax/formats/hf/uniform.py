@@ -38,8 +38,8 @@ def pad_config(config: ModelConfig) -> ModelConfig:
       "express: write it with --format=hf"
     )
   G, D = config.queries_per_group, config.hidden_size
-  if family.divides:
-    legal = [k for k in range(K, D + 1) if not D % (k * G)]
+  if not layers.heads_are_legal(config, K):
+    legal = [k for k in range(K, D + 1) if layers.heads_are_legal(config, k)]
     if not legal:
       raise UserError(
         f"{config.family} wants a number of heads that divides the hidden size "
@@ -47,15 +47,20 @@ def pad_config(config: ModelConfig) -> ModelConfig:
         "it with --format=hf"
       )
     K = legal[0]
+  known = {*family.fields}
   padded = dataclasses.replace(
     config,
     kv_groups=(K,) * config.num_layers,
     ffn_widths=(F,) * config.num_layers,
     # A class may have all biases where the model has some; others are zero.
     qkv_bias=config.qkv_bias
-    or (config.o_bias and "attention_bias" in family.fields),
+    or (
+      config.o_bias
+      and "attention_out_bias" not in known
+      and bool({"attention_bias", "use_bias"} & known)
+    ),
     gate_up_bias=config.gate_up_bias
-    or (config.down_bias and "mlp_bias" in family.fields),
+    or (config.down_bias and bool({"mlp_bias", "use_bias"} & known)),
   )
   if extra := layers.extra_biases(padded):
     raise UserError(
@@ -86,7 +91,8 @@ def padded_getter(config: ModelConfig, padded: ModelConfig, get: Get) -> Get:
     array = get(key)
     shape = axes.shape(name, padded.sizes(layer))
     if array is None:  # any norm will do where nothing follows
-      fill = 1 - config.norm_offset if "norm" in name else 0
+      is_norm = "norm" in name and not name.endswith("bias")
+      fill = 1 - config.norm_offset if is_norm else 0
       return np.full(shape, fill, np.float32)
     more = [(0, new - old) for new, old in zip(shape, array.shape, strict=True)]
     return np.pad(array, more)

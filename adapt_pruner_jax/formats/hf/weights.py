@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -111,7 +111,8 @@ def write(
   """
   shapes = tensors.tensor_shapes(config)
   keys: dict[str, list[Key]] = {}
-  for key, place in tensors.places(config).items():
+  places = tensors.places(config)
+  for key, place in places.items():
     keys.setdefault(place.tensor, []).append(key)
   sizes = {t: math.prod(s) * dtypes[t].itemsize for t, s in shapes.items()}
   # Wider types come first in a file, as readers want each one aligned.
@@ -126,12 +127,13 @@ def write(
   if len(shards) == 1:
     names = [SINGLE]
   sums: dict[str, str] = {}
+  pairs = tensors.side_by_side(config)
   failed = None
   for name, shard in zip(names, shards, strict=True):
     arrays = (
-      (tensors.to_hf(key[1], get(key)), dtypes[tensor])
+      (array, dtypes[tensor])
       for tensor in shard
-      for key in keys[tensor]
+      for array in _arrays(keys[tensor], places, get, pairs)
     )
     if folder is not None and failed is None:
       header = {t: (shapes[t], dtypes[t]) for t in shard}
@@ -149,6 +151,24 @@ def write(
     index = {"metadata": total, "weight_map": where}
     json_files.write_json(folder / INDEX, index, sort_keys=True)
   return sums
+
+
+def _arrays(
+  keys: list[Key], places: dict[Key, tensors.Place], get: Get, pairs: int
+) -> Iterator[np.ndarray]:
+  """What a tensor consists of, in the layout of the file, in its order.
+
+  Args:
+    keys: of the parameters that it holds.
+    pairs: as of `tensors.to_hf`.
+  """
+  blocks = places[keys[0]].blocks
+  arrays = (tensors.to_hf(key[1], get(key), pairs) for key in keys)
+  if blocks == 1:
+    yield from arrays
+    return
+  parts = [x.reshape(blocks, -1, *x.shape[1:]) for x in arrays]
+  yield np.concatenate(parts, axis=1).reshape(-1, *parts[0].shape[2:])
 
 
 def _shards(sizes: dict[str, int], limit: int) -> list[list[str]]:

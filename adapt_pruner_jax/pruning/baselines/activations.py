@@ -5,7 +5,6 @@ grow with the number of samples. Layers keep their own sizes; equal ones share
 one compiled program. The batch is cut over the mesh.
 """
 
-import dataclasses
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -59,13 +58,7 @@ def half(
     [B, T, K, G, H] or of `down` [B, T, F] as they are without the mask; None
     if this half is absent.
   """
-  one = dataclasses.replace(
-    config,
-    kv_groups=config.kv_groups[layer : layer + 1],
-    ffn_widths=config.ffn_widths[layer : layer + 1],
-    window=config.window[layer : layer + 1],
-    residual=config.residual[layer : layer + 1],
-  )
+  one = config.with_layers([layer])
   return _half(one, unit, params[axes.layer_name(layer)], x_BTD, mask, mesh)
 
 

@@ -36,6 +36,7 @@ from adapt_pruner_jax.models.layer import (
   WRITERS,
   norm,
   spread_mask,
+  stream,
 )
 from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.pruning import (
@@ -249,7 +250,8 @@ PROGRAMS = passes.programs(_measure_step, "kind")
 
 
 def _readers(half: backward.Half, kind: Kind) -> tuple[str, ...]:
-  return HALVES[WRITERS[half.unit]] if kind.readers else ()
+  readers = HALVES[WRITERS[half.unit]] if kind.readers else ()
+  return tuple(name for name in readers if name in half.weights)
 
 
 def _biased(half: backward.Half) -> bool:
@@ -297,7 +299,8 @@ def _seen(
 
   _, vjp, fed = jax.vjp(run, x_BTD, given, has_aux=True)
   dx_BTD, gradients = vjp(dy_BTD)
-  seen = {WRITERS[unit]: fed, "out": dy_BTD * half.config.residual_scale}
+  out_BTD = stream(half.config, dy_BTD) * half.config.residual_scale
+  seen = {WRITERS[unit]: fed, "out": out_BTD}
   if readers:
     in_BTD = norm(half.config, half.weights, f"{NAMES[unit]}_norm", x_BTD)
     if _biased(plain):

@@ -1,0 +1,77 @@
+"""Names of tensors in checkpoints, by our parameters' names."""
+
+OUTER = {
+  "embedding": "model.embed_tokens.weight",
+  "final_norm": "model.norm.weight",
+  "lm_head": "lm_head.weight",
+}
+OUTER_NEOX = {
+  "embedding": "gpt_neox.embed_in.weight",
+  "final_norm": "gpt_neox.final_layer_norm.weight",
+  "final_norm_bias": "gpt_neox.final_layer_norm.bias",
+  "lm_head": "embed_out.weight",
+}
+# Our parameter: its tensor behind "model.layers.N."
+LAYER = {
+  "attn_norm": "input_layernorm.weight",
+  "q": "self_attn.q_proj.weight",
+  "k": "self_attn.k_proj.weight",
+  "v": "self_attn.v_proj.weight",
+  "o": "self_attn.o_proj.weight",
+  "q_bias": "self_attn.q_proj.bias",
+  "k_bias": "self_attn.k_proj.bias",
+  "v_bias": "self_attn.v_proj.bias",
+  "o_bias": "self_attn.o_proj.bias",
+  "mlp_norm": "post_attention_layernorm.weight",
+  "gate": "mlp.gate_proj.weight",
+  "up": "mlp.up_proj.weight",
+  "down": "mlp.down_proj.weight",
+  "gate_bias": "mlp.gate_proj.bias",
+  "up_bias": "mlp.up_proj.bias",
+  "down_bias": "mlp.down_proj.bias",
+}
+NORM_BIASES = {
+  "attn_norm_bias": "input_layernorm.bias",
+  "mlp_norm_bias": "post_attention_layernorm.bias",
+}
+NO_GATE = {
+  "up": "mlp.c_fc.weight",
+  "down": "mlp.c_proj.weight",
+  "up_bias": "mlp.c_fc.bias",
+  "down_bias": "mlp.c_proj.bias",
+}
+NEOX = {
+  "attn_norm": "input_layernorm.weight",
+  "mlp_norm": "post_attention_layernorm.weight",
+  **NORM_BIASES,
+  **dict.fromkeys("qkv", "attention.query_key_value.weight"),
+  **{f"{n}_bias": "attention.query_key_value.bias" for n in "qkv"},
+  "o": "attention.dense.weight",
+  "o_bias": "attention.dense.bias",
+  "up": "mlp.dense_h_to_4h.weight",
+  "up_bias": "mlp.dense_h_to_4h.bias",
+  "down": "mlp.dense_4h_to_h.weight",
+  "down_bias": "mlp.dense_4h_to_h.bias",
+}
+QK_NORM = {
+  "q_norm": "self_attn.q_norm.weight",
+  "k_norm": "self_attn.k_norm.weight",
+}
+QK_NORM_ALL = {f"{name}_all": tensor for name, tensor in QK_NORM.items()}
+SANDWICH = {
+  "attn_post_norm": "post_attention_layernorm.weight",
+  "mlp_norm": "pre_feedforward_layernorm.weight",
+  "mlp_post_norm": "post_feedforward_layernorm.weight",
+}
+POST = {
+  "attn_post_norm": "post_attention_layernorm.weight",
+  "mlp_post_norm": "post_feedforward_layernorm.weight",
+}
+SHARED_MLP = {
+  "gate": "shared_mlp.input_linear.weight",  # and the two that follow it
+  "up": "shared_mlp.input_linear.weight",
+  "down": "shared_mlp.output_linear.weight",
+}
+FUSED = dict.fromkeys("qkv", "self_attn.qkv_proj.weight") | dict.fromkeys(
+  ("gate", "up"), "mlp.gate_up_proj.weight"
+)

@@ -1,0 +1,162 @@
+"""The language model inside of a multimodal one: its config and its tensors.
+
+What surrounds it (towers for pictures and sound, projectors, heads that guess
+several tokens ahead) is left out; what is exported is a plain text model.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import logging
+
+from adapt_pruner_jax.errors import UserError
+from adapt_pruner_jax.formats.hf import fp8, tensors
+from adapt_pruner_jax.formats.hf.families import FAMILIES
+from adapt_pruner_jax.formats.hf.fields import Raw
+from adapt_pruner_jax.formats.hf.files import CONFIG, Checkpoint, read_object
+from adapt_pruner_jax.formats.hf.tensor_names import OUTER
+from adapt_pruner_jax.models.model_config import ModelConfig
+
+# Multimodal types: of what type the language model is if its config says none.
+WRAPPERS = {
+  "gemma3": "gemma3_text",
+  "mistral3": "mistral",
+  "llava": "llama",
+  "qwen2_vl": "qwen2_vl_text",
+  "qwen2_5_vl": "qwen2_5_vl_text",
+  "qwen3_vl": "qwen3_vl_text",
+}
+# Types of such parts that are the same function of text as a plain family.
+SAME = {
+  "qwen2_vl_text": "qwen2",
+  "qwen2_5_vl_text": "qwen2",
+  "qwen3_vl_text": "qwen3",
+}
+# Of the outer config, what the inner one has where it does not say it itself.
+INHERITED = (
+  *("tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id"),
+  *("dtype", "torch_dtype", "quantization_config", "transformers_version"),
+)
+# Beginnings of names, by release, and what they are in a plain text model.
+BEGINNINGS = {
+  "language_model.model.": "model.",
+  "model.language_model.": "model.",
+  "language_model.lm_head.": "lm_head.",
+}
+PLAIN = ("model.layers.", "model.embed_tokens.", "model.norm.", "lm_head.")
+
+
+def config_of(raw: Raw, path: str) -> Raw:
+  """The config.json of the language model; `raw` itself if it is one.
+
+  Raises:
+    UserError: a wrapper without the config of its language model.
+  """
+  outer = raw.get("model_type")
+  if outer not in WRAPPERS:
+    return raw
+  inner = raw.get("text_config")
+  if not isinstance(inner, dict):
+    raise UserError(
+      f"{path}: a model of type {outer} needs the field text_config"
+    )
+  kind = inner.get("model_type", WRAPPERS[outer])
+  found = {name: raw[name] for name in INHERITED if name in raw}
+  made = {**found, **inner, "model_type": SAME.get(kind, kind)}
+  # These say of what class the whole is, or the part while it is in there.
+  made.pop("architectures", None)
+  for field in ("rope_scaling", "rope_parameters"):
+    rope = made.get(field)
+    if kind in SAME and isinstance(rope, dict):
+      made[field] = _of_text(rope)
+  return made
+
+
+def _of_text(rope: dict[str, Any]) -> dict[str, Any]:
+  """A rope of positions in several axes, which text has all alike."""
+  names = ("rope_type", "type")
+  return {
+    name: "default" if name in names and value == "mrope" else value
+    for name, value in rope.items()
+  }
+
+
+def checkpoint(folder: Path) -> Any:
+  """The tensors of a directory's language model; headers are read, no more.
+
+  Raises:
+    UserError: as `files.Checkpoint`; or FP8 weights without their scales.
+  """
+  raw = read_object(folder / CONFIG)
+  # Some indices list a tied matrix that is not there.
+  heads = {family.outer["lm_head"] for family in FAMILIES.values()}
+  names = heads | {f"language_model.{OUTER['lm_head']}"}
+  found = Checkpoint(folder, names)
+  found = fp8.dequantized(found, raw.get("quantization_config"))
+  return Part(found) if raw.get("model_type") in WRAPPERS else found
+
+
+def with_head(checkpoint: Any, config: ModelConfig) -> Any:
+  """The checkpoint with its output matrix under the name that is looked for."""
+  wanted = tensors.outer_tensor(config, "lm_head")
+  others = {OUTER["lm_head"], FAMILIES[config.family].outer["lm_head"]}
+  there = others & {*checkpoint.shapes}
+  if wanted in there or len(there) != 1:
+    return checkpoint
+  names = {name: name for name in checkpoint.shapes if name not in there}
+  return Renamed(checkpoint, names | {wanted: there.pop()})
+
+
+class Renamed:
+  """Tensors of a checkpoint under other names.
+
+  Attributes:
+    folder, shapes, dtypes: as of `files.Checkpoint`.
+  """
+
+  def __init__(self, inner: Any, names: dict[str, str]):
+    """Takes a checkpoint, and of each new name the one that it has there."""
+    self.folder, self._inner, self._names = inner.folder, inner, names
+    self.shapes = {new: inner.shapes[old] for new, old in names.items()}
+    self.dtypes = {new: inner.dtypes[old] for new, old in names.items()}
+
+  def array(self, tensor: str) -> np.ndarray:
+    """The tensor of this name."""
+    return self._inner.array(self._names[tensor])
+
+
+class Part(Renamed):
+  """The tensors of the language model under the names of a plain one.
+
+  Attributes:
+    folder, shapes, dtypes: as of `files.Checkpoint`.
+    dropped: names of the tensors that are left out.
+  """
+
+  def __init__(self, inner: Any):
+    """Takes the checkpoint of the whole."""
+    plain = {_plain_name(name): name for name in inner.shapes}
+    own = {p: name for p, name in plain.items() if p.startswith(PLAIN)}
+    self.dropped = sorted({*inner.shapes} - {*own.values()})
+    super().__init__(inner, own)
+
+  def say(self) -> None:
+    """Says what is left out."""
+    roots = sorted({_root(name) for name in self.dropped})
+    logging.warning(
+      "%s: only the language model is read; %d tensors of other parts (%s) are "
+      "left out",
+      *(self.folder, len(self.dropped), ", ".join(roots)),
+    )
+
+
+def _plain_name(name: str) -> str:
+  for beginning, plain in BEGINNINGS.items():
+    if name.startswith(beginning):
+      return plain + name.removeprefix(beginning)
+  return name
+
+
+def _root(name: str) -> str:
+  return name.removeprefix("model.").split(".")[0]

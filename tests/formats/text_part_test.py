@@ -1,0 +1,204 @@
+"""The language model of multimodal files, and weights in eight bits."""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from adapt_pruner_jax.errors import UserError
+from adapt_pruner_jax.formats.hf import config_json, families, load, save
+from adapt_pruner_jax.models import decoder
+from tests.formats import zoo
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("torch")
+
+
+@pytest.fixture(scope="module")
+def mistral(tmp_path_factory):
+  """The directory of a small model."""
+  root = tmp_path_factory.mktemp("zoo")
+  return zoo.make(root, ("mistral",))["mistral"].path
+
+
+VISION = {
+  "hidden_size": 16,
+  "intermediate_size": 16,
+  "num_hidden_layers": 1,
+  "num_attention_heads": 2,
+  "image_size": 28,
+  "patch_size": 14,
+}
+# name: (type of the wrapper, changes to zoo.BASE, fields of the wrapper)
+WRAPPERS = {
+  "gemma3": (
+    {**zoo.GEMMA, "model_type": "gemma3_text"},
+    {
+      "vision_config": VISION,
+      "mm_tokens_per_image": 4,
+      "image_token_index": 60,
+      "boi_token_index": 61,
+      "eoi_token_index": 62,
+    },
+  ),
+  "mistral3": (
+    {
+      "model_type": "ministral3",
+      "head_dim": 16,
+      "rope_parameters": {**zoo.YARN, "llama_4_scaling_beta": 0.1},
+      "tie_word_embeddings": False,
+    },
+    {
+      "vision_config": {**VISION, "head_dim": 8},
+      "image_token_index": 60,
+      "tie_word_embeddings": False,
+    },
+  ),
+  "qwen3_vl": (
+    {
+      "model_type": "qwen3_vl_text",
+      "head_dim": 16,
+      "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 1e4,
+        "mrope_section": [3, 3, 2],
+      },
+    },
+    {
+      "vision_config": {
+        "depth": 1,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_heads": 2,
+        "out_hidden_size": 32,
+        "deepstack_visual_indexes": [0],
+      },
+      "image_token_id": 60,
+      "video_token_id": 61,
+      "vision_start_token_id": 62,
+      "vision_end_token_id": 63,
+    },
+  ),
+}
+
+
+def wrapper(name, folder):
+  """Writes a tiny multimodal model; gives it."""
+  import torch
+
+  inner, outer = WRAPPERS[name]
+  config = transformers.AutoConfig.for_model(
+    name, text_config={**zoo.BASE, **inner}, **outer
+  )
+  torch.manual_seed(0)
+  peer = transformers.AutoModelForImageTextToText.from_config(config).eval()
+  peer.save_pretrained(folder)
+  return peer
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_the_language_model_of_a_wrapper(name, tmp_path, caplog):
+  """Its logits, and an export that is a plain text model."""
+  import torch
+
+  peer = wrapper(name, tmp_path / "whole")
+  config, params = load.load(tmp_path / "whole")
+  assert "only the language model is read" in caplog.text
+  assert "vis" in caplog.text.split("left out")[0]
+  tokens = np.random.default_rng(0).integers(60, size=(1, 40))
+  with torch.no_grad():
+    expected = peer(torch.tensor(tokens)).logits.numpy()
+  found = decoder.Decoder(config).apply({"params": params}, tokens)[0]
+  np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
+  out = tmp_path / "text"
+  save.save(config, params, out, source=tmp_path / "whole", say=lambda _: None)
+  again = transformers.AutoModelForCausalLM.from_pretrained(out)
+  prefix = families.FAMILIES[config.family].prefix
+  assert type(again).__name__ == f"{prefix}ForCausalLM"
+  with torch.no_grad():
+    text = again(torch.tensor(tokens)).logits.numpy()
+  np.testing.assert_allclose(text, expected, rtol=0, atol=1e-4)
+
+
+def test_names_of_a_wrapper(tmp_path, mistral):
+  """Both spellings of releases, and what the outer config says."""
+  raw = json.loads((mistral / "config.json").read_text())
+  weights = load_file(mistral / "model.safetensors")
+  inner = {n: v for n, v in raw.items() if n != "eos_token_id"}
+  outer = {"model_type": "mistral3", "text_config": inner, "eos_token_id": [2]}
+  outer |= {"image_token_index": 10, "vision_config": {"hidden_size": 8}}
+  expected, params = load.load(mistral)
+  spellings = {
+    "old": lambda name: f"language_model.{name}",
+    "new": lambda name: name.replace("model.", "model.language_model."),
+  }
+  for spelling, rename in spellings.items():
+    path = tmp_path / spelling
+    path.mkdir()
+    tower = {"vision_tower.patch.weight": np.zeros((2, 2), np.float32)}
+    save_file(
+      {rename(n): w for n, w in weights.items()} | tower,
+      path / "model.safetensors",
+    )
+    (path / "config.json").write_text(json.dumps(outer))
+    config, found = load.load(path)
+    assert config.eos_ids == (2,)
+    assert dataclasses.replace(config, eos_ids=expected.eos_ids) == expected
+    assert jax.tree.all(jax.tree.map(np.array_equal, found, params))
+  with pytest.raises(UserError, match="needs the field text_config"):
+    config_json.read({"model_type": "mistral3"})
+  # A wrapper that is not known, around a language model that is.
+  with pytest.raises(UserError) as caught:
+    config_json.read(outer | {"model_type": "paligemma"})
+  text = str(caught.value)
+  assert "of type paligemma holds a language model of type mistral" in text
+  assert "did you mean" not in text
+
+
+@pytest.mark.parametrize("block", [[16, 8], None])
+def test_weights_in_eight_bits(tmp_path, mistral, block):
+  """Blocks with a scale each, or one scale: their product, made by torch."""
+  import torch
+  from safetensors.torch import load_file as load_torch
+  from safetensors.torch import save_file as save_torch
+
+  source = mistral
+  tensors = load_torch(source / "model.safetensors")
+  stored, plain = {}, {}
+  for name, weight in tensors.items():
+    stored[name] = plain[name] = weight
+    if not name.endswith("_proj.weight"):
+      continue
+    small, scale = weight.to(torch.float8_e4m3fn), torch.rand(())
+    spread = scale
+    if block:
+      grid = [-(-n // b) for n, b in zip(weight.shape, block, strict=True)]
+      scale = torch.rand(grid) + 0.5
+      spread = scale.repeat_interleave(block[0], 0).repeat_interleave(
+        block[1], 1
+      )[: weight.shape[0], : weight.shape[1]]
+    stored |= {name: small, f"{name}_scale_inv": scale}
+    stored[name.replace("weight", "activation_scale")] = torch.ones(())
+    plain[name] = small.float() * spread
+  for folder, content in ("eight", stored), ("plain", plain):
+    shutil.copytree(source, tmp_path / folder)
+    save_torch(content, tmp_path / folder / "model.safetensors")
+  with pytest.raises(UserError, match="is stored in eight bits, which needs"):
+    load.load(tmp_path / "eight")
+  quantization = {"quant_method": "fp8", "weight_block_size": block}
+  zoo.rewrite_config(tmp_path / "eight", quantization_config=quantization)
+  config, found = load.load(tmp_path / "eight")
+  expected = load.load(tmp_path / "plain")
+  assert config == expected[0]
+  assert jax.tree.all(jax.tree.map(np.array_equal, found, expected[1]))
+  _, kept = load.load(tmp_path / "eight", None)
+  assert kept["layer_0"]["q"].dtype == "bfloat16"
+  other = {"quant_method": "fp8", "weight_block_size": [8, 8]}
+  zoo.rewrite_config(tmp_path / "eight", quantization_config=other)
+  with pytest.raises(UserError, match="_scale_inv has shape"):
+    load.load(tmp_path / "eight")
