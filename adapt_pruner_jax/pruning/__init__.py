@@ -8,7 +8,8 @@ curvature       second-order scores
 fisher          scores of each row's own gradients
 backward        the walk through a masked model and back that scores take
 ends            what is before and behind the layers of that walk
-passes          the same in parts, so that memory does not grow
+visitor         what it visits, and what it brings back
+passes          scores in parts, so that memory does not grow
 allotment       how much goes where: adapt, uniform, one ranking
 search          how much goes where, tried out on the masked model
 schedule        Adapt-Pruner's schedule, targets of stages

@@ -106,6 +106,11 @@ def refit_after(task: PruneTask, pruned: Pruned) -> Pruned:
   Least squares; then, by `prune.refit_passes`, the loss, each pass on windows
   of its own.
 
+  Args:
+    task: of the prune.
+    pruned: what it gave. Where both refits are done its params are given up
+      between them, since training takes all the memory that there is.
+
   Returns:
     The same without a refit; else with new params, a record a matrix, and one
     of the loss.
@@ -120,6 +125,8 @@ def refit_after(task: PruneTask, pruned: Pruned) -> Pruned:
   params, records, by_loss = pruned.params, [], None
   if settings.solves():
     params, records = _solved(task, pruned, task.refit_samples(done))
+    if settings.refit_passes:
+      pruned.params.clear()
   if settings.refit_passes:
     params, by_loss = refit_loss.refit_loss(
       dense,
