@@ -35,6 +35,7 @@ adapt-pruner COMMAND [--flags]; adapt-pruner COMMAND --help lists the flags
   generate  text from a model
   convert   to hf, hf_uniform, gguf, orbax, or --verify
   report    report.html of a work directory
+  tokenize  fill the cache of tokens before a run needs them
 """
 
 
@@ -297,6 +298,22 @@ def report(command: str, argv: list[str]) -> int:
   return 0
 
 
+def tokenize(command: str, argv: list[str]) -> int:
+  """Fills the cache of tokens before a run needs them."""
+  values = flags.FlagValues()
+  text, numbers = flags.DEFINE_string, flags.DEFINE_integer
+  text("source", None, "as data.source, docs/data.md", flag_values=values)
+  text("model", None, "a directory or hub id", flag_values=values)
+  text("bos", "auto", "as data.bos: auto or none", flag_values=values)
+  numbers("tokens", 0, "enough; 0 = all there are", flag_values=values)
+  _parse(command, argv, values, ["source", "model"])
+  os.environ["JAX_PLATFORMS"] = "cpu"  # leaves the accelerator to others
+  from adapt_pruner_jax.runs.tokenize import tokenize
+
+  tokenize(values.source, values.model, values.tokens, values.bos)
+  return 0
+
+
 COMMANDS: dict[str, Callable[[str, list[str]], int]] = {
   "run": run,
   "plan": plan,
@@ -306,6 +323,7 @@ COMMANDS: dict[str, Callable[[str, list[str]], int]] = {
   "generate": generate,
   "convert": convert,
   "report": report,
+  "tokenize": tokenize,
 }
 
 

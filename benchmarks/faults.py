@@ -294,9 +294,21 @@ def all_damages(
     "`trace.jsonl`": "trace.jsonl",
     "`metrics.jsonl`": "metrics.jsonl",
     "`config.json`": "config.json",
-    "the token cache": "cache/**/*.*",
   }.items():
     yield from damages(name, few, cut, pattern, continued)
+  home = os.environ["ADAPT_PRUNER_CACHE"]
+
+  def tokenised_again(copy: Path) -> str:
+    work = copy.parent / "work"
+    shutil.copytree(cut, work)
+    os.environ["ADAPT_PRUNER_CACHE"] = str(copy.parent)
+    try:
+      return continued(work)
+    finally:
+      os.environ["ADAPT_PRUNER_CACHE"] = home
+
+  kept = Path(home) / "tokens"
+  yield from damages("the token cache", few, kept, "*/*", tokenised_again)
   recipe = tiny_model.Recipe(V=300, D=16, L=1, K=2, G=1, H=8, F=16, steps=2)
   cached = tiny_model.base_model(cut.parent / "tiny", lambda _: None, recipe)
 

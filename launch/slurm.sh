@@ -8,7 +8,8 @@
 # file system that all nodes share. If the nodes have no network, install before
 # on one that has: bash -c '. launch/venv.sh && use_venv gpu'
 # Near the time limit, or when preempted, the run saves its state, and the job
-# goes back into the queue and continues.
+# goes back into the queue and continues; so it does, a few times, when one of the
+# processes is gone (RETRIES).
 #SBATCH --job-name=adapt-pruner
 #SBATCH --nodes=2
 #SBATCH --gpus-per-node=8
@@ -27,7 +28,9 @@ use_venv "$extra"
 status=0
 run srun --kill-on-bad-exit=0 \
   "$VENV/bin/adapt-pruner" run --distributed "$@" || status=$?
-if [[ $status -eq 75 ]]; then # stopped and saved
+# 75: stopped and saved. 76: another process is gone, with its machine perhaps.
+if [[ $status -eq 75 ]] || { [[ $status -eq 76 ]] &&
+  [[ ${SLURM_RESTART_COUNT:-0} -lt ${RETRIES:-5} ]]; }; then
   run scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$status"

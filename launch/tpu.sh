@@ -134,7 +134,7 @@ tar xzf adapt-pruner.tgz -C adapt-pruner"
 
 # Starts or joins the run, and continues it until it has ended.
 follow() {
-  local state
+  local state lost=0
   while true; do
     get_tpu
     state=$(job_state)
@@ -153,6 +153,11 @@ follow() {
       75)
         say "the run was stopped and has saved its state"
         [[ -n $spot ]] || exit 75
+        ;;
+      76) # a worker is gone: preempted, or it stopped
+        preempted || ((++lost <= ${RETRIES:-5})) || fail "a worker was gone" \
+          "$lost times, its log says why; $name is kept"
+        say "a worker is gone, starting again"
         ;;
       *) # a preempted worker ends the others with an error
         preempted || fail "the run ended with exit code $state, its log is" \

@@ -61,8 +61,8 @@ FIELDS = """
   train.distill_alpha train.lora_rank train.lora_alpha train.skip_nonfinite
   mesh.data mesh.fsdp mesh.tensor eval.text eval.answers eval.tasks
   eval.tasks_dir eval.trust_tasks_dir eval.latency eval.seq_len eval.batch
-  checkpoint.steps checkpoint.keep log.tensorboard log.trackers oneshot_control
-  seed
+  checkpoint.steps checkpoint.minutes checkpoint.keep log.tensorboard
+  log.trackers oneshot_control seed
 """.split()  # noqa: SIM905
 
 SLIMPAJAMA = "hf:DKYoon/SlimPajama-6B"

@@ -34,6 +34,10 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
   _COMPILED = tempfile.mkdtemp(prefix="adapt-pruner-compiled-")
   atexit.register(shutil.rmtree, _COMPILED, ignore_errors=True)
   os.environ["JAX_COMPILATION_CACHE_DIR"] = _COMPILED
+if "ADAPT_PRUNER_CACHE" not in os.environ:  # tokens of every text are kept
+  _KEPT = tempfile.mkdtemp(prefix="adapt-pruner-cache-")
+  atexit.register(shutil.rmtree, _KEPT, ignore_errors=True)
+  os.environ["ADAPT_PRUNER_CACHE"] = _KEPT
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 

@@ -264,8 +264,11 @@ def test_gpu_without_gpu_is_one_clear_line(box):
   assert "nvidia-smi finds no GPU" in box.fails("gpu.sh")
 
 
-@pytest.mark.parametrize("status", [0, 1, 75])
-def test_slurm_requeues_only_a_stopped_run(box, status):
+@pytest.mark.parametrize(
+  ("status", "restarts"), [(0, 0), (1, 0), (75, 99), (76, 2), (76, 5)]
+)
+def test_slurm_requeues_a_stopped_run(box, status, restarts):
+  """And one that has lost a process, but not for ever."""
   box.fake("nvidia-smi", "#!/bin/sh\necho 580.1\n")
   box.fake("srun", RECORD + f"exit {status}")
   box.fake("scontrol", RECORD)
@@ -273,13 +276,16 @@ def test_slurm_requeues_only_a_stopped_run(box, status):
     "slurm.sh",
     "--workdir=w",
     SLURM_JOB_ID="7",
+    SLURM_RESTART_COUNT=str(restarts),
     SLURM_SUBMIT_DIR=str(box.repo),
   )
   assert result.returncode == status
   ((*_, program, command, distributed, flag),) = calls_to("srun", calls)
   assert program.endswith("bin/adapt-pruner")
   assert (command, distributed, flag) == ("run", "--distributed", "--workdir=w")
-  requeued = [["requeue", "7"]] if status == 75 else []
+  requeued = (
+    [["requeue", "7"]] if (status, restarts) in ((75, 99), (76, 2)) else []
+  )
   assert calls_to("scontrol", calls) == requeued
 
 
@@ -368,6 +374,16 @@ def test_stopped_run_on_a_kept_tpu_says_so(cloud):
   assert result.returncode == 75
   assert "has saved its state" in result.stderr
   assert "delete" not in steps(calls)
+
+
+def test_run_that_lost_a_worker_is_started_again(cloud):
+  (cloud.cloud / "runs").write_text("76\n76\n0\n")
+  result, calls = cloud.run("tpu.sh", *TPU, *RUN)
+  assert result.returncode == 0, result.stderr
+  assert steps(calls).count("start") == 3
+  (cloud.cloud / "runs").write_text("76\n" * 9)
+  error = cloud.fails("tpu.sh", *TPU, "--spot", *RUN)
+  assert "a worker was gone 6 times" in error
 
 
 def test_failed_run_keeps_the_tpu(cloud):

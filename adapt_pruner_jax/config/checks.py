@@ -56,6 +56,7 @@ AT_LEAST = {
   "eval.seq_len": 0,
   "eval.batch": 1,
   "checkpoint.steps": 1,
+  "checkpoint.minutes": 0,
   "checkpoint.keep": 1,
 }
 # Allotments whose steps have a size of their own, and may just be counted.

@@ -320,6 +320,7 @@ class Eval(Section):
 @dataclasses.dataclass
 class Checkpoint(Section):
   steps: int = 500  # train steps between checkpoints
+  minutes: float = 15.0  # or so long, if that is sooner; 0 = by steps alone
   keep: int = 2  # the newest so many
 
 

@@ -90,6 +90,9 @@ def calibration_data(
   seed: int,
   cache_dir: str | os.PathLike | None = None,
   say: Callable[[str], None] | None = None,
+  stop: Callable[[], None] | None = None,
+  *,
+  steps: int = 0,
 ) -> WindowData | GivenData:
   """Opens `config.source`; `batch(step)` then gives the samples of any step.
 
@@ -102,7 +105,9 @@ def calibration_data(
     tokenizer: the model's; its `begin_id` starts every window.
     vocab_size: of the model; larger ids are an error.
     seed: of the drawing.
-    cache_dir: see `tokenise`, as `say`.
+    cache_dir, say, stop: see `tokenise`.
+    steps: that draw windows, about: much more text than they hold is not
+      tokenised. 0 = all of it.
 
   Raises:
     UserError: the source is unreadable or too short, or has unknown ids.
@@ -116,9 +121,12 @@ def calibration_data(
   counts = np.diff(edges, prepend=0).astype(int).tolist()
   streams = []
   for source, count in zip(sources, counts, strict=True):
-    stream = tokenise(source, tokenizer, vocab_size, cache_dir, say)
-    tokens = stream.tokens
     need = config.seq_len + max(count, 1) - 1
+    wanted = steps and max(need, steps * count * config.seq_len)
+    stream = tokenise(
+      *(source, tokenizer, vocab_size, cache_dir, say, wanted, stop)
+    )
+    tokens = stream.tokens
     if len(tokens) < need:
       raise UserError(
         f"{source} is too short for calibration: it has {len(tokens)} tokens, "
@@ -139,6 +147,9 @@ def pruning_data(
   seed: int,
   cache_dir: str | os.PathLike | None = None,
   say: Callable[[str], None] | None = None,
+  stop: Callable[[], None] | None = None,
+  *,
+  steps: int = 0,
 ) -> tuple[WindowData | GivenData, WindowData | GivenData]:
   """Opens what pruning steps read and, where there are refits, what these do.
 
@@ -148,7 +159,7 @@ def pruning_data(
     UserError: as `calibration_data`.
   """
   opened = lambda config, seed: calibration_data(
-    config, tokenizer, vocab_size, seed, cache_dir, say
+    config, tokenizer, vocab_size, seed, cache_dir, say, stop, steps=steps
   )
   steps = opened(config, seed)
   if not refit:
@@ -166,6 +177,9 @@ def search_texts(
   seed: int,
   cache_dir: str | os.PathLike | None = None,
   say: Callable[[str], None] | None = None,
+  stop: Callable[[], None] | None = None,
+  *,
+  steps: int = 0,
 ) -> WindowData:
   """Opens the text that a search tries its candidates on.
 
@@ -173,7 +187,8 @@ def search_texts(
     source: as `prune.search.source`.
     tokens: of a step, in windows of `config.seq_len`.
     config, tokenizer, vocab_size, seed: of the calibration.
-    cache_dir, say: see `tokenise`.
+    cache_dir, say, stop: see `tokenise`.
+    steps: as `calibration_data`.
 
   Raises:
     UserError: the source is unreadable or too short, or has unknown ids.
@@ -181,7 +196,7 @@ def search_texts(
   rows = -(-tokens // config.seq_len)
   other = dataclasses.replace(config, source=source, samples=rows)
   return calibration_data(
-    other, tokenizer, vocab_size, seed + 2, cache_dir, say
+    other, tokenizer, vocab_size, seed + 2, cache_dir, say, stop, steps=steps
   )
 
 

@@ -10,12 +10,13 @@ import dataclasses
 import itertools
 import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 
 from adapt_pruner_jax.config import Data
-from adapt_pruner_jax.data.sources import parse_sources
+from adapt_pruner_jax.data.sources import Source, parse_sources
 from adapt_pruner_jax.data.token_store import Stream, tokenise
 from adapt_pruner_jax.data.tokenizer import Tokenizer, check_ids
 from adapt_pruner_jax.errors import UserError
@@ -99,6 +100,7 @@ class TrainData:
   num_tokens: int  # of one epoch, over all sources
   fingerprint: str  # of all tokens; a run only continues on the same ones
   sources: tuple[tuple[float, int], ...]  # of each: share of the rows, tokens
+  whole: bool  # all of the sources was tokenised; else what is needed
   streams: tuple[Stream, ...]
 
   def epochs(self, tokens: int) -> float:
@@ -119,8 +121,15 @@ class TrainData:
     return {name: np.stack([r[name] for r in rows]) for name in rows[0]}
 
   def batches(self, first_step: int) -> Iterator[dict[str, np.ndarray]]:
-    """Yields `batch` of `first_step` and of all steps after it."""
-    return map(self.batch, itertools.count(first_step))
+    """Yields `batch` of `first_step` and of all steps after it.
+
+    The next one is made in a thread while this one is in use.
+    """
+    with ThreadPoolExecutor(1) as thread:
+      ahead = thread.submit(self.batch, first_step)
+      for step in itertools.count(first_step + 1):
+        batch, ahead = ahead.result(), thread.submit(self.batch, step)
+        yield batch
 
 
 def train_data(
@@ -130,6 +139,9 @@ def train_data(
   seed: int,
   cache_dir: str | os.PathLike | None = None,
   say: Callable[[str], None] | None = None,
+  stop: Callable[[], None] | None = None,
+  *,
+  tokens: int = 0,
 ) -> TrainData:
   """Opens `config.source`; `batch(step)` then gives the rows of any step.
 
@@ -140,7 +152,8 @@ def train_data(
     tokenizer: the model's; its `begin_id` starts every row.
     vocab_size: of the model; larger ids are an error.
     seed: of the order of the rows.
-    cache_dir: see `tokenise`, as `say`.
+    cache_dir, say, stop: see `tokenise`.
+    tokens: that will be trained on: no more of a source is tokenised. 0 = all.
 
   Raises:
     UserError: the source is unreadable or empty.
@@ -153,8 +166,17 @@ def train_data(
       f"--config.data.source={config.source}: npy is for calibration only; "
       "give text:FILE, jsonl:FILE, parquet:FILE, hf:NAME, tfds:NAME or embedded"
     )
+  weights = sum(s.weight for s in sources)
+
+  def need(source: Source) -> int:
+    if not tokens:
+      return 0
+    rows = -(-tokens // config.step_tokens) * config.batch
+    return (int(rows * source.weight / weights) + 2) * config.seq_len
+
   streams = [
-    tokenise(s, tokenizer, vocab_size, cache_dir, say) for s in sources
+    tokenise(s, tokenizer, vocab_size, cache_dir, say, need(s), stop)
+    for s in sources
   ]
   parts = [
     grain.MapDataset.source(
@@ -168,12 +190,12 @@ def train_data(
   rows = parts[0]
   if len(parts) > 1:
     rows = grain.MapDataset.mix(parts, [s.weight for s in sources])
-  weights = sum(s.weight for s in sources)
   return TrainData(
     rows=rows,
     size=config.batch,
     num_tokens=sum(len(s.tokens) for s in streams),
     fingerprint=digest.of_bytes(*[s.fingerprint.encode() for s in streams]),
+    whole=all(stream.whole for stream in streams),
     sources=tuple(
       (source.weight / weights, len(stream.tokens))
       for source, stream in zip(sources, streams, strict=True)

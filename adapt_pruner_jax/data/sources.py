@@ -27,23 +27,22 @@ heldout. A run has the answers written first, and then reads `answers:FILE`.
 """
 
 import dataclasses
-import importlib
 import itertools
 import os
 import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
-from adapt_pruner_jax.data import files
+from adapt_pruner_jax.data import files, hub
 from adapt_pruner_jax.data.rows import (
   Document,
   to_answer,
   to_document,
   without_null,
 )
-from adapt_pruner_jax.errors import UserError, first_line, nearest
+from adapt_pruner_jax.errors import UserError, nearest
 
 OPTIONS = {
   "embedded": ("split", "limit", "weight"),
@@ -126,6 +125,11 @@ def parse_sources(spec: str, option: str) -> list[Source]:
         sources[-1], name=f"{sources[-1].name},{part}"
       )
   for source in sources:
+    if "://" in source.name:
+      raise UserError(
+        f"--config.{option}={spec}: {source.name} is not a path: mount the "
+        "bucket (Cloud Storage FUSE, s3fs) and give the path there"
+      )
     if source.kind == "self":  # with a file or without
       continue
     if bool(source.name) == (source.kind == "embedded"):
@@ -213,29 +217,75 @@ def _answering(how: Answering, key: str, text: str, where: str) -> Answering:
   return dataclasses.replace(how, **{key: value})
 
 
+class Place(NamedTuple):
+  """Says how far into a source something is."""
+
+  part: int = 0  # of its files
+  row: int = 0  # within that, empty ones too
+  documents: int = 0  # in all parts
+
+
+START = Place()
+
+
 def read_documents(source: Source) -> Iterator[Document]:
   """Reads the documents of a source, in order, without empty ones.
 
   Raises:
     UserError: the source is missing, unreadable, broken or has no text.
   """
+  return (document for document, _ in read_from(source))
+
+
+def read_from(
+  source: Source, place: Place = START
+) -> Iterator[tuple[Document, Place]]:
+  """Reads documents from a place on, and with each the place behind it.
+
+  Files before that place are not opened.
+
+  Raises:
+    UserError: as `read_documents`.
+  """
+  count = place.documents
+  if source.limit and count >= source.limit:
+    return
+  for part, read in enumerate(_parts(source)):
+    if part < place.part:
+      continue
+    skip = place.row if part == place.part else 0
+    for row, document in enumerate(read(skip), skip + 1):
+      if _is_blank(document):
+        continue
+      count += 1
+      yield document, Place(part, row, count)
+      if count == source.limit:
+        return
+  if not count:
+    raise UserError(f"{source} is empty: it has no text")
+
+
+def _parts(source: Source) -> Iterator[Callable[[int], Iterator[Document]]]:
+  """What reads each part of a source, but for its first documents."""
+  if source.kind in FILE_KINDS:
+    reader = {
+      "text": _text,
+      "jsonl": _rows,
+      "parquet": _rows,
+      "answers": _answers,
+    }[source.kind]
+    for path in files.files_of(source.kind, source.name):
+      yield lambda skip, path=path: itertools.islice(
+        reader(source, path), skip, None
+      )
+    return
   reader = {
     "embedded": _embedded,
-    "text": _text,
-    "jsonl": _rows,
-    "parquet": _rows,
-    "hf": _hf,
-    "tfds": _tfds,
+    "hf": hub.hf_documents,
+    "tfds": hub.tfds_documents,
     "self": _unanswered,
-    "answers": _answers,
   }[source.kind]
-  documents = (d for d in reader(source) if not _is_blank(d))
-  empty = True
-  for document in itertools.islice(documents, source.limit or None):
-    empty = False
-    yield document
-  if empty:
-    raise UserError(f"{source} is empty: it has no text")
+  yield lambda skip: reader(source, skip)
 
 
 def embedded_text(split: str) -> str:
@@ -256,8 +306,12 @@ def read_text(path: str | Path) -> str:
   return text
 
 
-def _embedded(source: Source) -> Iterator[Document]:
+def _embedded(source: Source, skip: int) -> Iterator[Document]:
   """The reference manual that ships with Python, a document a topic."""
+  return itertools.islice(_topics(source.split), skip, None)
+
+
+def _topics(split: str) -> Iterator[Document]:
   from pydoc_data.topics import topics
 
   seen = set()
@@ -267,124 +321,43 @@ def _embedded(source: Source) -> Iterator[Document]:
     seen.add(text)
     # By name, so that another Python has the same topics held out.
     heldout = zlib.crc32(name.encode()) % 10 == 0
-    if heldout == (source.split == "heldout"):
+    if heldout == (split == "heldout"):
       yield Document(f"topic {name}", text)
 
 
-def _text(source: Source) -> Iterator[Document]:
-  """Documents between separator lines, and one at the end of each file."""
-  for path in files.files_of(source.kind, source.name):
-    lines, size = [], 0
-    for line in files.lines(path):
-      separates = line.strip() == SEPARATOR
-      if not separates:
-        lines.append(line)
-        size += len(line)
-      if separates or size >= LONGEST_DOCUMENT:
-        yield Document(str(path), "".join(lines).strip("\n"))
-        lines, size = [], 0
-    yield Document(str(path), "".join(lines).strip("\n"))
+def _text(source: Source, path: Path) -> Iterator[Document]:
+  """Documents between separator lines, and one at the end of the file."""
+  lines, size = [], 0
+  for line in files.lines(path):
+    separates = line.strip() == SEPARATOR
+    if not separates:
+      lines.append(line)
+      size += len(line)
+    if separates or size >= LONGEST_DOCUMENT:
+      yield Document(str(path), "".join(lines).strip("\n"))
+      lines, size = [], 0
+  yield Document(str(path), "".join(lines).strip("\n"))
 
 
-def _rows(source: Source) -> Iterator[Document]:
-  """The rows of jsonl or parquet files."""
+def _rows(source: Source, path: Path) -> Iterator[Document]:
+  """The rows of a jsonl or parquet file."""
   packed = source.kind == "parquet"
-  for path in files.files_of(source.kind, source.name):
-    rows = files.parquet_rows(path) if packed else files.json_rows(path)
-    for where, row in rows:
-      row = without_null(row) if packed else row
-      yield to_document(where, row, source.column, source.loss)
+  for where, row in (files.parquet_rows if packed else files.json_rows)(path):
+    row = without_null(row) if packed else row
+    yield to_document(where, row, source.column, source.loss)
 
 
-def _unanswered(source: Source) -> Iterator[Document]:
+def _unanswered(source: Source, _: int) -> Iterator[Document]:
   raise UserError(
     f"{source} is prompts, which only `adapt-pruner run` has answered: give "
     "the file of answers that it keeps in its work directory, answers:FILE"
   )
 
 
-def _answers(source: Source) -> Iterator[Document]:
+def _answers(_: Source, path: Path) -> Iterator[Document]:
   """Prompts with the dense model's answers, token by token."""
-  for path in files.files_of(source.kind, source.name):
-    for where, row in files.json_rows(path):
-      yield to_answer(where, row)
-
-
-def _hf(source: Source) -> Iterator[Document]:
-  datasets = _package("datasets", source)
-  _check_folder(source)
-  folder = Path(source.name)
-  saved = [folder / n for n in ("state.json", "dataset_dict.json")]
-  try:
-    if any(file.is_file() for file in saved):
-      rows = datasets.load_from_disk(str(folder))
-      rows = rows[source.split] if isinstance(rows, dict) else rows
-    else:
-      rows = datasets.load_dataset(
-        source.name,
-        source.subset or None,
-        split=source.split,
-        # A few documents of a huge dataset: without downloading all of it.
-        streaming=bool(source.limit),
-      )
-    for number, row in enumerate(rows):  # may download as it goes
-      where = f"{source} row {number}"
-      yield to_document(where, without_null(row), source.column, source.loss)
-  except UserError:
-    raise
-  except Exception as error:  # network, cache and parser each raise their own
-    raise UserError(
-      f"{source} (split={source.split}) cannot be loaded: {first_line(error)}; "
-      "without network, give a directory written by Dataset.save_to_disk"
-    ) from error
-
-
-def _tfds(source: Source) -> Iterator[Document]:
-  tfds = _package("tensorflow_datasets", source)
-  _check_folder(source)
-  try:
-    if Path(source.name).is_dir():
-      builder = tfds.builder_from_directory(source.name)
-      rows = builder.as_data_source(split=source.split)
-    else:
-      rows = tfds.data_source(source.name, split=source.split)
-  except Exception as error:  # network, registry and reader raise their own
-    raise UserError(
-      f"{source} (split={source.split}) cannot be loaded: {first_line(error)}; "
-      "prepare it once with file_format=array_record, for which no TensorFlow "
-      "is needed"
-    ) from error
-  for number in range(len(rows)):
-    where = f"{source} row {number}"
-    row = {k: _decoded(v, where) for k, v in rows[number].items()}
-    yield to_document(where, row, source.column, source.loss)
-
-
-def _decoded(value: Any, where: str) -> Any:
-  """TFDS has strings as bytes."""
-  if not isinstance(value, bytes):
-    return value
-  try:
-    return value.decode()
-  except UnicodeDecodeError as error:
-    raise UserError(f"{where} is not UTF-8: {error}") from error
-
-
-def _check_folder(source: Source) -> None:
-  """A path that is not there is not a dataset to look for on the network."""
-  if source.name[0] in "./~" and not Path(source.name).is_dir():
-    raise UserError(f"{source}: no such directory")
-
-
-def _package(name: str, source: Source) -> Any:
-  extra = {"datasets": "data", "tensorflow_datasets": "tfds"}[name]
-  try:
-    return importlib.import_module(name)
-  except ImportError as error:
-    raise UserError(
-      f"{source} needs the package {name.replace('_', '-')}: "
-      f"pip install 'adapt_pruner_jax[{extra}]'"
-    ) from error
+  for where, row in files.json_rows(path):
+    yield to_answer(where, row)
 
 
 def _is_blank(document: Document) -> bool:

@@ -1,44 +1,68 @@
-"""A source as one stream of tokens, in memory or kept on disk."""
+"""A source as one stream of tokens, in memory or kept on disk.
+
+On disk a stream is shards (`shards.py`) in a folder whose name says what they
+depend on. Where one shard ends depends on the source alone, so whoever needs
+more adds to them, and what was killed goes on behind the last.
+"""
 
 import contextlib
 import dataclasses
-import hashlib
+import itertools
 import json
 import os
-import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 from absl import logging
 
+from adapt_pruner_jax.data import encoding, shards
 from adapt_pruner_jax.data.files import files_of
-from adapt_pruner_jax.data.rows import Document
-from adapt_pruner_jax.data.sources import FILE_KINDS, Source, read_documents
+from adapt_pruner_jax.data.shards import Joined, Shard
+from adapt_pruner_jax.data.sources import FILE_KINDS, Place, Source, read_from
 from adapt_pruner_jax.data.tokenizer import Tokenizer, check_ids
 from adapt_pruner_jax.distributed import agreement
 from adapt_pruner_jax.errors import UserError
-from adapt_pruner_jax.storage import digest, json_files, publish
+from adapt_pruner_jax.storage import digest, publish
 
-# Characters that are tokenised at a time: enough for all cores, little memory.
-GROUP_CHARS = 1 << 20
-CACHE_VERSION = 2
+CACHE_VERSION = 3
+SHARD_TOKENS = 1 << 22  # a shard ends behind the group that reaches these
+# Process 0 reads shards through when it opens them, up to so many bytes of a
+# stream; of a larger one, headers and sizes are looked at.
+CHECK_BYTES = 1 << 30
 SAY_EVERY = 5.0  # seconds between lines of progress
-# The arrays of a stream on disk, and in the chunks that it is made from.
-FILES = (("tokens", "<i4"), ("lengths", "<i8"), ("trained", "?"))
-Chunk = tuple[np.ndarray, ...]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Stream:
   """Holds the documents of a source, tokenised, one after the other."""
 
-  tokens: np.ndarray  # int32 [N]
+  tokens: np.ndarray | Joined  # int32 [N]
   starts: np.ndarray  # int64 [documents]: where each one starts
-  trained: np.ndarray | None  # bool [N]: tokens to learn to say; None = all
+  # bool [N]: tokens to learn to say; None = all
+  trained: np.ndarray | Joined | None
   fingerprint: str  # of the three
+  whole: bool = True  # all of the source; else as much as was needed
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Job:
+  """Says what is tokenised, how much of it, and who is told."""
+
+  source: Source
+  tokenizer: Tokenizer
+  vocab_size: int
+  need: int  # tokens; 0 = all
+  say: Callable[[str], None] | None
+  stop: Callable[[], None] | None
+  processes: int
+
+  def enough(self, found: Sequence[Shard]) -> bool:
+    """Whether there is no need for a shard behind those."""
+    tokens = sum(len(shard.tokens) for shard in found)
+    return bool(found) and (found[-1].last or 0 < self.need <= tokens)
 
 
 def tokenise(
@@ -47,8 +71,10 @@ def tokenise(
   vocab_size: int,
   cache_dir: str | os.PathLike | None = None,
   say: Callable[[str], None] | None = None,
+  need: int = 0,
+  stop: Callable[[], None] | None = None,
 ) -> Stream:
-  """Encodes all documents of a source as one stream.
+  """Encodes the documents of a source as one stream.
 
   Each text is encoded with the special tokens that its tokenizer adds, then
   closed with the end token. A chat is what its template makes of it. Where the
@@ -58,247 +84,237 @@ def tokenise(
     source: where to read.
     tokenizer: the model's.
     vocab_size: of the model; larger ids are an error.
-    cache_dir: keep the result there, and take it from there the next time.
+    cache_dir: keep the result there, and take it from there the next time. Much
+      is then encoded by all cores, in processes of their own.
     say: is told in a line how far it is, every few seconds and at the end.
+    need: tokens; stop at the end of the shard that reaches them. 0 = all.
+    stop: called every second or so; what it raises ends this, and what was
+      tokenised is kept.
 
   Raises:
     UserError: the source cannot be read, or has ids outside the vocabulary.
   """
-
-  def chunks() -> Iterator[Chunk]:
-    made = _chunks(source, tokenizer, vocab_size)
-    return made if say is None else _told(made, source, say)
-
+  many = 1 if cache_dir is None else encoding.cores()
+  job = Job(source, tokenizer, vocab_size, need, say, stop, many)
   if cache_dir is None:
-    arrays = [np.concatenate(parts) for parts in zip(*chunks(), strict=True)]
-    return _stream(source, arrays, [digest.of_bytes(a) for a in arrays])
+    return _stream(source, _of_memory(job))
   key = _cache_key(source, tokenizer)
   name = f"{source.kind}-{digest.of_bytes(json.dumps(key).encode())[:16]}"
+  # One process tokenises for all; the others look where it did, and only if
+  # that is a disk of its own they tokenise as well.
+  found = agreement.on_writer(lambda: _kept(Path(cache_dir) / name, key, job))
+  name, count = agreement.same([name, len(found or [])])
   folder = Path(cache_dir) / name
-
-  def kept() -> tuple[list[np.ndarray], list[str]] | None:
-    found = _read_cache(folder) if folder.is_dir() else None
-    if found is not None:
-      return found
-    if folder.is_dir():
-      logging.warning("%s is damaged; %s is tokenised again", folder, source)
-      shutil.rmtree(folder)
-    _write_cache(folder, key, chunks())
-    return _read_cache(folder)
-
-  # One process tokenises for all; a copy of its own of the source has another
-  # date, and so another folder.
-  cached = agreement.on_writer(kept) or kept()
-  if cached is None:
-    raise UserError(f"{folder} is damaged right after it was written")
-  arrays, sums = cached
-  check_ids(arrays[0], vocab_size, str(folder), tokenizer)
-  return _stream(source, arrays, sums)
+  if found is None:
+    publish.wait_for(shards.path_of(folder, count - 1))
+    found = _kept(folder, key, job)
+  for number, shard in enumerate(found):
+    if shard.largest >= vocab_size:
+      where = str(shards.path_of(folder, number))
+      check_ids(shard.tokens, vocab_size, where, tokenizer)
+  return _stream(source, found)
 
 
-def _stream(
-  source: Source, arrays: Sequence[np.ndarray], sums: Sequence[str]
-) -> Stream:
-  tokens, lengths, trained = arrays
+def _stream(source: Source, found: Sequence[Shard]) -> Stream:
+  lengths = np.concatenate([shard.lengths for shard in found])
+  trained = [
+    np.broadcast_to(True, len(s.tokens)) if s.trained is None else s.trained
+    for s in found
+  ]
+  sums = itertools.chain.from_iterable(shard.sums for shard in found)
   return Stream(
-    tokens=tokens,
+    tokens=_joined([shard.tokens for shard in found]),
     starts=np.cumsum(lengths) - lengths,
-    trained=trained if source.loss == "assistant" else None,
+    trained=_joined(trained) if source.loss == "assistant" else None,
     fingerprint=digest.of_bytes("".join(sums).encode()),
+    whole=found[-1].last,
   )
+
+
+def _joined(arrays: Sequence[np.ndarray]) -> np.ndarray | Joined:
+  return arrays[0] if len(arrays) == 1 else Joined(arrays)
 
 
 # ---- Tokenising --------------------------------------------------------------
 
 
-def _chunks(
-  source: Source, tokenizer: Tokenizer, vocab_size: int
-) -> Iterator[Chunk]:
-  """The stream in pieces of whole documents: tokens, lengths, trained."""
-  total = 0
-  for group in _groups(read_documents(source)):
-    tokens, trained = [], []
-    encoded = _encoded(group, tokenizer, source.loss)
-    for document, (ids, said) in zip(group, encoded, strict=True):
-      ids = np.array(ids, np.int64)
-      check_ids(ids, vocab_size, document.where, tokenizer)
-      tokens.append(ids.astype("<i4"))
-      trained.append(np.ones(len(ids), bool) if said is None else said)
-    lengths = np.array([len(ids) for ids in tokens if len(ids)], "<i8")
-    total += lengths.sum()
-    yield np.concatenate(tokens), lengths, np.concatenate(trained)
-  if total < 2:
-    raise UserError(f"{source} is too short: it has {total} tokens")
-
-
-def _told(
-  chunks: Iterable[Chunk], source: Source, say: Callable[[str], None]
-) -> Iterator[Chunk]:
-  """The same chunks; says on the way how many there were."""
-  documents = tokens = 0
-  begun = last = time.monotonic()
-
-  def line() -> str:
-    rate = tokens / max(time.monotonic() - begun, 1e-9)
-    return f"{documents:,} documents, {tokens:,} tokens, {rate:,.0f} tokens/s"
-
-  for chunk in chunks:
-    yield chunk
-    documents, tokens = documents + len(chunk[1]), tokens + len(chunk[0])
-    if time.monotonic() - last >= SAY_EVERY:
-      last = time.monotonic()
-      say(f"tokenising {source}: {line()} so far")
-  say(f"tokenised {source}: {line()}")
-
-
-def _groups(documents: Iterable[Document]) -> Iterator[list[Document]]:
-  """Documents of about GROUP_CHARS characters together."""
-  group, size = [], 0
-  for document in documents:
-    content = document.content
-    group.append(document)
-    size += len(content if isinstance(content, str) else str(content))
-    if size >= GROUP_CHARS:
-      yield group
-      group, size = [], 0
-  if group:
-    yield group
-
-
-Encoded = tuple[list[int], np.ndarray | None]  # ids, and which are trained
-
-
-def _encoded(
-  group: Sequence[Document], tokenizer: Tokenizer, loss: str
-) -> list[Encoded]:
-  """Token ids of documents; with loss=assistant also which are to be learnt."""
-  found: list[Encoded | None] = [_given(document, loss) for document in group]
-  laid_out = {
-    i: _laid_out(document, tokenizer, loss)
-    for i, document in enumerate(group)
-    if document.tokens is None
-  }
-  for chat in (False, True):
-    mine = [i for i, text in laid_out.items() if text[2] == chat]
-    texts = [laid_out[i][0] for i in mine]
-    if loss == "assistant":
-      spans = [laid_out[i][1] for i in mine]
-      encoded = tokenizer.encode_batch_said(texts, spans, special=not chat)
-    else:
-      encoded = [
-        (ids, None) for ids in tokenizer.encode_batch(texts, special=not chat)
-      ]
-    for i, (ids, said) in zip(mine, encoded, strict=True):
-      found[i] = _framed(ids, said, tokenizer, closed=not chat)
+def _of_memory(job: Job) -> list[Shard]:
+  progress, found = Progress(job, []), []
+  with contextlib.closing(_made(job, [], progress)) as made:
+    while not job.enough(found):
+      found.append(next(made))
+  progress.end()
   return found
 
 
-def _given(document: Document, loss: str) -> Encoded | None:
-  """The tokens of a document that brings its own."""
-  if document.tokens is None:
-    return None
-  said = np.arange(len(document.tokens)) >= document.prompt
-  return document.tokens, said if loss == "assistant" else None
+def _made(
+  job: Job, before: Sequence[Shard], progress: "Progress"
+) -> Iterator[Shard]:
+  """Encodes shard after shard, from the end of those `before` on."""
+  place = before[-1].place if before else Place()
+  total = sum(len(shard.tokens) for shard in before)
+  found = encoding.encode_all(
+    encoding.groups(read_from(job.source, place)),
+    (job.tokenizer, job.source.loss, job.vocab_size),
+    job.processes,
+  )
+  chunks, size = [], 0
+  with contextlib.closing(found), _unless_stopped(job):
+    for group, chunk in found:
+      progress.add(group, chunk)
+      chunks.append(chunk)
+      size, place = size + len(chunk.tokens), group.place
+      if size >= SHARD_TOKENS:
+        yield shards.of_chunks(chunks, place, last=False)
+        chunks, size, total = [], 0, total + size
+      if job.stop is not None:
+        job.stop()
+  if total + size < 2:
+    raise UserError(f"{job.source} is too short: it has {total + size} tokens")
+  yield shards.of_chunks(chunks or [encoding.NOTHING], place, last=True)
 
 
-def _laid_out(
-  document: Document, tokenizer: Tokenizer, loss: str
-) -> tuple[str, list[tuple[int, int]], bool]:
-  """A document's text, where in it what is learnt is, and whether a chat
-  template made it."""
-  content, prompt = document.content, document.prompt
-  if document.plain is not None and tokenizer.chat_template is None:
-    content, prompt = "".join(document.plain), len(document.plain[0])
-  if isinstance(content, str):
-    return content, [(prompt, len(content))], False
+@contextlib.contextmanager
+def _unless_stopped(job: Job) -> Iterator[None]:
+  """A signal to all processes of a group ends those that encode, too."""
   try:
-    if loss == "assistant":
-      return *tokenizer.chat_spans(content, document.tools, prompt), True
-    return tokenizer.render_chat(content, document.tools), [], True
-  except UserError as error:
-    raise UserError(f"{document.where}: {error}") from error
+    yield
+  except UserError:
+    if job.stop is not None:
+      job.stop()
+    raise
 
 
-def _framed(
-  ids: list[int], said: np.ndarray | None, tokenizer: Tokenizer, closed: bool
-) -> Encoded:
-  """`ids` with the begin token and, if `closed`, the end token, each once."""
-  begin, end = tokenizer.begin_id, tokenizer.eos_id
-  if begin is not None and ids and ids[0] != begin:
-    ids = [begin, *ids]
-    said = None if said is None else np.append(False, said)
-  if closed and end is not None and ids:
-    if ids[-1] != end:
-      ids = [*ids, end]
-      said = None if said is None else np.append(said, True)
-    elif said is not None:
-      said[-1] = True  # the tokenizer's own end token
-  return ids, said
+class Progress:
+  """Tells how much was tokenised, how fast, and how long the rest takes."""
+
+  def __init__(self, job: Job, before: Sequence[Shard]):
+    """Starts the clock, behind the shards that were there before."""
+    self._job = job
+    self._place = before[-1].place if before else Place()
+    self._sizes = []  # bytes of each file, where its documents are in order
+    if job.source.kind in FILE_KINDS:
+      self._sizes = [size for _, size, _ in _files(job.source)]
+    self._documents = sum(len(shard.lengths) for shard in before)
+    self._tokens = sum(len(shard.tokens) for shard in before)
+    self._chars = 0  # of the file that is being read
+    self._begun = self._last = time.monotonic()
+    self._before = self._tokens, self._share()
+
+  def add(self, group: encoding.Group, chunk: encoding.Chunk) -> None:
+    """Counts a group that was encoded, and says so at times."""
+    same = group.place.part == self._place.part
+    self._chars = group.chars + (self._chars if same else 0)
+    self._place = group.place
+    self._documents += len(chunk.lengths)
+    self._tokens += len(chunk.tokens)
+    if time.monotonic() - self._last >= SAY_EVERY:
+      self._last = time.monotonic()
+      self._say(f"tokenising {self._job.source}: {self._line()}{self._left()}")
+
+  def end(self) -> None:
+    """Says how much it was."""
+    self._say(f"tokenised {self._job.source}: {self._line()}")
+
+  def _say(self, line: str) -> None:
+    if self._job.say is not None:
+      self._job.say(line)
+
+  def _line(self) -> str:
+    seconds = max(time.monotonic() - self._begun, 1e-9)
+    rate = (self._tokens - self._before[0]) / seconds
+    return (
+      f"{self._documents:,} documents, {self._tokens:,} tokens, "
+      f"{rate:,.0f} tokens/s"
+    )
+
+  def _share(self) -> float:
+    """How much of the work is done, about: by tokens or by bytes of files."""
+    share = self._tokens / self._job.need if self._job.need else 0.0
+    if total := sum(self._sizes):
+      part = self._place.part
+      read = sum(self._sizes[:part]) + min(self._chars, self._sizes[part])
+      share = max(share, read / total)
+    return min(share, 1.0)
+
+  def _left(self) -> str:
+    share, before = self._share(), self._before[1]
+    if share <= before:
+      return " so far"
+    passed = time.monotonic() - self._begun
+    seconds = passed * (1 - share) / (share - before)
+    return f", {share:.0%}, about {_of_time(seconds)} left"
+
+
+def _of_time(seconds: float) -> str:
+  if seconds < 100:
+    return f"{seconds:.0f} s"
+  return (
+    f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+  )
 
 
 # ---- Cache -------------------------------------------------------------------
 
 
-def _cache_key(source: Source, tokenizer: Tokenizer) -> dict:
-  """What the tokens depend on. A hub dataset is taken to stay as it was when
-  it was first read, which is what continuing a run needs."""
+def _files(source: Source) -> list[list]:
+  """Path, size and date of each file of a source on disk, in order."""
   paths = []
   if source.kind in FILE_KINDS:
     paths = files_of(source.kind, source.name)
   elif source.kind != "embedded" and Path(source.name).is_dir():
     paths = sorted(Path(source.name).rglob("*"))
   stats = [(str(p), p.stat()) for p in paths if p.is_file()]
+  return [[path, s.st_size, s.st_mtime_ns] for path, s in stats]
+
+
+def _cache_key(source: Source, tokenizer: Tokenizer) -> dict:
+  """What the tokens depend on. A hub dataset is taken to stay as it was when
+  it was first read, which is what continuing a run needs."""
   key = dataclasses.asdict(dataclasses.replace(source, weight=1.0))
   del key["answering"]  # what it led to is in the file
   if source.kind == "embedded":
     key["python"] = sys.version_info[:2]  # each has its own manual
   return key | {
     "version": CACHE_VERSION,
-    "files": [[path, s.st_size, s.st_mtime_ns] for path, s in stats],
+    "files": _files(source),
     "tokenizer": tokenizer.fingerprint,
   }
 
 
-def _write_cache(folder: Path, key: dict, chunks: Iterator[Chunk]) -> None:
-  """Publishes `folder`, unless another process does so first."""
-  try:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with publish.directory(folder) as temporary:
-      sums = _write_arrays(temporary, chunks)
-      manifest = {"key": key, "sha256": sums}
-      json_files.write_json(temporary / "manifest.json", manifest)
-  except OSError as error:
-    raise publish.unwritable(folder, error) from error
-  except UserError:
-    if not folder.is_dir():
-      raise
+def _kept(folder: Path, key: dict, job: Job) -> list[Shard]:
+  """The shards that are needed; makes those that are absent or damaged."""
+  found: list[Shard] = []
+  while not job.enough(found):
+    shard = shards.read(shards.path_of(folder, len(found)))
+    if shard is not None and _is_sound(shard, found):
+      found.append(shard)
+    else:
+      _make(folder, key, job, found)
+  return found
 
 
-def _write_arrays(folder: Path, chunks: Iterator[Chunk]) -> list[str]:
-  """Appends chunk after chunk to the FILES; returns the SHA-256 of each."""
-  sums = [hashlib.sha256() for _ in FILES]
-  with contextlib.ExitStack() as stack:
-    files = [
-      stack.enter_context(open(folder / f"{name}.bin", "wb"))
-      for name, _ in FILES
-    ]
-    for chunk in chunks:
-      for array, file, total in zip(chunk, files, sums, strict=True):
-        data = array.tobytes()
-        file.write(data)
-        total.update(data)
-  return [total.hexdigest() for total in sums]
+def _is_sound(shard: Shard, before: Sequence[Shard]) -> bool:
+  """Looks at all bytes, on one process and if they are not too many."""
+  size = sum(s.tokens.nbytes for s in (*before, shard))
+  too_many = not agreement.is_writer() or size > CHECK_BYTES
+  return too_many or shards.is_intact(shard)
 
 
-def _read_cache(folder: Path) -> tuple[list[np.ndarray], list[str]] | None:
-  """The arrays, and the SHA-256 of each; None if they are not as written."""
-  try:
-    sums = json_files.read_json(folder / "manifest.json")["sha256"]
-    arrays = [
-      np.memmap(folder / f"{name}.bin", dtype, "r") for name, dtype in FILES
-    ]
-  except (UserError, OSError, ValueError, KeyError):
-    return None
-  return (
-    (arrays, sums) if [digest.of_bytes(a) for a in arrays] == sums else None
-  )
+def _make(folder: Path, key: dict, job: Job, found: list[Shard]) -> None:
+  """Makes shards and adds them to those `found`: as many as are needed, or up
+  to the next that is there."""
+  progress, first = Progress(job, found), len(found)
+  with contextlib.closing(_made(job, list(found), progress)) as made:
+    while not job.enough(found):
+      path = shards.path_of(folder, len(found))
+      if path.exists():
+        if len(found) > first and shards.read(path) is not None:
+          break
+        logging.warning("%s is damaged and is tokenised again", path)
+      shards.write(path, next(made), key)
+      shard = shards.read(path)
+      if shard is None:
+        raise UserError(f"{path} is damaged right after it was written")
+      found.append(shard)
+  progress.end()

@@ -30,6 +30,7 @@ SPACE = "▁"  # SentencePiece's; as bytes it would not become a space again
 MARKS = ("continuing_subword_prefix", "end_of_word_suffix")  # of words
 # Of a corpus's tokens, the most that may be unknown to the tokenizer.
 UNKNOWN_SHARE = 0.1
+PIECE = 1 << 22  # tokens that are counted at a time
 # What a chat template is asked to lay out, so that its words can be kept.
 CHATS = (
   ("system", "user", "assistant", "user"),
@@ -90,7 +91,10 @@ def frequencies(
   total = sum(source.weight for source in sources)
   for source in sources:
     tokens = tokenise(source, tokenizer, vocab_size, cache_dir, say).tokens
-    count_V = np.bincount(tokens, minlength=vocab_size)
+    count_V = np.zeros(vocab_size, np.int64)
+    for first in range(0, len(tokens), PIECE):
+      piece = tokens[first : first + PIECE]
+      count_V += np.bincount(piece, minlength=vocab_size)
     share_V += source.weight / total * count_V / len(tokens)
     _check_known(count_V, tokenizer, source)
   return share_V

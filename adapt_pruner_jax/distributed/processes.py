@@ -18,6 +18,8 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
+from typing import Any
 
 import jax
 from jax._src import distributed
@@ -26,9 +28,10 @@ from adapt_pruner_jax.errors import EXIT_ERROR, EXIT_PEER, UserError, first_line
 
 # A process that is silent so long (seconds) is dead, and ends the others.
 HEARTBEAT = 30
-_YEARS = 10**12  # milliseconds
+YEARS = 10**12  # milliseconds
 _meetings = itertools.count()
-_leaving = threading.Event()
+_leaving, _left = threading.Event(), threading.Event()
+_threads: list[threading.Thread] = []
 
 
 def connect(
@@ -65,9 +68,34 @@ def connect(
   except (RuntimeError, ValueError) as error:
     reason = first_line(error)
     raise UserError(_cannot_join(coordinator, reason)) from error
-  watch = threading.Thread(target=_watch, daemon=True)
-  watch.start()
-  atexit.register(_leave, watch)
+  _start(_watch)
+  atexit.register(_leave)
+
+
+def client() -> Any:
+  """What speaks to the process that coordinates; None = there are no others."""
+  return distributed.global_state.client
+
+
+def in_background(action: Callable[[], bool]) -> None:
+  """Calls `action`, which waits a little each time, until it is True or the
+  end, in a thread."""
+
+  def loop() -> None:
+    while not _left.wait(0.02):
+      try:
+        if action():
+          return
+      except (jax.errors.JaxRuntimeError, AttributeError):
+        continue  # in vain for now; or the others are gone, or all leave
+
+  _start(loop)
+
+
+def _start(target: Callable[[], None]) -> None:
+  thread = threading.Thread(target=target, daemon=True)
+  thread.start()
+  _threads.append(thread)
 
 
 def meet() -> None:
@@ -75,9 +103,8 @@ def meet() -> None:
 
   A collective on the devices may give up; on CPUs it does after 30 s.
   """
-  client = distributed.global_state.client
-  if client is not None:
-    client.wait_at_barrier(f"meet/{next(_meetings)}", _YEARS)
+  if client() is not None:
+    client().wait_at_barrier(f"meet/{next(_meetings)}", YEARS)
 
 
 def fail(error: Exception) -> None:
@@ -98,7 +125,7 @@ def fail(error: Exception) -> None:
     _end(EXIT_ERROR)
 
 
-def _leave(watch: threading.Thread) -> None:
+def _leave() -> None:
   """The regular end, of all processes at once.
 
   The threads end before Python does: one that came back from C++ later would
@@ -106,7 +133,9 @@ def _leave(watch: threading.Thread) -> None:
   """
   _leaving.set()
   jax.distributed.shutdown()
-  watch.join(10)
+  _left.set()
+  for thread in _threads:
+    thread.join(10)
 
 
 def _watch() -> None:
@@ -115,7 +144,7 @@ def _watch() -> None:
   address = state.coordinator_address
   try:
     # Nobody else comes to this barrier: it fails when one of them is gone.
-    state.client.wait_at_barrier(f"watch/{state.process_id}", _YEARS)
+    state.client.wait_at_barrier(f"watch/{state.process_id}", YEARS)
   except jax.errors.JaxRuntimeError as error:
     if found := re.search(r"Task (\d+) heartbeat timeout", str(error)):
       _gone(f"process {found[1]}")

@@ -1,24 +1,97 @@
-"""Asked to stop: by SIGTERM, SIGINT, or a preemption of any process."""
+"""Asked to stop: by SIGTERM or SIGINT to any process.
+
+All have to stop at the same moment, as each waits for the others in the next
+collective. To ask them in each train step would be a collective of its own; so
+nothing is sent until one is asked. A thread of each process then says how many
+moments its process has passed, and all stop at the first that none has.
+"""
 
 import contextlib
+import itertools
 import signal
+import threading
 from collections.abc import Iterator
 from typing import Any
 
 import jax
 
-from adapt_pruner_jax.distributed import agreement
+from adapt_pruner_jax.distributed import processes
 
-ASK_EVERY = 4  # train steps
+HEAR = 1000  # milliseconds that a question to the coordinator may wait
+_numbers = itertools.count()
+
+
+class Stopping:
+  """Whether this run was asked to stop."""
+
+  def __init__(self):
+    """Not yet. All processes make one together."""
+    self._asked = threading.Event()
+    self._name = f"stop/{next(_numbers)}"
+    self._lock = threading.Lock()
+    self._passed = 0  # moments
+    self._told = False  # the others know how many, or will
+    self._first = 0  # moment at which all stop
+    self._agreed = threading.Event()
+    if processes.client() is not None:
+      processes.in_background(self._tell)
+      processes.in_background(self._hear)
+
+  @property
+  def here(self) -> bool:
+    """Whether this process knows of it; for what it does alone."""
+    return self._asked.is_set()
+
+  def ask(self) -> None:
+    """Asks to stop; from a handler of signals, too."""
+    self._asked.set()
+
+  def now(self) -> bool:
+    """Whether all stop at this moment: the same on all processes.
+
+    All have to call it at the same moments, such as each train step.
+    """
+    if processes.client() is None:
+      return self.here
+    with self._lock:
+      self._passed += 1
+      moment = self._passed
+      if not self._told:
+        return False
+    self._agreed.wait()
+    return moment >= self._first
+
+  def _tell(self) -> bool:
+    """Passes on to all processes that this one was asked."""
+    if not self._asked.wait(HEAR / 1000):
+      return False
+    processes.client().key_value_set(self._name, "", allow_overwrite=True)
+    return True
+
+  def _hear(self) -> bool:
+    """Waits until one was asked, and agrees with the others on the moment."""
+    client = processes.client()
+    client.blocking_key_value_get(self._name, HEAR)
+    self.ask()
+    with self._lock:
+      if not self._told:
+        self._told, self._first = True, self._passed + 1
+    mine = f"{self._name}-first/{jax.process_index()}"
+    client.key_value_set(mine, str(self._first), allow_overwrite=True)
+    client.wait_at_barrier(f"{self._name}-told", processes.YEARS)
+    found = client.key_value_dir_get(f"{self._name}-first/")
+    self._first = max(int(first) for _, first in found)
+    self._agreed.set()
+    return True
 
 
 @contextlib.contextmanager
-def stop_signals() -> Iterator[dict]:
-  """SIGTERM and SIGINT set ["asked"]; a second SIGINT ends at once."""
-  stopping = {"asked": False}
+def stop_signals() -> Iterator[Stopping]:
+  """SIGTERM and SIGINT ask to stop; a second SIGINT ends at once."""
+  stopping = Stopping()
 
   def ask(number: int, _: Any) -> None:
-    stopping["asked"] = True
+    stopping.ask()
     if number == signal.SIGINT:
       signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -28,11 +101,3 @@ def stop_signals() -> Iterator[dict]:
   finally:
     for number, handler in old.items():
       signal.signal(number, handler)
-
-
-def asked_to_stop(stopping: dict, step: int) -> bool:
-  """Whether to stop; of several processes all say the same at one step."""
-  # To ask the others waits for the step before, so it is not done each time.
-  if jax.process_count() > 1 and step % ASK_EVERY:
-    return False
-  return not agreement.all_agree(not stopping["asked"])

@@ -16,7 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from adapt_pruner_jax.distributed import each_device, placement, sharding
+from adapt_pruner_jax.distributed import (
+  agreement,
+  each_device,
+  placement,
+  sharding,
+)
 from adapt_pruner_jax.distributed.embedding import embed
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.models import axes
@@ -152,6 +157,7 @@ def _refit(
   changed = dataclasses.replace(parts, layer=parts.layer | new)
   before = jax.device_get(_sum(_energies, task, parts, z, u, held))
   after = jax.device_get(_sum(_energies, task, changed, z, u, held))
+  before, after = agreement.from_writer((before, after))
   records, better = [], {}
   for n in task.names:
     # Written so that NaN, from equations too singular to solve, loses.

@@ -10,6 +10,7 @@ import dataclasses
 
 import numpy as np
 
+from adapt_pruner_jax.distributed import agreement
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.models.axes import UNITS, Params
 from adapt_pruner_jax.pruning import choice, exact_target, scores, surgery
@@ -94,4 +95,6 @@ def loss(masked: Masked, stacked: Params, masks: Masks) -> float:
   rows_M = np.clip(len(tokens_NT) - batch * np.arange(len(losses_M)), 0, batch)
   real = rows_M > 0
   losses_M = np.asarray(losses_M, np.float64)[real]
-  return float(np.average(losses_M, weights=rows_M[real]))
+  return agreement.from_writer(
+    float(np.average(losses_M, weights=rows_M[real]))
+  )

@@ -20,7 +20,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from adapt_pruner_jax.config import Train
-from adapt_pruner_jax.distributed import placement
+from adapt_pruner_jax.distributed import agreement, placement
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.model_config import ModelConfig
@@ -84,6 +84,7 @@ def refit_loss(
   cast = lambda new, old: new.astype(old.dtype)
   new = jax.tree.map(cast, training.trained, params)
   after = distance(new, held_NT, batch)
+  before, after = agreement.from_writer((before, after))
   record = {"tokens": trained_on, "before": before, "after": after}
   return (new if after < before else params), record
 

@@ -21,7 +21,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from adapt_pruner_jax.config import Prune
-from adapt_pruner_jax.distributed import placement
+from adapt_pruner_jax.distributed import agreement, placement
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.models import model_config
 from adapt_pruner_jax.models.axes import UNITS, Params
@@ -237,11 +237,10 @@ def _divergence(masked: Masked):
   given = tokens_MBT, valid_MB, dense_MBTD, outer
 
   def divergence(masks: Masks) -> float:
-    return float(
-      mean_divergence(
-        config, masked.stacked, place(masks), *given, mesh=task.mesh
-      )
+    found = mean_divergence(
+      config, masked.stacked, place(masks), *given, mesh=task.mesh
     )
+    return agreement.from_writer(float(found))
 
   return divergence
 

@@ -14,6 +14,7 @@ from collections.abc import Callable
 import numpy as np
 
 from adapt_pruner_jax.config import Prune
+from adapt_pruner_jax.distributed import agreement
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.models.axes import UNITS, Params
 from adapt_pruner_jax.models.model_config import ModelConfig
@@ -82,7 +83,7 @@ def prune(method: Method, task: PruneTask) -> Pruned:
     _check_finite(masked, measured)
     binding = dataclasses.replace(masked, task=_binding(task, masked.step))
     step = _next_step(masked, measured, method.allot(binding, measured))
-    step = quality.held(masked, step, start)
+    step = quality.held(masked, decided(step), start)
     if step.params < masked.step.params:
       last_change = step.number
     before, masked = masked, dataclasses.replace(masked, step=step)
@@ -144,6 +145,13 @@ def _next_step(masked: Masked, measured: Measured, allotted: Allotted) -> Step:
     scores=measured.scores,
     facts=allotted.facts,
   )
+
+
+def decided(step: Step) -> Step:
+  """The step that process 0 takes: one with other scores shall not go apart."""
+  names = ("masks", "sparsity", "params", "scores")
+  mine = {name: getattr(step, name) for name in names}
+  return dataclasses.replace(step, **agreement.from_writer(mine))
 
 
 def _done(method: Method, task: PruneTask, step: Step) -> bool:

@@ -3,6 +3,7 @@
 run              a run, read top to bottom: prune, refit, recover, evaluate,
                  save
 inputs           what a run reads, opened before any work
+fingerprints     what a run depends on, in a few bytes
 answers          prompts that the dense model answers first, and where they are
 text_checks      texts that overlap, or are too short
 vocabulary       the tokens that stay, where the recipe cuts some
@@ -21,5 +22,6 @@ summary          summary.json, and the tables at the end
 compare          several methods at equal budgets
 compare_methods  the names that take part, and their settings
 compare_table    the table, in Markdown too, and a plot
+tokenize         fills the cache of tokens before a run needs them
 tiny_model       the model of `model.path=tiny`, made on first use
 """

@@ -18,6 +18,7 @@ from adapt_pruner_jax.evaluation import answers
 from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.reporting.log import Log
+from adapt_pruner_jax.storage import publish
 
 LEARNT = ("calibration.source", "data.source")
 HELD_OUT = "eval.answers"
@@ -133,6 +134,7 @@ def write(
       if not answers.is_written(request):  # two fields with one source
         answers.write(request, config, params, mesh, log.phase, stop_if_asked)
   for request in asked.requests.values():
+    publish.require_shared(request.file)
     log.say(answers.cut_note(request))
 
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from adapt_pruner_jax.config import Config, Prune, Train
 from adapt_pruner_jax.distributed import agreement, sharding
-from adapt_pruner_jax.distributed.stopping import stop_signals
+from adapt_pruner_jax.distributed.stopping import Stopping, stop_signals
 from adapt_pruner_jax.errors import StoppedError, UserError
 from adapt_pruner_jax.evaluation import perplexity
 from adapt_pruner_jax.models import decoder, flops, model_config
@@ -33,11 +33,13 @@ from adapt_pruner_jax.runs import (
   prune_once,
   text_checks,
 )
+from adapt_pruner_jax.runs.fingerprints import versions
 from adapt_pruner_jax.runs.inputs import Inputs, load_model, open_inputs
 from adapt_pruner_jax.runs.measure import measure as measure_text
 from adapt_pruner_jax.runs.measure import measure_answers, measure_tasks
 from adapt_pruner_jax.runs.recipe import claim, is_anew
-from adapt_pruner_jax.runs.summary import hardware, versions
+from adapt_pruner_jax.runs.state import require_same
+from adapt_pruner_jax.runs.summary import hardware
 from adapt_pruner_jax.storage import json_files, lock
 from adapt_pruner_jax.training import loop, lora, optimizer
 
@@ -91,6 +93,7 @@ def compare(
     }
     anew = is_anew(shared, path, overwrite, done >= {*jobs})
     inputs = open_inputs(shared, path, log, stopping)
+    require_same(inputs)
     claim(inputs, anew)
     found = {
       "model": config.model.path,
@@ -114,7 +117,7 @@ def compare(
 
 
 def run_jobs(
-  jobs: list[tuple[str, float]], found: dict, inputs: Inputs, stopping: dict
+  jobs: list[tuple[str, float]], found: dict, inputs: Inputs, stopping: Stopping
 ) -> None:
   """Adds the rows that are missing to `found["rows"]`, and saves each.
 
@@ -133,7 +136,7 @@ def run_jobs(
   order.sort(key=lambda key: key[1])  # by ratio, otherwise as they were named
 
   def stop_if_asked() -> None:
-    if not agreement.all_agree(not stopping["asked"]):
+    if stopping.now():
       raise StoppedError(f"stopped; the same command continues {inputs.path}")
 
   for number, (name, ratio) in enumerate(jobs, start=1):

@@ -57,8 +57,9 @@ def command(
 def stored_rows(path: Path) -> list[dict]:
   """The rows that an earlier call has finished; failed ones are tried again."""
   file = path / JSON
-  rows = json_files.read_json(file)["rows"] if file.exists() else []
-  agreement.all_agree(True)  # all have read before one writes
+  rows = agreement.decided(
+    lambda: json_files.read_json(file)["rows"] if file.exists() else []
+  )
   return [row for row in rows if "error" not in row]
 
 

@@ -2,28 +2,37 @@
 
 import dataclasses
 import time
-from collections.abc import Mapping
+
+from adapt_pruner_jax.distributed.stopping import Stopping
 
 TRAINED = 0.92  # share of the hours behind which nothing more is trained
 
 
 @dataclasses.dataclass(frozen=True)
-class Stopping:
+class Ending:
   """As `stop_signals` gives, and asked too when the time is over.
 
   Attributes:
     signals: from `stop_signals`.
+    clock: asked when a process finds that the time is over.
     end: of `time.monotonic`.
   """
 
-  signals: Mapping[str, bool]
+  signals: Stopping
+  clock: Stopping
   end: float
 
-  def __getitem__(self, name: str) -> bool:
-    return self.signals[name] or time.monotonic() > self.end
+  def now(self) -> bool:
+    """As `Stopping.now`."""
+    if time.monotonic() > self.end:
+      self.clock.ask()
+    # Both, as all processes have to ask each of them at the same moments.
+    return any([self.signals.now(), self.clock.now()])
 
 
-def stopping(hours: float, signals: Mapping, spent: float) -> Mapping:
+def stopping(
+  hours: float, signals: Stopping, spent: float
+) -> Stopping | Ending:
   """What ends training: signals and, of a run that has hours, the clock.
 
   Args:
@@ -34,4 +43,4 @@ def stopping(hours: float, signals: Mapping, spent: float) -> Mapping:
   if not hours:
     return signals
   seconds = hours * 3600 * TRAINED - spent
-  return Stopping(signals, time.monotonic() + seconds)
+  return Ending(signals, Stopping(), time.monotonic() + seconds)

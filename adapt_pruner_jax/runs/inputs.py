@@ -9,15 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from adapt_pruner_jax.config import Config, Eval, latency_table, task_names
+from adapt_pruner_jax.config import Config, Eval, task_names
 from adapt_pruner_jax.data import packing, sources
 from adapt_pruner_jax.data.calibration import pruning_data, search_texts
 from adapt_pruner_jax.data.tokenizer import Tokenizer, load_tokenizer
 from adapt_pruner_jax.distributed import agreement, sharding
+from adapt_pruner_jax.distributed.stopping import Stopping
 from adapt_pruner_jax.errors import StoppedError, UserError
 from adapt_pruner_jax.evaluation import evaluate, perplexity
 from adapt_pruner_jax.evaluation.questions import Questions
-from adapt_pruner_jax.formats.hf import files, load
+from adapt_pruner_jax.formats.hf import load
 from adapt_pruner_jax.models import kernels
 from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.model_config import ModelConfig
@@ -33,8 +34,9 @@ from adapt_pruner_jax.runs import (
   tuning_text,
   vocabulary,
 )
+from adapt_pruner_jax.runs.fingerprints import weights_fingerprint
 from adapt_pruner_jax.runs.text_checks import TUNING
-from adapt_pruner_jax.storage import digest
+from adapt_pruner_jax.storage import cache
 from adapt_pruner_jax.training.step import check_rows
 
 # Up to four epochs are nearly as good as new text (arXiv 2305.16264).
@@ -78,14 +80,14 @@ class Inputs:
 
 
 def open_inputs(
-  recipe: Config, path: Path, log: Log, stopping: dict | None = None
+  recipe: Config, path: Path, log: Log, stopping: Stopping | None = None
 ) -> Inputs:
   """Opens everything that a run reads, so that bad input shows at once.
 
   What the dense model is to write itself is written when all else is checked.
 
   Args:
-    path: the work directory; the texts' tokens are kept in its `cache`.
+    path: the work directory.
     stopping: from `stop_signals`.
 
   Raises:
@@ -128,17 +130,20 @@ def open_inputs(
   if target is None and not recipe.prune.max_steps:
     target = budgets.count(full, recipe.prune)  # the vocabulary alone
   written = asked.in_place(recipe)
-  reading = tokenizer, full.vocab_size, recipe.seed, path / "cache", log.say
+  where = cache.tokens(path), log.say, lambda: _stop_here(stopping, path)
+  reading = tokenizer, full.vocab_size, recipe.seed, *where
+  steps = text_checks.many_steps(recipe.prune)
   calibration, refit_data = pruning_data(
-    written.calibration, recipe.prune.refit != "none", *reading
+    written.calibration, recipe.prune.refit != "none", *reading, steps=steps
   )
-  tuning = tuning_text.windows(written, tokenizer, full, path, log)
+  tuning = tuning_text.windows(written, tokenizer, full, *where)
   search_data, tried = None, recipe.prune.search
   if tried.source:
     search_data = search_texts(
-      tried.source, tried.tokens, written.calibration, *reading
+      *(tried.source, tried.tokens, written.calibration, *reading),
+      steps=steps,
     )
-  rows = open_training(written, tokenizer, full, mesh, path, log)
+  rows = open_training(written, tokenizer, full, mesh, path, log, stopping)
   inputs = Inputs(
     recipe=recipe,
     path=path,
@@ -160,15 +165,15 @@ def open_inputs(
     total_steps=-(-recipe.train.tokens // recipe.data.step_tokens),
     log=log,
   )
-  text_checks.check_overlaps(
-    recipe,
-    inputs.eval_tokens,
-    {
-      TUNING: search_data,
-      "calibration.source": calibration,
-      "data.source": rows,
-    },
-    log.say,
+  learnt = {
+    TUNING: search_data,
+    "calibration.source": calibration,
+    "data.source": rows,
+  }
+  agreement.on_writer(
+    lambda: text_checks.check_overlaps(
+      recipe, inputs.eval_tokens, learnt, log.say
+    )
   )
   text_checks.check_channels(
     recipe.prune, recipe, full, calibration, refit_data, log.say
@@ -220,13 +225,12 @@ def _answered(
   mesh: Mesh,
   path: Path,
   log: Log,
-  stopping: dict | None,
+  stopping: Stopping | None,
 ) -> answers.Asked:
   """The dense model's own answers, if the recipe asks for any: all written."""
 
   def stop_if_asked() -> None:
-    asked = stopping is not None and stopping["asked"]
-    if not agreement.all_agree(not asked):
+    if stopping is not None and stopping.now():
       raise StoppedError(f"stopped; the same command continues {path}")
 
   dtype = _weight_dtype(recipe)
@@ -272,6 +276,7 @@ def open_training(
   mesh: Mesh,
   path: Path,
   log: Log,
+  stopping: Stopping | None = None,
 ) -> packing.TrainData | None:
   """The rows to train on, if the recipe trains; says how often they repeat.
 
@@ -288,13 +293,16 @@ def open_training(
     tokenizer,
     full.vocab_size,
     recipe.seed,
-    path / "cache",
+    cache.tokens(path),
     log.say,
+    lambda: _stop_here(stopping, path),
+    tokens=tokens,
   )
   epochs = rows.epochs(tokens)
   log.say(
     f"recovery on {tokens:,} tokens of {recipe.data.source}, which has "
-    f"{rows.num_tokens:,}: {epochs:.3g} epochs"
+    f"{'' if rows.whole else 'more than '}{rows.num_tokens:,}: {epochs:.3g} "
+    "epochs"
   )
   if epochs > MANY_EPOCHS:
     log.say(
@@ -302,6 +310,12 @@ def open_training(
       "teaches little more; give more text, or a smaller --config.train.tokens"
     )
   return rows
+
+
+def _stop_here(stopping: Stopping | None, path: Path) -> None:
+  """Asks this process alone, for what it does alone."""
+  if stopping is not None and stopping.here:
+    raise StoppedError(f"stopped; the same command continues {path}")
 
 
 def _check_lengths(recipe: Config, full: ModelConfig) -> None:
@@ -320,9 +334,27 @@ def _check_lengths(recipe: Config, full: ModelConfig) -> None:
 def model_path(name: str, log: Log) -> Path:
   """The directory of `model.path`; the tiny model is made if it is missing."""
   if name != "tiny":
-    return load.resolve(name)
+    return _resolved(name)
   agreement.on_writer(lambda: tiny_model.base_model(progress=log.say))
   return tiny_model.base_model(progress=log.say)
+
+
+def _resolved(name: str) -> Path:
+  """`load.resolve`; of a hub model the revision that process 0 has found."""
+  if "://" in name:
+    raise UserError(
+      f"--config.model.path={name} is not a path: mount the bucket (Cloud "
+      "Storage FUSE, s3fs) and give the path there, or a hub id"
+    )
+  found = agreement.decided(lambda: str(load.resolve(name)))
+  if agreement.is_writer():
+    return Path(found)
+  snapshot = Path(found)
+  if not Path(name).expanduser().exists() and (
+    snapshot.parent.name == "snapshots"
+  ):
+    name = f"{name.split('@')[0]}@{snapshot.name}"
+  return load.resolve(name)
 
 
 def read_eval_text(text: str) -> str:
@@ -359,26 +391,3 @@ def load_model(inputs: Inputs) -> tuple[ModelConfig, Params]:
     inputs.mesh,
     inputs.recipe.model.ignore_fields,
   )
-
-
-def fingerprints(inputs: Inputs) -> dict[str, str]:
-  """Digests of the original's files, of the tokens that stay if not all do,
-  and of the first calibration samples."""
-  windows_NT = inputs.calibration.batch(0)
-  found = {}
-  if inputs.whole:
-    found["vocab"] = vocabulary.fingerprint(inputs.source)
-  settings = inputs.recipe.prune
-  if settings.counts("latency"):
-    table = latency_table.read(settings.budget_table)
-    found["latency"] = digest.of_json(table)
-  return found | {
-    "model": weights_fingerprint(inputs.original.source),
-    "calibration": digest.of_bytes(windows_NT),
-  }
-
-
-def weights_fingerprint(source: Path) -> str:
-  """Digest of a model's files."""
-  paths = [source / files.CONFIG, *sorted(source.glob("*.safetensors"))]
-  return digest.of_parts([source] if source.is_file() else paths)

@@ -13,7 +13,7 @@ from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.pruning import budgets
 from adapt_pruner_jax.reporting.log import Log
-from adapt_pruner_jax.storage import json_files
+from adapt_pruner_jax.storage import json_files, publish
 
 TABLE = "latency.json"  # in the work directory, if it was measured for the run
 
@@ -41,6 +41,7 @@ def resolve(recipe: Config, full: ModelConfig, path: Path, log: Log) -> Config:
   if not file:
     file = str(path / TABLE)
     agreement.on_writer(lambda: _measure(recipe, full, path / TABLE, log))
+    publish.require_shared(path / TABLE)
   settings = dataclasses.replace(settings, budget_table=file)
   engine = latency_table.read(file)["engine"]
   here = engine if engine in profile.ENGINES else "jax"

@@ -11,7 +11,8 @@ from pathlib import Path
 from adapt_pruner_jax.config import Config, difference
 from adapt_pruner_jax.distributed import agreement
 from adapt_pruner_jax.errors import UserError
-from adapt_pruner_jax.runs.inputs import Inputs, fingerprints
+from adapt_pruner_jax.runs.fingerprints import fingerprints
+from adapt_pruner_jax.runs.inputs import Inputs
 from adapt_pruner_jax.runs.state import package_version
 from adapt_pruner_jax.storage import json_files, publish
 
@@ -47,10 +48,7 @@ def is_anew(
     UserError: the directory is of a run with another recipe and may not be
       overwritten; or it may, and no run has left what is in it.
   """
-  anew = agreement.on_writer(
-    lambda: _is_anew(recipe, path, overwrite, finished)
-  )
-  return not agreement.all_agree(not anew)
+  return agreement.decided(lambda: _is_anew(recipe, path, overwrite, finished))
 
 
 def _is_anew(

@@ -1,19 +1,21 @@
 """A stage's training, which compiles as soon as the stage's sizes are known."""
 
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
 from adapt_pruner_jax.distributed import sharding
-from adapt_pruner_jax.distributed.stopping import asked_to_stop
+from adapt_pruner_jax.distributed.stopping import Stopping
 from adapt_pruner_jax.formats.hf import load
 from adapt_pruner_jax.models import flops, model_config
 from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.model_config import ModelConfig
+from adapt_pruner_jax.runs.deadline import Ending
 from adapt_pruner_jax.runs.inputs import Inputs, weight_dtype
 from adapt_pruner_jax.runs.stages import stage_end
-from adapt_pruner_jax.runs.state import State
+from adapt_pruner_jax.runs.state import State, steps_to_save
 from adapt_pruner_jax.training import loop, optimizer, stacking
 
 
@@ -56,7 +58,7 @@ def recover(
   inputs: Inputs,
   teacher: tuple[ModelConfig, Params] | None,
   save: Callable[[], None],
-  stopping: Mapping,
+  stopping: Stopping | Ending,
   ahead: loop.Ahead | None = None,
 ) -> None:
   """Trains on the stage's share of the tokens, from `state.step` on.
@@ -68,10 +70,8 @@ def recover(
     ahead: the stage's step, if it has been compiling.
   """
   recipe, settings, log = inputs.recipe, inputs.recipe.train, inputs.log
-  first, last = (
-    stage_end(inputs, state.stage - 1),
-    stage_end(inputs, state.stage),
-  )
+  first = stage_end(inputs, state.stage - 1)
+  last = stage_end(inputs, state.stage)
   training = loop.start(
     (state.config, state.params),
     settings,
@@ -98,15 +98,17 @@ def recover(
       row = {"stage": state.stage, "total_tokens": (step + 1) * per_step}
       log.metrics("train", step, values | row)
 
-    while state.step < last and not asked_to_stop(stopping, state.step):
+    seconds = None  # of a step
+    while state.step < last and not stopping.now():
+      begun, before = time.monotonic(), state.step
       training, state.step = loop.recover(
         training,
         inputs.rows.batches(state.step),
         state.step,
-        min(last, state.step + recipe.checkpoint.steps),
+        min(last, state.step + steps_to_save(recipe.checkpoint, seconds)),
         inputs.mesh,
         log=note,
-        stop=lambda step: asked_to_stop(stopping, step),
+        stop=lambda _: stopping.now(),
         skip_nonfinite=settings.skip_nonfinite,
       )
       state.opt_state = training.opt_state
@@ -115,6 +117,7 @@ def recover(
       else:
         state.params = training.trained
       save()
+      seconds = (time.monotonic() - begun) / max(state.step - before, 1)
 
 
 def teacher_of(inputs: Inputs) -> tuple[ModelConfig, Params] | None:

@@ -6,7 +6,8 @@ Where it goes on from, first match first:
 
   1. summary.json: the run is done, there is nothing to do.
   2. the newest checkpoint that is whole: taken after each prune, every
-     `checkpoint.steps` train steps, and at the end of a stage's training.
+     `checkpoint.steps` train steps or `checkpoint.minutes`, and at the end of a
+     stage's training.
   3. the original model.
 
 and within a prune from pruning.json, the last step that was decided; behind a
@@ -22,7 +23,7 @@ from pathlib import Path
 
 from adapt_pruner_jax.config import Config, check
 from adapt_pruner_jax.distributed import agreement
-from adapt_pruner_jax.distributed.stopping import stop_signals
+from adapt_pruner_jax.distributed.stopping import Stopping, stop_signals
 from adapt_pruner_jax.errors import StoppedError
 from adapt_pruner_jax.formats import convert, dtypes
 from adapt_pruner_jax.models import layer, model_config
@@ -60,6 +61,7 @@ from adapt_pruner_jax.runs.state import (
   forget,
   read_evaluated,
   read_pruning,
+  require_same,
   resume,
   save_checkpoint,
   write_evaluated,
@@ -95,10 +97,11 @@ def run(recipe: Config, path: Path, overwrite: bool = False) -> dict:
   """
   check(recipe)
   with lock.lock(path), Log(path, **dataclasses.asdict(recipe.log)) as log:
-    finished = (path / "summary.json").exists()
+    finished = agreement.decided((path / "summary.json").exists)
     anew = is_anew(recipe, path, overwrite, finished)
     if finished and not anew:
-      summary = json_files.read_json(path / "summary.json")
+      read = lambda: json_files.read_json(path / "summary.json")
+      summary = agreement.decided(read)
       log.say(f"{path} is finished; its model is in {path / 'model'}")
       if agreement.is_writer() and not (path / report.HTML).exists():
         report.write(path)  # the run was killed just before
@@ -114,10 +117,11 @@ def run(recipe: Config, path: Path, overwrite: bool = False) -> dict:
   return summary
 
 
-def _run(inputs: Inputs, stopping: dict, anew: bool) -> dict:
+def _run(inputs: Inputs, stopping: Stopping, anew: bool) -> dict:
   begun = time.monotonic()
   recipe, path = inputs.recipe, inputs.path
   methods.check(inputs.full, recipe.prune)
+  require_same(inputs)
   claim(inputs, anew)
   with Checkpoints(
     path / "checkpoints", recipe.checkpoint.keep, inputs.log.say
@@ -135,7 +139,7 @@ def _run(inputs: Inputs, stopping: dict, anew: bool) -> dict:
       save_checkpoint(checkpoints, state, inputs)
 
     def stop_if_asked() -> None:
-      if not agreement.all_agree(not stopping["asked"]):
+      if stopping.now():
         checkpoints.wait()
         raise StoppedError(f"stopped; the same command continues {path}")
 
@@ -146,6 +150,7 @@ def _run(inputs: Inputs, stopping: dict, anew: bool) -> dict:
       stop_if_asked()
       if not state.pruned:
         ahead = prune(state, inputs, stop_if_asked)
+        require_same(inputs, state)
         save()
       if state.step < stage_end(inputs, state.stage):
         recover(state, inputs, teacher(), save, ending, ahead)

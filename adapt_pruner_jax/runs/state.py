@@ -1,9 +1,9 @@
 """What a run has done so far: in memory, in checkpoints, and in two files.
 
 A checkpoint is written after each prune, every `checkpoint.steps` train steps
-and at the end of a stage's training. Between two of them pruning.json keeps the
-last decided step of a prune, and evaluated.json the result of a stage whose
-training is in a checkpoint.
+or `checkpoint.minutes`, and at the end of a stage's training. Between two of
+them pruning.json keeps the last decided step of a prune, and evaluated.json the
+result of a stage whose training is in a checkpoint.
 """
 
 import dataclasses
@@ -15,12 +15,14 @@ from typing import Any
 import jax
 import numpy as np
 
+from adapt_pruner_jax.config import Checkpoint
 from adapt_pruner_jax.distributed import agreement, sharding
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.models import model_config
 from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.pruning import methods, surgery, task
+from adapt_pruner_jax.runs.fingerprints import what_is_read
 from adapt_pruner_jax.runs.inputs import Inputs, load_model, weight_dtype
 from adapt_pruner_jax.storage import digest, json_files
 from adapt_pruner_jax.storage.checkpoints import Checkpoints
@@ -28,6 +30,7 @@ from adapt_pruner_jax.training import lora, optimizer
 
 PRUNING = "pruning.json"
 EVALUATED = "evaluated.json"
+TIMED = 50  # train steps, at most, before it is known how long they take
 # Fields of `State` that a checkpoint keeps as they are.
 PLAIN = ("stage", "pruned", "step", "trace", "stages", "before", "seconds")
 
@@ -80,6 +83,20 @@ def save_checkpoint(
   if state.adapters is not None:
     arrays["adapters"] = state.adapters
   checkpoints.save(state.saves, meta, arrays)
+
+
+def steps_to_save(settings: Checkpoint, seconds: float | None) -> int:
+  """How many train steps until the next checkpoint, as process 0 has it.
+
+  Args:
+    seconds: that a step takes; None = nobody knows yet.
+  """
+  steps = settings.steps
+  if settings.minutes and seconds is None:
+    steps = min(steps, TIMED)
+  elif settings.minutes:
+    steps = min(steps, max(1, int(60 * settings.minutes / max(seconds, 1e-9))))
+  return agreement.from_writer(steps)
 
 
 def resume(inputs: Inputs, checkpoints: Checkpoints) -> State | None:
@@ -152,6 +169,31 @@ def _abstract_state(meta: dict, inputs: Inputs) -> dict:
     )
     for name, (tree, where) in trees.items()
   }
+
+
+# ---- The other processes -----------------------------------------------------
+
+
+def require_same(inputs: Inputs, state: State | None = None) -> None:
+  """Compares what this process works on with what the others do.
+
+  Args:
+    state: behind a stage's prune; None = before any work.
+
+  Raises:
+    UserError: on all processes, if one has something else.
+  """
+  if jax.process_count() == 1:
+    return
+  facts, moment = what_is_read(inputs), "at the start"
+  if state is not None:
+    moment = f"behind the prune of stage {state.stage}"
+    facts |= {
+      "masks": _kept_to_json(state.kept),
+      "sizes": model_config.to_json(state.config),
+      "position": [state.stage, state.step, state.saves, len(state.trace)],
+    }
+  agreement.require_same(facts, moment)
 
 
 # ---- pruning.json: within a prune --------------------------------------------
@@ -256,19 +298,22 @@ def _write_sealed(path: Path, content: dict) -> None:
 def _read_sealed(
   path: Path, expected: dict, inputs: Inputs, otherwise: str
 ) -> dict | None:
-  """The content, if it is whole and of this moment, in all processes."""
-  content = None
-  if path.exists():
+  """The content, if it is whole and of this moment; as process 0 reads it."""
+
+  def read() -> dict | None:
+    if not path.exists():
+      return None
     try:
       record = json.loads(path.read_bytes())
       if record["sha256"] == digest.of_json(record["content"]):
         content = record["content"]
-    except (ValueError, KeyError, TypeError):
+        return content if expected.items() <= content.items() else None
+    except (ValueError, KeyError, TypeError, AttributeError):
       pass
-    if content is None:
-      inputs.log.say(f"{path} is damaged: {otherwise}")
-  found = content is not None and expected.items() <= content.items()
-  return content if agreement.all_agree(found) else None
+    inputs.log.say(f"{path} is damaged: {otherwise}")
+    return None
+
+  return agreement.decided(read)
 
 
 def package_version() -> str:

@@ -1,8 +1,6 @@
 """summary.json, and the tables at the end of a run."""
 
 import dataclasses
-import importlib.metadata
-import platform
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ from adapt_pruner_jax.models import model_config
 from adapt_pruner_jax.pruning import budgets
 from adapt_pruner_jax.reporting.html import report
 from adapt_pruner_jax.reporting.log import Log
+from adapt_pruner_jax.runs.fingerprints import versions
 from adapt_pruner_jax.runs.inputs import Inputs
 from adapt_pruner_jax.runs.state import State
 from adapt_pruner_jax.storage import json_files, lock
@@ -195,14 +194,6 @@ def _change(name: str, low: Any, high: Any) -> tuple[str, ...]:
   low, high = float(low), float(high)  # JSON has "Infinity" as text
   change = f"{high / low - 1:+.1%}" if low else ""
   return name, f"{low:.3f}", f"{high:.3f}", change
-
-
-def versions() -> dict[str, str]:
-  """Of Python and of the packages that a result depends on."""
-  names = ("adapt-pruner-jax", "jax", "flax", "optax", "orbax-checkpoint")
-  return {"python": platform.python_version()} | {
-    name: importlib.metadata.version(name) for name in names
-  }
 
 
 def hardware() -> str:

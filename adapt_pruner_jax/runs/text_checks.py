@@ -68,6 +68,14 @@ def _tokens(opened: Texts) -> Iterable[np.ndarray]:
   return (stream.tokens for stream in opened.streams)
 
 
+def many_steps(settings: Prune) -> int:
+  """No prune takes more steps than these over all stages, about."""
+  sizes = settings.step_size, settings.ranking.step_size
+  counts = settings.uniform.steps, settings.search.steps
+  stage = settings.max_steps or max(*counts, *(round(1 / s) for s in sizes))
+  return settings.stages * stage + max(1, settings.refit_passes)
+
+
 def check_channels(
   settings: Prune,
   recipe: Config,

@@ -19,7 +19,8 @@ from adapt_pruner_jax.distributed import agreement
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.formats.hf import cut_vocabulary
 from adapt_pruner_jax.models.model_config import ModelConfig
-from adapt_pruner_jax.storage import digest, json_files
+from adapt_pruner_jax.storage import digest, json_files, publish
+from adapt_pruner_jax.storage.cache import tokens
 
 
 def cut(
@@ -55,7 +56,7 @@ def cut(
       "text:FILE"
     )
   share_V = vocabulary.frequencies(
-    corpus, tokenizer, full.vocab_size, cache, say
+    corpus, tokenizer, full.vocab_size, tokens(cache.parent), say
   )
   always = vocabulary.necessary(
     content, tokenizer, cut_vocabulary.named_ids(source)
@@ -67,10 +68,12 @@ def cut(
 
   def write() -> None:
     if not folder.is_dir():
+      cache.mkdir(parents=True, exist_ok=True)
       made = vocabulary.cut(content, kept)
       cut_vocabulary.write(source, folder, kept, made)
 
   agreement.on_writer(write)
+  publish.require_shared(folder)
   say(
     f"vocabulary: {keep:,} of {full.vocab_size:,} tokens stay, which are "
     f"{share_V[kept].sum():.2%} of those of {', '.join(map(str, corpus))}"

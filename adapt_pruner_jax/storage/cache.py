@@ -31,6 +31,17 @@ def home() -> Path:
   return folder
 
 
+def tokens(workdir: Path) -> Path:
+  """Where the tokens of texts are kept, for the runs of all work directories.
+
+  Several processes may be on several machines, and have only the work directory
+  and what $ADAPT_PRUNER_CACHE names in common.
+  """
+  if jax.process_count() > 1 and not os.environ.get("ADAPT_PRUNER_CACHE"):
+    return workdir / "cache"
+  return home() / "tokens"
+
+
 def keep_compiled_programs() -> None:
   """Lets JAX keep them in the cache, unless it has been given a place.
 

@@ -59,12 +59,15 @@ class Checkpoints:
     self._say = say
     orbax_messages.orbax()
     agreement.on_writer(self._tidy)
+    publish.require_shared(self.directory)
     self._manager = ocp.CheckpointManager(
       self.directory,
       options=ocp.CheckpointManagerOptions(
         max_to_keep=keep,
         todelete_subdir=TRASH,
         lightweight_initialize=True,
+        # One lists for all: a mount may show another one less.
+        single_host_load_and_broadcast=True,
       ),
     )
 
@@ -184,7 +187,9 @@ class Checkpoints:
   def _restore_step(
     self, step: int, abstract_of: Callable[[dict], Any]
   ) -> tuple[int, dict, Any] | None:
-    content = self._attempt(step, lambda: self._read_meta(step))
+    publish.require_shared(self.directory / str(step))
+    # One says what the arrays are for all.
+    content = agreement.same(self._attempt(step, lambda: self._read_meta(step)))
     if content is None:
       return None
     saved = content["leaves"]

@@ -12,9 +12,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
-
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.storage.publish import unwritable, write_text
 
@@ -110,7 +107,7 @@ def plain(value: Any) -> Any:
     return {key: plain(child) for key, child in value.items()}
   if isinstance(value, list | tuple):
     return [plain(child) for child in value]
-  if isinstance(value, np.ndarray | np.generic | jax.Array):
+  if hasattr(value, "tolist"):  # of numpy and JAX, which is not imported here
     return plain(value.tolist())
   if isinstance(value, float) and not math.isfinite(value):
     return json.dumps(value)

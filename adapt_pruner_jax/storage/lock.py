@@ -12,7 +12,7 @@ from absl import logging
 
 from adapt_pruner_jax.distributed.agreement import on_writer
 from adapt_pruner_jax.errors import UserError
-from adapt_pruner_jax.storage.publish import unwritable
+from adapt_pruner_jax.storage import publish
 
 LOCK = "run.lock"
 # What flock says on a file system that has no locks.
@@ -64,9 +64,13 @@ def _take(workdir: Path) -> int:
     )
   holder = f"process {os.getpid()} on {socket.gethostname()}"
   try:
+    publish.require_renames(workdir)
     os.ftruncate(file, 0)
     os.pwrite(file, holder.encode(), 0)
+  except UserError:
+    os.close(file)
+    raise
   except OSError as error:
     os.close(file)
-    raise unwritable(path, error) from error
+    raise publish.unwritable(path, error) from error
   return file

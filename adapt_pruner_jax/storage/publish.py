@@ -20,6 +20,7 @@ from absl import logging
 from adapt_pruner_jax.errors import UserError
 
 AGAIN = "mend that and run the same command again, or give another place"
+SHOWS = 90  # seconds that another machine's file may take to show
 _ABANDONED = 3600  # seconds: what nobody touched for so long is nobody's
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux
 
@@ -102,6 +103,44 @@ def remove_cut_off(path: Path) -> None:
   _remove_abandoned(path.parent, _prefix(path), 0)
 
 
+def wait_for(path: Path, seconds: float | None = None) -> bool:
+  """Waits until what process 0 has published shows here too.
+
+  Mounts of a bucket, and NFS, look again after up to a minute only.
+
+  Args:
+    seconds: give up then; default `SHOWS`.
+
+  Returns:
+    Whether it is there.
+  """
+  end = time.monotonic() + (SHOWS if seconds is None else seconds)
+  while not path.exists():
+    if time.monotonic() > end:
+      return False
+    time.sleep(0.2)
+    with contextlib.suppress(OSError):
+      os.listdir(path.parent)  # some ask the server only for this
+  return True
+
+
+def require_shared(path: Path) -> None:
+  """As `wait_for`, in all processes but 0, for what all of them need.
+
+  Raises:
+    UserError: it does not show.
+  """
+  # Those who only publish need no JAX.
+  from adapt_pruner_jax.distributed import agreement
+
+  if not agreement.is_writer() and not wait_for(path):
+    raise UserError(
+      f"{path}, which process 0 has written, did not show here in {SHOWS} s: "
+      "all processes need a --workdir (and ADAPT_PRUNER_CACHE) on one file "
+      "system that they share"
+    )
+
+
 # ---- May I write here? -------------------------------------------------------
 
 
@@ -136,6 +175,34 @@ def require_free(
     raise unwritable(path, error) from error
   with _beside(path, AGAIN) as temporary:
     temporary.touch()
+
+
+def require_renames(folder: Path) -> None:
+  """Raises a UserError where a directory cannot be renamed: mounted buckets.
+
+  Args:
+    folder: a work directory.
+  """
+  tried = folder / f"{_prefix(folder)}{os.getpid()}-{secrets.token_hex(4)}"
+  renamed = tried.with_name(f"{tried.name}.renamed")
+  try:
+    tried.mkdir()
+    (tried / "file").touch()
+  except OSError as error:
+    _remove(tried)
+    raise unwritable(folder, error) from error
+  try:
+    tried.rename(renamed)
+  except OSError as error:
+    raise UserError(
+      f"--workdir={folder}: directories cannot be renamed there "
+      f"({error.strerror}), which checkpoints and exports need: mount a bucket "
+      "that has a hierarchical namespace, or with --rename-dir-limit=200000 "
+      "(Cloud Storage FUSE), or give a disk or NFS"
+    ) from error
+  finally:
+    _remove(tried)
+    _remove(renamed)
 
 
 def require_space(directory: Path, num_bytes: int, what: str) -> None:

@@ -17,6 +17,9 @@ def test_the_client_of_jax_has_barriers():
   from jax._src.lib import _jax
 
   client = _jax.DistributedRuntimeClient
+  for name in ("set", "dir_get"):
+    assert callable(getattr(client, f"key_value_{name}"))
+  assert callable(client.blocking_key_value_get)
   assert callable(client.wait_at_barrier)
 
 

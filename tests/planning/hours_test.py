@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from adapt_pruner_jax import cli
+from adapt_pruner_jax.distributed.stopping import Stopping
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.planning import cost, hours, memory
 from adapt_pruner_jax.planning.hardware import Hardware
@@ -103,16 +104,17 @@ def test_hours_need_a_target():
 def test_training_ends_with_the_hours(monkeypatch):
   now = [100.0]
   monkeypatch.setattr(deadline.time, "monotonic", lambda: now[0])
-  signals = {"asked": False}
+  signals = Stopping()
   assert deadline.stopping(0.0, signals, 0) is signals
   ending = deadline.stopping(1.0, signals, spent=3000)
   now[0] += 0.92 * 3600 - 3000
-  assert not ending["asked"]
+  assert not ending.now()
   now[0] += 1
-  assert ending["asked"]
+  assert ending.now()
   ending = deadline.stopping(1.0, signals, spent=0)
-  signals["asked"] = True
-  assert ending["asked"]
+  assert not ending.now()
+  signals.ask()
+  assert ending.now()
 
 
 @pytest.mark.slow

@@ -5,13 +5,14 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from adapt_pruner_jax.distributed import agreement
-from adapt_pruner_jax.errors import UserError
+from adapt_pruner_jax.errors import StoppedError, UserError
 from adapt_pruner_jax.storage import json_files, lock, publish
 
 # ---- The lock ----------------------------------------------------------------
@@ -131,9 +132,37 @@ def test_what_only_process_0_does(monkeypatch):
     agreement.on_writer(refuse)
   monkeypatch.setattr(agreement, "is_writer", lambda: False)
   assert agreement.on_writer(refuse) is None
-  monkeypatch.setattr(agreement, "all_agree", lambda ok: False)
-  with pytest.raises(UserError, match="process 0"):
+  monkeypatch.setattr(agreement, "same", lambda _: [False, "no room"])
+  with pytest.raises(UserError, match="no room"):
     agreement.on_writer(refuse)
+  monkeypatch.setattr(agreement, "same", lambda _: [True, "asked"])
+  with pytest.raises(StoppedError, match="asked"):
+    agreement.on_writer(refuse)
+
+
+def test_a_mount_without_renames_is_refused_at_once(tmp_path, monkeypatch):
+  def refuse(*_):
+    raise OSError(38, "Function not implemented")
+
+  monkeypatch.setattr(publish.Path, "rename", refuse)
+  with (
+    pytest.raises(UserError, match=r"cannot be renamed there .*not impl"),
+    lock.lock(tmp_path),
+  ):
+    pass
+  assert [p.name for p in tmp_path.iterdir()] == [lock.LOCK]
+  monkeypatch.undo()
+  with lock.lock(tmp_path):
+    pass
+
+
+def test_what_another_machine_has_published_may_show_late(tmp_path):
+  late = tmp_path / "late"
+  assert not publish.wait_for(late, seconds=0.0)
+  timer = threading.Timer(0.3, late.touch)
+  timer.start()
+  assert publish.wait_for(late, seconds=60.0)
+  timer.join()
 
 
 def test_room_on_the_disk(tmp_path, monkeypatch):

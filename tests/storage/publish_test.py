@@ -86,7 +86,7 @@ def of_tokens(path, small_model):
   tokenizer = load_tokenizer(small_model)
   (source,) = parse_sources(f"text:{path}/text.txt", "data.source")
   token_store.tokenise(source, tokenizer, 1 << 20, path / "cache")
-  return [p.name for p in (path / "cache").iterdir()]
+  return [p.name for p in (path / "cache").rglob("*.safetensors")]
 
 
 def of_tiny_model(path, _):

@@ -1,0 +1,172 @@
+"""A shard: whole documents of a stream in one file, complete or absent.
+
+It is a safetensors file with `tokens`, `lengths` (of the documents) and, where
+not all is learnt, `trained`. Its metadata says where in the source it ends, so
+that the next one can be made without it, and has the SHA-256 of each array.
+"""
+
+import functools
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from adapt_pruner_jax.data.encoding import Chunk
+from adapt_pruner_jax.data.sources import Place
+from adapt_pruner_jax.storage import digest, publish
+
+DTYPES = {"I32": "<i4", "I64": "<i8", "BOOL": "?"}
+FACTS = ("sums", "place", "last", "largest")  # of `Shard`, in the metadata
+ADVICE = (
+  "mend that, or set ADAPT_PRUNER_CACHE to a directory that can be written, "
+  "and run the same command again"
+)
+
+
+class Shard(NamedTuple):
+  """Holds a shard; of one on disk the arrays are read when they are used."""
+
+  tokens: np.ndarray  # int32 [N]
+  lengths: np.ndarray  # int64 [documents]
+  trained: np.ndarray | None  # bool [N]; None = all
+  sums: list[str]  # SHA-256 of the three, None as all True
+  place: Place  # in the source, behind it
+  last: bool  # the source ends there
+  largest: int  # token id
+
+
+def path_of(folder: Path, number: int) -> Path:
+  """Where a stream's shard of this number is."""
+  return folder / f"{number:05d}.safetensors"
+
+
+def of_chunks(chunks: Sequence[Chunk], place: Place, last: bool) -> Shard:
+  """A shard in memory.
+
+  Args:
+    chunks: what is in it, at least one.
+    place: in the source, behind it.
+    last: the source ends there.
+  """
+  tokens, lengths, trained = map(np.concatenate, zip(*chunks, strict=True))
+  return Shard(
+    tokens,
+    lengths,
+    None if trained.all() else trained,
+    sums=[digest.of_bytes(array) for array in (tokens, lengths, trained)],
+    place=place,
+    last=last,
+    largest=int(tokens.max(initial=-1)),
+  )
+
+
+def write(path: Path, shard: Shard, key: dict) -> None:
+  """Publishes a shard.
+
+  Args:
+    key: what the tokens depend on, for people who look.
+
+  Raises:
+    UserError: it cannot be written.
+  """
+  from safetensors.numpy import save_file
+
+  arrays = {"tokens": shard.tokens, "lengths": shard.lengths}
+  if shard.trained is not None:
+    arrays["trained"] = shard.trained
+  facts = {name: getattr(shard, name) for name in FACTS}
+  # One entry: of several the order, and so the file, would not be the same.
+  metadata = {"shard": json.dumps({"facts": facts, "key": key})}
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise publish.unwritable(path, error, ADVICE) from error
+  with publish.file(path, ADVICE) as temporary:
+    save_file(arrays, temporary, metadata)
+
+
+def read(path: Path) -> Shard | None:
+  """Opens a shard by its header; None if that or the file's size is wrong.
+
+  The arrays are not looked at, see `is_intact`.
+  """
+  try:
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+      length = int.from_bytes(file.read(8), "little")
+      if length > size:
+        return None
+      header = json.loads(file.read(length))
+    facts = json.loads(header.pop("__metadata__")["shard"])["facts"]
+    ends = [entry["data_offsets"][1] for entry in header.values()]
+    if size != 8 + length + max(ends):
+      return None
+    array = functools.partial(_array, path, 8 + length)
+    found = {name: array(**entry) for name, entry in header.items()}
+    facts["place"] = Place(*facts["place"])
+    tokens, lengths = found["tokens"], found["lengths"]
+    return Shard(tokens, lengths, found.get("trained"), **facts)
+  except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    return None
+
+
+def _array(
+  path: Path, start: int, dtype: str, shape: list[int], data_offsets: list[int]
+) -> np.ndarray:
+  """A memory map of an entry of the header."""
+  kind = np.dtype(DTYPES[dtype])
+  first, end = data_offsets
+  if end - first != math.prod(shape) * kind.itemsize:
+    raise ValueError(f"{path}: {shape} is not {end - first} bytes")
+  if first == end:
+    return np.zeros(shape, kind)  # nothing cannot be mapped
+  return np.memmap(path, kind, "r", start + first, tuple(shape))
+
+
+def is_intact(shard: Shard) -> bool:
+  """Whether every byte is as it was written: reads all of it."""
+  trained = shard.trained
+  if trained is None:
+    trained = np.ones(len(shard.tokens), bool)
+  arrays = shard.tokens, shard.lengths, trained
+  return [digest.of_bytes(array) for array in arrays] == shard.sums
+
+
+class Joined:
+  """One array out of several, of which a part is read when it is used."""
+
+  def __init__(self, parts: Sequence[np.ndarray]):
+    """Joins arrays [N of each, ...] of one dtype; at least one."""
+    self._parts = list(parts)
+    self._ends = np.cumsum([len(part) for part in parts])
+
+  def __len__(self) -> int:
+    return int(self._ends[-1])
+
+  def __getitem__(self, index: Any) -> np.ndarray:
+    """A slice without steps, or elements by an array of indices >= 0."""
+    if isinstance(index, slice):
+      start, stop, _ = index.indices(len(self))
+      return self._between(start, max(start, stop))
+    index = np.asarray(index)
+    found = np.empty(index.shape, self._parts[0].dtype)
+    which = np.searchsorted(self._ends, index, side="right")
+    for number in np.unique(which):
+      part = self._parts[number]
+      mine = which == number
+      first = self._ends[number] - len(part)
+      found[mine] = part[index[mine] - first]
+    return found
+
+  def _between(self, start: int, stop: int) -> np.ndarray:
+    first = int(np.searchsorted(self._ends, start, side="right"))
+    last = int(np.searchsorted(self._ends, stop, side="left"))
+    pieces = [self._parts[0][:0]]
+    for number in range(first, min(last + 1, len(self._parts))):
+      part = self._parts[number]
+      before = int(self._ends[number]) - len(part)
+      pieces.append(part[max(start - before, 0) : stop - before])
+    return np.concatenate(pieces)

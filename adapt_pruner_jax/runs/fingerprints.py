@@ -1,0 +1,60 @@
+"""What a run depends on, in a few bytes: its model, tokens and versions."""
+
+import dataclasses
+import importlib.metadata
+import platform
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from adapt_pruner_jax.config import latency_table
+from adapt_pruner_jax.formats.hf import files
+from adapt_pruner_jax.runs import vocabulary
+from adapt_pruner_jax.storage import digest
+
+if TYPE_CHECKING:
+  from adapt_pruner_jax.runs.inputs import Inputs
+
+
+def fingerprints(inputs: "Inputs") -> dict[str, str]:
+  """Digests of the original's files, of the tokens that stay if not all do,
+  and of the first calibration samples."""
+  windows_NT = inputs.calibration.batch(0)
+  found = {}
+  if inputs.whole:
+    found["vocab"] = vocabulary.fingerprint(inputs.source)
+  settings = inputs.recipe.prune
+  if settings.counts("latency"):
+    table = latency_table.read(settings.budget_table)
+    found["latency"] = digest.of_json(table)
+  return found | {
+    "model": weights_fingerprint(inputs.original.source),
+    "calibration": digest.of_bytes(windows_NT),
+  }
+
+
+def what_is_read(inputs: "Inputs") -> dict[str, Any]:
+  """By what it is for people: all that a run depends on, in a few bytes."""
+  texts = inputs.eval_tokens
+  return {
+    "versions": versions(),
+    "recipe": dataclasses.asdict(inputs.recipe),
+    "model": weights_fingerprint(inputs.source),
+    "tokenizer": inputs.tokenizer and inputs.tokenizer.fingerprint,
+    "calibration tokens": digest.of_bytes(inputs.calibration.batch(0)),
+    "training tokens": inputs.rows and inputs.rows.fingerprint,
+    "evaluation tokens": None if texts is None else digest.of_bytes(texts),
+  }
+
+
+def versions() -> dict[str, str]:
+  """Of Python and of the packages that a result depends on."""
+  names = ("adapt-pruner-jax", "jax", "flax", "optax", "orbax-checkpoint")
+  return {"python": platform.python_version()} | {
+    name: importlib.metadata.version(name) for name in names
+  }
+
+
+def weights_fingerprint(source: Path) -> str:
+  """Digest of a model's files."""
+  paths = [source / files.CONFIG, *sorted(source.glob("*.safetensors"))]
+  return digest.of_parts([source] if source.is_file() else paths)
