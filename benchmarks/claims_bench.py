@@ -192,7 +192,7 @@ class Bench:
     """Of the method; samples a step; whether moments are carried over."""
     shared = Prune(refit="final")
     if cell.method.startswith("curvature"):
-      shared = Prune(refit="2", refit_all=True)  # as configs/oneshot.py
+      shared = Prune(refit="2", refit_all=True)  # as configs/accel.py
     settings = compare_methods.settings_of(cell.method, cell.ratio, shared)
     beside = {"samples": SAMPLES, "carry_moments": Train().carry_moments}
     name, value = cell.change or ("", None)
