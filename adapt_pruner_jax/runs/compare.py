@@ -255,8 +255,8 @@ def prune(
     refit_data=Counted(inputs.refit_data, used),
   )
   size = budgets.count(inputs.full, settings)
-  counted = budgets.UNIT[settings.budget]
-  with inputs.log.phase(title, size - target, counted) as phase:
+  unit = budgets.UNIT[settings.budget]
+  with inputs.log.phase(title, size - target, unit) as phase:
 
     def note(record: dict, step: Step) -> None:
       left = record["params"]

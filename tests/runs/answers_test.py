@@ -146,11 +146,11 @@ def test_a_model_that_does_not_stop_is_refused(
   found = asked(opened, chat_model, tmp_path, eos=(opened[0].vocab_size,))
   with monkeypatch.context() as patch:
     patch.setattr(answers, "ENOUGH", 2)
-    with pytest.raises(UserError, match="does not stop: none of its 2"):
+    with pytest.raises(UserError, match="does not stop: none of its 3"):
       answers.write(found, *opened[:2])
     assert len([*tmp_path.rglob("part-*")]) == 1
     patch.setattr(answers, "_answered", None)
-    with pytest.raises(UserError, match="does not stop: none of its 2"):
+    with pytest.raises(UserError, match="does not stop: none of its 3"):
       answers.write(found, *opened[:2])
   with pytest.raises(UserError, match="does not stop: none of its 4"):
     answers.write(found, *opened[:2])
