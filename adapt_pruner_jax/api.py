@@ -1,4 +1,4 @@
-"""The Python API: four functions on the pair (ModelConfig, params).
+"""The Python API: a few functions on the pair (ModelConfig, params).
 
   from adapt_pruner_jax.api import load, perplexity, prune, save
 
@@ -6,11 +6,15 @@
   smaller = prune(model, ratio=0.2, calibration="text:book.txt")
   save(smaller, "path/to/smaller")
 
-Each does what a command does, without a work directory.
+Each does what a command does, without a work directory; `cut_vocabulary` what
+`run` does first with `--config.vocab.keep_tokens`.
 """
 
 import os
+from pathlib import Path
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.model_config import ModelConfig
@@ -79,7 +83,7 @@ def prune(
     UserError: bad settings, or a target out of reach.
   """
   from adapt_pruner_jax.config import Calibration, Config, Prune, check
-  from adapt_pruner_jax.data.calibration import pruning_data
+  from adapt_pruner_jax.data.calibration import pruning_data, search_texts
   from adapt_pruner_jax.pruning import methods, targets
   from adapt_pruner_jax.pruning.task import PruneTask
 
@@ -87,11 +91,13 @@ def prune(
   source = Calibration(calibration, samples, seq_len, batch, refit_samples)
   check(Config(prune=recipe, calibration=source))
   tokenizer = None
-  if not calibration.startswith("npy:"):
+  if recipe.search.source or not calibration.startswith("npy:"):
     tokenizer = _tokenizer(model, bos)
-  windows, for_refit = pruning_data(
-    source, recipe.refit != "none", tokenizer, model.config.vocab_size, seed
-  )
+  reading = tokenizer, model.config.vocab_size, seed
+  windows, for_refit = pruning_data(source, recipe.refit != "none", *reading)
+  tuning, tried = None, recipe.search
+  if tried.source:
+    tuning = search_texts(tried.source, tried.tokens, source, *reading).batch
   task = PruneTask(
     model.config,
     model.params,
@@ -99,11 +105,68 @@ def prune(
     windows.batch,
     targets.resolve_target(model.config, recipe),
     refit_samples=for_refit.batch,
+    tuning=tuning,
     batch=batch,
     seed=seed,
   )
   found = methods.refit_after(task, methods.prune(task))
   return Model(found.config, found.params, model.source, model.dtype)
+
+
+def cut_vocabulary(
+  model: Model,
+  path: str | os.PathLike,
+  *,
+  keep_tokens: int = 0,
+  ratio: float = 0.0,
+  source: str = "embedded",
+  bos: str = "auto",
+) -> Model:
+  """The model with the tokens that a corpus uses most.
+
+  Prune it afterwards; `save` then writes the tokenizer of what is left.
+
+  Args:
+    path: a folder for that tokenizer, which the result refers to.
+    keep_tokens: how many stay; or
+    ratio: the share of tokens to remove.
+    source: the corpus, as `vocab.source`.
+    bos: as `prune`'s.
+
+  Raises:
+    UserError: the tokenizer is of a kind that cannot be cut, or too few tokens
+      would be left.
+  """
+  import dataclasses
+
+  from absl import logging
+
+  from adapt_pruner_jax.config import Config, Vocab, check
+  from adapt_pruner_jax.errors import UserError
+  from adapt_pruner_jax.models import axes
+  from adapt_pruner_jax.runs import vocabulary
+
+  asked = Vocab(keep_tokens, ratio, source)
+  if not asked.asked():
+    raise UserError("give keep_tokens=N or ratio=0.5: how much to cut")
+  recipe = Config(vocab=asked)
+  check(recipe)
+  tokenizer = _tokenizer(model, bos)
+  folder = vocabulary.cut(
+    *(recipe, Path(model.source), model.config, tokenizer),
+    *(Path(path), logging.info),
+  )
+  kept = np.array(vocabulary.kept(folder))
+
+  def rows(name: str | None, _: int | None, array: Any) -> Any:
+    letters = axes.AXES[name]
+    if "V" not in letters:
+      return array
+    return array.take(kept, axis=letters.index("V"))
+
+  config = dataclasses.replace(model.config, vocab_size=len(kept))
+  params = axes.map_named(rows, model.params)
+  return Model(config, params, str(folder), model.dtype)
 
 
 def save(

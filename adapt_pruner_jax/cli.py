@@ -31,6 +31,7 @@ adapt-pruner COMMAND [--flags]; adapt-pruner COMMAND --help lists the flags
   plan      what a run would do and cost, before any of it
   compare   several methods at equal budgets, in one table
   evaluate  perplexity, tasks, latency of a model
+  profile   a latency table of this device, for a budget in milliseconds
   generate  text from a model
   convert   to hf, hf_uniform, gguf, orbax, or --verify
   report    report.html of a work directory
@@ -84,7 +85,12 @@ def run(command: str, argv: list[str]) -> int:
   _start_jax(values)
   from adapt_pruner_jax.runs import run as run_
 
-  run_.run(recipe_flags.recipe(values), path, values.overwrite)
+  recipe = recipe_flags.recipe(values)
+  if recipe.train.hours:
+    from adapt_pruner_jax.planning import hours
+
+    recipe = hours.of_run(recipe, path, values.overwrite)
+  run_.run(recipe, path, values.overwrite)
   return 0
 
 
@@ -172,6 +178,35 @@ def evaluate(command: str, argv: list[str]) -> int:
   return 0
 
 
+def profile(command: str, argv: list[str]) -> int:
+  """Times attention and MLPs of some widths on this device."""
+  values = flags.FlagValues()
+  text, numbers = flags.DEFINE_string, flags.DEFINE_integer
+  text("model", None, "a directory or hub id", flag_values=values)
+  text("out", "", "the table, a JSON file", flag_values=values)
+  text("engine", "jax", "jax or transformers", flag_values=values)
+  text("dtype", "float32", "of the weights", flag_values=values)
+  text("phase", "decode", "or prefill", flag_values=values)
+  numbers("batch", 1, "rows", flag_values=values)
+  numbers("context", 2048, "tokens of a row", flag_values=values)
+  numbers("repeats", 7, "pairs of calls a width", flag_values=values)
+  _define_ignore_fields(values)
+  _parse(command, argv, values, ["model", "out"])
+  _start_jax(None)
+  from adapt_pruner_jax.evaluation import profile as profile_
+
+  profile_.write(
+    values.model,
+    Path(values.out).expanduser(),
+    profile_.Case(values.phase, values.batch, values.context),
+    values.engine,
+    values.dtype,
+    values.repeats,
+    values.ignore_fields,
+  )
+  return 0
+
+
 def generate(command: str, argv: list[str]) -> int:
   """Continues a prompt."""
   values = flags.FlagValues()
@@ -220,7 +255,7 @@ def convert(command: str, argv: list[str]) -> int:
   text(
     "dtype",
     "",
-    "default as stored; gguf: f32, f16, bf16, q8_0",
+    "default as stored; gguf: f32, f16, bf16, q8_0, q4_0",
     flag_values=values,
   )
   _define_ignore_fields(values)
@@ -267,6 +302,7 @@ COMMANDS: dict[str, Callable[[str, list[str]], int]] = {
   "plan": plan,
   "compare": compare,
   "evaluate": evaluate,
+  "profile": profile,
   "generate": generate,
   "convert": convert,
   "report": report,

@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for configs/
 
 import real_model_report
 from absl import app, flags
-from real_model_bench import DENSE, SCRATCH, Bench, Cell
+from real_model_bench import DENSE, LARGE, SCRATCH, SMALL, Bench, Cell
 
 PARTS = ("prune", "tasks", "length", "recover", "report")
 HERE = Path(__file__).parent
@@ -54,7 +54,6 @@ flags.DEFINE_integer("questions", 200, "A task; 0 = all.", lower_bound=0)
 flags.DEFINE_bool("mmlu", False, "Ask these questions too; not averaged.")
 flags.DEFINE_bool("full", False, "Recover with 10M tokens and three seeds.")
 
-SMALL, LARGE = 8_192, 32_768  # calibration tokens a step
 PAPER, DEFAULT = "paper", "default"
 # In order of importance.
 RIVALS = (
@@ -67,7 +66,7 @@ RIVALS = (
   "minitron",
   "surgeon",
 )
-BEST = ((PAPER, LARGE), (DEFAULT, LARGE), (DEFAULT, SMALL))
+BEST = ((DEFAULT, SMALL), (PAPER, LARGE), (DEFAULT, LARGE))
 RATES = (3e-5, 1e-4, 3e-4)
 SCRATCH_RATES = (1e-3, 3e-3)
 

@@ -36,7 +36,8 @@ WINDOW = 1024  # tokens of an evaluation's window
 WINDOWS = 8  # of a text
 LONG_WINDOWS = 4  # of the model's context
 BUCKETS = 16  # of positions, each of as many
-SEQ_LEN, BATCH = 128, 32  # of calibration
+SMALL, LARGE = 8_192, 32_768  # calibration tokens a step
+SEQ_LEN, BATCH = 128, 32  # of the other methods' calibration
 ROWS, ROW_LEN = 2, 256  # of a train step
 CALIBRATION_END, TUNE_END, TEST_BEGIN = 4_000_000, 4_200_000, 4_250_000
 COMPILING = "/jax/core/compile/backend_compile_duration"
@@ -191,14 +192,14 @@ class Bench:
         cell.method, cell.ratio, Prune()
       )
     own = recipe.calibration
-    recipe.calibration = dataclasses.replace(
-      own,
-      source=f"text:{self.calibration_file}",
-      samples=cell.tokens // SEQ_LEN,
-      seq_len=SEQ_LEN,
-      batch=BATCH,
-      refit_samples=own.refit_samples * own.seq_len // SEQ_LEN,
-    )
+    own.source = f"text:{self.calibration_file}"
+    if cell.method == "default":
+      # Few steps of many tokens: as many in all as the paper's many of few.
+      own.samples = own.samples * cell.tokens // SMALL
+      own.refit_samples = own.refit_samples * cell.tokens // SMALL
+    else:
+      own.seq_len, own.batch = SEQ_LEN, BATCH
+      own.samples = own.refit_samples = cell.tokens // SEQ_LEN
     recipe.train = dataclasses.replace(
       recipe.train,
       tokens=cell.train_tokens,
@@ -238,7 +239,7 @@ class Bench:
         full,
         kept,
         lambda step, first=number: for_refit.batch(first + step),
-        BATCH,
+        recipe.calibration.batch,
         self.mesh,
         cell.seed,
       )
@@ -258,6 +259,7 @@ class Bench:
       "prune_seconds": round(clock.seconds, 1),
       "compile_seconds": round(clock.compiling, 1),
       "prune_steps": number,
+      "calibration_tokens": calibration_tokens(recipe, number, cell.stages),
       "settings": digest.of_json(dataclasses.asdict(recipe.prune))[:12],
     }
 
@@ -337,6 +339,14 @@ class Bench:
 
   def text_losses(self, pair: Pair, windows: np.ndarray) -> list[float]:
     return [float(token_losses(*pair, row_T).mean()) for row_T in windows]
+
+
+def calibration_tokens(recipe: Config, steps: int, stages: int) -> int:
+  """All that pruning and refits have read."""
+  of, settings = recipe.calibration, recipe.prune
+  refits = 0 if settings.refit == "none" else max(settings.refit_passes, 1)
+  windows = steps * of.samples + stages * refits * of.refit_samples
+  return windows * of.seq_len
 
 
 class CpuClock:

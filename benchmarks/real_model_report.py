@@ -93,12 +93,13 @@ def untrained(found: Results, ratio: float) -> str:
   for cell, result in of_ratio(found, ratio):
     row = [*head(cell), f"{result['params']:,}"]
     row += [rise(found, cell, text) for text in TEXTS]
-    row += [accuracy(found, cell), f"{result['prune_seconds']:.0f}"]
+    row += [accuracy(found, cell), f"{result['calibration_tokens']:,}"]
+    row.append(f"{result['prune_seconds']:.0f}")
     rows.append(row)
   if not rows:
     return ""
   header = ["method", "tokens a step", "seed", "parameters"]
-  header += [*TEXTS.values(), "accuracy", "CPU s"]
+  header += [*TEXTS.values(), "accuracy", "tokens in all", "CPU s"]
   return "\n\n".join(
     [
       f"#### {ratio:.0%} of all parameters removed, without training",
@@ -206,17 +207,18 @@ def summary(found: Results) -> str:
   order = sorted(best.values(), key=lambda c: mean_rise(found, c))
   rows = []
   for cell in order:
-    row = [NAMES.get(cell.method, cell.method), f"{cell.tokens:,}"]
+    read = found[cell]["calibration_tokens"]
+    row = [NAMES.get(cell.method, cell.method), f"{read:,}"]
     row += [rise(found, cell, text) for text in TEXTS]
     rows.append([*row, accuracy(found, cell)])
   dense = Cell("prune", DENSE)
   losses = found[dense]["texts"]
-  row = ["dense (nats a token)", "-"]
+  row = ["dense (nats a token)", ""]
   row += [f"{np.mean(losses[text]):.3f}" for text in TEXTS]
   rows.insert(0, [*row, accuracy(found, dense)])
   header = [
     f"SmolLM2-135M, {MAIN:.0%} removed: nats above dense",
-    "calibration tokens a step",
+    "calibration tokens",
     *TEXTS.values(),
     "six tasks",
   ]

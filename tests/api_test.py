@@ -43,6 +43,28 @@ def test_the_same_as_a_run(small_model, tmp_path):
   assert found == pytest.approx(summary["perplexity_after"], rel=1e-4)
 
 
+def test_a_smaller_vocabulary(small_model, tmp_path):
+  """Rows of the kept tokens, as the folder that a run would open has them."""
+  model = api.load(small_model)
+  cut = api.cut_vocabulary(model, tmp_path / "cut", ratio=0.04)
+  assert cut.config.vocab_size == int(300 * 0.96)
+  again = api.load(cut.source)
+  assert again.config == cut.config
+  jax.tree.map(np.testing.assert_array_equal, again.params, cut.params)
+  # A change of the weights in memory is not lost.
+  params = jax.tree.map(lambda x: x + 1, model.params)
+  other = api.cut_vocabulary(
+    model._replace(params=params), tmp_path / "cut", ratio=0.04
+  )
+  np.testing.assert_array_equal(
+    other.params["embedding"], cut.params["embedding"] + 1
+  )
+  api.save(cut, tmp_path / "out")
+  assert api.load(tmp_path / "out").config == cut.config
+  with pytest.raises(UserError, match="how much to cut"):
+    api.cut_vocabulary(model, tmp_path / "cut")
+
+
 def test_what_is_refused(small_model):
   model = api.load(small_model)
   with pytest.raises(UserError, match="no tokenizer"):

@@ -141,6 +141,14 @@ BAD_FIELDS = {
     ["prune.method=slicegpt", "prune.refit=final"],
     ["SliceGPT", "prune.refit=none"],
   ),
+  "refit by the loss, no passes": (
+    ["prune.refit=loss"],
+    ["prune.refit_passes", "such as 3"],
+  ),
+  "passes without a refit": (
+    ["prune.refit_passes=3"],
+    ["prune.refit=final", "loss for these passes alone"],
+  ),
   "layers": (["prune.mlp_layers=2:9"], ["2:9"]),
   "no layers": (
     ["prune.mlp_layers=0:0", "prune.attention_layers=1:1"],

@@ -37,37 +37,32 @@ CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 # What scripts may rely on; a field that is renamed breaks other people's.
 FIELDS = """
-  model.path model.dtype model.ignore_fields
-  vocab.keep_tokens vocab.ratio vocab.source
-  prune.method prune.target_params prune.ratio
-  prune.budget prune.budget_value prune.budget_context prune.budget_batch
-  prune.budget_export
-  prune.stages prune.step_size
-  prune.max_steps prune.amplitude prune.allotment prune.group_importance
-  prune.layer_importance
-  prune.attention_layers prune.mlp_layers prune.gqa_fold prune.trim
-  prune.round_ffn_to prune.round_kv_to prune.attention prune.refit
-  prune.refit_ridge
-  prune.refit_all prune.refit_passes prune.refit_rate
-  prune.ranking.step_size prune.ranking.cap prune.uniform.steps
+  model.path model.dtype model.ignore_fields vocab.keep_tokens vocab.ratio
+  vocab.source prune.method prune.target_params prune.ratio prune.budget
+  prune.budget_value prune.limits prune.budget_context prune.budget_batch
+  prune.budget_export prune.budget_phase prune.budget_table prune.budget_device
+  prune.stages prune.step_size prune.max_steps prune.amplitude prune.allotment
+  prune.group_importance prune.layer_importance prune.attention_layers
+  prune.mlp_layers prune.gqa_fold prune.trim prune.round_ffn_to
+  prune.round_kv_to prune.whole_halves prune.attention prune.precision
+  prune.refit prune.refit_ridge prune.refit_all prune.refit_passes
+  prune.refit_rate prune.ranking.step_size prune.ranking.cap prune.uniform.steps
   prune.search.steps prune.search.evaluations prune.search.tokens
-  prune.llm_pruner.ranking prune.flap.metric prune.flap.structure
-  prune.slicegpt.multiple prune.slicegpt.subtract_mean prune.minitron.depth
-  prune.magnitude.norm
+  prune.search.source prune.llm_pruner.ranking prune.flap.metric
+  prune.flap.structure prune.slicegpt.multiple prune.slicegpt.subtract_mean
+  prune.minitron.depth prune.surgeon.shots prune.surgeon.damp_a
+  prune.surgeon.damp_g prune.surgeon.matrices prune.magnitude.norm
   calibration.source calibration.samples calibration.seq_len calibration.batch
-  calibration.refit_samples
-  data.source data.seq_len data.batch data.bos
-  train.tokens train.learning_rate train.min_learning_rate train.schedule
-  train.data_share train.weight_decay train.dtype train.attention
-  train.remat train.scan_layers
-  train.accumulation train.carry_moments train.distill_alpha train.lora_rank
-  train.lora_alpha train.skip_nonfinite
-  mesh.data mesh.fsdp mesh.tensor
-  eval.text eval.answers eval.tasks eval.tasks_dir eval.trust_tasks_dir
-  eval.latency eval.seq_len eval.batch
-  checkpoint.steps checkpoint.keep
-  log.tensorboard log.trackers
-  oneshot_control seed
+  calibration.pass_tokens calibration.refit_samples calibration.tuning
+  calibration.tokens_per_channel data.source data.seq_len data.batch data.bos
+  train.tokens train.hours train.learning_rate train.min_learning_rate
+  train.schedule train.data_share train.weight_decay train.dtype train.attention
+  train.remat train.scan_layers train.accumulation train.carry_moments
+  train.distill_alpha train.lora_rank train.lora_alpha train.skip_nonfinite
+  mesh.data mesh.fsdp mesh.tensor eval.text eval.answers eval.tasks
+  eval.tasks_dir eval.trust_tasks_dir eval.latency eval.seq_len eval.batch
+  checkpoint.steps checkpoint.keep log.tensorboard log.trackers oneshot_control
+  seed
 """.split()  # noqa: SIM905
 
 SLIMPAJAMA = "hf:DKYoon/SlimPajama-6B"
@@ -101,7 +96,18 @@ RECIPES = {
     "oneshot_control": True,
   },
   "paper": {},
-  "oneshot": RECOMMENDED,
+  "oneshot": {
+    "prune.method": "fisher",
+    "prune.ranking.step_size": 0.2,
+    "prune.ranking.cap": 0.8,
+    "prune.refit": "final",
+    "prune.refit_all": True,
+    "prune.refit_passes": 3,
+    "calibration.samples": 64,
+    "calibration.refit_samples": 64,
+    "calibration.seq_len": 512,
+    "calibration.batch": 4,
+  },
   "accel": RECOMMENDED | {"prune.stages": 10, "train.remat": True},
   "mobilellm_350m_to_125m": STAGED
   | {

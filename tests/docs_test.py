@@ -52,6 +52,7 @@ SMALL = {
   "adapt-pruner plan": CALIBRATION,
   "adapt-pruner compare": CALIBRATION + " --ratios=0.3",
   "--methods=all": "--methods=magnitude",
+  "--recover_tokens": "--recover_tokens=256 " + TRAINING,
   "adapt-pruner generate": "--max_new_tokens=4",
   "compare-tiny": "--config.model.path=DIR",
   "run --workdir=runs/tiny": "--config.model.path=DIR " + TRAINING,

@@ -1,17 +1,18 @@
 """The words of a recipe.
 
+choices       what fields of words may say
 fields        every section and field with its default, and their old names
+names         the fields by their dotted names
 checks        which values a recipe may have
 stored        recipes in work directories, compared with the one that is given
 recipe_flags  the recipe on a command line
+latency_table what halves of layers take on a device, as a file
 """
 
 from adapt_pruner_jax.config.checks import check, layer_range, vocab_size
+from adapt_pruner_jax.config.choices import CHOICES, PUBLISHED, WHOLE
 from adapt_pruner_jax.config.fields import (
-  CHOICES,
   OLD_FIELDS,
-  PUBLISHED,
-  WHOLE,
   Calibration,
   Checkpoint,
   Config,
@@ -28,13 +29,12 @@ from adapt_pruner_jax.config.fields import (
   Ranking,
   Search,
   SliceGpt,
+  Surgeon,
   Train,
   Uniform,
   Vocab,
-  field_names,
-  get,
-  task_names,
 )
+from adapt_pruner_jax.config.names import field_names, get, task_names
 from adapt_pruner_jax.config.stored import difference, from_json
 
 __all__ = [
@@ -58,6 +58,7 @@ __all__ = [
   "Ranking",
   "Search",
   "SliceGpt",
+  "Surgeon",
   "Train",
   "Uniform",
   "Vocab",

@@ -3,15 +3,13 @@
 import math
 import re
 
+from adapt_pruner_jax.config.choices import BLOCKS, CHOICES, WHOLE
 from adapt_pruner_jax.config.fields import (
-  CHOICES,
-  WHOLE,
   Config,
   Prune,
   Vocab,
-  get,
-  task_names,
 )
+from adapt_pruner_jax.config.names import get, task_names
 from adapt_pruner_jax.errors import UserError, nearest
 
 # The least that a field may be.
@@ -32,16 +30,22 @@ AT_LEAST = {
   "prune.search.tokens": 2,
   "prune.slicegpt.multiple": 1,
   "prune.minitron.depth": 0,
+  "prune.surgeon.shots": 1,
+  "prune.surgeon.damp_a": 1e-6,
+  "prune.surgeon.damp_g": 1e-6,
   "prune.refit_ridge": 0,
   "prune.refit_passes": 0,
   "prune.refit_rate": 0,
   "calibration.refit_samples": 2,
+  "calibration.tokens_per_channel": 0,
   "calibration.samples": 1,
   "calibration.seq_len": 2,
   "calibration.batch": 1,
+  "calibration.pass_tokens": 0,
   "data.seq_len": 2,
   "data.batch": 1,
   "train.tokens": 0,
+  "train.hours": 0,
   "train.learning_rate": 0,
   "train.min_learning_rate": 0,
   "train.weight_decay": 0,
@@ -99,6 +103,12 @@ def check(config: Config) -> None:
     if not 0 < get(config, name) <= 1:
       raise UserError(f"{name}={get(config, name)} must be in (0, 1]")
   _check_parts(config.prune)
+  source = config.calibration.tuning or config.calibration.source
+  if config.prune.budget == "quality" and source.startswith("npy:"):
+    raise UserError(
+      f"--config.prune.budget=quality is measured on text, not on {source}: "
+      "give --config.calibration.tuning=text:FILE"
+    )
   _check_search(config)
 
 
@@ -144,14 +154,7 @@ def _check_target(p: Prune, vocab: bool) -> None:
       f"{' and '.join(given)} are "
       f"{'both' if len(given) == 2 else 'all'} given: give one of them"
     )
-  if p.budget != "params" and (
-    p.target_params or p.pair()[0] not in BUDGETED or p.method in WHOLE
-  ):
-    raise UserError(
-      f"--config.prune.budget={p.budget} goes with prune.ratio or "
-      "prune.budget_value, and with the allotments "
-      f"{', '.join(BUDGETED)}: give --config.prune.method=adapt or curvature"
-    )
+  _check_budget(p)
   if vocab and not (p.has_target() or p.max_steps):
     return  # the vocabulary alone
   if not (p.has_target() or p.max_steps):
@@ -173,19 +176,93 @@ def _check_target(p: Prune, vocab: bool) -> None:
     )
 
 
+def _check_budget(p: Prune) -> None:
+  """Whether budgets, method and allotment go together."""
+  if p.whole_halves and (p.pair()[0] != "ranking" or p.method in WHOLE):
+    raise UserError(
+      "--config.prune.whole_halves=True goes with the allotment ranking, in "
+      "which halves compete with their units: give "
+      "--config.prune.method=curvature, or --config.prune.allotment=ranking"
+    )
+  if p.limits:
+    _check_limits(p)
+  if p.budget == "quality" and (
+    p.limits
+    or not p.budget_value
+    or p.stages > 1
+    or p.pair()[0] not in STEPPING
+    or p.method in WHOLE
+  ):
+    raise UserError(
+      "--config.prune.budget=quality goes with prune.budget_value (nats above "
+      "the original), one stage, no further limits, and the allotments "
+      f"{', '.join(STEPPING)}: give --config.prune.method=adapt or curvature"
+    )
+  if p.budget == "params" and not p.limits:
+    return
+  if p.pair()[0] not in BUDGETED or p.method in WHOLE:
+    name = "budget" if p.budget != "params" else "limits"
+    raise UserError(
+      f"--config.prune.{name}={getattr(p, name)} goes with the allotments "
+      f"{', '.join(BUDGETED)}: give --config.prune.method=adapt or curvature"
+    )
+  if p.budget != "params" and p.target_params:
+    raise UserError(
+      f"--config.prune.budget={p.budget} goes with prune.ratio or "
+      "prune.budget_value, not with prune.target_params"
+    )
+  if p.whole_halves and p.counts("bytes") and p.budget_export in BLOCKS:
+    raise UserError(
+      "a gguf has no layers without attention or MLP: with "
+      f"--config.prune.budget_export={p.budget_export} leave out "
+      "--config.prune.whole_halves"
+    )
+
+
+def _check_limits(p: Prune) -> None:
+  """Whether `prune.limits` says what it should."""
+  allowed = [name for name in CHOICES["prune.budget"] if name != "quality"]
+  seen = [p.budget]
+  for part in p.limits.split(","):
+    name, equals, text = (x.strip() for x in part.partition("="))
+    try:
+      good = bool(equals) and float(text) > 0 and math.isfinite(float(text))
+    except ValueError:
+      good = False
+    if not good or name not in allowed or name in seen:
+      raise UserError(
+        f"--config.prune.limits={p.limits}: {part!r} is none; give further "
+        f"budgets than {p.budget}, each once with its value, such as "
+        f"kv_bytes=2e6,latency=12; there are {', '.join(allowed)}"
+        + nearest(name, allowed)
+      )
+    seen.append(name)
+  if not p.has_target():
+    raise UserError(
+      f"--config.prune.limits={p.limits} goes beside a target: give "
+      "--config.prune.ratio or .budget_value too, or the limit as "
+      "--config.prune.budget"
+    )
+
+
 def _check_parts(p: Prune) -> None:
   """Whether method, allotment, score and refit go together."""
   if not isinstance(p.refit, str):
     raise UserError(f'prune.refit={p.refit!r} must be text: "{p.refit}"')
-  if not re.fullmatch(r"none|final|[1-9]\d*", p.refit):
+  if not re.fullmatch(r"none|final|loss|[1-9]\d*", p.refit):
     raise UserError(
-      f"--config.prune.refit={p.refit} is not none, final, or a number of "
-      "pruning steps (such as 2) after which to refit"
+      f"--config.prune.refit={p.refit} is not none, final, loss, or a number "
+      "of pruning steps (such as 2) after which to refit"
     )
   if p.refit_passes and p.refit == "none":
     raise UserError(
       f"--config.prune.refit_passes={p.refit_passes} follows a refit: give "
-      "--config.prune.refit=final with it"
+      "--config.prune.refit=final with it, or loss for these passes alone"
+    )
+  if p.refit == "loss" and not p.refit_passes:
+    raise UserError(
+      "--config.prune.refit=loss makes --config.prune.refit_passes, which are "
+      "0: give a number with it, such as 3"
     )
   for name in ("allotment", "group_importance"):
     if getattr(p, name) and p.method in WHOLE:
@@ -197,12 +274,25 @@ def _check_parts(p: Prune) -> None:
 
 
 def _check_search(config: Config) -> None:
-  """Whether a step has the tokens that candidates are tried on."""
+  """Whether a search has the tokens that candidates are tried on."""
+  source = config.prune.search.source
+  if source.startswith(("npy:", "self")):
+    raise UserError(
+      f"--config.prune.search.source={source} must be a text: embedded, "
+      "text:FILE, jsonl:FILE, parquet:FILE, hf:NAME or tfds:NAME"
+    )
+  if source and config.prune.pair()[0] != "search":
+    raise UserError(
+      f"--config.prune.search.source={source} is for a search: give "
+      "--config.prune.allotment=search with it, or leave it out"
+    )
   given = config.calibration.samples * config.calibration.seq_len
   tokens = config.prune.search.tokens
   searches = config.prune.pair()[0] == "search"
   # A file of given samples says itself how many there are.
-  if searches and tokens > given and "npy:" not in config.calibration.source:
+  if source or "npy:" in config.calibration.source:
+    return
+  if searches and tokens > given:
     raise UserError(
       f"--config.prune.search.tokens={tokens} is more than the {given} "
       "calibration tokens of a step: lower it, or give more "

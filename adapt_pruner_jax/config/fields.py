@@ -8,60 +8,9 @@ import dataclasses
 import math
 from typing import Any
 
+from adapt_pruner_jax.config import latency_table
+from adapt_pruner_jax.config.choices import BLOCKS, PUBLISHED
 from adapt_pruner_jax.errors import UserError, nearest
-
-# The published pairs: which allotment and which unit score a method is. Names
-# that are not choices of prune.allotment and prune.group_importance are the
-# method's own.
-PUBLISHED = {
-  "adapt": ("adapt", "taylor"),
-  "curvature": ("ranking", "curvature"),
-  "llm_pruner": ("llm_pruner", "taylor"),
-  "flap": ("flap", "flap"),
-  "wanda_sp": ("wanda_sp", "wanda_sp"),
-  "slicegpt": ("slicegpt", "slicegpt"),
-  "shortgpt": ("shortgpt", "shortgpt"),
-  "minitron": ("minitron", "minitron"),
-  "magnitude": ("uniform", "magnitude"),
-  "random": ("uniform", "random"),
-}
-
-# Methods whose score and allotment are one thing.
-WHOLE = ("wanda_sp", "slicegpt", "shortgpt", "minitron")
-
-CHOICES = {
-  "model.dtype": ("", "float32", "bfloat16", "float16"),
-  "prune.method": tuple(PUBLISHED),
-  "prune.group_importance": (
-    "taylor",
-    "taylor_vectorize",
-    "taylor_second",
-    "taylor_mix",
-    "l1",
-    "l2",
-    "random",
-    "curvature",
-    "fisher",
-    "fluctuation",
-    "",
-  ),
-  "prune.allotment": ("adapt", "uniform", "ranking", "search", ""),
-  "prune.budget": ("params", "flops", "bytes", "kv_bytes"),
-  "prune.budget_export": ("f32", "f16", "bf16", "q8_0"),
-  "prune.layer_importance": ("cosine", "euclidean", "manhattan"),
-  "prune.gqa_fold": ("aligned", "reference"),
-  "prune.llm_pruner.ranking": ("layer", "global"),
-  "data.bos": ("auto", "none"),
-  "prune.flap.metric": ("WIFV", "WIFN", "IFV"),
-  "prune.flap.structure": ("ALAM", "ALMM", "ULUM", "ULMM"),
-  "prune.magnitude.norm": ("l1", "l2"),
-  "prune.attention": ("auto", "plain", "blocks", "splash", "cudnn"),
-  "train.attention": ("auto", "plain", "blocks", "splash", "cudnn"),
-  "train.scan_layers": ("auto", "on", "off"),
-  "train.schedule": ("wsd", "cosine"),
-  "train.dtype": ("float32", "bfloat16"),
-  "train.data_share": ("linear", "constant", "cosine"),
-}
 
 
 class Section:
@@ -134,7 +83,10 @@ class Search(Section):
 
   steps: int = 1  # scores are taken anew for each
   evaluations: int = 100  # candidates a step
-  tokens: int = 2048  # of the step's calibration that each is tried on
+  tokens: int = 2048  # that each is tried on
+  # The text that they are of, as calibration.source but npy; empty = the step's
+  # calibration. Choices are made by it: it must not be one that is reported.
+  source: str = ""
 
 
 @dataclasses.dataclass
@@ -160,6 +112,18 @@ class Minitron(Section):
 
 
 @dataclasses.dataclass
+class Surgeon(Section):
+  shots: int = 5  # published: 40; factors are measured anew for each
+  # Added to the diagonals of the factors of inputs and of gradients, in units
+  # of their means.
+  damp_a: float = 0.01
+  damp_g: float = 0.01
+  # That pay and are updated: writers = o and down, through which a unit speaks;
+  # all = also those that read the stream, for which it then pays twice.
+  matrices: str = "writers"
+
+
+@dataclasses.dataclass
 class Magnitude(Section):
   norm: str = "l2"
 
@@ -171,13 +135,18 @@ class Prune(Section):
   # 0 = not given; exactly one of them, or neither and max_steps.
   target_params: int = 0
   ratio: float = 0.0
-  # What the ratio is a share of: params | flops | bytes | kv_bytes, and a value
-  # to end at in its unit, in place of a ratio (docs/recipes.md).
+  # What the ratio is a share of, and a value to end at in its unit, in place of
+  # a ratio: params | flops | bytes | kv_bytes | latency | quality, in nats
+  # above the original (docs/budgets.md).
   budget: str = "params"
   budget_value: float = 0.0
-  budget_context: int = 2048  # tokens, of flops and kv_bytes
-  budget_batch: int = 1  # sequences, of kv_bytes
-  budget_export: str = "bf16"  # of bytes: f32 | f16 | bf16 | q8_0
+  limits: str = ""  # further ones, such as "kv_bytes=2e6,latency=12"
+  budget_context: int = 2048  # tokens, of flops, kv_bytes and latency
+  budget_batch: int = 1  # sequences, of kv_bytes and latency
+  budget_export: str = "bf16"  # of bytes: f32 | bf16 | q8_0 | q4_k_m ...
+  budget_phase: str = "decode"  # of latency, or "prefill"
+  budget_table: str = ""  # of latency; empty = measured here, before pruning
+  budget_device: str = ""  # that the table is of; empty = this one
   stages: int = 1
   step_size: float = 0.02  # growth of the mean sparsity a step
   max_steps: int = 0  # steps a stage; 0 = as many as the target needs
@@ -194,13 +163,18 @@ class Prune(Section):
   round_ffn_to: int = 1  # MLP widths become multiples of this
   # So do the numbers of KV groups, as a tensor-parallel server needs.
   round_kv_to: int = 1
+  # An allotment by ranking may take all of a layer's attention or MLP.
+  whole_halves: bool = False
   attention: str = "auto"  # which implementation scores; docs/speed.md
+  # Of products of float32 numbers where units are scored and refitted; a TPU
+  # or GPU may be faster in less (docs/method.md).
+  precision: str = "float32"
   # Least squares on what is left: none, final, or every so many steps and at
-  # the end.
+  # the end; loss = only the passes below.
   refit: str = "none"
   refit_ridge: float = 0.0  # 0 = by the number of tokens
   refit_all: bool = False  # all seven matrices, not just o and down
-  # Then passes over the same windows that lower the loss, by all weights.
+  # Then passes, each over fresh windows, that lower the loss by all weights.
   refit_passes: int = 0
   refit_rate: float = 3e-4  # the highest learning rate of these
   # Of single allotments and methods; the defaults are the published ones.
@@ -211,17 +185,35 @@ class Prune(Section):
   flap: Flap = dataclasses.field(default_factory=Flap)
   slicegpt: SliceGpt = dataclasses.field(default_factory=SliceGpt)
   minitron: Minitron = dataclasses.field(default_factory=Minitron)
+  surgeon: Surgeon = dataclasses.field(default_factory=Surgeon)
   magnitude: Magnitude = dataclasses.field(default_factory=Magnitude)
 
   def rounding(self) -> dict[str, int]:
     """What widths become multiples of, by unit: KV groups, MLP channels."""
-    blocks = self.budget == "bytes" and self.budget_export == "q8_0"
-    ffn = math.lcm(self.round_ffn_to, 32) if blocks else self.round_ffn_to
-    return {"K": self.round_kv_to, "F": ffn}
+    K, F = self.round_kv_to, self.round_ffn_to
+    if self.counts("bytes"):
+      F = math.lcm(F, BLOCKS.get(self.budget_export, 1))
+    if self.counts("latency"):
+      steps = latency_table.read(self.budget_table)["multiples"]
+      K, F = math.lcm(K, steps["kv_groups"]), math.lcm(F, steps["ffn"])
+    return {"K": K, "F": F}
+
+  def other_limits(self) -> list[tuple[str, float]]:
+    """The budgets in `limits` with their values."""
+    parts = [part.partition("=") for part in self.limits.split(",") if part]
+    return [(name.strip(), float(value)) for name, _, value in parts]
+
+  def counts(self, budget: str) -> bool:
+    """Whether something is limited in this unit."""
+    return budget in (self.budget, *(name for name, _ in self.other_limits()))
 
   def has_target(self) -> bool:
     """Whether it is said where to end."""
     return bool(self.ratio or self.target_params or self.budget_value)
+
+  def solves(self) -> bool:
+    """Whether a refit has least squares in it."""
+    return self.refit not in ("none", "loss")
 
   def pair(self) -> tuple[str, str]:
     """The allotment and the unit score that these settings ask for."""
@@ -255,7 +247,16 @@ class Calibration(Section):
   samples: int = 512  # sequences, fresh ones for each step
   seq_len: int = 64
   batch: int = 32  # sequences at a time
+  # Tokens that one program scores, at least a batch; its memory grows with
+  # them. 0 = as many as fill half a GB a device (docs/speed.md).
+  pass_tokens: int = 0
   refit_samples: int = 512  # sequences of a refit
+  # The text that a quality to keep is measured on; empty = other windows of the
+  # source.
+  tuning: str = ""
+  # The least tokens for each input channel of the widest matrix that a
+  # curvature's score, or a refit, may have; 0 = any, but few are told.
+  tokens_per_channel: float = 0.0
 
 
 @dataclasses.dataclass
@@ -276,6 +277,7 @@ class Data(Section):
 @dataclasses.dataclass
 class Train(Section):
   tokens: int = 0  # recovery training over all stages; 0 = none
+  hours: float = 0.0  # or the time that all of a run takes: it chooses tokens
   learning_rate: float = 2e-5
   min_learning_rate: float = 2e-6
   schedule: str = "wsd"
@@ -345,24 +347,6 @@ class Config(Section):
   seed: int = 0
 
 
-def task_names(recipe: Eval) -> list[str]:
-  """The names in `eval.tasks`."""
-  return [name.strip() for name in recipe.tasks.split(",") if name.strip()]
-
-
-def field_names(config: Config) -> list[str]:
-  """Dotted names of all fields, e.g. 'prune.ratio'."""
-  return [".".join(path) for path, _ in leaves(dataclasses.asdict(config))]
-
-
-def get(config: Config, name: str) -> Any:
-  """Value of a dotted field."""
-  value = config
-  for part in filter(None, name.split(".")):
-    value = getattr(value, part)
-  return value
-
-
 # Fields that once had another name. A stored recipe is read with the old names
 # too; a command line and a recipe file are told the new one.
 OLD_FIELDS = {
@@ -376,14 +360,3 @@ OLD_FIELDS = {
   "prune.curvature_step": "prune.ranking.step_size",
   "prune.cap": "prune.ranking.cap",
 }
-
-
-def leaves(tree: dict, path: tuple = ()) -> list[tuple[tuple, Any]]:
-  """Lists the values in nested dicts, each with the keys that lead to it."""
-  found = []
-  for key, value in tree.items():
-    if isinstance(value, dict):
-      found += leaves(value, (*path, key))
-    else:
-      found.append(((*path, key), value))
-  return found

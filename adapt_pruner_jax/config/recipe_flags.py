@@ -4,7 +4,8 @@ from pathlib import Path
 
 from absl import flags
 
-from adapt_pruner_jax.config.fields import OLD_FIELDS, Config, field_names
+from adapt_pruner_jax.config.fields import OLD_FIELDS, Config
+from adapt_pruner_jax.config.names import field_names
 from adapt_pruner_jax.errors import UserError, nearest
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -3,13 +3,8 @@
 import dataclasses
 from typing import Any
 
-from adapt_pruner_jax.config.fields import (
-  OLD_FIELDS,
-  Config,
-  field_names,
-  get,
-  leaves,
-)
+from adapt_pruner_jax.config.fields import OLD_FIELDS, Config
+from adapt_pruner_jax.config.names import field_names, get, leaves
 from adapt_pruner_jax.errors import UserError
 
 # What the first version wrote for a field that was left at its default, where

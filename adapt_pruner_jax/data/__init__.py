@@ -14,5 +14,6 @@ for those who bring the data.
   vocabulary     which tokens stay, and the tokenizer of them alone
   token_store    a source as one stream of tokens, kept on disk
   packing        streams as rows of one length, in a random order
+  overlap        texts that are in one another
   calibration    windows of streams, or what a file gives
 """

@@ -78,7 +78,7 @@ class GivenData:
         f"npy:{self.path} has samples for {len(self.samples)} pruning steps, "
         f"and step {step + 1} is asked for; give more, lower "
         "--config.prune.max_steps or take larger steps; a refit at the end "
-        "takes one more"
+        "takes one more, and so does each of its passes behind the first"
       )
     return np.asarray(self.samples[step], np.int32)
 
@@ -155,6 +155,34 @@ def pruning_data(
     return steps, steps
   more = dataclasses.replace(config, samples=config.refit_samples)
   return steps, opened(more, seed + 1)
+
+
+def search_texts(
+  source: str,
+  tokens: int,
+  config: Calibration,
+  tokenizer: Tokenizer,
+  vocab_size: int,
+  seed: int,
+  cache_dir: str | os.PathLike | None = None,
+  say: Callable[[str], None] | None = None,
+) -> WindowData:
+  """Opens the text that a search tries its candidates on.
+
+  Args:
+    source: as `prune.search.source`.
+    tokens: of a step, in windows of `config.seq_len`.
+    config, tokenizer, vocab_size, seed: of the calibration.
+    cache_dir, say: see `tokenise`.
+
+  Raises:
+    UserError: the source is unreadable or too short, or has unknown ids.
+  """
+  rows = -(-tokens // config.seq_len)
+  other = dataclasses.replace(config, source=source, samples=rows)
+  return calibration_data(
+    other, tokenizer, vocab_size, seed + 2, cache_dir, say
+  )
 
 
 def _given(path: str, vocab_size: int) -> GivenData:

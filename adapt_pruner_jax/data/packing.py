@@ -99,6 +99,7 @@ class TrainData:
   num_tokens: int  # of one epoch, over all sources
   fingerprint: str  # of all tokens; a run only continues on the same ones
   sources: tuple[tuple[float, int], ...]  # of each: share of the rows, tokens
+  streams: tuple[Stream, ...]
 
   def epochs(self, tokens: int) -> float:
     """How often the source that repeats most is read in `tokens` tokens."""
@@ -177,6 +178,7 @@ def train_data(
       (source.weight / weights, len(stream.tokens))
       for source, stream in zip(sources, streams, strict=True)
     ),
+    streams=tuple(streams),
   )
 
 

@@ -3,6 +3,7 @@
 sharding         the mesh, and how each parameter is cut over it
 embedding        the embedding, looked up where it lies
 placement        rows, replicas and minibatches on the mesh
+each_device      what each device does alone with its rows
 virtual_devices  threads enough for several CPU devices
 agreement        one process decides or writes, all come to the same end
 joining          the flags of one process among several

@@ -48,14 +48,44 @@ def minibatches(
   The last minibatch may be short, as the authors' is. Rows that only fill a
   minibatch, or the devices, are repeated samples marked False.
   """
+  return replicate(_filled(tokens_NT, batch, mesh), mesh)
+
+
+def passes(
+  tokens_NT: np.ndarray, batch: int, mesh: Mesh, most: int
+) -> list[tuple[np.ndarray, np.ndarray]]:
+  """`minibatches` on the host, in equal parts of so many of them at most.
+
+  Those that only fill the last part have no real row.
+  """
+  tokens_MBT, valid_MB = _filled(tokens_NT, batch, mesh)
+  number = -(-len(tokens_MBT) // most)
+  M = -(-len(tokens_MBT) // number)
+  more = number * M - len(tokens_MBT)
+  last_MBT = np.repeat(tokens_MBT[-1:], more, axis=0)
+  tokens_MBT = np.concatenate([tokens_MBT, last_MBT])
+  valid_MB = np.pad(valid_MB, ((0, more), (0, 0)))
+  return [
+    (tokens_MBT[i : i + M], valid_MB[i : i + M])
+    for i in range(0, number * M, M)
+  ]
+
+
+def padded_rows(batch: int, mesh: Mesh) -> int:
+  """Rows of a minibatch, a multiple of what the mesh cuts it into."""
+  shards = batch_shards(mesh)
+  return -(-batch // shards) * shards
+
+
+def _filled(
+  tokens_NT: np.ndarray, batch: int, mesh: Mesh
+) -> tuple[np.ndarray, np.ndarray]:
   N, T = tokens_NT.shape
   batch = min(batch, N)
   M = -(-N // batch)
-  shards = batch_shards(mesh)
-  rows = -(-batch // shards) * shards
-  index = np.full((M, rows), -1)
+  index = np.full((M, padded_rows(batch, mesh)), -1)
   index[:, :batch] = np.arange(M * batch).reshape(M, batch)
   index[index >= N] = -1
   valid_MB = index >= 0
   tokens_MBT = np.asarray(tokens_NT, np.int32)[np.where(valid_MB, index, 0)]
-  return replicate(tokens_MBT, mesh), replicate(valid_MB, mesh)
+  return tokens_MBT, valid_MB

@@ -15,6 +15,7 @@ generate        new tokens, with a cache of keys and values
 answers         the dense model's own answers to prompts, written and kept
 answer_agreement  how alike another model answers
 latency         how long tokens take
+profile         a table of it by widths, for a budget
 phases          who is told how far an evaluation is
 finite          what to do where a result is no number
 

@@ -7,11 +7,12 @@ does not count.
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from adapt_pruner_jax.distributed import placement, sharding
 from adapt_pruner_jax.errors import UserError
@@ -111,6 +112,63 @@ def _times(
     prefills.append(seconds)
     decodes.append(_time(lambda: decode(*ready))[0])  # noqa: B023
   return prefills, decodes
+
+
+def new_tokens(context: int) -> int:
+  """How many tokens a timed decode draws in front of a context's end."""
+  return min(16, context // 2)
+
+
+def timer(
+  config: ModelConfig, params: Params, phase: str, batch: int, context: int
+) -> Callable[[], float]:
+  """Times one call of a model on one device, in milliseconds.
+
+  Args:
+    phase: decode, one token of all rows that ends a context; or prefill, of
+      all prompts.
+    batch, context: rows, and the tokens of each.
+  """
+  mesh = sharding.one_device()
+  params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
+  starts = np.zeros(batch, np.int32)
+  if phase == "prefill":
+    tokens_BT = np.zeros((batch, context), np.int32)
+    return lambda: milliseconds(
+      lambda: generate.prefill(config, mesh, context, params, tokens_BT, starts)
+    )
+  new = new_tokens(context)
+  how = generate.Decoding(config, mesh, generate.Sampling(), (), new)
+  at = generate.Place(np.int32(context - new), np.int32(0), starts)
+  # Zeros in place of a prompt's keys and values: no prefill is needed.
+  prefill = partial(generate.prefill, config, mesh, context)
+  one = np.zeros((batch, 1), np.int32)
+  shapes = jax.eval_shape(prefill, params, one, starts)
+
+  def run() -> float:
+    made = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    logits, caches = jax.block_until_ready(made)
+    done = np.zeros(batch, bool)
+    call = lambda: generate.decode(
+      how, params, caches, logits, at, done, np.uint32(0)
+    )
+    return milliseconds(call) / new
+
+  return run
+
+
+def milliseconds(
+  call: Callable, wait: Callable[[], None] = lambda: None
+) -> float:
+  """Wall-clock time of a call.
+
+  Args:
+    wait: for a device that works behind the call; JAX's is waited for.
+  """
+  begun = time.perf_counter()
+  jax.block_until_ready(call())
+  wait()
+  return 1e3 * (time.perf_counter() - begun)
 
 
 def compare(before: dict, after: dict) -> dict:

@@ -33,8 +33,8 @@ def convert(
     format: one of `FORMATS`.
     overwrite: replace the model that is at `out`.
     ignore_fields: fields of config.json to ignore, separated by commas.
-    dtype: of the weights, "" = as they are stored; for gguf f32, f16, bf16 or
-      q8_0.
+    dtype: of the weights, "" = as they are stored; for gguf f32, f16, bf16,
+      q8_0 or q4_0.
 
   Raises:
     UserError: unknown format or dtype, `out` exists, or the format cannot

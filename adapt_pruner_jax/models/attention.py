@@ -87,7 +87,7 @@ def attend(
   """
   heads = q_BTKGH, k_BSKH, v_BSKH
   name, _ = chosen(q_BTKGH, inputs, window, softcap)
-  mesh, segments_BT = inputs.kernel.mesh, inputs.segments
+  mesh, segments_BT = inputs.kernel.cutting, inputs.segments
   if name == "splash":
     return kernels.splash_attention(
       mesh, *heads, segments_BT, window, scale, softcap

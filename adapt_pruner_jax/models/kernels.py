@@ -35,10 +35,17 @@ class Kernel:
   Attributes:
     name: auto | plain | blocks | splash | cudnn.
     mesh: None = not told; the kernels then are left alone.
+    alone: within `shard_map`: each device has its rows and no others.
   """
 
   name: str = "auto"
   mesh: Mesh | None = None
+  alone: bool = False
+
+  @property
+  def cutting(self) -> Mesh | None:
+    """The mesh that a kernel has to cut rows over; None = they are cut."""
+    return None if self.alone else self.mesh
 
 
 AUTO = Kernel()
@@ -147,7 +154,8 @@ def case_of(
   B, T, _, _, H = q_BTKGH.shape
   window = window if isinstance(window, int) else None
   shape = B, T, H, q_BTKGH.dtype.name
-  return _on_devices(kernel.mesh, *shape, window, softcap, packed, prefix)
+  case = _on_devices(kernel.mesh, *shape, window, softcap, packed, prefix)
+  return case._replace(shards=1) if kernel.alone else case
 
 
 def case_of_run(
@@ -171,7 +179,7 @@ def _on_devices(mesh: Mesh | None, *of_queries) -> Case:
 
 
 def splash_attention(
-  mesh: Mesh,
+  mesh: Mesh | None,
   q_BTKGH: jax.Array,
   k_BSKH: jax.Array,
   v_BSKH: jax.Array,
@@ -187,7 +195,8 @@ def splash_attention(
   nobody looks.
 
   Args:
-    mesh: its rows are cut over `BATCH`, KV groups over `tensor`.
+    mesh: its rows are cut over `BATCH`, KV groups over `tensor`; None = this is
+      one device's part.
     q_BTKGH, k_BSKH, v_BSKH, window, scale, softcap: as `attention.attend`'s.
     segments_BT: the documents of packed rows; None = one a row.
     interpret: run the kernel on a CPU.
@@ -253,7 +262,7 @@ def _splash(heads, length, block, window, softcap, interpret):
 
 
 def cudnn_attention(
-  mesh: Mesh,
+  mesh: Mesh | None,
   q_BTKGH: jax.Array,
   k_BSKH: jax.Array,
   v_BSKH: jax.Array,
@@ -280,11 +289,13 @@ def cudnn_attention(
 
 def _on_each_device(
   local: Callable[..., jax.Array],
-  mesh: Mesh,
+  mesh: Mesh | None,
   q_BTKGH: jax.Array,
   *arrays: jax.Array,
 ) -> jax.Array:
   """`local` of each device's rows and, where they divide, KV groups."""
+  if mesh is None:
+    return local(q_BTKGH, *arrays)
   groups = q_BTKGH.shape[2]
   tensor = "tensor" if groups % mesh.shape["tensor"] == 0 else None
   heads = PartitionSpec(BATCH, None, tensor)

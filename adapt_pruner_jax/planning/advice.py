@@ -84,9 +84,10 @@ def advice(
     tips.append(f"--config.train.accumulation={2 * config.train.accumulation}")
     tips.append(f"--config.data.seq_len={config.data.seq_len // 2}")
   else:
-    name = "refit_samples" if phase == "refit" else "samples"
-    fewer = getattr(config.calibration, name) // 2
-    tips.append(f"--config.calibration.{name}={fewer}")
+    fewer = config.calibration.refit_samples // 2
+    if phase == "refit":
+      tips.append(f"--config.calibration.refit_samples={fewer}")
+    tips.append(f"--config.calibration.batch={config.calibration.batch // 2}")
     tips.append(f"about {2 * hardware.devices} devices")
   halves = arrays.weight_dtype(config).itemsize == 4 and not config.train.tokens
   if phase == "scoring" and halves:  # training keeps float32 weights

@@ -12,10 +12,11 @@ from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.planning.hardware import Hardware
 from adapt_pruner_jax.pruning import budgets, schedule
 from adapt_pruner_jax.pruning.targets import prunable_modules, smallest
+from adapt_pruner_jax.pruning.task import Limits
 
 
 def stage_table(
-  config: Config, full: ModelConfig, target: int | None
+  config: Config, full: ModelConfig, target: int | None, limits: Limits = ()
 ) -> list[dict]:
   """Lists the stages with their sizes, steps, tokens and FLOPs.
 
@@ -23,6 +24,7 @@ def stage_table(
     config: the recipe.
     full: the original model.
     target: of the budget at the end; None = as `prune.max_steps` leaves.
+    limits: further budgets at the end.
 
   Returns:
     A row a stage; its "config" is the model behind the stage, pruned evenly.
@@ -37,7 +39,7 @@ def stage_table(
   ends = schedule.stage_ends(total, number, config.train.data_share)
   rows, now, trained = [], full, 0
   for i, (aim, last) in enumerate(zip(targets, ends, strict=True)):
-    after = evenly(full, settings, aim)
+    after = evenly(full, settings, aim, _at_stage(full, limits, i, number))
     needed = prune_steps(now, after, full, settings)
     steps = min(needed, settings.max_steps or needed)
     rows.append(
@@ -51,7 +53,8 @@ def stage_table(
         "prune_steps": steps,
         "train_steps": last - trained,
         "train_tokens": (last - trained) * per_step,
-        "prune_flops": steps * scoring_flops(full, config),
+        "prune_flops": steps * scoring_flops(full, config)
+        + refit_flops(after, now, config),
         "train_flops": (last - trained)
         * per_step
         * training_flops(after, full, config),
@@ -72,18 +75,30 @@ def even_target(full: ModelConfig, settings: Prune) -> int:
   return max(size - gone, smallest(full, settings))
 
 
-def evenly(full: ModelConfig, settings: Prune, target: int) -> ModelConfig:
+def _at_stage(
+  full: ModelConfig, limits: Limits, stage: int, stages: int
+) -> Limits:
+  ends = lambda s, n: schedule.stage_targets(budgets.count(full, s), n, stages)
+  return tuple((s, ends(s, n)[stage]) for s, n in limits)
+
+
+def evenly(
+  full: ModelConfig, settings: Prune, target: int, limits: Limits = ()
+) -> ModelConfig:
   """Finds the largest model not above `target` that loses evenly everywhere.
 
   KV groups are few: where their rounding takes too much or too little, the MLPs
   make up for it.
   """
   prunable = prunable_modules(full, settings)
+  both, least = ((settings, target), *limits), 1 - settings.whole_halves
 
   def cut(unit: str, share: float, rounding: Callable = math.floor) -> tuple:
     block = settings.rounding()[unit]
     return tuple(
-      min(n, max(rounding(n * (1 - share) / block), 1) * block) if may else n
+      min(n, max(rounding(n * (1 - share) / block), least) * block)
+      if may
+      else n
       for n, may in zip(full.units()[unit], prunable[unit], strict=True)
     )
 
@@ -91,7 +106,7 @@ def evenly(full: ModelConfig, settings: Prune, target: int) -> ModelConfig:
     return dataclasses.replace(full, kv_groups=K, ffn_widths=cut("F", share))
 
   def fits(config: ModelConfig) -> bool:
-    return budgets.count(config, settings) <= target
+    return all(budgets.count(config, s) <= n for s, n in both)
 
   share = _least(lambda s: fits(made(cut("K", s), s)))
   found = []
@@ -124,6 +139,8 @@ def prune_steps(
     return max(math.ceil(share / settings.step_size - 1e-9), 1)
   if allotment in ("uniform", "llm_pruner"):
     return settings.uniform.steps
+  if allotment == "surgeon":
+    return settings.surgeon.shots
   return settings.search.steps if allotment == "search" else 1
 
 
@@ -134,7 +151,9 @@ def scoring_flops(config: ModelConfig, recipe: Config) -> float:
 
   With gradients a layer runs forward twice and backward once, the output
   matrix forward once and backward for its input. Curvature and Fisher go
-  backward to activations only, and curvature has Gram matrices.
+  backward to activations only, and curvature has Gram matrices. The surgeon has
+  those of both sides of its matrices, and measures them a second time to update
+  the weights.
   """
   layer, head = flops_.forward_flops(config, recipe.calibration.seq_len)
   each = 4 * layer + 2 * head
@@ -145,6 +164,8 @@ def scoring_flops(config: ModelConfig, recipe: Config) -> float:
     ]
     grams = [n**2 + config.hidden_size**2 for n in (*heads, *config.ffn_widths)]
     each = 3 * layer + 2 * head + 2 * sum(grams)
+  elif score == "surgeon":
+    each = 2 * (3 * layer + 2 * head + _factors(config, recipe))
   elif score == "fisher":
     each = 3 * layer + 2 * head
   elif not score.startswith("taylor"):
@@ -154,6 +175,35 @@ def scoring_flops(config: ModelConfig, recipe: Config) -> float:
     tried = recipe.prune.search
     total += tried.evaluations * tried.tokens * (layer + 2 * head)
   return total
+
+
+def _factors(config: ModelConfig, recipe: Config) -> int:
+  """FLOPs a token of all factors that the surgeon measures."""
+  D, readers = config.hidden_size, recipe.prune.surgeon.matrices == "all"
+  total = 0
+  for K, F in zip(config.kv_groups, config.ffn_widths, strict=True):
+    keys, heads = K * config.head_dim, K * config.queries_per_group
+    heads *= config.head_dim
+    total += heads**2 + F**2 + 2 * D**2
+    if readers:
+      total += heads**2 + 2 * keys**2 + 2 * F**2 + 2 * D**2
+  return 2 * total
+
+
+def refit_flops(
+  config: ModelConfig, teacher: ModelConfig, recipe: Config
+) -> float:
+  """Counts the FLOPs of a refit by the loss; least squares take few.
+
+  Args:
+    config: what is refitted.
+    teacher: the model before the prune.
+    recipe: its passes and windows.
+  """
+  of = recipe.calibration
+  tokens = recipe.prune.refit_passes * of.refit_samples * of.seq_len
+  each = flops_.training_flops(config, of.seq_len)
+  return tokens * (each + sum(flops_.forward_flops(teacher, of.seq_len)))
 
 
 def training_flops(

@@ -13,6 +13,7 @@ which undoes rematerialisation, nor scatters gradients as it reduces them.
 
 import dataclasses
 import json
+import math
 import os
 import subprocess
 import sys
@@ -20,18 +21,22 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from adapt_pruner_jax.config import Config, from_json
-from adapt_pruner_jax.distributed import placement, sharding
+from adapt_pruner_jax.distributed import each_device, placement, sharding
 from adapt_pruner_jax.errors import UserError
-from adapt_pruner_jax.models import model_config
+from adapt_pruner_jax.models import axes, model_config
 from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.planning import arrays, training_memory
 from adapt_pruner_jax.planning.arrays import Bytes
 from adapt_pruner_jax.pruning import surgery
 from adapt_pruner_jax.pruning.scores import KINDS
 from adapt_pruner_jax.training.step import check_rows
+
+# Scores that walk back through the model, each by its own program.
+WALKS = ("curvature", "fisher", "surgeon")
 
 
 def measure(
@@ -40,10 +45,11 @@ def measure(
   student: ModelConfig,
   devices: Sequence[jax.Device] | int,
 ) -> dict[str, Bytes]:
-  """Measures {"scoring": bytes, "refit": ..., "training": ...} of a run.
+  """Measures {"scoring": bytes, "refit": ..., "refit by loss": ...,
+  "training": ...} of a run.
 
-  Refit and training are left out where there are none, scoring where scores are
-  neither of `pruning.scores` nor curvature.
+  Refits and training are left out where there are none, scoring where scores
+  are neither of `pruning.scores` nor of WALKS.
 
   Args:
     full: the original model.
@@ -73,16 +79,30 @@ def _measure(
   if config.train.tokens:
     check_rows(config.data.batch, config.train.accumulation, mesh)
   found = {}
-  if config.prune.pair()[1] in (*KINDS, "curvature", "fisher"):
+  if config.prune.pair()[1] in (*KINDS, *WALKS):
     found["scoring"] = scoring(config, full, mesh, real)
-  if config.prune.refit != "none":
+  rule = (
+    training_memory.training if real else training_memory.estimated_training
+  )
+  if config.prune.solves():
     found["refit"] = refitting(config, full, mesh)
+  if config.prune.refit_passes:
+    by_loss = _refit_as_training(config, mesh)
+    found["refit by loss"] = rule(by_loss, full, student, mesh)
   if config.train.tokens:
-    rule = (
-      training_memory.training if real else training_memory.estimated_training
-    )
     found["training"] = rule(config, full, student, mesh)
   return found
+
+
+def _refit_as_training(config: Config, mesh: Mesh) -> Config:
+  """The recipe of a training that does what a refit by the loss does."""
+  from adapt_pruner_jax.pruning import refit_loss
+
+  of = config.calibration
+  rows = placement.padded_rows(min(of.batch, of.refit_samples), mesh)
+  data = dataclasses.replace(config.data, batch=rows, seq_len=of.seq_len)
+  settings = refit_loss.as_training(config.prune.refit_rate)
+  return dataclasses.replace(config, train=settings, data=data)
 
 
 def scoring(
@@ -96,15 +116,18 @@ def scoring(
     mesh: real devices, or stand-ins.
     real: whether they are those that the run is meant for.
   """
-  from adapt_pruner_jax.pruning import curvature, fisher
-  from adapt_pruner_jax.pruning.scores import measure_step
+  from adapt_pruner_jax.pruning import curvature, fisher, passes, scores
+  from adapt_pruner_jax.pruning.baselines import surgeon
 
   dtype = arrays.weight_dtype(config)
   recipe = config.calibration
-  batch = min(recipe.batch, recipe.samples)
-  shards = placement.batch_shards(mesh)
-  M, B = -(-recipe.samples // batch), -(-batch // shards) * shards
-  T = recipe.seq_len
+  shape = recipe.samples, recipe.seq_len
+  most = passes.minibatches(
+    full, dtype, shape, recipe.batch, recipe.pass_tokens, mesh
+  )
+  nobody = np.zeros(shape, np.int32)
+  tokens_MBT, valid_MB = placement.passes(nobody, recipe.batch, mesh, most)[0]
+  M, B, T = tokens_MBT.shape
   whole = sharding.replicated(mesh)
   masks = {
     unit: jax.ShapeDtypeStruct(
@@ -113,32 +136,38 @@ def scoring(
     for unit, width in full.units().items()
   }
   kind = config.prune.pair()[1]
-  program = fisher.measure_step if kind == "fisher" else curvature.measure_step
-  how = {}
+  others = {"fisher": fisher.PROGRAMS, "surgeon": surgeon.PROGRAMS}
+  programs = others.get(kind, curvature.PROGRAMS)
+  how = {"mesh": mesh, "attention": config.prune.attention}
+  if kind == "surgeon":
+    how["kind"] = surgeon.kind_of(config.prune)
   if kind in KINDS:
-    program = measure_step
-    how["kind"] = kind
-    how["measure"] = config.prune.layer_importance
-  lowered = program.lower(
+    programs = scores.PROGRAMS
+    how |= {"kind": kind, "measure": config.prune.layer_importance}
+  args = (
     surgery.dense(full),
     arrays.stacked_params(full, dtype if real else jnp.dtype("float32"), mesh),
     masks,
     jax.ShapeDtypeStruct((M, B, T), jnp.int32, sharding=whole),
     jax.ShapeDtypeStruct((M, B), bool, sharding=whole),
-    mesh=mesh,
-    attention=config.prune.attention,
-    **how,
   )
+  before = None
+  if recipe.samples > M * B:
+    before = passes.sums(programs, args, how)
+  with jax.default_matmul_precision(config.prune.precision):
+    lowered = programs.whole.lower(*args, before=before, **how)
   temporary = arrays.temporary(lowered.compile())
   if not real and dtype.itemsize == 2:
     # The residual stream in front of each half layer is what is stored.
-    temporary -= (
-      2 * full.num_layers * M * (B // shards) * T * full.hidden_size * 2
-    )
+    parts = each_device.parts_of(mesh, each_device.row_axes(mesh, B))
+    numbers = 2 * full.num_layers * M * (B // parts) * T * full.hidden_size
+    temporary -= 2 * numbers
   found = {
     "weights": arrays.model_bytes(full, dtype, mesh),
     "stacked copy": arrays.size(arrays.stacked_params(full, dtype, mesh)),
   }
+  if before is not None:
+    found["sums between passes"] = arrays.size(before)
   if config.train.carry_moments and config.prune.stages > 1:
     found["optimizer"] = 2 * arrays.size(
       arrays.placed(arrays.float32_params(full), mesh)
@@ -148,7 +177,10 @@ def scoring(
 
 
 def refitting(config: Config, full: ModelConfig, mesh: Mesh) -> Bytes:
-  """Adds up a refit: two models, two residual streams, one least squares."""
+  """Adds up a refit: two models, two residual streams, one least squares.
+
+  Each device has one layer of both models whole, and sums of its own rows.
+  """
   from adapt_pruner_jax.pruning import least_squares
 
   dtype, recipe = arrays.weight_dtype(config), config.calibration
@@ -168,6 +200,10 @@ def refitting(config: Config, full: ModelConfig, mesh: Mesh) -> Bytes:
   solve = least_squares.solve.lower(
     array(channels, channels), matrix, matrix, array()
   )
+  one_layer = sum(
+    math.prod(axes.shape(name, wide.sizes(0)))
+    for name in model_config.layer_names(wide)
+  )
   fed = 2 * 4 * rows * recipe.seq_len * channels  # a matrix's input, weighted
   equations = channels**2 + channels * full.hidden_size
   if config.prune.refit_all:  # what gate and up give, and should give
@@ -179,9 +215,10 @@ def refitting(config: Config, full: ModelConfig, mesh: Mesh) -> Bytes:
     equations = max(equations, full.hidden_size**2 + full.hidden_size * outputs)
   return {
     "weights": 2 * model_size,
-    # In front of a half layer and behind it, of both models.
-    "streams": 4 * stream,
-    "least squares": 4 * equations,
+    # Of both models; a minibatch at a time moves behind a half layer.
+    "streams": 2 * stream + 4 * rows * recipe.seq_len * full.hidden_size,
+    "layers": 2 * dtype.itemsize * one_layer,
+    "least squares": 2 * 4 * equations,  # summed, and of a minibatch
     "temporary": max(arrays.temporary(solve.compile()), fed),
   }
 

@@ -9,13 +9,19 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from adapt_pruner_jax.config import Config, Prune, check, vocab_size
+from adapt_pruner_jax.config import (
+  Config,
+  Prune,
+  check,
+  latency_table,
+  vocab_size,
+)
 from adapt_pruner_jax.errors import UserError, first_line
 from adapt_pruner_jax.models import model_config
 from adapt_pruner_jax.models.model_config import ModelConfig
-from adapt_pruner_jax.planning import memory
+from adapt_pruner_jax.planning import cost, hours, memory
 from adapt_pruner_jax.planning.advice import fixed_attention, warnings
-from adapt_pruner_jax.planning.cost import hours, stage_table
+from adapt_pruner_jax.planning.cost import stage_table
 from adapt_pruner_jax.planning.disk import disk
 from adapt_pruner_jax.planning.hardware import (
   Hardware,
@@ -26,9 +32,14 @@ from adapt_pruner_jax.planning.hardware import (
   source,
 )
 from adapt_pruner_jax.pruning import budgets
-from adapt_pruner_jax.pruning.targets import resolve_target, smallest
+from adapt_pruner_jax.pruning.targets import (
+  resolve_limits,
+  resolve_target,
+  smallest,
+)
 from adapt_pruner_jax.reporting.log import Log
 from adapt_pruner_jax.reporting.progress import duration
+from adapt_pruner_jax.runs import export_size
 from adapt_pruner_jax.runs.summary import in_bytes
 
 STAGE_COLUMNS = [
@@ -58,10 +69,16 @@ def plan(
   whole, folder = original(config)
   tokens = vocab_size(config.vocab, whole.vocab_size)
   full = dataclasses.replace(whole, vocab_size=tokens)
-  target = resolve_target(full, config.prune, whole)
+  _check_table(config.prune, full)
+  beside = export_size.beside(config.prune, full, _tokenizer_in(folder))
+  target = resolve_target(full, config.prune, whole, beside)
+  limits = resolve_limits(full, config.prune, beside)
   if target is None and not config.prune.max_steps:
     target = budgets.count(full, config.prune)  # the vocabulary alone
-  stages = stage_table(config, full, target)
+  if config.train.hours:
+    hours.checked(config)
+    config = hours.predict(config, whole, hardware)
+  stages = stage_table(config, full, target, limits)
   compiled_for = compile_for(hardware)
   configs = [full, *(stage.pop("config") for stage in stages)]
   found = {
@@ -70,7 +87,8 @@ def plan(
     "vocab": _vocabulary(whole, full),
     "target_params": target if config.prune.budget == "params" else None,
     "smallest_params": smallest(full, config.prune),
-    **_budget(config.prune, whole, configs[-1], target),
+    **_budget(config.prune, (whole, configs[-1]), target, beside),
+    "budgets": _every_budget(config.prune, whole, configs[-1]),
     "hardware": dataclasses.asdict(hardware),
     "stages": stages,
     "memory": memory.measure(config, full, configs[1], compiled_for),
@@ -79,9 +97,14 @@ def plan(
   }
   flops = sum(s["prune_flops"] + s["train_flops"] for s in stages)
   found["flops"] = flops
-  found["hours"] = hours(flops, hardware)
+  found["hours"] = cost.hours(flops, hardware)
   found["warnings"] = warnings(config, found, hardware)
   found["warnings"] += fixed_attention(config.prune, full)
+  if config.prune.budget == "quality":
+    found["warnings"].append(
+      "how small a model keeps the quality is measured as it is pruned: the "
+      "plan is of the smallest that there may be"
+    )
   show(found, config, hardware, log or Log(None))
   return found
 
@@ -117,16 +140,68 @@ def original(config: Config) -> tuple[ModelConfig, Path | None]:
   return load.read_config(folder, ignored), folder
 
 
+def _check_table(settings: Prune, full: ModelConfig) -> None:
+  """Raises a UserError for a latency without a table of this model."""
+  if not settings.counts("latency"):
+    return
+  if not settings.budget_table:
+    raise UserError(
+      "a plan times nothing: measure a table on the device that it is for "
+      "(adapt-pruner profile --model=DIR --out=table.json) and give "
+      "--config.prune.budget_table=table.json"
+    )
+  device = latency_table.read(settings.budget_table)["device"]
+  budgets.check_table(full, settings, settings.budget_device or device)
+
+
+def _tokenizer_in(folder: Path | None) -> Path | None:
+  """A folder with a tokenizer, whose words a file's header has."""
+  here = folder and (folder / "tokenizer.json").exists()
+  return folder if here else None
+
+
 def _budget(
-  settings: Prune, whole: ModelConfig, last: ModelConfig, target: int | None
+  settings: Prune,
+  configs: tuple[ModelConfig, ModelConfig],
+  target: int | None,
+  beside: int,
 ) -> dict[str, Any]:
-  """What the recipe's budget is now, and what it buys: an even model."""
+  """What the recipe's budget is now, and what it buys: an even model.
+
+  Args:
+    configs: the original and what is left.
+    target: of the budget, without what is beside it.
+    beside: the header of a file.
+  """
+  extra = beside if settings.budget == "bytes" else 0
+  amount = lambda n: budgets.value(n + extra, settings)
+  before, after = (amount(budgets.count(c, settings)) for c in configs)
   return {
     "budget": settings.budget,
-    "budget_target": target,
-    "budget_before": budgets.count(whole, settings),
-    "budget_after": budgets.count(last, settings),
+    "budget_target": target and amount(target),
+    "budget_before": before,
+    "budget_after": after,
   }
+
+
+def _every_budget(
+  settings: Prune, whole: ModelConfig, last: ModelConfig
+) -> list[dict[str, Any]]:
+  """The original and the even model in every unit, of weights alone."""
+  found = []
+  for name in budgets.UNIT:
+    if name == "quality":
+      continue
+    if name == "latency" and not settings.budget_table:
+      continue
+    one = dataclasses.replace(settings, budget=name, limits="")
+    before, after = (
+      budgets.value(budgets.count(c, one), one) for c in (whole, last)
+    )
+    unit = budgets.unit(one)
+    found.append({"budget": name, "unit": unit, "before": before})
+    found[-1]["after"] = after
+  return found
 
 
 def _vocabulary(whole: ModelConfig, full: ModelConfig) -> dict | None:
@@ -144,10 +219,13 @@ def show(found: dict, config: Config, hardware: Hardware, log: Log) -> None:
   """The plan as tables."""
   size, target = found["budget_before"], found["budget_target"]
   aim = f" to {target:,} ({1 - target / size:.1%} less)" if target else ""
+  least = budgets.shown(found["smallest_params"], config.prune)
   log.say(
-    f"{found['model']}: {size:,} {budgets.UNIT[found['budget']]}{aim}; the "
-    f"least that can be reached is {found['smallest_params']:,}"
+    f"{found['model']}: {size:,} {budgets.unit(config.prune)}{aim}; the least "
+    f"that can be reached is {least}"
   )
+  for limit in config.prune.other_limits():
+    log.say("and at most {1:,} of {0}".format(*limit))
   if vocab := found["vocab"]:
     log.say(
       f"{vocab['tokens_after']:,} of {vocab['tokens_before']:,} tokens stay, "
@@ -157,6 +235,21 @@ def show(found: dict, config: Config, hardware: Hardware, log: Log) -> None:
     "Stages (shapes if pruned evenly; scores will decide)",
     ("stage", "parameters", "KV groups", "MLP width", "prune steps", "tokens"),
     [tuple(stage[name] for name in STAGE_COLUMNS) for stage in found["stages"]],
+  )
+  log.table(
+    "What it buys, if pruned evenly",
+    ("budget", "unit", "before", "after", "change"),
+    [
+      (
+        *(row["budget"], row["unit"]),
+        *(
+          f"{row[n]:,.6g}" if row["budget"] == "latency" else f"{row[n]:,}"
+          for n in ("before", "after")
+        ),
+        f"{row['after'] / row['before'] - 1:+.1%}" if row["before"] else "",
+      )
+      for row in found["budgets"]
+    ],
   )
   name = hardware.device or "device"
   time = "unknown: give --device or --tflops"

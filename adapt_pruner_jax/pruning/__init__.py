@@ -7,16 +7,19 @@ scores          Taylor, magnitude and random scores; importance of layers
 curvature       second-order scores
 fisher          scores of each row's own gradients
 backward        the walk through a masked model and back that scores take
+passes          the same in parts, so that memory does not grow
 allotment       how much goes where: adapt, uniform, one ranking
 search          how much goes where, tried out on the masked model
 schedule        Adapt-Pruner's schedule, targets of stages
 budgets         what a target is counted in, and what a unit takes of it
 exact_target    a target met within one channel
+file_bytes      bytes of a parameter in a file
+quality         a loss to keep: pruning stops where it is too much
 targets         what may be pruned, and how far
 choice          the lowest units go
 surgery         kept units, masks, and the gather of arrays
 refit           least squares on what is left
-refit_loss      then a distillation on the same windows
+refit_loss      then a distillation on more windows
 least_squares   how a refit is solved, layer by layer
 linear_algebra  inverses and solves of Gram matrices
 elimination     the same on many devices, by a program that compiles

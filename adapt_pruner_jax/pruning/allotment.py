@@ -5,6 +5,7 @@ uniform  the same share of every module
 ranking  one ranking of all units by score per parameter
 """
 
+import dataclasses
 import math
 
 import numpy as np
@@ -78,11 +79,14 @@ def uniform(masked: Masked, measured: Measured) -> Allotted:
   """The same share of the channels of every module that may be pruned.
 
   In `prune.uniform.steps` steps of equally many parameters; whole KV groups,
-  rounded down, and one unit stays.
+  rounded down, and one unit stays. Layers of one width stay so without
+  `prune.trim`, which otherwise takes the last units from some of them.
   """
   share = same_share(masked.task, masked.masks)
-  steps = masked.task.settings.uniform.steps
-  return by_ratio(masked, measured, share, steps)
+  settings = masked.task.settings
+  return by_ratio(
+    masked, measured, share, settings.uniform.steps, exact=settings.trim
+  )
 
 
 def same_share(task: PruneTask, masks: Masks) -> exact_target.CountsAt:
@@ -111,6 +115,7 @@ def by_ratio(
   measured: Measured,
   counts_at: exact_target.CountsAt,
   steps: int = 1,
+  exact: bool = True,
 ) -> Allotted:
   """The least ratio at which the step's target is met, trimmed to it.
 
@@ -118,6 +123,7 @@ def by_ratio(
     masked, measured: as an allotment gets them.
     counts_at: units that go at a ratio in [0, 1].
     steps: of equally many parameters, in which the task's target is met.
+    exact: to within a unit; else every module as the ratio says.
 
   Raises:
     UserError: there is no target, or no ratio reaches it.
@@ -135,6 +141,7 @@ def by_ratio(
     prunable,
     goals[min(masked.number, steps) - 1],
     settings,
+    exact,
   )
   was, now = surgery.widths(masked.masks), surgery.widths(left)
   return Allotted({u: was[u] - now[u] for u in UNITS})
@@ -198,43 +205,94 @@ def choose(
   of `settings` counts. Units go until `aim` is left, and never below `target`
   by an MLP channel (block of them) or more, as long as there are channels: a KV
   group that would is passed over. Units that cost nothing stay, and at least
-  one (block) in each module.
+  one (block) in each module, unless `prune.whole_halves`.
 
   Args:
     scores: [L, K] and [L, F]; those of removed units mean nothing.
     prunable: modules that may lose units, bool [L] each.
     cap: most that a module may lose, as a share of its units; at least one.
   """
-  cost, rounding = budgets.unit_cost(full, settings), settings.rounding()
   left = surgery.widths(masks)
   size = budgets.of_widths(full, left, settings)
   aim = max(aim, target)
-  found = []  # (score per parameter, unit, layer, number of units)
+  curves, pieces = budgets.curves(full, settings), []
   for u in UNITS:
-    block = rounding[u]
-    for layer in np.flatnonzero(prunable[u] & (cost[u] > 0)):
-      width = int(left[u][layer])
+    for layer in np.flatnonzero(prunable[u]):
       score = np.sort(scores[u][layer][masks[u][layer]], kind="stable")
-      most, taken = max(int(cap * width), 1), 0
-      while width - taken > block:
-        n = (width - taken) % block or block
-        if taken and taken + n > most:
-          break
-        price = score[taken : taken + n].mean() / cost[u][layer]
-        found.append((price, u, int(layer), n))
-        taken += n
+      pieces += _pieces(u, int(layer), score, curves[u][layer], cap, settings)
   # Ties: attention before MLP of the same layer, then the lower index.
-  found.sort(key=lambda a: (a[0], a[2], a[1] != "K"))
+  pieces.sort(key=lambda p: (p.score / p.gain, p.layer, p.unit != "K"))
   counts = {u: np.zeros(full.num_layers, np.int64) for u in UNITS}
-  fine = any(a[1] == "F" for a in found)
-  for _, u, layer, n in found:
+  fine = any(p.unit == "F" for p in pieces)
+  cost, rounding = budgets.unit_cost(full, settings), settings.rounding()
+  channel, passed = rounding["F"] * cost["F"].max(), set()
+  for p in pieces:
     if size <= aim:
       break
-    if u == "K" and fine and size - n * cost[u][layer] < target:
+    coarse = p.unit == "K" or p.gain > channel
+    module = p.unit, p.layer
+    if module in passed or (coarse and fine and size - p.gain < target):
+      passed.add(module)  # what comes behind it has to wait for it
       continue
-    counts[u][layer] += n
-    size -= n * cost[u][layer]
+    counts[p.unit][p.layer] += p.units
+    size -= p.gain
   return counts
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+  """Units of one module that go together."""
+
+  unit: str
+  layer: int
+  units: int
+  score: float  # their sum
+  gain: int  # of the budget
+
+
+def _pieces(
+  unit: str,
+  layer: int,
+  score: np.ndarray,
+  curve: np.ndarray,
+  cap: float,
+  settings: Prune,
+) -> list[Piece]:
+  """What may go of a module, the cheapest loss of score per budget first.
+
+  A block that is worth more than the next, which its removal makes possible,
+  goes together with it: the last unit takes the norms of its half with it, a
+  width between two lanes saves nothing.
+
+  Args:
+    score: of the units that are left, rising.
+    curve: what the module takes at each width.
+    cap: as of `choose`.
+  """
+  block, width = settings.rounding()[unit], len(score)
+  least = 0 if settings.whole_halves else block
+  most, taken, found = max(int(cap * width), 1), 0, []
+  while width - taken > least:
+    n = (width - taken) % block or block
+    if taken and taken + n > most:
+      break
+    left = width - taken
+    gain = int(curve[left] - curve[left - n])
+    piece = Piece(unit, layer, n, score[taken : taken + n].sum(), gain)
+    taken += n
+    while found and (
+      not found[-1].gain
+      or piece.score * found[-1].gain < found[-1].score * piece.gain
+    ):
+      piece = _together(found.pop(), piece)
+    found.append(piece)
+  return [piece for piece in found if piece.gain > 0]
+
+
+def _together(first: Piece, then: Piece) -> Piece:
+  units, score = first.units + then.units, first.score + then.score
+  gain = first.gain + then.gain
+  return dataclasses.replace(first, units=units, score=score, gain=gain)
 
 
 def _worth(

@@ -9,13 +9,14 @@ sums over minibatches exist at a time.
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from adapt_pruner_jax.distributed import embedding, sharding
+from adapt_pruner_jax.distributed import each_device, embedding, sharding
 from adapt_pruner_jax.models import model_config
 from adapt_pruner_jax.models.attention import AttentionInputs
 from adapt_pruner_jax.models.axes import UNITS, Params
@@ -87,14 +88,29 @@ class Visitor(NamedTuple):
   Attributes:
     start: of a `Half`, sums of nothing.
     add: of a `Half`, the sums so far, x_BTD in front of the half, dy_BTD the
-      loss's gradient behind it, and valid_B: the sums with this minibatch,
-      and the gradient in front of the half.
-    finish: of a `Half` and its sums, what is kept.
+      loss's gradient behind it, valid_B, and how many rows of the minibatch
+      are valid on all devices: the sums with this minibatch, and the gradient
+      in front of the half.
+    finish: of a `Half`, its sums, and `Sums` over what: what is kept.
   """
 
   start: Callable[[Half], Any]
   add: Callable[..., tuple[Any, jax.Array]]
-  finish: Callable[[Half, Any], Any]
+  finish: Callable[[Half, Any, "Sums"], Any]
+
+
+class Sums(NamedTuple):
+  """What a visitor has summed, of all layers.
+
+  Attributes:
+    of_halves: {"K": ..., "F": ...}, each array with [L] in front.
+    rows: valid ones that the sums are over.
+    minibatches: so many that had any.
+  """
+
+  of_halves: dict[str, Any]
+  rows: jax.Array
+  minibatches: jax.Array
 
 
 class Found(NamedTuple):
@@ -102,14 +118,17 @@ class Found(NamedTuple):
 
   Attributes:
     loss_M: the loss of each minibatch, float32.
-    observed: what was observed, each array with [L, M] in front.
+    observed: what was observed, summed over rows, each array with [L, M] in
+      front.
     kept: {"K": ..., "F": ...}, what the visitor kept of each half, each array
-      with [L] in front; {} without a visitor.
+      with [L] in front; {} without a visitor, and if the walk goes on.
+    sums: of this walk and those before, if it goes on.
   """
 
   loss_M: jax.Array
   observed: Any
   kept: dict[str, Any]
+  sums: Sums | None = None
 
 
 def walk(
@@ -119,6 +138,8 @@ def walk(
   counts_MB: jax.Array,
   visitor: Visitor | None = None,
   observe: Callable[..., Any] | None = None,
+  before: Sums | None = None,
+  last: bool = True,
 ) -> Found:
   """Walks through a masked model and back; to be called within `jit`.
 
@@ -130,17 +151,21 @@ def walk(
       0 for rows that only pad.
     visitor: sees each half on the way back; None = there is no way back.
     observe: of each layer and minibatch, what of (x_BTD in front, x_BTD behind,
-      valid_B) is reported.
+      share_B of each row in the minibatch) is summed over rows.
+    before: of earlier walks over other minibatches, to go on from.
+    last: no other walk goes on from this one.
 
   Returns:
     The losses, what was observed, and what the visitor kept.
   """
-  config, stacked = model.config, model.stacked
-  kernel = Kernel(model.attention, model.mesh)
+  config, stacked, mesh = model.config, model.stacked, model.mesh
+  axes = each_device.row_axes(mesh, tokens_MBT.shape[1])
+  kernel = Kernel(model.attention, mesh, alone=bool(axes))
   inputs = attention_inputs(config, tokens_MBT.shape[-1], kernel=kernel)
+  rows = _Rows(valid_MB, inputs, mesh, axes)
   layers = stacked["layers"], places(config), model.masks
-  forward = _forward(model, inputs, valid_MB, observe)
-  x_MBTD = embed(config, stacked, tokens_MBT, model.mesh)
+  x_MBTD = embed(config, stacked, tokens_MBT, mesh)
+  forward = _forward(model, rows, observe)
   x_MBTD, (ins, mids, observed) = jax.lax.scan(forward, x_MBTD, layers)
 
   objective = output_loss.Objective(config, model.mesh)
@@ -159,11 +184,15 @@ def walk(
     return Found(jax.lax.map(lambda end: loss(*end), ends), observed, {})
   gradient = jax.value_and_grad(loss)
   loss_M, dx_MBTD = jax.lax.map(lambda end: gradient(*end), ends)
-  dx_MBTD = cut(dx_MBTD, model.mesh)
-  backward = _backward(model, inputs, valid_MB, visitor)
-  layers = layers, {"K": ins, "F": mids}
-  _, kept = jax.lax.scan(backward, dx_MBTD, layers, reverse=True)
-  return Found(loss_M, observed, kept)
+  dx_MBTD = rows.cut(dx_MBTD)
+  seen = _counted(model, rows, visitor, before, last)
+  backward = _backward(model, rows, visitor, seen, last)
+  layers = jnp.arange(config.num_layers), layers, {"K": ins, "F": mids}
+  carry = dx_MBTD, seen.of_halves
+  (_, of_halves), kept = jax.lax.scan(backward, carry, layers, reverse=True)
+  if last:
+    return Found(loss_M, observed, kept)
+  return Found(loss_M, observed, {}, seen._replace(of_halves=of_halves))
 
 
 def scored(
@@ -171,20 +200,39 @@ def scored(
   tokens_MBT: jax.Array,
   valid_MB: jax.Array,
   visitor: Visitor,
+  before: Sums | None = None,
+  last: bool = True,
 ) -> dict[str, Any]:
   """Walks for a score, the loss being the sum over rows of their mean losses.
 
   Args:
-    model, tokens_MBT, valid_MB, visitor: as `walk`'s.
+    model, tokens_MBT, valid_MB, visitor, before, last: as `walk`'s.
 
   Returns:
     On all devices: loss_M, the mean over each minibatch's rows, and scores,
-    what the visitor kept.
+    what the visitor kept; if it is not the last walk, `Sums` in their place.
   """
   counts_MB = valid_MB.astype(jnp.float32)
-  found = walk(model, tokens_MBT, valid_MB, counts_MB, visitor)
-  losses_M = found.loss_M / jnp.sum(valid_MB, axis=1)
-  return sharding.whole({"loss_M": losses_M, "scores": found.kept}, model.mesh)
+  args = model, tokens_MBT, valid_MB, counts_MB, visitor
+  found = walk(*args, before=before, last=last)
+  losses_M = found.loss_M / jnp.maximum(jnp.sum(valid_MB, axis=1), 1)
+  return results(found, model.mesh, {"loss_M": losses_M}, "scores", found.kept)
+
+
+def results(
+  found: Found, mesh: Mesh | None, measured: dict, name: str, kept: Any
+) -> dict[str, Any]:
+  """What a walk's program returns: on all devices, but for `Sums`.
+
+  Args:
+    found: by the walk.
+    mesh: the devices.
+    measured: arrays.
+    name, kept: what is told if it was the last walk.
+  """
+  if found.sums is not None:
+    return sharding.whole(measured, mesh) | {"sums": found.sums}
+  return sharding.whole(measured | {name: kept}, mesh)
 
 
 def embed(
@@ -216,51 +264,151 @@ def output(
   return output_loss.place(config, stacked[output_name(config)], mesh)
 
 
-def _forward(model, inputs, valid_MB, observe) -> Callable:
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Rows:
+  """The rows of a walk, and the devices that they are cut over."""
+
+  valid_MB: jax.Array
+  inputs: AttentionInputs
+  mesh: Mesh | None
+  axes: each_device.Axes
+
+  def cut(self, x_MBTD: jax.Array) -> jax.Array:
+    """Rows of each minibatch over the devices."""
+    return cut(x_MBTD, self.mesh, self.axes)
+
+  def run(self, fn: Callable, minibatches: Any, layer: Any, sums: Any) -> Any:
+    """`fn(minibatches, layer)` on each device, as `each_device.run`."""
+    args = self.mesh, self.axes, minibatches, layer, sums
+    return each_device.run(fn, *args)
+
+
+def _counted(
+  model: Stacked,
+  rows: _Rows,
+  visitor: Visitor,
+  before: Sums | None,
+  last: bool,
+) -> Sums:
+  """With these minibatches; of the halves, what was before them."""
+  number = jnp.sum(rows.valid_MB)
+  minibatches = jnp.sum(jnp.any(rows.valid_MB, axis=1))
+  if before is not None:
+    number, minibatches = before.rows + number, before.minibatches + minibatches
+    return Sums(before.of_halves, number, minibatches)
+  if last:
+    return Sums({}, number, minibatches)
+  layers = model.stacked["layers"], places(model.config), model.masks
+
+  def nothing(unit):
+    start = lambda *layer: visitor.start(_half(unit, model, rows, layer))
+    return jax.vmap(start)(*layers)
+
+  like = jax.eval_shape(lambda: {unit: nothing(unit) for unit in UNITS})
+  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
+  return Sums(zeros, number, minibatches)
+
+
+def _half(unit: str, model: Stacked, rows: _Rows, layer: tuple) -> Half:
+  weights, place, masks = layer
+  return Half(unit, model.config, weights, place, rows.inputs, masks)
+
+
+def _forward(model: Stacked, rows: _Rows, observe) -> Callable:
   """Of the stream in front of a layer and the layer: the stream behind it, and
   (in front, between its halves, what is observed)."""
+  valid_MB = rows.valid_MB
+  share_MB = valid_MB / jnp.maximum(jnp.sum(valid_MB, axis=1, keepdims=True), 1)
 
-  def forward(x_MBTD, layer):
+  def walk_through(minibatches, layer):
     weights, place, masks = layer
 
     def one(minibatch):
-      x_BTD, valid_B = minibatch
-      args = model.config, weights, place, inputs, x_BTD, masks
+      x_BTD, share_B = minibatch
+      args = model.config, weights, place, rows.inputs, x_BTD, masks
       out_BTD, tap = run_layer(*args)
-      observed = observe and observe(x_BTD, out_BTD, valid_B)
-      return tap.between, out_BTD, observed
+      observed = observe and observe(x_BTD, out_BTD, share_B)
+      return (tap.between, out_BTD), observed
 
-    mid, out, observed = jax.lax.map(one, (x_MBTD, valid_MB))
-    return cut(out, model.mesh), (x_MBTD, cut(mid, model.mesh), observed)
+    return jax.lax.map(one, minibatches)
+
+  def forward(x_MBTD, layer):
+    def observed():
+      x_BTD, share_B = x_MBTD[0], share_MB[0]
+      return observe and observe(x_BTD, x_BTD, share_B)
+
+    like = jax.eval_shape(lambda: jax.tree.map(_of_all(share_MB), observed()))
+    minibatches = x_MBTD, share_MB
+    (mid, out), found = rows.run(walk_through, minibatches, layer, like)
+    return rows.cut(out), (x_MBTD, rows.cut(mid), found)
 
   return forward
 
 
-def _backward(model, inputs, valid_MB, visitor) -> Callable:
-  """Of the gradients behind a layer, and the layer with the streams in front of
-  its halves: the gradients in front of it, and what is kept of each half."""
+def _of_all(share_MB: jax.Array) -> Callable:
+  """Of what is observed of a minibatch: an array of its shape, of all."""
+  return lambda x: jnp.broadcast_to(x, (len(share_MB), *x.shape))
 
-  def backward(dx_MBTD, xs):
-    (weights, place, masks), streams = xs
-    kept = {}
+
+def _backward(
+  model: Stacked, rows: _Rows, visitor: Visitor, seen: Sums, last: bool
+) -> Callable:
+  """Of the gradients behind a layer and the sums so far, and the layer with the
+  streams in front of its halves: the gradients in front of it, the sums, and
+  what is kept of each half."""
+  rows_M = jnp.sum(rows.valid_MB, axis=1)
+
+  def back(unit, minibatches, given):
+    layer, begin, rows_M = given
+    half = _half(unit, model, rows, layer)
+
+    def add(sums, minibatch):
+      return visitor.add(half, sums, *minibatch)
+
+    begin = visitor.start(half) if begin is None else begin
+    sums, dx_MBTD = jax.lax.scan(add, begin, (*minibatches, rows_M))
+    return dx_MBTD, sums
+
+  def backward(carry, xs):
+    (dx_MBTD, before), (i, layer, streams) = carry, xs
+    kept, before = {}, dict(before)
     for unit in reversed(UNITS):
-      half = Half(unit, model.config, weights, place, inputs, masks)
-
-      def add(sums, minibatch, half=half):
-        return visitor.add(half, sums, *minibatch)
-
-      minibatches = streams[unit], dx_MBTD, valid_MB
-      sums, dx_MBTD = jax.lax.scan(add, visitor.start(half), minibatches)
-      dx_MBTD = cut(dx_MBTD, model.mesh)
-      kept[unit] = visitor.finish(half, sums)
-    return dx_MBTD, kept
+      half = _half(unit, model, rows, layer)
+      earlier = jax.tree.map(lambda b: b[i], before.get(unit))
+      # Alone, a device goes on adding, as if there were just one walk.
+      begin = earlier if not rows.axes else None
+      dx_MBTD, sums = rows.run(
+        partial(back, unit),
+        (streams[unit], dx_MBTD, rows.valid_MB),
+        (layer, begin, rows_M),
+        jax.eval_shape(lambda half=half: visitor.start(half)),
+      )
+      dx_MBTD = rows.cut(dx_MBTD)
+      if earlier is not None and begin is None:
+        sums = jax.tree.map(jnp.add, earlier, sums)
+      if last:
+        kept[unit] = visitor.finish(half, sums, seen)
+      else:
+        put = lambda all_, one: all_.at[i].set(one)
+        before[unit] = jax.tree.map(put, before[unit], sums)
+    return (dx_MBTD, before), kept
 
   return backward
 
 
-def cut(x_MBTD: jax.Array, mesh: Mesh | None) -> jax.Array:
-  """Rows of each minibatch over the devices."""
+def cut(
+  x_MBTD: jax.Array, mesh: Mesh | None, axes: each_device.Axes | None = None
+) -> jax.Array:
+  """Rows of each minibatch over the devices.
+
+  Args:
+    x_MBTD: the minibatches.
+    mesh: the devices.
+    axes: of it; None = `each_device.row_axes`.
+  """
   if mesh is None:
     return x_MBTD
-  where = NamedSharding(mesh, PartitionSpec(None, sharding.BATCH))
+  if axes is None:
+    axes = each_device.row_axes(mesh, x_MBTD.shape[1])
+  where = NamedSharding(mesh, PartitionSpec(None, axes))
   return jax.lax.with_sharding_constraint(x_MBTD, where)

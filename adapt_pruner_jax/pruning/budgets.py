@@ -1,54 +1,98 @@
-"""What a target is counted in: parameters, FLOPs, bytes of a file, of a cache.
+"""What a target is counted in: parameters, FLOPs, bytes, cache, milliseconds.
 
 params    as everywhere; a tied output matrix once
 flops     of one token behind `prune.budget_context` - 1 others, whose keys and
           values are in the cache; the embedding's look-up is none
 bytes     of the weights in an export of `prune.budget_export`: safetensors in
-          f32, f16 or bf16, or a gguf in q8_0
+          f32, f16 or bf16, or a gguf (`file_bytes`)
+quality   the loss: as params, and pruning stops where it is too much
 kv_bytes  of the keys and values of `prune.budget_batch` sequences of
           `prune.budget_context` tokens, two bytes a number
+latency   by a table of what halves of some widths take on a device
+          (`config.latency_table`), counted in nanoseconds
 
-Each is a sum over units and what has none, so that a unit has a cost. In q8_0
-rows come in blocks of 32 numbers: MLP widths then become multiples of 32
-(`Prune.rounding`).
+Each is a sum over half layers, and what is outside of them: `half` is what one
+takes, whatever its width. In quantised files rows come in blocks, on some
+devices widths in lanes: MLP widths then become multiples (`Prune.rounding`).
 """
 
 import dataclasses
-import math
 from collections.abc import Mapping
 
-import jax
 import numpy as np
 
-from adapt_pruner_jax.config import Prune
+from adapt_pruner_jax.config import Prune, latency_table
+from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.models import axes, model_config
 from adapt_pruner_jax.models.axes import UNITS
 from adapt_pruner_jax.models.model_config import ModelConfig
+from adapt_pruner_jax.pruning import file_bytes
 
-BYTES = {"f32": 4, "f16": 2, "bf16": 2}
-BLOCK, BLOCK_BYTES = 32, 34  # of q8_0: 32 numbers and a scale
 CACHED = 2  # bytes of a number in the cache
 UNIT = {"params": "parameters", "flops": "FLOPs", "bytes": "bytes"}
-UNIT["kv_bytes"] = "bytes of cache"
+UNIT |= {"kv_bytes": "bytes of cache", "latency": "ms"}
+UNIT |= {"quality": "parameters"}
+NUMBERS = ("params", "quality")  # count parameters
+Curves = dict[str, list[np.ndarray]]  # {"K": an int [K + 1] a layer, "F": ...}
 
 
 def count(config: ModelConfig, settings: Prune) -> int:
-  """How much of the budget a model takes, in the budget's unit."""
-  if settings.budget == "flops":
-    seen_L = _seen(config, settings)
-    heads_L = np.array(config.kv_groups) * config.queries_per_group
-    scores = 4 * config.head_dim * int((heads_L * seen_L).sum())
-    looked_up = 0 if config.tied else config.vocab_size * config.hidden_size
-    return 2 * (model_config.count_params(config) - looked_up) + scores
-  if settings.budget == "kv_bytes":
-    numbers = 2 * config.head_dim * np.array(config.kv_groups)
-    tokens = int((numbers * _seen(config, settings)).sum())
-    return CACHED * settings.budget_batch * tokens
-  if settings.budget == "bytes" and settings.budget_export == "q8_0":
-    return _q8_bytes(config)
-  size = model_config.count_params(config)
-  return size * (
-    BYTES[settings.budget_export] if settings.budget == "bytes" else 1
+  """How much of the budget a model takes: `value` has it in its unit."""
+  if settings.budget in NUMBERS:
+    return model_config.count_params(config)
+  units = config.units()
+  return _outside(config, settings) + sum(
+    int(half(config, settings, u, i, units[u][i]))
+    for u in UNITS
+    for i in range(config.num_layers)
+  )
+
+
+def value(amount: int, settings: Prune) -> float | int:
+  """A count in the budget's own unit: milliseconds, else as it is."""
+  if settings.budget == "latency":
+    return amount / latency_table.NANO
+  return amount
+
+
+def amount(value: float, settings: Prune) -> int:
+  """The largest count that is not above a value in the budget's own unit."""
+  scale = latency_table.NANO if settings.budget == "latency" else 1
+  return int(value * scale)
+
+
+def shown(amount: int, settings: Prune) -> str:
+  """A count for people, with its unit."""
+  return f"{number(amount, settings)} {unit(settings)}"
+
+
+def number(amount: int, settings: Prune) -> str:
+  """A count for people."""
+  form = ",.3f" if settings.budget == "latency" else ","
+  return format(value(amount, settings), form)
+
+
+def aim(target: int, settings: Prune) -> str:
+  """Where a prune ends, for people."""
+  if settings.budget == "quality":
+    return f"at most {settings.budget_value} nats a token more loss"
+  return shown(target, settings)
+
+
+def unit(settings: Prune) -> str:
+  """The budget's unit, and what it is of, for people."""
+  if settings.budget == "bytes":
+    return f"bytes of {settings.budget_export}"
+  if settings.budget == "latency":
+    return f"ms ({phase(settings)})"
+  return UNIT[settings.budget]
+
+
+def phase(settings: Prune) -> str:
+  """What a latency is of, for people."""
+  what = "a token" if settings.budget_phase == "decode" else "a prompt"
+  return (
+    f"{what}, batch {settings.budget_batch}, context {settings.budget_context}"
   )
 
 
@@ -60,43 +104,106 @@ def of_widths(
   return count(full.with_units(units), settings)
 
 
+def curves(config: ModelConfig, settings: Prune) -> Curves:
+  """What each half takes at each width from 0 to the one that it has."""
+  return {
+    u: [
+      half(config, settings, u, i, np.arange(width + 1))
+      for i, width in enumerate(config.units()[u])
+    ]
+    for u in UNITS
+  }
+
+
 def unit_cost(config: ModelConfig, settings: Prune) -> dict[str, np.ndarray]:
-  """How much goes with a unit of each layer, {"K": int [L], "F": int [L]}."""
-  if settings.budget == "params":
+  """How much goes with a unit of each layer, {"K": [L], "F": [L]}.
+
+  The mean where it depends on the width, over whole blocks.
+  """
+  if settings.budget in NUMBERS:
     cost = model_config.unit_cost(config)
     return {u: np.full(config.num_layers, cost[u]) for u in UNITS}
-  found = {}
+  block, found = settings.rounding(), {}
   for u in UNITS:
-    step = BLOCK if u == "F" else 1  # whole blocks, where there are blocks
-    one = _uniform(config, {u: 1 * step})
-    two = _uniform(config, {u: 2 * step})
-    found[u] = np.array(
-      [
-        (_only(two, i, settings) - _only(one, i, settings)) // step
-        for i in range(config.num_layers)
-      ]
-    )
+    few, costs = block[u], []
+    for i, width in enumerate(config.units()[u]):
+      many = max(width // few, 2) * few
+      all_, one = half(config, settings, u, i, np.array([many, few]))
+      costs.append((all_ - one) / (many - few) or one / few)
+    found[u] = np.array(costs)
   return found
 
 
-def _uniform(config: ModelConfig, width: Mapping[str, int]) -> ModelConfig:
-  """The model with this many units in each layer, one block of the others."""
-  width = {"K": 1, "F": BLOCK} | width
-  return config.with_units({u: (width[u],) * config.num_layers for u in UNITS})
+def half(
+  config: ModelConfig,
+  settings: Prune,
+  unit: str,
+  layer: int,
+  width: int | np.ndarray,
+) -> np.ndarray:
+  """What a layer's attention (K) or MLP (F) takes, int64 of `width`'s shape.
+
+  Args:
+    config: of the model; the layer's own width is not read.
+    width: units that it has; nothing is left of a half without any.
+  """
+  width = np.asarray(width, np.int64)
+  seen = _seen(config, settings)[layer]
+  if settings.budget == "latency":
+    return _table(settings).half(unit, width)
+  if settings.budget == "kv_bytes":
+    numbers = 2 * config.head_dim * seen * width if unit == "K" else 0 * width
+    return CACHED * settings.budget_batch * numbers
+  sizes = config.sizes(layer) | {unit: width}
+  names, what = _names(config), file_bytes.Layer(layer, config.num_layers)
+  total = sum(_tensor(settings, n, sizes, what) for n in names[unit])
+  if settings.budget == "flops" and unit == "K":
+    heads = config.queries_per_group * width
+    total = total + 4 * config.head_dim * heads * seen
+  return np.where(width > 0, total, 0)
 
 
-def _only(config: ModelConfig, layer: int, settings: Prune) -> int:
-  """`count` of one layer."""
-  return count(
-    dataclasses.replace(
-      config,
-      kv_groups=config.kv_groups[layer : layer + 1],
-      ffn_widths=config.ffn_widths[layer : layer + 1],
-      window=config.window[layer : layer + 1],
-      residual=config.residual[layer : layer + 1],
-    ),
-    settings,
-  )
+def _outside(config: ModelConfig, settings: Prune) -> int:
+  """What the embedding, the output, and layers without units take."""
+  if settings.budget == "kv_bytes":
+    return 0
+  if settings.budget == "latency":
+    return _table(settings).rest
+  names = model_config.outer_names(config)
+  if settings.budget == "flops" and not config.tied:
+    names.remove("embedding")  # looked up
+  what = file_bytes.Layer(None, config.num_layers, config.tied)
+  total = sum(_tensor(settings, n, config.sizes(), what) for n in names)
+  for i in range(config.num_layers):
+    what = file_bytes.Layer(i, config.num_layers)
+    total += sum(
+      int(_tensor(settings, n, config.sizes(i), what))
+      for n in _names(config)[""]
+    )
+  return int(total)
+
+
+def _tensor(
+  settings: Prune, name: str, sizes: Mapping, what: file_bytes.Layer
+) -> int | np.ndarray:
+  """Numbers, bytes or FLOPs of a parameter; its sizes may be arrays."""
+  numbers = 1
+  for n in axes.shape(name, sizes):
+    numbers = numbers * n
+  if settings.budget == "bytes":
+    return file_bytes.tensor(settings.budget_export, name, sizes, what)
+  return 2 * numbers if settings.budget == "flops" else numbers
+
+
+def _names(config: ModelConfig) -> dict[str, list[str]]:
+  """Parameters of an attention ("K"), of an MLP ("F"), of any layer ("")."""
+  units = {"": (0, 0), "K": (1, 0), "F": (0, 1)}
+  made = {
+    u: model_config.layer_names(config.with_units({"K": (k,), "F": (f,)}), 0)
+    for u, (k, f) in units.items()
+  }
+  always = {*made[""]}
+  return made | {u: [n for n in made[u] if n not in always] for u in UNITS}
 
 
 def _seen(config: ModelConfig, settings: Prune) -> np.ndarray:
@@ -106,27 +213,66 @@ def _seen(config: ModelConfig, settings: Prune) -> np.ndarray:
   return np.array([min(w or context, context) for w in window], np.int64)
 
 
-def _q8_bytes(config: ModelConfig) -> int:
-  """Bytes of the tensors of a gguf in q8_0.
+# ---- Latency -----------------------------------------------------------------
 
-  As our writer and llama.cpp's: vectors stay float32, and matrices whose rows
-  are no multiple of 32 float16.
+
+def _table(settings: Prune) -> latency_table.Costs:
+  return latency_table.costs(
+    settings.budget_table,
+    settings.budget_phase,
+    settings.budget_batch,
+    settings.budget_context,
+  )
+
+
+def check_table(config: ModelConfig, settings: Prune, device: str) -> None:
+  """Raises a UserError for a latency table of another model or device.
+
+  Args:
+    device: the name of what is here; `prune.budget_device` overrules it.
   """
-  shapes = jax.tree.map(
-    np.array,
-    model_config.param_shapes(config),
-    is_leaf=lambda shape: isinstance(shape, tuple),
-  )
-  return sum(jax.tree.leaves(axes.map_named(_q8_tensor, shapes)))
+  file = settings.budget_table
+  table, name = latency_table.read(file), f"--config.prune.budget_table={file}"
+  for field in latency_table.MODEL:
+    mine, theirs = getattr(config, field), table["model"][field]
+    if mine != theirs:
+      raise UserError(
+        f"{name} is of another model: its {field} is {theirs:,}, this one's "
+        f"{mine:,}; measure this one: adapt-pruner profile --model=DIR"
+      )
+  points = _table(settings).points
+  wanted = settings.budget_device or device
+  if table["device"] != wanted:
+    raise UserError(
+      f"{name} is of another device ({table['device']}) than {wanted}: measure "
+      "here (adapt-pruner profile), or say that you prune for that one: "
+      f"--config.prune.budget_device='{table['device']}'"
+    )
+  for u, what in (("K", "KV groups"), ("F", "MLP channels")):
+    most = max(config.units()[u])
+    if most > points[u][0][-1]:
+      raise UserError(
+        f"{name} ends at {points[u][0][-1]:,} {what}, and the model has "
+        f"layers of {most:,}: measure up to that width"
+      )
 
 
-def _q8_tensor(name: str, _: int | None, shape: np.ndarray) -> int:
-  size, letters = math.prod(shape.tolist()), axes.AXES[name]
-  if "norm" in name or "bias" in name:
-    return 4 * size
-  # A row holds the inputs of a neuron, or the embedding of a token.
-  inputs = {"o": "KGH", "embedding": "D"}.get(name, letters[0])
-  row = math.prod(
-    int(n) for x, n in zip(letters, shape, strict=True) if x in inputs
-  )
-  return 2 * size if row % BLOCK else size // BLOCK * BLOCK_BYTES
+# ---- Several at once ---------------------------------------------------------
+
+
+def limits(settings: Prune) -> list[tuple[Prune, int]]:
+  """`prune.limits` as settings of a budget each, and the most they may be."""
+  found, multiples = [], settings.rounding()
+  for name, value in settings.other_limits():
+    other = dataclasses.replace(
+      settings,
+      budget=name,
+      budget_value=value,
+      ratio=0.0,
+      target_params=0,
+      limits="",
+      round_ffn_to=multiples["F"],
+      round_kv_to=multiples["K"],
+    )
+    found.append((other, amount(value, other)))
+  return found

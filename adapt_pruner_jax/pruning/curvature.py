@@ -16,8 +16,6 @@ can replace a schedule. The score says what can be reconstructed: use it with a
 refit.
 """
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,7 +25,7 @@ from adapt_pruner_jax.distributed import sharding
 from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.layer import WRITERS, spread_mask
 from adapt_pruner_jax.models.model_config import ModelConfig
-from adapt_pruner_jax.pruning import backward, linear_algebra, scores
+from adapt_pruner_jax.pruning import backward, linear_algebra, passes, scores
 from adapt_pruner_jax.pruning.task import Masked, Measured
 
 ENOUGH = 4  # tokens per input channel from which a weak ridge is best
@@ -36,11 +34,10 @@ WEAK, STRONG = 1e-3, 0.1
 
 def measure(masked: Masked, tokens_NT: np.ndarray) -> Measured:
   """Scores of all units, in nats of the sequences' summed mean losses."""
-  return scores.measure_by(measure_step, masked, tokens_NT)
+  return scores.measure_by(PROGRAMS, masked, tokens_NT)
 
 
-@partial(jax.jit, static_argnames=("config", "mesh", "attention"))
-def measure_step(
+def _measure_step(
   config: ModelConfig,
   stacked: Params,
   masks: dict[str, jax.Array],
@@ -49,6 +46,8 @@ def measure_step(
   *,
   mesh: Mesh,
   attention: str = "auto",
+  before: backward.Sums | None = None,
+  last: bool = True,
 ) -> dict:
   """Losses and scores of the masked model, float32.
 
@@ -59,26 +58,34 @@ def measure_step(
     tokens_MBT: M minibatches of B sequences.
     valid_MB: False for rows that only pad.
     attention: as `prune.attention`.
+    before, last: as `backward.walk`'s.
 
   Returns:
     loss_M (mean over the minibatch's predictions), scores {"K": [L, K], "F":
-    [L, F]}. The loss behind the gradients is the sum over sequences of the
-    mean over their tokens.
+    [L, F]}, or, if it is not the last walk, the sums so far. The loss behind
+    the gradients is the sum over sequences of the mean over their tokens.
   """
   return backward.scored(
     backward.Stacked(config, stacked, masks, mesh, attention),
     tokens_MBT,
     valid_MB,
-    _grams(jnp.sum(valid_MB) * tokens_MBT.shape[-1], mesh),
+    _grams(tokens_MBT.shape[-1], mesh),
+    before,
+    last,
   )
 
 
-def _grams(tokens: jax.Array, mesh: Mesh) -> backward.Visitor:
+PROGRAMS = passes.programs(_measure_step)
+measure_step = PROGRAMS.whole
+
+
+def _grams(T: int, mesh: Mesh) -> backward.Visitor:
   """Sums Gram matrices: of a writing matrix's input, and of the gradient at its
   output; keeps the scores of its units.
 
   Args:
-    tokens: how many the sums are over.
+    T: tokens of a row.
+    mesh: where Gram matrices are inverted.
   """
 
   def matrix(half):
@@ -93,7 +100,8 @@ def _grams(tokens: jax.Array, mesh: Mesh) -> backward.Visitor:
     fed = tap.fed[half.unit]
     return y_BTD, fed * spread_mask(half.masks[half.unit], fed)
 
-  def add(half, total, x_BTD, dy_BTD, valid_B):
+  def add(half, total, x_BTD, dy_BTD, valid_B, rows):
+    del rows
     _, vjp, fed = jax.vjp(lambda x: run(half, x), x_BTD, has_aux=True)
     g_BTD = dy_BTD.astype(jnp.float32) * half.config.residual_scale
     fed_BTC = fed.reshape(*fed.shape[:2], -1).astype(jnp.float32)
@@ -104,8 +112,10 @@ def _grams(tokens: jax.Array, mesh: Mesh) -> backward.Visitor:
     )
     return jax.tree.map(jnp.add, total, found), vjp(dy_BTD)[0]
 
-  def finish(half, sums):
-    gram_CC, hessian_DD = sharding.whole(sums, mesh)
+  def finish(half, sums, seen):
+    gram_CC, hessian_DD = sums
+    hessian_DD = sharding.whole(hessian_DD, mesh)
+    tokens = seen.rows * T
     weight_CD, mask_U = matrix(half), half.masks[half.unit]
     live = jnp.sum(mask_U) * (weight_CD.shape[0] // mask_U.shape[0])
     ridge = jnp.where(tokens >= ENOUGH * live, WEAK, STRONG)
@@ -127,7 +137,8 @@ def unit_scores(
   """trace(B_JJ^-1 W_J H W_J^T) of each unit, [units], float32.
 
   Args:
-    gram_CC: G of the matrix's input, mean over tokens.
+    gram_CC: G of the matrix's input, mean over tokens; on many devices its rows
+      may be cut.
     hessian_DD: H of its output, summed over tokens.
     weight_CD: W; the rows of a unit follow one another.
     ridge: in units of G's median diagonal.
@@ -140,6 +151,7 @@ def unit_scores(
   # B = scale^-1 A^-1 scale^-1, so that B_JJ^-1 is scaled the other way.
   inverse_UJJ = linear_algebra.inverse_blocks(scaled_CC, J, mesh)
   scaled_CD = weight_CD.astype(jnp.float32) * scale_C[:, None]
+  scaled_CD = linear_algebra.cut_like_gram(scaled_CD, mesh)
   right_CD = linear_algebra.product("cd,de->ce", scaled_CD, hessian_DD)
   if J == 1:
     energy_C = jnp.sum(right_CD * scaled_CD, axis=-1)

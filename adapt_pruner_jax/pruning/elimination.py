@@ -83,12 +83,12 @@ def solve(
 
   def times(matrix_NN, right_NE):
     # Rows stay cut; what they are multiplied with is whole.
-    return _rows(_dot(matrix_NN, sharding.whole(right_NE, mesh)), mesh)
+    return cut(_dot(matrix_NN, sharding.whole(right_NE, mesh)), mesh)
 
   def one(right_CE):
     right_NE = jnp.pad(right_CE, ((0, N - C), (0, 0)))
     found_NE = times(inverse_NN, right_NE)
-    left_NE = _rows(right_NE, mesh) - times(padded_NN, found_NE)
+    left_NE = cut(right_NE, mesh) - times(padded_NN, found_NE)
     found_NE += times(inverse_NN, left_NE)
     return sharding.whole(found_NE, mesh)[:C]
 
@@ -175,12 +175,13 @@ def _eliminate_row(k, a_CC):
   return jnp.where(here[:, None], row, a_CC)
 
 
-def _rows(matrix: jax.Array, mesh: Mesh) -> jax.Array:
+def cut(matrix: jax.Array, mesh: Mesh) -> jax.Array:
+  """Rows over all devices."""
   return jax.lax.with_sharding_constraint(matrix, NamedSharding(mesh, ROWS))
 
 
 def _padded(matrix_CC, size, mesh):
-  return _rows(_with_ones(matrix_CC, size), mesh)
+  return cut(_with_ones(matrix_CC, size), mesh)
 
 
 def _with_ones(matrix_CC, size):

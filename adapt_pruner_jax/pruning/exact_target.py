@@ -43,26 +43,27 @@ def trim(
     target: in the unit of the settings' budget.
     settings: say what is counted, and what widths become multiples of.
   """
-  cost, rounding = budgets.unit_cost(full, settings), settings.rounding()
+  cost, rounding = budgets.curves(full, settings), settings.rounding()
   width = surgery.widths(masks)
   need = budgets.of_widths(full, width, settings) - target
   planned = _in_turn(counts, width, rounding)
-  enough = _until(planned, need, cost)
+  enough = _until(planned, need, width, cost)
   if need <= 0 or enough is None:
     return dict(counts)
   groups = [r for r in enough if r[0] == "K"]
-  worth = lambda groups: sum(n * cost["K"][layer] for _, layer, n in groups)
+  worth = lambda groups: sum(_gains(groups, width, cost))
 
   def with_groups(groups: list[Removal]) -> list[Removal] | None:
     channels = itertools.chain(
       (r for r in planned if r[0] == "F"),
       _more_channels(width["F"] - counts["F"], prunable["F"], rounding["F"]),
     )
-    found = _until(channels, need - worth(groups), cost)
+    found = _until(channels, need - worth(groups), width, cost)
     return None if found is None else groups + found
 
   chosen = with_groups(groups)
-  if worth(groups) - need >= rounding["F"] * cost["F"].max():
+  channel = budgets.unit_cost(full, settings)["F"].max()
+  if worth(groups) - need >= rounding["F"] * channel:
     chosen = with_groups(groups[:-1]) or chosen
   result = {u: np.zeros(full.num_layers, np.int64) for u in UNITS}
   for unit, layer, units in chosen:
@@ -106,16 +107,40 @@ def _block(width: int, round_to: int) -> int:
 
 
 def _until(
-  removals: Iterable[Removal], need: int, cost: Mapping[str, np.ndarray]
+  removals: Iterable[Removal],
+  need: int,
+  width: Mapping[str, np.ndarray],
+  cost: budgets.Curves,
 ) -> list[Removal] | None:
-  """The first removals worth `need` of the budget; None if all are not."""
+  """The first removals worth `need` of the budget; None if all are not.
+
+  Args:
+    width: of the modules before.
+    cost: of each module at each width.
+  """
   found = []
+  noted = (found.append(r) or r for r in removals)
+  gains = _gains(noted, width, cost)
+  while need > 0:
+    gain = next(gains, None)
+    if gain is None:
+      return None
+    need -= gain
+  return found
+
+
+def _gains(
+  removals: Iterable[Removal],
+  width: Mapping[str, np.ndarray],
+  cost: budgets.Curves,
+) -> Iterator[int]:
+  """What each removal is worth, one behind the other."""
+  width = {u: w.copy() for u, w in width.items()}
   for unit, layer, units in removals:
-    if need <= 0:
-      break
-    found.append((unit, layer, units))
-    need -= units * cost[unit][layer]
-  return found if need <= 0 else None
+    before = width[unit][layer]
+    width[unit][layer] -= units
+    curve = cost[unit][layer]
+    yield int(curve[before] - curve[before - units])
 
 
 # ---- A ratio solved for the target -------------------------------------------
@@ -129,6 +154,7 @@ def solve(
   prunable: Masks,
   target: int,
   settings: Prune = PARAMS,
+  exact: bool = True,
 ) -> Masks:
   """The masks of the largest model not above `target`.
 
@@ -143,6 +169,7 @@ def solve(
     counts_at: units that go at ratio p in [0, 1], not falling with p.
     prunable: which modules may lose channels, bool [L] each.
     target, settings: as of `trim`.
+    exact: give up in part what lies between two ratios; else all of it goes.
 
   Raises:
     UserError: not even p = 1 reaches the target.
@@ -157,7 +184,7 @@ def solve(
 
   low, high = 0.0, 1.0
   if at(high)[2] > target:
-    raise unreachable(target, at(high)[2])
+    raise unreachable(target, at(high)[2], settings)
   if at(low)[2] <= target:
     return at(low)[1]
   for _ in range(60):  # as fine as floats are
@@ -166,6 +193,8 @@ def solve(
       low = middle
     else:
       high = middle
+  if not exact:
+    return at(high)[1]
   # A budget of its own for each unit letter may take fewer channels when one
   # more group goes: what both ratios remove is sure, the rest is trimmed.
   both = {u: np.minimum(at(low)[0][u], at(high)[0][u]) for u in UNITS}
@@ -226,14 +255,17 @@ def check_reachable(task: PruneTask, least: Mapping[str, int]) -> None:
   }
   size = budgets.of_widths(task.full, width, task.settings)
   if task.target is not None and size > task.target:
-    raise unreachable(task.target, size)
+    raise unreachable(task.target, size, task.settings)
 
 
-def unreachable(target: int, closest: int) -> UserError:
-  """The error that says how far a method gets, both in parameters."""
+def unreachable(
+  target: int, closest: int, settings: Prune = PARAMS
+) -> UserError:
+  """The error that says how far a method gets, both counted in its budget."""
+  wanted, least = (budgets.shown(n, settings) for n in (target, closest))
   return UserError(
-    f"this method cannot reach {target:,} parameters: the closest it can get "
-    f"is {closest:,}; raise the target, or let it prune more layers "
+    f"this method cannot reach {wanted}: the closest it can get "
+    f"is {least}; raise the target, or let it prune more layers "
     "(--config.prune.attention_layers=0: --config.prune.mlp_layers=0:)"
   )
 

@@ -15,8 +15,6 @@ Scores of all modules have one unit of measure, so that one ranking can replace
 a schedule.
 """
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,17 +22,16 @@ from jax.sharding import Mesh
 
 from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.model_config import ModelConfig
-from adapt_pruner_jax.pruning import backward, scores
+from adapt_pruner_jax.pruning import backward, passes, scores
 from adapt_pruner_jax.pruning.task import Masked, Measured
 
 
 def measure(masked: Masked, tokens_NT: np.ndarray) -> Measured:
   """Scores of all units."""
-  return scores.measure_by(measure_step, masked, tokens_NT)
+  return scores.measure_by(PROGRAMS, masked, tokens_NT)
 
 
-@partial(jax.jit, static_argnames=("config", "mesh", "attention"))
-def measure_step(
+def _measure_step(
   config: ModelConfig,
   stacked: Params,
   masks: dict[str, jax.Array],
@@ -43,6 +40,8 @@ def measure_step(
   *,
   mesh: Mesh,
   attention: str = "auto",
+  before: backward.Sums | None = None,
+  last: bool = True,
 ) -> dict:
   """Losses and scores of the masked model, float32.
 
@@ -53,30 +52,35 @@ def measure_step(
     tokens_MBT: M minibatches of B sequences.
     valid_MB: False for rows that only pad.
     attention: as `prune.attention`.
+    before, last: as `backward.walk`'s.
 
   Returns:
     loss_M (mean over the minibatch's predictions), scores {"K": [L, K], "F":
-    [L, F]}; those of masked units mean nothing.
+    [L, F]}, or, if it is not the last walk, the sums so far; scores of masked
+    units mean nothing.
   """
   return backward.scored(
     backward.Stacked(config, stacked, masks, mesh, attention),
     tokens_MBT,
     valid_MB,
-    _gates(jnp.sum(valid_MB)),
+    _gates(),
+    before,
+    last,
   )
 
 
-def _gates(rows: jax.Array) -> backward.Visitor:
-  """Sums the squares of each row's own gradient with respect to the gates.
+PROGRAMS = passes.programs(_measure_step)
+measure_step = PROGRAMS.whole
 
-  Args:
-    rows: how many the sums are over.
-  """
+
+def _gates() -> backward.Visitor:
+  """Sums the squares of each row's own gradient with respect to the gates."""
 
   def start(half):
     return jnp.zeros(half.masks[half.unit].shape, jnp.float32)
 
-  def add(half, total_U, x_BTD, dy_BTD, valid_B):
+  def add(half, total_U, x_BTD, dy_BTD, valid_B, rows):
+    del rows
     gate_U = half.masks[half.unit].astype(jnp.float32)
 
     def back(x_TD, dy_TD):
@@ -87,7 +91,7 @@ def _gates(rows: jax.Array) -> backward.Visitor:
     square_BU = jnp.where(valid_B[:, None], dgate_BU, 0) ** 2
     return total_U + jnp.sum(square_BU, axis=0), dx_BTD
 
-  def finish(half, total_U):
-    return total_U / (2 * rows)
+  def finish(half, total_U, seen):
+    return total_U / (2 * seen.rows)
 
   return backward.Visitor(start, add, finish)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from adapt_pruner_jax.distributed import placement, sharding
+from adapt_pruner_jax.distributed import each_device, placement, sharding
 from adapt_pruner_jax.distributed.embedding import embed
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.models import axes
@@ -71,12 +71,15 @@ def layers(
   u = z
   for i, place in enumerate(map(Place, *places(config))):
     dense_layer, layer, masks = layer_at(i)
+    # Gathered once, not in each program of each minibatch.
+    dense_layer, layer = _gathered((dense_layer, layer), mesh=mesh)
     dense = _without_biases(config, dense_layer)
     if u is z and _same(dense_layer, layer):
       for writer in HALVES:
-        u = z = _advance(dense, writer, dense_layer, place, z, mesh)
+        _advance(dense, writer, dense_layer, place, z, mesh)
       yield i, {}, []
       continue
+    u = list(u) if u is z else u
     changed, records = {}, []
     placed = placement.replicate(masks, mesh)
 
@@ -84,7 +87,7 @@ def layers(
       live = masks["K" if writer == "o" else "F"].any()
       for names in [readers] * refit_all + [(writer,)]:
         if names == (writer,):
-          z = _advance(dense, writer, dense_layer, place, z, mesh)
+          _advance(dense, writer, dense_layer, place, z, mesh)
         if live:
           task = _Task(config, names, mesh)
           parts = _Parts(dense_layer, layer, placed, place)
@@ -92,7 +95,7 @@ def layers(
           new, found = _refit(task, parts, z, u, fit, held, strength)
           layer, changed = layer | new, changed | new
           records += [{"layer": i, "ridge": strength} | r for r in found]
-      u = _advance(config, writer, layer, place, u, mesh)
+      _advance(config, writer, layer, place, u, mesh)
     yield i, changed, records
 
 
@@ -141,6 +144,7 @@ def _refit(
     fit, held: of the tokens to fit, and those that judge.
   """
   equations = _sum(_normal_equations, task, parts, z, u, fit)
+  equations = _added_up(equations, mesh=task.mesh)
   old = {n: parts.layer[n] for n in task.names}
   new = solve(*equations, old, np.float32(ridge), mesh=task.mesh)
   changed = dataclasses.replace(parts, layer=parts.layer | new)
@@ -211,9 +215,10 @@ def _held_rows(tokens_NT: np.ndarray) -> int:
   return max(1, round(len(tokens_NT) * HELD_OUT))
 
 
-def _advance(config, writer, layer, place, stream, mesh) -> Stream:
-  """The stream behind a half."""
-  return [_half(config, writer, layer, place, x, mesh=mesh) for x in stream]
+def _advance(config, writer, layer, place, stream, mesh) -> None:
+  """Moves a stream behind a half, a minibatch at a time: none is kept twice."""
+  for number, x_BTD in enumerate(stream):
+    stream[number] = _half(config, writer, layer, place, x_BTD, mesh=mesh)
 
 
 def _without_biases(config: ModelConfig, layer: Params) -> ModelConfig:
@@ -237,6 +242,11 @@ def _embed(config, outer, tokens_BT, *, mesh):
   return placement.cut_rows(x_BTD.astype(jnp.float32), mesh)
 
 
+@partial(jax.jit, static_argnames="mesh")
+def _gathered(tree, *, mesh):
+  return sharding.whole(tree, mesh)
+
+
 @partial(jax.jit, static_argnames=("config", "writer", "mesh"))
 def _half(config, writer, layer, place, x_BTD, *, mesh):
   fed = _fed(config, writer, layer, place, x_BTD)
@@ -246,15 +256,28 @@ def _half(config, writer, layer, place, x_BTD, *, mesh):
 
 @partial(jax.jit, static_argnames="task")
 def _normal_equations(task, parts, z_BTD, u_BTD, weight_BT):
-  """The input's Gram matrix [C, C], moments with what lacks {n: [C, E]}."""
+  """The input's Gram matrix [N, C, C], moments with what lacks {n: [N, C, E]}.
+
+  N devices: each sums over its rows, and they are added up when all is summed.
+  """
   fed_BTC, found, weight_BT = _lacking(task, parts, z_BTD, u_BTD, weight_BT)
-  weighted_BTC = fed_BTC * weight_BT[..., None]
-  gram_CC = linear_algebra.product("btc,bte->ce", weighted_BTC, fed_BTC)
-  moments = {
-    n: linear_algebra.product("btc,bte->ce", weighted_BTC, lacks_BTE)
-    for n, (lacks_BTE, _) in found.items()
-  }
-  return sharding.whole((gram_CC, moments), task.mesh)
+  sums = partial(_sums_of_devices, task.mesh, fed_BTC * weight_BT[..., None])
+  moments = {n: sums(lacks_BTE) for n, (lacks_BTE, _) in found.items()}
+  return sums(fed_BTC), moments
+
+
+def _sums_of_devices(mesh, x_BTC, y_BTE):
+  """x^T y over the rows of each device, [N, C, E]."""
+  N = placement.batch_shards(mesh)
+  split = lambda x: placement.cut_rows(x.reshape(N, -1, *x.shape[1:]), mesh)
+  found = linear_algebra.product("nbtc,nbte->nce", split(x_BTC), split(y_BTE))
+  return placement.cut_rows(found, mesh)
+
+
+@partial(jax.jit, static_argnames="mesh")
+def _added_up(sums, *, mesh):
+  """Sums of the devices as one, of which each device has a part."""
+  return jax.tree.map(lambda x: each_device.total(x, mesh), sums)
 
 
 @partial(jax.jit, static_argnames="task")
@@ -331,7 +354,7 @@ def solve(gram_CC, moments, weights, ridge, *, mesh=None):
   return new
 
 
-@jax.jit
+@partial(jax.jit, donate_argnums=0)
 def _plus(total, found):
   return jax.tree.map(jnp.add, total, found)
 

@@ -32,8 +32,9 @@ def check(config: ModelConfig) -> None:
   else:
     return
   raise UserError(
-    f"this model cannot be refitted: {why}; use --config.prune.refit=none "
-    "--config.prune.method=adapt, as --config=configs/paper.py does"
+    f"this model cannot be refitted by least squares: {why}; use "
+    "--config.prune.refit=loss with --config.prune.method=fisher, or "
+    "--config=configs/paper.py"
   )
 
 
@@ -60,6 +61,13 @@ def product(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
   )
 
 
+def cut_like_gram(x_CE: jax.Array, mesh: Mesh | None) -> jax.Array:
+  """Rows over the devices that invert a Gram matrix by its rows, if they do."""
+  if not elimination.wanted(mesh) or len(x_CE) % mesh.size:
+    return x_CE
+  return elimination.cut(x_CE, mesh)
+
+
 def scaled(gram_CC: jax.Array, ridge: jax.Array) -> tuple[jax.Array, jax.Array]:
   """A Gram matrix with its ridge, scaled to a unit diagonal: (A, scale_C).
 
@@ -69,13 +77,15 @@ def scaled(gram_CC: jax.Array, ridge: jax.Array) -> tuple[jax.Array, jax.Array]:
   which float32 could not tell them apart. Channels that are always zero do not
   count in the median; they have scale 1.
   """
-  diagonal_C = jnp.diagonal(gram_CC)
+  at_C = jnp.arange(len(gram_CC))
+  here_CC = at_C[:, None] == at_C  # compared, each device has its rows of it
+  diagonal_C = jnp.sum(jnp.where(here_CC, gram_CC, 0), axis=1)
   live_C = diagonal_C > 0
   median = jnp.nanmedian(jnp.where(live_C, diagonal_C, jnp.nan))
   ridge_C = jnp.maximum(ridge * median, LEAST * diagonal_C)
   scale_C = jnp.where(live_C, jnp.sqrt(diagonal_C + ridge_C), 1)
   scaled_CC = gram_CC / scale_C[:, None] / scale_C[None]
-  return jnp.fill_diagonal(scaled_CC, 1.0, inplace=False), scale_C
+  return jnp.where(here_CC, 1.0, scaled_CC), scale_C
 
 
 def inverse_blocks(
@@ -133,9 +143,23 @@ def solve(
   """
   scaled_CC, scale_C = scaled(gram_CC, ridge)
   rights = {n: right_CE / scale_C[:, None] for n, right_CE in rights.items()}
-  if elimination.wanted(mesh):
-    found = elimination.solve(scaled_CC, rights, mesh)
-  else:
-    factor = jnp.linalg.cholesky(scaled_CC), True
-    found = {n: cho_solve(factor, right) for n, right in rights.items()}
+  found = solve_scaled(scaled_CC, rights, mesh)
   return {n: found_CE / scale_C[:, None] for n, found_CE in found.items()}
+
+
+def solve_scaled(
+  scaled_CC: jax.Array,
+  rights: dict[str, jax.Array],
+  mesh: Mesh | None = None,
+) -> dict[str, jax.Array]:
+  """scaled^-1 right of each right-hand side, [C, E].
+
+  Args:
+    scaled_CC: positive definite, with a unit diagonal, as from `scaled`.
+    rights: as `solve`'s.
+    mesh: where it is computed, which decides how (`elimination.wanted`).
+  """
+  if elimination.wanted(mesh):
+    return elimination.solve(scaled_CC, rights, mesh)
+  factor = jnp.linalg.cholesky(scaled_CC), True
+  return {n: cho_solve(factor, right) for n, right in rights.items()}

@@ -8,8 +8,12 @@ pairs; `prune.allotment` and `prune.group_importance` exchange one of the two.
 import dataclasses
 from functools import partial
 
+import jax
+import numpy as np
+
 from adapt_pruner_jax.config import Prune
 from adapt_pruner_jax.errors import UserError
+from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.pruning import (
   allotment,
@@ -29,6 +33,7 @@ from adapt_pruner_jax.pruning.baselines import (
   minitron,
   shortgpt,
   slicegpt,
+  surgeon,
   wanda_sp,
 )
 from adapt_pruner_jax.pruning.steps import Method
@@ -44,6 +49,7 @@ MEASURES = {
   "wanda_sp": wanda_sp.measure,
   "shortgpt": shortgpt.measure,
   "minitron": minitron.measure,
+  "surgeon": surgeon.measure,
 }
 # How much goes where, by `prune.allotment` or a method's own name.
 ALLOTMENTS = {
@@ -56,6 +62,7 @@ ALLOTMENTS = {
   "wanda_sp": wanda_sp.allot,
   "shortgpt": shortgpt.allot,
   "minitron": minitron.allot,
+  "surgeon": surgeon.allot,
 }
 # What methods do before and after.
 AROUND = {
@@ -65,6 +72,7 @@ AROUND = {
   "flap": {"prepare": flap.prepare, "finish": flap.finish},
   "shortgpt": {"finish": shortgpt.finish},
   "minitron": {"prepare": minitron.prepare, "finish": shortgpt.finish},
+  "surgeon": {"prepare": surgeon.prepare, "update": surgeon.update},
 }
 
 
@@ -86,15 +94,17 @@ def prune(task: PruneTask) -> Pruned:
       finite.
   """
   check(task.full, task.settings)
-  if task.settings.method == "slicegpt":
-    return slicegpt.prune(task)
-  return steps.prune(method_of(task.settings), task)
+  with jax.default_matmul_precision(task.settings.precision):
+    if task.settings.method == "slicegpt":
+      return slicegpt.prune(task)
+    return steps.prune(method_of(task.settings), task)
 
 
 def refit_after(task: PruneTask, pruned: Pruned) -> Pruned:
   """The refit that `prune.refit` asks for at the end of a prune.
 
-  Least squares; then, by `prune.refit_passes`, the loss.
+  Least squares; then, by `prune.refit_passes`, the loss, each pass on windows
+  of its own.
 
   Returns:
     The same without a refit; else with new params, a record a matrix, and one
@@ -106,23 +116,15 @@ def refit_after(task: PruneTask, pruned: Pruned) -> Pruned:
   done = task.after.number if task.after else 0
   if pruned.trace:
     done = pruned.trace[-1]["step"]
-  dense, tokens_NT = (task.config, task.params), task.refit_samples(done)
-  params, records = refit.refit(
-    dense,
-    (pruned.config, pruned.params),
-    surgery.relative_to(task.kept, pruned.kept),
-    tokens_NT,
-    task.batch,
-    ridge=settings.refit_ridge,
-    refit_all=settings.refit_all,
-    mesh=task.mesh,
-  )
-  by_loss = None
+  dense = task.config, task.params
+  params, records, by_loss = pruned.params, [], None
+  if settings.solves():
+    params, records = _solved(task, pruned, task.refit_samples(done))
   if settings.refit_passes:
     params, by_loss = refit_loss.refit_loss(
       dense,
       (pruned.config, params),
-      tokens_NT,
+      lambda number: task.refit_samples(done + number),
       task.batch,
       task.mesh,
       passes=settings.refit_passes,
@@ -132,6 +134,24 @@ def refit_after(task: PruneTask, pruned: Pruned) -> Pruned:
   return dataclasses.replace(
     pruned, params=params, refits=records, refit_loss=by_loss
   )
+
+
+def _solved(
+  task: PruneTask, pruned: Pruned, tokens_NT: np.ndarray
+) -> tuple[Params, list[dict]]:
+  """What least squares make of the params, and a record a matrix."""
+  settings = task.settings
+  with jax.default_matmul_precision(settings.precision):
+    return refit.refit(
+      (task.config, task.params),
+      (pruned.config, pruned.params),
+      surgery.relative_to(task.kept, pruned.kept),
+      tokens_NT,
+      task.batch,
+      ridge=settings.refit_ridge,
+      refit_all=settings.refit_all,
+      mesh=task.mesh,
+    )
 
 
 def resumes(settings: Prune) -> bool:
@@ -153,5 +173,8 @@ def check(config: ModelConfig, settings: Prune) -> None:
     )
   if settings.method == "minitron":
     minitron.check(config, settings)
-  if settings.pair()[1] == "curvature" or settings.refit != "none":
+  if settings.method == "surgeon":
+    surgeon.check(settings)
+  inverts = settings.pair()[1] in ("curvature", "surgeon")
+  if inverts or settings.method == "surgeon" or settings.solves():
     linear_algebra.check(config)

@@ -16,6 +16,9 @@ sequence can have activations a thousand times larger than the rest; no token
 counts for more than `least_squares.CAP` typical ones.
 """
 
+import functools
+from collections.abc import Callable
+
 import jax
 import numpy as np
 from jax.sharding import Mesh
@@ -96,7 +99,8 @@ def refit_masked(
   """Refits what the masks leave of a model to the one that the task began with.
 
   Args:
-    masked: the model under way; `masked.masks` may be of a later step.
+    masked: the model under way, whose stacked layers are donated;
+      `masked.masks` may be of a later step.
     masks: units that are left.
     tokens_NT: calibration tokens, of the step.
 
@@ -105,24 +109,23 @@ def refit_masked(
   """
   task, stacked = masked.task, masked.stacked
   config = surgery.dense(task.full)
-  begin = placement.replicate(task.begin, task.mesh)
   placed = placement.replicate(masks, task.mesh)
+  new, records = dict(stacked["layers"]), []
 
   def layer_at(i: int) -> tuple[Params, Params, Masks]:
     return (
-      _layer(masked.original["layers"], begin, i),
-      _layer(stacked["layers"], placed, i),
+      _widened(task.params, i, task.kept, config, task.mesh),
+      _layer(new, placed, i),
       {u: m[i] for u, m in masks.items()},
     )
 
   outer = {n: stacked[n] for n in model_config.outer_names(config)}
   ridge = task.settings.refit_ridge
-  new, records = dict(stacked["layers"]), []
   for i, changed, found in least_squares.layers(
     config, outer, layer_at, tokens_NT, task.batch, ridge, False, task.mesh
   ):
     for n, weight in changed.items():
-      new[n] = _set(new[n], weight, i)
+      new[n] = _setter(new[n].sharding)(new[n], weight, i)
     records += found
   return stacked | {"layers": new}, records
 
@@ -132,9 +135,13 @@ def _widened(
 ) -> Params:
   """Layer i in dense coordinates, zero where units are not kept."""
   at = {u: kept[u][i] for u in axes.UNITS}
+  layer, sizes = params[axes.layer_name(i)], wide.sizes(0)
+  shapes = {n: axes.shape(n, sizes) for n in model_config.layer_names(wide)}
+  if {n: x.shape for n, x in layer.items()} == shapes:
+    return layer
   zero = np.zeros((), params["embedding"].dtype)
   fn = lambda layer: surgery.widen(layer, at, wide, zero)
-  return surgery.transform(fn, params[axes.layer_name(i)], mesh)
+  return surgery.transform(fn, layer, mesh)
 
 
 def _narrowed(matrices: Params, i: int, kept: Kept, mesh: Mesh) -> Params:
@@ -151,6 +158,8 @@ def _layer(layers: Params, masks: dict[str, jax.Array], i: int) -> Params:
   return {n: axes.mask(n, w[i], masks) for n, w in layers.items()}
 
 
-@jax.jit
-def _set(stacked: jax.Array, weight: jax.Array, i: int) -> jax.Array:
-  return stacked.at[i].set(weight)
+@functools.cache
+def _setter(where: jax.sharding.Sharding) -> Callable[..., jax.Array]:
+  """Puts a weight in a stack, in place, of arrays that lie there."""
+  put = lambda stacked, weight, i: stacked.at[i].set(weight)
+  return jax.jit(put, donate_argnums=0, out_shardings=where)

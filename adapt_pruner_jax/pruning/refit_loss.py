@@ -1,18 +1,18 @@
 """Refit by the loss: all that is left learns to predict as the dense model did.
 
 Behind the least squares of `refit`, which match one matrix at a time, some
-passes over the same calibration windows lower
+passes over calibration windows, each over fresh ones, lower
 
   KL(dense || pruned), a mean over tokens, times temperature^2
 
 by all weights at once (Adam, arXiv 1503.02531). It is training, of as many
 tokens as `prune.refit_passes` x `calibration.refit_samples` x
-`calibration.seq_len`, and is counted as such where methods are compared. The
-last tenth of the windows is held out: where their loss does not fall, the
+`calibration.seq_len`, and is counted as such where methods are compared. A
+tenth of the first windows is held out: where their loss does not fall, the
 weights stay as they were.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +32,7 @@ HELD_OUT = 10  # of so many rows, one
 def refit_loss(
   dense: tuple[ModelConfig, Params],
   pruned: tuple[ModelConfig, Params],
-  tokens_NT: np.ndarray,
+  samples: Callable[[int], np.ndarray],
   batch: int,
   mesh: Mesh,
   *,
@@ -45,11 +45,11 @@ def refit_loss(
   Args:
     dense: the model before pruning.
     pruned: the model after it.
-    tokens_NT: calibration tokens.
+    samples: gives the windows [N, T] of a pass (from 0), the same N each time.
     batch: windows a step, cut over the mesh; rounded up to what it divides.
-    passes: over the windows.
+    passes: how many sets of windows.
     rate: the highest learning rate; it falls to a tenth along a cosine.
-    seed: of the order of the windows, another one each pass.
+    seed: of the order of the windows.
 
   Returns:
     The params, in the types that they had, and {"tokens", "before", "after"}:
@@ -59,21 +59,18 @@ def refit_loss(
     UserError: too few windows for one step.
   """
   config, params = pruned
-  rows_NT, held_NT, batch = _split(tokens_NT, batch, mesh)
-  steps = len(rows_NT) // batch
-  settings = Train(
-    learning_rate=rate,
-    min_learning_rate=rate / 10,
-    schedule="cosine",
-    distill_alpha=1.0,
-    remat=True,
-  )
+  first_NT = samples(0)
+  held, batch = _split(len(first_NT), batch, mesh)
+  left_NT, held_NT = first_NT[:-held], first_NT[-held:]
+  sets = lambda number: samples(number) if number else left_NT
+  steps = len(left_NT) // batch + (passes - 1) * (len(first_NT) // batch)
+  settings = as_training(rate)
   distance = _distance(config, dense, settings, mesh)
   before = distance(params, held_NT, batch)
-  schedule = optimizer.schedule(settings, passes * steps)
+  schedule = optimizer.schedule(settings, steps)
   # The step donates what it trains: the old weights must outlive it.
   trained = jax.tree.map(lambda p: jnp.array(p, jnp.float32), params)
-  trained_on = passes * steps * batch * tokens_NT.shape[1]
+  trained_on = steps * batch * first_NT.shape[1]
   training = loop.start(
     (config, trained),
     settings,
@@ -82,8 +79,8 @@ def refit_loss(
     teacher=dense,
     tokens=trained_on,
   )
-  order = _batches(rows_NT, batch, passes, seed)
-  training, _ = loop.recover(training, order, 0, passes * steps, mesh)
+  order = _batches(sets, batch, passes, seed)
+  training, _ = loop.recover(training, order, 0, steps, mesh)
   cast = lambda new, old: new.astype(old.dtype)
   new = jax.tree.map(cast, training.trained, params)
   after = distance(new, held_NT, batch)
@@ -91,28 +88,41 @@ def refit_loss(
   return (new if after < before else params), record
 
 
-def _split(
-  tokens_NT: np.ndarray, batch: int, mesh: Mesh
-) -> tuple[np.ndarray, np.ndarray, int]:
-  """Windows to train on, those held out, and how many go in a step."""
+def as_training(rate: float) -> Train:
+  """The settings of a training that does the same.
+
+  Args:
+    rate: the highest learning rate.
+  """
+  return Train(
+    learning_rate=rate,
+    min_learning_rate=rate / 10,
+    schedule="cosine",
+    distill_alpha=1.0,
+    remat=True,
+  )
+
+
+def _split(windows: int, batch: int, mesh: Mesh) -> tuple[int, int]:
+  """How many windows of a set are held out, and how many go in a step."""
   shards = placement.batch_shards(mesh)
-  first = len(tokens_NT) - len(tokens_NT) // HELD_OUT
-  rows_NT, held_NT = tokens_NT[:first], tokens_NT[first:]
-  batch = -(-min(batch, len(rows_NT)) // shards) * shards
-  if len(rows_NT) < max(batch, 1) or not len(held_NT):
+  held = windows // HELD_OUT
+  batch = -(-min(batch, windows - held) // shards) * shards
+  if windows - held < max(batch, 1) or not held:
     raise UserError(
-      f"{len(tokens_NT)} calibration windows are too few to refit by the loss: "
+      f"{windows} calibration windows are too few to refit by the loss: "
       f"give --config.calibration.refit_samples={HELD_OUT * max(batch, 2)} or "
       "more, or --config.prune.refit_passes=0"
     )
-  return rows_NT, held_NT, batch
+  return held, batch
 
 
 def _batches(
-  rows_NT: np.ndarray, batch: int, passes: int, seed: int
+  sets: Callable[[int], np.ndarray], batch: int, passes: int, seed: int
 ) -> Iterator[step.Batch]:
-  """Whole batches, in another order each pass."""
+  """Whole batches of the sets, each in an order of its own."""
   for number in range(passes):
+    rows_NT = sets(number)
     order = np.random.default_rng((seed % 2**32, number)).permutation(
       len(rows_NT)
     )

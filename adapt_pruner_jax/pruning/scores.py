@@ -20,10 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from adapt_pruner_jax.distributed import placement, sharding
 from adapt_pruner_jax.models import axes
 from adapt_pruner_jax.models.model_config import ModelConfig
-from adapt_pruner_jax.pruning import backward, surgery
+from adapt_pruner_jax.pruning import backward, passes
 from adapt_pruner_jax.pruning.task import Masked, Measured
 
 TAYLOR = ("taylor", "taylor_vectorize", "taylor_second", "taylor_mix")
@@ -37,22 +36,11 @@ def measure(masked: Masked, tokens_NT: np.ndarray, *, kind: str) -> Measured:
   Args:
     kind: one of KINDS. Random scores follow the task's seed and the step.
   """
-  task, settings = masked.task, masked.task.settings
-  tokens_MBT, valid_MB = placement.minibatches(tokens_NT, task.batch, task.mesh)
-  found = measure_step(
-    surgery.dense(task.full),
-    masked.stacked,
-    placement.replicate(masked.masks, task.mesh),
-    tokens_MBT,
-    valid_MB,
-    kind=kind,
-    measure=settings.layer_importance,
-    mesh=task.mesh,
-    attention=task.settings.attention,
-  )
-  found = jax.device_get(found)
+  settings = masked.task.settings
+  how = {"kind": kind, "measure": settings.layer_importance}
+  found = passes.run(PROGRAMS, masked, tokens_NT, **how)
   if kind == "random":
-    random = np.random.default_rng((task.seed % 2**32, masked.number))
+    random = np.random.default_rng((masked.task.seed % 2**32, masked.number))
     scores = {u: random.random(mask.shape) for u, mask in masked.masks.items()}
   else:
     scores = group_scores(
@@ -63,25 +51,14 @@ def measure(masked: Masked, tokens_NT: np.ndarray, *, kind: str) -> Measured:
 
 
 def measure_by(
-  step: Callable[..., dict], masked: Masked, tokens_NT: np.ndarray
+  programs: passes.Programs, masked: Masked, tokens_NT: np.ndarray
 ) -> Measured:
   """Unit scores that a walk through the masked model keeps.
 
   Args:
-    step: the compiled walk, such as `curvature.measure_step`.
+    programs: of the walk, such as `curvature.PROGRAMS`.
   """
-  task = masked.task
-  tokens_MBT, valid_MB = placement.minibatches(tokens_NT, task.batch, task.mesh)
-  found = step(
-    surgery.dense(task.full),
-    masked.stacked,
-    placement.replicate(masked.masks, task.mesh),
-    tokens_MBT,
-    valid_MB,
-    mesh=task.mesh,
-    attention=task.settings.attention,
-  )
-  found = jax.device_get(found)
+  found = passes.run(programs, masked, tokens_NT)
   scores = {u: np.asarray(s, np.float64) for u, s in found["scores"].items()}
   return Measured(scores, found["loss_M"])
 
@@ -101,10 +78,7 @@ def with_importance(
   )
 
 
-@partial(
-  jax.jit, static_argnames=("config", "kind", "measure", "mesh", "attention")
-)
-def measure_step(
+def _measure_step(
   config: ModelConfig,
   stacked: axes.Params,
   masks: dict[str, jax.Array],
@@ -115,6 +89,8 @@ def measure_step(
   measure: str,
   mesh: Mesh | None = None,
   attention: str = "auto",
+  before: backward.Sums | None = None,
+  last: bool = True,
 ) -> dict:
   """Losses, layer importances and salience of the masked model on one batch.
 
@@ -128,42 +104,48 @@ def measure_step(
     measure: one of config.CHOICES["prune.layer_importance"].
     mesh: devices that the batch is cut over.
     attention: as `prune.attention`.
+    before, last: as `backward.walk`'s.
 
   Returns:
     loss_M (mean over the minibatch's predictions), importance_ML (mean over
     its tokens), salience {parameter: [L, ...]} for `group_scores`; {} of
-    "random".
+    "random". If it is not the last walk, the sums so far in place of salience.
   """
-  tokens_share_MB = valid_MB / jnp.sum(valid_MB, axis=1, keepdims=True)
+  rows_M1 = jnp.maximum(jnp.sum(valid_MB, axis=1, keepdims=True), 1)
+  tokens_share_MB = valid_MB / rows_M1
   found = backward.walk(
     backward.Stacked(config, stacked, masks, mesh, attention),
     tokens_MBT,
     valid_MB,
     tokens_share_MB,
-    _taylor(kind, valid_MB) if kind in TAYLOR else None,
+    _taylor(kind) if kind in TAYLOR else None,
     partial(_importance, measure),
+    before,
+    last,
   )
   if kind in TAYLOR:
-    salience = found.kept["F"] | found.kept["K"]
+    salience = {n: s for kept in found.kept.values() for n, s in kept.items()}
   else:
     salience = magnitude(stacked["layers"], kind)
-  result = {"loss_M": found.loss_M, "importance_ML": found.observed.T}
-  return sharding.whole(result | {"salience": salience}, mesh)
+  measured = {"loss_M": found.loss_M, "importance_ML": found.observed.T}
+  return backward.results(found, mesh, measured, "salience", salience)
 
 
-def _importance(measure, x_BTD, out_BTD, valid_B) -> jax.Array:
-  """Of a layer: minus the mean similarity over a minibatch's tokens."""
-  share_B = valid_B / jnp.sum(valid_B) / x_BTD.shape[1]
+PROGRAMS = passes.programs(_measure_step, "kind", "measure")
+measure_step = PROGRAMS.whole
+
+
+def _importance(measure, x_BTD, out_BTD, share_B) -> jax.Array:
+  """Of a layer: minus the similarity's part of a minibatch's mean."""
   change_BT = similarity(x_BTD, out_BTD, measure)
-  return -jnp.sum(share_B[:, None] * change_BT)
+  return -jnp.sum((share_B / x_BTD.shape[1])[:, None] * change_BT)
 
 
-def _taylor(kind: str, valid_MB: jax.Array) -> backward.Visitor:
+def _taylor(kind: str) -> backward.Visitor:
   """Sums the gradients of a half's scored matrices; keeps their salience.
 
   Second-order kinds also sum the squares of each example's own gradient.
   """
-  rows_M = valid_MB.sum(axis=1)
 
   def scored(half):
     return {n: half.weights[n] for n in axes.SCORED[half.unit]}
@@ -182,19 +164,20 @@ def _taylor(kind: str, valid_MB: jax.Array) -> backward.Visitor:
     dw_B = jax.vmap(example)(x_BTD, dy_BTD)  # of their shares of the loss
     return jax.tree.map(lambda d: jnp.sum((rows * d) ** 2, axis=0), dw_B)
 
-  def add(half, total, x_BTD, dy_BTD, valid_B):
+  def add(half, total, x_BTD, dy_BTD, valid_B, rows):
+    del valid_B  # the gradients of rows that only pad are zero
     run = lambda w, x_BTD: half.run(x_BTD, w)[0]
     _, vjp = jax.vjp(run, scored(half), x_BTD)
     dw, dx_BTD = vjp(dy_BTD)
     found = [dw]
     if kind in SECOND:
-      found.append(squares(half, x_BTD, dy_BTD, valid_B.sum()))
+      found.append(squares(half, x_BTD, dy_BTD, rows))
     plus = lambda t, d: t + d.astype(t.dtype)
     return jax.tree.map(plus, total, found), dx_BTD
 
-  def finish(half, sums):
+  def finish(half, sums, seen):
     salience = {
-      n: _expansion(w, [s[n] for s in sums], rows_M, kind)
+      n: _expansion(w, [s[n] for s in sums], seen, kind)
       for n, w in scored(half).items()
     }
     return {n: _per_unit(n, s, kind) for n, s in salience.items()}
@@ -267,7 +250,7 @@ def similarity(x: jax.Array, y: jax.Array, measure: str) -> jax.Array:
   return jnp.linalg.norm(x - y, ord=order, axis=-1)
 
 
-def _expansion(w, sums, rows_M, kind: str) -> jax.Array:
+def _expansion(w, sums, seen: backward.Sums, kind: str) -> jax.Array:
   """Salience of each weight: what its removal changes the loss by.
 
   To first order w g. To second order with the Fisher information A, the mean
@@ -277,10 +260,10 @@ def _expansion(w, sums, rows_M, kind: str) -> jax.Array:
   w, grad = w.astype(jnp.float32), sums[0]
   if kind not in SECOND:
     return w * grad
-  curvature = w * (sums[1] / rows_M.sum()) * w
+  curvature = w * (sums[1] / seen.rows) * w
   if kind == "taylor_second":
     return curvature
-  return w * grad / rows_M.size - curvature / 2  # grad: a sum of M means
+  return w * grad / seen.minibatches - curvature / 2  # grad: a sum of M means
 
 
 def _per_unit(name: str, salience: jax.Array, kind: str) -> jax.Array:

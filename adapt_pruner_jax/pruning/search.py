@@ -3,7 +3,8 @@
 Units of each module are ranked once, by any score; a candidate is how many of
 each module stay, and its masks are data, so that all candidates share one
 compiled program. What is minimised is the divergence from the dense model,
-KL(dense || masked) in nats a token, on tokens of the step. The search climbs
+KL(dense || masked) in nats a token, on tokens of the step, or of a tuning text
+of its own (`prune.search.source`). The search climbs
 from the best of a few starts: a candidate that is better replaces the one that
 it was made from (as evolution of one parent and one child).
 
@@ -22,6 +23,7 @@ from jax.sharding import Mesh
 from adapt_pruner_jax.config import Prune
 from adapt_pruner_jax.distributed import placement
 from adapt_pruner_jax.errors import UserError
+from adapt_pruner_jax.models import model_config
 from adapt_pruner_jax.models.axes import UNITS, Params
 from adapt_pruner_jax.models.layer import attention_inputs, places, run_layer
 from adapt_pruner_jax.models.model_config import ModelConfig
@@ -212,7 +214,7 @@ def _size(space: Space, counts: Counts) -> int:
 def _divergence(masked: Masked):
   """Of masks: the divergence of the masked model from the task's, in nats."""
   task = masked.task
-  tokens_NT = task.samples(masked.step.number)
+  tokens_NT = (task.tuning or task.samples)(masked.step.number)
   wanted = task.settings.search.tokens
   if wanted > tokens_NT.size:
     raise UserError(
@@ -225,10 +227,14 @@ def _divergence(masked: Masked):
   tokens_MBT, valid_MB = placement.minibatches(some_NT, task.batch, task.mesh)
   config = surgery.dense(task.full)
   place = partial(placement.replicate, mesh=task.mesh)
-  dense_MBTD = last_stream(
-    config, masked.original, place(task.begin), tokens_MBT, mesh=task.mesh
+  dense = surgery.expand(
+    task.config, task.params, task.kept, task.full, task.mesh
   )
-  ends = tokens_MBT, valid_MB, dense_MBTD, masked.original
+  dense_MBTD = last_stream(
+    config, dense, place(task.begin), tokens_MBT, mesh=task.mesh
+  )
+  outer = {n: dense[n] for n in model_config.outer_names(config)}
+  ends = tokens_MBT, valid_MB, dense_MBTD, outer
 
   def divergence(masks: Masks) -> float:
     return float(
@@ -289,7 +295,7 @@ def mean_divergence(
     valid_MB: False for rows that only pad.
     dense_MBTD: `last_stream` of the dense model, whose logits are made anew
       since they are too many to keep.
-    dense: its params.
+    dense: its params outside the layers.
   """
   x_MBTD = last_stream(config, stacked, masks, tokens_MBT, mesh=mesh)
   matrix = backward.output(config, stacked, mesh)

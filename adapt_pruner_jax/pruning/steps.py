@@ -13,12 +13,13 @@ from collections.abc import Callable
 
 import numpy as np
 
+from adapt_pruner_jax.config import Prune
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.models.axes import UNITS, Params
 from adapt_pruner_jax.models.model_config import ModelConfig
-from adapt_pruner_jax.pruning import budgets, choice, surgery
+from adapt_pruner_jax.pruning import budgets, choice, quality, surgery
 from adapt_pruner_jax.pruning.refit import refit_masked
-from adapt_pruner_jax.pruning.surgery import Kept
+from adapt_pruner_jax.pruning.surgery import Kept, Masks
 from adapt_pruner_jax.pruning.task import (
   Allotted,
   Masked,
@@ -31,6 +32,7 @@ from adapt_pruner_jax.pruning.task import (
 )
 
 Pair = tuple[ModelConfig, Params]
+Update = Callable[[Masked, Masks, np.ndarray], tuple[Params, list[dict]]]
 
 
 def gathered(masked: Masked, left: Kept, measured: Measured | None) -> Pair:
@@ -48,6 +50,9 @@ class Method:
     measure: scores of a masked model's units on the tokens of a step.
     allot: how many units of each module go, from what was measured.
     prepare: the task as the method takes it.
+    update: the stacked params, and records, behind a step that it has removed
+      units in: of the model before it, the units that are left and the step's
+      tokens; None = the weights stay, but for refits.
     finish: the smaller pair, of the masked model, the units that are left and
       the last measurement (None if an interrupted call made it).
     strict: without `prune.trim` it ends below the target, not at it.
@@ -56,6 +61,7 @@ class Method:
   measure: Callable[[Masked, np.ndarray], Measured]
   allot: Callable[[Masked, Measured], Allotted]
   prepare: Callable[[PruneTask], PruneTask] = lambda task: task
+  update: Update | None = None
   finish: Callable[[Masked, Kept, Measured | None], Pair] = gathered
   strict: bool = False
 
@@ -68,18 +74,24 @@ def prune(method: Method, task: PruneTask) -> Pruned:
       values are not finite.
   """
   task = method.prepare(task)
-  masked, trace, measured = _begin(task), [], None
-  last_change = masked.step.number
+  masked, trace, measured = _begin(task, method.update), [], None
+  last_change, start = masked.step.number, quality.begun(masked)
   while not _done(method, task, masked.step):
     tokens_NT = task.samples(masked.step.number)
     measured = method.measure(masked, tokens_NT)
     _check_finite(masked, measured)
-    step = _next_step(masked, measured, method.allot(masked, measured))
+    binding = dataclasses.replace(masked, task=_binding(task, masked.step))
+    step = _next_step(masked, measured, method.allot(binding, measured))
+    step = quality.held(masked, step, start)
     if step.params < masked.step.params:
       last_change = step.number
-    masked, refits = dataclasses.replace(masked, step=step), {}
+    before, masked = masked, dataclasses.replace(masked, step=step)
+    update, refits = method.update, {}
     if _refits(task, step) and not _done(method, task, step):
-      stacked, refits["refit"] = refit_masked(masked, step.masks, tokens_NT)
+      update = refit_masked
+    if update is not None:
+      stacked, records = update(before, step.masks, tokens_NT)
+      refits = {"refit": records} if records else {}
       at = step.refitted | {step.number: step.masks}
       step = dataclasses.replace(step, refitted=at)
       masked = dataclasses.replace(masked, stacked=stacked, step=step)
@@ -91,17 +103,26 @@ def prune(method: Method, task: PruneTask) -> Pruned:
   return Pruned(*method.finish(masked, left, measured), left, trace)
 
 
-def _begin(task: PruneTask) -> Masked:
-  """The masked model where the task starts, or goes on."""
+def _begin(task: PruneTask, update: Update | None = None) -> Masked:
+  """The masked model where the task starts, or goes on.
+
+  Args:
+    update: the method's.
+  """
   full, begin = task.full, task.begin
   stacked = surgery.expand(task.config, task.params, task.kept, full, task.mesh)
   nothing = {u: np.zeros(full.num_layers) for u in UNITS}
   step = task.after or Step(0, begin, nothing, surgery.count(full, begin))
-  masked = Masked(task, stacked, stacked, step)
+  masked = Masked(task, stacked, step)
+  del stacked  # a refit donates it
+  before = dataclasses.replace(step, masks=begin)
   for number, masks in step.refitted.items():
-    stacked, _ = refit_masked(masked, masks, task.samples(number - 1))
+    masked = dataclasses.replace(masked, step=before)
+    again = update or refit_masked
+    stacked, _ = again(masked, masks, task.samples(number - 1))
     masked = dataclasses.replace(masked, stacked=stacked)
-  return masked
+    before = dataclasses.replace(before, masks=masks)
+  return dataclasses.replace(masked, step=step)
 
 
 def _next_step(masked: Masked, measured: Measured, allotted: Allotted) -> Step:
@@ -127,14 +148,39 @@ def _next_step(masked: Masked, measured: Measured, allotted: Allotted) -> Step:
 
 def _done(method: Method, task: PruneTask, step: Step) -> bool:
   settings, width = task.settings, surgery.widths(step.masks)
+  if step.ended:
+    return True
   if settings.max_steps and step.number >= settings.max_steps:
     return True
   if task.target is None:
+    return False
+  if any(budgets.of_widths(task.full, width, s) > n for s, n in task.limits):
     return False
   left = budgets.of_widths(task.full, width, settings)
   if method.strict and not settings.trim:
     return left < task.target
   return left <= task.target
+
+
+def _binding(task: PruneTask, step: Step) -> PruneTask:
+  """The task, or the one of its limits that the largest share is left of.
+
+  So several limits are met together: what goes in a step is priced in the
+  budget that is furthest from its end.
+  """
+  if not task.limits:
+    return task
+  now, first = surgery.widths(step.masks), surgery.widths(task.begin)
+
+  def share(limit: tuple[Prune, int]) -> float:
+    settings, most = limit
+    begin = budgets.of_widths(task.full, first, settings)
+    left = budgets.of_widths(task.full, now, settings)
+    return (left - most) / max(begin - most, 1)
+
+  own = task.settings, task.target
+  settings, target = max((own, *task.limits), key=share)
+  return dataclasses.replace(task, settings=settings, target=target)
 
 
 def _refits(task: PruneTask, step: Step) -> bool:
@@ -165,12 +211,12 @@ def _check_stuck(task: PruneTask, step: Step, last_change: int) -> None:
   """Raises a UserError if steps remove nothing any more."""
   patience = math.ceil(1 / task.settings.step_size) + 1
   if task.target is not None and step.number - last_change >= patience:
-    width = surgery.widths(step.masks)
+    task, width = _binding(task, step), surgery.widths(step.masks)
     left = budgets.of_widths(task.full, width, task.settings)
-    unit = budgets.UNIT[task.settings.budget]
+    show = lambda amount: budgets.shown(amount, task.settings)
     raise UserError(
-      f"pruning stopped at {left:,} {unit}, above the target "
-      f"{task.target:,}: {patience} steps in a row removed nothing; lower "
+      f"pruning stopped at {show(left)}, above the target {show(task.target)}: "
+      f"{patience} steps in a row removed nothing; lower "
       "--config.prune.amplitude or .step_size, or let more layers be pruned "
       "(--config.prune.attention_layers, .mlp_layers)"
     )

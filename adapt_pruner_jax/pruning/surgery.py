@@ -137,14 +137,21 @@ def expand(
 
   def stack(params):
     like = params["embedding"]
-    layers = []
-    for i in range(config.num_layers):
-      at = {u: kept[u][i] for u in UNITS}
-      layers.append(widen(params[axes.layer_name(i)], at, wide, like))
     library = np if _on_host(like) else jnp
+
+    def one(name):
+      parts = []
+      for i in range(config.num_layers):
+        at = {u: kept[u][i] for u in UNITS}
+        layer = params[axes.layer_name(i)]
+        parts.append(_widened(name, layer, at, wide.sizes(0), like))
+      return library.stack(parts)
+
     outer = {n: params[n] for n in model_config.outer_names(config)}
-    together = jax.tree.map(lambda *parts: library.stack(parts), *layers)
-    return outer | {"layers": together}
+    # One after the other: all parts of all of them would be another model.
+    return outer | {
+      "layers": {n: one(n) for n in model_config.layer_names(wide)}
+    }
 
   return transform(stack, params, mesh)
 
@@ -162,17 +169,19 @@ def widen(
     wide: from `dense`.
     like: any array of the same model, for its dtype and its library.
   """
-  sizes = wide.sizes(0)
-  library = np if _on_host(like) else jnp
-
-  def absent(name):
-    fill = 1 if "norm" in name else 0
-    return library.full(axes.shape(name, sizes), fill, like.dtype)
-
   return {
-    n: axes.put(n, layer[n], at, sizes) if n in layer else absent(n)
+    n: _widened(n, layer, at, wide.sizes(0), like)
     for n in model_config.layer_names(wide)
   }
+
+
+def _widened(name, layer, at, sizes, like):
+  """A parameter of a layer in dense coordinates, as `widen`."""
+  if name in layer:
+    return axes.put(name, layer[name], at, sizes)
+  fill = 1 if "norm" in name else 0
+  library = np if _on_host(like) else jnp
+  return library.full(axes.shape(name, sizes), fill, like.dtype)
 
 
 def compact(
@@ -232,7 +241,12 @@ def transform(fn: Callable, tree: Any, mesh: Mesh) -> Any:
   """
   if sharding.with_numpy(mesh):
     made = fn(jax.device_get(tree))
-    return jax.device_put(made, _shardings(made, mesh))
+    where = jax.tree.leaves(_shardings(made, mesh))
+    leaves, structure = jax.tree.flatten(made)
+    del made  # what is made goes leaf by leaf, as its copy comes
+    for number, one in enumerate(where):
+      leaves[number] = jax.device_put(leaves[number], one)
+    return jax.tree.unflatten(structure, leaves)
   made = jax.jit(fn)(tree)
   return jax.jit(lambda x: x, out_shardings=_shardings(made, mesh))(made)
 

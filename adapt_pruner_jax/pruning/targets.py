@@ -10,6 +10,7 @@ from adapt_pruner_jax.models.axes import UNITS
 from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.pruning import budgets
 from adapt_pruner_jax.pruning.surgery import Masks
+from adapt_pruner_jax.pruning.task import Limits
 
 
 def prunable_modules(config: ModelConfig, settings: Prune) -> Masks:
@@ -43,6 +44,8 @@ def smallest(config: ModelConfig, settings: Prune) -> int:
   """The budget with one unit (or one block of channels) left in each module."""
   prunable = prunable_modules(config, settings)
   least = settings.rounding()
+  if settings.whole_halves:
+    least = dict.fromkeys(UNITS, 0)
   units = {
     u: tuple(
       min(w, least[u]) if p else w
@@ -54,7 +57,10 @@ def smallest(config: ModelConfig, settings: Prune) -> int:
 
 
 def resolve_target(
-  config: ModelConfig, settings: Prune, original: ModelConfig | None = None
+  config: ModelConfig,
+  settings: Prune,
+  original: ModelConfig | None = None,
+  beside: int = 0,
 ) -> int | None:
   """The limit of the budget (parameters, if not another) that `ratio`,
   `target_params` or `budget_value` sets; None if none of them is given.
@@ -64,36 +70,77 @@ def resolve_target(
     settings: say how far.
     original: the model before its vocabulary was cut, which counts towards the
       target; None = this one.
+    beside: what the budget holds beside what `budgets.count` counts: the header
+      of a file. It is not in the result.
 
   Raises:
     UserError: above the model's size, or below what can be reached.
   """
-  size = budgets.count(original or config, settings)
-  unit = budgets.UNIT[settings.budget]
+  if settings.budget == "quality":
+    return smallest(config, settings)
+  size = budgets.count(original or config, settings) + beside
+  show = lambda amount: budgets.shown(amount, settings)
   if settings.ratio:
     target = math.floor(size * (1 - settings.ratio))
   elif settings.target_params:
     target = settings.target_params
   elif settings.budget_value:
-    target = math.floor(settings.budget_value)
+    target = budgets.amount(settings.budget_value, settings)
   else:
     return None
   name = "budget_value" if settings.budget_value else "target_params"
   if target >= size:
     raise UserError(
-      f"prune.{name}={target:,} is not below the model's {size:,} "
-      f"{unit}: nothing would be pruned"
+      f"prune.{name}={budgets.number(target, settings)} is not below the "
+      f"model's {show(size)}: nothing would be pruned"
     )
-  left = budgets.count(config, settings)
+  left = budgets.count(config, settings) + beside
   if target >= left:  # the vocabulary alone
-    return left
-  low = smallest(config, settings)
+    return left - beside
+  low = smallest(config, settings) + beside
   # SliceGPT narrows the residual stream, and knows its own limit.
   if target < low and settings.method != "slicegpt":
-    raise UserError(
-      f"a target of {target:,} {unit} cannot be reached: with "
-      f"{settings.round_kv_to} KV group(s) and {settings.rounding()['F']} MLP "
-      f"channel(s) left in each layer that may be pruned, {low:,} of {size:,} "
-      f"remain (prune.ratio={1 - low / size:.4f})"
-    )
-  return target
+    raise _out_of_reach(settings, target, low, size)
+  return target - beside
+
+
+def _out_of_reach(
+  settings: Prune, target: int, low: int, size: int
+) -> UserError:
+  show = lambda amount: budgets.shown(amount, settings)
+  least = settings.rounding()
+  units = f"{least['K']} KV group(s) and {least['F']} MLP channel(s)"
+  if settings.whole_halves:
+    units = "nothing"
+  return UserError(
+    f"a target of {show(target)} cannot be reached: with {units} left in each "
+    f"layer that may be pruned, {budgets.number(low, settings)} of "
+    f"{show(size)} remain "
+    f"(prune.ratio={1 - low / size:.4f})"
+  )
+
+
+def resolve_limits(
+  config: ModelConfig, settings: Prune, beside: int = 0
+) -> Limits:
+  """What `prune.limits` asks for: settings that count, and the most there may
+  be. One that the model keeps already is none.
+
+  Args:
+    config: of the model to prune.
+    settings: of the recipe.
+    beside: as of `resolve_target`, of bytes.
+
+  Raises:
+    UserError: below what can be reached.
+  """
+  found = []
+  for other, most in budgets.limits(settings):
+    more = beside if other.budget == "bytes" else 0
+    size = budgets.count(config, other) + more
+    low = smallest(config, other) + more
+    if most < low:
+      raise _out_of_reach(other, most, low, size)
+    if most < size:
+      found.append((other, most - more))
+  return tuple(found)

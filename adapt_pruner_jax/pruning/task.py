@@ -17,6 +17,8 @@ from adapt_pruner_jax.pruning.surgery import Kept, Masks
 # Calibration tokens of a pruning step (from 0), int32 [N, T].
 Samples = Callable[[int], np.ndarray]
 Counts = dict[str, np.ndarray]  # units to remove, {"K": int [L], "F": int [L]}
+# Further budgets: settings that count, and the most that there may be.
+Limits = tuple[tuple[Prune, int], ...]
 Scores = dict[str, np.ndarray]  # float64, {"K": [L, K], "F": [L, F]}
 
 
@@ -35,6 +37,21 @@ class Step:
   relative: Modules | None = None
   scores: Scores | None = None  # before the removal
   facts: dict | None = None  # how the allotment came about, for the record
+  rise: float | None = None  # nats above the model before, if that is limited
+  ended: bool = False  # no further step keeps the quality
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Quality:
+  """A loss to keep.
+
+  Attributes:
+    limit: nats a token above the model's before pruning, at most.
+    tokens_NT: the windows that it is measured on.
+  """
+
+  limit: float
+  tokens_NT: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -50,11 +67,17 @@ class PruneTask:
     kept: which of its units are left.
     refit_samples: gives the tokens of the refit behind a step; only asked for
       one, since a file of given samples may hold none for it.
+    tuning: gives the tokens that a search tries its candidates on; None =
+      those of the step.
     batch: calibration sequences at a time.
+    pass_tokens: calibration tokens that one program scores, at least a batch; 0
+      = by memory (`passes`).
     mesh: devices; default one.
     seed: of random scores.
     after: the last step that an interrupted prune has done.
     log: called with `record(step)` and the step, after each.
+    limits: met beside the target.
+    quality: where pruning stops before the target.
   """
 
   config: ModelConfig
@@ -65,11 +88,15 @@ class PruneTask:
   full: ModelConfig | None = None
   kept: Kept | None = None
   refit_samples: Samples | None = None
+  tuning: Samples | None = None
   batch: int = 32
+  pass_tokens: int = 0
   mesh: Mesh | None = None
   seed: int = 0
   after: Step | None = None
   log: Callable[[dict, Step], None] | None = None
+  limits: Limits = ()
+  quality: Quality | None = None
 
   def __post_init__(self) -> None:
     given = {
@@ -91,13 +118,12 @@ class Masked:
   """A model under way: whole arrays, and the units that count in them.
 
   Attributes:
-    original: the task's params in dense coordinates (`surgery.expand`).
-    stacked: the same as the refits so far have left them.
+    stacked: the task's params in dense coordinates (`surgery.expand`), as the
+      refits so far have left them.
     step: the last one that is done.
   """
 
   task: PruneTask
-  original: Params
   stacked: Params
   step: Step
 
@@ -174,6 +200,11 @@ def record(step: Step) -> dict:
 
   width = surgery.widths(step.masks)
   facts = {} if step.facts is None else {"search": step.facts}
+  if step.rise is not None:
+    # What is left, so that the model of each step can be made again.
+    packed = {u: np.packbits(m, axis=1) for u, m in step.masks.items()}
+    masks = {u: [row.tobytes().hex() for row in m] for u, m in packed.items()}
+    facts |= {"rise": step.rise, "ended": step.ended, "masks": masks}
   return facts | {
     "step": step.number,
     "loss": number(np.mean(step.losses_M)),

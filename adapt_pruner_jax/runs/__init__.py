@@ -4,9 +4,15 @@ run              a run, read top to bottom: prune, refit, recover, evaluate,
                  save
 inputs           what a run reads, opened before any work
 answers          prompts that the dense model answers first, and where they are
+text_checks      texts that overlap, or are too short
 vocabulary       the tokens that stay, where the recipe cuts some
 state            what a run has done, in memory and on disk
 prune_once       one prune with its refit
+deadline         when training ends, if the recipe says hours
+stages           what a stage of a run ends at
+export_size      files whose bytes are limited
+latency_budget   milliseconds: the table, and the finished model against it
+budget_results   what a budget holds in the end
 recovery         a stage's training, compiled ahead in a thread
 measure          perplexity, tasks and latency of a run's model
 recipe           whose work directory it is, and what --overwrite removes

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from adapt_pruner_jax.config import Config, Prune, Train
+from adapt_pruner_jax.config import Config, Prune, Train, latency_table
 from adapt_pruner_jax.distributed import agreement, sharding
 from adapt_pruner_jax.distributed.stopping import stop_signals
 from adapt_pruner_jax.errors import StoppedError, UserError
@@ -23,10 +23,16 @@ from adapt_pruner_jax.evaluation import perplexity
 from adapt_pruner_jax.models import decoder, flops, model_config
 from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.model_config import ModelConfig
-from adapt_pruner_jax.pruning import surgery, targets
+from adapt_pruner_jax.pruning import budgets, surgery, targets
 from adapt_pruner_jax.pruning.task import Step
 from adapt_pruner_jax.reporting.log import Log
-from adapt_pruner_jax.runs import compare_methods, compare_table, prune_once
+from adapt_pruner_jax.runs import (
+  compare_methods,
+  compare_table,
+  latency_budget,
+  prune_once,
+  text_checks,
+)
 from adapt_pruner_jax.runs.inputs import Inputs, load_model, open_inputs
 from adapt_pruner_jax.runs.measure import measure as measure_text
 from adapt_pruner_jax.runs.measure import measure_answers, measure_tasks
@@ -82,12 +88,14 @@ def compare(
   ):
     done = {(row["method"], row["ratio"]) for row in stored_rows(path)}
     anew = is_anew(shared, path, overwrite, done >= {*jobs})
-    inputs = open_inputs(shared, path, log)
+    inputs = open_inputs(shared, path, log, stopping)
     claim(inputs, anew)
     found = {
       "model": config.model.path,
       "params": model_config.count_params(inputs.full),
       "recover_tokens": recover_tokens,
+      "budget": config.prune.budget,
+      "unit": budgets.unit(config.prune),
       "command": compare_table.command(
         config, path, methods, ratios, recover_tokens, from_scratch
       ),
@@ -131,7 +139,8 @@ def run_jobs(
     if (name, ratio) in rows:
       continue
     title = f"{number} of {len(jobs)}: {name}"
-    inputs.log.say(f"{title}, {ratio:.0%} of the parameters removed")
+    counted = budgets.UNIT[inputs.recipe.prune.budget]
+    inputs.log.say(f"{title}, {ratio:.0%} of the {counted} removed")
     if dense is None:
       dense = load_model(inputs)
     row = {"method": name, "ratio": ratio}
@@ -194,7 +203,20 @@ def do_job(
     per_step = inputs.recipe.data.step_tokens
     row["train_tokens"] = inputs.total_steps * per_step
   row |= _facts(pair[0], inputs) | {"seconds": round(seconds, 3)}
+  row |= _timed(dense, pair, inputs)
   return row | measure(*pair, inputs)
+
+
+def _timed(dense: Pair, pair: Pair, inputs: Inputs) -> dict:
+  """Milliseconds in turns with the original's, where these are limited."""
+  settings = inputs.recipe.prune
+  if not settings.counts("latency"):
+    return {}
+  table = latency_table.read(settings.budget_table)
+  if table["engine"] != "jax":  # others open files, and there are none
+    return {}
+  found = latency_budget.compare(settings, dense, pair, ())
+  return {"latency": found, "measured_ms": found["measured_ms"]}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,23 +249,35 @@ def prune(
   Returns:
     The pair, and {"target_params", "calibration_tokens"}.
   """
-  target = targets.resolve_target(inputs.full, settings)
+  beside = inputs.beside if settings.budget == "bytes" else 0
+  target = targets.resolve_target(inputs.full, settings, beside=beside)
+  text_checks.check_channels(
+    *(settings, inputs.recipe, inputs.full),
+    *(inputs.calibration, inputs.refit_data, inputs.log.say),
+  )
   used = {}
   counted = dataclasses.replace(
     inputs,
     calibration=Counted(inputs.calibration, used),
     refit_data=Counted(inputs.refit_data, used),
   )
-  size = model_config.count_params(inputs.full)
-  with inputs.log.phase(title, size - target, "parameters") as phase:
+  size = budgets.count(inputs.full, settings)
+  counted = budgets.UNIT[settings.budget]
+  with inputs.log.phase(title, size - target, counted) as phase:
 
-    def note(record: dict, _: Step) -> None:
-      done = size - record["params"]
+    def note(record: dict, step: Step) -> None:
+      left = record["params"]
+      if settings.budget != "params":
+        width = surgery.widths(step.masks)
+        left = budgets.of_widths(inputs.full, width, settings)
+      done = size - left
       phase.update(done, params=record["params"], target=target)
       stop_if_asked()
 
     pruned = prune_once.prune(dense, counted, settings, target=target, log=note)
-  facts = {"target_params": target, "calibration_tokens": sum(used.values())}
+  aim = budgets.value(target + beside, settings)
+  name = "target_params" if settings.budget == "params" else "budget_target"
+  facts = {name: aim, "calibration_tokens": sum(used.values())}
   return jax.block_until_ready((pruned.config, pruned.params)), facts
 
 
@@ -337,10 +371,15 @@ def _windows_start(inputs: Inputs) -> str:
 
 
 def _facts(config: ModelConfig, inputs: Inputs) -> dict:
-  size = model_config.count_params(config)
+  settings = inputs.recipe.prune
+  extra = inputs.beside if settings.budget == "bytes" else 0
+  size, whole = (
+    budgets.count(c, settings) + extra for c in (config, inputs.full)
+  )
   return {
-    "params": size,
-    "removed": 1 - size / model_config.count_params(inputs.full),
+    "params": model_config.count_params(config),
+    "removed": 1 - size / whole,
+    "budget": budgets.value(size, settings),
     "kv_groups": list(config.kv_groups),
     "ffn": list(config.ffn_widths),
   }

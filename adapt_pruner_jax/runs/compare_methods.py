@@ -1,6 +1,8 @@
 """Who takes part in a comparison: methods by name, and their settings."""
 
 import dataclasses
+from collections.abc import Callable
+from functools import partial
 
 from adapt_pruner_jax.config import PUBLISHED, Config, Prune, check
 from adapt_pruner_jax.errors import UserError, nearest
@@ -13,22 +15,25 @@ VARIANTS = {
 }
 NAMES = (*PUBLISHED, *VARIANTS)
 REFIT = "+refit"  # after a name: with prune.refit, "final" if that is none
-ALL = (*NAMES, "adapt" + REFIT, "curvature" + REFIT)
+OURS = ("curvature", "fisher")
+ALL = (*NAMES, *(name + REFIT for name in ("adapt", *OURS)))
 DENSE, SCRATCH = "dense", "from_scratch"
 
 
-def parse_names(text: str) -> list[str]:
+def parse_names(
+  text: str, may: Callable[[str], bool] = lambda name: True
+) -> list[str]:
   """Reads --methods: names with commas between, or "all".
 
   A name is one of `config.CHOICES["prune.method"]`, `uniform` (amplitude 0) or
   `paper` (heads counted as the authors' code does), with `+refit` behind it or
-  not.
+  not. With `may`, all are those that may.
 
   Raises:
     UserError: an unknown name, or one that is given twice.
   """
   if text == "all":
-    return list(ALL)
+    return [name for name in ALL if may(name)]
   names = [name.strip() for name in text.split(",") if name.strip()]
   for name in names:
     if name.removesuffix(REFIT) not in NAMES:
@@ -69,8 +74,8 @@ def settings_of(name: str, ratio: float, base: Prune) -> Prune:
   """
   plain = name.removesuffix(REFIT)
   refit = "none" if plain == name else base.refit
-  # Of the tables' methods only curvature is refitted between its steps.
-  if refit.isdigit() and plain != "curvature":
+  # Of the tables' methods only ours are refitted between their steps.
+  if refit.isdigit() and plain not in OURS:
     refit = "final"
   variant = VARIANTS.get(plain, {"method": plain})
   variant = variant | {"ratio": ratio, "refit": refit, "allotment": ""}
@@ -86,12 +91,17 @@ def shared_recipe(config: Config, recover_tokens: int) -> Config:
   """What all rows share; the work directory's config.json.
 
   Raises:
-    UserError: another budget than parameters.
+    UserError: limits beside the ratio, or hours.
   """
-  if config.prune.budget != "params":
+  if config.train.hours:
     raise UserError(
-      f"--config.prune.budget={config.prune.budget}: methods are compared at "
-      "equal parameters; leave it out, or use `run`"
+      f"--config.train.hours={config.train.hours}: methods are compared at "
+      "equal tokens; give --recover_tokens=N"
+    )
+  if config.prune.limits:
+    raise UserError(
+      f"--config.prune.limits={config.prune.limits}: methods are compared at "
+      "one budget; leave it out, or use `run`"
     )
   return dataclasses.replace(
     config,
@@ -111,6 +121,16 @@ def shared_recipe(config: Config, recover_tokens: int) -> Config:
   )
 
 
+def _counts_so(shared: Config, name: str) -> bool:
+  """Whether a method can meet the recipe's budget."""
+  settings = settings_of(name, 0.5, shared.prune)
+  try:
+    check(dataclasses.replace(shared, prune=settings))
+  except UserError:
+    return shared.prune.budget == "params"  # then it is told
+  return True
+
+
 def jobs(
   config: Config,
   methods: str,
@@ -128,7 +148,8 @@ def jobs(
   Raises:
     UserError: unknown names, or what no comparison can be made of.
   """
-  names = parse_names(methods)
+  shared = shared_recipe(config, recover_tokens)
+  names = parse_names(methods, partial(_counts_so, shared))
   if not (config.eval.text or config.eval.tasks):
     raise UserError(
       "nothing to compare by: give --config.eval.text=FILE for perplexity, "
@@ -141,7 +162,7 @@ def jobs(
       "--from_scratch trains the shapes that adapt leaves: add adapt to "
       "--methods"
     )
-  shared, found = shared_recipe(config, recover_tokens), [(DENSE, 0.0)]
+  found = [(DENSE, 0.0)]
   for ratio in ratios:
     for name in names:
       settings = settings_of(name, ratio, shared.prune)

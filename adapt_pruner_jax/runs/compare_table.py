@@ -58,14 +58,14 @@ def write(found: dict, path: Path) -> None:
   """Writes compare.json, compare.md and the plots; process 0 does."""
   if not agreement.is_writer():
     return
-  plot(found["rows"], path)
+  plot(found["rows"], path, unit_of(found))
   publish.write_text(path / MARKDOWN, markdown(found))
   json_files.write_json(path / JSON, found)
 
 
 def tell(found: dict, path: Path, log: Log) -> None:
   """The table on the console, and where the files are."""
-  columns, rows = table(found["rows"])
+  columns, rows = table(found["rows"], unit_of(found))
   log.table("Comparison", columns, rows)
   for row in found["rows"]:
     if "error" in row:
@@ -73,17 +73,34 @@ def tell(found: dict, path: Path, log: Log) -> None:
   log.say(f"table: {path / MARKDOWN}   plot: {path / f'{PLOT}.svg'}")
 
 
-def table(rows: list[dict]) -> tuple[list[str], list[list[str]]]:
-  """Columns and cells; a column that no row fills is left out."""
+def unit_of(found: dict) -> str:
+  """The unit of a comparison's budget; "" of parameters."""
+  return found["unit"] if found.get("budget", "params") != "params" else ""
+
+
+def table(
+  rows: list[dict], unit: str = ""
+) -> tuple[list[str], list[list[str]]]:
+  """Columns and cells; a column that no row fills is left out.
+
+  Args:
+    unit: of the budget; "" = parameters.
+  """
   tasks = list(dict.fromkeys(t for r in rows for t in scores(r)))
   cells = {
     "removed": [f"{row['ratio']:.0%}" for row in rows],
     "method": [row["method"] for row in rows],
     "parameters": [_number(row.get("params"), "{:,}") for row in rows],
+    unit or "budget": [_amount(row.get("budget")) * bool(unit) for row in rows],
+    "measured, ms": [_amount(row.get("measured_ms")) for row in rows],
     "perplexity": [shown(row.get("perplexity")) for row in rows],
     "before training": [
       shown(row.get("pruned", {}).get("perplexity")) for row in rows
     ],
+    "tokens as dense": [
+      _number(row.get("answer_agreement"), "{:.1%}") for row in rows
+    ],
+    "KL to dense": [_number(row.get("answer_kl"), "{:.3f}") for row in rows],
     **{t: [_score(scores(r).get(t)) for r in rows] for t in tasks},
     "seconds": [_number(row.get("seconds"), "{:.1f}") for row in rows],
     "calibration tokens": [
@@ -112,7 +129,7 @@ def shown(perplexity: Any) -> str:
 
 def markdown(found: dict) -> str:
   """The table as Markdown, with the command that makes it."""
-  columns, rows = table(found["rows"])
+  columns, rows = table(found["rows"], unit_of(found))
   numbers = {*columns} - {"method"}
   errors = [
     f"- {row['method']} at {row['ratio']:.0%}: {row['error']}"
@@ -144,8 +161,9 @@ def markdown(found: dict) -> str:
   return "\n\n".join([*parts, f"```\n{found['command']}\n```"]) + "\n"
 
 
-def plot(rows: list[dict], path: Path) -> None:
-  """compare.svg and compare.png: perplexity by what was removed."""
+def plot(rows: list[dict], path: Path, unit: str = "") -> None:
+  """compare.svg and compare.png: perplexity by what was removed, or by what is
+  left of another budget than parameters, in its unit."""
   if not _drawable(rows):
     return
   from matplotlib.figure import Figure
@@ -154,7 +172,7 @@ def plot(rows: list[dict], path: Path) -> None:
   axis = figure.subplots()
   names = list(dict.fromkeys(r["method"] for r in rows if r["ratio"]))
   for number, name in enumerate(names):
-    points = [_point(r) for r in rows if r["method"] == name]
+    points = [_point(r, unit) for r in rows if r["method"] == name]
     points = [p for p in points if p is not None]
     if points:
       axis.plot(
@@ -162,11 +180,11 @@ def plot(rows: list[dict], path: Path) -> None:
         **style(number),
         label=name,
       )
-  dense = [_point(r) for r in rows if not r["ratio"]]
+  dense = [_point(r, unit) for r in rows if not r["ratio"]]
   if dense:
     axis.axhline(dense[0][1], color="0.5", linestyle=":", label="dense")
   axis.set_yscale("log")
-  axis.set_xlabel("parameters removed, %")
+  axis.set_xlabel(unit or "parameters removed, %")
   axis.set_ylabel("perplexity (log)")
   axis.spines[["top", "right"]].set_visible(False)
   figure.legend(loc="outside right upper", frameon=False)
@@ -197,12 +215,22 @@ def _drawable(rows: list[dict]) -> bool:
   return any(r["ratio"] and _point(r) is not None for r in rows)
 
 
-def _point(row: dict) -> tuple[float, float] | None:
-  """(percent removed, perplexity), None if there is no finite one."""
+def _point(row: dict, unit: str = "") -> tuple[float, float] | None:
+  """(percent removed, perplexity), None if there is no finite one.
+
+  Of another budget than parameters the first is what is left, measured if it is
+  a time.
+  """
   if row.get("perplexity") is None:
     return None
   value = float(row["perplexity"])
-  return (100 * row["removed"], value) if math.isfinite(value) else None
+  left = row.get("measured_ms") or row.get("budget")
+  at = left if unit else 100 * row["removed"]
+  return (at, value) if math.isfinite(value) else None
+
+
+def _amount(value: Any) -> str:
+  return _number(value, "{:,.3f}" if isinstance(value, float) else "{:,}")
 
 
 def _score(value: float | None) -> str:

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from adapt_pruner_jax.config import Config, Eval, task_names
+from adapt_pruner_jax.config import Config, Eval, latency_table, task_names
 from adapt_pruner_jax.data import packing, sources
-from adapt_pruner_jax.data.calibration import pruning_data
+from adapt_pruner_jax.data.calibration import pruning_data, search_texts
 from adapt_pruner_jax.data.tokenizer import Tokenizer, load_tokenizer
 from adapt_pruner_jax.distributed import agreement, sharding
 from adapt_pruner_jax.errors import StoppedError, UserError
@@ -22,9 +22,18 @@ from adapt_pruner_jax.formats.hf import files, load
 from adapt_pruner_jax.models import kernels
 from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.model_config import ModelConfig
-from adapt_pruner_jax.pruning import budgets, schedule, targets
+from adapt_pruner_jax.pruning import budgets, targets
+from adapt_pruner_jax.pruning.task import Limits
 from adapt_pruner_jax.reporting.log import Log
-from adapt_pruner_jax.runs import answers, tiny_model, vocabulary
+from adapt_pruner_jax.runs import (
+  answers,
+  export_size,
+  latency_budget,
+  text_checks,
+  tiny_model,
+  vocabulary,
+)
+from adapt_pruner_jax.runs.text_checks import TUNING
 from adapt_pruner_jax.storage import digest
 from adapt_pruner_jax.training.step import check_rows
 
@@ -47,10 +56,14 @@ class Inputs:
   source: Path  # the directory of the model to prune
   full: ModelConfig  # of that model
   target: int | None
+  limits: Limits  # beside it
+  beside: int  # bytes of the export that are not the model's weights
   mesh: Mesh
   tokenizer: Tokenizer | None
   calibration: Any  # .batch(step) of pruning steps, counted over all stages
+  tuning: Any  # the same, of a quality to keep; else None
   refit_data: Any  # the same for refits
+  search_data: Any  # the same for a search with a text of its own, or None
   rows: packing.TrainData | None
   eval_tokens: np.ndarray | None
   eval_bytes: int  # of their text
@@ -80,6 +93,11 @@ def open_inputs(
     UserError: something cannot be read, or does not fit the model.
     StoppedError: asked to stop while the dense model writes.
   """
+  if recipe.train.hours and not recipe.train.tokens:
+    raise UserError(
+      "train.hours becomes train.tokens by `adapt-pruner run` or by "
+      "planning.hours.settle: give one of them"
+    )
   mesh = sharding.make_mesh(**dataclasses.asdict(recipe.mesh))
   if recipe.prune.method == "slicegpt" and jax.process_count() > 1:
     raise UserError(
@@ -88,7 +106,8 @@ def open_inputs(
     )
   source = model_path(recipe.model.path, log)
   whole = full = load.read_config(str(source), recipe.model.ignore_fields)
-  targets.prunable_modules(full, recipe.prune)
+  if not recipe.prune.counts("latency"):
+    targets.prunable_modules(full, recipe.prune)
   _check_lengths(recipe, full)
   log.say(f"attention: {attention_taken(recipe, full, mesh)}")
   tokenizer = None
@@ -101,22 +120,32 @@ def open_inputs(
   asked = _answered(recipe, full, source, tokenizer, mesh, path, log, stopping)
   before = source, full, tokenizer
   if recipe.vocab.asked():
-    source = vocabulary.cut(recipe, *before, path / "cache", log)
+    source = vocabulary.cut(recipe, *before, path / "cache", log.say)
     full = load.read_config(str(source), recipe.model.ignore_fields)
     tokenizer = load_tokenizer(source, recipe.data.bos)
-  target = targets.resolve_target(full, recipe.prune, whole)
+  recipe = latency_budget.resolve(recipe, full, path, log)
+  beside = export_size.beside(recipe.prune, full, source)
+  target = targets.resolve_target(full, recipe.prune, whole, beside)
   if target is None and not recipe.prune.max_steps:
     target = budgets.count(full, recipe.prune)  # the vocabulary alone
   written = asked.in_place(recipe)
+  reading = tokenizer, full.vocab_size, recipe.seed, path / "cache", log.say
   calibration, refit_data = pruning_data(
-    written.calibration,
-    recipe.prune.refit != "none",
-    tokenizer,
-    full.vocab_size,
-    recipe.seed,
-    path / "cache",
-    log.say,
+    written.calibration, recipe.prune.refit != "none", *reading
   )
+  tuning = None
+  if recipe.prune.budget == "quality":
+    source_of = written.calibration.tuning or written.calibration.source
+    tuning, _ = pruning_data(
+      dataclasses.replace(written.calibration, source=source_of),
+      False,
+      *(tokenizer, full.vocab_size, recipe.seed + 2, path / "cache", log.say),
+    )
+  search_data, tried = None, recipe.prune.search
+  if tried.source:
+    search_data = search_texts(
+      tried.source, tried.tokens, written.calibration, *reading
+    )
   rows = open_training(written, tokenizer, full, mesh, path, log)
   inputs = Inputs(
     recipe=recipe,
@@ -124,16 +153,33 @@ def open_inputs(
     source=source,
     full=full,
     target=target,
+    limits=targets.resolve_limits(full, recipe.prune, beside),
+    beside=beside,
     mesh=mesh,
     tokenizer=tokenizer,
     calibration=calibration,
+    tuning=tuning,
     refit_data=refit_data,
+    search_data=search_data,
     rows=rows,
     eval_tokens=_tokens(text, tokenizer, full),
     eval_bytes=len(text.encode()),
     answers=asked.held_out(),
     total_steps=-(-recipe.train.tokens // recipe.data.step_tokens),
     log=log,
+  )
+  text_checks.check_overlaps(
+    recipe,
+    inputs.eval_tokens,
+    {
+      TUNING: search_data,
+      "calibration.source": calibration,
+      "data.source": rows,
+    },
+    log.say,
+  )
+  text_checks.check_channels(
+    recipe.prune, recipe, full, calibration, refit_data, log.say
   )
   if not recipe.vocab.asked():
     return inputs
@@ -327,8 +373,14 @@ def fingerprints(inputs: Inputs) -> dict[str, str]:
   """Digests of the original's files, of the tokens that stay if not all do,
   and of the first calibration samples."""
   windows_NT = inputs.calibration.batch(0)
-  cut = {"vocab": vocabulary.fingerprint(inputs.source)} if inputs.whole else {}
-  return cut | {
+  found = {}
+  if inputs.whole:
+    found["vocab"] = vocabulary.fingerprint(inputs.source)
+  settings = inputs.recipe.prune
+  if settings.counts("latency"):
+    table = latency_table.read(settings.budget_table)
+    found["latency"] = digest.of_json(table)
+  return found | {
     "model": weights_fingerprint(inputs.original.source),
     "calibration": digest.of_bytes(windows_NT),
   }
@@ -349,25 +401,3 @@ def weights_fingerprint(source: Path) -> str:
         opened.seek(part * size // PARTS)
         weights.update(opened.read(PART_BYTES))
   return weights.hexdigest()
-
-
-# ---- What a stage ends at ----------------------------------------------------
-
-
-def stage_target(inputs: Inputs, stage: int) -> int | None:
-  """The budget left at the end of a stage; None if only the steps are
-  given."""
-  if inputs.target is None:
-    return None
-  size = budgets.count(inputs.full, inputs.recipe.prune)
-  stages = inputs.recipe.prune.stages
-  return schedule.stage_targets(size, inputs.target, stages)[stage - 1]
-
-
-def stage_end(inputs: Inputs, stage: int) -> int:
-  """The global train step at which a stage ends; 0 before the first."""
-  recipe = inputs.recipe
-  ends = schedule.stage_ends(
-    inputs.total_steps, recipe.prune.stages, recipe.train.data_share
-  )
-  return [0, *ends][stage]

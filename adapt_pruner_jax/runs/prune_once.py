@@ -7,7 +7,13 @@ from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.pruning import methods
 from adapt_pruner_jax.pruning.surgery import Kept
-from adapt_pruner_jax.pruning.task import Pruned, PruneTask, Step
+from adapt_pruner_jax.pruning.task import (
+  Limits,
+  Pruned,
+  PruneTask,
+  Quality,
+  Step,
+)
 from adapt_pruner_jax.runs.inputs import Inputs
 
 
@@ -17,6 +23,7 @@ def prune(
   settings: Prune,
   *,
   target: int | None,
+  limits: Limits = (),
   kept: Kept | None = None,
   first: int = 0,
   after: Step | None = None,
@@ -30,6 +37,7 @@ def prune(
     inputs: the calibration data, the original's sizes, and the devices.
     settings: the method and its fields; the target in them is not read.
     target: parameters to end at; None = `settings.max_steps` steps.
+    limits: further ones, see `PruneTask`.
     kept: what `old` has of the original model; None = all of it.
     first: pruning steps that were done in earlier stages: each step of a run
       has calibration windows of its own.
@@ -37,15 +45,21 @@ def prune(
     log: called with each step's record as it is decided.
     sized: called as soon as the sizes of all layers are known.
   """
+  searched = inputs.search_data
   task = PruneTask(
     *old,
     settings,
     samples=lambda step: inputs.calibration.batch(first + step),
     target=target,
+    limits=limits,
+    quality=inputs.tuning
+    and Quality(settings.budget_value, inputs.tuning.batch(0)),
     full=inputs.full,
     kept=kept,
     refit_samples=lambda step: inputs.refit_data.batch(first + step),
+    tuning=searched and (lambda step: searched.batch(first + step)),
     batch=inputs.recipe.calibration.batch,
+    pass_tokens=inputs.recipe.calibration.pass_tokens,
     mesh=inputs.mesh,
     seed=inputs.recipe.seed,
     after=after,

@@ -19,13 +19,16 @@ RECIPE = "config.json"
 VERSION = "version"  # in config.json, beside the recipe's sections
 # What of the recipe may change between the parts of one run.
 FREE = ("mesh.", "checkpoint.", "log.", "train.skip_nonfinite")
+# Its content counts, not its name; see `inputs.fingerprints`.
+FREE += ("prune.budget_table",)
 # All that `run` and `compare` leave. Tokens in `cache` serve any recipe. What
 # says whose directory it is goes last: a kill in between leaves it claimed.
 LEFT = (
-  *("model", "checkpoints", "oneshot", "tensorboard"),
+  *("model", "model.gguf", "checkpoints", "oneshot", "tensorboard"),
   *("pruning.json", "evaluated.json", "trace.jsonl", "kept.json"),
   *("metrics.jsonl", "report.json", "report.html", "summary.json"),
   *("compare.json", "compare.md", "compare.svg", "compare.png"),
+  "latency.json",
   RECIPE,
 )
 
@@ -123,6 +126,7 @@ def _claim(inputs: Inputs) -> None:
   for name, what in (
     ("vocab", "the corpus of the vocabulary leaves other tokens"),
     ("model", f"--config.model.path={recipe.model.path} has other weights"),
+    ("latency", "--config.prune.budget_table has other times"),
     (
       "calibration",
       f"--config.calibration.source={recipe.calibration.source} gives other "

@@ -1,6 +1,6 @@
 """A stage's training, which compiles as soon as the stage's sizes are known."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +11,8 @@ from adapt_pruner_jax.formats.hf import load
 from adapt_pruner_jax.models import flops, model_config
 from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.model_config import ModelConfig
-from adapt_pruner_jax.runs.inputs import (
-  Inputs,
-  stage_end,
-  weight_dtype,
-)
+from adapt_pruner_jax.runs.inputs import Inputs, weight_dtype
+from adapt_pruner_jax.runs.stages import stage_end
 from adapt_pruner_jax.runs.state import State
 from adapt_pruner_jax.training import loop, optimizer, stacking
 
@@ -59,7 +56,7 @@ def recover(
   inputs: Inputs,
   teacher: tuple[ModelConfig, Params] | None,
   save: Callable[[], None],
-  stopping: dict,
+  stopping: Mapping,
   ahead: loop.Ahead | None = None,
 ) -> None:
   """Trains on the stage's share of the tokens, from `state.step` on.
@@ -67,7 +64,7 @@ def recover(
   Args:
     teacher: the pair to distil from, if the recipe does.
     save: writes a checkpoint of `state`.
-    stopping: from `stop_signals`.
+    stopping: from `stop_signals`, or with a deadline.
     ahead: the stage's step, if it has been compiling.
   """
   recipe, settings, log = inputs.recipe, inputs.recipe.train, inputs.log

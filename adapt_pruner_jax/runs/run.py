@@ -32,13 +32,14 @@ from adapt_pruner_jax.pruning import budgets, methods, surgery
 from adapt_pruner_jax.pruning.task import Pruned, Step
 from adapt_pruner_jax.reporting.html import report
 from adapt_pruner_jax.reporting.log import Log
-from adapt_pruner_jax.runs import prune_once, vocabulary
-from adapt_pruner_jax.runs.inputs import (
-  Inputs,
-  open_inputs,
-  stage_end,
-  stage_target,
+from adapt_pruner_jax.runs import (
+  budget_results,
+  deadline,
+  export_size,
+  prune_once,
+  vocabulary,
 )
+from adapt_pruner_jax.runs.inputs import Inputs, open_inputs
 from adapt_pruner_jax.runs.measure import (
   answers_note,
   measure,
@@ -50,6 +51,7 @@ from adapt_pruner_jax.runs.measure import (
 )
 from adapt_pruner_jax.runs.recipe import claim, is_anew, remove_cut_off_exports
 from adapt_pruner_jax.runs.recovery import compile_ahead, recover, teacher_of
+from adapt_pruner_jax.runs.stages import stage_end, stage_limits, stage_target
 from adapt_pruner_jax.runs.state import (
   EVALUATED,
   PRUNING,
@@ -126,6 +128,7 @@ def _run(inputs: Inputs, stopping: dict, anew: bool) -> dict:
       state.before = measure_original(state.config, state.params, inputs)
     tidy(state, inputs)
     earlier = state.seconds
+    ending = deadline.stopping(recipe.train.hours, stopping, earlier)
 
     def save() -> None:
       state.seconds = earlier + time.monotonic() - begun
@@ -136,6 +139,7 @@ def _run(inputs: Inputs, stopping: dict, anew: bool) -> dict:
         checkpoints.wait()
         raise StoppedError(f"stopped; the same command continues {path}")
 
+    # Loaded when it is first needed, which is behind the first prune.
     teacher = functools.cache(lambda: teacher_of(inputs))
     ahead = None
     while state.stage <= recipe.prune.stages:
@@ -144,7 +148,7 @@ def _run(inputs: Inputs, stopping: dict, anew: bool) -> dict:
         ahead = prune(state, inputs, stop_if_asked)
         save()
       if state.step < stage_end(inputs, state.stage):
-        recover(state, inputs, teacher(), save, stopping, ahead)
+        recover(state, inputs, teacher(), save, ending, ahead)
         stop_if_asked()
       evaluate(state, inputs)
       state.stage, state.pruned, ahead = state.stage + 1, False, None
@@ -190,8 +194,8 @@ def prune(
   title = f"stage {state.stage} of {settings.stages}: pruning"
   size = budgets.count(state.config, settings)
   counted = budgets.UNIT[settings.budget]
-  aim = f" to {target:,}" if target else ""
-  log.say(f"{title} {size:,} {counted}{aim} ({settings.method})")
+  aim = f" to {budgets.aim(target, settings)}" if target else ""
+  log.say(f"{title} {budgets.shown(size, settings)}{aim} ({settings.method})")
   total = size - target if target else settings.max_steps
   unit = counted if target else "steps"
   with log.phase(title, total, unit) as phase:
@@ -220,6 +224,7 @@ def prune(
       inputs,
       settings,
       target=target,
+      limits=stage_limits(inputs, state.stage),
       kept=state.kept,
       first=first,
       after=after,
@@ -309,7 +314,7 @@ def stage_result(state: State, inputs: Inputs) -> dict:
 def to_export(state: State, inputs: Inputs) -> Params:
   """The parameters as they are written: as the original, if not as asked."""
   return dtypes.for_export(
-    state.config, state.params, inputs.source, inputs.recipe.model.dtype
+    state.config, state.params, inputs.source, export_size.dtype(inputs.recipe)
   )
 
 
@@ -333,6 +338,7 @@ def finish(state: State, inputs: Inputs, seconds: float) -> dict:
     facts=summary,
   )
   summary |= disk_sizes(inputs.original.source, path / "model")
+  summary |= budget_results.measure(state, inputs, summary["bytes_after"])
   if agreement.is_writer():
     layers = zip(state.kept["K"], state.kept["F"], strict=True)
     kept = [{"kv_groups": k.tolist(), "ffn": f.tolist()} for k, f in layers]

@@ -210,6 +210,8 @@ def read_pruning(
     {u: np.array(s) for u, s in saved["sparsity"].items()},
     saved["params"],
     {number: masks_of(kept) for number, kept in saved["refitted"]},
+    rise=saved["trace"][-1].get("rise"),
+    ended=saved["trace"][-1].get("ended", False),
   )
   return saved["trace"], step
 

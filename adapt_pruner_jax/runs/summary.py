@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from adapt_pruner_jax.config import Config
+from adapt_pruner_jax.config import Config, Prune
 from adapt_pruner_jax.distributed import agreement
 from adapt_pruner_jax.evaluation import evaluate, latency
 from adapt_pruner_jax.models import model_config
@@ -41,9 +41,12 @@ def summarise(
     "params_after": model_config.count_params(new),
     "target_params": inputs.target if settings.budget == "params" else None,
     "budget": settings.budget,
-    "budget_target": inputs.target,
-    "budget_before": budgets.count(full, settings),
-    "budget_after": budgets.count(new, settings),
+    "budget_target": _budget_target(inputs),
+    "limits": [
+      {"budget": s.budget, "at_most": _with_header(n, s, inputs)}
+      | {"after": budgets.value(budgets.count(new, s), s)}
+      for s, n in inputs.limits
+    ],
     "perplexity_before": state.before.get("perplexity"),
     "perplexity_after": after.get("perplexity"),
     "bits_per_byte_before": state.before.get("bits_per_byte"),
@@ -74,6 +77,19 @@ def summarise(
     "versions": versions(),
     "hardware": hardware(),
   }
+
+
+def _budget_target(inputs: Inputs) -> float | int | None:
+  """The target in its own unit, with what an export has beside weights."""
+  target, settings = inputs.target, inputs.recipe.prune
+  if settings.budget == "quality":
+    return settings.budget_value
+  return target and _with_header(target, settings, inputs)
+
+
+def _with_header(amount: int, settings: Prune, inputs: Inputs) -> float | int:
+  extra = inputs.beside if settings.budget == "bytes" else 0
+  return budgets.value(amount + extra, settings)
 
 
 def _vocabulary(state: State, inputs: Inputs) -> dict | None:
@@ -128,11 +144,13 @@ def tell(summary: dict, path: Path, log: Log) -> None:
   before, after = summary["params_before"], summary["params_after"]
   rows = []
   if summary.get("budget", "params") != "params":
-    low, high = summary["budget_before"], summary["budget_after"]
-    change = f"{high / low - 1:+.1%}"
-    rows.append(
-      (budgets.UNIT[summary["budget"]], f"{low:,}", f"{high:,}", change)
-    )
+    amounts = summary["budget_before"], summary["budget_after"]
+    change = f"{amounts[1] / amounts[0] - 1:+.1%}" if amounts[0] else ""
+    shown = [f"{x:,.3f}" if isinstance(x, float) else f"{x:,}" for x in amounts]
+    unit = budgets.UNIT[summary["budget"]]
+    if summary["budget"] == "quality":
+      unit = "more loss on the tuning text, nats"
+    rows.append((unit, *shown, change))
   rows += [
     ("parameters", f"{before:,}", f"{after:,}", f"{after / before - 1:+.1%}")
   ]

@@ -6,6 +6,7 @@ one that it began with; what it has of the original is in kept.json at the end.
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,6 @@ from adapt_pruner_jax.distributed import agreement
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.formats.hf import cut_vocabulary
 from adapt_pruner_jax.models.model_config import ModelConfig
-from adapt_pruner_jax.reporting.log import Log
 from adapt_pruner_jax.storage import digest, json_files
 
 
@@ -28,7 +28,7 @@ def cut(
   full: ModelConfig,
   tokenizer: Tokenizer,
   cache: Path,
-  log: Log,
+  say: Callable[[str], None],
 ) -> Path:
   """Cuts the model's vocabulary as `recipe.vocab` says.
 
@@ -36,7 +36,7 @@ def cut(
     recipe: of the run.
     source, full, tokenizer: of the original model.
     cache: of the work directory.
-    log: is told how many tokens go.
+    say: is told how many tokens go.
 
   Returns:
     The directory of the model with the tokens that are left.
@@ -55,7 +55,7 @@ def cut(
       "text:FILE"
     )
   share_V = vocabulary.frequencies(
-    corpus, tokenizer, full.vocab_size, cache, log.say
+    corpus, tokenizer, full.vocab_size, cache, say
   )
   always = vocabulary.necessary(
     content, tokenizer, cut_vocabulary.named_ids(source)
@@ -71,7 +71,7 @@ def cut(
       cut_vocabulary.write(source, folder, kept, made)
 
   agreement.on_writer(write)
-  log.say(
+  say(
     f"vocabulary: {keep:,} of {full.vocab_size:,} tokens stay, which are "
     f"{share_V[kept].sum():.2%} of those of {', '.join(map(str, corpus))}"
   )

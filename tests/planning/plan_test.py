@@ -213,7 +213,7 @@ def test_stand_ins_in_a_process_of_their_own():
 
 @pytest.mark.slow
 def test_curvature_and_refit():
-  """A refit holds two models, four streams and a Gram matrix."""
+  """A refit holds two models, two streams and Gram matrices."""
   config = recipe(
     prune__method="curvature", prune__refit="5", calibration__refit_samples=64
   )
@@ -223,9 +223,10 @@ def test_curvature_and_refit():
   assert found["scoring"]["stacked copy"] >= size
   refit, T = found["refit"], config.calibration.seq_len
   assert refit["weights"] == 2 * size
-  assert refit["streams"] == 4 * 64 * T * SMALL.hidden_size * 4
+  a_minibatch = 8 * T * SMALL.hidden_size * 4
+  assert refit["streams"] == 2 * 64 * T * SMALL.hidden_size * 4 + a_minibatch
   C = SMALL.kv_groups[0] * SMALL.queries_per_group * SMALL.head_dim
-  assert refit["least squares"] == 4 * (C * C + C * SMALL.hidden_size)
+  assert refit["least squares"] == 2 * 4 * (C * C + C * SMALL.hidden_size)
   assert refit["temporary"] >= 4 * C * C  # the factor
   config.prune.refit_all = True
   narrow = dataclasses.replace(
@@ -235,7 +236,7 @@ def test_curvature_and_refit():
   )
   found = memory.measure(config, narrow, narrow, jax.devices()[:1])["refit"]
   # gate and up, from D channels to twice F
-  assert found["least squares"] == 4 * (64 * 64 + 64 * 128)
+  assert found["least squares"] == 2 * 4 * (64 * 64 + 64 * 128)
   fewer = dataclasses.replace(
     SMALL, ffn_widths=(SMALL.ffn_widths[0] // 2,) * SMALL.num_layers
   )
@@ -243,6 +244,27 @@ def test_curvature_and_refit():
   assert cost.prune_steps(SMALL, fewer, SMALL, config.prune) == math.ceil(
     gone / (0.05 * model_config.count_params(SMALL))
   )
+
+
+@pytest.mark.slow
+def test_scoring_memory_does_not_grow_with_the_windows():
+  """But for the sums that are handed on, once there is more than a pass."""
+
+  def scored(samples):
+    config = recipe(
+      prune__method="curvature",
+      calibration__samples=samples,
+      calibration__pass_tokens=16 * 64,
+    )
+    return memory.measure(config, SMALL, SMALL, jax.devices()[:1])["scoring"]
+
+  one, few, many = scored(16), scored(32), scored(4096)
+  assert few == many
+  sizes = SMALL.ffn_widths[0], 4 * 2 * 16, SMALL.hidden_size, SMALL.hidden_size
+  grams = 4 * 4 * sum(size**2 for size in sizes)
+  assert few["sums between passes"] == grams + 8  # and two counts
+  assert "sums between passes" not in one
+  assert few["temporary"] < 1.1 * one["temporary"]
 
 
 def test_batches_that_do_not_fit_the_devices():
@@ -289,6 +311,48 @@ def test_plan_says_what_to_change(capsys):
   assert "prune.max_steps=1 ends a stage above its target" in text
   assert "--config.train.dtype=bfloat16" in text
   assert "WARNING: scoring needs" in capsys.readouterr().out
+
+
+def test_plan_says_what_a_target_buys(monkeypatch, capsys):
+  """In every unit, by hand; all limits are kept."""
+  monkeypatch.setattr(memory, "measure", lambda *_: {})
+  config = recipe(
+    prune__ratio=0.3,
+    prune__budget="bytes",
+    prune__budget_export="q8_0",
+    prune__limits="kv_bytes=100000",
+    prune__budget_context=64,
+  )
+  found = plan.plan(config)
+  assert found["budget_after"] <= found["budget_target"]
+  assert found["budget_target"] <= 0.7 * found["budget_before"]
+  every = {row["budget"]: row for row in found["budgets"]}
+  assert {*every} == {"params", "flops", "bytes", "kv_bytes"}
+  full, _ = plan.original(config)
+  whole = full.num_layers * full.kv_groups[0] * full.head_dim
+  assert every["kv_bytes"]["before"] == 2 * 2 * 64 * whole
+  assert every["kv_bytes"]["after"] <= 100000
+  assert every["params"]["before"] == found["params"]
+  # With what a file has beside weights.
+  assert found["budget_before"] > every["bytes"]["before"]
+  out = capsys.readouterr().out
+  assert "bytes of q8_0" in out
+  assert "at most 100,000.0 of kv_bytes" in out
+
+
+def test_a_plan_times_nothing():
+  with pytest.raises(UserError, match="a plan times nothing"):
+    plan.plan(recipe(prune__budget="latency"))
+
+
+def test_hours_are_predicted_from_the_peak(monkeypatch):
+  monkeypatch.setattr(memory, "measure", lambda *_: {"training": {"all": 1}})
+  hardware = Hardware(devices=1, memory=4e9, peak=1e9)
+  found = plan.plan(recipe(train__hours=0.5), hardware)
+  assert 0.2 < found["hours"] <= 0.5 * 0.8
+  assert found["stages"][0]["train_tokens"] > 0
+  with pytest.raises(UserError, match="of unknown speed"):
+    plan.plan(recipe(train__hours=0.5))
 
 
 def test_unreachable_target_is_refused():

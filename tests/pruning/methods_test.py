@@ -31,7 +31,12 @@ CONFIG = ModelConfig(
 )
 CHANNEL = model_config.unit_cost(CONFIG)["F"]
 SIZE = model_config.count_params(CONFIG)
-MASKED = [name for name in PUBLISHED if name != "slicegpt"]
+SLOW = {"surgeon": pytest.mark.slow}  # two programs, each of many matrices
+MASKED = [
+  pytest.param(name, marks=SLOW.get(name, ()))
+  for name in PUBLISHED
+  if name != "slicegpt"
+]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -73,13 +78,14 @@ def same(one, other):
 
 @pytest.mark.parametrize(
   "allotment, score",
-  [pytest.param("search", "curvature", marks=pytest.mark.slow)]  # noqa: RUF005
-  + list(
-    itertools.product(
+  [
+    pytest.param("search", "curvature", marks=pytest.mark.slow),
+    pytest.param("ranking", "surgeon", marks=pytest.mark.slow),
+    *itertools.product(
       ("adapt", "uniform", "ranking"),
       ("taylor", "l2", "random", "curvature", "fisher", "fluctuation"),
-    )
-  ),
+    ),
+  ],
 )
 def test_any_score_with_any_allotment_and_refits(params, allotment, score):
   """The target is met, and a cut prune ends as the whole one does."""
@@ -117,7 +123,7 @@ def test_a_method_alone_is_its_published_pair(params, name):
   note = lambda record, step: seen.append(step)
   whole = methods.prune(task_of(params, settings, log=note))
   allotment, score = settings.pair()
-  if score in methods.scores.KINDS or score == "curvature":
+  if score in (*methods.scores.KINDS, "curvature", "fisher"):
     named = dataclasses.replace(settings, group_importance=score)
     if allotment in ("adapt", "ranking"):
       named = dataclasses.replace(named, allotment=allotment, method="adapt")
@@ -151,6 +157,38 @@ def test_a_prune_that_is_at_its_target_may_be_refitted(params):
   assert pruned.trace == []
   same(methods.refit_after(task, pruned), pruned)
   assert asked == [0]
+
+
+@pytest.mark.slow
+def test_refit_by_the_loss_alone_takes_a_model_without_least_squares(params):
+  """Of OLMo 2, whose norms stand behind the matrices; each pass is new text."""
+  olmo = dataclasses.replace(CONFIG, norm_order="post", family="olmo2")
+  fisher = Prune(method="fisher", refit="final")
+  with pytest.raises(UserError, match=r"refit=loss .*method=fisher"):
+    methods.check(olmo, fisher)
+  asked = []
+
+  def tokens_of(step):
+    asked.append(step)
+    return samples(100 + step)
+
+  settings = dataclasses.replace(
+    fisher, refit="loss", refit_passes=2, refit_rate=3e-3
+  )
+  abstract = model_config.abstract_params(olmo, jnp.float32)
+  rng = np.random.default_rng(1)
+  draw = lambda leaf: jnp.asarray(rng.normal(0.3, 0.3, leaf.shape), jnp.float32)
+  task = dataclasses.replace(
+    task_of(params, settings, refit_samples=tokens_of, full=olmo),
+    config=olmo,
+    params=jax.tree.map(draw, abstract),
+  )
+  pruned = methods.prune(task)
+  refitted = methods.refit_after(task, pruned)
+  last = pruned.trace[-1]["step"]
+  assert sorted({*asked}) == [last, last + 1]
+  assert refitted.refits == []
+  assert refitted.refit_loss["after"] < refitted.refit_loss["before"]
 
 
 def test_what_does_not_combine(params):

@@ -28,6 +28,8 @@ CONFIG = ModelConfig(
 )
 TOKENS_NT = np.random.default_rng(0).integers(0, 31, (30, 9), np.int32)
 MESH = sharding.one_device()
+SETS_PNT = np.random.default_rng(1).integers(0, 31, (20, 30, 9), np.int32)
+SETS_PNT[0] = TOKENS_NT
 
 
 @pytest.fixture(scope="module")
@@ -62,18 +64,18 @@ def distance(dense, pruned, tokens_NT):
 def test_held_out_loss_falls_and_types_stay(pairs):
   dense, pruned = pairs
   params, record = refit_loss.refit_loss(
-    dense, pruned, TOKENS_NT, 8, MESH, passes=20, rate=3e-3
+    dense, pruned, SETS_PNT.__getitem__, 8, MESH, passes=20, rate=3e-3
   )
   widened = jax.tree.map(lambda p: p.astype(jnp.float32), pruned[1])
   by_hand = distance(dense, (pruned[0], widened), TOKENS_NT[27:])
   assert record["before"] == pytest.approx(by_hand, rel=1e-2)  # bfloat16
   assert record["after"] < 0.9 * record["before"]
-  assert record["tokens"] == 20 * 3 * 8 * 9
+  assert record["tokens"] == 20 * 3 * 8 * 9  # of 27 and 30 rows, whole steps
   assert jax.tree.map(lambda p: (p.shape, p.dtype), params) == jax.tree.map(
     lambda p: (p.shape, p.dtype), pruned[1]
   )
   again, same = refit_loss.refit_loss(
-    dense, pruned, TOKENS_NT, 8, MESH, passes=20, rate=3e-3
+    dense, pruned, SETS_PNT.__getitem__, 8, MESH, passes=20, rate=3e-3
   )
   jax.tree.map(np.testing.assert_array_equal, again, params)
   assert same == record
@@ -82,7 +84,7 @@ def test_held_out_loss_falls_and_types_stay(pairs):
 def test_weights_stay_where_the_loss_would_rise(pairs):
   dense, pruned = pairs
   params, record = refit_loss.refit_loss(
-    dense, pruned, TOKENS_NT, 8, MESH, passes=1, rate=3.0
+    dense, pruned, SETS_PNT.__getitem__, 8, MESH, passes=1, rate=3.0
   )
   assert record["after"] > record["before"]
   jax.tree.map(np.testing.assert_array_equal, params, pruned[1])
@@ -90,4 +92,20 @@ def test_weights_stay_where_the_loss_would_rise(pairs):
 
 def test_too_few_windows(pairs):
   with pytest.raises(UserError, match="refit_samples="):
-    refit_loss.refit_loss(*pairs, TOKENS_NT[:5], 8, MESH, passes=1, rate=1e-3)
+    refit_loss.refit_loss(
+      *pairs, lambda number: TOKENS_NT[:5], 8, MESH, passes=1, rate=1e-3
+    )
+
+
+def test_each_pass_has_windows_of_its_own_and_the_held_out_are_never_seen():
+  sets = SETS_PNT[0][:27], *SETS_PNT[1:3]
+  seen = [
+    row.tobytes()
+    for batch in refit_loss._batches(sets.__getitem__, 4, 3, seed=7)
+    for row in batch["tokens_BT"]
+  ]
+  whole = [[row.tobytes() for row in rows_NT] for rows_NT in sets]
+  assert len(seen) == 6 * 4 + 7 * 4 + 7 * 4
+  assert set(seen[:24]) < set(whole[0])
+  assert set(seen[24:52]) < set(whole[1])
+  assert len(set(seen)) == len(seen)

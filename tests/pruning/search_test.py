@@ -68,6 +68,20 @@ def test_the_divergence_is_that_of_the_smaller_model(params, found):  # noqa: F8
 
 
 @pytest.mark.slow
+def test_candidates_are_tried_on_the_tuning_text(params, found):  # noqa: F811
+  given = dataclasses.replace(
+    task_of(params, SETTINGS), tuning=lambda step: samples(step + 50)
+  )
+  masked = steps._begin(given)
+  masks = surgery.to_masks(found.kept, CONFIG)
+  mine = search._divergence(masked)(masks)
+  other = dataclasses.replace(given, samples=given.tuning, tuning=None)
+  assert mine == search._divergence(steps._begin(other))(masks)
+  plain = search._divergence(steps._begin(task_of(params, SETTINGS)))(masks)
+  assert mine != plain
+
+
+@pytest.mark.slow
 def test_four_devices_find_the_same(params, found):  # noqa: F811
   mesh = sharding.make_mesh(data=2, fsdp=2, devices=jax.devices()[:4])
   placed = jax.device_put(params, sharding.param_shardings(params, mesh))

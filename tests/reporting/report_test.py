@@ -77,6 +77,8 @@ def summary():
     "target_params": 900_000,
     "perplexity_before": 20.0,
     "perplexity_after": 23.0,
+    "bits_per_byte_before": 1.25,
+    "bits_per_byte_after": 1.5,
     "train_tokens": 30_000,
     "seconds": 3725.0,
     "heads_before": [k * FULL.queries_per_group for k in FULL.kv_groups],
@@ -150,6 +152,11 @@ def test_page_is_whole_and_self_contained(text):
   assert len(ids) == len(set(ids))
   used = re.findall(r'(?:url\(|href=")#([^")]+)', text)
   assert set(used) <= set(ids)
+
+
+def test_bits_per_byte_are_in_the_table(text):
+  cells = ("bits per byte", "1.25", "1.5", "+20.0%")
+  assert "".join(f"<td>{cell}</td>" for cell in cells) in text
 
 
 def test_headline(text):

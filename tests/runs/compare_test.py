@@ -444,7 +444,7 @@ def test_settings_of_names():
   config.prune.refit = "5"
   base = compare_methods.shared_recipe(config, 0).prune
   assert (of("curvature+refit").refit, of("curvature").refit) == ("5", "none")
-  assert of("flap+refit").refit == "final"  # only curvature can refit between
+  assert of("flap+refit").refit == "final"  # only ours refit between
 
 
 def test_nothing_to_compare_by(recipe, tmp_path):
@@ -466,6 +466,19 @@ def test_from_scratch_needs_tokens_and_adapt(recipe, tmp_path):
       recover_tokens=512,
       from_scratch=True,
     )
+
+
+def test_answers_are_columns():
+  rows = [
+    {"method": "dense", "ratio": 0.0, "answer_agreement": 1.0, "answer_kl": 0},
+    {"method": "flap", "ratio": 0.2, "answer_agreement": 0.5, "answer_kl": 2.0},
+    {"method": "adapt", "ratio": 0.2, "error": "no"},
+  ]
+  columns, cells = compare_table.table(rows)
+  at = columns.index("tokens as dense")
+  assert columns[at : at + 2] == ["tokens as dense", "KL to dense"]
+  assert [row[at] for row in cells] == ["100.0%", "50.0%", ""]
+  assert [row[at + 1] for row in cells] == ["0.000", "2.000", ""]
 
 
 def test_ruined_models_are_shown():

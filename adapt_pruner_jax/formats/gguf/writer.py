@@ -7,6 +7,8 @@ gets the plain architecture of its family.
 """
 
 import dataclasses
+import tempfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +27,11 @@ from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.models.rope import Rope, rope_frequencies
 from adapt_pruner_jax.storage import publish
 
-KINDS = ("f32", "f16", "bf16", "q8_0")
+KINDS = ("f32", "f16", "bf16", "q8_0", "q4_0")
 STORED = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 # How far a value may be from what it was, as a share of the tensor's largest.
 TOLERANCE = {"F32": 0.0, "F16": 1e-3, "BF16": 4e-3, "Q8_0": 1e-2}
+TOLERANCE["Q4_0"] = 0.13  # a block's scale is an eighth of its largest
 LOGITS_TOLERANCE = 1e-4  # of the largest
 LLAMA_LIKE = ("llama", "mistral", "qwen2", "mobilellm")
 
@@ -63,8 +66,9 @@ def write(
   Args:
     source: a directory with the tokenizer; without, the file has token ids
       only, which is said.
-    kind: f32, f16, bf16 or q8_0 (rows that are no multiple of 32 stay f16), or
-      "": each matrix as it is stored. Vectors are always f32.
+    kind: f32, f16, bf16, q8_0 or q4_0 (rows that are no multiple of 32 stay
+      f16, and q4_0 leaves the output matrix q8_0), or "": each matrix as it is
+      stored. Vectors are always f32.
 
   Raises:
     UserError: a family or structure that llama.cpp has no architecture for, a
@@ -85,10 +89,44 @@ def write(
   with publish.file(out) as temporary:
     writer = gguf.GGUFWriter(str(temporary), arch)
     planned = tensors(config, params, arch, kind)
-    _write_sizes(writer, config, planned[0].kind)
+    _write_sizes(writer, config, _usual(planned))
     vocab.write(writer, config, source)
     _write_tensors(writer, planned, config, getter(params), arch)
     compare(temporary, config, params, planned)
+
+
+def header_bytes(
+  config: ModelConfig, params: Params, source: Path | None, kind: str
+) -> int:
+  """Bytes of a file beside its tensors, at most, of layers of unequal sizes.
+
+  Args:
+    config, params: the model, shapes and dtypes of which are enough.
+    source, kind: as of `write`; without a source its words are not counted.
+  """
+  last = max(config.ffn_widths[-1] - 1, 1)
+  uneven = dataclasses.replace(
+    config, ffn_widths=(*config.ffn_widths[:-1], last)
+  )
+  arch = architecture(uneven)
+  with tempfile.TemporaryDirectory() as folder:
+    file = Path(folder) / "header.gguf"
+    writer = package().GGUFWriter(str(file), arch)
+    planned = tensors(config, params, arch, kind)
+    _write_sizes(writer, uneven, _usual(planned))
+    if source is not None:
+      vocab.write(writer, config, source)
+    _write_header(writer, planned)
+    writer.close()
+    # Each tensor begins at a multiple of the alignment.
+    size = file.stat().st_size + len(planned) * writer.data_alignment
+  return size + sum(t.content.nbytes for t in planned if not t.parts)
+
+
+def _usual(planned: list[Tensor]) -> Any:
+  """The kind that most matrices have."""
+  kinds = Counter(t.kind for t in planned if len(t.shape) > 1)
+  return kinds.most_common(1)[0][0]
 
 
 def architecture(config: ModelConfig) -> str:
@@ -133,6 +171,7 @@ def tensors(
 ) -> list[Tensor]:
   """What the file will hold, known before any weight is read."""
   types = package().GGMLQuantizationType
+  output = layout.NAMES["embedding" if config.tied else "lm_head"]
   found = []
   for name, parts in layout.tensors(config, arch):
     shapes = [hf_shape(part.name, config.sizes(part.layer)) for part in parts]
@@ -141,8 +180,10 @@ def tensors(
     stored = kind or STORED[str(jnp.result_type(*dtypes))]
     if len(shape) == 1:
       stored = "f32"
-    elif stored == "q8_0" and shape[-1] % 32:
+    elif stored in ("q8_0", "q4_0") and shape[-1] % 32:
       stored = "f16"
+    elif stored == "q4_0" and name == output:
+      stored = "q8_0"
     found.append(Tensor(name, shape, types[stored.upper()], parts))
   if config.rope.kind == "llama3":
     plain = rope_frequencies(Rope(theta=config.rope.theta), config.head_dim)
@@ -205,6 +246,14 @@ def _write_tensors(
   writer: Any, planned: list[Tensor], config: ModelConfig, get: Get, arch: str
 ) -> None:
   """Writes the header, then the tensors one after the other."""
+  _write_header(writer, planned)
+  for tensor in planned:
+    array = stored(tensor, contents(tensor, config, get, arch))
+    writer.write_tensor_data(array)
+  writer.close()
+
+
+def _write_header(writer: Any, planned: list[Tensor]) -> None:
   sizes = package().GGML_QUANT_SIZES
   for tensor in planned:
     block, size = sizes[tensor.kind]
@@ -218,10 +267,6 @@ def _write_tensors(
   writer.write_header_to_file()
   writer.write_kv_data_to_file()
   writer.write_ti_data_to_file()
-  for tensor in planned:
-    array = stored(tensor, contents(tensor, config, get, arch))
-    writer.write_tensor_data(array)
-  writer.close()
 
 
 def _write_sizes(writer: Any, config: ModelConfig, kind: Any) -> None:
@@ -252,6 +297,7 @@ def _write_sizes(writer: Any, config: ModelConfig, kind: Any) -> None:
     "F16": gguf.LlamaFileType.MOSTLY_F16,
     "BF16": gguf.LlamaFileType.MOSTLY_BF16,
     "Q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
+    "Q4_0": gguf.LlamaFileType.MOSTLY_Q4_0,
   }
   writer.add_file_type(file_type[kind.name])
 

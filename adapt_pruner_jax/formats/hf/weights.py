@@ -164,6 +164,32 @@ def _shards(sizes: dict[str, int], limit: int) -> list[list[str]]:
   return shards
 
 
+def header_bytes(config: ModelConfig, dtype: np.dtype) -> int:
+  """Bytes of a safetensors file beside its tensors, of one dtype.
+
+  A model of smaller sizes has no more, several files some hundred each.
+  """
+  shapes = tensors.tensor_shapes(config)
+  return len(_header({name: (s, dtype) for name, s in shapes.items()}))
+
+
+def _header(kinds: dict[str, tuple[tuple[int, ...], np.dtype]]) -> bytes:
+  """What a file begins with: its own length, and where each tensor is."""
+  codes = {name: code for code, name in DTYPES.items()}
+  header: dict = {"__metadata__": {"format": "pt"}}
+  end = 0
+  for tensor, (shape, dtype) in kinds.items():
+    start, end = end, end + math.prod(shape) * dtype.itemsize
+    header[tensor] = {
+      "dtype": codes[str(dtype)],
+      "shape": list(shape),
+      "data_offsets": [start, end],
+    }
+  text = json.dumps(header, separators=(",", ":")).encode()
+  text += b" " * (-len(text) % 8)
+  return len(text).to_bytes(8, "little") + text
+
+
 def _write_file(
   file: Path,
   kinds: dict[str, tuple[tuple[int, ...], np.dtype]],
@@ -178,19 +204,10 @@ def _write_file(
   A thread hashes each block while it is written and the
   next one is made.
   """
-  codes = {name: code for code, name in DTYPES.items()}
-  header: dict = {"__metadata__": {"format": "pt"}}
-  end = 0
-  for tensor, (shape, dtype) in kinds.items():
-    start, end = end, end + math.prod(shape) * dtype.itemsize
-    header[tensor] = {
-      "dtype": codes[str(dtype)],
-      "shape": list(shape),
-      "data_offsets": [start, end],
-    }
-  text = json.dumps(header, separators=(",", ":")).encode()
-  text += b" " * (-len(text) % 8)
-  head = len(text).to_bytes(8, "little") + text
+  head = _header(kinds)
+  end = sum(
+    math.prod(shape) * dtype.itemsize for shape, dtype in kinds.values()
+  )
   digest = hashlib.sha256(head)
   hashed: Future | None = None
   with open(file, "wb") as out, ThreadPoolExecutor(1) as thread:

@@ -2,10 +2,12 @@
 
   activations  the calibration pass that they share
   flap         FLAP: fluctuations, and what is gone as biases
+  kronecker    removals from matrices whose curvature is a Kronecker product
   llm_pruner   LLM-Pruner; magnitude and random choices in its place
   minitron     Minitron: activations, and layers by the loss
   shortgpt     ShortGPT: whole layers
   slicegpt     SliceGPT: directions of the residual stream
+  surgeon      LLM Surgeon: Kronecker-factored curvature, weights updated
   wanda_sp     Wanda-sp: layer after layer
 
 A file has the parts of a method that `methods` puts together; SliceGPT, which

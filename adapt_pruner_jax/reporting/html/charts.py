@@ -131,7 +131,9 @@ def pruning(
 
   def draw(figure, narrow, tooltips):
     shape = (2, 1) if narrow else (1, 2)
-    left, right = figure.subplots(*shape, sharex=True).ravel()
+    rises = [row.get("rise") for row in trace]
+    curve = None not in rises
+    left, right = figure.subplots(*shape, sharex=not curve).ravel()
     steps = np.arange(1, len(trace) + 1)
     params = [row["params"] for row in trace]
     if params_before:
@@ -149,6 +151,12 @@ def pruning(
       )
     left.set_title("Parameters")
     left.yaxis.set_major_formatter(lambda value, _: short(value))
+    _boundaries(left, stage_starts(trace))
+    _whole_numbers(left)
+    if curve:
+      left.set_xlabel("pruning step")
+      _rises(right, params[-len(trace) :], rises)
+      return
     right.plot(
       np.arange(1, len(trace) + 1),
       [as_number(row["loss"]) for row in trace],
@@ -156,14 +164,21 @@ def pruning(
       gid="calibration-loss",
     )
     right.set_title("Loss on calibration text, before each step")
-    for axes in (left, right):
-      _boundaries(axes, stage_starts(trace))
-      _whole_numbers(axes)
+    _boundaries(right, stage_starts(trace))
+    _whole_numbers(right)
     right.set_xlabel("pruning step")
 
   return svg.render(
     draw, "pruning", 2.7, "Parameters and calibration loss by step", 4.2
   )
+
+
+def _rises(axes, params: Sequence[int], rises: Sequence[float]) -> None:
+  """Loss above the original's by size, of a run that keeps a quality."""
+  axes.plot(params, rises, color=TONE["accent"], marker="o", gid="quality")
+  axes.set_title("Loss above the original's on the tuning text")
+  axes.xaxis.set_major_formatter(lambda value, _: short(value))
+  axes.set_xlabel("parameters left")
 
 
 def training(rows: Sequence[Row]) -> str:

@@ -8,13 +8,12 @@ import dataclasses
 import html
 import shlex
 import string
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from adapt_pruner_jax.config import Config, difference
 from adapt_pruner_jax.evaluation import latency
-from adapt_pruner_jax.reporting.html import charts
+from adapt_pruner_jax.reporting.html import charts, pieces
 from adapt_pruner_jax.reporting.html.charts import as_number
 from adapt_pruner_jax.reporting.progress import duration
 
@@ -132,13 +131,13 @@ def removed(found: Found) -> str:
     return ""
   stages = len({row["stage"] for row in found["trace"]})
   tints = [f"removed{i}" for i in range(charts.REMOVED)]
-  legend = _legend(
+  legend = pieces.legend(
     [
       (["kept"], "kept"),
       (tints if stages > 1 else tints[-1:], _when(stages)),
     ]
   )
-  return section(
+  return pieces.section(
     "What was removed",
     "Each bar is a layer of the original model: its whole height is what the "
     "layer had, the blue part is what is left.",
@@ -162,25 +161,28 @@ def quality(found: Found) -> str:
   rows = []
   points = found["perplexity"]
   if len(points) > 1 and points[0][0] == 0:
-    rows.append(_change("perplexity", points[0][1], points[-1][1]))
+    rows.append(pieces.change("perplexity", points[0][1], points[-1][1]))
+  bits = [summary.get(f"bits_per_byte_{when}") for when in ("before", "after")]
+  if None not in bits:  # of another vocabulary, perplexities do not compare
+    rows.append(pieces.change("bits per byte", *bits))
   if summary.get("answer_kl") is not None:  # the original is like itself
     alike = as_number(summary["answer_agreement"])
-    rows.append(_change("the original's next token, share", 1.0, alike))
+    rows.append(pieces.change("the original's next token, share", 1.0, alike))
     kl = as_number(summary["answer_kl"])
-    rows.append(_change("KL to the original, nats a token", 0.0, kl))
+    rows.append(pieces.change("KL to the original, nats a token", 0.0, kl))
   low = summary.get("tasks_before") or {}
   high = summary.get("tasks_after") or {}
   if set(low) & set(high):
-    parts.append(_legend([(["muted"], "before"), (["accent"], "after")]))
+    parts.append(pieces.legend([(["muted"], "before"), (["accent"], "after")]))
     parts.append(charts.scores(low, high))
-  rows += [_change(n, low[n], high[n]) for n in low if n in high]
+  rows += [pieces.change(n, low[n], high[n]) for n in low if n in high]
   if times := summary.get("latency"):
     rows += [
-      _change(label, times["before"][name], times["after"][name])
+      pieces.change(label, times["before"][name], times["after"][name])
       for name, label in latency.TIMES.items()
     ]
   if rows:
-    parts.append(table(("", "before", "after", "change"), rows))
+    parts.append(pieces.table(("", "before", "after", "change"), rows))
   if times:
     parts.append(f"<p>{html.escape('Speed: ' + times['text'])}.</p>")
   if control := summary.get("control"):
@@ -194,14 +196,14 @@ def quality(found: Found) -> str:
         name,
         f"{each['params_after']:,}",
         f"{each['train_tokens']:,}",
-        _shown(each["perplexity_after"]),
+        pieces.shown(each["perplexity_after"]),
       )
       for name, each in names
     ]
-    parts.append(table(columns, rows))
+    parts.append(pieces.table(columns, rows))
   if not parts:
     return ""
-  return section(
+  return pieces.section(
     "What it cost in quality", "Before pruning and now.", "".join(parts)
   )
 
@@ -210,7 +212,7 @@ def training(found: Found) -> str:
   """Loss and rate over the train steps; empty without training."""
   if len(found["train"]) < 2:
     return ""
-  return section(
+  return pieces.section(
     "Training",
     "Recovery training after each prune; dotted lines are where a stage "
     "begins.",
@@ -227,24 +229,26 @@ def decisions(found: Found) -> str:
   rows, _ = charts.importance_rows(trace)
   if any(value is not None for _, values in rows for value in values):
     scale = [f"importance{i}" for i in range(charts.DIVERGING)]
-    legend = _legend([(scale, "less important, pruned more → more important")])
+    legend = pieces.legend(
+      [(scale, "less important, pruned more → more important")]
+    )
     text = (
       "Adapt-Pruner takes more from layers that change their input less. "
       "Importance is relative: −1 is the least important layer, +1 the most."
     )
     chart = legend + charts.importance(trace)
-    parts.append(section("Importance of each layer", text, chart))
+    parts.append(pieces.section("Importance of each layer", text, chart))
   depth = [f"depth{i}" for i in range(charts.DEPTH)]
   parts.append(
-    section(
+    pieces.section(
       "How the layers were pruned",
       "A line is a layer: the share of it that is gone after each step.",
-      _legend([(depth, "first layer → last layer")])
+      pieces.legend([(depth, "first layer → last layer")])
       + charts.sparsity(found["before"], trace),
     )
   )
   parts.append(
-    section(
+    pieces.section(
       "Step by step",
       "Parameters left, and the loss of the model as it was pruned.",
       charts.pruning(found["params_before"], found["target_params"], trace),
@@ -271,11 +275,11 @@ def layer_table(found: Found) -> str:
   ):
     heads = f"{k0 * group} → {k1 * group}"
     rows.append(
-      (str(i), heads, f"{k0} → {k1}", f"{f0:,} → {f1:,}", _gone(f0, f1))
+      (str(i), heads, f"{k0} → {k1}", f"{f0:,} → {f1:,}", pieces.gone(f0, f1))
     )
   columns = ("layer", "heads", "KV groups", "MLP width", "of the MLP removed")
-  inner = table(columns, rows)
-  return section(
+  inner = pieces.table(columns, rows)
+  return pieces.section(
     "Layer by layer",
     "The same as numbers.",
     f"<details><summary>{len(rows)} layers</summary>{inner}</details>",
@@ -294,21 +298,23 @@ def recipe(found: Found) -> str:
     if isinstance(fields, dict)
     for name, value in fields.items()
   ] + [(n, str(v)) for n, v in config.items() if not isinstance(v, dict)]
-  parts = [table(("field", "value"), rows, "words")] if rows else []
+  parts = [pieces.table(("field", "value"), rows, "words")] if rows else []
   parts.append(
     "<details><summary>the whole recipe</summary>"
-    + table(("field", "value"), everything, "words")
+    + pieces.table(("field", "value"), everything, "words")
     + "</details>"
   )
   versions = list(summary.get("versions", {}).items())
   if summary.get("hardware"):
     versions = [("hardware", summary["hardware"]), *versions]
   if versions:
-    inner = table(("", ""), versions, "words")
+    inner = pieces.table(("", ""), versions, "words")
     parts.append(
       f"<details><summary>versions and hardware</summary>{inner}</details>"
     )
-  return section("Recipe", "What differs from the defaults.", "".join(parts))
+  return pieces.section(
+    "Recipe", "What differs from the defaults.", "".join(parts)
+  )
 
 
 def next_steps(found: Found, path: Path) -> str:
@@ -354,47 +360,4 @@ def next_steps(found: Found, path: Path) -> str:
     f"<div>{html.escape(what)}:</div><pre>{html.escape(command)}</pre>"
     for what, command in steps
   )
-  return section("What to do next", "", inner)
-
-
-# ---- Pieces ------------------------------------------------------------------
-
-
-def section(title: str, text: str, inner: str) -> str:
-  """A box; `inner` is HTML, the others are text."""
-  intro = f"<p>{html.escape(text)}</p>" if text else ""
-  return f"<section><h2>{html.escape(title)}</h2>{intro}{inner}</section>"
-
-
-def table(
-  columns: Sequence[str], rows: Sequence[Sequence[str]], kind: str = ""
-) -> str:
-  head = "".join(f"<th>{html.escape(c)}</th>" for c in columns)
-  head = f"<tr>{head}</tr>" if any(columns) else ""
-  body = "".join(
-    "<tr>" + "".join(f"<td>{html.escape(str(c))}</td>" for c in row) + "</tr>"
-    for row in rows
-  )
-  return f'<div class="scroll"><table class="{kind}">{head}{body}</table></div>'
-
-
-def _legend(entries: Sequence[tuple[Sequence[str], str]]) -> str:
-  spans = []
-  for colours, label in entries:
-    boxes = "".join(f'<i style="background:var(--{c})"></i>' for c in colours)
-    spans.append(f"<span>{boxes}{html.escape(label)}</span>")
-  return f'<div class="legend">{"".join(spans)}</div>'
-
-
-def _change(name: str, before: float, after: float) -> tuple[str, ...]:
-  low, high = as_number(before), as_number(after)
-  change = f"{high / low - 1:+.1%}".replace("-", "−") if low else ""
-  return name, f"{low:.4g}", f"{high:.4g}", change
-
-
-def _gone(before: int, after: int) -> str:
-  return f"{1 - after / before:.0%}" if before else ""
-
-
-def _shown(value: float | None) -> str:
-  return "" if value is None else f"{as_number(value):.4g}"
+  return pieces.section("What to do next", "", inner)

@@ -103,7 +103,8 @@ def _beginning(
     }
   size = model_config.count_params(full)
   target = config["prune"]["target_params"]
-  if config["prune"]["ratio"]:
+  params = config["prune"].get("budget", "params") == "params"
+  if config["prune"]["ratio"] and params:
     target = math.floor(size * (1 - config["prune"]["ratio"]))
   return {
     "before": {"kv_groups": list(full.kv_groups), "ffn": list(full.ffn_widths)},

@@ -1,0 +1,325 @@
+"""`train.hours`: a time to end in, in place of a number of tokens.
+
+`settle` times a few train steps of the model as it will be when it is pruned,
+with random weights, takes what `memory` says of the device, and writes what it
+chose: tokens, stages, microbatches, full training or adapters. `predict` does
+the same with a device's peak in place of the timing, for `plan`.
+
+Scoring is not timed: its FLOPs count at the speed of training, `SLOWER` times,
+since its batches are small. A share of the hours is left for compiling,
+evaluation and export; should the rest take longer all the same, training ends
+early (`runs.deadline`).
+"""
+
+import dataclasses
+import statistics
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from adapt_pruner_jax.config import Config, check, vocab_size
+from adapt_pruner_jax.distributed import sharding
+from adapt_pruner_jax.errors import UserError
+from adapt_pruner_jax.models import decoder, model_config
+from adapt_pruner_jax.models.model_config import ModelConfig
+from adapt_pruner_jax.planning import cost, memory
+from adapt_pruner_jax.planning.hardware import (
+  USABLE,
+  Hardware,
+  compile_for,
+  resolve,
+)
+from adapt_pruner_jax.pruning import targets
+from adapt_pruner_jax.reporting.log import Log
+from adapt_pruner_jax.reporting.progress import duration
+from adapt_pruner_jax.runs.recipe import RECIPE
+from adapt_pruner_jax.storage import digest, json_files
+from adapt_pruner_jax.training import loop, optimizer
+
+FILE = "hours.json"  # in the work directory: what was chosen, and for what
+PLANNED = 0.8  # share of the hours that pruning and training are to take
+SLOWER = 2.0  # a FLOP of scoring, against one of training
+TIMED = 3  # train steps
+RANK = 16  # of adapters, where training all weights does not fit
+
+
+@dataclasses.dataclass(frozen=True)
+class Speed:
+  """How fast a device trains.
+
+  Attributes:
+    step: seconds of a train step.
+    compiling: seconds before the first.
+  """
+
+  step: float
+  compiling: float
+
+
+def settle(
+  config: Config, path: Path, model: ModelConfig, log: Any, anew: bool = False
+) -> Config:
+  """The recipe with tokens in place of hours, once and for all of a run.
+
+  Args:
+    config: a recipe with `train.hours`.
+    path: the work directory, which keeps the choice.
+    model: the original's sizes.
+    log: gets a line.
+    anew: another recipe's choice may be replaced.
+
+  Raises:
+    UserError: too few hours, or a model that does not fit at all.
+  """
+  asked = _digest(config)
+  file = path / FILE
+  if file.exists():
+    kept = json_files.read_json(file)
+    if kept["asked"] == asked:
+      return _chosen(config, kept["chosen"])
+    claimed = (path / RECIPE).exists()
+    if claimed and not anew:  # the run will say that it is another recipe's
+      return _with_tokens(config)
+  if jax.process_count() > 1:
+    raise UserError(
+      "--config.train.hours times one process: give --config.train.tokens"
+    )
+  config = _with_tokens(config)
+  check(config)
+  full, student = _sizes(config, model)
+  config = fitted(config, full, student, resolve(Hardware()))
+  log.say("timing a few train steps, for --config.train.hours")
+  speed = timed(config, full, student)
+  flops = cost.training_flops(student, full, config) * config.data.step_tokens
+  chosen = choose(config, full, speed, flops / speed.step)
+  path.mkdir(parents=True, exist_ok=True)
+  kept = {"asked": asked, "chosen": chosen, "speed": dataclasses.asdict(speed)}
+  json_files.write_json(file, kept)
+  log.say(said(config, chosen, speed))
+  return _chosen(config, chosen)
+
+
+def of_run(config: Config, path: Path, overwrite: bool) -> Config:
+  """`settle` for the command line.
+
+  Args:
+    config: a recipe with `train.hours`.
+    path, overwrite: as of `runs.run`.
+
+  Raises:
+    UserError: as `settle`'s; or tokens are given too, or no target.
+  """
+  checked(config)
+  from adapt_pruner_jax.planning.plan import original
+
+  return settle(config, path, original(config)[0], Log(None), overwrite)
+
+
+def checked(config: Config) -> None:
+  """Raises a UserError unless hours can be turned into tokens."""
+  check(config)
+  if config.train.tokens:
+    raise UserError(
+      f"--config.train.hours={config.train.hours} and "
+      f"--config.train.tokens={config.train.tokens} are both given: give one "
+      "of them"
+    )
+  if not config.prune.has_target() or config.prune.budget == "quality":
+    raise UserError(
+      "--config.train.hours needs to know what is left to train: give "
+      "--config.prune.ratio or .target_params"
+    )
+  if config.prune.counts("latency") and not config.prune.budget_table:
+    raise UserError(
+      "--config.train.hours beside a latency needs its table before: "
+      "adapt-pruner profile --model=DIR --out=table.json, then "
+      "--config.prune.budget_table=table.json"
+    )
+
+
+def _digest(config: Config) -> str:
+  """Of what a run may not change between its parts."""
+  fields = dataclasses.asdict(config)
+  free = ("mesh", "log", "checkpoint")
+  return digest.of_json({n: x for n, x in fields.items() if n not in free})
+
+
+def predict(config: Config, model: ModelConfig, hardware: Hardware) -> Config:
+  """What `settle` would choose on a device of which only the peak is known.
+
+  Raises:
+    UserError: as `settle`'s, or the peak is not known.
+  """
+  if not hardware.peak:
+    raise UserError(
+      "--config.train.hours on a device of unknown speed: give --device or "
+      "--tflops"
+    )
+  config = _with_tokens(config)
+  full, student = _sizes(config, model)
+  config = fitted(config, full, student, hardware)
+  rate = hardware.peak * hardware.mfu * hardware.devices
+  flops = cost.training_flops(student, full, config) * config.data.step_tokens
+  chosen = choose(config, full, Speed(flops / rate, 60.0), rate)
+  return _chosen(config, chosen)
+
+
+def choose(
+  config: Config, full: ModelConfig, speed: Speed, rate: float
+) -> dict[str, int]:
+  """Tokens and stages that fill the hours.
+
+  Stages are as the recipe says, or fewer where pruning and compiling them would
+  take more than half of the time.
+
+  Args:
+    config: with any number of tokens.
+    full: the model to prune.
+    rate: FLOP/s of training.
+
+  Raises:
+    UserError: too few hours for a train step behind one stage.
+  """
+  seconds = config.train.hours * 3600 * PLANNED
+  target = targets.resolve_target(full, config.prune)
+  for stages in range(config.prune.stages, 0, -1):
+    prune = dataclasses.replace(config.prune, stages=stages)
+    rows = cost.stage_table(
+      dataclasses.replace(config, prune=prune), full, target
+    )
+    before = sum(r["prune_flops"] for r in rows) * SLOWER / rate
+    before += stages * speed.compiling
+    if before <= seconds / 2 or stages == 1:
+      break
+  steps = int((seconds - before) / speed.step)
+  if steps < stages:
+    least = (before + stages * speed.step) / PLANNED / 3600
+    raise UserError(
+      f"--config.train.hours={config.train.hours} are too few: one stage and a "
+      f"train step need about {least:.2f}; give more, or less to prune by "
+      "(--config.calibration.samples, a larger --config.prune.step_size)"
+    )
+  return {
+    "tokens": steps * config.data.step_tokens,
+    "stages": stages,
+    "lora_rank": config.train.lora_rank,
+    "remat": config.train.remat,
+    "accumulation": config.train.accumulation,
+    "prune_seconds": round(before),
+    "train_seconds": round(steps * speed.step),
+  }
+
+
+def fitted(
+  config: Config, full: ModelConfig, student: ModelConfig, hardware: Hardware
+) -> Config:
+  """The recipe changed until training fits the device's memory.
+
+  First activations are recomputed, then the batch is split, then adapters are
+  trained in place of all weights.
+
+  Raises:
+    UserError: not even adapters fit.
+  """
+  usable, devices = hardware.memory * USABLE, compile_for(hardware)
+  if not usable:
+    return config
+  # Only training is asked for: a method whose scoring is not compiled.
+  prune = dataclasses.replace(config.prune, method="flap", refit="none")
+  prune = dataclasses.replace(prune, group_importance="")
+  ways = [{}, {"remat": True}]
+  split, rows = config.train.accumulation, config.data.batch
+  splits = [n for n in (2, 4, 8, 16, 32, 64) if n > split and not rows % n]
+  ways += [{"remat": True, "accumulation": n} for n in splits]
+  ways += [way | {"lora_rank": RANK} for way in ways]
+  for way in ways:
+    train = dataclasses.replace(config.train, **way)
+    made = dataclasses.replace(config, train=train, prune=prune)
+    found = memory.measure(made, full, student, devices)
+    if sum(found["training"].values()) <= usable:
+      return dataclasses.replace(config, train=train)
+  raise UserError(
+    "training does not fit the device's memory, not even of adapters: give "
+    "more devices, or a shorter --config.data.seq_len"
+  )
+
+
+def timed(config: Config, full: ModelConfig, student: ModelConfig) -> Speed:
+  """Times train steps on this machine's devices, with random weights."""
+  mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh))
+  settings, data = config.train, config.data
+  pair = student, _random(student, mesh)
+  teacher = (full, _random(full, mesh)) if settings.distill_alpha else None
+  schedule = optimizer.schedule(settings, TIMED + 1)
+  training = loop.start(pair, settings, schedule, mesh, teacher=teacher)
+  step_fn, trained, state = training
+  shape = data.batch, data.seq_len
+  positions = np.broadcast_to(np.arange(data.seq_len, dtype=np.int32), shape)
+  batch = {
+    "tokens_BT": np.zeros(shape, np.int32),
+    "targets_BT": np.zeros(shape, np.int32),
+    "segments_BT": np.ones(shape, np.int32),
+    "positions_BT": positions,
+    "weights_BT": np.ones(shape, np.float32),
+  }
+  seconds = []
+  for number in range(TIMED + 1):
+    begun = time.perf_counter()
+    placed = loop.place(batch, mesh)
+    trained, state, metrics = step_fn(trained, state, placed, number)
+    jax.block_until_ready(metrics)
+    seconds.append(time.perf_counter() - begun)
+  step = statistics.median(seconds[1:])
+  return Speed(step, max(seconds[0] - step, 0.0))
+
+
+def said(config: Config, chosen: dict, speed: Speed) -> str:
+  """What was chosen, in a line."""
+  how = f"adapters of rank {chosen['lora_rank']}"
+  if not chosen["lora_rank"]:
+    how = "all weights"
+  return (
+    f"{config.train.hours} hours: {chosen['tokens']:,} tokens in "
+    f"{chosen['stages']} stage(s), {how}, {chosen['accumulation']} "
+    f"microbatch(es); a train step takes {speed.step:.3g} s; pruning about "
+    f"{duration(chosen['prune_seconds'])}, training "
+    f"{duration(chosen['train_seconds'])}"
+  )
+
+
+def _with_tokens(config: Config) -> Config:
+  """One step of tokens, so that the recipe is one that trains."""
+  train = dataclasses.replace(config.train, tokens=config.data.step_tokens)
+  return dataclasses.replace(config, train=train)
+
+
+def _chosen(config: Config, chosen: dict) -> Config:
+  names = ("tokens", "lora_rank", "remat", "accumulation")
+  train = {name: chosen[name] for name in names}
+  return dataclasses.replace(
+    config,
+    prune=dataclasses.replace(config.prune, stages=chosen["stages"]),
+    train=dataclasses.replace(config.train, **train),
+  )
+
+
+def _sizes(
+  config: Config, whole: ModelConfig
+) -> tuple[ModelConfig, ModelConfig]:
+  """The model to prune, and the largest one that is trained."""
+  tokens = vocab_size(config.vocab, whole.vocab_size)
+  full = dataclasses.replace(whole, vocab_size=tokens)
+  target = targets.resolve_target(full, config.prune, whole)
+  return full, cost.stage_table(config, full, target)[0]["config"]
+
+
+def _random(config: ModelConfig, mesh: Any) -> Any:
+  abstract = model_config.abstract_params(config, jnp.float32)
+  placed = sharding.param_shardings(abstract, mesh)
+  init = partial(decoder.init_params, config)
+  return jax.jit(init, out_shardings=placed)(jax.random.key(0))

@@ -1,0 +1,156 @@
+"""Scoring in passes, so that memory does not grow with the calibration.
+
+A walk (`backward`) keeps what each layer is given, 2 L D numbers a token. So a
+program takes at most `calibration.pass_tokens` tokens, whole minibatches of
+them, and hands on what it has summed: the last one makes scores of it. On one
+device that is the same sum in the same order as in one pass.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from adapt_pruner_jax.distributed import each_device, placement
+from adapt_pruner_jax.models.model_config import ModelConfig
+from adapt_pruner_jax.pruning import surgery
+from adapt_pruner_jax.pruning.surgery import Masks
+from adapt_pruner_jax.pruning.task import Masked
+
+KEPT_BYTES = 1 << 29  # of what layers are given, on a device, by default
+
+
+class Programs(NamedTuple):
+  """The two programs of a walk.
+
+  Attributes:
+    whole: goes through minibatches and ends with scores.
+    part: hands its sums on; they are donated.
+  """
+
+  whole: Callable[..., dict]
+  part: Callable[..., dict]
+
+
+def programs(step: Callable[..., dict], *static: str) -> Programs:
+  """Compiles a walk.
+
+  Args:
+    step: takes (config, stacked, masks, tokens_MBT, valid_MB), and by name
+      mesh, attention, and before and last of `backward.walk`.
+    static: names of other arguments that are no arrays.
+  """
+  names = ("config", "mesh", "attention", "last", *static)
+  part = jax.jit(step, static_argnames=names, donate_argnames="before")
+  return Programs(
+    jax.jit(step, static_argnames=names), partial(part, last=False)
+  )
+
+
+def run(
+  programs: Programs,
+  masked: Masked,
+  tokens_NT: np.ndarray,
+  masks: Masks | None = None,
+  **how: Any,
+) -> dict:
+  """What a walk finds, on the host, in as many passes as it needs.
+
+  Args:
+    programs: of the walk.
+    masked: the model.
+    tokens_NT: calibration tokens.
+    masks: in place of the model's.
+    how: more arguments of the walk.
+  """
+  task = masked.task
+  most = minibatches(
+    task.full,
+    masked.stacked["embedding"].dtype,
+    tokens_NT.shape,
+    task.batch,
+    task.pass_tokens,
+    task.mesh,
+  )
+  parts = placement.passes(tokens_NT, task.batch, task.mesh, most)
+  model = (
+    surgery.dense(task.full),
+    masked.stacked,
+    placement.replicate(masks or masked.masks, task.mesh),
+  )
+  how |= {"mesh": task.mesh, "attention": task.settings.attention}
+  so_far, found = None, []
+  for number, (tokens_MBT, valid_MB) in enumerate(parts, 1):
+    args = *model, *placement.replicate((tokens_MBT, valid_MB), task.mesh)
+    if number == len(parts):
+      result = programs.whole(*args, before=so_far, **how)
+    else:
+      if so_far is None:
+        so_far = _nothing(sums(programs, args, how))
+      result = programs.part(*args, before=so_far, **how)
+      so_far = result.pop("sums", None)
+    found.append(jax.device_get(result))
+  real = np.concatenate([valid_MB.any(1) for _, valid_MB in parts])
+  whole = dict(found[-1])
+  for name in ("loss_M", "importance_ML"):
+    if name in whole:
+      whole[name] = np.concatenate([f[name] for f in found])[real]
+  return whole
+
+
+def minibatches(
+  full: ModelConfig,
+  dtype: np.dtype,
+  shape_NT: tuple[int, int],
+  batch: int,
+  pass_tokens: int,
+  mesh: Mesh,
+) -> int:
+  """How many a pass takes, at least one.
+
+  Args:
+    full: the model.
+    dtype: of its residual stream.
+    shape_NT: of the calibration tokens.
+    batch, pass_tokens: as `calibration`'s; 0 tokens = those for which what
+      layers are given takes `KEPT_BYTES` on a device.
+    mesh: the devices.
+  """
+  N, T = shape_NT
+  rows = placement.padded_rows(min(batch, N), mesh)
+  parts = each_device.parts_of(mesh, each_device.row_axes(mesh, rows))
+  a_token = 2 * full.num_layers * full.hidden_size * np.dtype(dtype).itemsize
+  tokens = pass_tokens or KEPT_BYTES * parts // a_token
+  return max(1, tokens // (rows * T))
+
+
+def sums(programs: Programs, args: tuple, how: dict) -> Any:
+  """Shapes of what a pass hands on, and where it lies; None = nothing.
+
+  Args:
+    programs: of the walk.
+    args, how: its arguments, or their shapes.
+  """
+  config, *arrays = args
+  found = jax.eval_shape(
+    lambda *arrays: programs.part(config, *arrays, **how).get("sums"), *arrays
+  )
+  mesh, rows = how["mesh"], arrays[-1].shape[1]
+  axes = each_device.row_axes(mesh, rows)
+
+  def placed(x):
+    where = each_device.cut_sum(x.shape, mesh, axes)
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+
+  return jax.tree.map(placed, found)
+
+
+def _nothing(shapes: Any) -> Any:
+  """Sums of nothing."""
+  make = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+  where = jax.tree.map(lambda x: x.sharding, shapes)
+  return jax.jit(make, out_shardings=where)()

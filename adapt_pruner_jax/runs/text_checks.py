@@ -1,0 +1,127 @@
+"""Whether a run's texts are enough, and apart from what is reported."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+
+import numpy as np
+
+from adapt_pruner_jax.config import Config, Prune, get
+from adapt_pruner_jax.data import overlap
+from adapt_pruner_jax.data.calibration import GivenData, WindowData
+from adapt_pruner_jax.data.packing import TrainData
+from adapt_pruner_jax.errors import UserError
+from adapt_pruner_jax.models.model_config import ModelConfig
+
+SHARED = 0.01  # of a reported text's windows, from which it is no accident
+FEW = 4.0  # tokens a channel, below which a second-order score is mostly noise
+SECOND_ORDER = ("curvature", "surgeon")  # scores that invert Gram matrices
+TUNING = "prune.search.source"
+
+Texts = WindowData | GivenData | TrainData
+Say = Callable[[str], None]
+
+
+def check_overlaps(
+  recipe: Config,
+  reported_N: np.ndarray | None,
+  texts: Mapping[str, Texts | None],
+  say: Say,
+) -> None:
+  """Compares `eval.text` with all texts that something is learnt from.
+
+  Calibration and training are told, since one may measure on one's own text on
+  purpose; what a search makes its choices by is refused.
+
+  Args:
+    recipe: of the run.
+    reported_N: tokens of `eval.text`; None = there is none.
+    texts: what is opened, by the field that names it; None = nothing.
+    say: is told of each that overlaps.
+
+  Raises:
+    UserError: the text of a search is part of the reported one.
+  """
+  if reported_N is None:
+    return
+  for name, opened in texts.items():
+    if opened is None:
+      continue
+    share = overlap.share(reported_N, _tokens(opened))
+    if share < SHARED:
+      continue
+    found = (
+      f"{share:.0%} of --config.eval.text={recipe.eval.text} is also in "
+      f"--config.{name}={get(recipe, name)} (windows of {overlap.WINDOW} "
+      "tokens)"
+    )
+    if name == TUNING:
+      raise UserError(
+        f"{found}, so that what the search finds would look better than it is: "
+        "give one of them another text"
+      )
+    say(f"WARNING: {found}: what is measured on it is not held out")
+
+
+def _tokens(opened: Texts) -> Iterable[np.ndarray]:
+  if isinstance(opened, GivenData):
+    return (np.ravel(step) for step in opened.samples)
+  return (stream.tokens for stream in opened.streams)
+
+
+def check_channels(
+  settings: Prune,
+  recipe: Config,
+  full: ModelConfig,
+  steps: WindowData | GivenData,
+  refits: WindowData | GivenData,
+  say: Say,
+) -> None:
+  """Compares the tokens of a step with the channels that it looks at.
+
+  A score that inverts a Gram matrix, and a refit, need several tokens for each
+  input channel of a matrix.
+
+  Args:
+    settings: of the prune.
+    recipe: what else the run is told.
+    full: the model's sizes.
+    steps, refits: what pruning steps read, and refits.
+    say: is told if there are few.
+
+  Raises:
+    UserError: fewer than `calibration.tokens_per_channel`.
+  """
+  heads = full.queries_per_group * full.head_dim
+  channels = max(
+    full.hidden_size, max(full.kv_groups) * heads, max(full.ffn_widths)
+  )
+  needs = {}
+  if (score := settings.pair()[1]) in SECOND_ORDER:
+    needs[f"{score}'s scores"] = ("samples", steps)
+  if settings.solves():
+    needs["the refit"] = ("refit_samples", refits)
+  least = recipe.calibration.tokens_per_channel
+  for what, (name, opened) in needs.items():
+    rows, length = _shape(opened)
+    each = rows * length / channels
+    if each >= (least or FEW):
+      continue
+    found = (
+      f"{what}: {rows} windows of {length} tokens are {each:.2g} a channel of "
+      f"the widest matrix, which has {channels:,}"
+    )
+    enough = math.ceil((least or FEW) * channels / length)
+    hint = f"give at least --config.calibration.{name}={enough}"
+    if least:
+      raise UserError(
+        f"{found}, below --config.calibration.tokens_per_channel={least:g}: "
+        f"{hint}, or longer windows"
+      )
+    say(f"WARNING: {found}: below {FEW:g} they are mostly noise; {hint}")
+
+
+def _shape(opened: WindowData | GivenData) -> tuple[int, int]:
+  """Windows of a step, and tokens of each."""
+  if isinstance(opened, GivenData):
+    return opened.samples.shape[1:]
+  return sum(opened.counts), opened.seq_len

@@ -1,0 +1,151 @@
+"""Hours turned into tokens: by hand, and in a run whose clock is given."""
+
+import dataclasses
+
+import pytest
+
+from adapt_pruner_jax import cli
+from adapt_pruner_jax.errors import UserError
+from adapt_pruner_jax.planning import cost, hours, memory
+from adapt_pruner_jax.planning.hardware import Hardware
+from adapt_pruner_jax.pruning import targets
+from adapt_pruner_jax.runs import deadline, tiny_model
+from adapt_pruner_jax.storage import json_files
+from tests import small_runs
+
+FULL = tiny_model.config_of(small_runs.SMALL)
+
+
+def recipe(path="none", stages=2, **train):
+  config = small_runs.recipe(path, stages=stages)
+  config.train = dataclasses.replace(config.train, **train)
+  return config
+
+
+def test_the_hours_are_filled():
+  config = recipe(hours=1.0)
+  target = targets.resolve_target(FULL, config.prune)
+  with_tokens = recipe(tokens=config.data.step_tokens)
+  rows = cost.stage_table(with_tokens, FULL, target)
+  flops = sum(row["prune_flops"] for row in rows)
+  # Pruning takes 2 x 100 s, compiling 2 x 40 s, a step 10 s, of 2880 s.
+  speed = hours.Speed(10.0, 40.0)
+  found = hours.choose(with_tokens_of(config), FULL, speed, flops / 100)
+  assert found["stages"] == 2
+  assert found["tokens"] == 260 * config.data.step_tokens
+  assert found["prune_seconds"] == 280
+
+
+def test_stages_that_would_take_too_long_are_fewer():
+  config = with_tokens_of(recipe(hours=1.0, stages=9))
+  found = hours.choose(config, FULL, hours.Speed(1.0, 400.0), 1e12)
+  assert found["stages"] == 3  # 1200 s of compiling are at most half of 2880
+  assert found["tokens"] == (2880 - 1200 - 1) * config.data.step_tokens
+
+
+def test_too_few_hours_say_how_many():
+  config = with_tokens_of(recipe(hours=0.01, stages=1))
+  said = "hours=0.01 are too few: .* about 0.14;"  # 360 + 40 s, by 0.8
+  with pytest.raises(UserError, match=said):
+    hours.choose(config, FULL, hours.Speed(40.0, 360.0), 1e15)
+
+
+@pytest.mark.parametrize(
+  ("most", "wanted"),
+  [
+    (100, {"remat": False, "accumulation": 1, "lora_rank": 0}),
+    (70, {"remat": True, "accumulation": 1, "lora_rank": 0}),
+    (40, {"remat": True, "accumulation": 2, "lora_rank": 0}),
+    (16, {"remat": False, "accumulation": 1, "lora_rank": 16}),
+  ],
+)
+def test_what_fits_the_memory(most, wanted, monkeypatch):
+  """The first of: as it is, recomputed, split, adapters."""
+
+  def measured(config, full, student, devices):
+    t = config.train
+    size = 64 / t.accumulation + 30 * (not t.remat)
+    return {"training": {"all": 1.0 if t.lora_rank else max(size, 17)}}
+
+  monkeypatch.setattr(memory, "measure", measured)
+  config = with_tokens_of(recipe(hours=1.0))
+  hardware = Hardware(devices=1, memory=most / 0.92)
+  made = hours.fitted(config, FULL, FULL, hardware)
+  assert {name: getattr(made.train, name) for name in wanted} == wanted
+  assert made.prune == config.prune
+
+
+def test_nothing_fits(monkeypatch):
+  monkeypatch.setattr(memory, "measure", lambda *_: {"training": {"all": 9.0}})
+  with pytest.raises(UserError, match="not even of adapters"):
+    hours.fitted(recipe(), FULL, FULL, Hardware(devices=1, memory=1.0))
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"hours": 1.0, "tokens": 9}, "are both given"),
+    ({"hours": -1.0}, "must be at least 0"),
+  ],
+)
+def test_bad_input(changes, message):
+  with pytest.raises(UserError, match=message):
+    hours.checked(recipe(**changes))
+
+
+def test_hours_need_a_target():
+  config = recipe(hours=1.0, stages=1)
+  config.prune.ratio, config.prune.max_steps = 0.0, 2
+  with pytest.raises(UserError, match=r"give --config\.prune\.ratio"):
+    hours.checked(config)
+
+
+def test_training_ends_with_the_hours(monkeypatch):
+  now = [100.0]
+  monkeypatch.setattr(deadline.time, "monotonic", lambda: now[0])
+  signals = {"asked": False}
+  assert deadline.stopping(0.0, signals, 0) is signals
+  ending = deadline.stopping(1.0, signals, spent=3000)
+  now[0] += 0.92 * 3600 - 3000
+  assert not ending["asked"]
+  now[0] += 1
+  assert ending["asked"]
+  ending = deadline.stopping(1.0, signals, spent=0)
+  signals["asked"] = True
+  assert ending["asked"]
+
+
+@pytest.mark.slow
+def test_a_run_that_is_told_hours(tmp_path, monkeypatch, capsys):
+  """What was chosen is kept, and the same command has nothing left to do."""
+  model = small_runs.make_model(tmp_path)
+  calls = []
+
+  def timed(*_):
+    calls.append(1)
+    return hours.Speed(10.0, 0.0)
+
+  monkeypatch.setattr(hours, "timed", timed)
+  config = recipe(model, hours=0.05, stages=1)
+  config.prune.method, config.prune.group_importance = "curvature", "random"
+  config.eval.text = ""
+  flags = small_runs.flags_of(config, tmp_path / "work")
+  for _ in range(2):
+    with pytest.raises(SystemExit) as ended:
+      cli.main(["run", *flags])
+    assert not ended.value.code
+  assert calls == [1]
+  chosen = json_files.read_json(tmp_path / "work" / "hours.json")["chosen"]
+  summary = json_files.read_json(tmp_path / "work" / "summary.json")
+  assert summary["train_tokens"] == chosen["tokens"] > 0
+  assert "is finished" in capsys.readouterr().out
+  flags = [f.replace("hours=0.05", "hours=0.06") for f in flags]
+  with pytest.raises(SystemExit) as ended:
+    cli.main(["run", *flags])
+  assert ended.value.code
+  assert "another recipe" in capsys.readouterr().err
+
+
+def with_tokens_of(config):
+  train = dataclasses.replace(config.train, tokens=config.data.step_tokens)
+  return dataclasses.replace(config, train=train)

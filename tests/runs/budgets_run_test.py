@@ -1,0 +1,191 @@
+"""Runs and comparisons whose budget is not parameters: small random models."""
+
+import dataclasses
+
+import jax
+import pytest
+
+from adapt_pruner_jax.config import Prune, latency_table
+from adapt_pruner_jax.distributed import sharding
+from adapt_pruner_jax.errors import UserError
+from adapt_pruner_jax.evaluation import profile
+from adapt_pruner_jax.formats.gguf import reader
+from adapt_pruner_jax.formats.hf import load
+from adapt_pruner_jax.pruning import budgets
+from adapt_pruner_jax.reporting.log import Log
+from adapt_pruner_jax.runs import (
+  compare,
+  compare_methods,
+  compare_table,
+  latency_budget,
+  run,
+)
+from adapt_pruner_jax.storage import json_files
+from tests import small_runs
+
+BLOCK = 32 * 3 * 32 // 32 * 34  # of 32 channels in q8_0
+KEPT = {"method": "curvature", "group_importance": "random"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_device():
+  """Other tests shard; here it would take most of the time."""
+  make_mesh = sharding.make_mesh
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(
+      sharding,
+      "make_mesh",
+      lambda *_, **__: make_mesh(devices=jax.devices()[:1]),
+    )
+    yield
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+  return small_runs.make_model(tmp_path_factory.mktemp("budgets"))
+
+
+def recipe(model, **fields):
+  config = small_runs.recipe(model, stages=1, **(KEPT | fields))
+  config.eval.text = ""
+  return config
+
+
+def table_of(file, engine="jax"):
+  """A table that any model of `small_runs` fits, as if measured here."""
+  measured = {"phase": "decode", "batch": 1, "context": 32, "rest_ms": 0.5}
+  measured["attention_ms"] = [[0, 0], [1, 0.1], [4, 0.2]]
+  measured["mlp_ms"] = [[0, 0], [16, 0.1], [48, 0.3]]
+  sizes = {"hidden_size": 32, "head_dim": 8, "queries_per_group": 2}
+  table = {
+    "format": latency_table.FORMAT,
+    "device": profile.device_name(engine),
+    "engine": engine,
+    "dtype": "float32",
+    "model": sizes | {"vocab_size": 300},
+    "multiples": {"kv_groups": 1, "ffn": 8},
+    "measured": [measured],
+  }
+  json_files.write_json(file, table)
+  return str(file)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("export", ["q8_0", "bf16"])
+def test_a_file_is_as_large_as_it_may_be(export, model, tmp_path):
+  """Whole, with its header; as it was asked for."""
+  most = {"q8_0": 43_000, "bf16": 52_000}[export]
+  config = recipe(model, budget="bytes", budget_export=export)
+  config.prune.ratio, config.prune.budget_value = 0.0, float(most)
+  summary = run.run(config, tmp_path / "work")
+  file = tmp_path / "work" / "model" / "model.safetensors"
+  if export == "q8_0":
+    file = tmp_path / "work" / "model.gguf"
+    assert reader.stored(file)[0].hidden_size == 32
+  size = file.stat().st_size
+  unit = BLOCK + 32 * 40 if export == "q8_0" else 3 * 32 * 2 + 300
+  assert size <= most < size + unit
+  assert summary["budget_after"] == size
+  assert summary["budget_target"] == most
+  assert summary["budget_before"] > most
+
+
+@pytest.mark.slow
+def test_milliseconds_are_promised_and_measured(model, tmp_path):
+  fields = {"budget": "latency", "budget_context": 32}
+  fields["budget_table"] = table_of(tmp_path / "table.json")
+  config = recipe(model, limits="kv_bytes=6000", **fields)
+  summary = run.run(config, tmp_path / "work")
+  found = summary["latency_budget"]
+  assert found["original_promised_ms"] == pytest.approx(0.5 + 3 * 0.5)
+  assert found["promised_ms"] <= summary["budget_target"]
+  assert summary["budget_target"] == pytest.approx(0.7 * 2)
+  assert found["pairs"] == 20
+  assert summary["budget_after"] == found["measured_ms"] > 0
+  assert summary["limits"][0]["after"] <= 6000
+  assert "medians of 20 pairs" in latency_budget.text(found)
+  # The same table at another place is the same run.
+  other = dataclasses.replace(
+    config.prune, budget_table=table_of(tmp_path / "moved.json")
+  )
+  config = dataclasses.replace(config, prune=other)
+  assert run.run(config, tmp_path / "work") == summary
+
+
+def test_a_table_that_is_measured_for_the_run(model, tmp_path, monkeypatch):
+  """Once, and kept in the work directory."""
+  calls = []
+
+  def measured(full, case, dtype, say):
+    calls.append((case, dtype))
+    return json_files.read_json(table_of(tmp_path / "made.json"))
+
+  monkeypatch.setattr(profile, "profile", measured)
+  config = recipe(model, budget="latency", budget_context=32)
+  full = load.read_config(str(model))
+  for _ in range(2):
+    found = latency_budget.resolve(config, full, tmp_path, Log(None))
+    assert found.prune.budget_table == str(tmp_path / "latency.json")
+  assert calls == [(profile.Case("decode", 1, 32), "float32")]
+  config.vocab.ratio = 0.1
+  with pytest.raises(UserError, match="cut it in a run of its own"):
+    latency_budget.resolve(config, full, tmp_path, Log(None))
+
+
+@pytest.mark.slow
+def test_a_quality_is_kept(model, tmp_path):
+  config = recipe(model, budget="quality", budget_value=0.01)
+  config.prune.ratio = 0.0
+  summary = run.run(config, tmp_path / "work")
+  assert summary["budget_before"] == 0
+  assert summary["budget_after"] <= 0.01 == summary["budget_target"]
+  assert summary["params_after"] < summary["params_before"]
+  page = (tmp_path / "work" / "report.html").read_text()
+  assert "Loss above the original" in page
+  trace = json_files.read_lines(tmp_path / "work" / "trace.jsonl")
+  assert trace[-1]["ended"]
+  assert summary["budget_after"] == trace[-1]["rise"]
+
+
+@pytest.mark.slow
+def test_methods_compared_at_equal_milliseconds(model, tmp_path):
+  config = recipe(model, budget="latency", budget_context=32)
+  config.eval.text = "embedded"
+  config.prune.budget_table = table_of(tmp_path / "table.json")
+  work = tmp_path / "work"
+  found = compare.compare(config, work, "magnitude,adapt", "0.2,0.3")
+  assert found["unit"] == "ms (a token, batch 1, context 32)"
+  for row in found["rows"]:
+    assert row["budget"] <= 2 * (1 - row["ratio"])
+    if row["ratio"]:
+      assert row["measured_ms"] > 0
+      assert row["budget_target"] == pytest.approx(2 * (1 - row["ratio"]))
+  columns, _ = compare_table.table(found["rows"], found["unit"])
+  assert {found["unit"], "measured, ms"} <= {*columns}
+  assert (work / "compare.svg").exists()
+
+
+def test_all_are_those_that_can_meet_the_budget():
+  config = small_runs.recipe("none", stages=1)
+  names = lambda: {
+    name for name, _ in compare_methods.jobs(config, "all", [0.2], 0, False)
+  }
+  assert {"flap", "shortgpt", "adapt"} <= names()
+  config.prune.budget = "kv_bytes"
+  assert names() == {
+    *("dense", "adapt", "curvature", "magnitude", "random", "uniform"),
+    *("paper", "adapt+refit", "curvature+refit"),
+  }
+  with pytest.raises(UserError, match="method=adapt or curvature"):
+    compare_methods.jobs(config, "flap", [0.2], 0, False)
+  config.prune.limits = "params=3"
+  with pytest.raises(UserError, match="methods are compared at one budget"):
+    compare_methods.jobs(config, "adapt", [0.2], 0, False)
+
+
+def test_units_for_people():
+  settings = Prune(budget="bytes", budget_export="q8_0")
+  assert budgets.shown(1234, settings) == "1,234 bytes of q8_0"
+  settings = Prune(budget="latency", budget_phase="prefill", budget_context=9)
+  said = "1.500 ms (a prompt, batch 1, context 9)"
+  assert budgets.shown(1_500_000, settings) == said
