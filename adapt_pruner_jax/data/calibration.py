@@ -161,11 +161,11 @@ def pruning_data(
   opened = lambda config, seed: calibration_data(
     config, tokenizer, vocab_size, seed, cache_dir, say, stop, steps=steps
   )
-  steps = opened(config, seed)
+  first = opened(config, seed)
   if not refit:
-    return steps, steps
+    return first, first
   more = dataclasses.replace(config, samples=config.refit_samples)
-  return steps, opened(more, seed + 1)
+  return first, opened(more, seed + 1)
 
 
 def search_texts(

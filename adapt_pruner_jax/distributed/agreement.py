@@ -81,8 +81,11 @@ def on_writer(action: Callable[[], Any]) -> Any:
     except (UserError, StoppedError) as error:
       refusal = error
   words = same(refusal and [isinstance(refusal, StoppedError), str(refusal)])
+  if words and refusal is None:
+    stopped, text = words
+    raise StoppedError(text) if stopped else UserError(f"process 0: {text}")
   if words:
-    raise refusal or (StoppedError if words[0] else UserError)(words[1])
+    raise refusal
   return result
 
 

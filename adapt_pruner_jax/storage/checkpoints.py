@@ -79,7 +79,8 @@ class Checkpoints:
 
   def steps(self) -> list[int]:
     """Steps that can be restored unless they are damaged, rising."""
-    return sorted(self._manager.all_steps())
+    # Of several processes Orbax has broadcast them, as an array.
+    return sorted(int(step) for step in self._manager.all_steps())
 
   def save(self, step: int, meta: dict, state: Any) -> None:
     """Starts to save; returns when `state` may be donated or deleted.

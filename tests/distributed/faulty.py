@@ -88,12 +88,12 @@ def late_renames(work):
       return
     path = os.path.abspath(os.fspath(path))
     inside = path.removeprefix(work + os.sep)
-    if inside == path or "tmp" in path:  # of others, or its own
+    if inside == path or "tmp" in inside:  # of others, or its own
       return
     parts = inside.split(os.sep)
     if parts[0] == "checkpoints":
       parts = parts[:2]  # it is the step that was renamed
-    if parts in (["checkpoints"], ["tensorboard"], ["run.lock"]):
+    if parts == ["run.lock"]:
       return
     at = os.path.join(work, *parts)
     try:

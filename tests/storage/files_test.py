@@ -133,7 +133,7 @@ def test_what_only_process_0_does(monkeypatch):
   monkeypatch.setattr(agreement, "is_writer", lambda: False)
   assert agreement.on_writer(refuse) is None
   monkeypatch.setattr(agreement, "same", lambda _: [False, "no room"])
-  with pytest.raises(UserError, match="no room"):
+  with pytest.raises(UserError, match="process 0: no room"):
     agreement.on_writer(refuse)
   monkeypatch.setattr(agreement, "same", lambda _: [True, "asked"])
   with pytest.raises(StoppedError, match="asked"):
