@@ -1,6 +1,7 @@
 """Runs and comparisons whose budget is not parameters: small random models."""
 
 import dataclasses
+from pathlib import Path
 
 import jax
 import pytest
@@ -119,7 +120,7 @@ def test_a_table_that_is_measured_for_the_run(model, tmp_path, monkeypatch):
 
   def measured(full, case, dtype, say):
     calls.append((case, dtype))
-    return json_files.read_json(table_of(tmp_path / "made.json"))
+    return json_files.read_json(Path(table_of(tmp_path / "made.json")))
 
   monkeypatch.setattr(profile, "profile", measured)
   config = recipe(model, budget="latency", budget_context=32)
