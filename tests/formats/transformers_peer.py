@@ -120,6 +120,7 @@ def greedy_by_hand(model, prompt):
 
 
 def gradients(model, tokens):
+  torch.manual_seed(0)  # of dropout, which SeedOss has
   model.zero_grad()
   loss = model(tokens, labels=tokens).loss
   loss.backward()
