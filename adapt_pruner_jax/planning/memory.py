@@ -122,12 +122,6 @@ def scoring(
   dtype = arrays.weight_dtype(config)
   recipe = config.calibration
   shape = recipe.samples, recipe.seq_len
-  most = passes.minibatches(
-    full, dtype, shape, recipe.batch, recipe.pass_tokens, mesh
-  )
-  nobody = np.zeros(shape, np.int32)
-  tokens_MBT, valid_MB = placement.passes(nobody, recipe.batch, mesh, most)[0]
-  M, B, T = tokens_MBT.shape
   whole = sharding.replicated(mesh)
   masks = {
     unit: jax.ShapeDtypeStruct(
@@ -144,10 +138,20 @@ def scoring(
   if kind in KINDS:
     programs = scores.PROGRAMS
     how |= {"kind": kind, "measure": config.prune.layer_importance}
-  args = (
+  model = (
     surgery.dense(full),
     arrays.stacked_params(full, dtype if real else jnp.dtype("float32"), mesh),
     masks,
+  )
+  handed_on = lambda rows: passes.sums(programs, (*model, *rows), how)
+  most = passes.minibatches(
+    full, dtype, shape, recipe.batch, recipe.pass_tokens, mesh, handed_on
+  )
+  nobody = np.zeros(shape, np.int32)
+  tokens_MBT, valid_MB = placement.passes(nobody, recipe.batch, mesh, most)[0]
+  M, B, T = tokens_MBT.shape
+  args = (
+    *model,
     jax.ShapeDtypeStruct((M, B, T), jnp.int32, sharding=whole),
     jax.ShapeDtypeStruct((M, B), bool, sharding=whole),
   )

@@ -6,6 +6,7 @@ them, and hands on what it has summed: the last one makes scores of it. On one
 device that is the same sum in the same order as in one pass.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -68,6 +69,12 @@ def run(
     how: more arguments of the walk.
   """
   task = masked.task
+  how |= {"mesh": task.mesh, "attention": task.settings.attention}
+  model = (
+    surgery.dense(task.full),
+    masked.stacked,
+    placement.replicate(masks or masked.masks, task.mesh),
+  )
   most = minibatches(
     task.full,
     masked.stacked["embedding"].dtype,
@@ -75,14 +82,9 @@ def run(
     task.batch,
     task.pass_tokens,
     task.mesh,
+    lambda rows: sums(programs, (*model, *rows), how),
   )
   parts = placement.passes(tokens_NT, task.batch, task.mesh, most)
-  model = (
-    surgery.dense(task.full),
-    masked.stacked,
-    placement.replicate(masks or masked.masks, task.mesh),
-  )
-  how |= {"mesh": task.mesh, "attention": task.settings.attention}
   so_far, found = None, []
   for number, (tokens_MBT, valid_MB) in enumerate(parts, 1):
     args = *model, *placement.replicate((tokens_MBT, valid_MB), task.mesh)
@@ -109,6 +111,7 @@ def minibatches(
   batch: int,
   pass_tokens: int,
   mesh: Mesh,
+  handed_on: Callable[[tuple], Any] = lambda rows: None,
 ) -> int:
   """How many a pass takes, at least one.
 
@@ -117,15 +120,31 @@ def minibatches(
     dtype: of its residual stream.
     shape_NT: of the calibration tokens.
     batch, pass_tokens: as `calibration`'s; 0 tokens = those for which what
-      layers are given takes `KEPT_BYTES` on a device.
+      layers are given takes `KEPT_BYTES` on a device, or as much as a pass
+      would hand on.
     mesh: the devices.
+    handed_on: of the shapes of one minibatch, `sums`.
   """
   N, T = shape_NT
   rows = placement.padded_rows(min(batch, N), mesh)
   parts = each_device.parts_of(mesh, each_device.row_axes(mesh, rows))
   a_token = 2 * full.num_layers * full.hidden_size * np.dtype(dtype).itemsize
   tokens = pass_tokens or KEPT_BYTES * parts // a_token
+  if tokens < N * T and not pass_tokens:
+    shapes = (
+      jax.ShapeDtypeStruct((1, rows, T), jnp.int32),
+      jax.ShapeDtypeStruct((1, rows), bool),
+    )
+    tokens = max(tokens, _bytes(handed_on(shapes)) * parts // a_token)
   return max(1, tokens // (rows * T))
+
+
+def _bytes(shapes: Any) -> int:
+  """Of arrays, on one device."""
+  own = lambda x: x.sharding.shard_shape(x.shape) if x.sharding else x.shape
+  return sum(
+    math.prod(own(x)) * x.dtype.itemsize for x in jax.tree.leaves(shapes)
+  )
 
 
 def sums(programs: Programs, args: tuple, how: dict) -> Any:
