@@ -133,7 +133,8 @@ def prune_steps(
   gone = model_config.count_params(before) - model_config.count_params(after)
   if allotment == "ranking":
     share = gone / model_config.count_params(full)
-    return max(math.ceil(share / settings.ranking.step_size - 1e-9), 1)
+    # Evenly pruned, a stage ends a little below what a ranking ends at.
+    return max(math.ceil(share / settings.ranking.step_size - 1e-3), 1)
   if allotment == "adapt":
     share = gone / max(_prunable_params(before, settings), 1)
     return max(math.ceil(share / settings.step_size - 1e-9), 1)
