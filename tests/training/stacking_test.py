@@ -61,6 +61,7 @@ def compare(monkeypatch, config, runs, settings=None, mesh=None, **kwargs):
   return trained
 
 
+@pytest.mark.slow
 def test_uneven_layers_with_absent_halves(monkeypatch):
   compare(monkeypatch, UNEVEN, RUNS)
 

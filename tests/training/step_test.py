@@ -381,6 +381,7 @@ def test_lora_starts_at_the_base_and_leaves_it_alone(plain):
     assert np.any(merged["layer_1"][name] != params["layer_1"][name])
 
 
+@pytest.mark.slow
 def test_merged_lora_computes_what_the_adapters_do(plain):
   """x @ W + alpha / r * (x @ a) @ b, written out for reading and writing."""
   params, batches, _ = plain
