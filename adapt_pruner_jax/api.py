@@ -83,41 +83,39 @@ def prune(
     UserError: bad settings, or a target out of reach.
   """
   from adapt_pruner_jax.config import Calibration, Config, Prune, check
-  from adapt_pruner_jax.data.calibration import pruning_data, search_texts
+  from adapt_pruner_jax.data.calibration import pruning_data
   from adapt_pruner_jax.evaluation import profile
   from adapt_pruner_jax.pruning import budgets, methods, targets
   from adapt_pruner_jax.pruning.task import PruneTask, Quality
 
   recipe = Prune(ratio=ratio, target_params=target_params, **settings)
-  source = Calibration(calibration, samples, seq_len, batch, refit_samples)
+  source = Calibration(
+    source=calibration,
+    samples=samples,
+    seq_len=seq_len,
+    batch=batch,
+    refit_samples=refit_samples,
+  )
   check(Config(prune=recipe, calibration=source))
   tokenizer = None
   if recipe.search.source or not calibration.startswith("npy:"):
     tokenizer = _tokenizer(model, bos)
-  vocab_size = model.config.vocab_size
-  reading = tokenizer, vocab_size, seed
-  windows, for_refit = pruning_data(source, recipe.refit != "none", *reading)
-  tuning, tried = None, recipe.search
-  if tried.source:
-    tuning = search_texts(tried.source, tried.tokens, source, *reading).batch
+  texts = pruning_data(source, recipe, tokenizer, model.config.vocab_size, seed)
   if recipe.counts("latency"):
     budgets.check_table(model.config, recipe, profile.device_name("jax"))
-  quality = None
-  if recipe.budget == "quality":  # on windows that no step reads
-    other, _ = pruning_data(source, False, tokenizer, vocab_size, seed + 2)
-    quality = Quality(recipe.budget_value, other.batch(0))
   task = PruneTask(
     model.config,
     model.params,
     recipe,
-    windows.batch,
+    texts.steps.batch,
     targets.resolve_target(model.config, recipe),
-    refit_samples=for_refit.batch,
-    tuning=tuning,
+    refit_samples=texts.refits.batch,
+    tuning=texts.search and texts.search.batch,
     batch=batch,
     seed=seed,
     limits=targets.resolve_limits(model.config, recipe),
-    quality=quality,
+    quality=texts.quality
+    and Quality(recipe.budget_value, texts.quality.batch(0)),
   )
   found = methods.refit_after(task, methods.prune(task))
   return Model(found.config, found.params, model.source, model.dtype)
@@ -163,8 +161,12 @@ def cut_vocabulary(
   check(recipe)
   tokenizer = _tokenizer(model, bos)
   folder = vocabulary.cut(
-    *(recipe, Path(model.source), model.config, tokenizer),
-    *(Path(path), logging.info),
+    recipe,
+    Path(model.source),
+    model.config,
+    tokenizer,
+    Path(path),
+    logging.info,
   )
   kept = np.array(vocabulary.kept(folder))
 

@@ -166,12 +166,12 @@ class Bench:
         settings,
         lambda step, first=number: fresh.batch(first + step),
         goal,
-        full,
-        kept,
-        lambda step, first=number: for_refit.batch(first + step),
-        BATCH,
-        self.mesh,
-        cell.seed,
+        full=full,
+        kept=kept,
+        refit_samples=lambda step, first=number: for_refit.batch(first + step),
+        batch=BATCH,
+        mesh=self.mesh,
+        seed=cell.seed,
       )
       made = methods.refit_after(task, methods.prune(task))
       number += len(made.trace)

@@ -214,9 +214,9 @@ class Bench:
   def staged(self, cell: Cell) -> tuple[Pair, dict]:
     """Prunes, refits and trains by stages, as `runs.run` does."""
     recipe, (full, _) = self.settings(cell), self.dense
-    fresh, for_refit = pruning_data(
+    texts = pruning_data(
       recipe.calibration,
-      recipe.prune.refit != "none",
+      recipe.prune,
       self.tokenizer,
       full.vocab_size,
       cell.seed,
@@ -230,18 +230,19 @@ class Bench:
     share = recipe.train.data_share
     ends = schedule.stage_ends(self.steps(cell), cell.stages, share)
     clock = CpuClock()
+    later = lambda data, first: lambda step: data.batch(first + step)
     for goal, begin, end in zip(goals, [0, *ends[:-1]], ends, strict=True):
       task = PruneTask(
         *pair,
         recipe.prune,
-        lambda step, first=number: fresh.batch(first + step),
+        later(texts.steps, number),
         goal,
-        full,
-        kept,
-        lambda step, first=number: for_refit.batch(first + step),
-        recipe.calibration.batch,
-        self.mesh,
-        cell.seed,
+        full=full,
+        kept=kept,
+        refit_samples=later(texts.refits, number),
+        batch=recipe.calibration.batch,
+        mesh=self.mesh,
+        seed=cell.seed,
       )
       with clock.counting():
         made = methods.refit_after(task, methods.prune(task))

@@ -238,7 +238,7 @@ class Vocab(Section):
     return bool(self.keep_tokens or self.ratio)
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(kw_only=True)
 class Calibration(Section):
   # embedded | text:FILE | jsonl:FILE | parquet:FILE | hf:NAME | tfds:NAME, or
   # self:PROMPTS.jsonl (the dense model's own answers), or several with weights
@@ -248,7 +248,7 @@ class Calibration(Section):
   seq_len: int = 64
   batch: int = 32  # sequences at a time
   # Tokens that one program scores, at least a batch; its memory grows with
-  # them. 0 = as many as fill half a GB a device (docs/speed.md).
+  # them. 0 = as many as fill half a GB a device, or all (docs/speed.md).
   pass_tokens: int = 0
   refit_samples: int = 512  # sequences of a refit
   # The text that a quality to keep is measured on; empty = other windows of the

@@ -7,10 +7,11 @@ of any step is the same whatever was drawn before. Or a file gives them.
 import dataclasses
 import os
 from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from adapt_pruner_jax.config import Calibration
+from adapt_pruner_jax.config import Calibration, Prune
 from adapt_pruner_jax.data.sources import parse_sources
 from adapt_pruner_jax.data.token_store import Stream, tokenise
 from adapt_pruner_jax.data.tokenizer import Tokenizer, check_ids
@@ -124,7 +125,7 @@ def calibration_data(
     need = config.seq_len + max(count, 1) - 1
     wanted = steps and max(need, steps * count * config.seq_len)
     stream = tokenise(
-      *(source, tokenizer, vocab_size, cache_dir, say, wanted, stop)
+      source, tokenizer, vocab_size, cache_dir, say, wanted, stop
     )
     tokens = stream.tokens
     if len(tokens) < need:
@@ -139,9 +140,25 @@ def calibration_data(
   return WindowData(streams, counts, config.seq_len, seed, begin_id)
 
 
+class PruningData(NamedTuple):
+  """The texts of a prune, each with windows of its own.
+
+  Attributes:
+    steps: what pruning steps read.
+    refits: what refits read; `steps` where there are none.
+    quality: what a loss to keep is measured on, if there is one.
+    search: what a search tries its candidates on, if it has a text of its own.
+  """
+
+  steps: WindowData | GivenData
+  refits: WindowData | GivenData
+  quality: WindowData | GivenData | None
+  search: WindowData | GivenData | None
+
+
 def pruning_data(
   config: Calibration,
-  refit: bool,
+  settings: Prune,
   tokenizer: Tokenizer | None,
   vocab_size: int,
   seed: int,
@@ -150,54 +167,41 @@ def pruning_data(
   stop: Callable[[], None] | None = None,
   *,
   steps: int = 0,
-) -> tuple[WindowData | GivenData, WindowData | GivenData]:
-  """Opens what pruning steps read and, where there are refits, what these do.
+) -> PruningData:
+  """Opens what a prune reads.
 
-  A refit has `config.refit_samples` windows of its own.
+  Args:
+    config: of the recipe.
+    settings: say what there is beside the steps.
+    tokenizer, vocab_size, seed, cache_dir, say, stop, steps: as
+      `calibration_data`'s.
 
   Raises:
     UserError: as `calibration_data`.
   """
-  opened = lambda config, seed: calibration_data(
-    config, tokenizer, vocab_size, seed, cache_dir, say, stop, steps=steps
-  )
-  first = opened(config, seed)
-  if not refit:
-    return first, first
-  more = dataclasses.replace(config, samples=config.refit_samples)
-  return first, opened(more, seed + 1)
 
+  def opened(more: int, steps: int = steps, **changes: Any):
+    return calibration_data(
+      dataclasses.replace(config, **changes),
+      tokenizer,
+      vocab_size,
+      seed + more,
+      cache_dir,
+      say,
+      stop,
+      steps=steps,
+    )
 
-def search_texts(
-  source: str,
-  tokens: int,
-  config: Calibration,
-  tokenizer: Tokenizer,
-  vocab_size: int,
-  seed: int,
-  cache_dir: str | os.PathLike | None = None,
-  say: Callable[[str], None] | None = None,
-  stop: Callable[[], None] | None = None,
-  *,
-  steps: int = 0,
-) -> WindowData:
-  """Opens the text that a search tries its candidates on.
-
-  Args:
-    source: as `prune.search.source`.
-    tokens: of a step, in windows of `config.seq_len`.
-    config, tokenizer, vocab_size, seed: of the calibration.
-    cache_dir, say, stop: see `tokenise`.
-    steps: as `calibration_data`.
-
-  Raises:
-    UserError: the source is unreadable or too short, or has unknown ids.
-  """
-  rows = -(-tokens // config.seq_len)
-  other = dataclasses.replace(config, source=source, samples=rows)
-  return calibration_data(
-    other, tokenizer, vocab_size, seed + 2, cache_dir, say, stop, steps=steps
-  )
+  first = refits = opened(0)
+  if settings.refit != "none":
+    refits = opened(1, samples=config.refit_samples)
+  quality, search, tried = None, None, settings.search
+  if settings.budget == "quality":
+    quality = opened(2, steps=0, source=config.tuning or config.source)
+  if tried.source:
+    rows = -(-tried.tokens // config.seq_len)
+    search = opened(2, source=tried.source, samples=rows)
+  return PruningData(first, refits, quality, search)
 
 
 def _given(path: str, vocab_size: int) -> GivenData:

@@ -85,6 +85,7 @@ class PruneTask:
   settings: Prune
   samples: Samples
   target: int | None = None
+  _: dataclasses.KW_ONLY
   full: ModelConfig | None = None
   kept: Kept | None = None
   refit_samples: Samples | None = None

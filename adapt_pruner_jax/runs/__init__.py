@@ -10,7 +10,6 @@ vocabulary       the tokens that stay, where the recipe cuts some
 state            what a run has done, in memory and on disk
 prune_once       one prune with its refit
 deadline         when training ends, if the recipe says hours
-tuning_text      the text that a quality to keep is measured on
 stages           what a stage of a run ends at
 export_size      files whose bytes are limited
 latency_budget   milliseconds: the table, and the finished model against it

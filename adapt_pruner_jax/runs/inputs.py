@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from adapt_pruner_jax.config import Config, Eval, task_names
 from adapt_pruner_jax.data import packing, sources
-from adapt_pruner_jax.data.calibration import pruning_data, search_texts
+from adapt_pruner_jax.data.calibration import pruning_data
 from adapt_pruner_jax.data.tokenizer import Tokenizer, load_tokenizer
 from adapt_pruner_jax.distributed import agreement, sharding
 from adapt_pruner_jax.distributed.stopping import Stopping
@@ -31,7 +31,6 @@ from adapt_pruner_jax.runs import (
   latency_budget,
   text_checks,
   tiny_model,
-  tuning_text,
   vocabulary,
 )
 from adapt_pruner_jax.runs.fingerprints import weights_fingerprint
@@ -131,18 +130,15 @@ def open_inputs(
     target = budgets.count(full, recipe.prune)  # the vocabulary alone
   written = asked.in_place(recipe)
   where = cache.tokens(path), log.say, lambda: _stop_here(stopping, path)
-  reading = tokenizer, full.vocab_size, recipe.seed, *where
-  steps = text_checks.many_steps(recipe.prune)
-  calibration, refit_data = pruning_data(
-    written.calibration, recipe.prune.refit != "none", *reading, steps=steps
+  calibration, refit_data, tuning, search_data = pruning_data(
+    written.calibration,
+    recipe.prune,
+    tokenizer,
+    full.vocab_size,
+    recipe.seed,
+    *where,
+    steps=text_checks.many_steps(recipe.prune),
   )
-  tuning = tuning_text.windows(written, tokenizer, full, *where)
-  search_data, tried = None, recipe.prune.search
-  if tried.source:
-    search_data = search_texts(
-      *(tried.source, tried.tokens, written.calibration, *reading),
-      steps=steps,
-    )
   rows = open_training(written, tokenizer, full, mesh, path, log, stopping)
   inputs = Inputs(
     recipe=recipe,

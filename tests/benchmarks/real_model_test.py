@@ -14,7 +14,7 @@ from tests.conftest import ROOT
 pytestmark = pytest.mark.slow
 
 SIZES = {"WINDOW": 32, "WINDOWS": 4, "LONG_WINDOWS": 2, "BUCKETS": 4}
-SIZES |= {"SEQ_LEN": 16, "BATCH": 8, "ROWS": 8, "ROW_LEN": 32}
+SIZES |= {"SMALL": 256, "SEQ_LEN": 16, "BATCH": 8, "ROWS": 8, "ROW_LEN": 32}
 SIZES |= {"CALIBRATION_END": 60_000, "TUNE_END": 70_000, "TEST_BEGIN": 75_000}
 
 
@@ -25,6 +25,14 @@ def bench(small_model, tmp_path, monkeypatch):
 
   for name, value in SIZES.items():
     monkeypatch.setattr(real_model_bench, name, value)
+  recommended = real_model_bench.oneshot.get_config
+
+  def recipe():
+    config = recommended()
+    config.calibration.seq_len, config.calibration.batch = 16, 8
+    return config
+
+  monkeypatch.setattr(real_model_bench.oneshot, "get_config", recipe)
   text = sources.embedded_text("train")[:100_000]
   for name in ("c4_sample", "wikitext2_raw_test", "books"):
     (tmp_path / "text").mkdir(exist_ok=True)
@@ -78,7 +86,11 @@ def test_goes_on_and_reports(bench, tmp_path, monkeypatch):
     found[dense]["texts"]["c4"]
   )
   shown = report.shown(rise, "+.3f")
-  assert f"| Adapt-Pruner (the paper's) | 256 | {shown} |" in readme
+  read = found[paper]["calibration_tokens"]
+  assert read == 256 * found[paper]["prune_steps"]
+  assert f"| Adapt-Pruner (the paper's) | {read:,} | {shown} |" in readme
+  ours = found[default]["calibration_tokens"]
+  assert ours == (found[default]["prune_steps"] + 3) * 64 * 16
   assert "old" not in readme
   results = (tmp_path / "docs" / "results.md").read_text()
   assert results.count("####") == 5

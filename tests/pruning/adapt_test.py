@@ -251,8 +251,8 @@ def test_units_and_trace_are_numbered_as_the_original_model(fake_scores):
     Prune(amplitude=0.05),
     lambda step: small.tokens(full, 3, 5, seed=step),
     target,
-    full,
-    first.kept,
+    full=full,
+    kept=first.kept,
   )
   second = methods.prune(task)
   for u in UNITS:
