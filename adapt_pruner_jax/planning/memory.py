@@ -31,7 +31,7 @@ from adapt_pruner_jax.models import axes, model_config
 from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.planning import arrays, training_memory
 from adapt_pruner_jax.planning.arrays import Bytes
-from adapt_pruner_jax.pruning import surgery
+from adapt_pruner_jax.pruning import passes, surgery
 from adapt_pruner_jax.pruning.scores import KINDS
 from adapt_pruner_jax.training.step import check_rows
 
@@ -105,6 +105,22 @@ def _refit_as_training(config: Config, mesh: Mesh) -> Config:
   return dataclasses.replace(config, train=settings, data=data)
 
 
+def _walk(config: Config, mesh: Mesh) -> tuple[passes.Programs, dict]:
+  """The programs that score units, and their arguments by name."""
+  from adapt_pruner_jax.pruning import curvature, fisher, scores
+  from adapt_pruner_jax.pruning.baselines import surgeon
+
+  kind = config.prune.pair()[1]
+  how = {"mesh": mesh, "attention": config.prune.attention}
+  if kind in KINDS:
+    own = {"kind": kind, "measure": config.prune.layer_importance}
+    return scores.PROGRAMS, how | own
+  if kind == "surgeon":
+    how["kind"] = surgeon.kind_of(config.prune)
+  rooms = {"curvature": curvature, "fisher": fisher, "surgeon": surgeon}
+  return rooms[kind].PROGRAMS, how
+
+
 def scoring(
   config: Config, full: ModelConfig, mesh: Mesh, real: bool = True
 ) -> Bytes:
@@ -116,9 +132,6 @@ def scoring(
     mesh: real devices, or stand-ins.
     real: whether they are those that the run is meant for.
   """
-  from adapt_pruner_jax.pruning import curvature, fisher, passes, scores
-  from adapt_pruner_jax.pruning.baselines import surgeon
-
   dtype = arrays.weight_dtype(config)
   recipe = config.calibration
   shape = recipe.samples, recipe.seq_len
@@ -129,21 +142,14 @@ def scoring(
     )
     for unit, width in full.units().items()
   }
-  kind = config.prune.pair()[1]
-  others = {"fisher": fisher.PROGRAMS, "surgeon": surgeon.PROGRAMS}
-  programs = others.get(kind, curvature.PROGRAMS)
-  how = {"mesh": mesh, "attention": config.prune.attention}
-  if kind == "surgeon":
-    how["kind"] = surgeon.kind_of(config.prune)
-  if kind in KINDS:
-    programs = scores.PROGRAMS
-    how |= {"kind": kind, "measure": config.prune.layer_importance}
+  programs, how = _walk(config, mesh)
   model = (
     surgery.dense(full),
     arrays.stacked_params(full, dtype if real else jnp.dtype("float32"), mesh),
     masks,
   )
-  handed_on = lambda rows: passes.sums(programs, (*model, *rows), how)
+  rows = passes.one_minibatch(shape, recipe.batch, mesh)
+  handed_on = lambda: passes.sums(programs, (*model, *rows), how)
   most = passes.minibatches(
     full, dtype, shape, recipe.batch, recipe.pass_tokens, mesh, handed_on
   )
@@ -157,7 +163,7 @@ def scoring(
   )
   before = None
   if recipe.samples > M * B:
-    before = passes.sums(programs, args, how)
+    before = handed_on()
   with jax.default_matmul_precision(config.prune.precision):
     lowered = programs.whole.lower(*args, before=before, **how)
   temporary = arrays.temporary(lowered.compile())

@@ -110,6 +110,24 @@ def same_share(task: PruneTask, masks: Masks) -> exact_target.CountsAt:
   return counts_at
 
 
+def step_goal(masked: Masked, steps: int) -> int:
+  """What is left of the budget behind the step under way.
+
+  Args:
+    masked: before it.
+    steps: of equally much, in which the task's target is met.
+
+  Raises:
+    UserError: there is no target.
+  """
+  task = masked.task
+  exact_target.check_target(task)
+  begin = surgery.widths(task.begin)
+  size = budgets.of_widths(task.full, begin, task.settings)
+  goals = schedule.stage_targets(size, task.target, steps)
+  return goals[min(masked.number, steps) - 1]
+
+
 def by_ratio(
   masked: Masked,
   measured: Measured,
@@ -129,17 +147,15 @@ def by_ratio(
     UserError: there is no target, or no ratio reaches it.
   """
   task, settings = masked.task, masked.task.settings
-  exact_target.check_target(task)
+  goal = step_goal(masked, steps)
   prunable = targets.prunable_modules(task.full, settings)
-  size = budgets.of_widths(task.full, surgery.widths(task.begin), settings)
-  goals = schedule.stage_targets(size, task.target, steps)
   left = exact_target.solve(
     task.full,
     masked.masks,
     measured.scores,
     counts_at,
     prunable,
-    goals[min(masked.number, steps) - 1],
+    goal,
     settings,
     exact,
   )

@@ -22,9 +22,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from adapt_pruner_jax.distributed import sharding
-from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.layer import WRITERS, spread_mask, stream
-from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.pruning import backward, linear_algebra, passes, scores
 from adapt_pruner_jax.pruning.task import Masked, Measured
 
@@ -35,48 +33,6 @@ WEAK, STRONG = 1e-3, 0.1
 def measure(masked: Masked, tokens_NT: np.ndarray) -> Measured:
   """Scores of all units, in nats of the sequences' summed mean losses."""
   return scores.measure_by(PROGRAMS, masked, tokens_NT)
-
-
-def _measure_step(
-  config: ModelConfig,
-  stacked: Params,
-  masks: dict[str, jax.Array],
-  tokens_MBT: jax.Array,
-  valid_MB: jax.Array,
-  *,
-  mesh: Mesh,
-  attention: str = "auto",
-  before: backward.Sums | None = None,
-  last: bool = True,
-) -> dict:
-  """Losses and scores of the masked model, float32.
-
-  Args:
-    config: equal layers (`surgery.dense`).
-    stacked: from `surgery.expand`.
-    masks: {"K": bool [L, K], "F": bool [L, F]}, the units that are left.
-    tokens_MBT: M minibatches of B sequences.
-    valid_MB: False for rows that only pad.
-    attention: as `prune.attention`.
-    before, last: as `backward.walk`'s.
-
-  Returns:
-    loss_M (mean over the minibatch's predictions), scores {"K": [L, K], "F":
-    [L, F]}, or, if it is not the last walk, the sums so far. The loss behind
-    the gradients is the sum over sequences of the mean over their tokens.
-  """
-  return backward.scored(
-    backward.Stacked(config, stacked, masks, mesh, attention),
-    tokens_MBT,
-    valid_MB,
-    _grams(tokens_MBT.shape[-1], mesh),
-    before,
-    last,
-  )
-
-
-PROGRAMS = passes.programs(_measure_step)
-measure_step = PROGRAMS.whole
 
 
 def _grams(T: int, mesh: Mesh) -> backward.Visitor:
@@ -125,6 +81,12 @@ def _grams(T: int, mesh: Mesh) -> backward.Visitor:
     return unit_scores(gram_CC, hessian_DD, weight_CD, ridge, units, mesh)
 
   return backward.Visitor(start, add, finish)
+
+
+# Scores are float32; the loss behind the gradients is the sum over sequences of
+# the mean over their tokens.
+PROGRAMS = passes.scored(_grams)
+measure_step = PROGRAMS.whole
 
 
 def unit_scores(

@@ -20,8 +20,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from adapt_pruner_jax.models.axes import Params
-from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.pruning import backward, passes, scores
 from adapt_pruner_jax.pruning.task import Masked, Measured
 
@@ -31,50 +29,9 @@ def measure(masked: Masked, tokens_NT: np.ndarray) -> Measured:
   return scores.measure_by(PROGRAMS, masked, tokens_NT)
 
 
-def _measure_step(
-  config: ModelConfig,
-  stacked: Params,
-  masks: dict[str, jax.Array],
-  tokens_MBT: jax.Array,
-  valid_MB: jax.Array,
-  *,
-  mesh: Mesh,
-  attention: str = "auto",
-  before: backward.Sums | None = None,
-  last: bool = True,
-) -> dict:
-  """Losses and scores of the masked model, float32.
-
-  Args:
-    config: equal layers (`surgery.dense`).
-    stacked: from `surgery.expand`.
-    masks: {"K": bool [L, K], "F": bool [L, F]}, the units that are left.
-    tokens_MBT: M minibatches of B sequences.
-    valid_MB: False for rows that only pad.
-    attention: as `prune.attention`.
-    before, last: as `backward.walk`'s.
-
-  Returns:
-    loss_M (mean over the minibatch's predictions), scores {"K": [L, K], "F":
-    [L, F]}, or, if it is not the last walk, the sums so far; scores of masked
-    units mean nothing.
-  """
-  return backward.scored(
-    backward.Stacked(config, stacked, masks, mesh, attention),
-    tokens_MBT,
-    valid_MB,
-    _gates(),
-    before,
-    last,
-  )
-
-
-PROGRAMS = passes.programs(_measure_step)
-measure_step = PROGRAMS.whole
-
-
-def _gates() -> backward.Visitor:
+def _gates(T: int, mesh: Mesh) -> backward.Visitor:
   """Sums the squares of each row's own gradient with respect to the gates."""
+  del T, mesh
 
   def start(half):
     return jnp.zeros(half.masks[half.unit].shape, jnp.float32)
@@ -95,3 +52,7 @@ def _gates() -> backward.Visitor:
     return total_U / (2 * seen.rows)
 
   return backward.Visitor(start, add, finish)
+
+
+PROGRAMS = passes.scored(_gates)
+measure_step = PROGRAMS.whole

@@ -8,7 +8,7 @@ device that is the same sum in the same order as in one pass.
 
 import math
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -17,8 +17,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from adapt_pruner_jax.distributed import each_device, placement
+from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.model_config import ModelConfig
-from adapt_pruner_jax.pruning import surgery
+from adapt_pruner_jax.pruning import backward, surgery
 from adapt_pruner_jax.pruning.surgery import Masks
 from adapt_pruner_jax.pruning.task import Masked
 
@@ -52,6 +53,42 @@ def programs(step: Callable[..., dict], *static: str) -> Programs:
   )
 
 
+def scored(visitor: Callable[..., backward.Visitor], *static: str) -> Programs:
+  """Compiles a walk that scores units, as `backward.scored`.
+
+  Its programs take equal layers (`surgery.dense`), what `surgery.expand` gives,
+  masks {"K": bool [L, K], "F": bool [L, F]} of the units that are left, M
+  minibatches of B sequences, and valid_MB, False for rows that only pad; by
+  name mesh, attention as `prune.attention`, `before` and `last` of
+  `backward.walk`, and what `static` names. They return loss_M, the mean over
+  each minibatch's predictions, and scores, those of masked units meaning
+  nothing; or, if it is not the last walk, the sums so far.
+
+  Args:
+    visitor: of the tokens of a row, the mesh, and what `static` names.
+    static: names of arguments that are no arrays.
+  """
+
+  def step(
+    config: ModelConfig,
+    stacked: Params,
+    masks: dict[str, jax.Array],
+    tokens_MBT: jax.Array,
+    valid_MB: jax.Array,
+    *,
+    mesh: Mesh,
+    attention: str = "auto",
+    before: backward.Sums | None = None,
+    last: bool = True,
+    **how: Any,
+  ) -> dict:
+    model = backward.Stacked(config, stacked, masks, mesh, attention)
+    own = visitor(tokens_MBT.shape[-1], mesh, **how)
+    return backward.scored(model, tokens_MBT, valid_MB, own, before, last)
+
+  return programs(step, *static)
+
+
 def run(
   programs: Programs,
   masked: Masked,
@@ -75,6 +112,8 @@ def run(
     masked.stacked,
     placement.replicate(masks or masked.masks, task.mesh),
   )
+  rows = one_minibatch(tokens_NT.shape, task.batch, task.mesh)
+  handed_on = cache(lambda: sums(programs, (*model, *rows), how))
   most = minibatches(
     task.full,
     masked.stacked["embedding"].dtype,
@@ -82,7 +121,7 @@ def run(
     task.batch,
     task.pass_tokens,
     task.mesh,
-    lambda rows: sums(programs, (*model, *rows), how),
+    handed_on,
   )
   parts = placement.passes(tokens_NT, task.batch, task.mesh, most)
   so_far, found = None, []
@@ -92,7 +131,7 @@ def run(
       result = programs.whole(*args, before=so_far, **how)
     else:
       if so_far is None:
-        so_far = _nothing(sums(programs, args, how))
+        so_far = _nothing(handed_on())
       result = programs.part(*args, before=so_far, **how)
       so_far = result.pop("sums", None)
     found.append(jax.device_get(result))
@@ -111,7 +150,7 @@ def minibatches(
   batch: int,
   pass_tokens: int,
   mesh: Mesh,
-  handed_on: Callable[[tuple], Any] = lambda rows: None,
+  handed_on: Callable[[], Any] = lambda: None,
 ) -> int:
   """How many a pass takes, at least one.
 
@@ -120,23 +159,35 @@ def minibatches(
     dtype: of its residual stream.
     shape_NT: of the calibration tokens.
     batch, pass_tokens: as `calibration`'s; 0 tokens = those for which what
-      layers are given takes `KEPT_BYTES` on a device, or as much as a pass
-      would hand on.
+      layers are given takes `KEPT_BYTES` on a device, or all, if that takes
+      no more than what passes would hand on.
     mesh: the devices.
-    handed_on: of the shapes of one minibatch, `sums`.
+    handed_on: `sums`, asked only if one pass may do.
   """
   N, T = shape_NT
   rows = placement.padded_rows(min(batch, N), mesh)
   parts = each_device.parts_of(mesh, each_device.row_axes(mesh, rows))
   a_token = 2 * full.num_layers * full.hidden_size * np.dtype(dtype).itemsize
-  tokens = pass_tokens or KEPT_BYTES * parts // a_token
-  if tokens < N * T and not pass_tokens:
-    shapes = (
-      jax.ShapeDtypeStruct((1, rows, T), jnp.int32),
-      jax.ShapeDtypeStruct((1, rows), bool),
-    )
-    tokens = max(tokens, _bytes(handed_on(shapes)) * parts // a_token)
+  tokens, all_of_them = KEPT_BYTES * parts // a_token, -(-N // rows) * rows * T
+  if pass_tokens:
+    tokens = pass_tokens
+  elif tokens < all_of_them <= _bytes(handed_on()) * parts // a_token:
+    tokens = all_of_them
   return max(1, tokens // (rows * T))
+
+
+def one_minibatch(
+  shape_NT: tuple[int, int], batch: int, mesh: Mesh
+) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+  """Shapes of tokens_MBT and valid_MB, M being 1.
+
+  Args:
+    shape_NT, batch, mesh: as of `minibatches`.
+  """
+  N, T = shape_NT
+  rows = placement.padded_rows(min(batch, N), mesh)
+  shape = jax.ShapeDtypeStruct
+  return shape((1, rows, T), jnp.int32), shape((1, rows), bool)
 
 
 def _bytes(shapes: Any) -> int:

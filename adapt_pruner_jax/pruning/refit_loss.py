@@ -128,27 +128,7 @@ def _batches(
       len(rows_NT)
     )
     for i in range(0, len(order) - batch + 1, batch):
-      yield batch_of(rows_NT[order[i : i + batch]])
-
-
-def batch_of(rows_BT: np.ndarray, real: int | None = None) -> step.Batch:
-  """Windows as a train step takes them; each predicts its tokens but the first.
-
-  Args:
-    rows_BT: token ids.
-    real: how many rows count, from the first; None = all.
-  """
-  B, T = rows_BT.shape
-  weights_BT = np.ones((B, T), np.float32)
-  weights_BT[:, -1] = 0
-  weights_BT[B if real is None else real :] = 0
-  return {
-    "tokens_BT": rows_BT,
-    "targets_BT": np.roll(rows_BT, -1, axis=1),
-    "segments_BT": np.ones((B, T), np.int32),
-    "positions_BT": np.tile(np.arange(T, dtype=np.int32), (B, 1)),
-    "weights_BT": weights_BT,
-  }
+      yield step.batch_of(rows_NT[order[i : i + batch]])
 
 
 def _distance(config, dense, settings, mesh):
@@ -162,7 +142,7 @@ def _distance(config, dense, settings, mesh):
       rows = rows_NT[i : i + batch]
       short = batch - len(rows)
       padded = np.concatenate([rows, np.repeat(rows[:1], short, axis=0)])
-      placed = loop.place(batch_of(padded, len(rows)), mesh)
+      placed = loop.place(step.batch_of(padded, len(rows)), mesh)
       total += float(loss(params, None, teacher, placed, count)[0])
     return total
 

@@ -32,7 +32,6 @@ from adapt_pruner_jax.pruning import (
   choice,
   ends,
   exact_target,
-  schedule,
   surgery,
   targets,
 )
@@ -84,15 +83,12 @@ def search(masked: Masked, measured: Measured) -> Allotted:
     UserError: there is no target, or it is out of reach.
   """
   task, settings = masked.task, masked.task.settings
-  exact_target.check_target(task)
-  goals = schedule.stage_targets(
-    surgery.count(task.full, task.begin), task.target, settings.search.steps
-  )
+  goal = allotment.step_goal(masked, settings.search.steps)
   space = Space(
     task.full,
     masked.masks,
     targets.prunable_modules(task.full, settings),
-    goals[min(masked.number, settings.search.steps) - 1],
+    goal,
     settings,
   )
   order = choice.order(measured.scores, masked.masks)

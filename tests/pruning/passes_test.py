@@ -94,6 +94,23 @@ def test_a_pass_is_what_fills_the_memory():
   assert most((512, 2048), 32, 0) == 1  # a minibatch, whatever it takes
 
 
+def test_one_pass_is_taken_where_it_holds_no_more_than_the_sums():
+  """32768 tokens of that model take 2 GiB a device; more passes, and the sums
+  are there as well."""
+  full = dataclasses.replace(
+    small.CONFIG, hidden_size=4096, kv_groups=(8,) * 32, ffn_widths=(64,) * 32
+  )
+  mesh, kind = sharding.make_mesh(), jnp.dtype("bfloat16")
+
+  def tokens(handed_on):
+    sums = lambda: jax.ShapeDtypeStruct((handed_on,), jnp.dtype("int8"))
+    given = full, kind, (512, 64), 32, 0, mesh, sums
+    return passes.minibatches(*given) * 32 * 64
+
+  assert tokens(2**31) == 32768
+  assert tokens(2**31 - 2**19) == 8192
+
+
 # ---- What a device holds -----------------------------------------------------
 
 F = 1048  # occurs nowhere else

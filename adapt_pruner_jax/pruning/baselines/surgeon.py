@@ -38,15 +38,12 @@ from adapt_pruner_jax.models.layer import (
   spread_mask,
   stream,
 )
-from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.pruning import (
   allotment,
   backward,
   exact_target,
   linear_algebra,
   passes,
-  schedule,
-  surgery,
   targets,
 )
 from adapt_pruner_jax.pruning.baselines import kronecker
@@ -110,19 +107,14 @@ def allot(masked: Masked, measured: Measured) -> Allotted:
   Raises:
     UserError: there is no target.
   """
-  exact_target.check_target(masked.task)
-  task, settings, full = masked.task, masked.task.settings, masked.task.full
-  shots = settings.surgeon.shots
-  size = surgery.count(full, task.begin)
-  goals = schedule.stage_targets(size, task.target, shots)
-  goal = goals[min(masked.number, shots) - 1]
-  prunable = targets.prunable_modules(full, settings)
+  task, settings = masked.task, masked.task.settings
+  goal = allotment.step_goal(masked, settings.surgeon.shots)
   return Allotted(
     allotment.choose(
-      full,
+      task.full,
       measured.scores,
       masked.masks,
-      prunable,
+      targets.prunable_modules(task.full, settings),
       goal,
       goal,
       settings=settings,
@@ -185,38 +177,17 @@ def _walk(
   return passes.run(PROGRAMS, masked, tokens_NT, masks, kind=kind)
 
 
-def _measure_step(
-  config: ModelConfig,
-  stacked: Params,
-  masks: dict[str, jax.Array],
-  tokens_MBT: jax.Array,
-  valid_MB: jax.Array,
-  *,
-  kind: Kind,
-  mesh: Mesh,
-  attention: str = "auto",
-  before: backward.Sums | None = None,
-  last: bool = True,
-) -> dict:
+def _factors(T: int, mesh: Mesh, kind: Kind) -> backward.Visitor:
   """Measures the factors of a masked model, half by half.
 
-  Args:
-    config: equal layers (`surgery.dense`).
-    stacked: from `surgery.expand`.
-    masks: {"K": bool [L, K], "F": bool [L, F]}, the units that are there; of an
-      update also {"K_left", "F_left"}, those that stay.
-    tokens_MBT: M minibatches of B sequences.
-    valid_MB: False for rows that only pad.
-    kind: what the factors are for.
-    attention: as `prune.attention`.
-    before, last: as `backward.walk`'s.
+  Kept is a `kronecker.Ranked` of each unit, or of an update, whose masks say
+  with {"K_left", "F_left"} what stays, the new matrices and biases by name.
 
-  Returns:
-    loss_M, and scores {"K": ..., "F": ...}: a `kronecker.Ranked` of [L, U], or
-    the new matrices and biases by name, stacked.
+  Args:
+    T: tokens of a row.
+    mesh: where factors are inverted.
+    kind: what they are for.
   """
-  model = backward.Stacked(config, stacked, masks, mesh, attention)
-  length = tokens_MBT.shape[-1]
 
   def start(half):
     return jax.tree.map(
@@ -234,19 +205,18 @@ def _measure_step(
     return jax.tree.map(jnp.add, total, grams), dx_BTD
 
   def finish(half, sums, seen):
-    tokens = seen.rows * length
+    tokens = seen.rows * T
     grams = {n: s / tokens for n, s in sharding.whole(sums, mesh).items()}
     # The walk's loss is a sum over rows of means over their predictions.
-    matrices = _matrices(half, kind, grams, (length - 1) ** 2)
+    matrices = _matrices(half, kind, grams, (T - 1) ** 2)
     if kind.update:
       return _updated(half, matrices, mesh)
     return kronecker.rank(matrices, half.masks[half.unit], mesh)
 
-  visitor = backward.Visitor(start, add, finish)
-  return backward.scored(model, tokens_MBT, valid_MB, visitor, before, last)
+  return backward.Visitor(start, add, finish)
 
 
-PROGRAMS = passes.programs(_measure_step, "kind")
+PROGRAMS = passes.scored(_factors, "kind")
 
 
 def _readers(half: backward.Half, kind: Kind) -> tuple[str, ...]:
