@@ -4,7 +4,9 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from absl import flags, logging
 
@@ -113,18 +115,15 @@ def compare(command: str, argv: list[str]) -> int:
 
   values = flags.FlagValues()
   recipe_flags.define(values, argv)
-  text, numbers = flags.DEFINE_string, flags.DEFINE_integer
-  text("workdir", None, "where the table goes", flag_values=values)
-  text("methods", "all", "comma separated, or all", flag_values=values)
-  text("ratios", "0.2,0.4,0.6", "shares to remove", flag_values=values)
-  numbers(
-    "recover_tokens", 0, "train each result on so many", flag_values=values
-  )
-  flags.DEFINE_bool(
+  text, numbers, switch = _definers(values)
+  text("workdir", None, "where the table goes")
+  text("methods", "all", "comma separated, or all")
+  text("ratios", "0.2,0.4,0.6", "shares to remove")
+  numbers("recover_tokens", 0, "train each result on so many")
+  switch(
     "from_scratch",
     False,
     "also train the shapes that adapt leaves from scratch",
-    flag_values=values,
   )
   _define_overwrite(values)
   joining.define_flags(values)
@@ -182,15 +181,15 @@ def evaluate(command: str, argv: list[str]) -> int:
 def profile(command: str, argv: list[str]) -> int:
   """Times attention and MLPs of some widths on this device."""
   values = flags.FlagValues()
-  text, numbers = flags.DEFINE_string, flags.DEFINE_integer
-  text("model", None, "a directory or hub id", flag_values=values)
-  text("out", "", "the table, a JSON file", flag_values=values)
-  text("engine", "jax", "jax or transformers", flag_values=values)
-  text("dtype", "float32", "of the weights", flag_values=values)
-  text("phase", "decode", "or prefill", flag_values=values)
-  numbers("batch", 1, "rows", flag_values=values)
-  numbers("context", 2048, "tokens of a row", flag_values=values)
-  numbers("repeats", 7, "pairs of calls a width", flag_values=values)
+  text, numbers, _ = _definers(values)
+  text("model", None, "a directory or hub id")
+  text("out", "", "the table, a JSON file")
+  text("engine", "jax", "jax or transformers")
+  text("dtype", "float32", "of the weights")
+  text("phase", "decode", "or prefill")
+  numbers("batch", 1, "rows")
+  numbers("context", 2048, "tokens of a row")
+  numbers("repeats", 7, "pairs of calls a width")
   _define_ignore_fields(values)
   _parse(command, argv, values, ["model", "out"])
   _start_jax(None)
@@ -211,14 +210,14 @@ def profile(command: str, argv: list[str]) -> int:
 def generate(command: str, argv: list[str]) -> int:
   """Continues a prompt."""
   values = flags.FlagValues()
-  text, numbers = flags.DEFINE_string, flags.DEFINE_integer
-  text("model", None, "a directory or hub id", flag_values=values)
-  text("prompt", "", "text to continue", flag_values=values)
-  text("dtype", "float32", "of the arithmetic", flag_values=values)
+  text, numbers, _ = _definers(values)
+  text("model", None, "a directory or hub id")
+  text("prompt", "", "text to continue")
+  text("dtype", "float32", "of the arithmetic")
   _define_ignore_fields(values)
-  numbers("max_new_tokens", 128, "stop after so many", flag_values=values)
-  numbers("top_k", 0, "sample among the best k; 0 = all", flag_values=values)
-  numbers("seed", 0, "of sampling", flag_values=values)
+  numbers("max_new_tokens", 128, "stop after so many")
+  numbers("top_k", 0, "sample among the best k; 0 = all")
+  numbers("seed", 0, "of sampling")
   flags.DEFINE_float("top_p", 1.0, "nucleus", flag_values=values)
   flags.DEFINE_float("temperature", 0.0, "0 = greedy", flag_values=values)
   _parse(command, argv, values, ["model"])
@@ -249,21 +248,14 @@ def generate(command: str, argv: list[str]) -> int:
 def convert(command: str, argv: list[str]) -> int:
   """Writes a model in another format, or checks a directory."""
   values = flags.FlagValues()
-  text = flags.DEFINE_string
-  text("model", None, "a directory or hub id", flag_values=values)
-  text("out", "", "directory or file to write", flag_values=values)
-  text("format", "hf", "hf, hf_uniform, gguf or orbax", flag_values=values)
-  text(
-    "dtype",
-    "",
-    "default as stored; gguf: f32, f16, bf16, q8_0, q4_0",
-    flag_values=values,
-  )
+  text, _, switch = _definers(values)
+  text("model", None, "a directory or hub id")
+  text("out", "", "directory or file to write")
+  text("format", "hf", "hf, hf_uniform, gguf or orbax")
+  text("dtype", "", "default as stored; gguf: f32, f16, bf16, q8_0, q4_0")
   _define_ignore_fields(values)
-  flags.DEFINE_bool("overwrite", False, "replace --out", flag_values=values)
-  flags.DEFINE_bool(
-    "verify", False, "check --model's SHA256SUMS", flag_values=values
-  )
+  switch("overwrite", False, "replace --out")
+  switch("verify", False, "check --model's SHA256SUMS")
   _parse(command, argv, values, ["model"])
   _start_jax(None)
   from adapt_pruner_jax.formats import convert as convert_
@@ -301,11 +293,11 @@ def report(command: str, argv: list[str]) -> int:
 def tokenize(command: str, argv: list[str]) -> int:
   """Fills the cache of tokens before a run needs them."""
   values = flags.FlagValues()
-  text, numbers = flags.DEFINE_string, flags.DEFINE_integer
-  text("source", None, "as data.source, docs/data.md", flag_values=values)
-  text("model", None, "a directory or hub id", flag_values=values)
-  text("bos", "auto", "as data.bos: auto or none", flag_values=values)
-  numbers("tokens", 0, "enough; 0 = all there are", flag_values=values)
+  text, numbers, _ = _definers(values)
+  text("source", None, "as data.source, docs/data.md")
+  text("model", None, "a directory or hub id")
+  text("bos", "auto", "as data.bos: auto or none")
+  numbers("tokens", 0, "enough; 0 = all there are")
   _parse(command, argv, values, ["source", "model"])
   os.environ["JAX_PLATFORMS"] = "cpu"  # leaves the accelerator to others
   from adapt_pruner_jax.runs.tokenize import tokenize
@@ -328,6 +320,12 @@ COMMANDS: dict[str, Callable[[str, list[str]], int]] = {
 
 
 # ---- Flags -------------------------------------------------------------------
+
+
+def _definers(values: flags.FlagValues) -> list[Callable[..., Any]]:
+  """What defines texts, whole numbers and switches in `values`."""
+  kinds = flags.DEFINE_string, flags.DEFINE_integer, flags.DEFINE_bool
+  return [partial(define, flag_values=values) for define in kinds]
 
 
 def _define_overwrite(values: flags.FlagValues) -> None:

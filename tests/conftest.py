@@ -105,3 +105,20 @@ def small_disk(tmp_path) -> pathlib.Path:
   yield path
   # A thread of TensorBoard may still have a file open there.
   subprocess.run(["umount", "--lazy", str(path)], check=True)
+
+
+@pytest.fixture(scope="module")
+def one_device():
+  """For tests of runs: others shard; here it would take most of the time."""
+  import jax
+
+  from adapt_pruner_jax.distributed import sharding
+
+  make_mesh = sharding.make_mesh
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(
+      sharding,
+      "make_mesh",
+      lambda *_, **__: make_mesh(devices=jax.devices()[:1]),
+    )
+    yield

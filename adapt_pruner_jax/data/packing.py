@@ -9,7 +9,7 @@ of processes.
 import dataclasses
 import itertools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -158,8 +158,6 @@ def train_data(
   Raises:
     UserError: the source is unreadable or empty.
   """
-  import grain  # takes a second to import
-
   sources = parse_sources(config.source, "data.source")
   if sources[0].kind == "npy":
     raise UserError(
@@ -178,20 +176,9 @@ def train_data(
     tokenise(s, tokenizer, vocab_size, cache_dir, say, need(s), stop)
     for s in sources
   ]
-  parts = [
-    grain.MapDataset.source(
-      PackedRows(stream, config.seq_len, tokenizer.begin_id)
-    )
-    .seed((seed + i) % 2**32)
-    .shuffle()
-    .repeat()
-    for i, stream in enumerate(streams)
-  ]
-  rows = parts[0]
-  if len(parts) > 1:
-    rows = grain.MapDataset.mix(parts, [s.weight for s in sources])
+  packed = [PackedRows(s, config.seq_len, tokenizer.begin_id) for s in streams]
   return TrainData(
-    rows=rows,
+    rows=_shuffled(packed, [s.weight for s in sources], seed),
     size=config.batch,
     num_tokens=sum(len(s.tokens) for s in streams),
     fingerprint=digest.of_bytes(*[s.fingerprint.encode() for s in streams]),
@@ -202,6 +189,19 @@ def train_data(
     ),
     streams=tuple(streams),
   )
+
+
+def _shuffled(
+  packed: Sequence[PackedRows], weights: Sequence[float], seed: int
+) -> Any:
+  """Rows of all sources in an endless order, as a `grain.MapDataset`."""
+  import grain  # takes a second to import
+
+  parts = [
+    grain.MapDataset.source(rows).seed((seed + i) % 2**32).shuffle().repeat()
+    for i, rows in enumerate(packed)
+  ]
+  return parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, weights)
 
 
 def heldout_tokens(

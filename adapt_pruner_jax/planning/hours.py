@@ -14,18 +14,15 @@ early (`runs.deadline`).
 import dataclasses
 import statistics
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from adapt_pruner_jax.config import Config, check, vocab_size
 from adapt_pruner_jax.distributed import sharding
 from adapt_pruner_jax.errors import UserError
-from adapt_pruner_jax.models import decoder, model_config
 from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.planning import cost, memory
 from adapt_pruner_jax.planning.hardware import (
@@ -40,6 +37,7 @@ from adapt_pruner_jax.reporting.progress import duration
 from adapt_pruner_jax.runs.recipe import RECIPE
 from adapt_pruner_jax.storage import digest, json_files
 from adapt_pruner_jax.training import loop, optimizer
+from adapt_pruner_jax.training.step import batch_of
 
 FILE = "hours.json"  # in the work directory: what was chosen, and for what
 PLANNED = 0.8  # share of the hours that pruning and training are to take
@@ -253,20 +251,15 @@ def timed(config: Config, full: ModelConfig, student: ModelConfig) -> Speed:
   """Times train steps on this machine's devices, with random weights."""
   mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh))
   settings, data = config.train, config.data
-  pair = student, _random(student, mesh)
-  teacher = (full, _random(full, mesh)) if settings.distill_alpha else None
+  pair = student, loop.random_params(student, mesh)
+  teacher = None
+  if settings.distill_alpha:
+    teacher = full, loop.random_params(full, mesh)
   schedule = optimizer.schedule(settings, TIMED + 1)
   training = loop.start(pair, settings, schedule, mesh, teacher=teacher)
   step_fn, trained, state = training
-  shape = data.batch, data.seq_len
-  positions = np.broadcast_to(np.arange(data.seq_len, dtype=np.int32), shape)
-  batch = {
-    "tokens_BT": np.zeros(shape, np.int32),
-    "targets_BT": np.zeros(shape, np.int32),
-    "segments_BT": np.ones(shape, np.int32),
-    "positions_BT": positions,
-    "weights_BT": np.ones(shape, np.float32),
-  }
+  rows_BT = np.zeros((data.batch, data.seq_len), np.int32)
+  batch = batch_of(rows_BT)
   seconds = []
   for number in range(TIMED + 1):
     begun = time.perf_counter()
@@ -316,10 +309,3 @@ def _sizes(
   full = dataclasses.replace(whole, vocab_size=tokens)
   target = targets.resolve_target(full, config.prune, whole)
   return full, cost.stage_table(config, full, target)[0]["config"]
-
-
-def _random(config: ModelConfig, mesh: Any) -> Any:
-  abstract = model_config.abstract_params(config, jnp.float32)
-  placed = sharding.param_shardings(abstract, mesh)
-  init = partial(decoder.init_params, config)
-  return jax.jit(init, out_shardings=placed)(jax.random.key(0))

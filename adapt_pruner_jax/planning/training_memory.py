@@ -14,16 +14,9 @@ from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.planning import arrays
 from adapt_pruner_jax.planning.arrays import Bytes
 from adapt_pruner_jax.training import lora, optimizer, output_loss
-from adapt_pruner_jax.training.step import make_step
+from adapt_pruner_jax.training.step import abstract_batch, make_step
 
 FEW_LAYERS = (2, 3)  # layers of the training programs that are compiled
-BATCH_FIELDS = {
-  "tokens_BT": jnp.int32,
-  "targets_BT": jnp.int32,
-  "segments_BT": jnp.int32,
-  "positions_BT": jnp.int32,
-  "weights_BT": jnp.float32,
-}
 
 
 def training(
@@ -163,18 +156,9 @@ def compile_train(
     )
     return step_fn(trained, state, batch, 0)
 
-  batch = _batch(config, mesh)
+  batch = abstract_batch(config.data.batch, config.data.seq_len, mesh)
   jitted = jax.jit(step, donate_argnums=(0, 1))
   return jitted.lower(trained, state, base, teacher, batch).compile()
-
-
-def _batch(config: Config, mesh: Mesh) -> Any:
-  shape = (config.data.batch, config.data.seq_len)
-  rows = placement.batch_sharding(mesh)
-  return {
-    name: jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
-    for name, dtype in BATCH_FIELDS.items()
-  }
 
 
 def few_layers(config: ModelConfig, layers: int) -> ModelConfig:

@@ -8,7 +8,6 @@ after a kill; more methods or ratios add rows to those that are there.
 
 import dataclasses
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,11 @@ import jax
 import jax.numpy as jnp
 
 from adapt_pruner_jax.config import Config, Prune, Train
-from adapt_pruner_jax.distributed import agreement, sharding
+from adapt_pruner_jax.distributed import agreement
 from adapt_pruner_jax.distributed.stopping import Stopping, stop_signals
 from adapt_pruner_jax.errors import StoppedError, UserError
 from adapt_pruner_jax.evaluation import perplexity
-from adapt_pruner_jax.models import decoder, flops, model_config
+from adapt_pruner_jax.models import flops, model_config
 from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.pruning import budgets, surgery, targets
@@ -245,8 +244,12 @@ def prune(
   beside = inputs.beside if settings.budget == "bytes" else 0
   target = targets.resolve_target(inputs.full, settings, beside=beside)
   text_checks.check_channels(
-    *(settings, inputs.recipe, inputs.full),
-    *(inputs.calibration, inputs.refit_data, inputs.log.say),
+    settings,
+    inputs.recipe,
+    inputs.full,
+    inputs.calibration,
+    inputs.refit_data,
+    inputs.log.say,
   )
   used = {}
   counted = dataclasses.replace(
@@ -338,11 +341,7 @@ def random_model(row: dict, full: ModelConfig, inputs: Inputs) -> Pair:
     raise UserError(f"adapt leaves no shape to train: {row['error']}")
   width = {"K": row["kv_groups"], "F": row["ffn"]}
   config = surgery.with_widths(full, width)
-  placed = sharding.param_shardings(
-    model_config.abstract_params(config, jnp.float32), inputs.mesh
-  )
-  init = jax.jit(partial(decoder.init_params, config), out_shardings=placed)
-  return config, init(jax.random.key(inputs.recipe.seed))
+  return config, loop.random_params(config, inputs.mesh, inputs.recipe.seed)
 
 
 def measure(config: ModelConfig, params: Params, inputs: Inputs) -> dict:

@@ -4,6 +4,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -11,8 +12,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from adapt_pruner_jax.config import Train
-from adapt_pruner_jax.distributed import placement
+from adapt_pruner_jax.distributed import placement, sharding
 from adapt_pruner_jax.errors import UserError
+from adapt_pruner_jax.models import decoder, model_config
 from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.training import optimizer, stacking
@@ -42,6 +44,14 @@ class Ahead(NamedTuple):
   config: ModelConfig
   runs: stacking.Runs
   program: Future
+
+
+def random_params(config: ModelConfig, mesh: Mesh, seed: int = 0) -> Params:
+  """`decoder.init_params` in float32, each where it belongs on the mesh."""
+  abstract = model_config.abstract_params(config, jnp.float32)
+  placed = sharding.param_shardings(abstract, mesh)
+  init = jax.jit(partial(decoder.init_params, config), out_shardings=placed)
+  return init(jax.random.key(seed))
 
 
 def compile_ahead(

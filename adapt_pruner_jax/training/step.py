@@ -156,6 +156,26 @@ def abstract_state(
   return trained, _with_shardings(state, where)
 
 
+def batch_of(rows_BT: np.ndarray, real: int | None = None) -> Batch:
+  """Windows as a train step takes them; each predicts its tokens but the first.
+
+  Args:
+    rows_BT: token ids.
+    real: how many rows count, from the first; None = all.
+  """
+  B, T = rows_BT.shape
+  weights_BT = np.ones((B, T), np.float32)
+  weights_BT[:, -1] = 0
+  weights_BT[B if real is None else real :] = 0
+  return {
+    "tokens_BT": rows_BT,
+    "targets_BT": np.roll(rows_BT, -1, axis=1),
+    "segments_BT": np.ones((B, T), np.int32),
+    "positions_BT": np.tile(np.arange(T, dtype=np.int32), (B, 1)),
+    "weights_BT": weights_BT,
+  }
+
+
 def abstract_batch(rows: int, length: int, mesh: Mesh) -> Batch:
   """A batch as shapes with shardings."""
   dtypes = dict.fromkeys(

@@ -3,11 +3,9 @@
 import dataclasses
 from pathlib import Path
 
-import jax
 import pytest
 
 from adapt_pruner_jax.config import Prune, latency_table
-from adapt_pruner_jax.distributed import sharding
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.evaluation import profile
 from adapt_pruner_jax.formats.gguf import reader
@@ -24,21 +22,10 @@ from adapt_pruner_jax.runs import (
 from adapt_pruner_jax.storage import json_files
 from tests import small_runs
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 BLOCK = 32 * 3 * 32 // 32 * 34  # of 32 channels in q8_0
 KEPT = {"method": "curvature", "group_importance": "random"}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_device():
-  """Other tests shard; here it would take most of the time."""
-  make_mesh = sharding.make_mesh
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(
-      sharding,
-      "make_mesh",
-      lambda *_, **__: make_mesh(devices=jax.devices()[:1]),
-    )
-    yield
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,6 @@ import pytest
 from adapt_pruner_jax.config import CHOICES, Config
 from adapt_pruner_jax.data import calibration, packing
 from adapt_pruner_jax.data.tokenizer import load_tokenizer
-from adapt_pruner_jax.distributed import sharding
 from adapt_pruner_jax.errors import StoppedError, UserError
 from adapt_pruner_jax.evaluation import perplexity
 from adapt_pruner_jax.formats.hf import load
@@ -28,22 +27,9 @@ from adapt_pruner_jax.reporting.log import Log
 from adapt_pruner_jax.runs import compare, compare_methods, compare_table
 from adapt_pruner_jax.runs.inputs import load_model, open_inputs, read_eval_text
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_device")]
 
 TWO = "adapt,uniform"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_device():
-  """Other tests shard; here it would take most of the time."""
-  make_mesh = sharding.make_mesh
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(
-      sharding,
-      "make_mesh",
-      lambda *_, **__: make_mesh(devices=jax.devices()[:1]),
-    )
-    yield
 
 
 @pytest.fixture(scope="module")
