@@ -35,10 +35,11 @@ def alone(tokenizer: str, corpus: str, _: int) -> int:
 def ours(tokenizer: str, corpus: str, processes: int) -> int:
   """Shards on disk."""
   os.environ["JAX_PLATFORMS"] = "cpu"
-  from adapt_pruner_jax.data import encoding, sources, token_store
+  from adapt_pruner_jax.data import sources, token_store
   from adapt_pruner_jax.data.tokenizer import load_tokenizer
+  from adapt_pruner_jax.distributed import virtual_devices
 
-  encoding.cores = lambda: processes
+  virtual_devices.cores = lambda: processes
   source = sources.Source("jsonl", corpus)
   model = load_tokenizer(tokenizer)
   with tempfile.TemporaryDirectory(dir=Path(corpus).parent) as folder:

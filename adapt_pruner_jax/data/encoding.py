@@ -92,14 +92,6 @@ def encode(
 # ---- On many cores -----------------------------------------------------------
 
 
-def cores() -> int:
-  """How many this process may use."""
-  try:
-    return len(os.sched_getaffinity(0))
-  except AttributeError:  # not on Linux
-    return os.cpu_count() or 1
-
-
 def encode_all(
   found: Iterable[Group], how: tuple[Tokenizer, str, int], processes: int
 ) -> Iterator[tuple[Group, Chunk]]:

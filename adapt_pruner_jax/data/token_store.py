@@ -23,7 +23,7 @@ from adapt_pruner_jax.data.files import files_of
 from adapt_pruner_jax.data.shards import Joined, Shard
 from adapt_pruner_jax.data.sources import FILE_KINDS, Place, Source, read_from
 from adapt_pruner_jax.data.tokenizer import Tokenizer, check_ids
-from adapt_pruner_jax.distributed import agreement
+from adapt_pruner_jax.distributed import agreement, virtual_devices
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.storage import digest, publish
 
@@ -94,7 +94,7 @@ def tokenise(
   Raises:
     UserError: the source cannot be read, or has ids outside the vocabulary.
   """
-  many = 1 if cache_dir is None else encoding.cores()
+  many = 1 if cache_dir is None else virtual_devices.cores()
   job = Job(source, tokenizer, vocab_size, need, say, stop, many)
   if cache_dir is None:
     return _stream(source, _of_memory(job))

@@ -40,7 +40,7 @@ def require_threads(mesh: "Mesh") -> None:
     return
   mine = [d for d in every if d.process_index == jax.process_index()]
   threads = os.environ.get("NPROC", "")
-  have = int(threads) if threads.isdecimal() else _cores()
+  have = int(threads) if threads.isdecimal() else cores()
   if len(mine) > 1 and have < 2 * len(mine):
     raise UserError(
       f"{len(mine)} CPU devices with a mesh of fsdp={mesh.shape['fsdp']} "
@@ -53,7 +53,8 @@ def _wanted(devices: int) -> int:
   return max(16, 2 * devices)
 
 
-def _cores() -> int:
+def cores() -> int:
+  """How many this process may use."""
   if hasattr(os, "sched_getaffinity"):
     return len(os.sched_getaffinity(0))
   return os.cpu_count() or 1

@@ -7,7 +7,6 @@ meanwhile slows both. The format is `config.latency_table`'s.
 """
 
 import dataclasses
-import os
 import statistics
 import tempfile
 from collections.abc import Callable
@@ -19,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from adapt_pruner_jax.config import latency_table
+from adapt_pruner_jax.distributed import virtual_devices
 from adapt_pruner_jax.errors import UserError, nearest
 from adapt_pruner_jax.evaluation import latency
 from adapt_pruner_jax.formats.hf import load, save
@@ -305,10 +305,7 @@ def device_name(engine: str) -> str:
     kind = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
   if kind != "cpu":
     return kind
-  cores = (
-    len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
-  )
-  return f"{_processor()}, {cores or os.cpu_count()} cores"
+  return f"{_processor()}, {virtual_devices.cores()} cores"
 
 
 def _processor() -> str:

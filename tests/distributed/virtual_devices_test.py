@@ -33,7 +33,7 @@ def test_threads_for_the_devices_that_are_asked_for(
 
 def test_a_mesh_that_would_hang_is_refused(monkeypatch):
   monkeypatch.delenv("NPROC")
-  monkeypatch.setattr(virtual_devices, "_cores", lambda: 2)
+  monkeypatch.setattr(virtual_devices, "cores", lambda: 2)
   devices = jax.devices("cpu")[:4]
   for shape in ({"fsdp": 4}, {"fsdp": 2, "tensor": 2}):
     with pytest.raises(UserError, match="set NPROC=16 in the environment"):
