@@ -72,7 +72,6 @@ STAGED = {
   "data.batch": 128,
   "train.tokens": 5_000_000_000,
   "train.dtype": "bfloat16",
-  "train.remat": True,
 }
 BASES = ("paper", "oneshot", "accel")  # they have no target
 RECOMMENDED = {
@@ -108,7 +107,7 @@ RECIPES = {
     "calibration.seq_len": 512,
     "calibration.batch": 4,
   },
-  "accel": RECOMMENDED | {"prune.stages": 10, "train.remat": True},
+  "accel": RECOMMENDED | {"prune.stages": 10},
   "mobilellm_350m_to_125m": STAGED
   | {
     "model.path": "facebook/MobileLLM-350M",
@@ -286,6 +285,21 @@ def values(config: Config) -> dict:
 
 def test_fields_are_the_contract():
   assert field_names(Config()) == FIELDS
+
+
+@pytest.mark.parametrize("value, name", [(True, "full"), (False, "none")])
+def test_recomputing_was_a_boolean(value, name):
+  """In a recipe file, on a command line, and in a work directory."""
+  config = Config()
+  config.prune.ratio = 0.2
+  for given in (value, str(value)):
+    config.train.remat = given
+    check(config)
+    assert config.train.remat == name
+  new, old = dataclasses.asdict(config), dataclasses.asdict(config)
+  old["train"]["remat"] = value
+  assert from_json(old).train.remat == name
+  assert not difference(old, new)
 
 
 def test_old_recipes_are_read():

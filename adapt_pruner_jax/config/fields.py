@@ -26,7 +26,8 @@ class Section:
 
   def __setattr__(self, name: str, value: Any) -> None:
     self._require(name)
-    super().__setattr__(name, value)
+    full = ".".join([*_place(type(self), Config), name])
+    super().__setattr__(name, today(full, value))
 
   @classmethod
   def _require(cls, name: str) -> None:
@@ -285,7 +286,9 @@ class Train(Section):
   weight_decay: float = 0.0
   dtype: str = "float32"  # of the arithmetic; weights and moments are float32
   attention: str = "auto"  # which implementation; docs/speed.md
-  remat: bool = False  # recompute each layer in the backward pass
+  # What the backward pass computes once more: none | dots | attention+mlp |
+  # full, or auto = by the memory of the device (docs/accelerators.md).
+  remat: str = "auto"
   # Compile runs of layers, padded to one size, once: auto = not on a CPU.
   scan_layers: str = "auto"
   accumulation: int = 1  # microbatches a step
@@ -346,6 +349,15 @@ class Config(Section):
   log: Log = dataclasses.field(default_factory=Log)
   oneshot_control: bool = False  # then also prune in one go, to compare
   seed: int = 0
+
+
+# Fields that were booleans once, and what these are called now.
+OLD_VALUES = {"train.remat": {"True": "full", "False": "none"}}
+
+
+def today(name: str, value: Any) -> Any:
+  """The value of a field by today's name, be it given by an old one."""
+  return OLD_VALUES.get(name, {}).get(str(value), value)
 
 
 # Fields that once had another name. A stored recipe is read with the old names

@@ -9,6 +9,7 @@ Pure functions of weights, below everything else in the package:
   kernels       which implementation of attention runs; splash for TPUs
   cudnn         cuDNN's attention, of packed rows too
   layer         the one driver of a layer and of its halves, with a tap
+  remat         what the backward pass of a layer computes once more
   layer_runs    runs of layers, stacked, with one scan each
   decoder       the Flax modules: parameters, embedding, layers, head
   flops         FLOPs of a token, forward and in training

@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from adapt_pruner_jax.models import axes, layer
+from adapt_pruner_jax.models import axes, layer, remat
 from adapt_pruner_jax.models.arithmetic import project, soft_cap
 from adapt_pruner_jax.models.attention import AttentionInputs
 from adapt_pruner_jax.models.axes import Params
@@ -83,7 +83,7 @@ class Decoder(nn.Module):
   """The whole model; `layer_0` ... `layer_{L-1}` may differ in K and F."""
 
   config: ModelConfig
-  remat: bool = False
+  recomputed: str = "none"  # in the backward pass; as of `remat`
   kernel: Kernel = AUTO  # of attention, in a call of the whole model
 
   def setup(self) -> None:
@@ -92,7 +92,9 @@ class Decoder(nn.Module):
       name: self.param(name, _initializer(name, c), axes.shape(name, c.sizes()))
       for name in outer_names(c)
     }
-    block = nn.remat(Block) if self.remat else Block
+    block = Block
+    if self.recomputed != "none":
+      block = nn.remat(Block, **remat.options(self.recomputed))
     self.layer = [block(c, i) for i in range(c.num_layers)]
 
   def embed(self, tokens_BT: jax.Array) -> jax.Array:

@@ -19,6 +19,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from adapt_pruner_jax.models import axes
 from adapt_pruner_jax.models.arithmetic import (
@@ -35,6 +36,7 @@ from adapt_pruner_jax.models.attention import (
 from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.kernels import AUTO, KERNELS, Kernel
 from adapt_pruner_jax.models.model_config import ModelConfig
+from adapt_pruner_jax.models.remat import BETWEEN, PRODUCT
 from adapt_pruner_jax.models.rope import RopeTables, query_scale, rotate
 
 # The matrix that each half writes with, and those that it reads with.
@@ -130,6 +132,7 @@ def run_layer(
   """
   args = config, weights, place, inputs
   mid_BTM, heads = run_half("K", *args, x_BTD, masks, cache)
+  mid_BTM = checkpoint_name(mid_BTM, BETWEEN)
   out_BTE, channels = run_half("F", *args, mid_BTM, masks)
   return out_BTE, Tap(heads.fed | channels.fed, mid_BTM, heads.cache)
 
@@ -282,6 +285,10 @@ def norm(
   return rms_norm(x, weights[name], eps, offset, width)
 
 
+def _read_by(equation, h_BTD, weight):
+  return checkpoint_name(project(equation, h_BTD, weight), PRODUCT)
+
+
 # ---- Attention ---------------------------------------------------------------
 
 
@@ -335,9 +342,9 @@ def _qkv(config, weights, rope, x_BTD, masks):
   """Rotated queries [B, T, K, G, H] and keys, and values [B, T, K, H]."""
   w, c = weights, config
   h_BTD = norm(c, w, "attn_norm", x_BTD)
-  q_BTKGH = project("btd,dkgh->btkgh", h_BTD, w["q"])
-  k_BTKH = project("btd,dkh->btkh", h_BTD, w["k"])
-  v_BTKH = project("btd,dkh->btkh", h_BTD, w["v"])
+  q_BTKGH = _read_by("btd,dkgh->btkgh", h_BTD, w["q"])
+  k_BTKH = _read_by("btd,dkh->btkh", h_BTD, w["k"])
+  v_BTKH = _read_by("btd,dkh->btkh", h_BTD, w["v"])
   if c.qkv_bias:
     q_BTKGH, k_BTKH = q_BTKGH + w["q_bias"], k_BTKH + w["k_bias"]
     v_BTKH = v_BTKH + w["v_bias"]
@@ -372,12 +379,12 @@ def _channels(config, weights, x_BTD):
   """The MLP's activations, [B, T, F]."""
   w, c = weights, config
   h_BTD = norm(c, w, "mlp_norm", x_BTD)
-  up_BTF = project("btd,df->btf", h_BTD, w["up"])
+  up_BTF = _read_by("btd,df->btf", h_BTD, w["up"])
   if c.gate_up_bias:
     up_BTF = up_BTF + w["up_bias"]
   if not c.gated:
     return ACTIVATIONS[c.activation](up_BTF)
-  gate_BTF = project("btd,df->btf", h_BTD, w["gate"])
+  gate_BTF = _read_by("btd,df->btf", h_BTD, w["gate"])
   if c.gate_up_bias:
     gate_BTF = gate_BTF + w["gate_bias"]
   return ACTIVATIONS[c.activation](gate_BTF) * up_BTF

@@ -21,7 +21,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from adapt_pruner_jax.models import layer
+from adapt_pruner_jax.models import layer, remat
 from adapt_pruner_jax.models.attention import AttentionInputs
 from adapt_pruner_jax.models.axes import BATCH, UNITS, Params
 from adapt_pruner_jax.models.model_config import ModelConfig
@@ -47,7 +47,7 @@ def scan_layers(
   weights_of: Callable[[Any], Params],
   inputs: AttentionInputs,
   x_BTD: jax.Array,
-  remat: bool = False,
+  recomputed: str = "none",
 ) -> jax.Array:
   """Runs all layers of a tree that is stacked.
 
@@ -57,18 +57,19 @@ def scan_layers(
     weights_of: makes a layer's parameters of a slice of that.
     inputs: what attention knows about the rows.
     x_BTD: the residual stream in front of the first layer.
-    remat: compute each layer once more in the backward pass.
+    recomputed: what the backward pass computes once more, as of `remat`.
 
   Returns:
     The residual stream behind the last layer, [B, T, D].
   """
   for first, end in bounds(tree):
     stacked = tree[run_name(first, end)]
-    x_BTD = _scan(config, first, end, stacked, weights_of, inputs, x_BTD, remat)
+    args = config, first, end, stacked, weights_of, inputs, x_BTD
+    x_BTD = _scan(*args, recomputed)
   return x_BTD
 
 
-def _scan(config, first, end, stacked, weights_of, inputs, x_BTD, remat):
+def _scan(config, first, end, stacked, weights_of, inputs, x_BTD, recomputed):
   """`scan_layers` of one run."""
   fixed, places = _places(config, first, end)
   counts = {u: np.array(n[first:end]) for u, n in config.units().items()}
@@ -83,8 +84,7 @@ def _scan(config, first, end, stacked, weights_of, inputs, x_BTD, remat):
     x_BTD, _ = layer.run_layer(config, weights, place, inputs, x_BTD, masks)
     return x_BTD, None
 
-  # A scan already keeps XLA from merging the two computations.
-  body = jax.checkpoint(one, prevent_cse=False) if remat else one
+  body = remat.layer(one, recomputed, scanned=True)
   return jax.lax.scan(body, x_BTD, (stacked, places, counts))[0]
 
 

@@ -23,10 +23,10 @@ import numpy as np
 from adapt_pruner_jax.config import Config, check, vocab_size
 from adapt_pruner_jax.distributed import sharding
 from adapt_pruner_jax.errors import UserError
+from adapt_pruner_jax.models.devices import USABLE
 from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.planning import cost, memory
 from adapt_pruner_jax.planning.hardware import (
-  USABLE,
   Hardware,
   compile_for,
   resolve,
@@ -230,15 +230,15 @@ def fitted(
   # Only training is asked for: a method whose scoring is not compiled.
   prune = dataclasses.replace(config.prune, method="flap", refit="none")
   prune = dataclasses.replace(prune, group_importance="")
-  ways = [{}, {"remat": True}]
+  ways = [{}, {"remat": "full"}]
   split, rows = config.train.accumulation, config.data.batch
   splits = [n for n in (2, 4, 8, 16, 32, 64) if n > split and not rows % n]
-  ways += [{"remat": True, "accumulation": n} for n in splits]
+  ways += [{"remat": "full", "accumulation": n} for n in splits]
   ways += [way | {"lora_rank": RANK} for way in ways]
   for way in ways:
     train = dataclasses.replace(config.train, **way)
     made = dataclasses.replace(config, train=train, prune=prune)
-    found = memory.measure(made, full, student, devices)
+    found = memory.measure(made, full, student, devices, hardware.memory)
     if sum(found["training"].values()) <= usable:
       return dataclasses.replace(config, train=train)
   raise UserError(

@@ -91,7 +91,9 @@ def plan(
     "budgets": _every_budget(config.prune, whole, configs[-1]),
     "hardware": dataclasses.asdict(hardware),
     "stages": stages,
-    "memory": memory.measure(config, full, configs[1], compiled_for),
+    "memory": memory.measure(
+      config, full, configs[1], compiled_for, hardware.memory
+    ),
     "memory_from": source(compiled_for),
     "disk": disk(config, [whole, *configs[1:]], folder),
   }

@@ -16,7 +16,7 @@ from adapt_pruner_jax.runs.deadline import Ending
 from adapt_pruner_jax.runs.inputs import Inputs, weight_dtype
 from adapt_pruner_jax.runs.stages import stage_end
 from adapt_pruner_jax.runs.state import State, steps_to_save
-from adapt_pruner_jax.training import loop, optimizer, stacking
+from adapt_pruner_jax.training import loop, memory, optimizer, stacking
 
 
 def stage_tokens(inputs: Inputs, stage: int) -> int:
@@ -84,6 +84,8 @@ def recover(
     tokens=stage_tokens(inputs, state.stage),
     ahead=ahead,
   )
+  if (remat := recomputed(state.config, teacher, inputs)) != settings.remat:
+    log.say(f"train.remat={settings.remat}: {remat}, by this device's memory")
   per_step = recipe.data.step_tokens
   title = f"stage {state.stage} of {recipe.prune.stages}: recovery"
   log.rewind("train", state.step)
@@ -118,6 +120,20 @@ def recover(
         state.params = training.trained
       save()
       seconds = (time.monotonic() - begun) / max(state.step - before, 1)
+
+
+def recomputed(
+  config: ModelConfig,
+  teacher: tuple[ModelConfig, Params] | None,
+  inputs: Inputs,
+) -> str:
+  """What `train.remat` becomes for a model."""
+  recipe = inputs.recipe
+  shape = recipe.data.batch // recipe.train.accumulation, recipe.data.seq_len
+  taught = teacher and teacher[0]
+  return memory.with_remat(
+    recipe.train, config, taught, shape, inputs.mesh
+  ).remat
 
 
 def teacher_of(inputs: Inputs) -> tuple[ModelConfig, Params] | None:

@@ -6,5 +6,6 @@ stacking   which layers are stacked and scanned over, and trees there and back
 lora       low-rank adapters, and merging them
 losses     next-token and distillation losses, as sums
 output_loss  the same behind the output matrix, in chunks of tokens
+memory     what a step needs of a device, and what it therefore recomputes
 optimizer  AdamW, the learning rate, and how its state is cut
 """

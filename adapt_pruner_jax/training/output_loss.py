@@ -25,6 +25,7 @@ from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.training import losses
 
 CHUNK = 2**26  # numbers that a device has at a time
+CPU_CHUNK = 2**24  # its caches are small, and so may its memory be
 CUT = ("tensor", "fsdp", "data")  # mesh axes that cut V, the first the coarsest
 NOBODY = -1e30  # the logit of padding; -inf would make nan of 0 * inf
 
@@ -155,7 +156,7 @@ def over_chunks(
   # Of a token a device has its part of the logits, and all that is given.
   part = -(-vocab_size // (1 if mesh is None else mesh.size))
   given = max(math.prod(x.shape[2:]) for x in arrays)
-  tokens = max(1, CHUNK // max(part, given))
+  tokens = max(1, chunk_size(mesh) // max(part, given))
   number = min(T, -(-B * T // tokens))
   if number <= 1:
     return chunk(*arrays)
@@ -178,6 +179,14 @@ def over_chunks(
   total, each = jax.lax.scan(add, zeros, parts)
   join = lambda x: jnp.moveaxis(x, 0, 1).reshape(B, -1, *x.shape[3:])[:, :T]
   return total, jax.tree.map(join, each)
+
+
+def chunk_size(mesh: Mesh | None) -> int:
+  """Logits that a device has at a time; `mesh` None = wherever arrays are."""
+  platform = jax.default_backend()
+  if mesh is not None:
+    platform = mesh.devices.flat[0].platform
+  return min(CHUNK, CPU_CHUNK) if platform == "cpu" else CHUNK
 
 
 # ---- The matrix --------------------------------------------------------------

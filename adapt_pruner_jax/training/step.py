@@ -27,7 +27,7 @@ from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.decoder import Decoder, output_name
 from adapt_pruner_jax.models.kernels import Kernel
 from adapt_pruner_jax.models.model_config import ModelConfig
-from adapt_pruner_jax.training import optimizer, output_loss, stacking
+from adapt_pruner_jax.training import memory, optimizer, output_loss, stacking
 from adapt_pruner_jax.training.lora import abstract_adapters, beside
 
 Batch = Mapping[str, Any]
@@ -125,7 +125,12 @@ def make_step(
   abstract = abstract_state(config, settings, mesh, rank, runs)
   out = jax.tree.map(lambda x: x.sharding, abstract)
   out = (*out, sharding.replicated(mesh))
-  compiled = jax.jit(step_fn, donate_argnums=(0, 1), out_shardings=out)
+  compiled = jax.jit(
+    step_fn,
+    donate_argnums=(0, 1),
+    out_shardings=out,
+    compiler_options=sharding.compiler_options(mesh),
+  )
   taught, number = teacher[1] if alpha else None, settings.accumulation
   return Step(config, runs, compiled, base, taught, schedule, number, mesh)
 
@@ -226,10 +231,12 @@ def make_loss(
   objective = output_loss.Objective(config, mesh, teacher, alpha)
 
   def mean_loss(trained, base, teacher_params, batch, count):
-    x_BTD, matrix = _ends(config, settings, trained, base, batch, mesh)
+    shape = batch["tokens_BT"].shape
+    own = memory.with_remat(settings, config, teacher, shape, mesh)
+    x_BTD, matrix = _ends(config, own, trained, base, batch, mesh)
     taught = None
     if teacher is not None:
-      frozen = dataclasses.replace(settings, remat=False)
+      frozen = dataclasses.replace(settings, remat="none")
       taught = _ends(teacher, frozen, teacher_params, None, batch, mesh)
     tokens = batch["targets_BT"], batch["weights_BT"]
     sums = output_loss.loss(objective, matrix, x_BTD, *tokens, taught)

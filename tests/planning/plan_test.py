@@ -173,6 +173,7 @@ def test_held_memory_is_what_the_arrays_take():
 
 def test_weights_are_cut_over_the_devices():
   config = recipe(train__tokens=1000, mesh__fsdp=4, mesh__tensor=2)
+  config.train.remat = "none"
   mesh = sharding.make_mesh(1, 4, 2)
   held = training_memory.estimated_training(config, SMALL, SMALL, mesh)
   shapes = model_config.abstract_params(SMALL, jnp.float32)
@@ -189,7 +190,8 @@ def test_training_memory():
 
   Without rematerialisation, which the CPU's compiler undoes.
   """
-  config, mesh = recipe(train__tokens=1000), one_device()
+  settings = {"train__tokens": 1000, "train__remat": "none"}
+  config, mesh = recipe(**settings), one_device()
   found = training_memory.training(config, SMALL, SMALL, mesh)
   compiled = training_memory.compile_train(
     config, SMALL, SMALL, SMALL.num_layers, mesh
@@ -407,7 +409,8 @@ def test_8b_on_eight_16_gb_devices(tmp_path):
   assert weights == pytest.approx(16.06e9 / 8, rel=0.01)
   config.train.tokens, config.train.dtype = 10**9, "bfloat16"
   found = plan.plan(config, Hardware("v5e", devices=8))
-  assert "--config.train.remat=True" in found["warnings"][-1]
+  assert "--config.train.accumulation=2" in found["warnings"][-1]
+  assert "remat" not in found["warnings"][-1]  # auto: it is full
 
 
 def test_attention_that_cannot_shrink_is_said():

@@ -162,7 +162,7 @@ def test_eight_devices_equal_one(plain, shape):
 
 
 @pytest.mark.parametrize(
-  "shape, remat", [((1, 1, 1), True), ((2, 2, 2), False)]
+  "shape, remat", [((1, 1, 1), "dots"), ((2, 2, 2), "attention+mlp")]
 )
 def test_accumulation_equals_one_big_batch(plain, shape, remat):
   """Microbatches hold different numbers of counted tokens."""
