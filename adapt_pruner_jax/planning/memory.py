@@ -120,7 +120,8 @@ def _refit_as_training(config: Config, mesh: Mesh) -> Config:
   from adapt_pruner_jax.pruning import refit_loss
 
   of = config.calibration
-  rows = placement.padded_rows(min(of.batch, of.refit_samples), mesh)
+  batch = min(config.prune.refit_batch or of.batch, of.refit_samples)
+  rows = placement.padded_rows(batch, mesh)
   data = dataclasses.replace(config.data, batch=rows, seq_len=of.seq_len)
   settings = refit_loss.as_training(config.prune.refit_rate)
   return dataclasses.replace(config, train=settings, data=data)

@@ -132,7 +132,7 @@ def refit_after(task: PruneTask, pruned: Pruned) -> Pruned:
       dense,
       (pruned.config, params),
       lambda number: task.refit_samples(done + number),
-      task.batch,
+      settings.refit_batch or task.batch,
       task.mesh,
       passes=settings.refit_passes,
       rate=settings.refit_rate,
