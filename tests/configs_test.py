@@ -60,10 +60,11 @@ FIELDS = """
   train.schedule train.data_share train.weight_decay train.dtype train.attention
   train.remat train.scan_layers train.accumulation train.carry_moments
   train.distill_alpha train.lora_rank train.lora_alpha train.skip_nonfinite
-  mesh.data mesh.fsdp mesh.tensor eval.text eval.answers eval.tasks
-  eval.tasks_dir eval.trust_tasks_dir eval.latency eval.seq_len eval.batch
-  checkpoint.steps checkpoint.minutes checkpoint.keep log.tensorboard
-  log.trackers oneshot_control seed
+  train.teacher_cache train.gradient_dtype train.moments mesh.data mesh.fsdp
+  mesh.tensor eval.text eval.answers eval.tasks eval.tasks_dir
+  eval.trust_tasks_dir eval.latency eval.seq_len eval.batch checkpoint.steps
+  checkpoint.minutes checkpoint.keep log.tensorboard log.trackers
+  oneshot_control seed
 """.split()  # noqa: SIM905
 
 SLIMPAJAMA = "hf:DKYoon/SlimPajama-6B"
@@ -544,7 +545,7 @@ def test_train_step_traces(name):
   config, full = full_size(name)
   mesh = sharding.make_mesh()
   params = model_config.abstract_params(full, jnp.float32)
-  transform = optimizer.optimizer(config.train.weight_decay)
+  transform = optimizer.of(config.train)
   state = jax.eval_shape(transform.init, params)
   steps = config.train.tokens // config.data.step_tokens
   schedule = optimizer.schedule(config.train, steps)

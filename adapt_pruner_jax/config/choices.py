@@ -64,6 +64,8 @@ CHOICES = {
   "prune.precision": ("float32", "tensorfloat32", "bfloat16"),
   "train.attention": ("auto", "plain", "blocks", "splash", "cudnn"),
   "train.remat": ("auto", "none", "dots", "attention+mlp", "full"),
+  "train.gradient_dtype": ("bfloat16", "float32"),
+  "train.moments": ("float32", "bfloat16"),
   "train.scan_layers": ("auto", "on", "off"),
   "train.schedule": ("wsd", "cosine"),
   "train.dtype": ("float32", "bfloat16"),

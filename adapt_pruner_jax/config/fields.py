@@ -285,7 +285,7 @@ class Train(Section):
   schedule: str = "wsd"
   data_share: str = "linear"  # share of the tokens that a stage gets
   weight_decay: float = 0.0
-  dtype: str = "float32"  # of the arithmetic; weights and moments are float32
+  dtype: str = "float32"  # of the arithmetic; what is trained is float32
   attention: str = "auto"  # which implementation; docs/speed.md
   # What the backward pass computes once more: none | dots | attention+mlp |
   # full, or auto = by the memory of the device (docs/accelerators.md).
@@ -298,6 +298,13 @@ class Train(Section):
   lora_rank: int = 0  # 0 = train all weights
   lora_alpha: float = 16.0
   skip_nonfinite: bool = False  # pass over a batch with a non-finite loss
+  # Likeliest tokens of the teacher that are kept on disk at each position, once
+  # for all stages; 0 = the whole teacher runs beside (docs/accelerators.md).
+  teacher_cache: int = 0
+  # In which gradients of a layer's matrices are summed over tokens and devices,
+  # where dtype is bfloat16.
+  gradient_dtype: str = "bfloat16"
+  moments: str = "float32"  # Adam's between steps; bfloat16 = half the memory
 
 
 @dataclasses.dataclass

@@ -107,7 +107,8 @@ def _measure(
 def _with_remat(config, full, student, mesh, size) -> Config:
   """The recipe with what `train.remat=auto` becomes."""
   settings, data = config.train, config.data
-  teacher = full if settings.distill_alpha else None
+  beside = settings.distill_alpha and not settings.teacher_cache
+  teacher = full if beside else None
   shape = data.batch // settings.accumulation, data.seq_len
   settings = training_size.with_remat(
     settings, student, teacher, shape, mesh, size
@@ -171,9 +172,8 @@ def scoring(
   if before is not None:
     found["sums between passes"] = arrays.size(before)
   if config.train.carry_moments and config.prune.stages > 1:
-    found["optimizer"] = 2 * arrays.size(
-      arrays.placed(arrays.float32_params(full), mesh)
-    )
+    moments = jnp.dtype(config.train.moments)
+    found["optimizer"] = 2 * arrays.model_bytes(full, moments, mesh)
   # While the copy is made there is one more, when the rest is not there yet.
   return found | {"temporary": max(temporary, found["stacked copy"])}
 

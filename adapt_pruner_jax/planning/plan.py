@@ -255,6 +255,11 @@ def show(found: dict, config: Config, hardware: Hardware, log: Log) -> None:
       ("time", time),
       ("original on disk", in_bytes(found["disk"]["original"])),
       ("export on disk", in_bytes(found["disk"]["export"])),
+      *(
+        (f"{name} on disk, at most", in_bytes(found["disk"][name]))
+        for name in ("teacher cache",)
+        if name in found["disk"]
+      ),
       (
         f"checkpoints ({config.checkpoint.keep} + the one being written)",
         in_bytes(found["disk"]["checkpoints"]),

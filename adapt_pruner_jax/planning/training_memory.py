@@ -11,7 +11,11 @@ from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.planning import arrays
 from adapt_pruner_jax.planning.arrays import Bytes
 from adapt_pruner_jax.training import lora, memory, optimizer
-from adapt_pruner_jax.training.step import abstract_batch, make_step
+from adapt_pruner_jax.training.step import (
+  abstract_batch,
+  likeliest,
+  make_step,
+)
 
 FEW_LAYERS = (2, 3)  # layers of the training programs that are compiled
 
@@ -74,14 +78,14 @@ def train_state(
   params = arrays.placed(arrays.float32_params(student), mesh)
   teacher = (
     arrays.placed(arrays.float32_params(full), mesh)
-    if settings.distill_alpha
+    if settings.distill_alpha and not settings.teacher_cache
     else None
   )
   trained, base = params, None
   if settings.lora_rank:
     adapters = lora.abstract_adapters(student, settings.lora_rank, mesh)
     trained, base = arrays.with_shardings(*adapters), params
-  transform = optimizer.optimizer(settings.weight_decay)
+  transform = optimizer.of(settings)
   where = optimizer.state_shardings(
     transform, trained, jax.tree.map(lambda x: x.sharding, trained), mesh
   )
@@ -109,7 +113,8 @@ def compile_train(
     base=base,
     teacher=None if teacher is None else (full, teacher),
   )
-  batch = abstract_batch(config.data.batch, config.data.seq_len, mesh)
+  shape = config.data.batch, config.data.seq_len
+  batch = abstract_batch(*shape, mesh, likeliest(settings, student))
   return make.lower(trained, state, batch).compile()
 
 

@@ -153,7 +153,7 @@ def _run(inputs: Inputs, stopping: Stopping, anew: bool) -> dict:
         require_same(inputs, state)
         save()
       if state.step < stage_end(inputs, state.stage):
-        recover(state, inputs, teacher(), save, ending, ahead)
+        recover(state, inputs, teacher, save, ending, ahead)
         stop_if_asked()
       evaluate(state, inputs)
       state.stage, state.pruned, ahead = state.stage + 1, False, None

@@ -60,8 +60,11 @@ def state(
   """Bytes of weights, gradients, moments and a teacher on a device, about."""
   count, size = model_config.count_params, jnp.dtype(settings.dtype).itemsize
   cut = mesh.shape["fsdp"] * mesh.shape["tensor"]
-  # Trained weights are float32, as their gradient and both moments are.
-  trained = size if settings.lora_rank else 16 + (size if size < 4 else 0)
+  # Trained weights are float32, as their gradient is; there are two moments.
+  moments = 2 * jnp.dtype(settings.moments).itemsize
+  trained = 8 + moments + (size if size < 4 else 0)
+  if settings.lora_rank:
+    trained = size
   taught = count(teacher) * size if teacher else 0
   return (count(config) * trained + taught) / cut
 
