@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adapt_pruner_jax.models import axes
+from adapt_pruner_jax.models import axes, delta_net
 from adapt_pruner_jax.models.arithmetic import (
   ACTIVATIONS,
   layer_norm,
@@ -38,11 +38,19 @@ from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.models.rope import RopeTables, query_scale, rotate
 
 # The matrix that each half writes with, and those that it reads with.
-HALVES = {"o": ("q", "k", "v"), "down": ("gate", "up")}
-WRITERS = {"K": "o", "F": "down"}  # by unit
+HALVES = {
+  "o": ("q", "q_gate", "k", "v"),
+  "delta_o": (
+    *("delta_q", "delta_k", "delta_v"),
+    *("delta_gate", "delta_beta", "delta_decay"),
+  ),
+  "down": ("gate", "up"),
+}
+WRITERS = {"K": "o", "F": "down"}  # by unit, but for gated delta nets
 NAMES = {"K": "attn", "F": "mlp"}  # how parameters of a half begin
 
-Cache = tuple[jax.Array, jax.Array]  # keys and values, [B, S, K, H] each
+# Keys and values, [B, S, K, H] each; or what a gated delta net keeps.
+Cache = tuple[jax.Array, jax.Array] | delta_net.Before
 
 
 class Place(NamedTuple):
@@ -50,6 +58,7 @@ class Place(NamedTuple):
 
   window: jax.Array | int  # positions that its queries see; 0 = all
   rope: jax.Array | int  # which of `AttentionInputs.ropes`
+  delta: jax.Array | int = 0  # 1 = a gated delta net in place of attention
 
 
 class Tap(NamedTuple):
@@ -57,7 +66,8 @@ class Tap(NamedTuple):
 
   Attributes:
     fed: {"K": [B, T, K, G, H], "F": [B, T, F]}: the inputs of `o` and `down`
-      before masks; None where a half is absent, no entry where it was not run.
+      before masks; None where a half is absent, or only known to be of either
+      kind, no entry where it was not run. [B, T, Z, A, Y] of a delta net.
     between: what is between the halves, see `stream`; None after just one
       half.
     cache: the layer's keys and values, new ones in their columns; None where
@@ -72,13 +82,14 @@ class Tap(NamedTuple):
 def place(config: ModelConfig, index: int) -> Place:
   """The place of layer `index`, known when the program is compiled."""
   window = config.window[index] if config.window else 0
-  return Place(window, config.rope_ids()[index])
+  return Place(window, config.rope_ids()[index], int(config.is_delta(index)))
 
 
 def places(config: ModelConfig) -> Place:
   """The places of all layers to scan over, int32 [L] each."""
   window_L = np.array(config.window or (0,) * config.num_layers, np.int32)
-  return Place(window_L, np.array(config.rope_ids(), np.int32))
+  delta_L = np.array(config.delta or (0,) * config.num_layers, np.int32)
+  return Place(window_L, np.array(config.rope_ids(), np.int32), delta_L)
 
 
 def attention_inputs(
@@ -158,6 +169,8 @@ def run_half(
   Returns:
     The residual stream behind the half, and what there is to see.
   """
+  if unit == "K" and "o" in weights and "delta_o" in weights:
+    return _either(config, weights, place, inputs, x_BTD, masks)
   fed, cache = read(unit, config, weights, place, inputs, x_BTD, masks, cache)
   counted = fed
   if fed is not None and masks is not None:
@@ -166,8 +179,28 @@ def run_half(
   return y_BTD, Tap({unit: fed}, cache=cache)
 
 
+def _either(config, weights, place, inputs, x_BTD, masks):
+  """`run_half` of an attention or a gated delta net, as the place says.
+
+  Stacked layers have the parameters of both.
+  """
+
+  def without(others):
+    own = {n: w for n, w in weights.items() if n not in others}
+    args = config, own, place, inputs
+    return lambda x_BTD: run_half("K", *args, x_BTD, masks)[0]
+
+  kinds = without(axes.ATTENTION), without(axes.DELTA)
+  y_BTD = jax.lax.cond(place.delta == 1, *kinds, x_BTD)
+  return y_BTD, Tap({"K": None})
+
+
 def spread_mask(mask_U: jax.Array, fed: jax.Array) -> jax.Array:
-  """A mask of units, to multiply what `read` gives with."""
+  """A mask of units, to multiply what `read` gives with.
+
+  It may be longer, where another kind of layer has more of them.
+  """
+  mask_U = mask_U[: fed.shape[2]]
   return mask_U.reshape(-1, *(1,) * (fed.ndim - 3)).astype(fed.dtype)
 
 
@@ -189,13 +222,19 @@ def read(
       masked ones say is not zeroed here.
 
   Returns:
-    [B, T, K, G, H] or [B, T, F], None if the half is absent; and the layer's
-    keys and values, None of an MLP.
+    [B, T, K, G, H], [B, T, Z, A, Y] or [B, T, F], None if the half is absent;
+    and what the layer caches, None of an MLP.
   """
   if not count(unit, weights):
     return None, None
   if unit == "F":
     return _channels(config, weights, x_BTD), None
+  if "delta_o" in weights:
+    h_BTD = norm(config, weights, "attn_norm", x_BTD)
+    # With a prefix, a row is one document and one way to go on from it.
+    segments_BT = None if inputs.prefix else inputs.segments
+    args = weights, config.norm_eps, h_BTD, segments_BT
+    return delta_net.heads(*args, cache)
   return _heads(config, weights, place, inputs, x_BTD, masks, cache)
 
 
@@ -218,11 +257,12 @@ def write(
     The residual stream behind the half.
   """
   half, bias = NAMES[unit], f"{WRITERS[unit]}_bias"
+  writer = writer_of(unit, weights)
   front_BTD, x_BTD = x_BTD, stream(config, x_BTD)
   y_BTD = None
   if fed is not None:
     equation = {"K": "btkgh,kghd->btd", "F": "btf,fd->btd"}[unit]
-    y_BTD = project(equation, fed, weights[WRITERS[unit]])
+    y_BTD = project(equation, fed, weights[writer])
   if config.residual:
     x_BTD = x_BTD @ weights[f"{half}_shortcut"]
   if bias in weights:
@@ -252,8 +292,13 @@ def stream(config: ModelConfig, x: jax.Array) -> jax.Array:
 
 def count(unit: str, weights: Params) -> int:
   """Units of a half of a layer; 0 = it is absent."""
-  writer = WRITERS[unit]
+  writer = writer_of(unit, weights)
   return weights[writer].shape[0] if writer in weights else 0
+
+
+def writer_of(unit: str, weights: Params) -> str:
+  """The matrix that a half of this layer writes with."""
+  return "delta_o" if unit == "K" and "delta_o" in weights else WRITERS[unit]
 
 
 def norm(
@@ -288,7 +333,8 @@ def norm(
 def _heads(config, weights, place, inputs, x_BTD, masks, cache):
   """What the heads say, [B, T, K, G, H], and the keys and values."""
   rope = _rope(inputs.ropes, place.rope)
-  q_BTKGH, *kv = _qkv(config, weights, rope, x_BTD, masks)
+  h_BTD = norm(config, weights, "attn_norm", x_BTD)
+  q_BTKGH, *kv = _qkv(config, weights, rope, h_BTD, masks)
   if config.rope.query_growth:
     scale_BT = query_scale(config.rope, inputs.positions)
     q_BTKGH *= scale_BT[..., None, None, None].astype(q_BTKGH.dtype)
@@ -296,7 +342,13 @@ def _heads(config, weights, place, inputs, x_BTD, masks, cache):
     update = jax.lax.dynamic_update_slice_in_dim
     pairs = zip(cache, kv, strict=True)
     kv = [update(old, new, inputs.column, axis=1) for old, new in pairs]
-  return _attend(config, place, inputs, q_BTKGH, *kv), tuple(kv)
+  said_BTKGH = _attend(config, place, inputs, q_BTKGH, *kv)
+  if config.attn_gate:
+    gate_BTKGH = project("btd,dkgh->btkgh", h_BTD, weights["q_gate"])
+    if config.qkv_bias:
+      gate_BTKGH += weights["q_gate_bias"]
+    said_BTKGH *= jax.nn.sigmoid(gate_BTKGH)
+  return said_BTKGH, tuple(kv)
 
 
 def _attend(config, place, inputs, q_BTKGH, k_BSKH, v_BSKH):
@@ -331,10 +383,9 @@ def _rope(ropes: tuple[RopeTables, ...], which: jax.Array | int) -> RopeTables:
   return jax.tree.map(lambda *tables: jnp.stack(tables)[which], *ropes)
 
 
-def _qkv(config, weights, rope, x_BTD, masks):
+def _qkv(config, weights, rope, h_BTD, masks):
   """Rotated queries [B, T, K, G, H] and keys, and values [B, T, K, H]."""
   w, c = weights, config
-  h_BTD = norm(c, w, "attn_norm", x_BTD)
   q_BTKGH = project("btd,dkgh->btkgh", h_BTD, w["q"])
   k_BTKH = project("btd,dkh->btkh", h_BTD, w["k"])
   v_BTKH = project("btd,dkh->btkh", h_BTD, w["v"])

@@ -9,10 +9,11 @@ from jax.sharding import Mesh
 
 from adapt_pruner_jax.config import Config
 from adapt_pruner_jax.distributed import placement
-from adapt_pruner_jax.models import axes, model_config
+from adapt_pruner_jax.models import axes, delta_net, model_config
 from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.planning import arrays
 from adapt_pruner_jax.planning.arrays import Bytes
+from adapt_pruner_jax.pruning import surgery
 from adapt_pruner_jax.training import lora, optimizer, output_loss
 from adapt_pruner_jax.training.step import abstract_batch, make_step
 
@@ -86,6 +87,8 @@ def _token_bytes(
   config: Config, c: ModelConfig, layer: int, tensor: int
 ) -> float:
   """Bytes a token that the backward pass of a layer needs."""
+  if c.is_delta(layer):
+    return _delta_bytes(config, c, layer, tensor)
   groups = c.kv_groups[layer] / tensor
   heads = groups * c.queries_per_group
   # Norms and residuals; q, k, v, rotated q and k, the heads' output; the gate,
@@ -97,6 +100,25 @@ def _token_bytes(
   )
   scores = 3 * heads * config.data.seq_len * 4  # float32, as written
   return width * jnp.dtype(config.train.dtype).itemsize + scores
+
+
+def _delta_bytes(
+  config: Config, c: ModelConfig, layer: int, tensor: int
+) -> float:
+  """The same of a layer with a gated delta net."""
+  net, groups = c.delta_net, c.kv_groups[layer] / tensor
+  values = net.values_per_key * net.value_dim
+  # q, k and v before, within and behind the convolutions; what is said, its
+  # norm and its gate; the MLP as above.
+  width = (
+    4 * c.hidden_size
+    + groups * (6 * net.key_dim + 6 * values)
+    + 4 * c.ffn_widths[layer] / tensor
+  )
+  # In float32: within a chunk each token with each, and its share of a memory.
+  heads, memory = groups * net.values_per_key, net.key_dim * net.value_dim
+  rule = 4 * heads * (3 * delta_net.CHUNK + memory / delta_net.CHUNK)
+  return width * jnp.dtype(config.train.dtype).itemsize + rule
 
 
 def held(
@@ -163,6 +185,5 @@ def compile_train(
 
 def few_layers(config: ModelConfig, layers: int) -> ModelConfig:
   """The model with its first layers only, each as wide as the widest."""
-  widest = {u: (max(w),) * layers for u, w in config.units().items()}
   first = [i % config.num_layers for i in range(layers)]
-  return config.with_layers(first).with_units(widest)
+  return surgery.dense(config).with_layers(first)

@@ -7,6 +7,7 @@ zero, and stay zero. The equations are in `refit`.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -29,6 +30,7 @@ from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.layer import (
   HALVES,
   NAMES,
+  WRITERS,
   Place,
   attention_inputs,
   norm,
@@ -36,6 +38,7 @@ from adapt_pruner_jax.models.layer import (
   read,
   stream,
   write,
+  writer_of,
 )
 from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.pruning import linear_algebra
@@ -81,7 +84,7 @@ def layers(
     dense_layer, layer = _gathered((dense_layer, layer), mesh=mesh)
     dense = _without_biases(config, dense_layer)
     if u is z and _same(dense_layer, layer):
-      for writer in HALVES:
+      for writer in _writers(layer):
         _advance(dense, writer, dense_layer, place, z, mesh)
       yield i, {}, []
       continue
@@ -89,9 +92,9 @@ def layers(
     changed, records = {}, []
     placed = placement.replicate(masks, mesh)
 
-    for writer, both in HALVES.items():
-      readers = tuple(name for name in both if name in layer)
-      live = masks["K" if writer == "o" else "F"].any()
+    for writer in _writers(layer):
+      readers = tuple(name for name in HALVES[writer] if name in layer)
+      live = masks[axes.unit_of(writer)].any()
       for names in [readers] * refit_all + [(writer,)]:
         if names == (writer,):
           _advance(dense, writer, dense_layer, place, z, mesh)
@@ -183,12 +186,11 @@ def _sum(fn: Callable, task: _Task, parts: _Parts, z, u, weights) -> Any:
 
 def _ridge(task: _Task, masks: dict[str, np.ndarray], tokens_NT) -> float:
   """WEAK or STRONG, by the tokens for each live input channel."""
-  config = task.config
-  channels = {
-    "o": int(masks["K"].sum()) * config.queries_per_group * config.head_dim,
-    "down": int(masks["F"].sum()),
-  }
-  width = channels.get(task.names[0], config.hidden_size)
+  name, width = task.names[0], task.config.hidden_size
+  if name in HALVES:  # whose input are the channels of units
+    units, sizes = masks[axes.unit_of(name)], task.config.sizes()
+    of_unit = (sizes.get(x, 1) for x in axes.AXES[name][:-1])
+    width = int(units.sum()) * math.prod(of_unit)
   rows = len(tokens_NT) - _held_rows(tokens_NT)
   return WEAK if rows * tokens_NT.shape[1] >= ENOUGH * width else STRONG
 
@@ -231,8 +233,13 @@ def _advance(config, writer, layer, place, stream, mesh) -> None:
 
 def _without_biases(config: ModelConfig, layer: Params) -> ModelConfig:
   """The config of a dense layer, which may lack the pruned one's biases."""
-  has = {f"{n}_bias": f"{n}_bias" in layer for n in HALVES}
+  has = {f"{n}_bias": f"{n}_bias" in layer for n in WRITERS.values()}
   return dataclasses.replace(config, **has)
+
+
+def _writers(layer: Params) -> list[str]:
+  """The matrix that each half of a layer writes with."""
+  return [writer_of(unit, layer) for unit in axes.UNITS]
 
 
 def _same(dense_layer: Params, layer: Params) -> bool:

@@ -112,10 +112,12 @@ def refit_masked(
   placed = placement.replicate(masks, task.mesh)
   new, records = dict(stacked["layers"]), []
 
+  names = functools.partial(model_config.layer_names, config)
+
   def layer_at(i: int) -> tuple[Params, Params, Masks]:
     return (
       _widened(task.params, i, task.kept, config, task.mesh),
-      _layer(new, placed, i),
+      _layer({n: new[n] for n in names(i)}, placed, i),
       {u: m[i] for u, m in masks.items()},
     )
 
@@ -135,12 +137,13 @@ def _widened(
 ) -> Params:
   """Layer i in dense coordinates, zero where units are not kept."""
   at = {u: kept[u][i] for u in axes.UNITS}
-  layer, sizes = params[axes.layer_name(i)], wide.sizes(0)
-  shapes = {n: axes.shape(n, sizes) for n in model_config.layer_names(wide)}
+  layer, sizes = params[axes.layer_name(i)], wide.sizes(i)
+  names = model_config.layer_names(wide, i)
+  shapes = {n: axes.shape(n, sizes) for n in names}
   if {n: x.shape for n, x in layer.items()} == shapes:
     return layer
   zero = np.zeros((), params["embedding"].dtype)
-  fn = lambda layer: surgery.widen(layer, at, wide, zero)
+  fn = lambda layer: surgery.widen(layer, at, wide, zero, i)
   return surgery.transform(fn, layer, mesh)
 
 

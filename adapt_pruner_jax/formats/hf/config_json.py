@@ -6,6 +6,7 @@ from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.formats.hf import (
   fields,
   fp8,
+  kinds,
   layers,
   ropes,
   text_part,
@@ -123,6 +124,7 @@ def write(config: ModelConfig) -> dict[str, Any]:
       raw[name] = field.write(getattr(config, field.name))
   raw |= layers.write_biases(config) | ropes.write(config, family)
   raw |= windows.write(config, family) | ropes.write_nope(config, family)
+  raw |= kinds.write(config, family)
   raw |= family.must | family.written
   for usual, own in family.renamed.items():
     raw[own] = raw.pop(usual)

@@ -44,6 +44,7 @@ class Family:
     query_growth: queries grow with their position, as its rope says.
     nope: which layers have no rotary embeddings: "" none, "list" (those with a
       0 in no_rope_layers), "switch" (all, by position_embedding_type).
+    delta: layers may have a gated delta net in place of attention.
     text: "Text" in the names of classes (Gemma 3).
     heads: tasks for which Transformers has a class besides the language model.
   """
@@ -71,6 +72,7 @@ class Family:
   query_growth: bool = False
   interleaved: bool = False
   nope: str = ""
+  delta: bool = False
   text: str = ""
   heads: tuple[str, ...] = ("SequenceClassification", "TokenClassification")
 

@@ -18,6 +18,7 @@ from adapt_pruner_jax.errors import UserError, nearest
 from adapt_pruner_jax.formats.hf import (
   card,
   config_json,
+  kinds,
   layers,
   parent_files,
   reopen,
@@ -41,6 +42,24 @@ RESIZE = """\
   attention.query_key_value = nn.Linear(width, 3 * heads * size, bias=has_bias)
   attention.dense = nn.Linear(heads * size, width, bias=has_bias)
 """
+# Layers may have a gated delta net instead.
+NO_DELTA = """
+
+class NoDelta(nn.Module):
+  \"""In place of a gated delta net without heads.\"""
+
+  def forward(self, hidden_states, **others):
+    return torch.zeros_like(hidden_states)
+"""
+COUNT_DELTA = """\
+  if config.layer_types[index] == "linear_attention":
+    heads = sizes.linear_num_key_heads
+"""
+TAKE_OUT_DELTA = """\
+    if hasattr(layer, "linear_attn"):
+      layer.linear_attn = NoDelta()
+    else:
+  """
 MARKS = (CONFIG, MANIFEST)  # by which a directory is one of a model
 
 
@@ -180,6 +199,10 @@ def _write_classes(folder: Path, config: ModelConfig) -> None:
     "body": family.body,
     "layer_class": f"{family.prefix}{family.layer}",
     "resize": RESIZE if config.family == "gpt_neox" else "",
+    "more_heads": "".join(f', "{n}"' for n in kinds.SIZES * family.delta),
+    "no_delta": NO_DELTA * family.delta,
+    "count_delta": COUNT_DELTA * family.delta,
+    "take_out_delta": TAKE_OUT_DELTA * family.delta,
     "attention": attention,
     "o": o,
     "mlp": mlp,
