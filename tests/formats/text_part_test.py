@@ -45,6 +45,23 @@ WRAPPERS = {
       "eoi_token_index": 62,
     },
   ),
+  "qwen3_5": (
+    zoo.CASES["qwen3_5_text"][1] | {"model_type": "qwen3_5_text"},
+    {
+      "vision_config": {
+        "depth": 1,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_heads": 2,
+        "out_hidden_size": 32,
+        "num_position_embeddings": 16,
+      },
+      "image_token_id": 60,
+      "video_token_id": 61,
+      "vision_start_token_id": 62,
+      "vision_end_token_id": 63,
+    },
+  ),
   "mistral3": (
     {
       "model_type": "ministral3",
