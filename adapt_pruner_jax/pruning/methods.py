@@ -19,6 +19,7 @@ from adapt_pruner_jax.pruning import (
   allotment,
   curvature,
   fisher,
+  least_squares,
   linear_algebra,
   refit,
   refit_loss,
@@ -209,5 +210,7 @@ def check(config: ModelConfig, settings: Prune) -> None:
   if settings.method == "surgeon":
     surgeon.check(settings)
   inverts = settings.pair()[1] in ("curvature", "surgeon")
-  if inverts or settings.method == "surgeon" or settings.solves():
+  if inverts or settings.method == "surgeon":
     linear_algebra.check(config)
+  if settings.solves():
+    least_squares.check(config)

@@ -8,7 +8,9 @@ squares makes u land on z:
   W <- argmin  sum over tokens |u + x W - z|^2  +  ridge |W - W_now|^2
 
 The target holds the error that earlier layers have left, so each layer corrects
-those before it. No parameter is added. `refit_all` also refits the matrices
+those before it. Where a norm is behind the matrix (Gemma 2, OLMo 2) the target
+is what the dense model gives to that norm, from its own stream. No parameter is
+added. `refit_all` also refits the matrices
 that read the stream, to what the dense model computes in their place.
 
 How they are solved is in `least_squares`. In large models the first token of a
