@@ -84,6 +84,7 @@ class ModelConfig:
   # are then its KV groups; () = none.
   delta: tuple[int, ...] = ()
   delta_net: DeltaNet | None = None
+  qk_norm_late: bool = False  # behind the rotation, of each head
 
   @property
   def num_layers(self) -> int:

@@ -172,7 +172,7 @@ def check_opening(name, found, version):
   family = name.split("_")[0].removesuffix("-hf")
   none = ("granite", "granitemoehybrid", "olmo2", "ernie4", "gpt")
   tasks = dict.fromkeys(none, ()) | {"gemma3": ("Sequence",)}
-  tasks["olmo3"] = ("Sequence",)
+  tasks["olmo3"] = tasks["hunyuan"] = ("Sequence",)
   wanted = tasks.get(family, ("Sequence", "Token"))
   if name.startswith("qwen3_5"):
     wanted = ("Sequence",)

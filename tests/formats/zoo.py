@@ -104,6 +104,27 @@ CASES = {
       },
     },
   ),
+  "exaone4": ("exaone4", {"sliding_window": 8, "layer_types": KINDS}),
+  "glm": ("glm", {"head_dim": 16}),
+  "glm4": ("glm4", {"head_dim": 16}),
+  "hunyuan_v1_dense": (
+    "hunyuan_v1_dense",
+    {
+      "head_dim": 16,
+      "attention_bias": True,
+      "rope_parameters": {
+        "rope_type": "dynamic",
+        "rope_theta": 1e4,
+        "alpha": 50.0,
+        "factor": 1.0,
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+      },
+    },
+  ),
+  "helium": ("helium", {"head_dim": 4, "attention_bias": True}),
   "gemma": ("gemma", {"head_dim": 16, "tie_word_embeddings": True}),
   "gemma2": (
     "gemma2",
@@ -210,7 +231,8 @@ CASES = {
 # Exports of these are opened by Transformers 5 alone.
 SINCE_5 = ("ernie4_5", "granitemoehybrid", "ministral3", "olmo3", "smollm3")
 SINCE_5 += ("phi3_longrope", "gpt_neox", "seed_oss", "arcee", "nemotron")
-SINCE_5 += ("starcoder2", "qwen3_5_text")
+SINCE_5 += ("starcoder2", "qwen3_5_text", "exaone4", "glm", "helium")
+SINCE_5 += ("hunyuan_v1_dense",)
 
 
 def slow_if(name: str, slow: Collection[str]) -> object:

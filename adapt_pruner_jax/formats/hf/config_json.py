@@ -84,7 +84,9 @@ def read(
   values |= ropes.read(raw, family, values["head_dim"], path)
   L = len(values["kv_groups"])
   values["nope"] = ropes.read_nope(raw, family, L, path)
-  values["window"] = windows.read(raw, family, values["nope"], L, path)
+  window = values["window"] = windows.read(raw, family, values["nope"], L, path)
+  if (still := ropes.nope_of_full(raw, family, window, L)) is not None:
+    values["nope"] = still
   if name.startswith("gemma"):
     values["embed_scale"] = values["hidden_size"] ** 0.5
   return ModelConfig(**{"family": name, **values, **family.fixed})

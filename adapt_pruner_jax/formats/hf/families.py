@@ -14,14 +14,13 @@ from adapt_pruner_jax.formats.hf.defaults import (
   LAYER_NORM,
   LLAMA,
   MULTIPLIERS,
-  NO_IDS,
   OLMO,
   QWEN,
   SILU,
 )
 from adapt_pruner_jax.formats.hf.family import Family
+from adapt_pruner_jax.formats.hf.more_families import MORE
 from adapt_pruner_jax.formats.hf.tensor_names import (
-  DELTA_NET,
   FUSED,
   LAYER,
   NEOX,
@@ -30,7 +29,6 @@ from adapt_pruner_jax.formats.hf.tensor_names import (
   OUTER,
   OUTER_NEOX,
   POST,
-  Q_GATE,
   QK_NORM,
   QK_NORM_ALL,
   SANDWICH,
@@ -61,45 +59,6 @@ FAMILIES = {
     fixed={"qk_norm": "head"},
     tensors=LAYER | QK_NORM,
     windows="last",
-  ),
-  # Qwen 3.5 and 3.6, dense
-  "qwen3_5_text": Family(
-    "qwen3_5",
-    "Qwen3_5",
-    {
-      **COMMON,
-      **SILU,
-      **ATTENTION_BIAS,
-      **NO_IDS,
-      # What the configs inside of the multimodal ones may leave out.
-      "vocab_size": 248320,
-      "hidden_size": 4096,
-      "intermediate_size": 12288,
-      "num_hidden_layers": 32,
-      "num_attention_heads": 16,
-      "num_key_value_heads": 4,
-      "head_dim": 256,
-      "max_position_embeddings": 32768,
-      "partial_rotary_factor": 0.25,
-      "layer_types": None,
-      "full_attention_interval": 4,
-      "linear_conv_kernel_dim": 4,
-      "linear_key_head_dim": 128,
-      "linear_value_head_dim": 128,
-      "linear_num_key_heads": 16,
-      "linear_num_value_heads": 32,
-    },
-    fixed={"norm_offset": 1.0, "qk_norm": "head", "attn_gate": True},
-    tensors=LAYER | QK_NORM | Q_GATE | DELTA_NET,
-    by_head=("q", "q_gate", "q_bias", "q_gate_bias"),
-    must={"hidden_act": "silu"},
-    passed=(
-      *("mtp_num_hidden_layers", "mtp_use_dedicated_embeddings"),
-      *("mamba_ssm_dtype", "mlp_only_layers"),
-    ),
-    delta=True,
-    text="Text",
-    heads=("SequenceClassification",),
   ),
   "gemma": Family(
     "gemma",
@@ -389,6 +348,7 @@ FAMILIES = {
     },
     query_growth=True,
   ),
+  **MORE,
 }
 # MobileLLM is LLaMA under another name; `config_json` translates it.
 SUPPORTED = (*FAMILIES, "mobilellm")

@@ -52,7 +52,7 @@ def heads_are_legal(config: ModelConfig, groups: int) -> bool:
   heads, D = groups * config.queries_per_group, config.hidden_size
   if config.rope.kind == "longrope" and config.family == "phi3":
     return D // heads == config.head_dim  # it counts the factors by these
-  if config.family == "gpt_neox":  # whose heads have no size of their own
+  if config.family in ("gpt_neox", "helium"):  # whose `o` has D inputs
     return heads * config.head_dim == D
   return not FAMILIES[config.family].divides or D % heads == 0
 
@@ -74,10 +74,10 @@ def read_biases(raw: Raw, family: Family) -> dict[str, bool]:
   attention = every or bool(raw.get("attention_bias"))
   mlp = every or bool(raw.get("mlp_bias"))
   extra = raw.get("extra_biases") or ()
+  out = raw.get("attention_out_bias", attention and family.bias_of_o)
   return {
     "qkv_bias": attention,
-    "o_bias": bool(raw.get("attention_out_bias", attention))
-    or family.module_of("o") in extra,
+    "o_bias": bool(out) or family.module_of("o") in extra,
     "gate_up_bias": mlp,
     "down_bias": mlp or family.module_of("down") in extra,
   }

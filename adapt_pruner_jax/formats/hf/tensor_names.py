@@ -87,6 +87,5 @@ SHARED_MLP = {
   "up": "shared_mlp.input_linear.weight",
   "down": "shared_mlp.output_linear.weight",
 }
-FUSED = dict.fromkeys("qkv", "self_attn.qkv_proj.weight") | dict.fromkeys(
-  ("gate", "up"), "mlp.gate_up_proj.weight"
-)
+FUSED_MLP = dict.fromkeys(("gate", "up"), "mlp.gate_up_proj.weight")
+FUSED = dict.fromkeys("qkv", "self_attn.qkv_proj.weight") | FUSED_MLP
