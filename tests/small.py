@@ -8,7 +8,7 @@ import numpy as np
 
 from adapt_pruner_jax.distributed import sharding
 from adapt_pruner_jax.models import axes, model_config
-from adapt_pruner_jax.models.model_config import ModelConfig
+from adapt_pruner_jax.models.model_config import DeltaNet, ModelConfig
 from adapt_pruner_jax.models.rope import Rope
 
 CONFIG = ModelConfig(
@@ -63,6 +63,14 @@ OPTIONS = {
     "attn_scale": 0.3,
     "rope": Rope(partial=0.5, query_growth=0.5, original_context=8),
     "nope": (0, 1, 0),
+  },
+  "delta": {
+    "delta": (0, 1, 0),
+    "delta_net": DeltaNet(values_per_key=2, key_dim=4, value_dim=6, taps=3),
+    "attn_gate": True,
+    "qkv_bias": True,
+    "qk_norm": "head",
+    "norm_offset": 1.0,
   },
 }
 

@@ -5,6 +5,11 @@
   K KV heads of this layer                G query heads per KV head
   N = K * G query heads                   F MLP width of this layer
 
+Of a layer with a gated delta net in place of attention (`delta_net`):
+  Z key heads of this layer               A value heads per key head
+  U channels of a key                     Y channels of a value
+  C taps of its convolutions
+
 The residual width has three letters, by place: D in front of a layer, M between
 its attention and its MLP, E behind it. They only differ in models cut by
 SliceGPT; everywhere else M = E = D, and activations just say D.
@@ -15,7 +20,9 @@ the reshape to and from HuggingFace tensors, the weight-decay mask.
 
 K and F are the *unit letters*: a layer's KV groups and its MLP channels are
 what can be pruned. Per-layer data about units is always a dict
-{"K": ..., "F": ...}.
+{"K": ..., "F": ...}. A key head of a gated delta net, with the value heads that
+it serves, is a KV group of its layer: a unit of letter K, whose dim in the
+table is Z, since stacked layers may have other numbers of both.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -45,6 +52,21 @@ AXES = {
   "k_norm": "H",
   "q_norm_all": "KGH",  # over all heads together (OLMo 2)
   "k_norm_all": "KH",
+  "q_gate": "DKGH",  # of what each head says
+  "q_gate_bias": "KGH",
+  "delta_q": "DZU",
+  "delta_k": "DZU",
+  "delta_v": "DZAY",
+  "delta_conv_q": "ZUC",
+  "delta_conv_k": "ZUC",
+  "delta_conv_v": "ZAYC",
+  "delta_gate": "DZAY",  # of what each value head says
+  "delta_beta": "DZA",  # how much is learned of a token
+  "delta_decay": "DZA",  # how much is forgotten at it, as the two below
+  "delta_decay_bias": "ZA",
+  "delta_log_rate": "ZA",
+  "delta_norm": "Y",
+  "delta_o": "ZAYM",
   "attn_post_norm": "M",
   "attn_shortcut": "DM",
   "mlp_norm": "M",
@@ -62,9 +84,21 @@ AXES = {
 BATCH = ("data", "fsdp")  # mesh axes that cut B
 RESIDUAL = "DME"
 UNITS = "KF"
+LETTERS = {"K": "K", "Z": "K", "F": "F"}  # of the dims that are units
+# Parameters of a layer with a gated delta net, and of one with attention.
+DELTA = tuple(name for name in AXES if name.startswith("delta_"))
+ATTENTION = ("q", "q_gate", "k", "v", "o", "q_bias", "q_gate_bias", "k_bias")
+ATTENTION += ("v_bias", "o_bias", "q_norm", "k_norm")
+ATTENTION += ("q_norm_all", "k_norm_all")
 # The matrices whose salience makes up the score of a unit; an MLP may have no
-# gate. Biases and norms never enter a score.
-SCORED = {"K": ("q", "k", "v", "o"), "F": ("gate", "up", "down")}
+# gate, an attention has no delta net. Biases and norms never enter a score.
+SCORED = {
+  "K": (
+    *("q", "k", "v", "o", "q_gate", "delta_q", "delta_k", "delta_v"),
+    *("delta_gate", "delta_beta", "delta_decay", "delta_o"),
+  ),
+  "F": ("gate", "up", "down"),
+}
 
 Params = dict[str, Any]
 
@@ -79,9 +113,15 @@ def shape(name: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
   return tuple(sizes[letter] for letter in AXES[name])
 
 
+def cut_of(name: str) -> str | None:
+  """The letter of the dim that parameter `name` is cut along, or None."""
+  return next((letter for letter in AXES[name] if letter in LETTERS), None)
+
+
 def unit_of(name: str) -> str | None:
   """The unit letter that parameter `name` is cut along, or None."""
-  return next((u for u in UNITS if u in AXES[name]), None)
+  letter = cut_of(name)
+  return letter and LETTERS[letter]
 
 
 def take(name: str, array: jax.Array, indices: Mapping[str, Any]) -> jax.Array:
@@ -99,7 +139,8 @@ def take(name: str, array: jax.Array, indices: Mapping[str, Any]) -> jax.Array:
   if unit is None:
     return array
   library = np if isinstance(array, np.ndarray) else jnp
-  return library.take(array, indices[unit], axis=AXES[name].index(unit))
+  axis = AXES[name].index(cut_of(name))
+  return library.take(array, indices[unit], axis=axis)
 
 
 def put(
@@ -111,7 +152,7 @@ def put(
     name: of the parameter.
     array: what `take` has kept.
     indices: where its units go, {"K": int [k], "F": int [f]}.
-    sizes: {"K": int, "F": int}, the full numbers of units.
+    sizes: of each letter, the full numbers of units.
 
   Returns:
     The larger array; `array` itself where it has no units.
@@ -119,9 +160,9 @@ def put(
   unit = unit_of(name)
   if unit is None:
     return array
-  axis = AXES[name].index(unit)
+  axis = AXES[name].index(cut_of(name))
   full = list(array.shape)
-  full[axis] = sizes[unit]
+  full[axis] = sizes[cut_of(name)]
   at = (slice(None),) * axis + (indices[unit],)
   if isinstance(array, np.ndarray):
     made = np.zeros(full, array.dtype)
@@ -136,15 +177,17 @@ def mask(name: str, array: jax.Array, masks: Mapping[str, Any]) -> jax.Array:
   Args:
     name: of the parameter.
     array: with all units.
-    masks: {"K": bool [K], "F": bool [F]}, False where to zero.
+    masks: {"K": bool [K], "F": bool [F]}, False where to zero; what is beyond
+      the units of this kind of layer is not read.
   """
   unit = unit_of(name)
   if unit is None:
     return array
-  axis = AXES[name].index(unit)
+  axis = AXES[name].index(cut_of(name))
   shape_ = [1] * array.ndim
   shape_[axis] = array.shape[axis]
-  return array * masks[unit].reshape(shape_).astype(array.dtype)
+  mask_U = masks[unit][: array.shape[axis]]
+  return array * mask_U.reshape(shape_).astype(array.dtype)
 
 
 def layer_name(index: int) -> str:

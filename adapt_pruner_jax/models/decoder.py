@@ -223,6 +223,8 @@ def finish(config: ModelConfig, raw_BTV: jax.Array) -> jax.Array:
 def _initializer(name: str, config: ModelConfig):
   if name.endswith("bias"):
     return nn.initializers.zeros
+  if name == "delta_norm":
+    return nn.initializers.ones
   if "norm" in name:
     return nn.initializers.constant(1.0 - config.norm_offset)
   return nn.initializers.normal(0.02)

@@ -245,7 +245,7 @@ def refitting(config: Config, full: ModelConfig, mesh: Mesh) -> Bytes:
   stream = 4 * number * recipe.seq_len * full.hidden_size
   wide = surgery.dense(full)
   channels = max(
-    wide.kv_groups[0] * full.queries_per_group * full.head_dim,
+    *wide.head_channels(),
     wide.ffn_widths[0],
     full.hidden_size,
   )
@@ -263,7 +263,7 @@ def refitting(config: Config, full: ModelConfig, mesh: Mesh) -> Bytes:
   if config.prune.refit_all:  # what gate and up give, and should give
     outputs = max(
       2 * wide.ffn_widths[0],
-      wide.kv_groups[0] * (full.queries_per_group + 2) * full.head_dim,
+      3 * max(wide.head_channels()),
     )
     fed = max(fed, 2 * 4 * rows * recipe.seq_len * (full.hidden_size + outputs))
     equations = max(equations, full.hidden_size**2 + full.hidden_size * outputs)

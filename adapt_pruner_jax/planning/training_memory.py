@@ -120,6 +120,5 @@ def compile_train(
 
 def few_layers(config: ModelConfig, layers: int) -> ModelConfig:
   """The model with its first layers only, each as wide as the widest."""
-  widest = {u: (max(w),) * layers for u, w in config.units().items()}
   first = [i % config.num_layers for i in range(layers)]
-  return config.with_layers(first).with_units(widest)
+  return surgery.dense(config).with_layers(first)

@@ -19,6 +19,7 @@ from adapt_pruner_jax.pruning import (
   allotment,
   curvature,
   fisher,
+  least_squares,
   linear_algebra,
   refit,
   refit_loss,
@@ -74,6 +75,11 @@ AROUND = {
   "minitron": {"prepare": minitron.prepare, "finish": shortgpt.finish},
   "surgeon": {"prepare": surgeon.prepare, "update": surgeon.update},
 }
+
+# Methods that prune models with layers of two kinds.
+OF_ALL_KINDS = (
+  *("adapt", "fisher", "llm_pruner", "magnitude", "random", "shortgpt"),
+)
 
 
 def method_of(settings: Prune) -> Method:
@@ -161,6 +167,12 @@ def _solved(
     )
 
 
+def _by_gates(settings: Prune) -> bool:
+  """Whether a method sees units by what they do, not by one kind of matrix."""
+  measured = settings.pair()[1] in (*scores.KINDS, "fisher", "shortgpt")
+  return measured and settings.method in OF_ALL_KINDS
+
+
 def resumes(settings: Prune) -> bool:
   """Whether a prune can go on from one of its steps: all by masks can."""
   return settings.method != "slicegpt"
@@ -186,10 +198,19 @@ def check(config: ModelConfig, settings: Prune) -> None:
       "SliceGPT changes the residual width, which a refit compares: give "
       "--config.prune.refit=none"
     )
+  if any(config.delta) and not _by_gates(settings):
+    raise UserError(
+      f"{config.family} has layers with a gated delta net in place of "
+      "attention, which this method does not measure: choose "
+      f"--config.prune.method={', '.join(OF_ALL_KINDS)}, with "
+      f"--config.prune.group_importance={', '.join(scores.KINDS)} or fisher"
+    )
   if settings.method == "minitron":
     minitron.check(config, settings)
   if settings.method == "surgeon":
     surgeon.check(settings)
   inverts = settings.pair()[1] in ("curvature", "surgeon")
-  if inverts or settings.method == "surgeon" or settings.solves():
+  if inverts or settings.method == "surgeon":
     linear_algebra.check(config)
+  if settings.solves():
+    least_squares.check(config)

@@ -86,9 +86,13 @@ def relative_to(kept: Kept, left: Kept) -> Kept:
 
 
 def dense(full: ModelConfig) -> ModelConfig:
-  """The config of the stacked coordinates: all layers as wide as the widest."""
-  width = {u: np.full(full.num_layers, max(w)) for u, w in full.units().items()}
-  return with_widths(full, width)
+  """The config of the stacked coordinates: all layers as wide as the widest.
+
+  Of two kinds of layer, each as the widest of its kind.
+  """
+  widest = [full.most_groups(full.is_delta(i)) for i in range(full.num_layers)]
+  F = np.full(full.num_layers, max(full.ffn_widths))
+  return with_widths(full, {"K": np.array(widest), "F": F})
 
 
 def gather(
@@ -126,6 +130,7 @@ def expand(
   """Params in dense stacked coordinates: {"layers": {name: [L, ...]}, outer}.
 
   Inverse of `compact`: removed units are zeros, norms of absent halves ones.
+  Of two kinds of layer, each has the parameters of both.
 
   Args:
     config, params: the model as it is now.
@@ -157,7 +162,11 @@ def expand(
 
 
 def widen(
-  layer: Params, at: Mapping[str, np.ndarray], wide: ModelConfig, like: Any
+  layer: Params,
+  at: Mapping[str, np.ndarray],
+  wide: ModelConfig,
+  like: Any,
+  index: int = 0,
 ) -> Params:
   """One layer in dense coordinates, zero where it has no units.
 
@@ -168,10 +177,11 @@ def widen(
     at: where its units go, {"K": int [k], "F": int [f]}.
     wide: from `dense`.
     like: any array of the same model, for its dtype and its library.
+    index: which layer it is.
   """
   return {
-    n: _widened(n, layer, at, wide.sizes(0), like)
-    for n in model_config.layer_names(wide)
+    n: _widened(n, layer, at, wide.sizes(index), like)
+    for n in model_config.layer_names(wide, index)
   }
 
 

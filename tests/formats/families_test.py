@@ -109,6 +109,7 @@ def test_defaults_are_those_of_transformers(family):
     ("qwen2", 30),
     ("olmo3", 9),
     ("smollm3", 9),
+    ("exaone4", 9),
   ],
 )
 def test_windows_are_those_of_transformers(family, layers):
@@ -123,8 +124,27 @@ def test_windows_are_those_of_transformers(family, layers):
   assert 0 in expected
   assert 8 in expected
   assert list(config.window) == expected
-  still = getattr(peer, "no_rope_layers", [1] * layers)
-  assert list(config.nope or (0,) * layers) == [1 - i for i in still]
+  still = [1 - i for i in getattr(peer, "no_rope_layers", [1] * layers)]
+  if family == "exaone4":  # global layers, where others are local
+    still = [int(not size) for size in expected]
+  assert list(config.nope or (0,) * layers) == still
+
+
+def test_exaone_without_windows_turns_everywhere():
+  fields = {**zoo.BASE, "model_type": "exaone4", "sliding_window": None}
+  with pytest.raises(UserError, match="sliding_window=None must be at least"):
+    config_json.read(fields)
+  fields["layer_types"] = ["full_attention"] * 3
+  config = config_json.read(fields)
+  assert (config.nope, config.window) == ((), ())
+  assert config_json.write(config)["sliding_window"] is None
+  still = config_json.read(fields | {"sliding_window": 8})
+  assert still.nope == (1, 1, 1)
+  assert config_json.write(still)["sliding_window"] == 4096
+  with pytest.raises(UserError, match="pattern='LLLG' must be int"):
+    config_json.read(
+      fields | {"layer_types": None, "sliding_window_pattern": "LLLG"}
+    )
 
 
 def test_a_pattern_that_transformers_does_not_read():
@@ -339,6 +359,9 @@ def test_families_that_refuse_by_name():
     ("granitemoehybrid", {}, "num_local_experts=8 is not supported"),
     ("granitemoehybrid", dense, "layer_types=None"),
     ("granitemoehybrid", dense | kinds, "layer 1 is of the kind mamba"),
+    ("qwen3_5_text", {"layer_types": ["mamba"] * 3}, "kind mamba is not supp"),
+    ("qwen3_5_text", {"linear_num_value_heads": 7}, "7 value heads on 16 key"),
+    ("qwen3_5_text", {"attn_output_gate": False}, "attn_output_gate=False"),
     ("smollm3", {"no_rope_layers": [1]}, "no_rope_layers must name 3 layers"),
     ("phi3", {"rope_scaling": {"type": "linear"}}, "rope type linear"),
     ("gemma2", {"sliding_window": None}, "sliding_window"),

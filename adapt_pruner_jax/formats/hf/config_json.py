@@ -6,6 +6,7 @@ from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.formats.hf import (
   fields,
   fp8,
+  kinds,
   layers,
   ropes,
   text_part,
@@ -83,7 +84,9 @@ def read(
   values |= ropes.read(raw, family, values["head_dim"], path)
   L = len(values["kv_groups"])
   values["nope"] = ropes.read_nope(raw, family, L, path)
-  values["window"] = windows.read(raw, family, values["nope"], L, path)
+  window = values["window"] = windows.read(raw, family, values["nope"], L, path)
+  if (still := ropes.nope_of_full(raw, family, window, L)) is not None:
+    values["nope"] = still
   if name.startswith("gemma"):
     values["embed_scale"] = values["hidden_size"] ** 0.5
   return ModelConfig(**{"family": name, **values, **family.fixed})
@@ -123,6 +126,7 @@ def write(config: ModelConfig) -> dict[str, Any]:
       raw[name] = field.write(getattr(config, field.name))
   raw |= layers.write_biases(config) | ropes.write(config, family)
   raw |= windows.write(config, family) | ropes.write_nope(config, family)
+  raw |= kinds.write(config, family)
   raw |= family.must | family.written
   for usual, own in family.renamed.items():
     raw[own] = raw.pop(usual)

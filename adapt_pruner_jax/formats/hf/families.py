@@ -19,6 +19,7 @@ from adapt_pruner_jax.formats.hf.defaults import (
   SILU,
 )
 from adapt_pruner_jax.formats.hf.family import Family
+from adapt_pruner_jax.formats.hf.more_families import MORE
 from adapt_pruner_jax.formats.hf.tensor_names import (
   FUSED,
   LAYER,
@@ -347,6 +348,7 @@ FAMILIES = {
     },
     query_growth=True,
   ),
+  **MORE,
 }
 # MobileLLM is LLaMA under another name; `config_json` translates it.
 SUPPORTED = (*FAMILIES, "mobilellm")

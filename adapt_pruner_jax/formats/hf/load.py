@@ -259,6 +259,9 @@ class Stored:
     cut = dict(zip(axes.AXES[self.name], index, strict=True))
     sizes, ranges = dict(self.sizes), []
     for letters in tensors.hf_letters(self.name):
+      if not letters:
+        ranges.append(slice(None))
+        continue
       first, inner = letters[0], math.prod(sizes[x] for x in letters[1:])
       start, stop, _ = cut[first].indices(sizes[first])
       ranges.append(slice(start * inner, stop * inner))

@@ -18,6 +18,7 @@ from adapt_pruner_jax.errors import UserError, nearest
 from adapt_pruner_jax.formats.hf import (
   card,
   config_json,
+  kinds,
   layers,
   parent_files,
   reopen,
@@ -32,8 +33,9 @@ from adapt_pruner_jax.models.model_config import ModelConfig, layer_names
 from adapt_pruner_jax.storage import json_files, publish
 
 FORMATS = ("hf", "hf_uniform")
-# GPT-NeoX makes heads of hidden_size / heads channels.
-RESIZE = """\
+# GPT-NeoX makes heads of hidden_size / heads channels, Helium an `o` of D
+# inputs.
+RESIZE_NEOX = """\
   attention, heads = layer.attention, sizes.num_attention_heads
   size, width = config.head_dim, config.hidden_size
   has_bias = attention.dense.bias is not None
@@ -41,6 +43,29 @@ RESIZE = """\
   attention.query_key_value = nn.Linear(width, 3 * heads * size, bias=has_bias)
   attention.dense = nn.Linear(heads * size, width, bias=has_bias)
 """
+RESIZE_HELIUM = """\
+  inputs = sizes.num_attention_heads * config.head_dim
+  layer.self_attn.o_proj = nn.Linear(inputs, config.hidden_size, bias=False)
+"""
+RESIZE = {"gpt_neox": RESIZE_NEOX, "helium": RESIZE_HELIUM}
+# Layers may have a gated delta net instead.
+NO_DELTA = """
+
+class NoDelta(nn.Module):
+  \"""In place of a gated delta net without heads.\"""
+
+  def forward(self, hidden_states, **others):
+    return torch.zeros_like(hidden_states)
+"""
+COUNT_DELTA = """\
+  if config.layer_types[index] == "linear_attention":
+    heads = sizes.linear_num_key_heads
+"""
+TAKE_OUT_DELTA = """\
+    if hasattr(layer, "linear_attn"):
+      layer.linear_attn = NoDelta()
+    else:
+  """
 MARKS = (CONFIG, MANIFEST)  # by which a directory is one of a model
 
 
@@ -179,7 +204,11 @@ def _write_classes(folder: Path, config: ModelConfig) -> None:
     "model_class": family.model_class,
     "body": family.body,
     "layer_class": f"{family.prefix}{family.layer}",
-    "resize": RESIZE if config.family == "gpt_neox" else "",
+    "resize": RESIZE.get(config.family, ""),
+    "more_heads": "".join(f', "{n}"' for n in kinds.SIZES * family.delta),
+    "no_delta": NO_DELTA * family.delta,
+    "count_delta": COUNT_DELTA * family.delta,
+    "take_out_delta": TAKE_OUT_DELTA * family.delta,
     "attention": attention,
     "o": o,
     "mlp": mlp,

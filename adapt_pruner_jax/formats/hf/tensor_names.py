@@ -58,6 +58,21 @@ QK_NORM = {
   "k_norm": "self_attn.k_norm.weight",
 }
 QK_NORM_ALL = {f"{name}_all": tensor for name, tensor in QK_NORM.items()}
+Q_GATE = {  # each head's rows behind those of its queries
+  "q_gate": "self_attn.q_proj.weight",
+  "q_gate_bias": "self_attn.q_proj.bias",
+}
+DELTA_NET = {
+  **{f"delta_{n}": "linear_attn.in_proj_qkv.weight" for n in "qkv"},
+  **{f"delta_conv_{n}": "linear_attn.conv1d.weight" for n in "qkv"},
+  "delta_gate": "linear_attn.in_proj_z.weight",
+  "delta_beta": "linear_attn.in_proj_b.weight",
+  "delta_decay": "linear_attn.in_proj_a.weight",
+  "delta_decay_bias": "linear_attn.dt_bias",
+  "delta_log_rate": "linear_attn.A_log",
+  "delta_norm": "linear_attn.norm.weight",
+  "delta_o": "linear_attn.out_proj.weight",
+}
 SANDWICH = {
   "attn_post_norm": "post_attention_layernorm.weight",
   "mlp_norm": "pre_feedforward_layernorm.weight",
@@ -72,6 +87,5 @@ SHARED_MLP = {
   "up": "shared_mlp.input_linear.weight",
   "down": "shared_mlp.output_linear.weight",
 }
-FUSED = dict.fromkeys("qkv", "self_attn.qkv_proj.weight") | dict.fromkeys(
-  ("gate", "up"), "mlp.gate_up_proj.weight"
-)
+FUSED_MLP = dict.fromkeys(("gate", "up"), "mlp.gate_up_proj.weight")
+FUSED = dict.fromkeys("qkv", "self_attn.qkv_proj.weight") | FUSED_MLP

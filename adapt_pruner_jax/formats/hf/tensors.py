@@ -63,7 +63,8 @@ def places(config: ModelConfig, repeats: int = 1) -> dict[Key, Place]:
       tensor = f"{family.body}.layers.{i // repeats}.{names[name]}"
       start = filled.get(tensor, 0)
       rows = hf_shape(name, config.sizes(i))[0]
-      blocks = config.kv_groups[i] if name in family.by_head else 1
+      heads = config.kv_groups[i] * config.queries_per_group
+      blocks = heads if name in family.by_head else 1
       found[i, name] = Place(tensor, start, rows, blocks)
       filled[tensor] = start + rows // blocks
   return found
@@ -105,7 +106,9 @@ def own_rows(tensor: np.ndarray, place: Place) -> np.ndarray:
 def hf_letters(name: str) -> tuple[str, ...]:
   """The letters of each dim of the tensor: ("KGH", "D") for `q`."""
   letters = axes.AXES[name]
-  if "norm" in name or name.endswith("bias"):
+  if "conv" in name:  # each channel has one input
+    return letters[:-1], "", letters[-1]
+  if not {*letters} & {*axes.RESIDUAL} or len(letters) == 1:
     return (letters,)
   if name == "embedding":
     return ("V", "D")
