@@ -4,6 +4,7 @@
   D residual width   H head_dim           V vocabulary
   K KV heads of this layer                G query heads per KV head
   N = K * G query heads                   F MLP width of this layer
+  X experts of a layer, each an MLP of width F
 
 The residual width has three letters, by place: D in front of a layer, M between
 its attention and its MLP, E behind it. They only differ in models cut by
@@ -15,7 +16,9 @@ the reshape to and from HuggingFace tensors, the weight-decay mask.
 
 K and F are the *unit letters*: a layer's KV groups and its MLP channels are
 what can be pruned. Per-layer data about units is always a dict
-{"K": ..., "F": ...}.
+{"K": ..., "F": ...}. In a layer of experts a unit of letter F is one channel in
+each of them, of each expert another one: indices are int [X, f] there, masks
+bool [X, F].
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -55,6 +58,10 @@ AXES = {
   "gate_bias": "F",
   "up_bias": "F",
   "down_bias": "E",
+  "router": "MX",
+  "moe_gate": "XMF",
+  "moe_up": "XMF",
+  "moe_down": "XFE",
   "mlp_post_norm": "E",
   "mlp_shortcut": "ME",
 }
@@ -64,7 +71,10 @@ RESIDUAL = "DME"
 UNITS = "KF"
 # The matrices whose salience makes up the score of a unit; an MLP may have no
 # gate. Biases and norms never enter a score.
-SCORED = {"K": ("q", "k", "v", "o"), "F": ("gate", "up", "down")}
+SCORED = {
+  "K": ("q", "k", "v", "o"),
+  "F": ("gate", "up", "down", "moe_gate", "moe_up", "moe_down"),
+}
 
 Params = dict[str, Any]
 
@@ -90,7 +100,8 @@ def take(name: str, array: jax.Array, indices: Mapping[str, Any]) -> jax.Array:
   Args:
     name: of the parameter.
     array: the parameter, of numpy or of JAX.
-    indices: {"K": int [k], "F": int [f]}, the units to keep, in their order.
+    indices: {"K": int [k], "F": int [f] or [X, f]}, the units to keep, in
+      their order.
 
   Returns:
     The smaller array; `array` itself where it has no units.
@@ -99,7 +110,15 @@ def take(name: str, array: jax.Array, indices: Mapping[str, Any]) -> jax.Array:
   if unit is None:
     return array
   library = np if isinstance(array, np.ndarray) else jnp
-  return library.take(array, indices[unit], axis=AXES[name].index(unit))
+  units, axis = indices[unit], AXES[name].index(unit)
+  if AXES[name][0] == "X":
+    return library.take_along_axis(array, _by_expert(units, axis), axis)
+  return library.take(array, units, axis=axis)
+
+
+def _by_expert(units_XF: np.ndarray, axis: int) -> np.ndarray:
+  """Units of each expert, to index a [X, ..] array of three dims with."""
+  return np.expand_dims(units_XF, 3 - axis)
 
 
 def put(
@@ -110,7 +129,7 @@ def put(
   Args:
     name: of the parameter.
     array: what `take` has kept.
-    indices: where its units go, {"K": int [k], "F": int [f]}.
+    indices: where its units go, as of `take`.
     sizes: {"K": int, "F": int}, the full numbers of units.
 
   Returns:
@@ -123,6 +142,9 @@ def put(
   full = list(array.shape)
   full[axis] = sizes[unit]
   at = (slice(None),) * axis + (indices[unit],)
+  if AXES[name][0] == "X":
+    at = tuple(np.ogrid[tuple(map(slice, array.shape))])
+    at = (*at[:axis], _by_expert(indices[unit], axis), *at[axis + 1 :])
   if isinstance(array, np.ndarray):
     made = np.zeros(full, array.dtype)
     made[at] = array
@@ -136,7 +158,7 @@ def mask(name: str, array: jax.Array, masks: Mapping[str, Any]) -> jax.Array:
   Args:
     name: of the parameter.
     array: with all units.
-    masks: {"K": bool [K], "F": bool [F]}, False where to zero.
+    masks: {"K": bool [K], "F": bool [F] or [X, F]}, False where to zero.
   """
   unit = unit_of(name)
   if unit is None:
@@ -144,6 +166,8 @@ def mask(name: str, array: jax.Array, masks: Mapping[str, Any]) -> jax.Array:
   axis = AXES[name].index(unit)
   shape_ = [1] * array.ndim
   shape_[axis] = array.shape[axis]
+  if AXES[name][0] == "X":
+    shape_[0] = len(array)
   return array * masks[unit].reshape(shape_).astype(array.dtype)
 
 

@@ -12,7 +12,7 @@ def forward_flops(config: ModelConfig, seq_len: int) -> tuple[float, float]:
   """
   matrix = config.vocab_size * config.hidden_size
   outside = matrix * (1 if config.tied else 2)
-  inside = model_config.count_params(config) - outside
+  inside = model_config.count_params(config) - outside - _not_asked(config)
   scores = (
     2
     * seq_len
@@ -21,6 +21,16 @@ def forward_flops(config: ModelConfig, seq_len: int) -> tuple[float, float]:
     * sum(config.kv_groups)
   )  # q k^T and a v
   return 2.0 * (inside + scores), 2.0 * matrix
+
+
+def _not_asked(config: ModelConfig) -> float:
+  """Parameters of the experts that a token is not sent to."""
+  if not config.experts:
+    return 0
+  share = 1 - config.experts_per_token / config.experts
+  return (
+    3 * config.hidden_size * config.experts * sum(config.ffn_widths) * share
+  )
 
 
 def training_flops(config: ModelConfig, seq_len: int) -> float:

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adapt_pruner_jax.models import axes
+from adapt_pruner_jax.models import axes, experts
 from adapt_pruner_jax.models.arithmetic import (
   ACTIVATIONS,
   layer_norm,
@@ -57,7 +57,8 @@ class Tap(NamedTuple):
 
   Attributes:
     fed: {"K": [B, T, K, G, H], "F": [B, T, F]}: the inputs of `o` and `down`
-      before masks; None where a half is absent, no entry where it was not run.
+      before masks, of experts as `experts.Routed`; None where a half is absent,
+      no entry where it was not run.
     between: what is between the halves, see `stream`; None after just one
       half.
     cache: the layer's keys and values, new ones in their columns; None where
@@ -122,7 +123,8 @@ def run_layer(
     place: from `place`, or one of `places` inside a scan.
     inputs: what attention knows about the rows.
     x_BTD: the residual stream in front of the layer.
-    masks: {"K": bool [K], "F": bool [F]}, the units that count; None = all.
+    masks: {"K": bool [K], "F": bool [F] or [X, F]}, the units that count;
+      None, or no entry = all.
     cache: keys and values of the columns of `inputs.cached`.
 
   Returns:
@@ -160,8 +162,11 @@ def run_half(
   """
   fed, cache = read(unit, config, weights, place, inputs, x_BTD, masks, cache)
   counted = fed
-  if fed is not None and masks is not None:
-    counted = fed * spread_mask(masks[unit], fed)
+  if fed is not None and masks is not None and unit in masks:
+    if isinstance(fed, experts.Routed):
+      counted = experts.masked(fed, masks[unit])
+    else:
+      counted = fed * spread_mask(masks[unit], fed)
   y_BTD = write(unit, config, weights, x_BTD, counted)
   return y_BTD, Tap({unit: fed}, cache=cache)
 
@@ -180,7 +185,7 @@ def read(
   x_BTD: jax.Array,
   masks: Mapping[str, jax.Array] | None = None,
   cache: Cache | None = None,
-) -> tuple[jax.Array | None, Cache | None]:
+) -> tuple[jax.Array | experts.Routed | None, Cache | None]:
   """What the units of a half make of the stream: the input of `o` or `down`.
 
   Args:
@@ -189,8 +194,8 @@ def read(
       masked ones say is not zeroed here.
 
   Returns:
-    [B, T, K, G, H] or [B, T, F], None if the half is absent; and the layer's
-    keys and values, None of an MLP.
+    [B, T, K, G, H] or [B, T, F] or what experts made, None if the half is
+    absent; and the layer's keys and values, None of an MLP.
   """
   if not count(unit, weights):
     return None, None
@@ -204,7 +209,7 @@ def write(
   config: ModelConfig,
   weights: Params,
   x_BTD: jax.Array,
-  fed: jax.Array | None,
+  fed: jax.Array | experts.Routed | None,
 ) -> jax.Array:
   """Writes what units have made to the residual stream.
 
@@ -220,7 +225,9 @@ def write(
   half, bias = NAMES[unit], f"{WRITERS[unit]}_bias"
   front_BTD, x_BTD = x_BTD, stream(config, x_BTD)
   y_BTD = None
-  if fed is not None:
+  if isinstance(fed, experts.Routed):
+    y_BTD = experts.write(fed, weights["moe_down"], x_BTD.shape[:2])
+  elif fed is not None:
     equation = {"K": "btkgh,kghd->btd", "F": "btf,fd->btd"}[unit]
     y_BTD = project(equation, fed, weights[WRITERS[unit]])
   if config.residual:
@@ -252,6 +259,8 @@ def stream(config: ModelConfig, x: jax.Array) -> jax.Array:
 
 def count(unit: str, weights: Params) -> int:
   """Units of a half of a layer; 0 = it is absent."""
+  if unit == "F" and "moe_down" in weights:
+    return weights["moe_down"].shape[1]
   writer = WRITERS[unit]
   return weights[writer].shape[0] if writer in weights else 0
 
@@ -369,9 +378,11 @@ def _norm_all(config, scale, x_BTKH, masks):
 
 
 def _channels(config, weights, x_BTD):
-  """The MLP's activations, [B, T, F]."""
+  """The MLP's activations, [B, T, F], or what its experts make of them."""
   w, c = weights, config
   h_BTD = norm(c, w, "mlp_norm", x_BTD)
+  if c.experts:
+    return experts.read(c, w, h_BTD)
   up_BTF = project("btd,df->btf", h_BTD, w["up"])
   if c.gate_up_bias:
     up_BTF = up_BTF + w["up_bias"]

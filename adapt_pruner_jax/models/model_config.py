@@ -69,6 +69,11 @@ class ModelConfig:
   bos_id: int | None = None
   eos_ids: tuple[int, ...] = ()
   pad_id: int | None = None
+  experts: int = 0  # X, MLPs of which each token sees some; 0 = one MLP
+  experts_per_token: int = 0
+  router_norm: bool = False  # weights of a token's experts add up to one
+  router_loss: float = 0.0  # what the balance of experts counts for
+  router_loss_on: bool = False  # whether it counts in training at all
 
   @property
   def num_layers(self) -> int:
@@ -85,6 +90,7 @@ class ModelConfig:
       "V": self.vocab_size,
       "G": self.queries_per_group,
       "H": self.head_dim,
+      "X": self.experts,
     }
     sizes |= {
       "D": self.hidden_size,
@@ -194,6 +200,8 @@ def layer_names(config: ModelConfig, layer: int | None = None) -> list[str]:
   """
   attention = ["q", "k", "v", "o"]
   mlp = ["gate"] * config.gated + ["up", "down"]
+  if config.experts:
+    mlp = ["router", "moe_gate", "moe_up", "moe_down"]
   attention += ["q_bias", "k_bias", "v_bias"] * config.qkv_bias
   attention += {
     "": [],
@@ -255,7 +263,7 @@ def unit_cost(config: ModelConfig) -> dict[str, int]:
   """Number of parameters that go with a unit.
 
   Returns:
-    {"K": of one KV group, "F": of one MLP channel}.
+    {"K": of one KV group, "F": of one MLP channel, or one in each expert}.
   """
   sizes = config.sizes() | {"K": 1, "F": 1}
   cost = dict.fromkeys(axes.UNITS, 0)

@@ -93,7 +93,7 @@ def _token_bytes(
   width = (
     4 * c.hidden_size
     + (3 * heads + 3 * groups) * c.head_dim
-    + 4 * c.ffn_widths[layer] / tensor
+    + 4 * c.ffn_widths[layer] * max(c.experts_per_token, 1) / tensor
   )
   scores = 3 * heads * config.data.seq_len * 4  # float32, as written
   return width * jnp.dtype(config.train.dtype).itemsize + scores

@@ -156,7 +156,10 @@ def half(
     return CACHED * settings.budget_batch * numbers
   sizes = config.sizes(layer) | {unit: width}
   names, what = _names(config), file_bytes.Layer(layer, config.num_layers)
-  total = sum(_tensor(settings, n, sizes, what) for n in names[unit])
+  total = sum(
+    _tensor(settings, n, _asked(config, settings, n, sizes), what)
+    for n in names[unit]
+  )
   if settings.budget == "flops" and unit == "K":
     heads = config.queries_per_group * width
     total = total + 4 * config.head_dim * heads * seen
@@ -193,6 +196,15 @@ def _tensor(
   if settings.budget == "bytes":
     return file_bytes.tensor(settings.budget_export, name, sizes, what)
   return 2 * numbers if settings.budget == "flops" else numbers
+
+
+def _asked(
+  config: ModelConfig, settings: Prune, name: str, sizes: Mapping
+) -> Mapping:
+  """Of a parameter, what a token's FLOPs are of: it sees some experts only."""
+  if settings.budget == "flops" and axes.AXES[name][0] == "X":
+    return {**sizes, "X": config.experts_per_token}
+  return sizes
 
 
 def _names(config: ModelConfig) -> dict[str, list[str]]:

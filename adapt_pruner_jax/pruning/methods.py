@@ -51,6 +51,7 @@ MEASURES = {
   "minitron": minitron.measure,
   "surgeon": surgeon.measure,
 }
+OF_EXPERTS = (*scores.KINDS, "fisher", "shortgpt")  # scores of channels in them
 # How much goes where, by `prune.allotment` or a method's own name.
 ALLOTMENTS = {
   "adapt": allotment.adapt,
@@ -190,6 +191,20 @@ def check(config: ModelConfig, settings: Prune) -> None:
     minitron.check(config, settings)
   if settings.method == "surgeon":
     surgeon.check(settings)
+  if config.experts:
+    _check_experts(config, settings)
   inverts = settings.pair()[1] in ("curvature", "surgeon")
   if inverts or settings.method == "surgeon" or settings.solves():
     linear_algebra.check(config)
+
+
+def _check_experts(config: ModelConfig, settings: Prune) -> None:
+  """Raises a UserError for what does not look into experts."""
+  score = settings.pair()[1]
+  if settings.method == "slicegpt" or score not in OF_EXPERTS:
+    raise UserError(
+      f"{config.family} is a mixture of experts, whose channels "
+      f"{settings.method if score == settings.method else score} does not "
+      "score: choose --config.prune.method=adapt, fisher, llm_pruner, "
+      "magnitude or random"
+    )

@@ -97,7 +97,7 @@ def _measure_step(
   Args:
     config: equal layers (`surgery.dense`): K and F are the stacked sizes.
     stacked: from `surgery.expand`.
-    masks: {"K": bool [L, K], "F": bool [L, F]}, the units that are left.
+    masks: units that are left, as `surgery.Masks`.
     tokens_MBT: M minibatches of B sequences.
     valid_MB: False for rows that only pad the last minibatch.
     kind: one of KINDS.
@@ -204,7 +204,8 @@ def group_scores(
   kind: str,
   fold: str,
 ) -> dict[str, np.ndarray]:
-  """Scores of KV groups [L, K] and MLP channels [L, F], float64 on the host.
+  """Scores of KV groups [L, K] and MLP channels [L, F] (of experts [L, X, F]),
+  float64 on the host.
 
   Matrices of a unit are summed (Taylor) or averaged (magnitude). A query
   head counts for the KV group that it attends with ("aligned"), or, as in the
@@ -270,7 +271,7 @@ def _expansion(w, sums, seen: backward.Sums, kind: str) -> jax.Array:
 
 
 def _per_unit(name: str, salience: jax.Array, kind: str) -> jax.Array:
-  """Sums one layer's salience to [K, G] (q, o), [K] (k, v) or [F]."""
+  """Sums one layer's salience to [K, G] (q, o), [K] (k, v), [F] or [X, F]."""
   letters = axes.AXES[name]
   salience = salience.astype(jnp.float32)
   if kind == "l2":

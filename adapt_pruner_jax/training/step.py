@@ -22,7 +22,7 @@ from adapt_pruner_jax.config import Train
 from adapt_pruner_jax.distributed import placement, sharding
 from adapt_pruner_jax.distributed.embedding import embed
 from adapt_pruner_jax.errors import UserError
-from adapt_pruner_jax.models import layer, layer_runs, model_config
+from adapt_pruner_jax.models import experts, layer, layer_runs, model_config
 from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.decoder import Decoder, output_name
 from adapt_pruner_jax.models.kernels import Kernel
@@ -216,6 +216,7 @@ def make_loss(
 ) -> Callable:
   """The loss of a batch, with distillation and without.
 
+  The former has the balance of experts in it too, if the model asks for that.
   A function of what is trained, base, the teacher's params, the batch, and the
   weight that the sums are divided by.
 
@@ -226,14 +227,18 @@ def make_loss(
   objective = output_loss.Objective(config, mesh, teacher, alpha)
 
   def mean_loss(trained, base, teacher_params, batch, count):
-    x_BTD, matrix = _ends(config, settings, trained, base, batch, mesh)
+    x_BTD, matrix, load = _ends(config, settings, trained, base, batch, mesh)
     taught = None
     if teacher is not None:
       frozen = dataclasses.replace(settings, remat=False)
-      taught = _ends(teacher, frozen, teacher_params, None, batch, mesh)
+      taught = _ends(teacher, frozen, teacher_params, None, batch, mesh)[:2]
     tokens = batch["targets_BT"], batch["weights_BT"]
     sums = output_loss.loss(objective, matrix, x_BTD, *tokens, taught)
-    return sums[0] / count, sums[1] / count
+    value = sums[0] / count
+    if load is not None:
+      share = config.router_loss / settings.accumulation
+      value += share * experts.balance_loss(load)
+    return value, sums[1] / count
 
   return mean_loss
 
@@ -269,22 +274,23 @@ def _ends(
   base: Params | None,
   batch: Batch,
   mesh: Mesh,
-) -> tuple[jax.Array, jax.Array]:
-  """The stream behind the final norm, [B, T, D], and the output matrix.
+) -> tuple[jax.Array, jax.Array, experts.Load | None]:
+  """The stream behind the final norm, [B, T, D], the output matrix, the load.
 
   Args:
     trained: params, or the adapters of `base`; their layers may be stacked.
   """
   dtype, alpha = jnp.dtype(settings.dtype), settings.lora_alpha
   kernel = Kernel(settings.attention, mesh)
+  counts_BT = batch["segments_BT"] > 0 if config.router_loss_on else None
   if not layer_runs.bounds(trained):
     params = trained
     if base is not None:
       layers = {n: beside(base[n], f, alpha) for n, f in trained.items()}
       params = base | layers
     decoder = Decoder(config, settings.remat, kernel)
-    x_BTD = hidden(decoder, params, batch, mesh, dtype)
-    return x_BTD, params[output_name(config)]
+    x_BTD, load = hidden(decoder, params, batch, mesh, dtype, counts_BT)
+    return x_BTD, params[output_name(config)], load
 
   def weights_of(part: Any) -> Params:
     return cast(part if base is None else beside(*part, alpha), dtype)
@@ -297,14 +303,14 @@ def _ends(
     config, batch["positions_BT"], batch["segments_BT"], kernel
   )
   x_BTD = embed(config, params["embedding"], batch["tokens_BT"], mesh, dtype)
-  x_BTD = layer_runs.scan_layers(
-    config, stacked, weights_of, inputs, x_BTD, settings.remat
+  x_BTD, load = layer_runs.scan_layers(
+    config, stacked, weights_of, inputs, x_BTD, settings.remat, counts_BT
   )
   names = model_config.outer_names(config)
   outer = {"params": cast({name: params[name] for name in names}, dtype)}
   behind = Decoder(config.with_layers(()))
   x_BTD = behind.apply(outer, x_BTD, method="normed")
-  return x_BTD, params[output_name(config)]
+  return x_BTD, params[output_name(config)], load
 
 
 def hidden(
@@ -313,8 +319,9 @@ def hidden(
   batch: Batch,
   mesh: Mesh,
   dtype: jnp.dtype,
-) -> jax.Array:
-  """The stream behind the final norm, [B, T, D], computed in `dtype`."""
+  counts_BT: jax.Array | None = None,
+) -> tuple[jax.Array, experts.Load | None]:
+  """As `Decoder.loaded`, of the tokens of a batch, computed in `dtype`."""
   x_BTD = embed(
     decoder.config, params["embedding"], batch["tokens_BT"], mesh, dtype
   )
@@ -323,7 +330,8 @@ def hidden(
     x_BTD,
     batch["segments_BT"],
     batch["positions_BT"],
-    method="hidden",
+    counts_BT,
+    method="loaded",
   )
 
 

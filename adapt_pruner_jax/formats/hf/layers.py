@@ -159,6 +159,19 @@ def _queries_per_group(
   return queries
 
 
+def check_experts(values: dict[str, Any], path: str) -> None:
+  """Raises a UserError unless each token can go to as many as it should."""
+  if "experts" not in values:
+    return
+  experts, each = values["experts"], values["experts_per_token"]
+  if not 1 <= each <= experts <= MAX_SIZE:
+    raise UserError(
+      f"{path}: {each} experts a token (num_experts_per_tok) of {experts} "
+      "(num_experts, num_local_experts): there must be at least 1, and at "
+      "least as many as a token takes"
+    )
+
+
 def write_sizes(config: ModelConfig) -> dict[str, Any]:
   """Sizes of the whole model and, where the layers differ, of each of them.
 

@@ -171,6 +171,8 @@ def _write_classes(folder: Path, config: ModelConfig) -> None:
   }
   attention, o = family.module_of("o").rsplit(".", 1)
   mlp, down = family.module_of("down").rsplit(".", 1)
+  if config.experts:
+    mlp = family.module_of("router").split(".")[0]
   names = {
     "family": config.family,
     "module": family.module,
@@ -184,6 +186,7 @@ def _write_classes(folder: Path, config: ModelConfig) -> None:
     "o": o,
     "mlp": mlp,
     "down": down,
+    "cut_mlp": not config.experts,
     "width": family.renamed.get("intermediate_size", "intermediate_size"),
     "attention_norms": norms["attn"],
     "mlp_norms": norms["mlp"],
