@@ -31,6 +31,7 @@ from adapt_pruner_jax.pruning.baselines import (
   flap,
   llm_pruner,
   minitron,
+  reap,
   shortgpt,
   slicegpt,
   surgeon,
@@ -98,6 +99,8 @@ def prune(task: PruneTask) -> Pruned:
   with jax.default_matmul_precision(task.settings.precision):
     if task.settings.method == "slicegpt":
       return slicegpt.prune(task)
+    if task.settings.method == "reap":
+      return reap.prune(task)
     return steps.prune(method_of(task.settings), task)
 
 
@@ -164,7 +167,7 @@ def _solved(
 
 def resumes(settings: Prune) -> bool:
   """Whether a prune can go on from one of its steps: all by masks can."""
-  return settings.method != "slicegpt"
+  return settings.method not in ("slicegpt", "reap")
 
 
 def check(config: ModelConfig, settings: Prune) -> None:
@@ -191,7 +194,9 @@ def check(config: ModelConfig, settings: Prune) -> None:
     minitron.check(config, settings)
   if settings.method == "surgeon":
     surgeon.check(settings)
-  if config.experts:
+  if settings.method == "reap":
+    reap.check(config, settings)
+  elif config.experts:
     _check_experts(config, settings)
   inverts = settings.pair()[1] in ("curvature", "surgeon")
   if inverts or settings.method == "surgeon" or settings.solves():

@@ -3,14 +3,17 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from adapt_pruner_jax.config import Prune
 from adapt_pruner_jax.errors import UserError
-from adapt_pruner_jax.models import axes, model_config
+from adapt_pruner_jax.models import axes, experts, model_config
+from adapt_pruner_jax.models import layer as driver
 from adapt_pruner_jax.models.decoder import Decoder
 from adapt_pruner_jax.pruning import choice, methods, scores, surgery
+from adapt_pruner_jax.pruning.baselines import reap
 from adapt_pruner_jax.pruning.task import Masked, PruneTask, Step
 from tests import small
 
@@ -113,3 +116,68 @@ def test_an_expert_that_no_token_is_sent_to_is_worth_nothing():
   found = scores.measure(masked, TOKENS, kind="taylor").scores["F"]
   assert not found[:, 0].any()
   assert (found[:, 1:].sum(axis=(0, 2)) > 0).all()
+
+
+@pytest.mark.slow
+def test_whole_experts_go_as_if_the_router_never_took_them(monkeypatch):
+  """Those of the lowest weight times norm, a mean over their tokens."""
+  params = small.random_params(CONFIG)
+  settings = Prune(method="reap", refit="none")
+  task = PruneTask(
+    CONFIG, params, settings, lambda _: TOKENS, int(SIZE * 0.8), batch=4
+  )
+  worth_LX = reap.measure(task)
+  pruned = methods.prune(task)
+  assert pruned.config.experts == 3
+  assert model_config.count_params(pruned.config) <= task.target
+  gone_L = np.argmin(worth_LX, axis=1)
+  for kept, gone in zip(pruned.kept["X"], gone_L, strict=True):
+    assert kept.tolist() == [x for x in range(4) if x != gone]
+  by_hand = worth_by_hand(params)
+  np.testing.assert_allclose(worth_LX[0], by_hand, rtol=1e-4)
+  got = Decoder(pruned.config).apply({"params": pruned.params}, TOKENS)[0]
+  routes, plain = iter(gone_L), experts.route
+
+  def never(config, weights, h_TD):
+    infinite = jnp.zeros(config.experts).at[next(routes)].set(-jnp.inf)
+    top_k = jax.lax.top_k
+    monkeypatch.setattr(jax.lax, "top_k", lambda x, k: top_k(x + infinite, k))
+    found = plain(config, weights, h_TD)
+    monkeypatch.setattr(jax.lax, "top_k", top_k)
+    return found
+
+  monkeypatch.setattr(experts, "route", never)
+  want = Decoder(CONFIG).apply({"params": params}, TOKENS)[0]
+  np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
+def worth_by_hand(params):
+  """Of the experts of the first layer, token by token."""
+  _, stream = Decoder(CONFIG).apply({"params": params}, TOKENS)
+  weights = params["layer_0"]
+  inputs = driver.attention_inputs(CONFIG, TOKENS.shape[1])
+  args = CONFIG, weights, driver.place(CONFIG, 0), inputs, stream[0]
+  x_BTD, _ = driver.run_half("K", *args)
+  h_TD = driver.norm(CONFIG, weights, "mlp_norm", x_BTD).reshape(-1, 16)
+  logits_TX = np.asarray(h_TD @ weights["router"], np.float64)
+  found = [[] for _ in range(4)]
+  for h_D, logits_X in zip(np.asarray(h_TD), logits_TX, strict=True):
+    best = np.argsort(-logits_X)[:2]
+    share = np.exp(logits_X[best]) / np.exp(logits_X[best]).sum()
+    for expert, g in zip(best, share, strict=True):
+      gate_F = h_D @ weights["moe_gate"][expert]
+      up_F = h_D @ weights["moe_up"][expert]
+      fed_F = gate_F / (1 + np.exp(-gate_F)) * up_F
+      said_D = fed_F @ weights["moe_down"][expert]
+      found[expert].append(g * np.linalg.norm(said_D))
+  return [np.mean(x) for x in found]
+
+
+def test_what_the_result_of_reap_would_break_is_refused():
+  for config, changes, words in (
+    (small.CONFIG, {}, "llama has none"),
+    (CONFIG, {"ratio": 0.7}, "each token is sent to 2 of 4 experts"),
+    (CONFIG, {"ratio": 0.2, "stages": 2}, "stages=1"),
+  ):
+    with pytest.raises(UserError, match=words):
+      methods.check(config, Prune(method="reap", refit="none", **changes))

@@ -73,6 +73,7 @@ def test_uneven_layers_with_absent_halves(monkeypatch):
     ("biases", "norm of each head", "scales"),
     ("norm of all heads",),
     ("sandwich",),
+    ("experts",),
   ],
 )
 def test_options_of_families(monkeypatch, names):
