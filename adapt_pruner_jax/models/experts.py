@@ -10,18 +10,22 @@ is minus infinity, which is what the model without it computes.
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 from jax.custom_batching import sequential_vmap
+from jax.sharding import Mesh, PartitionSpec
 
 from adapt_pruner_jax.models.arithmetic import ACTIVATIONS
-from adapt_pruner_jax.models.axes import Params
+from adapt_pruner_jax.models.axes import BATCH, Params
 from adapt_pruner_jax.models.model_config import ModelConfig
 
 MOST_ROWS = 128  # of a block of one expert, on a CPU
+ROWS = PartitionSpec(BATCH)
 
 
 class Load(NamedTuple):
@@ -38,8 +42,12 @@ class Load(NamedTuple):
   tokens: jax.Array
 
 
-class Routed(NamedTuple):
+@flax.struct.dataclass
+class Routed:
   """What the experts have made of their tokens, sorted by expert.
+
+  Where rows are cut over devices, each has sorted its own: numbers of tokens
+  are its own then, and there are as many `sizes_X` as devices.
 
   Attributes:
     made_PF: activations of each row's channels.
@@ -48,6 +56,7 @@ class Routed(NamedTuple):
     token_P: which token it is.
     sizes_X: rows of each expert.
     probabilities_TX: of all experts, float32, tokens flat.
+    mesh: devices that rows are cut over; None = they are not.
   """
 
   made_PF: jax.Array
@@ -56,29 +65,48 @@ class Routed(NamedTuple):
   token_P: jax.Array
   sizes_X: jax.Array
   probabilities_TX: jax.Array
+  mesh: Mesh | None = flax.struct.field(pytree_node=False, default=None)
 
 
-def read(config: ModelConfig, weights: Params, h_BTD: jax.Array) -> Routed:
+def read(
+  config: ModelConfig,
+  weights: Params,
+  h_BTD: jax.Array,
+  mesh: Mesh | None = None,
+) -> Routed:
   """Sends tokens to their experts and computes these up to their channels.
 
   Args:
     config: of the model; `experts_per_token` and `router_norm` count.
     weights: of the layer.
     h_BTD: the normed stream in front of the MLP.
+    mesh: devices that rows are to be cut over; None = they are as they are.
   """
+  mesh = mesh if mesh is not None and _divides(mesh, len(h_BTD)) else None
+  weights = {n: weights[n] for n in ("router", "moe_gate", "moe_up")}
+  run = partial(_read, config)
+  if mesh is not None:
+    channels = _channels(mesh, weights["moe_up"].shape[-1])
+    matrix = PartitionSpec(None, None, channels)
+    cut = {"router": PartitionSpec(), "moe_gate": matrix, "moe_up": matrix}
+    made = (PartitionSpec(BATCH, channels), *(ROWS,) * 5)
+    run = _alone(run, mesh, (cut, ROWS), made)
+  return Routed(*run(weights, h_BTD), mesh=mesh)
+
+
+def _read(config, weights, h_BTD):
   h_TD = h_BTD.reshape(-1, h_BTD.shape[-1])
   weight_Tk, expert_Tk, probabilities_TX = route(config, weights, h_TD)
-  k = config.experts_per_token
   flat = expert_Tk.reshape(-1)
   order = jnp.argsort(flat, stable=True)
-  token_P, expert_P = order // k, flat[order]
+  token_P = order // config.experts_per_token
   sizes_X = jnp.bincount(flat, length=config.experts).astype(jnp.int32)
   rows_PD = h_TD[token_P]
   up_PF = grouped(rows_PD, weights["moe_up"], sizes_X)
   gate_PF = grouped(rows_PD, weights["moe_gate"], sizes_X)
   made_PF = ACTIVATIONS[config.activation](gate_PF) * up_PF
-  weight_P = weight_Tk.reshape(-1)[order]
-  return Routed(made_PF, weight_P, expert_P, token_P, sizes_X, probabilities_TX)
+  rows = weight_Tk.reshape(-1)[order], flat[order], token_P
+  return made_PF, *rows, sizes_X, probabilities_TX
 
 
 def route(
@@ -107,27 +135,44 @@ def route(
 def masked(routed: Routed, mask_XF: jax.Array) -> Routed:
   """Without the channels that a mask (or numbers in its place) leaves out."""
   mask_PF = mask_XF[routed.expert_P].astype(routed.made_PF.dtype)
-  return routed._replace(made_PF=routed.made_PF * mask_PF)
+  return routed.replace(made_PF=routed.made_PF * mask_PF)
 
 
-def write(routed: Routed, down_XFE: jax.Array, shape: tuple) -> jax.Array:
-  """What the experts say together.
+def write(routed: Routed, down_XFE: jax.Array) -> jax.Array:
+  """What the experts say together, [tokens, E].
 
   Args:
     routed: from `read`, masked or not.
     down_XFE: their output matrices.
-    shape: of the tokens, (B, T).
-
-  Returns:
-    [B, T, E].
   """
+  if routed.mesh is None:
+    return _write(routed, down_XFE)
+  mesh = routed.mesh
+  channels = _channels(mesh, down_XFE.shape[1])
+  cut = jax.tree.map(lambda _: ROWS, routed)
+  cut = cut.replace(made_PF=PartitionSpec(BATCH, channels))
+
+  def run(routed, down_XFE):
+    y_TE = _write(routed, down_XFE)
+    return jax.lax.psum(y_TE, channels) if channels else y_TE
+
+  cuts = cut, PartitionSpec(None, channels)
+  return _alone(run, mesh, cuts, ROWS)(routed, down_XFE)
+
+
+def _write(routed, down_XFE):
   said_PE = said(routed, down_XFE) * routed.weight_P[:, None]
-  zeros = jnp.zeros((math.prod(shape), said_PE.shape[-1]), said_PE.dtype)
-  return zeros.at[routed.token_P].add(said_PE).reshape(*shape, -1)
+  shape = len(routed.probabilities_TX), said_PE.shape[-1]
+  return jnp.zeros(shape, said_PE.dtype).at[routed.token_P].add(said_PE)
 
 
 def said(routed: Routed, down_XFE: jax.Array) -> jax.Array:
-  """What each row's expert says, before the router's weight, [P, E]."""
+  """What each row's expert says, before the router's weight, [P, E].
+
+  Args:
+    routed: of one device.
+    down_XFE: the output matrices.
+  """
   return grouped(routed.made_PF, down_XFE, routed.sizes_X)
 
 
@@ -143,11 +188,21 @@ def load(routed: Routed | None, counts_T: jax.Array | None) -> Load | None:
   """
   if counts_T is None or not isinstance(routed, Routed):
     return None
-  experts = len(routed.sizes_X)
-  counts_T = counts_T.reshape(-1).astype(jnp.float32)
-  chosen_X = (
-    jnp.zeros(experts).at[routed.expert_P].add(counts_T[routed.token_P])
-  )
+  if routed.mesh is None:
+    return _load(routed, counts_T.reshape(-1))
+
+  def run(routed, counts_T):
+    return jax.lax.psum(_load(routed, counts_T), BATCH)
+
+  cuts = jax.tree.map(lambda _: ROWS, routed), ROWS
+  run = _alone(run, routed.mesh, cuts, PartitionSpec())
+  return run(routed.replace(made_PF=routed.weight_P), counts_T.reshape(-1))
+
+
+def _load(routed, counts_T):
+  counts_T = counts_T.astype(jnp.float32)
+  counts_P = counts_T[routed.token_P]
+  chosen_X = jnp.zeros(len(routed.sizes_X)).at[routed.expert_P].add(counts_P)
   share_X = counts_T @ routed.probabilities_TX
   return Load(chosen_X, share_X, jnp.sum(counts_T))
 
@@ -172,6 +227,27 @@ def balance_loss(load: Load) -> jax.Array:
   tokens = jnp.maximum(load.tokens, 1)
   both = jnp.sum(load.chosen_X / tokens * load.share_X / tokens)
   return len(load.chosen_X) * both
+
+
+# ---- Rows over devices -------------------------------------------------------
+
+
+def _alone(fn: Callable, mesh: Mesh, cuts: Any, made: Any) -> Callable:
+  """`fn` on each device with its rows, so that none sorts those of others."""
+  return jax.shard_map(
+    fn, mesh=mesh, in_specs=cuts, out_specs=made, check_vma=False
+  )
+
+
+def _divides(mesh: Mesh, rows: int) -> bool:
+  """Whether there is more than one device, and rows can be dealt out."""
+  return mesh.size > 1 and rows % math.prod(mesh.shape[a] for a in BATCH) == 0
+
+
+def _channels(mesh: Mesh, width: int) -> str | None:
+  """The mesh axis that channels are cut over."""
+  size = mesh.shape["tensor"]
+  return "tensor" if size > 1 and width % size == 0 else None
 
 
 # ---- Products by group -------------------------------------------------------

@@ -200,7 +200,7 @@ def read(
   if not count(unit, weights):
     return None, None
   if unit == "F":
-    return _channels(config, weights, x_BTD), None
+    return _channels(config, weights, x_BTD, inputs.kernel.cutting), None
   return _heads(config, weights, place, inputs, x_BTD, masks, cache)
 
 
@@ -226,7 +226,8 @@ def write(
   front_BTD, x_BTD = x_BTD, stream(config, x_BTD)
   y_BTD = None
   if isinstance(fed, experts.Routed):
-    y_BTD = experts.write(fed, weights["moe_down"], x_BTD.shape[:2])
+    y_BTD = experts.write(fed, weights["moe_down"])
+    y_BTD = y_BTD.reshape(*x_BTD.shape[:2], -1)
   elif fed is not None:
     equation = {"K": "btkgh,kghd->btd", "F": "btf,fd->btd"}[unit]
     y_BTD = project(equation, fed, weights[WRITERS[unit]])
@@ -377,12 +378,12 @@ def _norm_all(config, scale, x_BTKH, masks):
 # ---- MLP ---------------------------------------------------------------------
 
 
-def _channels(config, weights, x_BTD):
+def _channels(config, weights, x_BTD, mesh):
   """The MLP's activations, [B, T, F], or what its experts make of them."""
   w, c = weights, config
   h_BTD = norm(c, w, "mlp_norm", x_BTD)
   if c.experts:
-    return experts.read(c, w, h_BTD)
+    return experts.read(c, w, h_BTD, mesh)
   up_BTF = project("btd,df->btf", h_BTD, w["up"])
   if c.gate_up_bias:
     up_BTF = up_BTF + w["up_bias"]

@@ -80,20 +80,22 @@ def _scan(config, first, end, stacked, weights_of, seen, x_BTD, remat):
   inputs, counts_BT = seen
   fixed, places = _places(config, first, end)
   groups = np.array(config.kv_groups[first:end])
+  has_mlp = np.array(config.ffn_widths[first:end]) > 0
 
   def one(x_BTD, xs):
     x_BTD = _by_rows(x_BTD, inputs.kernel.mesh)
-    part, place, count = xs
+    part, place, count, counts = xs
     weights, masks = weights_of(part), None
     if config.qk_norm == "all":
       masks = {"K": np.arange(layer.count("K", weights)) < count}
     place = layer.Place(**fixed, **place)
     x_BTD, tap = layer.run_layer(config, weights, place, inputs, x_BTD, masks)
-    return x_BTD, experts.load(tap.fed["F"], counts_BT)
+    load = experts.load(tap.fed["F"], counts_BT)
+    return x_BTD, jax.tree.map(lambda n: n * counts, load)
 
   # A scan already keeps XLA from merging the two computations.
   body = jax.checkpoint(one, prevent_cse=False) if remat else one
-  return jax.lax.scan(body, x_BTD, (stacked, places, groups))
+  return jax.lax.scan(body, x_BTD, (stacked, places, groups, has_mlp))
 
 
 def _by_rows(x_BTD: jax.Array, mesh: Mesh | None) -> jax.Array:

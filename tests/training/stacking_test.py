@@ -73,7 +73,6 @@ def test_uneven_layers_with_absent_halves(monkeypatch):
     ("biases", "norm of each head", "scales"),
     ("norm of all heads",),
     ("sandwich",),
-    ("experts",),
   ],
 )
 def test_options_of_families(monkeypatch, names):
@@ -85,10 +84,12 @@ def test_options_of_families(monkeypatch, names):
 
 
 @pytest.mark.slow
-def test_eight_devices(monkeypatch):
+@pytest.mark.parametrize("option", ["plain", "experts"])
+def test_eight_devices(monkeypatch, option):
   mesh = sharding.make_mesh(2, 2, 2)
   settings = Train(accumulation=2, remat=True)
-  trained = compare(monkeypatch, UNEVEN, RUNS, settings, mesh)
+  config = dataclasses.replace(UNEVEN, **small.OPTIONS[option])
+  trained = compare(monkeypatch, config, RUNS, settings, mesh)
   placed = sharding.param_shardings(trained, mesh)
   assert jax.tree.map(lambda x: x.sharding, trained) == placed
 
