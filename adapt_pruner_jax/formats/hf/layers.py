@@ -43,7 +43,8 @@ def heads_are_legal(config: ModelConfig, groups: int) -> bool:
   heads, D = groups * config.queries_per_group, config.hidden_size
   if config.rope.kind == "longrope" and config.family == "phi3":
     return D // heads == config.head_dim  # it counts the factors by these
-  if config.family == "gpt_neox":  # whose heads have no size of their own
+  # Whose heads, or norms over all of them, have no size of their own.
+  if config.family in ("gpt_neox", "olmoe"):
     return heads * config.head_dim == D
   return not FAMILIES[config.family].divides or D % heads == 0
 

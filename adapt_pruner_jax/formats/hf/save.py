@@ -41,6 +41,12 @@ RESIZE = """\
   attention.query_key_value = nn.Linear(width, 3 * heads * size, bias=has_bias)
   attention.dense = nn.Linear(heads * size, width, bias=has_bias)
 """
+# OLMoE's norms over all heads are as large as if these filled the hidden size.
+RESIZE_NORMS = """\
+  attention, size, eps = layer.self_attn, config.head_dim, config.rms_norm_eps
+  attention.q_norm = stock.OlmoeRMSNorm(sizes.num_attention_heads * size, eps)
+  attention.k_norm = stock.OlmoeRMSNorm(sizes.num_key_value_heads * size, eps)
+"""
 MARKS = (CONFIG, MANIFEST)  # by which a directory is one of a model
 
 
@@ -181,7 +187,9 @@ def _write_classes(folder: Path, config: ModelConfig) -> None:
     "model_class": family.model_class,
     "body": family.body,
     "layer_class": f"{family.prefix}{family.layer}",
-    "resize": RESIZE if config.family == "gpt_neox" else "",
+    "resize": {"gpt_neox": RESIZE, "olmoe": RESIZE_NORMS}.get(
+      config.family, ""
+    ),
     "attention": attention,
     "o": o,
     "mlp": mlp,
