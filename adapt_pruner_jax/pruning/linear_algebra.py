@@ -27,8 +27,6 @@ def check(config: ModelConfig) -> None:
       f"the family {config.family} norms what its matrices write, which "
       "least squares does not see"
     )
-  elif config.experts:
-    why = "each of its experts sees tokens of its own"
   elif config.residual:
     why = "SliceGPT changes the residual width"
   else:

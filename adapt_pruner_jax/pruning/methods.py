@@ -196,7 +196,7 @@ def check(config: ModelConfig, settings: Prune) -> None:
     surgeon.check(settings)
   if settings.method == "reap":
     reap.check(config, settings)
-  elif config.experts:
+  if config.experts:
     _check_experts(config, settings)
   inverts = settings.pair()[1] in ("curvature", "surgeon")
   if inverts or settings.method == "surgeon" or settings.solves():
@@ -206,10 +206,15 @@ def check(config: ModelConfig, settings: Prune) -> None:
 def _check_experts(config: ModelConfig, settings: Prune) -> None:
   """Raises a UserError for what does not look into experts."""
   score = settings.pair()[1]
-  if settings.method == "slicegpt" or score not in OF_EXPERTS:
+  if settings.method != "reap" and score not in OF_EXPERTS:
     raise UserError(
       f"{config.family} is a mixture of experts, whose channels "
       f"{settings.method if score == settings.method else score} does not "
       "score: choose --config.prune.method=adapt, fisher, llm_pruner, "
       "magnitude or random"
+    )
+  if settings.solves():
+    raise UserError(
+      f"{config.family} is a mixture of experts, which least squares cannot "
+      "refit: each expert sees tokens of its own; use --config.prune.refit=loss"
     )
