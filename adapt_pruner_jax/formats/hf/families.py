@@ -6,21 +6,19 @@ models, and what its tensors are called. `config_json` and `tensors` read the
 table both ways.
 """
 
-from adapt_pruner_jax.formats.hf import tensor_names
 from adapt_pruner_jax.formats.hf.defaults import (
   ATTENTION_BIAS,
   COMMON,
-  EXPERTS,
   GEMMA,
   GEMMA_FIXED,
   LAYER_NORM,
   LLAMA,
   MULTIPLIERS,
-  NO_IDS,
   OLMO,
   QWEN,
   SILU,
 )
+from adapt_pruner_jax.formats.hf.expert_families import EXPERT_FAMILIES
 from adapt_pruner_jax.formats.hf.family import Family
 from adapt_pruner_jax.formats.hf.tensor_names import (
   FUSED,
@@ -186,70 +184,6 @@ FAMILIES = {
     nope="switch",
     heads=(),
   ),
-  "granitemoe": Family(
-    "granitemoe",
-    "GraniteMoe",
-    {
-      **COMMON,
-      **SILU,
-      **ATTENTION_BIAS,
-      **MULTIPLIERS,
-      **EXPERTS,
-      "num_experts": 8,
-      "num_experts_per_tok": 2,
-    },
-    fixed={"router_norm": True},
-    tensors=LAYER | tensor_names.EXPERTS_FUSED,
-    own=tensor_names.in_memory("block_sparse_moe", "router"),
-    renamed={"num_experts": "num_local_experts"},
-    heads=(),
-  ),
-  "olmoe": Family(
-    "olmoe",
-    "Olmoe",
-    {
-      **OLMO,
-      **EXPERTS,
-      "num_experts": 64,
-      "max_position_embeddings": 4096,
-      "router_aux_loss_coef": 0.01,
-      "norm_topk_prob": False,
-      "clip_qkv": None,
-    },
-    fixed={"qk_norm": "all"},
-    tensors=LAYER | QK_NORM_ALL | tensor_names.EXPERTS,
-    own=tensor_names.in_memory("mlp", "gate"),
-    must={"clip_qkv": None},
-    heads=(),
-  ),
-  "qwen3_moe": Family(
-    "qwen3_moe",
-    "Qwen3Moe",
-    {
-      **COMMON,
-      **SILU,
-      **NO_IDS,
-      **ATTENTION_BIAS,
-      **EXPERTS,
-      "num_key_value_heads": 4,
-      "max_position_embeddings": 32768,
-      "num_experts": 128,
-      "norm_topk_prob": False,
-      "decoder_sparse_step": 1,
-      "mlp_only_layers": [],
-      "use_sliding_window": False,
-    },
-    fixed={"qk_norm": "head"},
-    tensors=LAYER | QK_NORM | tensor_names.EXPERTS,
-    own=tensor_names.in_memory("mlp", "gate"),
-    renamed={"intermediate_size": "moe_intermediate_size"},
-    must={
-      "decoder_sparse_step": 1,
-      "mlp_only_layers": [],
-      "use_sliding_window": False,
-    },
-    passed=("sliding_window", "max_window_layers"),
-  ),
   "ernie4_5": Family(
     "ernie4_5",
     "Ernie4_5",
@@ -414,6 +348,7 @@ FAMILIES = {
     },
     query_growth=True,
   ),
+  **EXPERT_FAMILIES,
 }
 # MobileLLM is LLaMA under another name; `config_json` translates it.
 SUPPORTED = (*FAMILIES, "mobilellm")

@@ -73,7 +73,7 @@ SHARED_MLP = {
   "down": "shared_mlp.output_linear.weight",
 }
 # "*" stands for the number of an expert, each of which has tensors of its own.
-EXPERTS = {
+EACH_EXPERT = {
   "router": "mlp.gate.weight",
   "moe_gate": "mlp.experts.*.gate_proj.weight",
   "moe_up": "mlp.experts.*.up_proj.weight",
@@ -87,7 +87,7 @@ EXPERTS_FUSED = {
 }
 
 
-def in_memory(block: str, router: str) -> dict[str, str]:
+def experts_in_memory(block: str, router: str) -> dict[str, str]:
   """Names that Transformers 5 has for experts once it has read them.
 
   It stores and finds others, but not for classes of our own.
