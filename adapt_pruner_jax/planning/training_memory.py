@@ -10,6 +10,7 @@ from adapt_pruner_jax.config import Config
 from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.planning import arrays
 from adapt_pruner_jax.planning.arrays import Bytes
+from adapt_pruner_jax.pruning import surgery
 from adapt_pruner_jax.training import lora, memory, optimizer
 from adapt_pruner_jax.training.step import (
   abstract_batch,

@@ -347,6 +347,9 @@ def finish(state: State, inputs: Inputs, seconds: float) -> dict:
   if agreement.is_writer():
     layers = zip(state.kept["K"], state.kept["F"], strict=True)
     kept = [{"kv_groups": k.tolist(), "ffn": f.tolist()} for k, f in layers]
+    if "X" in state.kept:
+      rows = zip(kept, state.kept["X"], strict=True)
+      kept = [row | {"experts": x.tolist()} for row, x in rows]
     tokens = {"vocab": vocabulary.kept(inputs.source)} if inputs.whole else {}
     json_files.write_json(path / "kept.json", {"layers": kept} | tokens)
     json_files.rewrite_lines(path / "trace.jsonl", state.trace)

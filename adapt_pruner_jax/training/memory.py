@@ -96,6 +96,7 @@ def kept(
   each, again = [], []  # of each layer: what is kept, what is made once more
   for i in range(config.num_layers):
     K, F = config.kv_groups[i] / tensor, config.ffn_widths[i] / tensor
+    F *= max(config.experts_per_token, 1)
     # A norm, q, k, v, q and k rotated, what the heads say; plain attention has
     # its scores, float32, three times. A norm, gate, activation, up, product.
     scores = 3 * K * G * length * 4 / size if plain else 0

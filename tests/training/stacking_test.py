@@ -85,10 +85,12 @@ def test_options_of_families(monkeypatch, names):
 
 
 @pytest.mark.slow
-def test_eight_devices(monkeypatch):
+@pytest.mark.parametrize("option", ["plain", "experts"])
+def test_eight_devices(monkeypatch, option):
   mesh = sharding.make_mesh(2, 2, 2)
   settings = Train(accumulation=2, remat="full")
-  trained = compare(monkeypatch, UNEVEN, RUNS, settings, mesh)
+  config = dataclasses.replace(UNEVEN, **small.OPTIONS[option])
+  trained = compare(monkeypatch, config, RUNS, settings, mesh)
   placed = sharding.param_shardings(trained, mesh)
   assert jax.tree.map(lambda x: x.sharding, trained) == placed
 

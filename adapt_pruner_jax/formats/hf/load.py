@@ -211,13 +211,15 @@ def stored(
   check_tensors(checkpoint, config, repeats)
   params: Params = {}
   pairs = tensors.side_by_side(config)
+  shapes = tensors.tensor_shapes(config, repeats)
   for (layer, name), place in tensors.places(config, repeats).items():
     tree = params
     if layer is not None:
       tree = params.setdefault(axes.layer_name(layer), {})
-    kind = jnp.dtype(dtype or checkpoint.dtypes[place.tensor])
-    sizes = config.sizes(layer)
-    tree[name] = Stored(checkpoint, name, place, sizes, kind, pairs)
+    shape, sizes = shapes[place.tensor], config.sizes(layer)
+    first = next(iter(tensors.apart(place.tensor, shape)))
+    kind = jnp.dtype(dtype or checkpoint.dtypes[first])
+    tree[name] = Stored(checkpoint, name, place, sizes, kind, pairs, shape)
   return config, params
 
 
@@ -229,6 +231,7 @@ class Stored:
     sizes: of its dim letters.
     dtype: what it becomes when it is read.
     pairs: as of `tensors.from_hf`.
+    shape: of the tensor, from `tensors.tensor_shapes`.
   """
 
   checkpoint: Checkpoint
@@ -237,6 +240,7 @@ class Stored:
   sizes: dict[str, int]
   dtype: np.dtype
   pairs: int = 0
+  shape: tuple[int, ...] = ()
 
   def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
     """All of it; a view of the file if the dtype is that of the file."""
@@ -248,7 +252,7 @@ class Stored:
     return (slice(None),) * len(axes.AXES[self.name])
 
   def _tensor(self) -> np.ndarray:
-    return self.checkpoint.array(self.place.tensor)
+    return tensors.together(self.checkpoint, self.place.tensor, self.shape)
 
   def _part(self, tensor: np.ndarray, index: Sequence[slice]) -> np.ndarray:
     """A view of part `index` of the parameter in its tensor.
@@ -301,7 +305,11 @@ def check_tensors(
   checkpoint: Checkpoint, config: ModelConfig, repeats: int = 1
 ) -> None:
   """Raises a UserError unless the checkpoint has the model's tensors."""
-  expected = tensors.tensor_shapes(config, repeats)
+  expected = {
+    tensor: shape
+    for whole in tensors.tensor_shapes(config, repeats).items()
+    for tensor, shape in tensors.apart(*whole).items()
+  }
   found = {
     tensor: shape
     for tensor, shape in checkpoint.shapes.items()

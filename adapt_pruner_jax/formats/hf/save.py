@@ -43,11 +43,21 @@ RESIZE_NEOX = """\
   attention.query_key_value = nn.Linear(width, 3 * heads * size, bias=has_bias)
   attention.dense = nn.Linear(heads * size, width, bias=has_bias)
 """
+# OLMoE's norms over all heads are as large as if these filled the hidden size.
+RESIZE_OLMOE = """\
+  attention, size, eps = layer.self_attn, config.head_dim, config.rms_norm_eps
+  attention.q_norm = stock.OlmoeRMSNorm(sizes.num_attention_heads * size, eps)
+  attention.k_norm = stock.OlmoeRMSNorm(sizes.num_key_value_heads * size, eps)
+"""
 RESIZE_HELIUM = """\
   inputs = sizes.num_attention_heads * config.head_dim
   layer.self_attn.o_proj = nn.Linear(inputs, config.hidden_size, bias=False)
 """
-RESIZE = {"gpt_neox": RESIZE_NEOX, "helium": RESIZE_HELIUM}
+RESIZE = {
+  "gpt_neox": RESIZE_NEOX,
+  "helium": RESIZE_HELIUM,
+  "olmoe": RESIZE_OLMOE,
+}
 # Layers may have a gated delta net instead.
 NO_DELTA = """
 
@@ -196,6 +206,8 @@ def _write_classes(folder: Path, config: ModelConfig) -> None:
   }
   attention, o = family.module_of("o").rsplit(".", 1)
   mlp, down = family.module_of("down").rsplit(".", 1)
+  if config.experts:
+    mlp = family.module_of("router").split(".")[0]
   names = {
     "family": config.family,
     "module": family.module,
@@ -213,6 +225,7 @@ def _write_classes(folder: Path, config: ModelConfig) -> None:
     "o": o,
     "mlp": mlp,
     "down": down,
+    "cut_mlp": not config.experts,
     "width": family.renamed.get("intermediate_size", "intermediate_size"),
     "attention_norms": norms["attn"],
     "mlp_norms": norms["mlp"],
