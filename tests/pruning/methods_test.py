@@ -35,7 +35,7 @@ SLOW = {"surgeon": pytest.mark.slow}  # two programs, each of many matrices
 MASKED = [
   pytest.param(name, marks=SLOW.get(name, ()))
   for name in PUBLISHED
-  if name != "slicegpt"
+  if name not in ("slicegpt", "reap")  # which do not mask
 ]
 
 

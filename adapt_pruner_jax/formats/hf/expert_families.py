@@ -65,6 +65,7 @@ EXPERT_FAMILIES = {
       **NO_IDS,
       **ATTENTION_BIAS,
       **EXPERTS,
+      "intermediate_size": 768,
       "num_key_value_heads": 4,
       "max_position_embeddings": 32768,
       "num_experts": 128,
