@@ -381,6 +381,33 @@ def test_families_that_refuse_by_name():
       config_json.read(LLAMA | {"model_type": family} | changes)
 
 
+def test_internlm_is_llama(tmp_path):
+  """Its own defaults, names of fields, and a rope that grows with the row."""
+  import torch
+
+  peer = transformers.AutoConfig.for_model("internlm3")
+  for field, default in config_json.INTERNLM.items():
+    assert getattr(peer, field) == default, field
+  rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+  fields = {**zoo.BASE, "head_dim": 8, "qkv_bias": True, "bias": True}
+  fields |= {"max_position_embeddings": 16, "rope_parameters": rope}
+  peer = transformers.AutoConfig.for_model("internlm3", **fields)
+  torch.manual_seed(0)
+  model = transformers.AutoModelForCausalLM.from_config(peer).eval()
+  model.save_pretrained(tmp_path)
+  tokens = np.random.default_rng(0).integers(64, size=(1, 40))
+  with torch.no_grad():
+    expected = model(torch.tensor(tokens)).logits.numpy()
+  config, params = load.load(tmp_path)
+  assert config.family == "llama"
+  assert config.qkv_bias
+  assert config.down_bias
+  found = logits_of(config, params, tokens)
+  np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
+  with pytest.raises(UserError, match="must be alike in internlm3"):
+    config_json.read(fields | {"model_type": "internlm3", "bias": False})
+
+
 def test_shared_layers_become_layers_of_their_own(tmp_path, animals, caplog):
   """MobileLLM-LS: each stored layer runs twice; truth by doubling it."""
   path = tmp_path / "shared"

@@ -4,6 +4,9 @@ Whole models: tests/formats/families_test.py and clients_test.py; pruned:
 tests/pruning/delta_net_test.py; with a cache: tests/evaluation.
 """
 
+import dataclasses
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -69,15 +72,21 @@ def test_documents_of_a_row_do_not_see_each_other():
   draw = np.random.default_rng(0).normal
   x_BTD = draw(size=(1, sum(lengths), config.hidden_size)).astype(np.float32)
 
-  @jax.jit
-  def run(x_BTD, segments=None):
+  @partial(jax.jit, static_argnames="prefix")
+  def run(x_BTD, segments=None, prefix=False):
     inputs = layer.attention_inputs(config, x_BTD.shape[1], segments)
+    inputs = dataclasses.replace(inputs, prefix=prefix)
     args = config, weights, place, inputs, x_BTD
     out, tap = layer.run_half("K", *args)
     return out, tap.cache
 
   packed, kept = run(x_BTD, segments)
-  assert np.abs(packed - run(x_BTD)[0]).max() > 0.1
+  whole, _ = run(x_BTD)
+  assert np.abs(packed - whole).max() > 0.1
+  # A continuation behind what it continues, as lm-eval's rows have them.
+  branches = np.int32(np.arange(sum(lengths)) > 50)[None]
+  one_way, _ = run(x_BTD, branches, prefix=True)
+  np.testing.assert_array_equal(one_way, whole)
   # Each alone in a row; what is behind it does not matter to it.
   ends = np.cumsum(lengths)
   rows = np.zeros((4, 77, config.hidden_size), np.float32)

@@ -22,6 +22,13 @@ from adapt_pruner_jax.models.model_config import ModelConfig
 OLD_PRUNED = "pruned_"
 # Known in all families: the latter counts in some kinds of rope only.
 ALWAYS = ("hidden_act", ropes.ORIGINAL)
+INTERNLM = {  # defaults that are not LLaMA's
+  "num_key_value_heads": 2,
+  "head_dim": 128,
+  "max_position_embeddings": 32768,
+  "rms_norm_eps": 1e-5,
+  "pad_token_id": 2,
+}
 UNWRAP = (
   'python -c "import transformers as t; '
   "m = t.AutoModelForImageTextToText.from_pretrained('MODEL', dtype='auto'); "
@@ -181,4 +188,19 @@ def _family(raw: Raw, path: str) -> tuple[str, Raw]:
     )
     raw.pop("layer_sharing", None)
     name = "llama"
+  if name == "internlm3":
+    name, raw = "llama", _of_internlm(raw, path)
   return name, raw
+
+
+def _of_internlm(raw: Raw, path: str) -> Raw:
+  """InternLM 3's fields as LLaMA's, whose implementation it has."""
+  raw = {**INTERNLM, **raw}
+  own = {"qkv_bias": "attention_bias", "bias": "mlp_bias"}
+  raw = {own.get(name, name): found for name, found in raw.items()}
+  one, two = (bool(raw.get(name)) for name in own.values())
+  if one != two:
+    raise UserError(
+      f"{path}: qkv_bias={one} and bias={two} must be alike in internlm3"
+    )
+  return raw

@@ -352,5 +352,5 @@ FAMILIES = {
   **MORE,
   **EXPERT_FAMILIES,
 }
-# MobileLLM is LLaMA under another name; `config_json` translates it.
-SUPPORTED = (*FAMILIES, "mobilellm")
+# These are LLaMA under other names; `config_json` translates them.
+SUPPORTED = (*FAMILIES, "mobilellm", "internlm3")
