@@ -58,6 +58,7 @@ CELLS = (
   "--program=adapt --model=8b --windows=512 --tokens=2048",
   "--program=curvature --model=8b --tokens=2048",
   "--program=refit --model=8b --tokens=2048",
+  "--model=8b --topology=v5e:2x4 --moments=bfloat16",
 )
 ROWS = Path(__file__).with_suffix(".jsonl")
 PAGE = Path(__file__).parent.parent / "docs" / "accelerators.md"
@@ -84,6 +85,9 @@ def arguments() -> argparse.Namespace:
     type=float,
     default=1e8,
     help="of a stage; what is worth compiling depends on it",
+  )
+  parser.add_argument(
+    "--table", action="store_true", help="write the page from what is there"
   )
   parser.add_argument("--hlo", default="", help="a file for the program")
   parser.add_argument("--out", default="", help="a JSON file; '' = print only")
@@ -168,28 +172,37 @@ def compile_one() -> dict:
   return work.facts | row | {"versions": versions}
 
 
+def stored() -> dict[str, dict]:
+  """The rows that there are, by cell; the last of each counts."""
+  lines = ROWS.read_text().splitlines() if ROWS.exists() else []
+  return {(row := json.loads(line))["cell"]: row for line in lines}
+
+
 def fill_table() -> None:
   """Compiles what is missing, and writes the page's table."""
-  found = {}
-  if ROWS.exists():
-    for line in ROWS.read_text().splitlines():
-      found |= {(row := json.loads(line))["cell"]: row}
   for cell in CELLS:
-    if cell in found:
+    if cell in stored():
       continue
     with tempfile.TemporaryDirectory() as folder:
       out = Path(folder) / "row.json"
       command = [sys.executable, __file__, *cell.split(), f"--out={out}"]
       subprocess.run(command, check=True)
-      found[cell] = {"cell": cell} | json.loads(out.read_text())
+      row = {"cell": cell} | json.loads(out.read_text())
     with open(ROWS, "a") as rows:
-      rows.write(json.dumps(found[cell]) + "\n")
+      rows.write(json.dumps(row) + "\n")
+    write_table()
+
+
+def write_table() -> None:
+  """Writes the page's table, of the rows that there are."""
+  found = stored()
   table = [
     "| flags | runs | padding | recomputed | compile, CPU s | HBM a chip, GB "
     "| sent, GB | step, s | MFU |",
     "|---|---:|---:|---|---:|---:|---:|---:|---:|",
   ]
-  for cell in CELLS:
+  cells = [cell for cell in CELLS if cell in found]
+  for cell in cells:
     row = found[cell]
     numbers = (
       *runs_of(row),
@@ -197,8 +210,8 @@ def fill_table() -> None:
       f"{row['hbm_gb']:.2f}",
       *(shown(row[n]) for n in ("collective_gb", "step_s", "mfu")),
     )
-    table.append(" | ".join([f"| `{cell}`", *map(str, numbers)]) + " |")
-  versions = ", ".join(sorted({row["versions"] for row in found.values()}))
+    table.append(" | ".join([f"| `{cell}`", *numbers]) + " |")
+  versions = ", ".join(sorted({found[cell]["versions"] for cell in cells}))
   before, rest = PAGE.read_text().split(BEGIN)
   middle = "\n".join([*table, "", f"With {versions}."])
   after = rest.split(END)[1]
@@ -220,6 +233,9 @@ def shown(value: float | None) -> str:
 def main() -> None:
   if len(sys.argv) == 1:
     fill_table()
+    return
+  if FLAGS.table:
+    write_table()
     return
   row = vars(FLAGS) | compile_one()
   text = json.dumps(row, indent=2)

@@ -30,7 +30,7 @@ def disk(
   largest = model_config.count_params(configs[1])
   checkpoint = largest * itemsize
   if config.train.tokens and not config.train.lora_rank:
-    checkpoint += 2 * largest * 4
+    checkpoint += 2 * largest * jnp.dtype(config.train.moments).itemsize
   # While one is written, the old ones are still there.
   original = original_bytes(configs[0], folder)
   exported = model_config.count_params(configs[-1])

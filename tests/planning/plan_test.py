@@ -18,6 +18,7 @@ from adapt_pruner_jax.models.rope import Rope
 from adapt_pruner_jax.planning import (
   advice,
   cost,
+  disk,
   memory,
   plan,
   training_memory,
@@ -420,3 +421,13 @@ def test_attention_that_cannot_shrink_is_said():
   found = advice.fixed_attention(Prune(round_kv_to=4), SMALL)
   assert "has 4 KV group(s), and 4 stay" in found[0]
   assert not advice.fixed_attention(Prune(attention_layers="0:0"), one)
+
+
+def test_disk_of_a_teachers_likeliest_tokens():
+  settings = {"tokens": 1000, "distill_alpha": 0.5, "teacher_cache": 4}
+  config = recipe(**{f"train__{n}": x for n, x in settings.items()})
+  found = disk.disk(config, [SMALL, SMALL], None)
+  # 32 rows of 32 tokens: a digest, and four ids and log-probabilities each.
+  assert found["teacher cache"] == 32 * (16 + 32 * 4 * (4 + 2))
+  config.train.distill_alpha = 0.0
+  assert "teacher cache" not in disk.disk(config, [SMALL, SMALL], None)
