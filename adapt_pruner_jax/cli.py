@@ -378,12 +378,14 @@ def _parse(
 
 
 def _workdir(path: str) -> Path:
-  if "://" in path:
+  from adapt_pruner_jax.storage import places
+
+  if "://" in path and not places.in_bucket(path):
     raise UserError(
-      f"--workdir={path} must be a directory: mount the bucket (Cloud Storage "
-      "FUSE, s3fs) and give its path"
+      f"--workdir={path} must be a directory, or in a bucket: gs://BUCKET/... "
+      "or s3://BUCKET/..."
     )
-  return Path(path).expanduser()
+  return places.to_path(path)
 
 
 def _fail(error: Exception) -> None:
