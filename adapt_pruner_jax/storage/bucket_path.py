@@ -83,6 +83,10 @@ class BucketPath(type(epath.Path("gs://bucket"))):
     """It always is."""
     return self
 
+  def resolve(self, strict: bool = False) -> "BucketPath":
+    """There are no links, and nothing is relative."""
+    return self
+
   def iterdir(self) -> Iterator["BucketPath"]:
     """What is right below, by name; nothing if nothing is there."""
     try:
