@@ -28,12 +28,18 @@ def put(local: Path, path: BucketPath) -> None:
     raise UserError(f"{path} arrived cut off: run the same command again")
 
 
-def put_directory(local: Path, path: BucketPath) -> None:
+def put_directory(local: Path, path: BucketPath, replace: bool) -> None:
   """Makes `path` what the directory `local` is.
 
+  Args:
+    replace: what is there may go.
+
   Raises:
-    UserError: it cannot be written; INCOMPLETE then says so.
+    UserError: something is there that may not go; or it cannot be written,
+      which INCOMPLETE then says.
   """
+  if not replace and path.exists():
+    raise UserError(f"{path} exists: give another place")
   marker = path / INCOMPLETE
   marker.write_bytes(b"")
   wanted = {str(p.relative_to(local)) for p in local.rglob("*") if p.is_file()}

@@ -9,12 +9,23 @@ import os
 import types
 from pathlib import Path
 
+from adapt_pruner_jax.errors import UserError
+
 SCHEMES = ("gs://", "s3://")
 
 
 def to_path(text: str | os.PathLike) -> Path:
-  """The path that a user has given: pathlib's, or a `BucketPath`."""
+  """The path that a user has given: pathlib's, or a `BucketPath`.
+
+  Raises:
+    UserError: it is a URL of another kind.
+  """
   if not in_bucket(text):
+    if "://" in str(text):
+      raise UserError(
+        f"{text} is not a place for files: give a path on a disk, or in a "
+        "bucket, gs://BUCKET/... or s3://BUCKET/..."
+      )
     return Path(text).expanduser()
   from adapt_pruner_jax.storage.bucket_path import BucketPath
 

@@ -72,7 +72,7 @@ def directory(
     temporary.mkdir()
     yield temporary
     if in_bucket(path):
-      bucket().put_directory(temporary, path)
+      bucket().put_directory(temporary, path, replace)
       return
     for found in sorted(temporary.rglob("*"), reverse=True):
       _sync(found)  # what is in a directory, and then the directory
