@@ -33,6 +33,7 @@ from adapt_pruner_jax.formats.hf.files import (
   CONFIG,
   INDEX,
   LICENCES,
+  MANIFEST,
   Checkpoint,
   read_object,
 )
@@ -41,6 +42,7 @@ from adapt_pruner_jax.models import axes
 from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.storage import publish
+from adapt_pruner_jax.storage.places import in_bucket, to_path
 
 DOWNLOADED = (
   *("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.md"),
@@ -67,14 +69,14 @@ READERS = 4
 
 def resolve(path: str | os.PathLike) -> Path:
   """The directory of a model: `path` itself, that of a .gguf file, or a
-  download of this hub id.
+  download of this hub id or from this place in a bucket.
 
   Raises:
     UserError: neither is there.
   """
   from adapt_pruner_jax.formats.gguf import directory as gguf_directory
 
-  folder = Path(path).expanduser()
+  folder = Path(on_disk(path)).expanduser()
   publish.put_back(folder)
   if folder.is_dir():
     if (folder / WORKDIR_MODEL / CONFIG).is_file():
@@ -108,6 +110,22 @@ def resolve(path: str | os.PathLike) -> Path:
       f"{first_line(error)} Check the name and the network; log in "
       "with `hf auth login` if the model asks for it"
     ) from error
+
+
+def on_disk(path: str | os.PathLike) -> str | os.PathLike:
+  """The path, or that of a copy on this machine of what is in a bucket.
+
+  Raises:
+    UserError: it is a work directory, or not there, or not whole.
+  """
+  if not in_bucket(path):
+    return path
+  from adapt_pruner_jax.storage import download
+
+  inner = to_path(path) / WORKDIR_MODEL
+  if (inner / CONFIG).is_file() or (inner / MANIFEST).is_file():
+    raise UserError(f"{path} is a work directory; its model is {inner}")
+  return str(download.copy(to_path(path)))
 
 
 def _from_hub(name: str, revision: str | None) -> Path:

@@ -31,6 +31,7 @@ from adapt_pruner_jax.models import axes
 from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.model_config import ModelConfig, layer_names
 from adapt_pruner_jax.storage import json_files, publish
+from adapt_pruner_jax.storage.places import to_path
 
 FORMATS = ("hf", "hf_uniform")
 # GPT-NeoX makes heads of hidden_size / heads channels, Helium an `o` of D
@@ -110,7 +111,7 @@ def save(
     UserError: `path` exists or cannot be written, or the format cannot express
       the model.
   """
-  path, source = Path(path), Path(source) if source is not None else None
+  path, source = to_path(path), Path(source) if source is not None else None
   if format not in FORMATS:
     raise UserError(
       f"format {format} is not one of {', '.join(FORMATS)}"
