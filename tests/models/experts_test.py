@@ -39,7 +39,7 @@ def test_products_by_group(sizes):
   accelerated = jax.lax.ragged_dot(x_PI, w_XIO, sizes_X)
   np.testing.assert_allclose(accelerated, want, atol=1e-5)
   outer = [
-    f(x_PI, want, sizes_X)
+    f(jnp.asarray(x_PI), jnp.asarray(want), sizes_X)
     for f in (experts._ragged_outer, experts._outer_of_blocks)
   ]
   np.testing.assert_allclose(*outer, atol=1e-4)

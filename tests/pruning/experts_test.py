@@ -52,7 +52,10 @@ def test_what_does_not_look_into_experts_is_refused():
   for changes, words in (
     ({"method": "flap"}, "mixture of experts, whose channels flap does not"),
     ({"method": "slicegpt"}, "whose channels slicegpt does not"),
-    ({"method": "adapt", "refit": "final"}, "each of its experts sees tokens"),
+    (
+      {"method": "adapt", "refit": "final"},
+      "each expert sees tokens",
+    ),
   ):
     with pytest.raises(UserError, match=words):
       methods.check(CONFIG, Prune(**{"refit": "none", **changes}))

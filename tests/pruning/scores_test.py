@@ -214,6 +214,7 @@ def test_folds_of_query_heads():
   salience = {"q": q_LKG, "k": zero_LK, "v": zero_LK, "o": q_LKG * 10}
   salience |= dict.fromkeys(("gate", "up", "down"), zero_LF)
   masks = {"K": np.array([[1, 1, 1], [1, 0, 1]], bool)}
+  masks["F"] = np.ones((2, 1), bool)
   aligned = scores.group_scores(salience, masks, "taylor", "aligned")["K"]
   assert aligned[0].tolist() == [33, 77, 121]
   assert aligned[1, [0, 2]].tolist() == [33, 121]

@@ -270,7 +270,8 @@ class Stored:
     return (slice(None),) * len(axes.AXES[self.name])
 
   def _tensor(self) -> np.ndarray:
-    return tensors.together(self.checkpoint, self.place.tensor, self.shape)
+    where = self.place.tensor, self.shape
+    return tensors.together(self.checkpoint, self.name, *where)
 
   def _part(self, tensor: np.ndarray, index: Sequence[slice]) -> np.ndarray:
     """A view of part `index` of the parameter in its tensor.

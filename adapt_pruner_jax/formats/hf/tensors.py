@@ -111,18 +111,20 @@ def apart(tensor: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
 
 
 def together(
-  checkpoint: Any, tensor: str, shape: tuple[int, ...]
+  checkpoint: Any, name: str, tensor: str, shape: tuple[int, ...]
 ) -> np.ndarray:
-  """The inverse: a tensor of `tensor_shapes`, by rows.
+  """The inverse: a tensor of `tensor_shapes`, experts one below the other.
 
   Args:
     checkpoint: as `files.Checkpoint`.
+    name: of a parameter in it.
     tensor, shape: from `tensor_shapes`.
   """
-  names = [*apart(tensor, shape)]
-  parts = [checkpoint.array(name) for name in names]
+  parts = [checkpoint.array(part) for part in apart(tensor, shape)]
+  if axes.AXES[name][0] != "X":
+    return parts[0]
   whole = parts[0] if len(parts) == 1 else np.stack(parts)
-  return whole.reshape(-1, whole.shape[-1]) if whole.ndim == 3 else whole
+  return whole.reshape(-1, whole.shape[-1])
 
 
 def own_rows(tensor: np.ndarray, place: Place) -> np.ndarray:
