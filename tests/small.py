@@ -58,7 +58,7 @@ OPTIONS = {
     "down_bias": True,
   },
   "experts": {
-    "experts": 4,
+    "experts": 5,
     "experts_per_token": 2,
     "router_norm": True,
     "router_loss": 0.5,

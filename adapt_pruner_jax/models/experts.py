@@ -200,7 +200,7 @@ def load(routed: Routed | None, counts_T: jax.Array | None) -> Load | None:
 
 
 def _load(routed, counts_T):
-  counts_T = counts_T.astype(jnp.float32)
+  counts_T = jnp.asarray(counts_T, jnp.float32)
   counts_P = counts_T[routed.token_P]
   chosen_X = jnp.zeros(len(routed.sizes_X)).at[routed.expert_P].add(counts_P)
   share_X = counts_T @ routed.probabilities_TX

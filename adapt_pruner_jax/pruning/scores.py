@@ -221,7 +221,7 @@ def group_scores(
   of_units = {}
   for name, found in salience.items():
     mask_LU = masks[axes.unit_of(name)]
-    s = np.zeros((*mask_LU.shape, *found.shape[2:]))
+    s = np.zeros((*mask_LU.shape, *found.shape[mask_LU.ndim :]))
     s[:, : found.shape[1]] = found
     if "G" in axes.AXES[name]:
       s = s.sum(-1) if fold == "aligned" else _reference_fold(s, mask_LU)
@@ -237,8 +237,9 @@ def _combined(matrices: list[np.ndarray], kind: str) -> np.ndarray:
   total_LU = np.sum(matrices, axis=0)
   if kind in TAYLOR:
     return total_LU
-  here_L = np.sum([m.any(axis=1) for m in matrices], axis=0)
-  return total_LU / np.maximum(here_L, 1)[:, None]
+  of_units = tuple(range(1, total_LU.ndim))
+  here_L = np.sum([m.any(axis=of_units, keepdims=True) for m in matrices], 0)
+  return total_LU / np.maximum(here_L, 1)
 
 
 def _reference_fold(s_LKG: np.ndarray, mask_LK: np.ndarray) -> np.ndarray:
