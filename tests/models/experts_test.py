@@ -3,17 +3,22 @@
 Whole families against Transformers: tests/formats/families_test.py.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from adapt_pruner_jax.config import Train
+from adapt_pruner_jax.distributed import sharding
 from adapt_pruner_jax.formats.hf import load
 from adapt_pruner_jax.models import experts
-from adapt_pruner_jax.training import step
+from adapt_pruner_jax.training import stacking, step
+from adapt_pruner_jax.training.stacking import Run
 from tests import small
 from tests.formats import zoo
+from tests.training.step_test import random_batch
 
 
 def test_products_by_group():
@@ -79,3 +84,28 @@ def test_loss_and_gradients_equal_transformers(tmp_path):
   for name, want in wanted.items():
     assert np.abs(want).max() > 1e-3, name
     np.testing.assert_allclose(layer[name], want, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_eight_devices_and_stacked_layers():
+  """Each device sorts its own rows; a layer has no MLP, and no say in the
+  balance."""
+  config = dataclasses.replace(small.option("experts"), ffn_widths=(24, 0, 16))
+  params, batch = small.random_params(config), random_batch(config, 8, 12)
+  mesh, runs = sharding.make_mesh(2, 2, 2), (Run(0, 3, 4, 24),)
+
+  def gradient(mesh, runs):
+    placed = stacking.stack(runs, jax.device_put(params), mesh)
+    loss = step.make_loss(config, Train(), mesh, None)
+    fn = jax.jit(
+      jax.value_and_grad(lambda p: loss(p, None, None, batch, 96.0)[0])
+    )
+    value, grads = fn(placed)
+    return value, stacking.unstack(runs, config, grads, mesh)
+
+  value, want = gradient(small.one_device(), ())
+  value_, got = gradient(mesh, runs)
+  assert float(value_) == pytest.approx(float(value), rel=1e-6)
+  close = lambda one, two: np.testing.assert_allclose(one, two, atol=2e-6)
+  jax.tree.map(close, got, want)
+  assert np.abs(want["layer_0"]["router"]).max() > 1e-3

@@ -85,12 +85,10 @@ def test_options_of_families(monkeypatch, names):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("option", ["plain", "experts"])
-def test_eight_devices(monkeypatch, option):
+def test_eight_devices(monkeypatch):
   mesh = sharding.make_mesh(2, 2, 2)
   settings = Train(accumulation=2, remat="full")
-  config = dataclasses.replace(UNEVEN, **small.OPTIONS[option])
-  trained = compare(monkeypatch, config, RUNS, settings, mesh)
+  trained = compare(monkeypatch, UNEVEN, RUNS, settings, mesh)
   placed = sharding.param_shardings(trained, mesh)
   assert jax.tree.map(lambda x: x.sharding, trained) == placed
 
