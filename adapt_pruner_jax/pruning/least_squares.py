@@ -333,20 +333,26 @@ def _lacking(task, parts, z_BTD, u_BTD, weight_BT):
     found[names[0]] = lacks_BTE, (z_BTE - u_BTE) / scale
   else:
     dense = parts.dense_layer
-    dense_BTD = _fed(config, names[0], dense, place, z_BTD, mesh)
+    fed_BTD = _fed(config, names[0], dense, place, z_BTD, mesh)
+    dense_BTD = _flat(fed_BTD)
     for n in names:
       # Biases are the same in both and need no part in it.
       left = dense[n] if writes else axes.mask(n, dense[n], parts.masks)
       left = linear_algebra.as_matrix(n, left)
       target_BTE = linear_algebra.product("btd,de->bte", dense_BTD, left)
       weight = linear_algebra.as_matrix(n, layer[n])
-      given_BTE = linear_algebra.product("btd,de->bte", fed, weight)
+      given_BTE = linear_algebra.product("btd,de->bte", _flat(fed), weight)
       found[n] = target_BTE - given_BTE, target_BTE
-  fed_BTC = fed.reshape(*fed.shape[:2], -1).astype(jnp.float32)
+  fed_BTC = _flat(fed).astype(jnp.float32)
   energy_BT = jnp.sum(jnp.square(fed_BTC), axis=-1)
   most = CAP * jnp.median(energy_BT)
   weight_BT *= jnp.minimum(1, most / jnp.maximum(energy_BT, 1e-30))
   return fed_BTC, found, weight_BT
+
+
+def _flat(fed):
+  """The input of a matrix, [B, T, C]."""
+  return fed.reshape(*fed.shape[:2], -1)
 
 
 def _fed(config, name, layer, place, x_BTD, mesh):

@@ -50,13 +50,9 @@ ODD = ModelConfig(
   final_softcap=9.0,
   embed_scale=4.0,
 )
-# Memories in place of caches, before and behind a cache of keys.
+# A memory in place of a cache, before a cache of keys.
 DELTA = dataclasses.replace(
-  small.option("delta"),
-  vocab_size=48,
-  kv_groups=(2, 2, 1),
-  context=128,
-  delta=(1, 0, 1),
+  small.option("delta").with_layers([1, 2]), vocab_size=48, context=128
 )
 PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8, 9, 10, 3, 3], [11]]
 WARM = generate.Sampling(1.0)

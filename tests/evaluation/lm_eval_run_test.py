@@ -298,6 +298,14 @@ def test_rows_share_a_context():
   ]
 
 
+def test_rows_of_their_own():
+  """Of models with memories, which cannot go on in several ways at once."""
+  shared = scoring_rows.make_rows(PAIRS, ODD.context)
+  alone = scoring_rows.make_rows(PAIRS, ODD.context, shared=False)
+  assert len(alone) == len({q[2] for row in shared for q in row.queries})
+  assert max(map(max, (row.branches for row in alone))) <= 1
+
+
 def test_short_groups_join_longer_ones():
   rows = [scoring_rows.Row([0] * n, [], [], []) for n in (5, 40, 41, 90, 100)]
   found = scoring_rows.by_length(rows, 2)

@@ -12,11 +12,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from adapt_pruner_jax.models import delta_net, layer
+from adapt_pruner_jax.models import delta_net, layer, layer_runs
+from adapt_pruner_jax.models.decoder import Decoder
+from adapt_pruner_jax.training import stacking
 from tests import small
 
 pytestmark = pytest.mark.slow
 B, T, Z, A, U, Y = 2, 150, 2, 3, 8, 6  # more than two chunks
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compile_fast():
+  """Most of the time goes into compiling programs that run once."""
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield
+  jax.config.update("jax_disable_most_optimizations", False)
 
 
 def rule():
@@ -99,3 +109,35 @@ def test_documents_of_a_row_do_not_see_each_other():
     )
   for x, y in zip(kept, kept_alone, strict=True):
     np.testing.assert_allclose(x[0], y[-1], rtol=0, atol=1e-5)
+
+
+def test_a_run_of_both_kinds_of_layer():
+  """Stacked and padded as in training: the decoder, and its gradients."""
+  config, mesh = small.option("delta"), small.one_device()
+  params, tokens = small.random_params(config), small.tokens(config, 1, 9)
+  runs = stacking.cheapest(config, 1e9, 1.0)
+  assert runs == (stacking.Run(0, 3, 4, 40, 2),)
+  layers = {n: x for n, x in params.items() if n.startswith("layer_")}
+  stacked = stacking.stack(runs, layers, mesh)
+  back = stacking.unstack(runs, config, stacked, mesh)
+  jax.tree.map(np.testing.assert_array_equal, back, layers)
+  inputs = layer.attention_inputs(config, 9)
+  decoder = Decoder(config)
+  x_BTD = decoder.apply({"params": params}, tokens, method="embed")
+
+  def plain(layers):
+    return decoder.apply({"params": params | layers}, tokens)[1][-1]
+
+  def scanned(stacked):
+    return layer_runs.scan_layers(config, stacked, dict, inputs, x_BTD)
+
+  found, expected = (
+    jax.jit(jax.value_and_grad(lambda tree, fn=fn: jnp.sum(jnp.sin(fn(tree)))))(
+      tree
+    )
+    for fn, tree in ((scanned, stacked), (plain, layers))
+  )
+  np.testing.assert_allclose(found[0], expected[0], rtol=1e-4)
+  padded = stacking.stack(runs, expected[1], mesh)  # zeros where nothing is
+  near = lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-4)
+  jax.tree.map(near, found[1], padded)

@@ -73,15 +73,14 @@ def test_uneven_layers_with_absent_halves(monkeypatch):
     ("biases", "norm of each head", "scales"),
     ("norm of all heads",),
     ("sandwich",),
-    ("delta",),
   ],
 )
 def test_options_of_families(monkeypatch, names):
-  """Biases, norms over all heads, windows, rotary tables, kinds of layer."""
+  """Biases, norms over all heads, windows, rotary tables."""
   settings, config = Train(remat="full", weight_decay=0.1), small.CONFIG
   for name in names:
     config = dataclasses.replace(config, **small.OPTIONS[name])
-  compare(monkeypatch, config, (Run(0, 3, 4, 40, 2),), settings)
+  compare(monkeypatch, config, (Run(0, 3, 4, 40),), settings)
 
 
 @pytest.mark.slow
