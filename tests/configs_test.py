@@ -46,7 +46,8 @@ FIELDS = """
   prune.mlp_layers prune.gqa_fold prune.trim prune.round_ffn_to
   prune.round_kv_to prune.whole_halves prune.attention prune.precision
   prune.refit prune.refit_ridge prune.refit_all prune.refit_passes
-  prune.refit_rate prune.ranking.step_size prune.ranking.cap prune.uniform.steps
+  prune.refit_rate prune.refit_batch prune.ranking.step_size
+  prune.ranking.cap prune.uniform.steps
   prune.search.steps prune.search.evaluations prune.search.tokens
   prune.search.source prune.llm_pruner.ranking prune.flap.metric
   prune.flap.structure prune.slicegpt.multiple prune.slicegpt.subtract_mean
@@ -100,9 +101,10 @@ RECIPES = {
     "prune.method": "fisher",
     "prune.ranking.step_size": 0.2,
     "prune.ranking.cap": 0.8,
-    "prune.refit": "final",
-    "prune.refit_all": True,
+    "prune.refit": "loss",
     "prune.refit_passes": 3,
+    "prune.refit_rate": 1.5e-4,
+    "prune.refit_batch": 1,
     "calibration.samples": 64,
     "calibration.refit_samples": 64,
     "calibration.seq_len": 512,

@@ -36,6 +36,7 @@ AT_LEAST = {
   "prune.refit_ridge": 0,
   "prune.refit_passes": 0,
   "prune.refit_rate": 0,
+  "prune.refit_batch": 0,
   "calibration.refit_samples": 2,
   "calibration.tokens_per_channel": 0,
   "calibration.samples": 1,

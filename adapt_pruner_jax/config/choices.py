@@ -14,6 +14,7 @@ PUBLISHED = {
   "shortgpt": ("shortgpt", "shortgpt"),
   "minitron": ("minitron", "minitron"),
   "surgeon": ("surgeon", "surgeon"),
+  "reap": ("reap", "reap"),
   "magnitude": ("uniform", "magnitude"),
   "random": ("uniform", "random"),
 }
@@ -22,7 +23,7 @@ PUBLISHED = {
 BLOCKS = {"q8_0": 32, "q4_0": 32, "q4_k_m": 256}
 
 # Methods whose score and allotment are one thing.
-WHOLE = ("wanda_sp", "slicegpt", "shortgpt", "minitron")
+WHOLE = ("wanda_sp", "slicegpt", "shortgpt", "minitron", "reap")
 
 CHOICES = {
   "model.dtype": ("", "float32", "bfloat16", "float16"),

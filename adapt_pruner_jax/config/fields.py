@@ -178,6 +178,7 @@ class Prune(Section):
   # Then passes, each over fresh windows, that lower the loss by all weights.
   refit_passes: int = 0
   refit_rate: float = 3e-4  # the highest learning rate of these
+  refit_batch: int = 0  # windows a step of these; 0 = calibration.batch
   # Of single allotments and methods; the defaults are the published ones.
   ranking: Ranking = dataclasses.field(default_factory=Ranking)
   uniform: Uniform = dataclasses.field(default_factory=Uniform)

@@ -24,6 +24,7 @@ MESH_AXES = ("data", "fsdp", "tensor")
 BATCH = axes.BATCH
 RULES = dict.fromkeys(axes.RESIDUAL, "fsdp") | {
   "K": "tensor",
+  "Z": "tensor",
   "F": "tensor",
   "V": "tensor",
 }

@@ -160,7 +160,9 @@ class JaxLM(WordsLM):
       UserError: an id is outside the vocabulary, or a log-likelihood is not
         finite.
     """
-    rows = scoring_rows.make_rows(pairs, self.model_config.context)
+    # A memory cannot go on in several ways within a row.
+    shared = not any(self.model_config.delta)
+    rows = scoring_rows.make_rows(pairs, self.model_config.context, shared)
     ids = [
       t for row in rows for t in (*row.tokens, *scoring_rows.targets_of(row))
     ]

@@ -12,6 +12,9 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
+
+from adapt_pruner_jax.models.arithmetic import LowRank, project
 
 # Names of what a layer computes: products with the weights that read the
 # stream, and the stream between the halves.
@@ -24,6 +27,13 @@ _KEPT = {
   "full": jax.checkpoint_policies.nothing_saveable,
 }
 NAMES = ("none", *_KEPT)
+
+
+def read_by(
+  equation: str, h_BTD: jax.Array, weight: jax.Array | LowRank
+) -> jax.Array:
+  """`project` of what reads the stream, by the name that `dots` keeps."""
+  return checkpoint_name(project(equation, h_BTD, weight), PRODUCT)
 
 
 def options(name: str) -> dict[str, Any]:

@@ -121,7 +121,8 @@ def _refit_as_training(config: Config, mesh: Mesh) -> Config:
   from adapt_pruner_jax.pruning import refit_loss
 
   of = config.calibration
-  rows = placement.padded_rows(min(of.batch, of.refit_samples), mesh)
+  batch = min(config.prune.refit_batch or of.batch, of.refit_samples)
+  rows = placement.padded_rows(batch, mesh)
   data = dataclasses.replace(config.data, batch=rows, seq_len=of.seq_len)
   settings = refit_loss.as_training(config.prune.refit_rate)
   return dataclasses.replace(config, train=settings, data=data)
@@ -244,7 +245,7 @@ def refitting(config: Config, full: ModelConfig, mesh: Mesh) -> Bytes:
   stream = 4 * number * recipe.seq_len * full.hidden_size
   wide = surgery.dense(full)
   channels = max(
-    wide.kv_groups[0] * full.queries_per_group * full.head_dim,
+    *wide.head_channels(),
     wide.ffn_widths[0],
     full.hidden_size,
   )
@@ -262,7 +263,7 @@ def refitting(config: Config, full: ModelConfig, mesh: Mesh) -> Bytes:
   if config.prune.refit_all:  # what gate and up give, and should give
     outputs = max(
       2 * wide.ffn_widths[0],
-      wide.kv_groups[0] * (full.queries_per_group + 2) * full.head_dim,
+      3 * max(wide.head_channels()),
     )
     fed = max(fed, 2 * 4 * rows * recipe.seq_len * (full.hidden_size + outputs))
     equations = max(equations, full.hidden_size**2 + full.hidden_size * outputs)

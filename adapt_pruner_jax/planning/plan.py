@@ -41,6 +41,7 @@ from adapt_pruner_jax.reporting.log import Log
 from adapt_pruner_jax.reporting.progress import duration
 from adapt_pruner_jax.runs import export_size
 from adapt_pruner_jax.runs.summary import in_bytes
+from adapt_pruner_jax.storage import places
 
 STAGE_COLUMNS = [
   "stage",
@@ -126,6 +127,11 @@ def original(config: Config) -> tuple[ModelConfig, Path | None]:
     from adapt_pruner_jax.runs import tiny_model
 
     return tiny_model.config_of(tiny_model.Recipe()), None
+  if places.in_bucket(path):
+    from adapt_pruner_jax.storage import download
+
+    file = download.copy(places.to_path(path) / "config.json")
+    return load.read_config(file.parent, ignored), file.parent
   folder = Path(path).expanduser()
   if "/" in path and not folder.exists():
     import huggingface_hub

@@ -10,6 +10,7 @@ from adapt_pruner_jax.config import Config
 from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.planning import arrays
 from adapt_pruner_jax.planning.arrays import Bytes
+from adapt_pruner_jax.pruning import surgery
 from adapt_pruner_jax.training import lora, memory, optimizer
 from adapt_pruner_jax.training.step import (
   abstract_batch,
@@ -120,6 +121,5 @@ def compile_train(
 
 def few_layers(config: ModelConfig, layers: int) -> ModelConfig:
   """The model with its first layers only, each as wide as the widest."""
-  widest = {u: (max(w),) * layers for u, w in config.units().items()}
   first = [i % config.num_layers for i in range(layers)]
-  return config.with_layers(first).with_units(widest)
+  return surgery.dense(config).with_layers(first)

@@ -21,20 +21,19 @@ LEAST = 1e-5  # ridge of a channel over its energy, for float32
 
 
 def check(config: ModelConfig) -> None:
-  """Raises a UserError for a model that least squares cannot refit."""
+  """Raises a UserError for a model that curvature says nothing of."""
   if config.norm_order != "pre" or config.qk_norm == "all":
     why = (
       f"the family {config.family} norms what its matrices write, which "
-      "least squares does not see"
+      "a Gram matrix does not see"
     )
   elif config.residual:
     why = "SliceGPT changes the residual width"
   else:
     return
   raise UserError(
-    f"this model cannot be refitted by least squares: {why}; use "
-    "--config.prune.refit=loss with --config.prune.method=fisher, or "
-    "--config=configs/paper.py"
+    f"this model cannot be pruned by curvature: {why}; use "
+    "--config.prune.method=fisher, or --config=configs/paper.py"
   )
 
 

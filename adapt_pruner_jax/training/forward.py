@@ -14,7 +14,13 @@ from jax.sharding import Mesh
 
 from adapt_pruner_jax.config import Train
 from adapt_pruner_jax.distributed.embedding import embed
-from adapt_pruner_jax.models import axes, layer, layer_runs, model_config
+from adapt_pruner_jax.models import (
+  axes,
+  experts,
+  layer,
+  layer_runs,
+  model_config,
+)
 from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.decoder import Decoder, output_name
 from adapt_pruner_jax.models.kernels import Kernel
@@ -39,7 +45,7 @@ def frozen_ends(
     settings, batch, mesh: of the training.
   """
   frozen = dataclasses.replace(settings, remat="none")
-  return ends(config, frozen, params, None, batch, mesh)
+  return ends(config, frozen, params, None, batch, mesh)[:2]
 
 
 def ends(
@@ -49,8 +55,9 @@ def ends(
   base: Params | None,
   batch: Mapping[str, Any],
   mesh: Mesh,
-) -> tuple[jax.Array, jax.Array]:
-  """The stream behind the final norm, [B, T, D], and the output matrix.
+) -> tuple[jax.Array, jax.Array, experts.Load | None]:
+  """The stream behind the final norm, [B, T, D], the output matrix, and how
+  experts are loaded, if the loss asks for that.
 
   Args:
     config, settings, batch, mesh: of the training; `remat` is not `auto`.
@@ -62,14 +69,16 @@ def ends(
   matrix, dtype = params[output_name(config)], jnp.dtype(settings.dtype)
   x_BTD = embed(config, params["embedding"], batch["tokens_BT"], mesh, dtype)
   positions_BT, segments_BT = batch["positions_BT"], batch["segments_BT"]
+  counts_BT = segments_BT > 0 if config.router_loss_on else None
   if not layer_runs.bounds(trained):
     if base is not None:
       layers = {n: beside(base[n], f, alpha) for n, f in trained.items()}
       params = base | layers
     model = {"params": cast(params, settings)}
     decoder = Decoder(config, settings.remat, kernel)
-    rows = x_BTD, segments_BT, positions_BT
-    return decoder.apply(model, *rows, method="hidden"), matrix
+    rows = x_BTD, segments_BT, positions_BT, counts_BT
+    x_BTD, load = decoder.apply(model, *rows, method="loaded")
+    return x_BTD, matrix, load
 
   def weights_of(part: Any) -> Params:
     return cast(part if base is None else beside(*part, alpha), settings)
@@ -78,13 +87,13 @@ def ends(
   if base is not None:
     stacked = {name: (base[name], trained[name]) for name in trained}
   inputs = layer.attention_inputs(config, positions_BT, segments_BT, kernel)
-  x_BTD = layer_runs.scan_layers(
-    config, stacked, weights_of, inputs, x_BTD, settings.remat
+  x_BTD, load = layer_runs.scan_layers(
+    config, stacked, weights_of, inputs, x_BTD, settings.remat, counts_BT
   )
   names = model_config.outer_names(config)
   outer = {"params": cast({name: params[name] for name in names}, settings)}
   behind = Decoder(config.with_layers(()))
-  return behind.apply(outer, x_BTD, method="normed"), matrix
+  return behind.apply(outer, x_BTD, method="normed"), matrix, load
 
 
 def cast(params: Params, settings: Train) -> Params:

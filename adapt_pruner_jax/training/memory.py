@@ -11,8 +11,15 @@ from jax.sharding import Mesh
 
 from adapt_pruner_jax.config import Train
 from adapt_pruner_jax.distributed import placement
-from adapt_pruner_jax.models import axes, devices, kernels, model_config, remat
-from adapt_pruner_jax.models.model_config import ModelConfig
+from adapt_pruner_jax.models import (
+  axes,
+  delta_net,
+  devices,
+  kernels,
+  model_config,
+  remat,
+)
+from adapt_pruner_jax.models.model_config import DeltaNet, ModelConfig
 from adapt_pruner_jax.training import output_loss
 
 # Of a device, what a step may have. Others use the memory of a CPU, too.
@@ -87,13 +94,17 @@ def kept(
   D, H, G = config.hidden_size, config.head_dim, config.queries_per_group
   tensor = mesh.shape["tensor"]
   each, again = [], []  # of each layer: what is kept, what is made once more
-  for groups, width in zip(config.kv_groups, config.ffn_widths, strict=True):
-    K, F = groups / tensor, width / tensor
+  for i in range(config.num_layers):
+    K, F = config.kv_groups[i] / tensor, config.ffn_widths[i] / tensor
+    F *= max(config.experts_per_token, 1)
     # A norm, q, k, v, q and k rotated, what the heads say; plain attention has
     # its scores, float32, three times. A norm, gate, activation, up, product.
     scores = 3 * K * G * length * 4 / size if plain else 0
-    halves = 2 * D + (3 * G + 3) * K * H + scores, 2 * D + 4 * F
-    products = 2 * D + (G + 2) * K * H + 2 * F
+    mixed, read = (3 * G + 3) * K * H + scores, (G + 2) * K * H
+    if config.is_delta(i):
+      mixed, read = _delta(config.delta_net, K, size), 0
+    halves = 2 * D + mixed, 2 * D + 4 * F
+    products = 2 * D + read + 2 * F
     kept_here, made_again = {
       "none": (sum(halves), 0),
       "dots": (products, sum(halves) - products),
@@ -103,6 +114,18 @@ def kept(
     each.append(kept_here)
     again.append(made_again)
   return tokens * size * (sum(each) + max(again, default=0))
+
+
+def _delta(net: DeltaNet, groups: float, size: int) -> float:
+  """Numbers a token, of `size` bytes, that a gated delta net needs."""
+  values = net.values_per_key * net.value_dim
+  # q, k and v before, within and behind the convolutions; what is said, its
+  # norm and its gate.
+  width = groups * (6 * net.key_dim + 6 * values)
+  # In float32: within a chunk each token with each, and its share of a memory.
+  heads, memory = groups * net.values_per_key, net.key_dim * net.value_dim
+  rule = heads * (3 * delta_net.CHUNK + memory / delta_net.CHUNK)
+  return width + rule * 4 / size
 
 
 def vocabulary(

@@ -21,7 +21,7 @@ from jax.stages import Lowered
 from adapt_pruner_jax.config import Train
 from adapt_pruner_jax.distributed import placement, sharding
 from adapt_pruner_jax.errors import UserError
-from adapt_pruner_jax.models import model_config
+from adapt_pruner_jax.models import experts, model_config
 from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.training import (
@@ -251,6 +251,7 @@ def make_loss(
 ) -> Callable:
   """The loss of a batch, with distillation and without.
 
+  The former has the balance of experts in it too, if the model asks for that.
   A function of what is trained, base, the teacher's params, the batch, and the
   weight that the sums are divided by.
 
@@ -264,7 +265,8 @@ def make_loss(
   def mean_loss(trained, base, teacher_params, batch, count):
     shape = batch["tokens_BT"].shape
     own = memory.with_remat(settings, config, teacher, shape, mesh)
-    x_BTD, matrix = forward.ends(config, own, trained, base, batch, mesh)
+    args = config, own, trained, base, batch, mesh
+    x_BTD, matrix, load = forward.ends(*args)
     taught = None
     if teacher is not None:
       taught = forward.frozen_ends(
@@ -274,7 +276,11 @@ def make_loss(
       taught = Likeliest(*(batch[name] for name in TAUGHT))
     tokens = batch["targets_BT"], batch["weights_BT"]
     sums = output_loss.loss(objective, matrix, x_BTD, *tokens, taught)
-    return sums[0] / count, sums[1] / count
+    value = sums[0] / count
+    if load is not None:
+      share = config.router_loss / settings.accumulation
+      value += share * experts.balance_loss(load)
+    return value, sums[1] / count
 
   return mean_loss
 

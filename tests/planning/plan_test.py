@@ -164,6 +164,7 @@ def test_flops_of_scoring_8b():
 
 def test_held_memory_is_what_the_arrays_take():
   config = recipe(train__tokens=1000, train__distill_alpha=0.5)
+  config.train.remat = "none"
   mesh = one_device()
   student = cost.evenly(SMALL, config.prune, 150_000)
   held = training_memory.estimated_training(config, SMALL, student, mesh)

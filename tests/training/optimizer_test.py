@@ -45,7 +45,10 @@ def test_decay_pulls_at_matrices_only():
   names = {n: jnp.zeros([2] * len(axes.AXES[n])) for n in axes.AXES}
   mask = optimizer.decayed(names)
   matrices = {"embedding", "lm_head", "q", "k", "v", "o", "gate", "up", "down"}
-  matrices |= {"attn_shortcut", "mlp_shortcut"}
+  matrices |= {"attn_shortcut", "mlp_shortcut", "q_gate"}
+  matrices |= {"router", "moe_gate", "moe_up", "moe_down"}
+  matrices |= {f"delta_{x}" for x in ("q", "k", "v", "gate", "o")}
+  matrices |= {"delta_beta", "delta_decay"}
   assert {n for n, pulled in mask.items() if pulled} == matrices
 
 

@@ -73,21 +73,24 @@ def test_uneven_layers_with_absent_halves(monkeypatch):
     ("biases", "norm of each head", "scales"),
     ("norm of all heads",),
     ("sandwich",),
+    ("delta",),
   ],
 )
 def test_options_of_families(monkeypatch, names):
-  """Biases, norms over all heads, windows of each layer, rotary tables."""
+  """Biases, norms over all heads, windows, rotary tables, kinds of layer."""
   settings, config = Train(remat="full", weight_decay=0.1), small.CONFIG
   for name in names:
     config = dataclasses.replace(config, **small.OPTIONS[name])
-  compare(monkeypatch, config, (Run(0, 3, 4, 40),), settings)
+  compare(monkeypatch, config, (Run(0, 3, 4, 40, 2),), settings)
 
 
 @pytest.mark.slow
-def test_eight_devices(monkeypatch):
+@pytest.mark.parametrize("option", ["plain", "experts"])
+def test_eight_devices(monkeypatch, option):
   mesh = sharding.make_mesh(2, 2, 2)
   settings = Train(accumulation=2, remat="full")
-  trained = compare(monkeypatch, UNEVEN, RUNS, settings, mesh)
+  config = dataclasses.replace(UNEVEN, **small.OPTIONS[option])
+  trained = compare(monkeypatch, config, RUNS, settings, mesh)
   placed = sharding.param_shardings(trained, mesh)
   assert jax.tree.map(lambda x: x.sharding, trained) == placed
 
