@@ -64,7 +64,6 @@ def train(
     rank: of adapters; 0 = all weights are trained.
     alpha: share of distillation from the model before the prune.
   """
-  import jax
   import jax.numpy as jnp
   import numpy as np
   from accelerator_models import original, pruned
@@ -77,10 +76,6 @@ def train(
   full, mesh = original(model), sharding.one_device()
   small = pruned(full)
   settings = Train(dtype="bfloat16", lora_rank=rank, distill_alpha=alpha)
-
-  def weights(config, dtype):
-    params = loop.random_params(config, mesh)
-    return jax.tree.map(lambda p: p.astype(dtype), params)
 
   half = jnp.bfloat16
   training = loop.start(
@@ -131,11 +126,9 @@ def prune(model: str, rows: int, tokens: int, method: str = "fisher") -> dict:
   from adapt_pruner_jax.distributed import sharding
   from adapt_pruner_jax.pruning import methods
   from adapt_pruner_jax.pruning.task import PruneTask
-  from adapt_pruner_jax.training import loop
 
   config, mesh = original(model), sharding.one_device()
-  params = loop.random_params(config, mesh)
-  params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), params)
+  params = weights(config, jnp.bfloat16)
   rng, shape = np.random.default_rng(0), (8 * rows, tokens)
   draw = lambda _: rng.integers(0, config.vocab_size, shape, np.int32)
   ends = [time.perf_counter()]
@@ -232,6 +225,25 @@ def kernel(T, K, G, H, window=0, softcap=0.0, packed=True) -> dict:
   found["plain_error"] = error(plain)
   found["good"] = found["error"] < 2 * found["plain_error"] + 1e-3
   return found
+
+
+def weights(config, dtype) -> dict:
+  """Random weights, parts of one array: a program a shape, and a small one."""
+  import jax
+  import jax.numpy as jnp
+
+  from adapt_pruner_jax.models import axes, model_config
+
+  shapes = model_config.abstract_params(config, dtype)
+  largest = max(x.size for x in jax.tree.leaves(shapes))
+  drawn = 0.02 * jax.random.normal(jax.random.key(0), largest, dtype)
+
+  def one(name, _, x):
+    if "norm" in name:
+      return jnp.ones(x.shape, dtype)
+    return drawn[: x.size].reshape(x.shape)
+
+  return axes.map_named(one, shapes)
 
 
 # ---- Measuring ---------------------------------------------------------------

@@ -84,25 +84,7 @@ def recover(
   recipe, settings, log = inputs.recipe, inputs.recipe.train, inputs.log
   first = stage_end(inputs, state.stage - 1)
   last = stage_end(inputs, state.stage)
-  batches, taught = inputs.rows.batches, None
-  if step.likeliest(settings, inputs.full):
-    batches = cached(state, inputs, last, stopping)
-  else:
-    taught = teacher()
-  training = loop.start(
-    (state.config, state.params),
-    settings,
-    optimizer.schedule(settings, inputs.total_steps),
-    inputs.mesh,
-    adapters=state.adapters,
-    opt_state=state.opt_state,
-    teacher=taught,
-    seed=recipe.seed + state.stage,
-    tokens=stage_tokens(inputs, state.stage),
-    ahead=ahead,
-  )
-  if (remat := recomputed(state.config, taught, inputs)) != settings.remat:
-    log.say(f"train.remat={settings.remat}: {remat}, by this device's memory")
+  training, batches = _begun(state, inputs, teacher, stopping, ahead)
   per_step = recipe.data.step_tokens
   title = f"stage {state.stage} of {recipe.prune.stages}: recovery"
   log.rewind("train", state.step)
@@ -139,8 +121,35 @@ def recover(
       seconds = (time.monotonic() - begun) / max(state.step - before, 1)
 
 
+def _begun(state, inputs, teacher, stopping, ahead) -> tuple:
+  """The training of a stage, and its batches from a step on; arguments as of
+  `recover`."""
+  recipe, settings = inputs.recipe, inputs.recipe.train
+  batches, taught = inputs.rows.batches, None
+  if step.likeliest(settings, inputs.full):
+    batches = cached(state, inputs, stopping)
+  else:
+    taught = teacher()
+  training = loop.start(
+    (state.config, state.params),
+    settings,
+    optimizer.schedule(settings, inputs.total_steps),
+    inputs.mesh,
+    adapters=state.adapters,
+    opt_state=state.opt_state,
+    teacher=taught,
+    seed=recipe.seed + state.stage,
+    tokens=stage_tokens(inputs, state.stage),
+    ahead=ahead,
+  )
+  remat = recomputed(state.config, taught, inputs)
+  if settings.remat == "auto" and remat != "none":
+    inputs.log.say(f"train.remat=auto: {remat}, by this device's memory")
+  return training, batches
+
+
 def cached(
-  state: State, inputs: Inputs, last: int, stopping: Stopping | Ending
+  state: State, inputs: Inputs, stopping: Stopping | Ending
 ) -> Callable[[int], Iterator[step.Batch]]:
   """Batches from a step on, with the teacher's likeliest tokens of a cache.
 
@@ -148,13 +157,10 @@ def cached(
   loaded for that, and given up behind it.
 
   Args:
-    last: the step behind the stage.
     state, inputs, stopping: as `recover`'s.
   """
-  recipe, number = (
-    inputs.recipe,
-    step.likeliest(inputs.recipe.train, inputs.full),
-  )
+  recipe = inputs.recipe
+  number = step.likeliest(recipe.train, inputs.full)
   who = digest.of_json(
     [
       weights_fingerprint(inputs.source),
@@ -165,7 +171,8 @@ def cached(
   cache = TeacherCache(
     inputs.path / "cache" / name, recipe.data.seq_len, number
   )
-  left, per_step = last - state.step, recipe.data.step_tokens
+  left = stage_end(inputs, state.stage) - state.step
+  per_step = recipe.data.step_tokens
   rows = itertools.islice(inputs.rows.batches(state.step), left)
   answered = fill(
     cache, rows, lambda: teacher_of(inputs), recipe.train, inputs.mesh

@@ -103,7 +103,10 @@ def kept(
     mixed, read = (3 * G + 3) * K * H + scores, (G + 2) * K * H
     if config.is_delta(i):
       mixed, read = _delta(config.delta_net, K, size), 0
-    halves = 2 * D + mixed, 2 * D + 4 * F
+    norm, act = 2 * D, 4 * F
+    if size < 4:  # a scan keeps a norm's float32 in both its forms, and act's
+      norm, act = norm + 2 * D * 4 // size, act + F
+    halves = norm + mixed, norm + act
     products = 2 * D + read + 2 * F
     kept_here, made_again = {
       "none": (sum(halves), 0),
