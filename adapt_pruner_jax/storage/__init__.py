@@ -1,4 +1,4 @@
-"""Files that survive kills, full disks and power cuts, on a disk or in a bucket.
+"""Files that survive kills, full disks and power cuts; in buckets, too.
 
 places          what a user names: a path on a disk or in a bucket
 publish         the one way to publish a file or directory: beside, sync, rename

@@ -11,7 +11,12 @@ from pathlib import Path
 
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.storage import digest
-from adapt_pruner_jax.storage.bucket_path import BucketPath, call, version
+from adapt_pruner_jax.storage.bucket_path import (
+  BucketPath,
+  call,
+  version,
+  write,
+)
 
 INCOMPLETE = "incomplete"
 PARTS = ".parts"
@@ -23,7 +28,7 @@ def put(local: Path, path: BucketPath) -> None:
   Raises:
     UserError: it cannot be written, or arrived cut off.
   """
-  call(path, lambda: path.fs.put_file(str(local), str(path)))
+  write(path, lambda: path.fs.put_file(str(local), str(path)))
   if path.size() != local.stat().st_size:
     raise UserError(f"{path} arrived cut off: run the same command again")
 

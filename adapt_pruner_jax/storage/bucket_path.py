@@ -7,13 +7,14 @@ goes wrong is a `UserError`, but for a missing or an existing file.
 """
 
 import functools
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import fsspec
-from absl import logging
+from absl import logging as absl
 from etils import epath
 
 from adapt_pruner_jax.errors import UserError, first_line
@@ -123,7 +124,7 @@ class BucketPath(type(epath.Path("gs://bucket"))):
 
   def write_bytes(self, data: bytes) -> None:
     """Writes the object whole, or leaves the old one as it was."""
-    call(self, lambda: self.fs.pipe_file(str(self), data))
+    write(self, lambda: self.fs.pipe_file(str(self), data))
 
   def create(self, data: bytes) -> None:
     """Writes the object if there is none of this name, as the server sees it.
@@ -131,7 +132,7 @@ class BucketPath(type(epath.Path("gs://bucket"))):
     Raises:
       FileExistsError: there is one.
     """
-    call(self, lambda: self.fs.pipe_file(str(self), data, mode="create"))
+    write(self, lambda: self.fs.pipe_file(str(self), data, mode="create"))
 
   def unlink(self, missing_ok: bool = False) -> None:
     """Removes the object."""
@@ -178,6 +179,8 @@ def file_system(url: str) -> fsspec.AbstractFileSystem:
 def _configure() -> None:
   """Before the first use of fsspec and etils; what a user has set stays."""
   os.environ.setdefault("EPATH_USE_TF", "false")  # fsspec, as for the rest
+  # It logs each error that it also raises, with a traceback.
+  logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
   for scheme in ("s3", "gs", "gcs"):
     settings = fsspec.config.conf.setdefault(scheme, {})
     settings.setdefault("use_listings_cache", False)
@@ -206,12 +209,8 @@ def call(path: BucketPath, action: Callable[[], Any]) -> Any:
     try:
       found = action()
       break
-    except (FileExistsError, UserError):
+    except (FileExistsError, FileNotFoundError, UserError):
       raise
-    except FileNotFoundError as error:
-      if "bucket does not exist" not in str(error):
-        raise
-      raise UserError(f"{path}: there is no bucket {path.bucket}") from error
     except Exception as error:
       known = path.bucket in _known and _is_passing(error)
       if not known or time.monotonic() > end:
@@ -219,11 +218,19 @@ def call(path: BucketPath, action: Callable[[], Any]) -> Any:
         if reason is None:
           raise
         raise UserError(reason) from error
-      logging.warning("%s: %s; waiting", path, first_line(error))
+      absl.warning("%s: %s; waiting", path, first_line(error))
       time.sleep(pause)
       pause = min(2 * pause, 30)
   _known.add(path.bucket)
   return found
+
+
+def write(path: BucketPath, action: Callable[[], Any]) -> None:
+  """As `call`, for what needs nothing to be there but the bucket."""
+  try:
+    call(path, action)
+  except FileNotFoundError as error:
+    raise UserError(f"{path}: there is no bucket {path.bucket}") from error
 
 
 def explain(error: BaseException, path: str | os.PathLike) -> str | None:
