@@ -89,8 +89,13 @@ def move(path: BucketPath, target: BucketPath) -> None:
 def grown(path: BucketPath) -> bytes:
   """What a file has, with what was added since it was last written whole."""
   content = whole(path)
-  added = parts(path, content)
-  found = call(path, lambda: path.fs.cat([str(part) for part in added]))
+  names = [str(part) for part in parts(path, content)]
+  if not names:
+    return content
+  try:
+    found = call(path, lambda: path.fs.cat(names))
+  except FileNotFoundError:  # its run has just written it whole
+    return grown(path)
   return content + b"".join(found[name] for name in sorted(found))
 
 

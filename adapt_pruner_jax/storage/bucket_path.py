@@ -6,9 +6,11 @@ before says 503 or 429, or cannot be reached, the call waits; and whatever else
 goes wrong is a `UserError`, but for a missing or an existing file.
 """
 
+import errno
 import functools
 import logging
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -33,14 +35,17 @@ _LOGIN = {
 }
 # Words of what passes, of no credentials, and of a lack of rights.
 _PASSES = (
-  *("503", "429", "SlowDown", "Slow Down", "Service Unavailable", "throttl"),
-  *("reduce your request rate", "Too Many Requests", "rateLimitExceeded"),
-  *("500", "502", "504", "InternalError", "UNAVAILABLE", "DEADLINE_EXCEEDED"),
+  *("SlowDown", "Service Unavailable", "ServiceUnavailable", "InternalError"),
+  *("Too Many Requests", "rateLimitExceeded", "throttl", "request rate"),
+  *("UNAVAILABLE", "DEADLINE_EXCEEDED"),
 )
+_CODES = re.compile(
+  r"\((429|5\d\d)\)|, (429|5\d\d)$"
+)  # of HTTP, as they say it
 _CONNECTION = ("Connect", "Timeout", "Disconnected", "ClientOSError", "Payload")
 _NOBODY = (
   *("NoCredentials", "CredentialsError", "credentials", "Anonymous caller"),
-  *("401", "UNAUTHENTICATED"),
+  *(", 401", "UNAUTHENTICATED"),
 )
 _FORBIDDEN = ("Forbidden", "AccessDenied", "Access Denied", "PERMISSION_DENIED")
 _TENSORSTORE = (
@@ -273,7 +278,10 @@ def _is_passing(error: BaseException) -> bool:
   if isinstance(error, PermissionError):
     return False
   names = " ".join(kind.__name__ for kind in type(error).__mro__)
-  return _says(names, _CONNECTION) or _says(first_line(error), _PASSES)
+  text = first_line(error)
+  busy = getattr(error, "errno", None) == errno.EBUSY  # what s3fs makes of it
+  known = _says(names, _CONNECTION) or _says(text, _PASSES)
+  return busy or known or _CODES.search(text) is not None
 
 
 def _says(text: str, words: tuple[str, ...]) -> bool:
