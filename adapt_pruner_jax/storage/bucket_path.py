@@ -39,9 +39,7 @@ _PASSES = (
   *("Too Many Requests", "rateLimitExceeded", "throttl", "request rate"),
   *("UNAVAILABLE", "DEADLINE_EXCEEDED"),
 )
-_CODES = re.compile(
-  r"\((429|5\d\d)\)|, (429|5\d\d)$"
-)  # of HTTP, as they say it
+_CODES = re.compile(r"\((429|5\d\d)\)|, (429|5\d\d)$")
 _CONNECTION = ("Connect", "Timeout", "Disconnected", "ClientOSError", "Payload")
 _NOBODY = (
   *("NoCredentials", "CredentialsError", "credentials", "Anonymous caller"),
