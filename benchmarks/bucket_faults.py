@@ -76,6 +76,7 @@ def start(
       found.append(
         subprocess.Popen(
           [*arguments, *flags, f"--process_id={me}"],
+          cwd=Path(__file__).resolve().parent.parent,
           env=os.environ | env,
           stdout=output,
           stderr=output,

@@ -59,8 +59,7 @@ OPTIONS = {
   "answers": ("loss", "limit", "weight"),
   "npy": (),
 }
-FILE_KINDS = ("text", "jsonl", "parquet", "answers")
-READ_IN_BUCKETS = ("text", "jsonl", "parquet")
+FILE_KINDS = ("text", "jsonl", "parquet", "answers")  # in buckets, too
 WRITTEN = ("self", "answers")  # by the dense model
 SEPARATOR = "<|endoftext|>"  # a line of its own between documents of a text
 # A longer document is cut at the end of a line, so that memory stays bounded.
@@ -127,11 +126,11 @@ def parse_sources(spec: str, option: str) -> list[Source]:
         sources[-1], name=f"{sources[-1].name},{part}"
       )
   for source in sources:
-    read_there = in_bucket(source.name) and source.kind in READ_IN_BUCKETS
+    read_there = in_bucket(source.name) and source.kind in FILE_KINDS
     if "://" in source.name and not read_there:
       raise UserError(
         f"--config.{option}={spec}: {source.name} is not a path; in a bucket, "
-        f"gs://... or s3://..., {', '.join(READ_IN_BUCKETS)} are read"
+        f"gs://... or s3://..., {', '.join(FILE_KINDS)} are read"
       )
     if source.kind == "self":  # with a file or without
       continue

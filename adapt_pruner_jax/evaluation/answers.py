@@ -10,7 +10,6 @@ it is done, so that a killed process goes on with the next one.
 """
 
 import dataclasses
-import shutil
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -28,7 +27,7 @@ from adapt_pruner_jax.evaluation.phases import Phases, silent
 from adapt_pruner_jax.formats.hf import generation_config
 from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.model_config import ModelConfig
-from adapt_pruner_jax.storage import digest, json_files
+from adapt_pruner_jax.storage import digest, json_files, publish
 
 VERSION = 1
 ENOUGH = 64  # answers of which one must end, or the rest is not asked for
@@ -203,7 +202,7 @@ def _join(asked: Request, parts: Sequence[Path]) -> None:
   rows.sort(key=lambda row: row.pop("prompt"))
   _check_ends(asked, parts, len(rows))
   json_files.rewrite_lines(asked.file, rows)
-  shutil.rmtree(parts[0].parent)
+  publish.remove(parts[0].parent)
 
 
 def _check_ends(asked: Request, parts: Sequence[Path], number: int) -> None:

@@ -234,7 +234,7 @@ def _answered(
   asked = answers.check(
     *(recipe, full, source, tokenizer),
     model=lambda: (weights_fingerprint(source), dtype),
-    folder=cache.beside(path),
+    folder=path / "cache",
   )
   if asked.requests and recipe.vocab.asked():
     raise UserError(

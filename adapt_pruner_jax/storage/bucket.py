@@ -11,7 +11,12 @@ from pathlib import Path
 
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.storage import digest
-from adapt_pruner_jax.storage.bucket_path import BucketPath, call, version
+from adapt_pruner_jax.storage.bucket_path import (
+  BucketPath,
+  call,
+  version,
+  write,
+)
 
 INCOMPLETE = "incomplete"
 PARTS = ".parts"
@@ -23,7 +28,7 @@ def put(local: Path, path: BucketPath) -> None:
   Raises:
     UserError: it cannot be written, or arrived cut off.
   """
-  call(path, lambda: path.fs.put_file(str(local), str(path)))
+  write(path, lambda: path.fs.put_file(str(local), str(path)))
   if path.size() != local.stat().st_size:
     raise UserError(f"{path} arrived cut off: run the same command again")
 
@@ -84,8 +89,13 @@ def move(path: BucketPath, target: BucketPath) -> None:
 def grown(path: BucketPath) -> bytes:
   """What a file has, with what was added since it was last written whole."""
   content = whole(path)
-  added = parts(path, content)
-  found = call(path, lambda: path.fs.cat([str(part) for part in added]))
+  names = [str(part) for part in parts(path, content)]
+  if not names:
+    return content
+  try:
+    found = call(path, lambda: path.fs.cat(names))
+  except FileNotFoundError:  # its run has just written it whole
+    return grown(path)
   return content + b"".join(found[name] for name in sorted(found))
 
 

@@ -6,14 +6,17 @@ before says 503 or 429, or cannot be reached, the call waits; and whatever else
 goes wrong is a `UserError`, but for a missing or an existing file.
 """
 
+import errno
 import functools
+import logging
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import fsspec
-from absl import logging
+from absl import logging as absl
 from etils import epath
 
 from adapt_pruner_jax.errors import UserError, first_line
@@ -32,14 +35,15 @@ _LOGIN = {
 }
 # Words of what passes, of no credentials, and of a lack of rights.
 _PASSES = (
-  *("503", "429", "SlowDown", "Slow Down", "Service Unavailable", "throttl"),
-  *("reduce your request rate", "Too Many Requests", "rateLimitExceeded"),
-  *("500", "502", "504", "InternalError", "UNAVAILABLE", "DEADLINE_EXCEEDED"),
+  *("SlowDown", "Service Unavailable", "ServiceUnavailable", "InternalError"),
+  *("Too Many Requests", "rateLimitExceeded", "throttl", "request rate"),
+  *("UNAVAILABLE", "DEADLINE_EXCEEDED"),
 )
+_CODES = re.compile(r"\((429|5\d\d)\)|, (429|5\d\d)$")
 _CONNECTION = ("Connect", "Timeout", "Disconnected", "ClientOSError", "Payload")
 _NOBODY = (
   *("NoCredentials", "CredentialsError", "credentials", "Anonymous caller"),
-  *("401", "UNAUTHENTICATED"),
+  *(", 401", "UNAUTHENTICATED"),
 )
 _FORBIDDEN = ("Forbidden", "AccessDenied", "Access Denied", "PERMISSION_DENIED")
 _TENSORSTORE = (
@@ -123,7 +127,7 @@ class BucketPath(type(epath.Path("gs://bucket"))):
 
   def write_bytes(self, data: bytes) -> None:
     """Writes the object whole, or leaves the old one as it was."""
-    call(self, lambda: self.fs.pipe_file(str(self), data))
+    write(self, lambda: self.fs.pipe_file(str(self), data))
 
   def create(self, data: bytes) -> None:
     """Writes the object if there is none of this name, as the server sees it.
@@ -131,7 +135,7 @@ class BucketPath(type(epath.Path("gs://bucket"))):
     Raises:
       FileExistsError: there is one.
     """
-    call(self, lambda: self.fs.pipe_file(str(self), data, mode="create"))
+    write(self, lambda: self.fs.pipe_file(str(self), data, mode="create"))
 
   def unlink(self, missing_ok: bool = False) -> None:
     """Removes the object."""
@@ -178,6 +182,8 @@ def file_system(url: str) -> fsspec.AbstractFileSystem:
 def _configure() -> None:
   """Before the first use of fsspec and etils; what a user has set stays."""
   os.environ.setdefault("EPATH_USE_TF", "false")  # fsspec, as for the rest
+  # It logs each error that it also raises, with a traceback.
+  logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
   for scheme in ("s3", "gs", "gcs"):
     settings = fsspec.config.conf.setdefault(scheme, {})
     settings.setdefault("use_listings_cache", False)
@@ -206,12 +212,8 @@ def call(path: BucketPath, action: Callable[[], Any]) -> Any:
     try:
       found = action()
       break
-    except (FileExistsError, UserError):
+    except (FileExistsError, FileNotFoundError, UserError):
       raise
-    except FileNotFoundError as error:
-      if "bucket does not exist" not in str(error):
-        raise
-      raise UserError(f"{path}: there is no bucket {path.bucket}") from error
     except Exception as error:
       known = path.bucket in _known and _is_passing(error)
       if not known or time.monotonic() > end:
@@ -219,11 +221,19 @@ def call(path: BucketPath, action: Callable[[], Any]) -> Any:
         if reason is None:
           raise
         raise UserError(reason) from error
-      logging.warning("%s: %s; waiting", path, first_line(error))
+      absl.warning("%s: %s; waiting", path, first_line(error))
       time.sleep(pause)
       pause = min(2 * pause, 30)
   _known.add(path.bucket)
   return found
+
+
+def write(path: BucketPath, action: Callable[[], Any]) -> None:
+  """As `call`, for what needs nothing to be there but the bucket."""
+  try:
+    call(path, action)
+  except FileNotFoundError as error:
+    raise UserError(f"{path}: there is no bucket {path.bucket}") from error
 
 
 def explain(error: BaseException, path: str | os.PathLike) -> str | None:
@@ -266,7 +276,10 @@ def _is_passing(error: BaseException) -> bool:
   if isinstance(error, PermissionError):
     return False
   names = " ".join(kind.__name__ for kind in type(error).__mro__)
-  return _says(names, _CONNECTION) or _says(first_line(error), _PASSES)
+  text = first_line(error)
+  busy = getattr(error, "errno", None) == errno.EBUSY  # what s3fs makes of it
+  known = _says(names, _CONNECTION) or _says(text, _PASSES)
+  return busy or known or _CODES.search(text) is not None
 
 
 def _says(text: str, words: tuple[str, ...]) -> bool:
