@@ -138,7 +138,7 @@ def test_windows_are_those_of_transformers(family, layers):
 
 
 def test_a_published_qwen3_5():
-  """Fields of Qwen/Qwen3.5-0.8B and -27B that no class of Transformers reads."""
+  """Fields that no class of Transformers reads; as many parameters as there."""
   read = {
     "attn_output_gate": True,
     "output_gate_type": "swish",
