@@ -57,6 +57,13 @@ OPTIONS = {
     "gate_up_bias": True,
     "down_bias": True,
   },
+  "experts": {
+    "experts": 4,
+    "experts_per_token": 2,
+    "router_norm": True,
+    "router_loss": 0.5,
+    "router_loss_on": True,
+  },
   "scales": {
     "residual_scale": 0.5,
     "logit_scale": 0.25,
@@ -94,12 +101,17 @@ def random_params(
 
 
 def random_kept(config: ModelConfig, seed: int = 0, share: float = 0.6):
-  """Some units of each module, at least one."""
+  """Some units of each module, at least one; of each expert other ones."""
   rng = np.random.default_rng(seed)
+
+  def some(unit, width):
+    drawn = lambda: rng.permutation(width)[: max(1, round(share * width))]
+    if unit == "F" and config.experts:
+      return np.stack([np.sort(drawn()) for _ in range(config.experts)])
+    return np.sort(drawn())
+
   return {
-    u: tuple(
-      np.sort(rng.permutation(w)[: max(1, round(share * w))]) for w in widths
-    )
+    u: tuple(some(u, width) for width in widths)
     for u, widths in config.units().items()
   }
 

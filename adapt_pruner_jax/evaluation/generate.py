@@ -24,7 +24,7 @@ from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.decoder import Decoder, output_name
 from adapt_pruner_jax.models.delta_net import Before
 from adapt_pruner_jax.models.model_config import ModelConfig
-from adapt_pruner_jax.training import output_loss
+from adapt_pruner_jax.training import output_matrix
 
 CHUNK = 32  # tokens decoded before the host looks at them
 
@@ -201,7 +201,7 @@ def prefill(
     starts_B,
     method=partial(_continue, caches=None, column=0),
   )
-  matrix = output_loss.place(config, params[output_name(config)], mesh)
+  matrix = output_matrix.place(config, params[output_name(config)], mesh)
   logits_BTV = head(config, mesh, params, matrix, x_BTD[:, -1:])
 
   def widen(cache):
@@ -241,7 +241,7 @@ def decode(
     whether all logits that were drawn from are finite.
   """
   config, mesh = how.config, how.mesh
-  matrix = output_loss.place(config, params[output_name(config)], mesh)
+  matrix = output_matrix.place(config, params[output_name(config)], mesh)
   B = logits_BV.shape[0]
   key = jax.random.key(seed)
 
@@ -298,12 +298,12 @@ def head(
   config: ModelConfig,
   mesh: Mesh,
   params: Params,
-  matrix: output_loss.Placed,
+  matrix: output_matrix.Placed,
   x_BTD: jax.Array,
 ) -> jax.Array:
   """Logits [B, T, V] of the residual stream behind the last layer."""
   x_BTD = Decoder(config).apply({"params": params}, x_BTD, method="normed")
-  logits_BTV = output_loss.logits(config, mesh, matrix, x_BTD)
+  logits_BTV = output_matrix.logits(config, mesh, matrix, x_BTD)
   return logits_BTV[..., : config.vocab_size]
 
 

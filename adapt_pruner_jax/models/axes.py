@@ -4,6 +4,7 @@
   D residual width   H head_dim           V vocabulary
   K KV heads of this layer                G query heads per KV head
   N = K * G query heads                   F MLP width of this layer
+  X experts of a layer, each an MLP of width F
 
 Of a layer with a gated delta net in place of attention (`delta_net`):
   Z key heads of this layer               A value heads per key head
@@ -22,7 +23,9 @@ K and F are the *unit letters*: a layer's KV groups and its MLP channels are
 what can be pruned. Per-layer data about units is always a dict
 {"K": ..., "F": ...}. A key head of a gated delta net, with the value heads that
 it serves, is a KV group of its layer: a unit of letter K, whose dim in the
-table is Z, since stacked layers may have other numbers of both.
+table is Z, since stacked layers may have other numbers of both. In a layer of
+experts a unit of letter F is one channel in each of them, of each expert
+another one: indices are int [X, f] there, masks bool [X, F].
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -77,6 +80,10 @@ AXES = {
   "gate_bias": "F",
   "up_bias": "F",
   "down_bias": "E",
+  "router": "MX",
+  "moe_gate": "XMF",
+  "moe_up": "XMF",
+  "moe_down": "XFE",
   "mlp_post_norm": "E",
   "mlp_shortcut": "ME",
 }
@@ -97,7 +104,7 @@ SCORED = {
     *("q", "k", "v", "o", "q_gate", "delta_q", "delta_k", "delta_v"),
     *("delta_gate", "delta_beta", "delta_decay", "delta_o"),
   ),
-  "F": ("gate", "up", "down"),
+  "F": ("gate", "up", "down", "moe_gate", "moe_up", "moe_down"),
 }
 
 Params = dict[str, Any]
@@ -130,7 +137,8 @@ def take(name: str, array: jax.Array, indices: Mapping[str, Any]) -> jax.Array:
   Args:
     name: of the parameter.
     array: the parameter, of numpy or of JAX.
-    indices: {"K": int [k], "F": int [f]}, the units to keep, in their order.
+    indices: {"K": int [k], "F": int [f] or [X, f]}, the units to keep, in
+      their order.
 
   Returns:
     The smaller array; `array` itself where it has no units.
@@ -139,8 +147,15 @@ def take(name: str, array: jax.Array, indices: Mapping[str, Any]) -> jax.Array:
   if unit is None:
     return array
   library = np if isinstance(array, np.ndarray) else jnp
-  axis = AXES[name].index(cut_of(name))
-  return library.take(array, indices[unit], axis=axis)
+  units, axis = indices[unit], AXES[name].index(cut_of(name))
+  if AXES[name][0] == "X":
+    return library.take_along_axis(array, _by_expert(units, axis), axis)
+  return library.take(array, units, axis=axis)
+
+
+def _by_expert(units_XF: np.ndarray, axis: int) -> np.ndarray:
+  """Units of each expert, to index a [X, ..] array of three dims with."""
+  return np.expand_dims(units_XF, 3 - axis)
 
 
 def put(
@@ -151,7 +166,7 @@ def put(
   Args:
     name: of the parameter.
     array: what `take` has kept.
-    indices: where its units go, {"K": int [k], "F": int [f]}.
+    indices: where its units go, as of `take`.
     sizes: of each letter, the full numbers of units.
 
   Returns:
@@ -164,6 +179,9 @@ def put(
   full = list(array.shape)
   full[axis] = sizes[cut_of(name)]
   at = (slice(None),) * axis + (indices[unit],)
+  if AXES[name][0] == "X":
+    at = tuple(np.ogrid[tuple(map(slice, array.shape))])
+    at = (*at[:axis], _by_expert(indices[unit], axis), *at[axis + 1 :])
   if isinstance(array, np.ndarray):
     made = np.zeros(full, array.dtype)
     made[at] = array
@@ -177,8 +195,8 @@ def mask(name: str, array: jax.Array, masks: Mapping[str, Any]) -> jax.Array:
   Args:
     name: of the parameter.
     array: with all units.
-    masks: {"K": bool [K], "F": bool [F]}, False where to zero; what is beyond
-      the units of this kind of layer is not read.
+    masks: {"K": bool [K], "F": bool [F] or [X, F]}, False where to zero; what
+      is beyond the units of this kind of layer is not read.
   """
   unit = unit_of(name)
   if unit is None:
@@ -186,7 +204,9 @@ def mask(name: str, array: jax.Array, masks: Mapping[str, Any]) -> jax.Array:
   axis = AXES[name].index(cut_of(name))
   shape_ = [1] * array.ndim
   shape_[axis] = array.shape[axis]
-  mask_U = masks[unit][: array.shape[axis]]
+  if AXES[name][0] == "X":
+    shape_[0] = len(array)
+  mask_U = masks[unit][..., : array.shape[axis]]
   return array * mask_U.reshape(shape_).astype(array.dtype)
 
 

@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from adapt_pruner_jax.models import axes
-from adapt_pruner_jax.models.arithmetic import layer_norm, project, rms_norm
+from adapt_pruner_jax.models.arithmetic import layer_norm, rms_norm
 from adapt_pruner_jax.models.attention import AttentionInputs, attend, chosen
 from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.kernels import KERNELS
 from adapt_pruner_jax.models.model_config import ModelConfig
+from adapt_pruner_jax.models.remat import read_by
 from adapt_pruner_jax.models.rope import RopeTables, query_scale, rotate
 
 
@@ -69,7 +70,7 @@ def heads(
     kv = [update(old, new, inputs.column, axis=1) for old, new in pairs]
   said_BTKGH = _attend(config, place, inputs, q_BTKGH, *kv)
   if config.attn_gate:
-    gate_BTKGH = project("btd,dkgh->btkgh", h_BTD, weights["q_gate"])
+    gate_BTKGH = read_by("btd,dkgh->btkgh", h_BTD, weights["q_gate"])
     if config.qkv_bias:
       gate_BTKGH += weights["q_gate_bias"]
     said_BTKGH *= jax.nn.sigmoid(gate_BTKGH)
@@ -111,9 +112,9 @@ def _rope(ropes: tuple[RopeTables, ...], which: jax.Array | int) -> RopeTables:
 def _qkv(config, weights, rope, h_BTD, masks):
   """Rotated queries [B, T, K, G, H] and keys, and values [B, T, K, H]."""
   w, c = weights, config
-  q_BTKGH = project("btd,dkgh->btkgh", h_BTD, w["q"])
-  k_BTKH = project("btd,dkh->btkh", h_BTD, w["k"])
-  v_BTKH = project("btd,dkh->btkh", h_BTD, w["v"])
+  q_BTKGH = read_by("btd,dkgh->btkgh", h_BTD, w["q"])
+  k_BTKH = read_by("btd,dkh->btkh", h_BTD, w["k"])
+  v_BTKH = read_by("btd,dkh->btkh", h_BTD, w["v"])
   if c.qkv_bias:
     q_BTKGH, k_BTKH = q_BTKGH + w["q_bias"], k_BTKH + w["k_bias"]
     v_BTKH = v_BTKH + w["v_bias"]

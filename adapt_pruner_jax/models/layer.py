@@ -18,14 +18,16 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
-from adapt_pruner_jax.models import axes, delta_net
+from adapt_pruner_jax.models import axes, delta_net, experts
 from adapt_pruner_jax.models.arithmetic import ACTIVATIONS, project
 from adapt_pruner_jax.models.attention import AttentionInputs
 from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.heads import heads, norm
 from adapt_pruner_jax.models.kernels import AUTO, Kernel
 from adapt_pruner_jax.models.model_config import ModelConfig
+from adapt_pruner_jax.models.remat import BETWEEN, read_by
 
 # The matrix that each half writes with, and those that it reads with.
 HALVES = {
@@ -56,8 +58,9 @@ class Tap(NamedTuple):
 
   Attributes:
     fed: {"K": [B, T, K, G, H], "F": [B, T, F]}: the inputs of `o` and `down`
-      before masks; None where a half is absent, or only known to be of either
-      kind, no entry where it was not run. [B, T, Z, A, Y] of a delta net.
+      before masks, [B, T, Z, A, Y] of a delta net, of experts as
+      `experts.Routed`; None where a half is absent, or only known to be of
+      either kind, no entry where it was not run.
     between: what is between the halves, see `stream`; None after just one
       half.
     cache: the layer's keys and values, new ones in their columns; None where
@@ -123,7 +126,8 @@ def run_layer(
     place: from `place`, or one of `places` inside a scan.
     inputs: what attention knows about the rows.
     x_BTD: the residual stream in front of the layer.
-    masks: {"K": bool [K], "F": bool [F]}, the units that count; None = all.
+    masks: {"K": bool [K], "F": bool [F] or [X, F]}, the units that count;
+      None, or no entry = all.
     cache: keys and values of the columns of `inputs.cached`.
 
   Returns:
@@ -131,6 +135,7 @@ def run_layer(
   """
   args = config, weights, place, inputs
   mid_BTM, mixed = run_half("K", *args, x_BTD, masks, cache)
+  mid_BTM = checkpoint_name(mid_BTM, BETWEEN)
   out_BTE, channels = run_half("F", *args, mid_BTM, masks)
   return out_BTE, Tap(mixed.fed | channels.fed, mid_BTM, mixed.cache)
 
@@ -163,8 +168,11 @@ def run_half(
     return _either(config, weights, place, inputs, x_BTD, masks)
   fed, cache = read(unit, config, weights, place, inputs, x_BTD, masks, cache)
   counted = fed
-  if fed is not None and masks is not None:
-    counted = fed * spread_mask(masks[unit], fed)
+  if fed is not None and masks is not None and unit in masks:
+    if isinstance(fed, experts.Routed):
+      counted = experts.masked(fed, masks[unit])
+    else:
+      counted = fed * spread_mask(masks[unit], fed)
   y_BTD = write(unit, config, weights, x_BTD, counted)
   return y_BTD, Tap({unit: fed}, cache=cache)
 
@@ -203,7 +211,7 @@ def read(
   x_BTD: jax.Array,
   masks: Mapping[str, jax.Array] | None = None,
   cache: Cache | None = None,
-) -> tuple[jax.Array | None, Cache | None]:
+) -> tuple[jax.Array | experts.Routed | None, Cache | None]:
   """What the units of a half make of the stream: the input of `o` or `down`.
 
   Args:
@@ -212,13 +220,13 @@ def read(
       masked ones say is not zeroed here.
 
   Returns:
-    [B, T, K, G, H], [B, T, Z, A, Y] or [B, T, F], None if the half is absent;
-    and what the layer caches, None of an MLP.
+    [B, T, K, G, H], [B, T, Z, A, Y], [B, T, F] or what experts made, None if
+    the half is absent; and what the layer caches, None of an MLP.
   """
   if not count(unit, weights):
     return None, None
   if unit == "F":
-    return _channels(config, weights, x_BTD), None
+    return _channels(config, weights, x_BTD, inputs.kernel.cutting), None
   if "delta_o" in weights:
     h_BTD = norm(config, weights, "attn_norm", x_BTD)
     # With a prefix, a row is one document and one way to go on from it.
@@ -233,7 +241,7 @@ def write(
   config: ModelConfig,
   weights: Params,
   x_BTD: jax.Array,
-  fed: jax.Array | None,
+  fed: jax.Array | experts.Routed | None,
 ) -> jax.Array:
   """Writes what units have made to the residual stream.
 
@@ -250,7 +258,10 @@ def write(
   writer = writer_of(unit, weights)
   front_BTD, x_BTD = x_BTD, stream(config, x_BTD)
   y_BTD = None
-  if fed is not None:
+  if isinstance(fed, experts.Routed):
+    y_BTD = experts.write(fed, weights["moe_down"])
+    y_BTD = y_BTD.reshape(*x_BTD.shape[:2], -1)
+  elif fed is not None:
     equation = {"K": "btkgh,kghd->btd", "F": "btf,fd->btd"}[unit]
     y_BTD = project(equation, fed, weights[writer])
   if config.residual:
@@ -282,6 +293,8 @@ def stream(config: ModelConfig, x: jax.Array) -> jax.Array:
 
 def count(unit: str, weights: Params) -> int:
   """Units of a half of a layer; 0 = it is absent."""
+  if unit == "F" and "moe_down" in weights:
+    return weights["moe_down"].shape[1]
   writer = writer_of(unit, weights)
   return weights[writer].shape[0] if writer in weights else 0
 
@@ -294,16 +307,18 @@ def writer_of(unit: str, weights: Params) -> str:
 # ---- MLP ---------------------------------------------------------------------
 
 
-def _channels(config, weights, x_BTD):
-  """The MLP's activations, [B, T, F]."""
+def _channels(config, weights, x_BTD, mesh):
+  """The MLP's activations, [B, T, F], or what its experts make of them."""
   w, c = weights, config
   h_BTD = norm(c, w, "mlp_norm", x_BTD)
-  up_BTF = project("btd,df->btf", h_BTD, w["up"])
+  if c.experts:
+    return experts.read(c, w, h_BTD, mesh)
+  up_BTF = read_by("btd,df->btf", h_BTD, w["up"])
   if c.gate_up_bias:
     up_BTF = up_BTF + w["up_bias"]
   if not c.gated:
     return ACTIVATIONS[c.activation](up_BTF)
-  gate_BTF = project("btd,df->btf", h_BTD, w["gate"])
+  gate_BTF = read_by("btd,df->btf", h_BTD, w["gate"])
   if c.gate_up_bias:
     gate_BTF = gate_BTF + w["gate_bias"]
   return ACTIVATIONS[c.activation](gate_BTF) * up_BTF

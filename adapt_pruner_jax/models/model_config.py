@@ -85,6 +85,11 @@ class ModelConfig:
   delta: tuple[int, ...] = ()
   delta_net: DeltaNet | None = None
   qk_norm_late: bool = False  # behind the rotation, of each head
+  experts: int = 0  # X, MLPs of which each token sees some; 0 = one MLP
+  experts_per_token: int = 0
+  router_norm: bool = False  # weights of a token's experts add up to one
+  router_loss: float = 0.0  # what the balance of experts counts for
+  router_loss_on: bool = False  # whether it counts in training at all
 
   @property
   def num_layers(self) -> int:
@@ -102,6 +107,7 @@ class ModelConfig:
       "V": self.vocab_size,
       "G": self.queries_per_group,
       "H": self.head_dim,
+      "X": self.experts,
     }
     sizes |= {
       "D": self.hidden_size,
@@ -252,6 +258,8 @@ def layer_names(config: ModelConfig, layer: int | None = None) -> list[str]:
     mixer += axes.DELTA
   has_o_bias = config.o_bias and "o" in mixer
   mlp = ["gate"] * config.gated + ["up", "down"]
+  if config.experts:
+    mlp = ["router", "moe_gate", "moe_up", "moe_down"]
   mlp += ["gate_bias"] * (config.gate_up_bias and config.gated)
   mlp += ["up_bias"] * config.gate_up_bias
   before = config.norm_order != "post"
@@ -322,7 +330,7 @@ def unit_cost(config: ModelConfig, layer: int = 0) -> dict[str, int]:
   """Number of parameters that go with a unit of a layer.
 
   Returns:
-    {"K": of one KV group, "F": of one MLP channel}.
+    {"K": of one KV group, "F": of one MLP channel, or one in each expert}.
   """
   one = config.with_layers([layer]).with_units({"K": (1,), "F": (1,)})
   cost = dict.fromkeys(axes.UNITS, 0)

@@ -1,6 +1,5 @@
 """Device memory of recovery training, compiled or added up."""
 
-import math
 from typing import Any
 
 import jax
@@ -8,14 +7,16 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from adapt_pruner_jax.config import Config
-from adapt_pruner_jax.distributed import placement
-from adapt_pruner_jax.models import axes, delta_net, model_config
 from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.planning import arrays
 from adapt_pruner_jax.planning.arrays import Bytes
 from adapt_pruner_jax.pruning import surgery
-from adapt_pruner_jax.training import lora, optimizer, output_loss
-from adapt_pruner_jax.training.step import abstract_batch, make_step
+from adapt_pruner_jax.training import lora, memory, optimizer
+from adapt_pruner_jax.training.step import (
+  abstract_batch,
+  likeliest,
+  make_step,
+)
 
 FEW_LAYERS = (2, 3)  # layers of the training programs that are compiled
 
@@ -26,7 +27,7 @@ def training(
   """Measures a train step, by compiling it with few layers.
 
   Args:
-    config: the recipe.
+    config: the recipe; `train.remat` is not `auto`.
     full: the original model, which may be the teacher.
     student: the largest model that is trained.
     mesh: the devices that it is compiled for.
@@ -45,80 +46,18 @@ def estimated_training(
   config: Config, full: ModelConfig, student: ModelConfig, mesh: Mesh
 ) -> Bytes:
   """Adds up what a train step keeps; `training` without compiling."""
-  settings, c = config.train, student
-  itemsize = jnp.dtype(settings.dtype).itemsize
-  rows = config.data.batch / settings.accumulation
-  tokens = rows * config.data.seq_len / placement.batch_shards(mesh)
-  tensor = mesh.shape["tensor"]
-  layers = [
-    tokens * _token_bytes(config, c, layer, tensor)
-    for layer in range(c.num_layers)
-  ]
-  kept = sum(layers)
-  if settings.remat:
-    kept = c.num_layers * tokens * c.hidden_size * itemsize + max(layers)
-  # Logits of a chunk and their gradient, and the output matrix's.
-  logits = rows * config.data.seq_len * c.vocab_size / mesh.size
-  vocabulary = min(logits, output_loss.CHUNK) * 4 * 2
-  if settings.distill_alpha:
-    vocabulary *= 2
-  vocabulary += c.vocab_size * c.hidden_size / mesh.size * (4 + itemsize)
-  # Two layers are whole on each device when they are used, the gradients of one
-  # when they are reduced.
-  shapes = model_config.param_shapes(c)
-  biggest = max(
-    sum(map(math.prod, shapes[axes.layer_name(i)].values()))
-    for i in range(c.num_layers)
+  settings = config.train
+  shape = config.data.batch // settings.accumulation, config.data.seq_len
+  temporary = (
+    memory.kept(student, settings, shape, mesh)
+    + memory.vocabulary(student, settings, shape, mesh)
+    + memory.gathered(student, settings, mesh)
   )
-  gathered = 0
-  if mesh.size > 1:
-    gathered = 2 * biggest / tensor * itemsize + biggest * 4
   between = held(config, full, student, mesh)
+  if jnp.dtype(settings.dtype).itemsize == 2:  # a copy of the weights in it
+    temporary += between["weights"] // 2
   gradients = arrays.size(train_state(settings, full, student, mesh)[0])
-  # Half precision has a copy of the weights in it.
-  copy = between["weights"] // 2 if itemsize == 2 else 0
-  return between | {
-    "gradients": gradients,
-    "temporary": round(kept + vocabulary + gathered + copy),
-  }
-
-
-def _token_bytes(
-  config: Config, c: ModelConfig, layer: int, tensor: int
-) -> float:
-  """Bytes a token that the backward pass of a layer needs."""
-  if c.is_delta(layer):
-    return _delta_bytes(config, c, layer, tensor)
-  groups = c.kv_groups[layer] / tensor
-  heads = groups * c.queries_per_group
-  # Norms and residuals; q, k, v, rotated q and k, the heads' output; the gate,
-  # its activation, up, and their product.
-  width = (
-    4 * c.hidden_size
-    + (3 * heads + 3 * groups) * c.head_dim
-    + 4 * c.ffn_widths[layer] / tensor
-  )
-  scores = 3 * heads * config.data.seq_len * 4  # float32, as written
-  return width * jnp.dtype(config.train.dtype).itemsize + scores
-
-
-def _delta_bytes(
-  config: Config, c: ModelConfig, layer: int, tensor: int
-) -> float:
-  """The same of a layer with a gated delta net."""
-  net, groups = c.delta_net, c.kv_groups[layer] / tensor
-  values = net.values_per_key * net.value_dim
-  # q, k and v before, within and behind the convolutions; what is said, its
-  # norm and its gate; the MLP as above.
-  width = (
-    4 * c.hidden_size
-    + groups * (6 * net.key_dim + 6 * values)
-    + 4 * c.ffn_widths[layer] / tensor
-  )
-  # In float32: within a chunk each token with each, and its share of a memory.
-  heads, memory = groups * net.values_per_key, net.key_dim * net.value_dim
-  rule = 4 * heads * (3 * delta_net.CHUNK + memory / delta_net.CHUNK)
-  return width * jnp.dtype(config.train.dtype).itemsize + rule
+  return between | {"gradients": gradients, "temporary": round(temporary)}
 
 
 def held(
@@ -140,14 +79,14 @@ def train_state(
   params = arrays.placed(arrays.float32_params(student), mesh)
   teacher = (
     arrays.placed(arrays.float32_params(full), mesh)
-    if settings.distill_alpha
+    if settings.distill_alpha and not settings.teacher_cache
     else None
   )
   trained, base = params, None
   if settings.lora_rank:
     adapters = lora.abstract_adapters(student, settings.lora_rank, mesh)
     trained, base = arrays.with_shardings(*adapters), params
-  transform = optimizer.optimizer(settings.weight_decay)
+  transform = optimizer.of(settings)
   where = optimizer.state_shardings(
     transform, trained, jax.tree.map(lambda x: x.sharding, trained), mesh
   )
@@ -167,20 +106,17 @@ def compile_train(
   settings = config.train
   trained, base, teacher, state = train_state(settings, full, student, mesh)
 
-  def step(trained, state, base, teacher, batch):
-    step_fn = make_step(
-      student,
-      settings,
-      lambda step: 1.0,
-      mesh,
-      base=base,
-      teacher=None if teacher is None else (full, teacher),
-    )
-    return step_fn(trained, state, batch, 0)
-
-  batch = abstract_batch(config.data.batch, config.data.seq_len, mesh)
-  jitted = jax.jit(step, donate_argnums=(0, 1))
-  return jitted.lower(trained, state, base, teacher, batch).compile()
+  make = make_step(
+    student,
+    settings,
+    lambda step: 1.0,
+    mesh,
+    base=base,
+    teacher=None if teacher is None else (full, teacher),
+  )
+  shape = config.data.batch, config.data.seq_len
+  batch = abstract_batch(*shape, mesh, likeliest(settings, student))
+  return make.lower(trained, state, batch).compile()
 
 
 def few_layers(config: ModelConfig, layers: int) -> ModelConfig:

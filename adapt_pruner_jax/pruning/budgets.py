@@ -161,7 +161,10 @@ def half(
     _names(config, layer),
     file_bytes.Layer(layer, config.num_layers),
   )
-  total = sum(_tensor(settings, n, sizes, what) for n in names[unit])
+  total = sum(
+    _tensor(settings, n, _asked(config, settings, n, sizes), what)
+    for n in names[unit]
+  )
   if settings.budget == "flops" and unit == "K":
     total = total + width * flops.of_group(config, layer, seen)
   return np.where(width > 0, total, 0)
@@ -197,6 +200,15 @@ def _tensor(
   if settings.budget == "bytes":
     return file_bytes.tensor(settings.budget_export, name, sizes, what)
   return 2 * numbers if settings.budget == "flops" else numbers
+
+
+def _asked(
+  config: ModelConfig, settings: Prune, name: str, sizes: Mapping
+) -> Mapping:
+  """Of a parameter, what a token's FLOPs are of: it sees some experts only."""
+  if settings.budget == "flops" and axes.AXES[name][0] == "X":
+    return {**sizes, "X": config.experts_per_token}
+  return sizes
 
 
 def _names(config: ModelConfig, layer: int) -> dict[str, list[str]]:

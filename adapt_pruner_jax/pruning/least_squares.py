@@ -27,6 +27,7 @@ from adapt_pruner_jax.distributed.embedding import embed
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.models import axes
 from adapt_pruner_jax.models.axes import Params
+from adapt_pruner_jax.models.kernels import Kernel
 from adapt_pruner_jax.models.layer import (
   HALVES,
   NAMES,
@@ -271,7 +272,7 @@ def _gathered(tree, *, mesh):
 
 @partial(jax.jit, static_argnames=("config", "writer", "mesh"))
 def _half(config, writer, layer, place, x_BTD, *, mesh):
-  fed = _fed(config, writer, layer, place, x_BTD)
+  fed = _fed(config, writer, layer, place, x_BTD, mesh)
   unit = axes.unit_of(writer)
   return placement.cut_rows(write(unit, config, layer, x_BTD, fed), mesh)
 
@@ -319,7 +320,8 @@ def _lacking(task, parts, z_BTD, u_BTD, weight_BT):
     weight_BT: lowered so that no token's input energy exceeds CAP medians.
   """
   config, names, layer = task.config, task.names, parts.layer
-  fed = _fed(config, names[0], layer, parts.place, u_BTD)
+  mesh, place = task.mesh, parts.place
+  fed = _fed(config, names[0], layer, place, u_BTD, mesh)
   found = {}
   unit = axes.unit_of(names[0])
   writes = names[0] in HALVES
@@ -331,7 +333,8 @@ def _lacking(task, parts, z_BTD, u_BTD, weight_BT):
     found[names[0]] = lacks_BTE, (z_BTE - u_BTE) / scale
   else:
     dense = parts.dense_layer
-    dense_BTD = _flat(_fed(config, names[0], dense, parts.place, z_BTD))
+    fed_BTD = _fed(config, names[0], dense, place, z_BTD, mesh)
+    dense_BTD = _flat(fed_BTD)
     for n in names:
       # Biases are the same in both and need no part in it.
       left = dense[n] if writes else axes.mask(n, dense[n], parts.masks)
@@ -352,7 +355,7 @@ def _flat(fed):
   return fed.reshape(*fed.shape[:2], -1)
 
 
-def _fed(config, name, layer, place, x_BTD):
+def _fed(config, name, layer, place, x_BTD, mesh):
   """What matrix `name` of a layer multiplies, in its dtype.
 
   Args:
@@ -361,7 +364,8 @@ def _fed(config, name, layer, place, x_BTD):
   x_BTD, unit = x_BTD.astype(layer[name].dtype), axes.unit_of(name)
   if name not in HALVES:
     return norm(config, layer, f"{NAMES[unit]}_norm", x_BTD)
-  inputs, masks = attention_inputs(config, x_BTD.shape[1]), None
+  kernel, masks = Kernel(mesh=mesh), None
+  inputs = attention_inputs(config, x_BTD.shape[1], kernel=kernel)
   if "q_norm_all" in layer:  # which counts the heads that are there
     masks = {"K": jnp.any(layer["q_norm_all"] != 0, axis=(1, 2))}
   return read(unit, config, layer, place, inputs, x_BTD, masks)[0]

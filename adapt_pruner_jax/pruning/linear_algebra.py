@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.models import axes
 from adapt_pruner_jax.models.model_config import ModelConfig
-from adapt_pruner_jax.pruning import elimination
+from adapt_pruner_jax.pruning import elimination, float32_product
 
 LEAST = 1e-5  # ridge of a channel over its energy, for float32
 
@@ -51,13 +51,7 @@ def as_matrix(name: str, weight: jax.Array) -> jax.Array:
 
 def product(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
   """An einsum to float32 at full precision."""
-  return jnp.einsum(
-    equation,
-    x,
-    y,
-    precision=jax.lax.Precision.HIGHEST,
-    preferred_element_type=jnp.float32,
-  )
+  return float32_product.product(equation, x, y)
 
 
 def cut_like_gram(x_CE: jax.Array, mesh: Mesh | None) -> jax.Array:

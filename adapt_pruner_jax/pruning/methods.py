@@ -32,6 +32,7 @@ from adapt_pruner_jax.pruning.baselines import (
   flap,
   llm_pruner,
   minitron,
+  reap,
   shortgpt,
   slicegpt,
   surgeon,
@@ -103,6 +104,8 @@ def prune(task: PruneTask) -> Pruned:
   with jax.default_matmul_precision(task.settings.precision):
     if task.settings.method == "slicegpt":
       return slicegpt.prune(task)
+    if task.settings.method == "reap":
+      return reap.prune(task)
     return steps.prune(method_of(task.settings), task)
 
 
@@ -138,7 +141,7 @@ def refit_after(task: PruneTask, pruned: Pruned) -> Pruned:
       dense,
       (pruned.config, params),
       lambda number: task.refit_samples(done + number),
-      task.batch,
+      settings.refit_batch or task.batch,
       task.mesh,
       passes=settings.refit_passes,
       rate=settings.refit_rate,
@@ -175,7 +178,7 @@ def _by_gates(settings: Prune) -> bool:
 
 def resumes(settings: Prune) -> bool:
   """Whether a prune can go on from one of its steps: all by masks can."""
-  return settings.method != "slicegpt"
+  return settings.method not in ("slicegpt", "reap")
 
 
 def check(config: ModelConfig, settings: Prune) -> None:
@@ -209,8 +212,29 @@ def check(config: ModelConfig, settings: Prune) -> None:
     minitron.check(config, settings)
   if settings.method == "surgeon":
     surgeon.check(settings)
+  if settings.method == "reap":
+    reap.check(config, settings)
+  if config.experts:
+    _check_experts(config, settings)
   inverts = settings.pair()[1] in ("curvature", "surgeon")
   if inverts or settings.method == "surgeon":
     linear_algebra.check(config)
   if settings.solves():
     least_squares.check(config)
+
+
+def _check_experts(config: ModelConfig, settings: Prune) -> None:
+  """Raises a UserError for what does not look into experts."""
+  score = settings.pair()[1]
+  if settings.method != "reap" and not _by_gates(settings):
+    raise UserError(
+      f"{config.family} is a mixture of experts, whose channels "
+      f"{settings.method if score == settings.method else score} does not "
+      "score: choose --config.prune.method=adapt, fisher, llm_pruner, "
+      "magnitude or random"
+    )
+  if settings.solves():
+    raise UserError(
+      f"{config.family} is a mixture of experts, which least squares cannot "
+      "refit: each expert sees tokens of its own; use --config.prune.refit=loss"
+    )

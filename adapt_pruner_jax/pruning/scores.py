@@ -97,7 +97,7 @@ def _measure_step(
   Args:
     config: equal layers (`surgery.dense`): K and F are the stacked sizes.
     stacked: from `surgery.expand`.
-    masks: {"K": bool [L, K], "F": bool [L, F]}, the units that are left.
+    masks: units that are left, as `surgery.Masks`.
     tokens_MBT: M minibatches of B sequences.
     valid_MB: False for rows that only pad the last minibatch.
     kind: one of KINDS.
@@ -202,7 +202,8 @@ def group_scores(
   kind: str,
   fold: str,
 ) -> dict[str, np.ndarray]:
-  """Scores of KV groups [L, K] and MLP channels [L, F], float64 on the host.
+  """Scores of KV groups [L, K] and MLP channels [L, F] (of experts [L, X, F]),
+  float64 on the host.
 
   Matrices of a unit are summed (Taylor) or averaged (magnitude); those that a
   layer of another kind has are zero. A query

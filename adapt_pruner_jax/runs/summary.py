@@ -17,6 +17,7 @@ from adapt_pruner_jax.runs.fingerprints import versions
 from adapt_pruner_jax.runs.inputs import Inputs
 from adapt_pruner_jax.runs.state import State
 from adapt_pruner_jax.storage import json_files, lock
+from adapt_pruner_jax.storage.places import in_bucket
 
 
 def summarise(
@@ -114,6 +115,10 @@ def disk_sizes(source: Path, exported: Path) -> dict[str, int]:
 
 def weight_bytes(folder: Path) -> int:
   """Bytes of a model's safetensors files, or of all files without any."""
+  if in_bucket(folder):
+    sizes = {n: i["size"] for n, i in folder.files().items()}
+    of_weights = [n for n in sizes if n.endswith(".safetensors")]
+    return sum(sizes[name] for name in of_weights or sizes)
   if folder.is_file():
     return folder.stat().st_size
   for pattern in ("model.safetensors", "model-*.safetensors", "**/*"):

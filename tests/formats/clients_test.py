@@ -171,6 +171,7 @@ def check_opening(name, found, version):
   assert found["again"] == 0, name
   family = name.split("_")[0].removesuffix("-hf")
   none = ("granite", "granitemoehybrid", "olmo2", "ernie4", "gpt")
+  none += ("granitemoe", "olmoe")
   tasks = dict.fromkeys(none, ()) | {"gemma3": ("Sequence",)}
   tasks["olmo3"] = tasks["hunyuan"] = ("Sequence",)
   wanted = tasks.get(family, ("Sequence", "Token"))

@@ -89,7 +89,7 @@ def test_defaults_are_those_of_transformers(family):
     "partial_rotary_factor": rope.get("partial_rotary_factor"),
     "rope_scaling": None,
     "rope_parameters": None,
-    # in code; no fields any more
+    # In code; no fields any more.
     "sliding_window_pattern": getattr(peer, "sliding_window_pattern", 6),
     "full_attention_interval": 4,
   }
@@ -402,6 +402,11 @@ def test_families_that_refuse_by_name():
     ("qwen3_5_text", {"output_gate_type": "sigmoid"}, "output_gate_type=sigm"),
     ("smollm3", {"no_rope_layers": [1]}, "no_rope_layers must name 3 layers"),
     ("phi3", {"rope_scaling": {"type": "linear"}}, "rope type linear"),
+    ("olmoe", {"clip_qkv": 8.0}, "clip_qkv=8.0 is not supported in olmoe"),
+    ("qwen3_moe", {"mlp_only_layers": [1]}, "mlp_only_layers=\\[1\\] is not"),
+    ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step=2 is not"),
+    ("granitemoe", {"num_local_experts": 1}, "2 experts a token .* of 1"),
+    ("granitemoe", {"num_experts_per_tok": 0}, "0 experts a token .* of 8"),
     ("gemma2", {"sliding_window": None}, "sliding_window"),
     ("gemma2", {"layer_types": ["chunked"]}, "layer_types"),
     (

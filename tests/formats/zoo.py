@@ -213,6 +213,32 @@ CASES = {
   "seed_oss": ("seed_oss", {"head_dim": 16}),
   "starcoder2": ("starcoder2", {"sliding_window": 8}),
   "ernie4_5": ("ernie4_5", {"head_dim": 16, "use_bias": True}),
+  "granitemoe": (
+    "granitemoe",
+    {
+      "attention_multiplier": 0.3,
+      "embedding_multiplier": 3.0,
+      "residual_multiplier": 0.4,
+      "logits_scaling": 0.7,
+      "num_local_experts": 5,
+      "num_experts_per_tok": 2,
+      "output_router_logits": True,
+    },
+  ),
+  "olmoe": (
+    "olmoe",
+    {"num_experts": 6, "num_experts_per_tok": 3, "attention_bias": True},
+  ),
+  "qwen3_moe": (
+    "qwen3_moe",
+    {
+      "head_dim": 16,
+      "moe_intermediate_size": 24,
+      "num_experts": 4,
+      "num_experts_per_tok": 2,
+      "norm_topk_prob": True,
+    },
+  ),
   "granitemoehybrid": (
     "granitemoehybrid",
     {
@@ -232,7 +258,7 @@ CASES = {
 SINCE_5 = ("ernie4_5", "granitemoehybrid", "ministral3", "olmo3", "smollm3")
 SINCE_5 += ("phi3_longrope", "gpt_neox", "seed_oss", "arcee", "nemotron")
 SINCE_5 += ("starcoder2", "qwen3_5_text", "exaone4", "glm", "helium")
-SINCE_5 += ("hunyuan_v1_dense",)
+SINCE_5 += ("hunyuan_v1_dense", "granitemoe", "olmoe", "qwen3_moe")
 
 
 def slow_if(name: str, slow: Collection[str]) -> object:
@@ -290,6 +316,8 @@ def cut(config, params, K, F):
     if layer is None:
       return x
     indices = {"K": np.arange(K[layer]), "F": np.arange(F[layer])}
+    if config.experts:
+      indices["F"] = np.tile(indices["F"], (config.experts, 1))
     return axes.take(name, x, indices)
 
   params = axes.map_named(one, params)

@@ -61,6 +61,8 @@ def read(
   if name == "gemma" and raw.get("hidden_activation") == "gelu_pytorch_tanh":
     raw = {k: v for k, v in raw.items() if k != "hidden_activation"}
   raw = _usual_names(raw, family)
+  if raw.get("mlp_only_layers", ...) is None:
+    raw["mlp_only_layers"] = []
   fields.check(
     raw, {*family.fields, *family.passed, *layers.OWN, *ALWAYS}, path
   )
@@ -88,6 +90,7 @@ def read(
   values |= layers.read_sizes(raw, family, path) | layers.read_biases(
     raw, family
   )
+  layers.check_experts(values, path)
   values |= ropes.read(raw, family, values["head_dim"], path)
   L = len(values["kv_groups"])
   values["nope"] = ropes.read_nope(raw, family, L, path)
@@ -147,6 +150,8 @@ def write(config: ModelConfig) -> dict[str, Any]:
 def _usual_names(raw: Raw, family: Family) -> Raw:
   """The fields under the names that most families have for them."""
   own = {theirs: usual for usual, theirs in family.renamed.items()}
+  if "num_experts" in family.fields:  # one name or the other, by version
+    own["num_local_experts"] = "num_experts"
   unread = {*family.renamed} - {*own}  # the family's class passes over these
   return {own.get(f, f): v for f, v in raw.items() if f not in unread}
 

@@ -18,6 +18,7 @@ from adapt_pruner_jax.formats.hf.defaults import (
   QWEN,
   SILU,
 )
+from adapt_pruner_jax.formats.hf.expert_families import EXPERT_FAMILIES
 from adapt_pruner_jax.formats.hf.family import Family
 from adapt_pruner_jax.formats.hf.more_families import MORE
 from adapt_pruner_jax.formats.hf.tensor_names import (
@@ -349,6 +350,7 @@ FAMILIES = {
     query_growth=True,
   ),
   **MORE,
+  **EXPERT_FAMILIES,
 }
 # These are LLaMA under other names; `config_json` translates them.
 SUPPORTED = (*FAMILIES, "mobilellm", "internlm3")

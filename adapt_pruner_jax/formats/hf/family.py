@@ -22,6 +22,7 @@ class Family:
     fields: of config.json, with their defaults.
     fixed: fields of `ModelConfig` that hold for all models of the family.
     tensors: names as in `LAYER`.
+    own: names in files that classes of our own read, where those are others.
     outer: names of the tensors outside the layers.
     layer: what the name of its layer's class ends with.
     body: of the model without head, in the class with one.
@@ -57,6 +58,7 @@ class Family:
   fields: dict[str, Any]
   fixed: dict[str, Any] = dataclasses.field(default_factory=dict)
   tensors: dict[str, str] = dataclasses.field(default_factory=lambda: LAYER)
+  own: dict[str, str] = dataclasses.field(default_factory=dict)
   outer: dict[str, str] = dataclasses.field(default_factory=lambda: OUTER)
   body: str = "model"
   layer: str = "DecoderLayer"

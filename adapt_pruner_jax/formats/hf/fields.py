@@ -73,6 +73,12 @@ FIELDS = {
   "hidden_act": ACTIVATION,
   "hidden_activation": ACTIVATION,
   "use_parallel_residual": Field("parallel", (bool,)),
+  # Experts
+  "num_experts": Field("experts", (int,)),
+  "num_experts_per_tok": Field("experts_per_token", (int,)),
+  "norm_topk_prob": Field("router_norm", (bool,)),
+  "router_aux_loss_coef": Field("router_loss", NUMBER, float),
+  "output_router_logits": Field("router_loss_on", (bool,)),
   # Gemma
   "query_pre_attn_scalar": Field(
     "attn_scale", NUMBER, lambda x: x**-0.5, lambda scale: tidy(scale**-2)

@@ -52,7 +52,8 @@ def heads_are_legal(config: ModelConfig, groups: int) -> bool:
   heads, D = groups * config.queries_per_group, config.hidden_size
   if config.rope.kind == "longrope" and config.family == "phi3":
     return D // heads == config.head_dim  # it counts the factors by these
-  if config.family in ("gpt_neox", "helium"):  # whose `o` has D inputs
+  # Whose `o`, or norms over all heads, are as if heads filled D.
+  if config.family in ("gpt_neox", "helium", "olmoe"):
     return heads * config.head_dim == D
   return not FAMILIES[config.family].divides or D % heads == 0
 
@@ -183,6 +184,19 @@ def _queries_per_group(
         "heads, in all layers"
       )
   return queries
+
+
+def check_experts(values: dict[str, Any], path: str) -> None:
+  """Raises a UserError unless each token can go to as many as it should."""
+  if "experts" not in values:
+    return
+  experts, each = values["experts"], values["experts_per_token"]
+  if not 1 <= each <= experts <= MAX_SIZE:
+    raise UserError(
+      f"{path}: {each} experts a token (num_experts_per_tok) of {experts} "
+      "(num_experts, num_local_experts): there must be at least 1, and at "
+      "least as many as a token takes"
+    )
 
 
 def write_sizes(config: ModelConfig) -> dict[str, Any]:

@@ -87,5 +87,38 @@ SHARED_MLP = {
   "up": "shared_mlp.input_linear.weight",
   "down": "shared_mlp.output_linear.weight",
 }
+# "*" stands for the number of an expert, each of which has tensors of its own.
+EACH_EXPERT = {
+  "router": "mlp.gate.weight",
+  "moe_gate": "mlp.experts.*.gate_proj.weight",
+  "moe_up": "mlp.experts.*.up_proj.weight",
+  "moe_down": "mlp.experts.*.down_proj.weight",
+}
+EXPERTS_FUSED = {
+  "router": "block_sparse_moe.router.layer.weight",
+  "moe_gate": "block_sparse_moe.input_linear.weight",
+  "moe_up": "block_sparse_moe.input_linear.weight",
+  "moe_down": "block_sparse_moe.output_linear.weight",
+}
+
+
+def experts_in_memory(block: str, router: str) -> dict[str, str]:
+  """Names that Transformers 5 has for experts once it has read them.
+
+  It stores and finds others, but not for classes of our own.
+
+  Args:
+    block: module below a layer.
+    router: module in that.
+  """
+  fused = f"{block}.experts.gate_up_proj"
+  return {
+    "router": f"{block}.{router}.weight",
+    "moe_gate": fused,
+    "moe_up": fused,
+    "moe_down": f"{block}.experts.down_proj",
+  }
+
+
 FUSED_MLP = dict.fromkeys(("gate", "up"), "mlp.gate_up_proj.weight")
 FUSED = dict.fromkeys("qkv", "self_attn.qkv_proj.weight") | FUSED_MLP

@@ -18,6 +18,9 @@ from adapt_pruner_jax.models import axes
 from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.model_config import ModelConfig, count_params
 
+# PyTorch's products of all experts at once want rows of 16 bytes.
+EXPERT_WIDTHS = 8
+
 
 def pad_config(config: ModelConfig) -> ModelConfig:
   """The smallest config of equal layers that the family's class can hold.
@@ -28,6 +31,8 @@ def pad_config(config: ModelConfig) -> ModelConfig:
   family = FAMILIES[config.family]
   K, Z = config.most_groups(0), config.most_groups(1)
   F, by_kind = max(config.ffn_widths), layers.groups_by_kind(config)
+  if config.experts:
+    F = -(-F // EXPERT_WIDTHS) * EXPERT_WIDTHS
   if config.qk_norm == "all" and len({*config.kv_groups}) > 1:
     raise UserError(
       f"{config.family} norms all heads of a layer together, so that added "
