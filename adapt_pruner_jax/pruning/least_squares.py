@@ -322,9 +322,7 @@ def _lacking(task, parts, z_BTD, u_BTD, weight_BT):
   config, names, layer = task.config, task.names, parts.layer
   mesh, place = task.mesh, parts.place
   fed = _fed(config, names[0], layer, place, u_BTD, mesh)
-  found = {}
-  unit = axes.unit_of(names[0])
-  writes = names[0] in HALVES
+  unit, writes, found = axes.unit_of(names[0]), names[0] in HALVES, {}
   if writes and f"{NAMES[unit]}_post_norm" not in layer:
     given_BTD = write(unit, config, layer, u_BTD, fed)
     scale = config.residual_scale
@@ -333,13 +331,12 @@ def _lacking(task, parts, z_BTD, u_BTD, weight_BT):
     found[names[0]] = lacks_BTE, (z_BTE - u_BTE) / scale
   else:
     dense = parts.dense_layer
-    fed_BTD = _fed(config, names[0], dense, place, z_BTD, mesh)
-    dense_BTD = _flat(fed_BTD)
+    dense_BTC = _flat(_fed(config, names[0], dense, place, z_BTD, mesh))
     for n in names:
       # Biases are the same in both and need no part in it.
       left = dense[n] if writes else axes.mask(n, dense[n], parts.masks)
       left = linear_algebra.as_matrix(n, left)
-      target_BTE = linear_algebra.product("btd,de->bte", dense_BTD, left)
+      target_BTE = linear_algebra.product("btd,de->bte", dense_BTC, left)
       weight = linear_algebra.as_matrix(n, layer[n])
       given_BTE = linear_algebra.product("btd,de->bte", _flat(fed), weight)
       found[n] = target_BTE - given_BTE, target_BTE

@@ -137,6 +137,36 @@ def test_windows_are_those_of_transformers(family, layers):
   assert list(config.nope or (0,) * layers) == still
 
 
+def test_a_published_qwen3_5():
+  """Fields that no class of Transformers reads; as many parameters as there."""
+  read = {
+    "attn_output_gate": True,
+    "output_gate_type": "swish",
+    "full_attention_interval": 4,
+    "mamba_ssm_dtype": "float32",
+    "mlp_only_layers": [],
+    "mtp_num_hidden_layers": 1,
+    "mtp_use_dedicated_embeddings": False,
+  }
+  text = {"hidden_size": 1024, "num_hidden_layers": 24, "head_dim": 256}
+  text |= {"num_attention_heads": 8, "num_key_value_heads": 2}
+  text |= {"linear_num_value_heads": 16, "intermediate_size": 3584}
+  text |= {"tie_word_embeddings": True, "model_type": "qwen3_5_text"}
+  config = config_json.read(
+    {"model_type": "qwen3_5", "text_config": text | read}
+  )
+  assert config.delta == (1, 1, 1, 0) * 6
+  assert config.kv_groups == (16, 16, 16, 2) * 6
+  # As counted by Transformers, without the tower and the guessing head.
+  import torch
+
+  with torch.device("meta"):
+    peer = transformers.AutoConfig.for_model(**text)
+    model = transformers.AutoModelForCausalLM.from_config(peer)
+  counted = sum(p.numel() for p in {*model.parameters()})
+  assert model_config.count_params(config) == counted
+
+
 def test_exaone_without_windows_turns_everywhere():
   fields = {**zoo.BASE, "model_type": "exaone4", "sliding_window": None}
   with pytest.raises(UserError, match="sliding_window=None must be at least"):
@@ -369,6 +399,7 @@ def test_families_that_refuse_by_name():
     ("qwen3_5_text", {"layer_types": ["mamba"] * 3}, "kind mamba is not supp"),
     ("qwen3_5_text", {"linear_num_value_heads": 7}, "7 value heads on 16 key"),
     ("qwen3_5_text", {"attn_output_gate": False}, "attn_output_gate=False"),
+    ("qwen3_5_text", {"output_gate_type": "sigmoid"}, "output_gate_type=sigm"),
     ("smollm3", {"no_rope_layers": [1]}, "no_rope_layers must name 3 layers"),
     ("phi3", {"rope_scaling": {"type": "linear"}}, "rope type linear"),
     ("olmoe", {"clip_qkv": 8.0}, "clip_qkv=8.0 is not supported in olmoe"),

@@ -128,7 +128,8 @@ _SWITCHES = """
 _TRUE_ANYWAY = {
   "activation": "swiglu",  # Falcon 3
   "normalization_function": "rmsnorm",  # Granite 4
-  "attn_output_gate": True,  # Qwen 3.5
+  "attn_output_gate": True,  # Qwen 3.5, as the next one
+  "output_gate_type": "swish",  # of its gated delta nets
   "full_attn_mod": 1,  # Phi 4 mini, as the next one
   "interpolate_factor": 1,
 }
