@@ -92,7 +92,9 @@ def plan(
     "budgets": _every_budget(config.prune, whole, configs[-1]),
     "hardware": dataclasses.asdict(hardware),
     "stages": stages,
-    "memory": memory.measure(config, full, configs[1], compiled_for),
+    "memory": memory.measure(
+      config, full, configs[1], compiled_for, hardware.memory
+    ),
     "memory_from": source(compiled_for),
     "disk": disk(config, [whole, *configs[1:]], folder),
   }
@@ -259,6 +261,11 @@ def show(found: dict, config: Config, hardware: Hardware, log: Log) -> None:
       ("time", time),
       ("original on disk", in_bytes(found["disk"]["original"])),
       ("export on disk", in_bytes(found["disk"]["export"])),
+      *(
+        (f"{name} on disk, at most", in_bytes(found["disk"][name]))
+        for name in ("teacher cache",)
+        if name in found["disk"]
+      ),
       (
         f"checkpoints ({config.checkpoint.keep} + the one being written)",
         in_bytes(found["disk"]["checkpoints"]),

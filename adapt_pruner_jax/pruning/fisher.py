@@ -45,7 +45,8 @@ def _gates(T: int, mesh: Mesh) -> backward.Visitor:
       return jax.vjp(run, gate_U, x_TD)[1](dy_TD)
 
     dgate_BU, dx_BTD = jax.vmap(back)(x_BTD, dy_BTD)
-    square_BU = jnp.where(valid_B[:, None], dgate_BU, 0) ** 2
+    valid_B = valid_B.reshape(-1, *(1,) * gate_U.ndim)
+    square_BU = jnp.where(valid_B, dgate_BU, 0) ** 2
     return total_U + jnp.sum(square_BU, axis=0), dx_BTD
 
   def finish(half, total_U, seen):

@@ -285,6 +285,11 @@ def open_training(
   if not tokens:
     return None
   check_rows(recipe.data.batch, recipe.train.accumulation, mesh)
+  if recipe.train.teacher_cache and jax.process_count() > 1:
+    raise UserError(
+      "--config.train.teacher_cache writes from one process, and there are "
+      f"{jax.process_count()}: leave it out, the teacher then runs beside"
+    )
   rows = packing.train_data(
     recipe.data,
     tokenizer,

@@ -20,7 +20,7 @@ from adapt_pruner_jax.storage.places import in_bucket, to_path
 RECIPE = "config.json"
 VERSION = "version"  # in config.json, beside the recipe's sections
 # What of the recipe may change between the parts of one run.
-FREE = ("mesh.", "checkpoint.", "log.", "train.skip_nonfinite")
+FREE = ("mesh.", "checkpoint.", "log.", "train.skip_nonfinite", "train.remat")
 # Its content counts, not its name; see `inputs.fingerprints`.
 FREE += ("prune.budget_table",)
 # All that `run` and `compare` leave. Tokens in `cache` serve any recipe. What

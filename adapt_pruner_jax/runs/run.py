@@ -154,7 +154,7 @@ def _run(inputs: Inputs, stopping: Stopping, anew: bool) -> dict:
         require_same(inputs, state)
         save()
       if state.step < stage_end(inputs, state.stage):
-        recover(state, inputs, teacher(), save, ending, ahead)
+        recover(state, inputs, teacher, save, ending, ahead)
         stop_if_asked()
       evaluate(state, inputs)
       inputs.log.outbox.merge()
@@ -350,6 +350,9 @@ def finish(state: State, inputs: Inputs, seconds: float) -> dict:
   if agreement.is_writer():
     layers = zip(state.kept["K"], state.kept["F"], strict=True)
     kept = [{"kv_groups": k.tolist(), "ffn": f.tolist()} for k, f in layers]
+    if "X" in state.kept:
+      rows = zip(kept, state.kept["X"], strict=True)
+      kept = [row | {"experts": x.tolist()} for row, x in rows]
     tokens = {"vocab": vocabulary.kept(inputs.source)} if inputs.whole else {}
     json_files.write_json(path / "kept.json", {"layers": kept} | tokens)
     log.outbox.rewrite(path / "trace.jsonl", state.trace)

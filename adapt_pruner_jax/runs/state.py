@@ -155,7 +155,7 @@ def _abstract_state(meta: dict, inputs: Inputs) -> dict:
       config, settings.lora_rank, inputs.mesh
     )
   if meta["optimizer"]:
-    transform = optimizer.optimizer(settings.weight_decay)
+    transform = optimizer.of(settings)
     trained, where = trees["adapters"] if meta["lora"] else trees["params"]
     trees["opt_state"] = (
       jax.eval_shape(transform.init, trained),

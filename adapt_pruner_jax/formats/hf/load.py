@@ -229,13 +229,15 @@ def stored(
   check_tensors(checkpoint, config, repeats)
   params: Params = {}
   pairs = tensors.side_by_side(config)
+  shapes = tensors.tensor_shapes(config, repeats)
   for (layer, name), place in tensors.places(config, repeats).items():
     tree = params
     if layer is not None:
       tree = params.setdefault(axes.layer_name(layer), {})
-    kind = jnp.dtype(dtype or checkpoint.dtypes[place.tensor])
-    sizes = config.sizes(layer)
-    tree[name] = Stored(checkpoint, name, place, sizes, kind, pairs)
+    shape, sizes = shapes[place.tensor], config.sizes(layer)
+    first = next(iter(tensors.apart(place.tensor, shape)))
+    kind = jnp.dtype(dtype or checkpoint.dtypes[first])
+    tree[name] = Stored(checkpoint, name, place, sizes, kind, pairs, shape)
   return config, params
 
 
@@ -247,6 +249,7 @@ class Stored:
     sizes: of its dim letters.
     dtype: what it becomes when it is read.
     pairs: as of `tensors.from_hf`.
+    shape: of the tensor, from `tensors.tensor_shapes`.
   """
 
   checkpoint: Checkpoint
@@ -255,6 +258,7 @@ class Stored:
   sizes: dict[str, int]
   dtype: np.dtype
   pairs: int = 0
+  shape: tuple[int, ...] = ()
 
   def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
     """All of it; a view of the file if the dtype is that of the file."""
@@ -266,7 +270,8 @@ class Stored:
     return (slice(None),) * len(axes.AXES[self.name])
 
   def _tensor(self) -> np.ndarray:
-    return self.checkpoint.array(self.place.tensor)
+    where = self.place.tensor, self.shape
+    return tensors.together(self.checkpoint, self.name, *where)
 
   def _part(self, tensor: np.ndarray, index: Sequence[slice]) -> np.ndarray:
     """A view of part `index` of the parameter in its tensor.
@@ -277,6 +282,9 @@ class Stored:
     cut = dict(zip(axes.AXES[self.name], index, strict=True))
     sizes, ranges = dict(self.sizes), []
     for letters in tensors.hf_letters(self.name):
+      if not letters:
+        ranges.append(slice(None))
+        continue
       first, inner = letters[0], math.prod(sizes[x] for x in letters[1:])
       start, stop, _ = cut[first].indices(sizes[first])
       ranges.append(slice(start * inner, stop * inner))
@@ -316,7 +324,11 @@ def check_tensors(
   checkpoint: Checkpoint, config: ModelConfig, repeats: int = 1
 ) -> None:
   """Raises a UserError unless the checkpoint has the model's tensors."""
-  expected = tensors.tensor_shapes(config, repeats)
+  expected = {
+    tensor: shape
+    for whole in tensors.tensor_shapes(config, repeats).items()
+    for tensor, shape in tensors.apart(*whole).items()
+  }
   found = {
     tensor: shape
     for tensor, shape in checkpoint.shapes.items()
