@@ -163,7 +163,7 @@ def cached(
   )
   name = f"teacher-{who}-{recipe.data.seq_len}-{number}.bin"
   cache = TeacherCache(
-    inputs.path / "cache" / name, recipe.data.seq_len, number
+    cache.beside(inputs.path) / name, recipe.data.seq_len, number
   )
   left, per_step = last - state.step, recipe.data.step_tokens
   rows = itertools.islice(inputs.rows.batches(state.step), left)
