@@ -18,7 +18,7 @@ from adapt_pruner_jax.runs.fingerprints import weights_fingerprint
 from adapt_pruner_jax.runs.inputs import Inputs, weight_dtype
 from adapt_pruner_jax.runs.stages import stage_end
 from adapt_pruner_jax.runs.state import State, steps_to_save
-from adapt_pruner_jax.storage import digest
+from adapt_pruner_jax.storage import cache, digest
 from adapt_pruner_jax.training import (
   loop,
   losses,
@@ -168,14 +168,14 @@ def cached(
     ]
   )
   name = f"teacher-{who}-{recipe.data.seq_len}-{number}.bin"
-  cache = TeacherCache(
-    inputs.path / "cache" / name, recipe.data.seq_len, number
+  told = TeacherCache(
+    cache.beside(inputs.path) / name, recipe.data.seq_len, number
   )
   left = stage_end(inputs, state.stage) - state.step
   per_step = recipe.data.step_tokens
   rows = itertools.islice(inputs.rows.batches(state.step), left)
   answered = fill(
-    cache, rows, lambda: teacher_of(inputs), recipe.train, inputs.mesh
+    told, rows, lambda: teacher_of(inputs), recipe.train, inputs.mesh
   )
   title = f"stage {state.stage} of {recipe.prune.stages}: teacher's tokens"
   with inputs.log.phase(title, left * per_step, "tokens") as phase:
@@ -183,7 +183,7 @@ def cached(
       phase.update(done * per_step)
       if stopping.now():
         return inputs.rows.batches  # no step is taken any more
-  return lambda first: cache.with_taught(inputs.rows.batches(first))
+  return lambda first: told.with_taught(inputs.rows.batches(first))
 
 
 def recomputed(

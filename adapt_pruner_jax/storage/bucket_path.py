@@ -217,6 +217,7 @@ def call(path: BucketPath, action: Callable[[], Any]) -> Any:
     except Exception as error:
       known = path.bucket in _known and _is_passing(error)
       if not known or time.monotonic() > end:
+        _known.discard(path.bucket)  # nobody waits for it once more
         reason = explain(error, path)
         if reason is None:
           raise
