@@ -85,11 +85,21 @@ def uncached(config, params, prompt, number):
   return row[0, len(prompt) :].tolist()
 
 
-@pytest.mark.parametrize(
-  "config",
-  [PLAIN, ODD, pytest.param(DELTA, marks=pytest.mark.slow)],
-  ids=["plain", "odd", "delta"],
-)
+@pytest.mark.slow
+def test_memories_go_on_as_the_forward_without_them():
+  """Gated delta nets; prompts shorter than their convolutions, and longer."""
+  params = params_of(DELTA)
+  found = generate.generate(DELTA, params, PROMPTS, NEW, eos_ids=())
+  rows = np.zeros((len(PROMPTS), max(map(len, PROMPTS)) + NEW), np.int32)
+  for row, prompt, new in zip(rows, PROMPTS, found, strict=True):
+    row[: len(prompt) + NEW] = prompt + new  # what is behind is not seen
+  logits_BTV, _ = jax.jit(Decoder(DELTA).apply)({"params": params}, rows)
+  for logits_TV, prompt, new in zip(logits_BTV, PROMPTS, found, strict=True):
+    at = len(prompt) - 1
+    assert logits_TV[at : at + NEW].argmax(-1).tolist() == new
+
+
+@pytest.mark.parametrize("config", [PLAIN, ODD], ids=["plain", "odd"])
 def test_greedy_equals_the_forward_without_cache(config):
   params = params_of(config)
   found = generate.generate(config, params, PROMPTS, NEW, eos_ids=())

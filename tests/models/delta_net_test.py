@@ -129,7 +129,7 @@ def test_a_run_of_both_kinds_of_layer():
     return decoder.apply({"params": params | layers}, tokens)[1][-1]
 
   def scanned(stacked):
-    return layer_runs.scan_layers(config, stacked, dict, inputs, x_BTD)
+    return layer_runs.scan_layers(config, stacked, dict, inputs, x_BTD)[0]
 
   found, expected = (
     jax.jit(jax.value_and_grad(lambda tree, fn=fn: jnp.sum(jnp.sin(fn(tree)))))(
