@@ -130,7 +130,7 @@ def fault(bucket_server):
   from benchmarks import bucket_server as server
 
   yield lambda *what: server.fault(bucket_server, *what)
-  server.fault(bucket_server, 503, 0, "")
+  server.fault(bucket_server, 503, 0, "NONE")
 
 
 @pytest.fixture

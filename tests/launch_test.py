@@ -243,6 +243,20 @@ def test_dry_run_prints_and_does_nothing(box, script):
   assert not calls_to("adapt-pruner", calls)
 
 
+def test_prove_plans_runs_and_reports(box):
+  result, calls = box.run("prove.sh", "org/m", "--config.seed=1", RATIO="0.3")
+  assert result.returncode == 0, result.stderr
+  plan, run, report = calls_to("adapt-pruner", calls)
+  assert plan[0] == "plan"
+  assert run[:2] == ["run", "--workdir=runs/prove-m"]
+  assert run[2:] == plan[1:]
+  assert {"--config.model.path=org/m", "--config.prune.ratio=0.3"} <= {*run}
+  assert run[-1] == "--config.seed=1"
+  assert report == ["report", "--workdir=runs/prove-m"]
+  assert {"data", "eval"} <= {*installs(calls)[0].strip(".[]").split(",")}
+  assert "which model?" in box.fails("prove.sh", "--config.seed=1")
+
+
 # ---- GPUs and Slurm
 
 

@@ -138,6 +138,7 @@ def owner(place, *more):
   return process
 
 
+@pytest.mark.slow
 def test_one_owner_at_a_time(place, monkeypatch):
   from adapt_pruner_jax.storage import bucket_lock
 
@@ -177,6 +178,7 @@ except UserError as error:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("place", "unset", "expected"),
   [
@@ -202,6 +204,7 @@ def test_bad_buckets_are_named(bucket, tmp_path, place, unset, expected):
   assert done.stdout.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_bucket_that_is_read_only_or_away_for_a_while(bucket, place, fault):
   path = place / "x"
   path.write_bytes(b"old")
