@@ -215,7 +215,10 @@ def splash_attention(
     q_BNTH = q_BTKGH.reshape(B, padded, K * G, H).swapaxes(1, 2)
     heads = q_BNTH, k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)
     one = lambda q, k, v, *s: kernel(q, k, v, ids(*s, *s) if s else None)
-    y_BNTH = jax.vmap(one)(*heads, *segments)
+    attend = jax.vmap(one)
+    if q_BTKGH.dtype.itemsize < 4 and jax.config.jax_default_matmul_precision:
+      attend = _as_it_is(attend)
+    y_BNTH = attend(*heads, *segments)
     return y_BNTH.swapaxes(1, 2).reshape(B, padded, K, G, H)
 
   q_BTKGH = q_BTKGH * jnp.asarray(scale, q_BTKGH.dtype)
@@ -223,6 +226,34 @@ def splash_attention(
   if segments_BT is not None:
     arrays.append(widen(segments_BT, -1))
   return _on_each_device(local, mesh, *arrays)[:, :T]
+
+
+def _as_it_is(attend: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+  """A kernel of half precision under any `jax.default_matmul_precision`.
+
+  Its products are exact as they are, and Mosaic refuses to make them in
+  float32's passes; forward and backward.
+  """
+  own = lambda: jax.default_matmul_precision("bfloat16")
+
+  @jax.custom_vjp
+  def run(*args):
+    with own():
+      return attend(*args)
+
+  def forward(*args):
+    heads, rest = args[:3], args[3:]
+    with own():
+      said, back = jax.vjp(lambda *heads: attend(*heads, *rest), *heads)
+    return said, (back, rest)
+
+  def backward(saved, dsaid):
+    back, rest = saved
+    with own():
+      return (*back(dsaid), *(None for _ in rest))
+
+  run.defvjp(forward, backward)
+  return run
 
 
 @functools.cache

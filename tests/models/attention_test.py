@@ -291,3 +291,32 @@ def test_cudnn_sees_what_plain_sees():
       here = slice(first, first + length) if length > 0 else slice(0)
       sees[here, here] = np.tri(max(length, 0))
     np.testing.assert_array_equal(sees, want[b])
+
+
+def test_a_kernel_of_half_precision_keeps_its_own():
+  """Forward and backward, also where products are to be float32's."""
+  seen = []
+
+  @jax.custom_vjp
+  def attend(q, k, v, segments):
+    return q * k + v
+
+  def forward(q, k, v, segments):
+    seen.append(jax.config.jax_default_matmul_precision)
+    return q * k + v, (q, k)
+
+  def backward(saved, dy):
+    seen.append(jax.config.jax_default_matmul_precision)
+    return dy * saved[1], dy * saved[0], dy, None
+
+  attend.defvjp(forward, backward)
+  heads = [jnp.full(3, x, jnp.bfloat16) for x in (2, 3, 4)]
+
+  def total(*heads):
+    run = kernels._as_it_is(attend)
+    return run(*heads, jnp.ones(3, jnp.int32)).sum()
+
+  with jax.default_matmul_precision("float32"):
+    found = jax.grad(total, (0, 1, 2))(*heads)
+  assert [float(x[0]) for x in found] == [3, 2, 1]
+  assert seen == ["bfloat16", "bfloat16"]
