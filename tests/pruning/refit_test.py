@@ -416,13 +416,13 @@ def test_through_norms_behind_the_matrices(option):
   cut, fewer = surgery.gather(config, params, kept, mesh)
   tokens = small.tokens(config, 40, 16)
   fitted, records = refit.refit(
-    (config, params), (cut, fewer), kept, tokens, 20, ridge=0.1, refit_all=False
+    (config, params), (cut, fewer), kept, tokens, 40, ridge=0.1, refit_all=False
   )
 
   def fed(config, params):
-    """Inputs of the first `o`, of the rows that are not held out."""
+    """Inputs of the first `o`."""
     x_BTD = decoder.Decoder(config).apply(
-      {"params": params}, tokens[:36], method="embed"
+      {"params": params}, tokens, method="embed"
     )
     inputs = layer.attention_inputs(config, 16)
     args = params["layer_0"], layer.place(config, 0), inputs, x_BTD
@@ -431,9 +431,13 @@ def test_through_norms_behind_the_matrices(option):
     return np.float64(tap.fed["K"]).reshape(-1, len(o)), o
 
   (X, W), (X_dense, W_dense) = fed(cut, fewer), fed(config, params)
-  gram = X.T @ X
+  energy = np.square(X).sum(1)
+  counts = np.minimum(1, least_squares.CAP * np.median(energy) / energy)
+  counts[36 * 16 :] = 0  # held out
+  gram = X.T @ (counts[:, None] * X)
   gram += 0.1 * np.median(np.diag(gram)) * np.eye(len(gram))
-  expected = W + np.linalg.solve(gram, X.T @ (X_dense @ W_dense - X @ W))
+  lacks = counts[:, None] * (X_dense @ W_dense - X @ W)
+  expected = W + np.linalg.solve(gram, X.T @ lacks)
   found = np.asarray(fitted["layer_0"]["o"]).reshape(W.shape)
   assert records[0]["refitted"]
   np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
