@@ -46,7 +46,10 @@ def mesh():
   for name, value in given.items():
     os.environ.setdefault(name, value)
   slice_ = topologies.get_topology_desc("v5e:2x2", platform="tpu")
-  return sharding.make_mesh(devices=slice_.devices)
+  before = jax.config.jax_enable_compilation_cache
+  jax.config.update("jax_enable_compilation_cache", False)  # none could read it
+  yield sharding.make_mesh(devices=slice_.devices)
+  jax.config.update("jax_enable_compilation_cache", before)
 
 
 def check(compiled, most_bytes, most_computations):
