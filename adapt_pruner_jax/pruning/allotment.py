@@ -188,6 +188,7 @@ def ranking(masked: Masked, measured: Measured) -> Allotted:
     task.target or 0,
     cap=settings.ranking.cap,
     settings=settings,
+    halves=measured.halves,
   )
   if not any(n.any() for n in counts.values()):
     raise UserError(
@@ -214,6 +215,7 @@ def choose(
   target: int,
   cap: float = 1.0,
   settings: Prune = exact_target.PARAMS,
+  halves: Scores | None = None,
 ) -> Counts:
   """Units to remove from each module, {"K": int [L], "F": ...}.
 
@@ -227,6 +229,7 @@ def choose(
     scores: [L, K] and [L, F]; those of removed units mean nothing.
     prunable: modules that may lose units, bool [L] each.
     cap: most that a module may lose, as a share of its units; at least one.
+    halves: of `Measured`.
   """
   left = surgery.widths(masks)
   size = budgets.of_widths(full, left, settings)
@@ -235,6 +238,9 @@ def choose(
   for u in UNITS:
     for layer in np.flatnonzero(prunable[u]):
       score = np.sort(scores[u][layer][masks[u][layer]], kind="stable")
+      if halves is not None and len(score):
+        # What the last unit takes with it is all that the half is still worth.
+        score[-1] = halves[u][layer] - score[:-1].sum()
       pieces += _pieces(u, int(layer), score, curves[u][layer], cap, settings)
   # Ties: attention before MLP of the same layer, then the lower index.
   pieces.sort(key=lambda p: (p.score / p.gain, p.layer, p.unit != "K"))

@@ -56,11 +56,18 @@ def measure_by(
   """Unit scores that a walk through the masked model keeps.
 
   Args:
-    programs: of the walk, such as `curvature.PROGRAMS`.
+    programs: of the walk, such as `curvature.PROGRAMS`, which keeps scores of
+      halves too where they may go (`prune.whole_halves`).
   """
-  found = passes.run(programs, masked, tokens_NT)
-  scores = {u: np.asarray(s, np.float64) for u, s in found["scores"].items()}
-  return Measured(scores, found["loss_M"])
+  halves = masked.task.settings.whole_halves
+  how = {"halves": True} if halves else {}
+  found = passes.run(programs, masked, tokens_NT, **how)
+  kept, wide = found["scores"], lambda x: np.asarray(x, np.float64)
+  if not halves:
+    scores = {u: wide(s) for u, s in kept.items()}
+    return Measured(scores, found["loss_M"])
+  scores, pieces = ({u: wide(s[i]) for u, s in kept.items()} for i in (0, 1))
+  return Measured(scores, found["loss_M"], halves=pieces)
 
 
 def with_importance(

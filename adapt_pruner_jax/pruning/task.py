@@ -148,12 +148,15 @@ class Measured:
     losses_M: of the minibatches, nats a token.
     importance_L: of the layers, summed over minibatches.
     facts: what the method's `finish` wants to know.
+    halves: scores of each half, [L], as one piece: all units that are left of
+      it; None = of a score that knows them by their units alone.
   """
 
   scores: Scores
   losses_M: np.ndarray | None = None
   importance_L: np.ndarray | None = None
   facts: object = None
+  halves: Scores | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

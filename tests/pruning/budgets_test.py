@@ -363,6 +363,30 @@ def test_the_last_unit_takes_its_half_with_it():
   assert counts["F"].sum() == -(-need // cost["F"][0])
 
 
+def test_a_half_whose_units_cancel_goes_as_one_piece():
+  """Its units are dear one by one, and do little together."""
+  config = dataclasses.replace(
+    WIDE, window=(), kv_groups=(1, 1, 1), ffn_widths=(96, 96, 96)
+  )
+  masks = surgery.to_masks(surgery.everything(config), config)
+  settings = Prune(whole_halves=True)
+  cost = budgets.unit_cost(config, settings)
+  scores = {u: np.ones(m.shape) * cost[u][0] for u, m in masks.items()}
+  halves = {u: s.sum(1) for u, s in scores.items()}
+  prunable = {u: np.ones(3, bool) for u in UNITS}
+  half = 96 * cost["F"][0] + 64  # with its norm
+  aim = budgets.count(config, settings) - half
+
+  def counts(whole: float) -> list[int]:
+    halves["F"][1] = whole
+    args = config, scores, masks, prunable, aim, aim
+    found = allotment.choose(*args, settings=settings, halves=halves)
+    return found["F"].tolist()
+
+  assert counts(10.0) == [0, 96, 0]
+  assert counts(1e6)[1] < 96  # worth more than its units: they go first
+
+
 def test_where_all_that_is_left_is_too_much_the_least_goes():
   config = dataclasses.replace(
     WIDE, window=(), kv_groups=(4, 4, 4), ffn_widths=(96, 96, 96)
