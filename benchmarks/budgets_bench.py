@@ -59,7 +59,10 @@ FILE |= {"prune.budget_value": FILE_BYTES}
 VOCAB = {"vocab.keep_tokens": TOKENS}
 SPEED = {"prune.budget": "latency", "prune.budget_context": CONTEXT}
 SPEED |= {"prune.ratio": LATENCY}
-TRAINING = {"data.seq_len": 256, "data.batch": 4, "train.remat": True}
+TRAINING = {"data.seq_len": 256, "data.batch": 4, "train.remat": "full"}
+TRAINING |= {"train.learning_rate": 1e-4, "train.min_learning_rate": 1e-5}
+NOVELS = "novels"  # reads the beginnings of books, not C4
+BEGINNING = 0.85  # of a book
 # What a command says beside the recipe; a number's place is filled when the
 # row before it is known.
 ROWS: dict[str, dict] = {
@@ -70,8 +73,9 @@ ROWS: dict[str, dict] = {
   "latency_params": {"prune.ratio": None},
   "file_vocab": FILE | VOCAB,
   "vocab": VOCAB,
-  "hours": TRAINING
-  | {"prune.ratio": 0.2, "train.hours": HOURS, "train.learning_rate": 1e-4},
+  "vocab_trained": VOCAB | TRAINING | {"train.tokens": 20_480},
+  "vocab_novels": VOCAB | TRAINING | {"train.tokens": 20_480, NOVELS: True},
+  "hours": TRAINING | {"prune.ratio": 0.2, "train.hours": HOURS},
 }
 
 
@@ -90,6 +94,13 @@ class Bench:
     workdir.mkdir(parents=True, exist_ok=True)
     self.calibration = workdir / "calibration.txt"
     publish.write_text(self.calibration, self.c4(0, CALIBRATION_END))
+    self.novels = workdir / "novels.txt"
+    books = self.text("books.txt").split(MARK)
+    cuts = [int(len(book) * BEGINNING) for book in books]
+    begun = (b[:n] for b, n in zip(books, cuts, strict=True))
+    publish.write_text(self.novels, "".join(begun))
+    ended = (b[n:] for b, n in zip(books, cuts, strict=True))
+    self.endings = spread("".join(ended))
 
   def get(self, name: str) -> dict:
     """The result of a row, measured now unless it is there."""
@@ -120,7 +131,16 @@ class Bench:
     return facts | self.sizes(name, folder) | self.measured(folder / "model")
 
   def sizes(self, name: str, folder: Path) -> dict:
-    """What a row to a parameter target has of the other budget."""
+    """What a row to a parameter target has of the other budget; of a vocabulary
+    for novels, what it costs on their ends."""
+    if name == "vocab_novels":
+      models = self.model, folder / "model"
+      losses = [
+        [nats(self.open(f), load_tokenizer(f, "none"), t) for t in self.endings]
+        for f in models
+      ]
+      sizes = [len(text.encode()) for text in self.endings]
+      return {"endings": {"dense": losses[0], "cut": losses[1], "bytes": sizes}}
     if name == "file_params":
       out = folder / "model.gguf"
       writer_command = ["convert", f"--model={folder / 'model'}"]
@@ -129,8 +149,8 @@ class Bench:
       return {"gguf_bytes": out.stat().st_size}
     if name == "latency_params":
       settings = self.settings("latency")
-      pair = opening.open_model(str(folder / "model"), "float32", "", self.mesh)
-      timed = latency_budget.compare(settings, self.dense, pair[:2], ())
+      pair = self.open(folder / "model")
+      timed = latency_budget.compare(settings, self.dense, pair, ())
       return {"latency_budget": timed}
     return {}
 
@@ -139,9 +159,10 @@ class Bench:
   def run(self, folder: Path, given: dict) -> tuple[str, float]:
     """`adapt-pruner run`; the command as a user types it, and its seconds."""
     fields = {"model.path": self.model, **given}
-    fields["calibration.source"] = f"text:{self.calibration}"
+    text = self.novels if fields.pop(NOVELS, False) else self.calibration
+    fields["calibration.source"] = f"text:{text}"
     if "train.hours" in given or "train.tokens" in given:
-      fields["data.source"] = f"text:{self.calibration}"
+      fields["data.source"] = f"text:{text}"
     words = ["run", "--config=configs/oneshot.py", f"--workdir={folder}"]
     words += [f"--config.{name}={value}" for name, value in fields.items()]
     begun = time.monotonic()
@@ -149,6 +170,7 @@ class Bench:
     shown = " ".join(["adapt-pruner", *words])
     for path, short in (
       (self.calibration, "FILE"),
+      (self.novels, "NOVELS"),
       (self.model, "DIR"),
       (self.workdir, "runs"),
     ):
@@ -258,13 +280,16 @@ class Bench:
 
   @functools.cached_property
   def dense(self) -> tuple:
-    return opening.open_model(str(self.model), "float32", "", self.mesh)[:2]
+    return self.open(self.model)
+
+  def open(self, folder: Path) -> tuple:
+    return opening.open_model(str(folder), "float32", "", self.mesh)[:2]
 
   # ---- Measurements ----------------------------------------------------------
 
   def measured(self, folder: Path) -> dict:
     """Nats of slices of the texts, and which questions are answered right."""
-    pair = opening.open_model(str(folder), "float32", "", self.mesh)[:2]
+    pair = self.open(folder)
     tokenizer = load_tokenizer(folder, "none")
     found = {
       name: [nats(pair, tokenizer, text) for text in texts]
@@ -279,6 +304,10 @@ class Bench:
       correct[name] = to_hex([int(row[metrics[name]]) for row in rows])
     return {
       "nats": found,
+      "tokens": {
+        name: [len(tokenizer.encode(text)) for text in texts]
+        for name, texts in self.slices.items()
+      },
       "bytes": {
         name: [len(text.encode()) for text in texts]
         for name, texts in self.slices.items()
@@ -290,15 +319,17 @@ class Bench:
   @functools.cached_property
   def slices(self) -> dict[str, list[str]]:
     """Of each text, evenly spread over it; the same bytes for any tokens."""
-    text = lambda name: (self.data / "text" / name).read_text(encoding="utf-8")
     shakespeare = self.data / "tinyshakespeare" / "input.txt"
     whole = {
       "c4": self.c4(TEST_BEGIN, None),
-      "wikitext": text("wikitext2_raw_test.txt"),
-      "books": text("books.txt"),
+      "wikitext": self.text("wikitext2_raw_test.txt"),
+      "books": self.text("books.txt"),
       "shakespeare": shakespeare.read_text(encoding="utf-8"),
     }
     return {name: spread(content) for name, content in whole.items()}
+
+  def text(self, name: str) -> str:
+    return (self.data / "text" / name).read_text(encoding="utf-8")
 
   def c4(self, begin: int, end: int | None) -> str:
     whole = (self.data / "text" / "c4_sample.txt").read_bytes()

@@ -63,6 +63,7 @@ CHOICES = {
   "prune.attention": ("auto", "plain", "blocks", "splash", "cudnn"),
   "prune.precision": ("float32", "tensorfloat32", "bfloat16"),
   "train.attention": ("auto", "plain", "blocks", "splash", "cudnn"),
+  "train.lora_base": ("", "int8"),
   "train.scan_layers": ("auto", "on", "off"),
   "train.schedule": ("wsd", "cosine"),
   "train.dtype": ("float32", "bfloat16"),

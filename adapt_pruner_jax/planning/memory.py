@@ -18,6 +18,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -143,9 +144,12 @@ def scoring(
     for unit, width in full.units().items()
   }
   programs, how = _walk(config, mesh)
+  stacked = partial(arrays.stacked_params, full, mesh=mesh)
+  if config.prune.stream_layers:
+    stacked = lambda dtype, of=stacked: arrays.streamed(of(dtype))
   model = (
     surgery.dense(full),
-    arrays.stacked_params(full, dtype if real else jnp.dtype("float32"), mesh),
+    stacked(dtype if real else jnp.dtype("float32")),
     masks,
   )
   rows = passes.one_minibatch(shape, recipe.batch, mesh)
@@ -172,10 +176,10 @@ def scoring(
     parts = each_device.parts_of(mesh, each_device.row_axes(mesh, B))
     numbers = 2 * full.num_layers * M * (B // parts) * T * full.hidden_size
     temporary -= 2 * numbers
-  found = {
-    "weights": arrays.model_bytes(full, dtype, mesh),
-    "stacked copy": arrays.size(arrays.stacked_params(full, dtype, mesh)),
-  }
+  found = {"weights": arrays.model_bytes(full, dtype, mesh)}
+  if config.prune.stream_layers:  # the model is in the host's memory
+    found = {}
+  found["stacked copy"] = arrays.size(stacked(dtype))
   if before is not None:
     found["sums between passes"] = arrays.size(before)
   if config.train.carry_moments and config.prune.stages > 1:

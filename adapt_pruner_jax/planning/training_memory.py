@@ -73,9 +73,10 @@ def estimated_training(
   if mesh.size > 1:
     gathered = 2 * biggest / tensor * itemsize + biggest * 4
   between = held(config, full, student, mesh)
-  gradients = arrays.size(train_state(settings, full, student, mesh)[0])
-  # Half precision has a copy of the weights in it.
-  copy = between["weights"] // 2 if itemsize == 2 else 0
+  gradients = arrays.size(train_state(config, full, student, mesh)[0])
+  # Half precision has a copy of the weights in it, if they are not.
+  whole = arrays.weight_dtype(config).itemsize == 4 and not settings.lora_base
+  copy = between["weights"] // 2 if itemsize == 2 and whole else 0
   return between | {
     "gradients": gradients,
     "temporary": round(kept + vocabulary + gathered + copy),
@@ -103,7 +104,7 @@ def held(
   config: Config, full: ModelConfig, student: ModelConfig, mesh: Mesh
 ) -> Bytes:
   """Adds up what is there between train steps."""
-  trained, base, teacher, state = train_state(config.train, full, student, mesh)
+  trained, base, teacher, state = train_state(config, full, student, mesh)
   found = {
     "weights": arrays.size(trained) + arrays.size(base),
     "optimizer": arrays.size(state),
@@ -112,9 +113,10 @@ def held(
 
 
 def train_state(
-  settings, full: ModelConfig, student: ModelConfig, mesh: Mesh
+  config: Config, full: ModelConfig, student: ModelConfig, mesh: Mesh
 ) -> tuple[Any, Any, Any, Any]:
   """Makes abstract (trained, base, teacher's params, optimizer state)."""
+  settings = config.train
   params = arrays.placed(arrays.float32_params(student), mesh)
   teacher = (
     arrays.placed(arrays.float32_params(full), mesh)
@@ -124,7 +126,11 @@ def train_state(
   trained, base = params, None
   if settings.lora_rank:
     adapters = lora.abstract_adapters(student, settings.lora_rank, mesh)
-    trained, base = arrays.with_shardings(*adapters), params
+    trained = arrays.with_shardings(*adapters)
+    base = model_config.abstract_params(student, arrays.weight_dtype(config))
+    base = arrays.placed(base, mesh)
+    if settings.lora_base == "int8":
+      base = lora.in_int8(base, mesh)
   transform = optimizer.optimizer(settings.weight_decay)
   where = optimizer.state_shardings(
     transform, trained, jax.tree.map(lambda x: x.sharding, trained), mesh
@@ -143,7 +149,7 @@ def compile_train(
   """Compiles a train step of so many layers, all as the widest one."""
   full, student = (few_layers(c, layers) for c in (full, student))
   settings = config.train
-  trained, base, teacher, state = train_state(settings, full, student, mesh)
+  trained, base, teacher, state = train_state(config, full, student, mesh)
 
   def step(trained, state, base, teacher, batch):
     step_fn = make_step(

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from adapt_pruner_jax.distributed import placement
 from adapt_pruner_jax.models import axes
 from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.pruning import backward, passes
@@ -199,7 +200,7 @@ def magnitude(layers: axes.Params, kind: str) -> dict[str, jax.Array]:
     return {}
   names = axes.SCORED["K"] + axes.SCORED["F"]
   return {
-    n: jax.vmap(partial(_per_unit, n, kind=kind))(layers[n])
+    n: jax.vmap(partial(_per_unit, n, kind=kind))(placement.fetched(layers[n]))
     for n in names
     if n in layers
   }

@@ -246,8 +246,10 @@ def init_optimizer(trained: Any, settings: Train, mesh: Mesh) -> Any:
 
 
 def cast(params: Params, dtype: jnp.dtype) -> Params:
-  """Params in the dtype of the arithmetic."""
-  return jax.tree.map(lambda p: p.astype(dtype), params)
+  """Params in the dtype of the arithmetic, but for what is in eight bits."""
+  return jax.tree.map(
+    lambda p: p if p.dtype == jnp.int8 else p.astype(dtype), params
+  )
 
 
 def microbatches(batch: Batch, number: int, mesh: Mesh) -> Batch:

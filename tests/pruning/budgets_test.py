@@ -4,12 +4,14 @@ import dataclasses
 import json
 
 import gguf
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
 from adapt_pruner_jax.config import Config, Prune, check
+from adapt_pruner_jax.data.tuning_questions import TuningQuestions
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.formats.gguf import writer
 from adapt_pruner_jax.models import decoder, model_config
@@ -287,6 +289,23 @@ def test_the_loss_is_the_compacted_models():
   found = quality.loss(masked, stacked, masks)
   assert found == pytest.approx(float(wanted), abs=1e-5)
   assert quality.begun(masked) != pytest.approx(found, abs=1e-5)
+
+  # Of questions: three with two choices, the last two tokens of six.
+  weights_NT = np.zeros((6, 7))
+  weights_NT[:, 3:5] = 0.5
+  answers = np.array([0, 3, 4])
+  asked = TuningQuestions(tokens_NT, weights_NT, np.arange(6) // 2, answers)
+  task = dataclasses.replace(task, quality=Quality(0.1, None, asked))
+  log_probs = np.asarray(jax.nn.log_softmax(logits_BTV))
+  told = np.take_along_axis(log_probs[:, 3:5], tokens_NT[:, 4:6, None], 2)
+  picked = told.sum((1, 2)).reshape(3, 2).argmax(1) + np.arange(3) * 2
+  masked = dataclasses.replace(masked, task=task)
+  found = quality.accuracy(masked, stacked, masks)
+  assert found == (picked == answers).mean()
+  wrong = dataclasses.replace(asked, answers_Q=picked ^ 1)
+  task = dataclasses.replace(task, quality=Quality(0.1, None, wrong))
+  masked = dataclasses.replace(masked, task=task)
+  assert not quality.accuracy(masked, stacked, masks)
 
 
 @pytest.mark.parametrize("method", ["adapt", "curvature"])
