@@ -33,6 +33,8 @@ CORE = [
 # datasets brings pyarrow, which parquet is read with.
 DATA = ["datasets>=5.2,<6", "zstandard>=0.23,<1"]
 
+BUCKET = ["gcsfs>=2026.9", "s3fs>=2026.9"]
+
 EXTRAS = {
   # Accelerators. CUDA 13 needs NVIDIA driver 580 or newer.
   "gpu": ["jax[cuda13]"],
@@ -41,16 +43,22 @@ EXTRAS = {
   # Sources of text: `hf:NAME`, `parquet:FILE`, .zst files; and `tfds:NAME`.
   "data": DATA,
   "tfds": ["tensorflow-datasets>=4.9.10,<5"],
+  # Work directories and inputs in buckets, `gs://` and `s3://`.
+  "bucket": BUCKET,
   # `evaluate --tasks=...`, `convert --format=gguf`.
   "eval": ["lm_eval==0.4.13"],
   "gguf": ["gguf>=0.19,<1"],
   # Torch is what the exports are opened with; pruning never needs it.
   "test": [
     "accelerate>=1.15,<2",
+    *BUCKET,
     *DATA,
+    "flask>=3,<4",  # moto's server of S3 needs it, and the next
+    "flask-cors>=6",
     "gguf>=0.19,<1",
     "hypothesis>=6.170,<7",
     "lm_eval==0.4.13",
+    "moto[s3]>=5.2,<6",
     "peft>=0.19,<1",
     "pytest>=9,<10",
     "pytest-xdist>=3.8,<4",

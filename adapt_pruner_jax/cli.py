@@ -25,6 +25,7 @@ from adapt_pruner_jax.errors import (
   first_line,
   nearest,
 )
+from adapt_pruner_jax.storage import places
 
 USAGE = """\
 adapt-pruner COMMAND [--flags]; adapt-pruner COMMAND --help lists the flags
@@ -84,7 +85,7 @@ def run(command: str, argv: list[str]) -> int:
   _define_overwrite(values)
   joining.define_flags(values)
   _parse(command, argv, values, ["workdir"])
-  path = _workdir(values.workdir)
+  path = places.to_path(values.workdir)
   _start_jax(values)
   from adapt_pruner_jax.runs import run as run_
 
@@ -128,7 +129,7 @@ def compare(command: str, argv: list[str]) -> int:
   _define_overwrite(values)
   joining.define_flags(values)
   _parse(command, argv, values, ["workdir"])
-  path = _workdir(values.workdir)
+  path = places.to_path(values.workdir)
   _start_jax(values)
   compare_.compare(
     recipe_flags.recipe(values),
@@ -157,7 +158,7 @@ def evaluate(command: str, argv: list[str]) -> int:
   from adapt_pruner_jax.reporting.log import Log
   from adapt_pruner_jax.storage import json_files, publish
 
-  out = values.out and Path(values.out).expanduser()
+  out = values.out and places.to_path(values.out)
   if out:  # asked before hours of work
     agreement.on_writer(lambda: publish.require_free(out, overwrite=True))
   given = {field: values[field].value for field in evaluate_.FIELDS}
@@ -286,7 +287,7 @@ def report(command: str, argv: list[str]) -> int:
   from adapt_pruner_jax.runs import tiny_model
 
   tiny = tiny_model.config_of(tiny_model.Recipe())
-  print(report_.write(_workdir(values.workdir), tiny))
+  print(report_.write(places.to_path(values.workdir), tiny))
   return 0
 
 
@@ -375,15 +376,6 @@ def _parse(
   for name in required:
     if not values[name].value:
       raise UserError(f"adapt-pruner {command} needs --{name}=...")
-
-
-def _workdir(path: str) -> Path:
-  if "://" in path:
-    raise UserError(
-      f"--workdir={path} must be a directory: mount the bucket (Cloud Storage "
-      "FUSE, s3fs) and give its path"
-    )
-  return Path(path).expanduser()
 
 
 def _fail(error: Exception) -> None:

@@ -6,8 +6,9 @@
 command goes on, until it has been killed so often; runs that end are compared
 bit for bit with one that nothing happened to. --tries: a bit is flipped in, or
 the end cut off, a copy of each kind of file, and what reads it runs on it.
-"LOST" is a result that differs and that nothing spoke of. --out replaces the
-tables in that file.
+--bucket_kills: of four processes with a bucket, see `bucket_faults.py`. "LOST"
+is a result that differs and that nothing spoke of. --out replaces the tables in
+that file.
 """
 
 import argparse
@@ -26,6 +27,8 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+import bucket_faults
 
 os.environ |= {
   "JAX_PLATFORMS": "cpu",
@@ -51,12 +54,18 @@ RECIPE = {
 }
 
 
-def command(work: Path, model: Path, data: Path) -> list[str]:
-  fields = RECIPE | {
-    "model.path": model,
-    "data.source": f"jsonl:{data}",
-    "calibration.source": f"jsonl:{data}",
-  }
+def command(
+  work: Path | str, model: Path, data: Path, more: dict | None = None
+) -> list[str]:
+  fields = (
+    RECIPE
+    | (more or {})
+    | {
+      "model.path": model,
+      "data.source": f"jsonl:{data}",
+      "calibration.source": f"jsonl:{data}",
+    }
+  )
   return [
     *(sys.executable, "-m", "adapt_pruner_jax", "run"),
     *("--config=configs/accel.py", f"--workdir={work}"),
@@ -346,6 +355,7 @@ def main() -> None:
   parser.add_argument("--kills", type=int, default=0)
   parser.add_argument("--tries", type=int, default=0, help="of each damage")
   parser.add_argument("--out", help="Markdown file that gets the tables")
+  parser.add_argument("--bucket_kills", type=int, default=0)
   flags = parser.parse_args()
   with tempfile.TemporaryDirectory(prefix="faults-") as folder:
     folder = Path(folder)
@@ -353,26 +363,37 @@ def main() -> None:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = f"{cache}/jax"
     model, data = make_inputs(folder)
 
-    def make(work: Path) -> list[str]:
-      return command(work, model, data)
-
-    whole = folder / "whole"
-    code, output = run(make(whole))
-    assert code == 0, output
-    rows = []
-    if flags.kills:
-      rows += kills(flags.kills, make, folder, whole)
-      print(report("kills", rows, f"--kills={flags.kills}", flags.out))
-    if flags.tries:
-      cut = interrupted(make, folder / "cut")
-      found = []
-      for row in all_damages(flags.tries, whole, cut, make):
-        found.append(row)
-        text = report("damage", found, f"--tries={flags.tries}", flags.out)
-      print(text)
-      rows += found
+    make, rows = (lambda work: command(work, model, data)), []
+    if count := flags.bucket_kills:
+      fewer = lambda work: command(work, model, data, bucket_faults.FIELDS)
+      rows += bucket_faults.kills(count, fewer, folder)
+      print(report("bucket", rows, f"--bucket_kills={count}", flags.out))
+    if flags.kills or flags.tries:
+      rows += on_a_disk(flags, make, folder)
   if any("LOST" in outcome for *_, outcome in rows):
     sys.exit("something was lost")
+
+
+def on_a_disk(
+  flags: argparse.Namespace, make: Callable[[Path], list[str]], folder: Path
+) -> list[tuple]:
+  """Kills of one process, and damage."""
+  whole = folder / "whole"
+  code, output = run(make(whole))
+  assert code == 0, output
+  rows = []
+  if flags.kills:
+    rows += kills(flags.kills, make, folder, whole)
+    print(report("kills", rows, f"--kills={flags.kills}", flags.out))
+  if flags.tries:
+    cut = interrupted(make, folder / "cut")
+    found = []
+    for row in all_damages(flags.tries, whole, cut, make):
+      found.append(row)
+      text = report("damage", found, f"--tries={flags.tries}", flags.out)
+    rows += found
+    print(text)
+  return rows
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ arguments, results and temporaries of a chip; `collective_gb`, what a chip
 sends; `step_s`, the compiler's own estimate of cycles over the clock and the
 bytes sent over a ring, one after the other; and `mfu`, true FLOPs of the whole
 model (padding does not count) over what the chips could do in that time. The
-last two are null where the compiler gives no cycles. Sizes are what a prune by
+last two are null where nothing is claimed. Sizes are what a prune by
 a quarter leaves: `adapt`, as recorded from the paper's method on
 SmolLM2-135M-Instruct (benchmarks/real_model.jsonl), or `random`.
 """
@@ -25,20 +25,40 @@ import subprocess
 import sys
 import tempfile
 import time
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
-PROGRAMS = ("train", "distill", "lora")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "true")
+
+import jax
+import tpu_programs
+from accelerator_models import MODELS, original, pruned
+from jax.experimental import topologies
+from tpu_hlo import cost
+
+from adapt_pruner_jax.distributed import sharding
+from adapt_pruner_jax.models import devices
+
+PROGRAMS = ("train", "distill", "lora", "adapt", "curvature", "refit")
 # Minutes of a CPU each; 8B hours, if its layers were not stacked.
 CELLS = (
   "--model=1b --topology=v5e:2x4",
+  "--model=1b --topology=v5e:2x4 --remat=full",
   "--model=1b --topology=v5e:2x4 --profile=random",
   "--model=8b --topology=v5p:2x2x4 --rows=16",
+  "--model=8b --topology=v5p:2x2x4 --rows=16 --remat=full",
   "--model=8b --topology=v5p:2x2x4 --rows=16 --profile=random",
   "--model=8b --topology=v6e:4x4 --rows=16",
   "--program=distill --model=1b --topology=v5e:2x4",
   "--program=lora --model=4b --topology=v5e:2x4",
+  "--program=adapt --model=8b --windows=512 --tokens=2048",
+  "--program=curvature --model=8b --tokens=2048",
+  "--program=refit --model=8b --tokens=2048",
+  "--model=8b --topology=v5e:2x4 --moments=bfloat16",
 )
 ROWS = Path(__file__).with_suffix(".jsonl")
 PAGE = Path(__file__).parent.parent / "docs" / "accelerators.md"
@@ -53,7 +73,12 @@ def arguments() -> argparse.Namespace:
   parser.add_argument("--profile", default="adapt", choices=["adapt", "random"])
   parser.add_argument("--rows", type=int, default=8, help="sequences a step")
   parser.add_argument("--tokens", type=int, default=4096, help="of a sequence")
+  parser.add_argument(
+    "--windows", type=int, default=256, help="of calibration, beside --tokens"
+  )
   parser.add_argument("--layers", type=int, default=0, help="0 = all")
+  parser.add_argument("--remat", default="auto", help="as train.remat")
+  parser.add_argument("--moments", default="float32", help="as train.moments")
   parser.add_argument("--scan_layers", default="on", choices=["on", "off"])
   parser.add_argument(
     "--train_tokens",
@@ -61,52 +86,15 @@ def arguments() -> argparse.Namespace:
     default=1e8,
     help="of a stage; what is worth compiling depends on it",
   )
+  parser.add_argument(
+    "--table", action="store_true", help="write the page from what is there"
+  )
   parser.add_argument("--hlo", default="", help="a file for the program")
   parser.add_argument("--out", default="", help="a JSON file; '' = print only")
   return parser.parse_args()
 
 
-# Llama-3.2-1B, Qwen3-4B and Llama-3.1-8B.
-MODELS = {
-  "1b": {
-    "vocab_size": 128256,
-    "hidden_size": 2048,
-    "queries_per_group": 4,
-    "head_dim": 64,
-    "kv_groups": (8,) * 16,
-    "ffn_widths": (8192,) * 16,
-    "tied": True,
-  },
-  "4b": {
-    "vocab_size": 151936,
-    "hidden_size": 2560,
-    "queries_per_group": 4,
-    "head_dim": 128,
-    "kv_groups": (8,) * 36,
-    "ffn_widths": (9728,) * 36,
-    "tied": True,
-    "qk_norm": "head",
-  },
-  "8b": {
-    "vocab_size": 128256,
-    "hidden_size": 4096,
-    "queries_per_group": 4,
-    "head_dim": 128,
-    "kv_groups": (8,) * 32,
-    "ffn_widths": (14336,) * 32,
-    "tied": False,
-  },
-}
-# Shares of a layer's KV groups and channels that are left.
-ADAPT_KV = (1, 1, *(2 / 3,) * 5, *(1,) * 23)
-ADAPT_FFN = tuple(
-  width / 1536
-  for width in (
-    *(1536, 1093, 1021, 1017, 1019, 1018, 1019, 1019, 1022, 1019),
-    *(1023, 1022, 1015, 1014, 1013, 1016, 1017, 1013, 1020, 1023),
-    *(1028, 1024, 1025, 1030, 1087, 1014, 1015, 1026, 1028, 1128),
-  )
-)
+FLAGS = arguments()
 # Cycles a second; bytes a second that a chip sends in a ring over one axis.
 CHIPS = {
   "v4": (1.05e9, 9e10),
@@ -115,119 +103,51 @@ CHIPS = {
   "v6e": (1.75e9, 1.8e11),
 }
 
-FLAGS = arguments()
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
-os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "true")
 
-import jax
-import numpy as np
-from jax.experimental import topologies
-from jax.sharding import Mesh
-from jax.stages import Lowered
-from tpu_hlo import cost
-
-from adapt_pruner_jax.config import Train
-from adapt_pruner_jax.distributed import sharding
-from adapt_pruner_jax.models import devices, flops, model_config
-from adapt_pruner_jax.models.model_config import ModelConfig
-from adapt_pruner_jax.models.rope import Rope
-from adapt_pruner_jax.training import stacking, step
-
-
-def original(name: str) -> ModelConfig:
-  """A model before pruning."""
-  return ModelConfig(
-    family="llama",
-    norm_eps=1e-5,
-    rope=Rope(theta=500000.0),
-    context=131072,
-    **MODELS[name],
-  )
-
-
-def pruned(full: ModelConfig, profile: str) -> ModelConfig:
-  """A model as a prune leaves it."""
-  number = full.num_layers
-  if profile == "random":
-    rng = np.random.default_rng(0)
-    shares = [rng.uniform(0.5, 1, number) for _ in "KF"]
-  else:
-    at = np.linspace(0, len(ADAPT_FFN) - 1, number).round().astype(int)
-    shares = [np.array(s)[at] for s in (ADAPT_KV, ADAPT_FFN)]
-  units = {
-    unit: tuple(max(1, int(n * s)) for n, s in zip(widths, share, strict=True))
-    for (unit, widths), share in zip(full.units().items(), shares, strict=True)
-  }
-  return full.with_units(units)
-
-
-def recipe() -> Train:
-  """How it is trained."""
-  return Train(
-    dtype="bfloat16",
-    remat=True,
-    scan_layers=FLAGS.scan_layers,
-    distill_alpha=0.5 if FLAGS.program == "distill" else 0.0,
-    lora_rank=16 if FLAGS.program == "lora" else 0,
-  )
-
-
-def lower(
-  settings: Train, model: ModelConfig, full: ModelConfig, mesh: Mesh
-) -> tuple[Lowered, stacking.Runs]:
-  """A train step, lowered, and its runs of layers.
-
-  Args:
-    full: the teacher's sizes.
-  """
-  runs = stacking.choose(model, settings, mesh, int(FLAGS.train_tokens))
-  params = partial(step.abstract_state, settings=settings, mesh=mesh)
-  rank, base, teacher = settings.lora_rank, None, None
-  half = lambda x: jax.ShapeDtypeStruct(
-    x.shape, settings.dtype, sharding=x.sharding
-  )
-  if rank:
-    base = jax.tree.map(half, params(model, rank=0, runs=runs)[0])
-  if settings.distill_alpha:
-    whole = stacking.choose(full, settings, mesh)
-    taught, _ = params(full, rank=0, runs=whole)
-    teacher = full, jax.tree.map(half, taught)
-  trained, state = params(model, rank=rank, runs=runs)
-  batch = step.abstract_batch(FLAGS.rows, FLAGS.tokens, mesh)
-  given = model, settings, lambda _: 1.0, mesh
-  made = step.make_step(*given, base=base, teacher=teacher, runs=runs)
-  return made.lower(trained, state, batch), runs
-
-
-def measure(compiled, topology: str, chips: int, true_flops: float) -> dict:
-  """The row of a compiled program."""
-  memory = compiled.memory_analysis()
-  made = memory.output_size_in_bytes - memory.alias_size_in_bytes
-  hbm = memory.argument_size_in_bytes + memory.temp_size_in_bytes + made
-  row = {"hbm_gb": hbm / 1e9, "collective_gb": None, "step_s": None}
-  try:
-    text = compiled.as_text()
-  except jax.errors.JaxRuntimeError as error:  # on v5p: no text of some
-    return row | {"mfu": None, "no_text": str(error).splitlines()[0][:80]}
-  if FLAGS.hlo:
-    Path(FLAGS.hlo).write_text(text)
-  found = cost(text, chips)
+def measure(programs: list, topology: str, chips: int) -> dict:
+  """Sums over programs that run so often each; HBM of the largest."""
+  hbm, seconds, sent, computations, each = 0.0, [0.0, 0.0], {}, 0, {}
   clock, ring = CHIPS[topology.split(":")[0]]
-  sent = sum(found.sent.values())
-  seconds = found.cycles / clock + sent / ring
-  kind = topologies.get_topology_desc(topology, platform="tpu").devices[0]
-  peak = devices.peak_flops(kind) * chips
-  return row | {
-    "collective_gb": sent / 1e9,
-    "sent_gb": {kind: n / 1e9 for kind, n in found.sent.items()},
-    "step_s": seconds,
-    "compute_s": found.cycles / clock,
-    "mfu": true_flops / seconds / peak,
-    "computations": found.computations,
+  for name, lower, times in programs:
+    begun = time.process_time()
+    compiled, text = compile_with_text(lower())
+    taken = time.process_time() - begun
+    memory = compiled.memory_analysis()
+    made = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    own = memory.argument_size_in_bytes + memory.temp_size_in_bytes + made
+    each[name] = {"compile_cpu_s": taken, "hbm_gb": own / 1e9, "times": times}
+    hbm = max(hbm, own)
+    if FLAGS.hlo:
+      Path(FLAGS.hlo).write_text(text)
+    found = cost(text, chips)
+    gigabytes = {kind: times * n / 1e9 for kind, n in found.sent.items()}
+    each[name] |= {"cycle_s": found.cycles / clock, "sent_gb": gigabytes}
+    computations += found.computations
+    for kind, n in gigabytes.items():
+      sent[kind] = sent.get(kind, 0) + n
+    seconds[0] += times * found.cycles / clock
+    seconds[1] += sum(gigabytes.values()) * 1e9 / ring
+  return {
+    "hbm_gb": hbm / 1e9,
+    "collective_gb": sum(sent.values()),
+    "sent_gb": sent,
+    "step_s": sum(seconds),
+    "compute_s": seconds[0],
+    "computations": computations,
+    "programs": each,
   }
+
+
+def compile_with_text(lowered) -> tuple:
+  """The compiled program, and its text with the compiler's cycles.
+
+  The text is a dump: `compiled.as_text()` fails for some programs on v5p.
+  """
+  with tempfile.TemporaryDirectory() as folder:
+    dump = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+    compiled = lowered.compile(compiler_options=dump)
+    found = Path(folder).glob("*.after_codegen.txt")
+    return compiled, max(found, key=lambda f: f.stat().st_size).read_text()
 
 
 def compile_one() -> dict:
@@ -240,69 +160,69 @@ def compile_one() -> dict:
   full, model = full.with_layers(layers), model.with_layers(layers)
   jax.config.update("jax_enable_compilation_cache", False)
   begun = time.process_time()
-  lowered, runs = lower(recipe(), model, full, mesh)
-  compiled = lowered.compile()
-  row = {
-    "compile_cpu_s": time.process_time() - begun,
-    "runs": [run._asdict() for run in runs],
-    "padding": padding(model, runs),
-    "versions": f"jax {jax.__version__}, libtpu {version('libtpu')}",
-  }
-  tokens = FLAGS.rows * FLAGS.tokens
-  needed = flops.training_flops(model, FLAGS.tokens) * tokens
-  if FLAGS.program == "distill":  # the teacher's forward
-    needed += flops.training_flops(full, FLAGS.tokens) / 3 * tokens
-  return row | measure(compiled, FLAGS.topology, mesh.size, needed)
+  work = tpu_programs.work(FLAGS, full, model, mesh)
+  row = measure(work.programs, FLAGS.topology, mesh.size)
+  row["compile_cpu_s"] = time.process_time() - begun
+  row["hbm_gb"] += work.held / 1e9
+  row["mfu"] = None
+  if work.flops:
+    peak = devices.peak_flops(described.devices[0]) * mesh.size
+    row["mfu"] = work.flops / row["step_s"] / peak
+  versions = f"jax {jax.__version__}, libtpu {version('libtpu')}"
+  return work.facts | row | {"versions": versions}
 
 
-def padding(model: ModelConfig, runs: stacking.Runs) -> float:
-  """Share of the layers' parameters that only pads."""
-  count = model_config.count_params
-  units = {"K": list(model.kv_groups), "F": list(model.ffn_widths)}
-  for run in runs:
-    for unit, size in zip("KF", run[2:], strict=True):
-      units[unit][run.first : run.end] = [size] * (run.end - run.first)
-  padded = model.with_units({u: tuple(n) for u, n in units.items()})
-  inside = count(padded) - count(model.with_layers(()))
-  return (count(padded) - count(model)) / inside
+def stored() -> dict[str, dict]:
+  """The rows that there are, by cell; the last of each counts."""
+  lines = ROWS.read_text().splitlines() if ROWS.exists() else []
+  return {(row := json.loads(line))["cell"]: row for line in lines}
 
 
 def fill_table() -> None:
   """Compiles what is missing, and writes the page's table."""
-  found = {}
-  if ROWS.exists():
-    for line in ROWS.read_text().splitlines():
-      found |= {(row := json.loads(line))["cell"]: row}
   for cell in CELLS:
-    if cell in found:
+    if cell in stored():
       continue
     with tempfile.TemporaryDirectory() as folder:
       out = Path(folder) / "row.json"
       command = [sys.executable, __file__, *cell.split(), f"--out={out}"]
       subprocess.run(command, check=True)
-      found[cell] = {"cell": cell} | json.loads(out.read_text())
+      row = {"cell": cell} | json.loads(out.read_text())
     with open(ROWS, "a") as rows:
-      rows.write(json.dumps(found[cell]) + "\n")
+      rows.write(json.dumps(row) + "\n")
+    write_table()
+
+
+def write_table() -> None:
+  """Writes the page's table, of the rows that there are."""
+  found = stored()
   table = [
-    "| flags | runs | padding | compile, CPU s | HBM a chip, GB | sent, GB | "
-    "step, s | MFU |",
-    "|---|---:|---:|---:|---:|---:|---:|---:|",
+    "| flags | runs | padding | recomputed | compile, CPU s | HBM a chip, GB "
+    "| sent, GB | step, s | MFU |",
+    "|---|---:|---:|---|---:|---:|---:|---:|---:|",
   ]
-  for cell in CELLS:
+  cells = [cell for cell in CELLS if cell in found]
+  for cell in cells:
     row = found[cell]
     numbers = (
-      len(row["runs"]),
-      f"{row['padding']:.0%}",
+      *runs_of(row),
       f"{row['compile_cpu_s']:.0f}",
       f"{row['hbm_gb']:.2f}",
       *(shown(row[n]) for n in ("collective_gb", "step_s", "mfu")),
     )
-    table.append(" | ".join([f"| `{cell}`", *map(str, numbers)]) + " |")
-  versions = ", ".join(sorted({row["versions"] for row in found.values()}))
+    table.append(" | ".join([f"| `{cell}`", *numbers]) + " |")
+  versions = ", ".join(sorted({found[cell]["versions"] for cell in cells}))
   before, rest = PAGE.read_text().split(BEGIN)
   middle = "\n".join([*table, "", f"With {versions}."])
   after = rest.split(END)[1]
   PAGE.write_text(f"{before}{BEGIN}\n\n{middle}\n\n{END}{after}")
+
+
+def runs_of(row: dict) -> tuple[str, str, str]:
+  """Of a train step: its runs, their padding, and what it recomputes."""
+  if "runs" not in row:
+    return "-", "-", "-"
+  return str(len(row["runs"])), f"{row['padding']:.0%}", row["remat"]
 
 
 def shown(value: float | None) -> str:
@@ -313,6 +233,9 @@ def shown(value: float | None) -> str:
 def main() -> None:
   if len(sys.argv) == 1:
     fill_table()
+    return
+  if FLAGS.table:
+    write_table()
     return
   row = vars(FLAGS) | compile_one()
   text = json.dumps(row, indent=2)

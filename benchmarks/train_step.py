@@ -108,7 +108,7 @@ class Ours:
     self, config: model_config.ModelConfig, params, tokens_BS: np.ndarray
   ):
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    settings = Train(dtype=FLAGS.dtype, remat=FLAGS.remat)
+    settings = Train(dtype=FLAGS.dtype, remat="full" if FLAGS.remat else "none")
     constant = lambda step: LEARNING_RATE
     self.run = make_step(config, settings, constant, mesh)
     placed = sharding.param_shardings(params, mesh)

@@ -23,5 +23,4 @@ def get_config() -> Config:
   config.prune.refit = "2"
   config.prune.refit_all = True
   config.prune.stages = 10
-  config.train.remat = True
   return config

@@ -24,5 +24,4 @@ def get_config() -> Config:
   config.data.batch = 128
   config.train.tokens = 5_000_000_000
   config.train.dtype = "bfloat16"
-  config.train.remat = True
   return config

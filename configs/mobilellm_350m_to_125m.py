@@ -28,5 +28,4 @@ def get_config() -> Config:
   config.train.tokens = 5_000_000_000
   config.train.min_learning_rate = 0.0
   config.train.dtype = "bfloat16"
-  config.train.remat = True
   return config

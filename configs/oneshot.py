@@ -1,4 +1,4 @@
-"""Fisher scores and refits, measured on SmolLM2-135M.
+"""Fisher scores and a refit by the loss, measured on SmolLM2-135M.
 
 No training on data of its own; the base of all one-shot runs.
 
@@ -6,10 +6,10 @@ No training on data of its own; the base of all one-shot runs.
     --config.model.path=DIR --config.prune.ratio=0.2 \\
     --config.calibration.source=text:FILE --config.eval.text=FILE
 
-Units are ranked once by Fisher scores on 32k tokens; what is left is refitted
-by least squares, then by the loss on 98k tokens of the calibration source, by
-all weights (docs/method.md). That is as many tokens in all as sixteen steps of
-8k, and on a model of another context or for more, what
+Units are ranked once by Fisher scores on 32k tokens; what is left learns to
+predict as the dense model did, by all weights, on 98k tokens of the calibration
+source, a window a step (docs/method.md). That is as many tokens in all as
+sixteen steps of 8k, and on a model of another context or for more, what
 --config.calibration.seq_len, .samples, .refit_samples and
 --config.prune.refit_passes say. The paper's method is configs/paper.py.
 """
@@ -22,9 +22,10 @@ def get_config() -> Config:
   config.prune.method = "fisher"
   config.prune.ranking.step_size = 0.2
   config.prune.ranking.cap = 0.8
-  config.prune.refit = "final"
-  config.prune.refit_all = True
+  config.prune.refit = "loss"
   config.prune.refit_passes = 3
+  config.prune.refit_rate = 1.5e-4
+  config.prune.refit_batch = 1
   config.calibration.samples = 64
   config.calibration.refit_samples = 64
   config.calibration.seq_len = 512

@@ -2,11 +2,15 @@
 # Prunes on a Cloud TPU, on all its workers, and follows worker 0's log:
 #
 #   bash launch/tpu.sh --name=pruner --zone=us-east5-b --type=v6e-8 --spot -- \
-#     --config=configs/X.py --workdir=/mnt/bucket/RUN ...
+#     --config=configs/X.py --workdir=gs://BUCKET/RUN ...
+#
+# or, in the place of --workdir, --bucket=BUCKET before `--`: the run is then in
+# gs://BUCKET/NAME. The TPU's service account has to read and write there.
 #
 # A TPU of that name is used if there is one, else a queued resource is made. The
 # run goes on when this script is stopped; the same command follows it again.
 #
+#   --bucket=B    work in gs://B/NAME
 #   --spot        a spot TPU: when it is preempted, make it again and continue
 #   --version=V   runtime version (default: the one for --type)
 #   --project=P   (default: gcloud's)
@@ -18,7 +22,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 POLL_SECONDS=${POLL_SECONDS:-30}
 CODE=(adapt_pruner_jax configs launch setup.py pyproject.toml)
-name='' zone='' type='' version='' project='' spot='' delete='' dry_run=''
+name='' zone='' type='' version='' project='' bucket=''
+spot='' delete='' dry_run=''
 flags='' # "given" once -- is seen
 ended='' # for a dry run, which asks nobody: followed to its end
 
@@ -175,6 +180,7 @@ while [[ $# -gt 0 && -z $flags ]]; do
     --type=*) type=${1#*=} ;;
     --version=*) version=${1#*=} ;;
     --project=*) project=${1#*=} ;;
+    --bucket=*) bucket=${1#*=} ;;
     --spot) spot=$1 ;;
     --delete) delete=$1 ;;
     --dry-run) dry_run=$1 ;;
@@ -201,11 +207,17 @@ if [[ -n $flags ]]; then
   esac
   version=${version:-$default}
   [[ -n $version ]] || fail "no default runtime for --type=$type: give --version"
+  if [[ -n $bucket ]]; then
+    bucket=${bucket#gs://}
+    [[ " $*" != *" --workdir="* ]] ||
+      fail "give --bucket or --workdir, one of them"
+    set -- --workdir="gs://${bucket%/}/$name" "$@"
+  fi
   case " $* " in
-    *" --workdir=/"*) ;;
+    *" --workdir=gs://"* | *" --workdir=s3://"* | *" --workdir=/"*) ;;
     *) [[ -z $spot ]] ||
-      fail "--spot needs --workdir=/... on a mounted bucket or disk: a preempted" \
-        "TPU loses its own disk" ;;
+      fail "--spot needs --bucket=B, or --workdir=gs://B/... or /... on a" \
+        "mounted disk: a preempted TPU loses its own" ;;
   esac
   [[ -n $dry_run ]] ||
     tar czf "$tmp/adapt-pruner.tgz" --exclude=__pycache__ "${CODE[@]}" ||

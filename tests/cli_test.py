@@ -77,7 +77,7 @@ BAD_FLAGS = {
   ),
   "no flag": (["evaluate", "--model=m", "--task=x"], ["task"]),
   "no value": (["evaluate", "model"], ["model", "--name=value"]),
-  "bucket": ([*RUN, "--workdir=gs://bucket/w"], ["mount the bucket"]),
+  "bucket": ([*RUN, "--workdir=ftp://bucket/w"], ["gs://BUCKET/", "s3://"]),
   "no model": (["convert", "--out=x"], ["--model"]),
 }
 
@@ -238,7 +238,7 @@ def test_directories(refused, command, small_model, tmp_path):
       ["dtype", "bfloat16"], *evaluate, f"--text={text}", f"--dtype={kind}"
     )
   refused(
-    ["mount"], "compare", "--workdir=gs://b/w", "--config=configs/paper.py"
+    ["gs://"], "compare", "--workdir=ftp://b/w", "--config=configs/paper.py"
   )
 
 

@@ -46,7 +46,8 @@ FIELDS = """
   prune.mlp_layers prune.gqa_fold prune.trim prune.round_ffn_to
   prune.round_kv_to prune.whole_halves prune.attention prune.precision
   prune.refit prune.refit_ridge prune.refit_all prune.refit_passes
-  prune.refit_rate prune.ranking.step_size prune.ranking.cap prune.uniform.steps
+  prune.refit_rate prune.refit_batch prune.ranking.step_size
+  prune.ranking.cap prune.uniform.steps
   prune.search.steps prune.search.evaluations prune.search.tokens
   prune.search.source prune.llm_pruner.ranking prune.flap.metric
   prune.flap.structure prune.slicegpt.multiple prune.slicegpt.subtract_mean
@@ -60,11 +61,12 @@ FIELDS = """
   train.schedule train.data_share train.weight_decay train.dtype train.attention
   train.remat train.scan_layers train.accumulation train.carry_moments
   train.distill_alpha train.lora_rank train.lora_alpha train.skip_nonfinite
-  train.lora_base
-  mesh.data mesh.fsdp mesh.tensor eval.text eval.answers eval.tasks
-  eval.tasks_dir eval.trust_tasks_dir eval.latency eval.seq_len eval.batch
-  checkpoint.steps checkpoint.minutes checkpoint.keep log.tensorboard
-  log.trackers oneshot_control seed
+  train.teacher_cache train.gradient_dtype train.moments
+  train.lora_base mesh.data mesh.fsdp mesh.tensor
+  eval.text eval.answers eval.tasks eval.tasks_dir
+  eval.trust_tasks_dir eval.latency eval.seq_len eval.batch checkpoint.steps
+  checkpoint.minutes checkpoint.keep log.tensorboard log.trackers
+  oneshot_control seed
 """.split()  # noqa: SIM905
 
 SLIMPAJAMA = "hf:DKYoon/SlimPajama-6B"
@@ -74,7 +76,6 @@ STAGED = {
   "data.batch": 128,
   "train.tokens": 5_000_000_000,
   "train.dtype": "bfloat16",
-  "train.remat": True,
 }
 BASES = ("paper", "oneshot", "accel")  # they have no target
 RECOMMENDED = {
@@ -102,15 +103,16 @@ RECIPES = {
     "prune.method": "fisher",
     "prune.ranking.step_size": 0.2,
     "prune.ranking.cap": 0.8,
-    "prune.refit": "final",
-    "prune.refit_all": True,
+    "prune.refit": "loss",
     "prune.refit_passes": 3,
+    "prune.refit_rate": 1.5e-4,
+    "prune.refit_batch": 1,
     "calibration.samples": 64,
     "calibration.refit_samples": 64,
     "calibration.seq_len": 512,
     "calibration.batch": 4,
   },
-  "accel": RECOMMENDED | {"prune.stages": 10, "train.remat": True},
+  "accel": RECOMMENDED | {"prune.stages": 10},
   "mobilellm_350m_to_125m": STAGED
   | {
     "model.path": "facebook/MobileLLM-350M",
@@ -288,6 +290,21 @@ def values(config: Config) -> dict:
 
 def test_fields_are_the_contract():
   assert field_names(Config()) == FIELDS
+
+
+@pytest.mark.parametrize("value, name", [(True, "full"), (False, "none")])
+def test_recomputing_was_a_boolean(value, name):
+  """In a recipe file, on a command line, and in a work directory."""
+  config = Config()
+  config.prune.ratio = 0.2
+  for given in (value, str(value)):
+    config.train.remat = given
+    check(config)
+    assert config.train.remat == name
+  new, old = dataclasses.asdict(config), dataclasses.asdict(config)
+  old["train"]["remat"] = value
+  assert from_json(old).train.remat == name
+  assert not difference(old, new)
 
 
 def test_old_recipes_are_read():
@@ -530,7 +547,7 @@ def test_train_step_traces(name):
   config, full = full_size(name)
   mesh = sharding.make_mesh()
   params = model_config.abstract_params(full, jnp.float32)
-  transform = optimizer.optimizer(config.train.weight_decay)
+  transform = optimizer.of(config.train)
   state = jax.eval_shape(transform.init, params)
   steps = config.train.tokens // config.data.step_tokens
   schedule = optimizer.schedule(config.train, steps)

@@ -94,6 +94,45 @@ def golden() -> pathlib.Path:
   return ROOT / "tests" / "golden"
 
 
+@pytest.fixture(scope="session")
+def bucket_server():
+  """The port of an S3 server on loopback; its clients here find it.
+
+  Without its packages a test is skipped, but in CI (CI=true) it fails.
+  """
+  try:
+    import flask_cors  # noqa: F401
+    import moto  # noqa: F401
+    import s3fs  # noqa: F401
+  except ImportError as error:
+    if os.environ.get("CI") == "true":
+      raise
+    pytest.skip(f"no server of a bucket: {error}; pip install '.[test]'")
+  from benchmarks import bucket_server
+
+  with bucket_server.running() as port, pytest.MonkeyPatch.context() as patch:
+    for name, value in bucket_server.environment(port).items():
+      patch.setenv(name, value)
+    yield port
+
+
+@pytest.fixture(scope="session")
+def bucket(bucket_server):
+  """A bucket of that server, as a path."""
+  from adapt_pruner_jax.storage import places
+
+  return places.to_path("s3://bucket")
+
+
+@pytest.fixture
+def fault(bucket_server):
+  """`fault(status, seconds, methods)`: lets the server fail for so long."""
+  from benchmarks import bucket_server as server
+
+  yield lambda *what: server.fault(bucket_server, *what)
+  server.fault(bucket_server, 503, 0, "")
+
+
 @pytest.fixture
 def small_disk(tmp_path) -> pathlib.Path:
   """A file system of 8 MB."""

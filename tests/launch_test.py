@@ -342,6 +342,18 @@ def test_tpu_run(cloud):
   ]
 
 
+def test_tpu_needs_the_name_of_a_bucket_only(cloud):
+  (cloud.cloud / "runs").write_text("0\n")
+  run = ("--bucket=b", "--spot", "--", "--config.eval.text=a b")
+  _, calls = cloud.run("tpu.sh", *TPU, *run)
+  start = next(c for c in calls if "tpu_worker.sh start" in " ".join(c))
+  command = next(a for a in start if a.startswith("--command="))
+  name = TPU[0].removeprefix("--name=")
+  assert shlex.split(command.removeprefix("--command="))[2:] == [
+    *("start", f"--workdir=gs://b/{name}", "--config.eval.text=a b")
+  ]
+
+
 def test_tpu_that_is_there_is_used_and_a_run_is_joined(cloud):
   (cloud.cloud / "vm").write_text("READY\n")
   (cloud.cloud / "runs").write_text("0\n")
@@ -429,7 +441,8 @@ def test_tpu_dry_run_needs_no_gcloud(box):
     ((*TPU, "--config=x"), "unknown flag --config=x"),
     (("--name=n", "--zone=z", "--", "--x"), "--type is needed"),
     (("--name=n", "--zone=z", "--type=v9-8", *RUN), "give --version"),
-    ((*TPU, "--spot", "--", "--workdir=w"), "--spot needs --workdir=/"),
+    ((*TPU, "--spot", "--", "--workdir=w"), "--spot needs --bucket=B"),
+    ((*TPU, "--bucket=b", *RUN), "--bucket or --workdir"),
   ],
 )
 def test_tpu_errors_are_one_clear_line(cloud, args, said):

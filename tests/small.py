@@ -8,7 +8,7 @@ import numpy as np
 
 from adapt_pruner_jax.distributed import sharding
 from adapt_pruner_jax.models import axes, model_config
-from adapt_pruner_jax.models.model_config import ModelConfig
+from adapt_pruner_jax.models.model_config import DeltaNet, ModelConfig
 from adapt_pruner_jax.models.rope import Rope
 
 CONFIG = ModelConfig(
@@ -57,12 +57,27 @@ OPTIONS = {
     "gate_up_bias": True,
     "down_bias": True,
   },
+  "experts": {
+    "experts": 4,
+    "experts_per_token": 2,
+    "router_norm": True,
+    "router_loss": 0.5,
+    "router_loss_on": True,
+  },
   "scales": {
     "residual_scale": 0.5,
     "logit_scale": 0.25,
     "attn_scale": 0.3,
     "rope": Rope(partial=0.5, query_growth=0.5, original_context=8),
     "nope": (0, 1, 0),
+  },
+  "delta": {
+    "delta": (0, 1, 0),
+    "delta_net": DeltaNet(values_per_key=2, key_dim=4, value_dim=6, taps=3),
+    "attn_gate": True,
+    "qkv_bias": True,
+    "qk_norm": "head",
+    "norm_offset": 1.0,
   },
 }
 
@@ -86,12 +101,17 @@ def random_params(
 
 
 def random_kept(config: ModelConfig, seed: int = 0, share: float = 0.6):
-  """Some units of each module, at least one."""
+  """Some units of each module, at least one; of each expert other ones."""
   rng = np.random.default_rng(seed)
+
+  def some(unit, width):
+    drawn = lambda: rng.permutation(width)[: max(1, round(share * width))]
+    if unit == "F" and config.experts:
+      return np.stack([np.sort(drawn()) for _ in range(config.experts)])
+    return np.sort(drawn())
+
   return {
-    u: tuple(
-      np.sort(rng.permutation(w)[: max(1, round(share * w))]) for w in widths
-    )
+    u: tuple(some(u, width) for width in widths)
     for u, widths in config.units().items()
   }
 

@@ -64,7 +64,7 @@ def recipe(path, stages: int = 2, tokens: int = 0, **prune_fields) -> Config:
   return config
 
 
-def flags_of(config: Config, path: pathlib.Path) -> list[str]:
+def flags_of(config: Config, path: os.PathLike) -> list[str]:
   """The command line of a run with this recipe."""
   default = Config()
   return [
@@ -78,12 +78,18 @@ def flags_of(config: Config, path: pathlib.Path) -> list[str]:
   ]
 
 
-def start(config, path, env: dict[str, str], *more: str) -> subprocess.Popen:
-  """A run in a process of its own; its output goes to a file, as a pipe that
-  nobody reads would stop it."""
+def start(
+  config,
+  path,
+  env: dict[str, str],
+  *more: str,
+  said: pathlib.Path | None = None,
+) -> subprocess.Popen:
+  """A run in a process of its own; its output goes to a file, beside the work
+  directory or `said`, as a pipe that nobody reads would stop it."""
   # What was compiled once serves the run that goes on.
   env = env | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-  with open(_output(path, *more), "a") as output:
+  with open(_output(said or path, *more), "a") as output:
     return subprocess.Popen(
       [
         *(sys.executable, "-m", "adapt_pruner_jax", "run"),

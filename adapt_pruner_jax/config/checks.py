@@ -36,6 +36,7 @@ AT_LEAST = {
   "prune.refit_ridge": 0,
   "prune.refit_passes": 0,
   "prune.refit_rate": 0,
+  "prune.refit_batch": 0,
   "calibration.refit_samples": 2,
   "calibration.tokens_per_channel": 0,
   "calibration.samples": 1,
@@ -52,6 +53,7 @@ AT_LEAST = {
   "train.accumulation": 1,
   "train.distill_alpha": 0,
   "train.lora_rank": 0,
+  "train.teacher_cache": 0,
   "train.lora_alpha": 0,
   "eval.seq_len": 0,
   "eval.batch": 1,
@@ -83,6 +85,11 @@ def check(config: Config) -> None:
   if config.train.distill_alpha > 1:
     raise UserError(
       f"train.distill_alpha={config.train.distill_alpha} must be in [0, 1]"
+    )
+  if config.train.teacher_cache and not config.train.distill_alpha:
+    raise UserError(
+      f"--config.train.teacher_cache={config.train.teacher_cache} keeps what a "
+      "teacher says: give --config.train.distill_alpha=0.5 with it"
     )
   rate, least = config.train.learning_rate, config.train.min_learning_rate
   if config.train.tokens and least > rate:

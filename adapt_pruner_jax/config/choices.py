@@ -14,6 +14,7 @@ PUBLISHED = {
   "shortgpt": ("shortgpt", "shortgpt"),
   "minitron": ("minitron", "minitron"),
   "surgeon": ("surgeon", "surgeon"),
+  "reap": ("reap", "reap"),
   "magnitude": ("uniform", "magnitude"),
   "random": ("uniform", "random"),
 }
@@ -22,7 +23,7 @@ PUBLISHED = {
 BLOCKS = {"q8_0": 32, "q4_0": 32, "q4_k_m": 256}
 
 # Methods whose score and allotment are one thing.
-WHOLE = ("wanda_sp", "slicegpt", "shortgpt", "minitron")
+WHOLE = ("wanda_sp", "slicegpt", "shortgpt", "minitron", "reap")
 
 CHOICES = {
   "model.dtype": ("", "float32", "bfloat16", "float16"),
@@ -63,6 +64,9 @@ CHOICES = {
   "prune.attention": ("auto", "plain", "blocks", "splash", "cudnn"),
   "prune.precision": ("float32", "tensorfloat32", "bfloat16"),
   "train.attention": ("auto", "plain", "blocks", "splash", "cudnn"),
+  "train.remat": ("auto", "none", "dots", "attention+mlp", "full"),
+  "train.gradient_dtype": ("bfloat16", "float32"),
+  "train.moments": ("float32", "bfloat16"),
   "train.lora_base": ("", "int8"),
   "train.scan_layers": ("auto", "on", "off"),
   "train.schedule": ("wsd", "cosine"),

@@ -26,7 +26,8 @@ class Section:
 
   def __setattr__(self, name: str, value: Any) -> None:
     self._require(name)
-    super().__setattr__(name, value)
+    full = ".".join([*_place(type(self), Config), name])
+    super().__setattr__(name, today(full, value))
 
   @classmethod
   def _require(cls, name: str) -> None:
@@ -177,6 +178,7 @@ class Prune(Section):
   # Then passes, each over fresh windows, that lower the loss by all weights.
   refit_passes: int = 0
   refit_rate: float = 3e-4  # the highest learning rate of these
+  refit_batch: int = 0  # windows a step of these; 0 = calibration.batch
   # Of single allotments and methods; the defaults are the published ones.
   ranking: Ranking = dataclasses.field(default_factory=Ranking)
   uniform: Uniform = dataclasses.field(default_factory=Uniform)
@@ -286,9 +288,11 @@ class Train(Section):
   schedule: str = "wsd"
   data_share: str = "linear"  # share of the tokens that a stage gets
   weight_decay: float = 0.0
-  dtype: str = "float32"  # of the arithmetic; weights and moments are float32
+  dtype: str = "float32"  # of the arithmetic; what is trained is float32
   attention: str = "auto"  # which implementation; docs/speed.md
-  remat: bool = False  # recompute each layer in the backward pass
+  # What the backward pass computes once more: none | dots | attention+mlp |
+  # full, or auto = by the memory of the device (docs/accelerators.md).
+  remat: str = "auto"
   # Compile runs of layers, padded to one size, once: auto = not on a CPU.
   scan_layers: str = "auto"
   accumulation: int = 1  # microbatches a step
@@ -297,6 +301,13 @@ class Train(Section):
   lora_rank: int = 0  # 0 = train all weights
   lora_alpha: float = 16.0
   skip_nonfinite: bool = False  # pass over a batch with a non-finite loss
+  # Likeliest tokens of the teacher that are kept on disk at each position, once
+  # for all stages; 0 = the whole teacher runs beside (docs/accelerators.md).
+  teacher_cache: int = 0
+  # In which gradients of a layer's matrices are summed over tokens and devices,
+  # where dtype is bfloat16.
+  gradient_dtype: str = "bfloat16"
+  moments: str = "float32"  # Adam's between steps; bfloat16 = half the memory
   # Of the matrices that adapters are trained beside: "" = as model.dtype, or
   # int8, which adds up to half a step of a 127th of an output's largest weight.
   lora_base: str = ""
@@ -352,6 +363,15 @@ class Config(Section):
   log: Log = dataclasses.field(default_factory=Log)
   oneshot_control: bool = False  # then also prune in one go, to compare
   seed: int = 0
+
+
+# Fields that were booleans once, and what these are called now.
+OLD_VALUES = {"train.remat": {"True": "full", "False": "none"}}
+
+
+def today(name: str, value: Any) -> Any:
+  """The value of a field by today's name, be it given by an old one."""
+  return OLD_VALUES.get(name, {}).get(str(value), value)
 
 
 # Fields that once had another name. A stored recipe is read with the old names

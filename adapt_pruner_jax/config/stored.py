@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from adapt_pruner_jax.config.fields import OLD_FIELDS, Config
+from adapt_pruner_jax.config.fields import OLD_FIELDS, Config, today
 from adapt_pruner_jax.config.names import field_names, get, leaves
 from adapt_pruner_jax.errors import UserError
 
@@ -65,7 +65,8 @@ def _stored_fields(stored: dict) -> dict[str, Any]:
   """Values by today's names, without what `recipe.claim` writes beside."""
   stored = {name: x for name, x in stored.items() if name not in BESIDE}
   named = {".".join(path): value for path, value in leaves(stored)}
-  return {OLD_FIELDS.get(name, name): value for name, value in named.items()}
+  named = {OLD_FIELDS.get(name, name): x for name, x in named.items()}
+  return {name: today(name, x) for name, x in named.items()}
 
 
 def _at_old_defaults(stored: dict) -> list[str]:

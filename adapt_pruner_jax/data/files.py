@@ -5,6 +5,7 @@ files of the last two are one sequence, in the order of their names. `.gz` and
 `.zst` are known by their first bytes, whatever their names.
 """
 
+import fnmatch
 import glob
 import io
 import json
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from adapt_pruner_jax.errors import UserError, first_line
+from adapt_pruner_jax.storage.places import in_bucket, to_path
 
 # What the files of a directory end in, with .gz or .zst after it or not.
 SUFFIXES = {
@@ -42,6 +44,8 @@ def files_of(kind: str, name: str) -> list[Path]:
   Raises:
     UserError: no file of a directory or a pattern.
   """
+  if in_bucket(name):
+    return _in_bucket(kind, to_path(name))
   path = Path(name)
   if path.is_dir():
     return _files_below(kind, path)
@@ -122,7 +126,8 @@ def parquet_rows(path: str | Path) -> Iterator[tuple[str, dict]]:
     ) from error
   number = 0
   try:
-    with pyarrow.parquet.ParquetFile(str(path)) as file:
+    opened = _binary(path) if in_bucket(path) else str(path)
+    with pyarrow.parquet.ParquetFile(opened) as file:
       for batch in file.iter_batches(batch_size=BATCH):
         for row in batch.to_pylist():
           yield f"{path} row {number}", row
@@ -135,16 +140,32 @@ def parquet_rows(path: str | Path) -> Iterator[tuple[str, dict]]:
     ) from error
 
 
+def _in_bucket(kind: str, path: Path) -> list[Path]:
+  """As `files_of`; in a bucket a name may end in a pattern, `*.jsonl`."""
+  if path.is_dir():
+    return _files_below(kind, path)
+  if not glob.has_magic(path.name) or path.is_file():
+    return [path]
+  below = path.parent.iterdir()
+  found = [p for p in below if fnmatch.fnmatch(p.name, path.name)]
+  if not found:
+    raise UserError(f"{kind}:{path}: no object has a name like that")
+  return found
+
+
 def _files_below(kind: str, folder: Path) -> list[Path]:
   """The files of a kind in a directory, without hidden ones."""
   endings = tuple(
     s + packed for s in SUFFIXES[kind] for packed in ("", *PACKED)
   )
+  if in_bucket(folder):
+    below = [folder / name for name in folder.files()]
+  else:
+    below = [path for path in sorted(folder.rglob("*")) if path.is_file()]
   every = [
     path
-    for path in sorted(folder.rglob("*"))
-    if path.is_file()
-    and not any(p.startswith(".") for p in path.relative_to(folder).parts)
+    for path in below
+    if not any(p.startswith(".") for p in path.relative_to(folder).parts)
   ]
   found = [path for path in every if path.name.lower().endswith(endings)]
   if not found:
@@ -197,7 +218,7 @@ class _Unpacked(io.RawIOBase):
 
 def _opened(path: str | Path) -> Any:
   """A file of bytes, open for reading and unpacked."""
-  file = open(Path(path).expanduser(), "rb")  # noqa: SIM115 - the caller closes
+  file = _binary(path)
   try:
     start = file.peek(4)[:4]
     if start == PARQUET:
@@ -210,6 +231,16 @@ def _opened(path: str | Path) -> Any:
     file.close()
     raise
   return file
+
+
+def _binary(path: str | Path) -> Any:
+  """A file of bytes, open for reading: of a bucket, piece after piece."""
+  if not in_bucket(path):
+    return open(Path(path).expanduser(), "rb")
+  from adapt_pruner_jax.storage.bucket_path import call
+
+  place = to_path(path)
+  return call(place, lambda: io.BufferedReader(place.fs.open(str(place)), READ))
 
 
 def _gzip_frame() -> Any:

@@ -8,6 +8,7 @@ that the next one can be made without it, and has the SHA-256 of each array.
 import functools
 import json
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +17,8 @@ import numpy as np
 
 from adapt_pruner_jax.data.encoding import Chunk
 from adapt_pruner_jax.data.sources import Place
-from adapt_pruner_jax.storage import digest, publish
+from adapt_pruner_jax.storage import cache, digest, publish
+from adapt_pruner_jax.storage.places import bucket, in_bucket, to_path
 
 DTYPES = {"I32": "<i4", "I64": "<i8", "BOOL": "?"}
 FACTS = ("sums", "place", "last", "largest")  # of `Shard`, in the metadata
@@ -38,9 +40,40 @@ class Shard(NamedTuple):
   largest: int  # token id
 
 
-def path_of(folder: Path, number: int) -> Path:
-  """Where a stream's shard of this number is."""
-  return folder / f"{number:05d}.safetensors"
+class Folder(NamedTuple):
+  """Says where a stream's shards are: `local`, on this machine, and `shared`,
+  in a bucket, if the cache is there."""
+
+  local: Path
+  shared: Path | None
+
+  def path(self, number: int) -> Path:
+    """Where the shard of this number is; a copy if only the bucket has it."""
+    path = self.local / _name(number)
+    if self.shared and not path.exists():
+      shared = self.shared / _name(number)
+      if shared.is_file():
+        self.local.mkdir(parents=True, exist_ok=True)
+        with publish.file(path, ADVICE) as temporary:
+          bucket().get(shared, temporary)
+    return path
+
+  def put(self, number: int) -> None:
+    """Copies a shard into the bucket, if there is one."""
+    if self.shared:
+      bucket().put(self.local / _name(number), self.shared / _name(number))
+
+
+def folder_of(cache_dir: str | os.PathLike, name: str) -> Folder:
+  """Where a cache has the shards of this stream."""
+  if not in_bucket(cache_dir):
+    return Folder(Path(cache_dir) / name, None)
+  key = digest.of_bytes(str(cache_dir).encode())[:16]
+  return Folder(cache.home() / "tokens" / key / name, to_path(cache_dir) / name)
+
+
+def _name(number: int) -> str:
+  return f"{number:05d}.safetensors"
 
 
 def of_chunks(chunks: Sequence[Chunk], place: Place, last: bool) -> Shard:

@@ -43,6 +43,7 @@ from adapt_pruner_jax.data.rows import (
   without_null,
 )
 from adapt_pruner_jax.errors import UserError, nearest
+from adapt_pruner_jax.storage.places import in_bucket
 
 OPTIONS = {
   "embedded": ("split", "limit", "weight"),
@@ -59,6 +60,7 @@ OPTIONS = {
   "npy": (),
 }
 FILE_KINDS = ("text", "jsonl", "parquet", "answers")
+READ_IN_BUCKETS = ("text", "jsonl", "parquet")
 WRITTEN = ("self", "answers")  # by the dense model
 SEPARATOR = "<|endoftext|>"  # a line of its own between documents of a text
 # A longer document is cut at the end of a line, so that memory stays bounded.
@@ -125,10 +127,11 @@ def parse_sources(spec: str, option: str) -> list[Source]:
         sources[-1], name=f"{sources[-1].name},{part}"
       )
   for source in sources:
-    if "://" in source.name:
+    read_there = in_bucket(source.name) and source.kind in READ_IN_BUCKETS
+    if "://" in source.name and not read_there:
       raise UserError(
-        f"--config.{option}={spec}: {source.name} is not a path: mount the "
-        "bucket (Cloud Storage FUSE, s3fs) and give the path there"
+        f"--config.{option}={spec}: {source.name} is not a path; in a bucket, "
+        f"gs://... or s3://..., {', '.join(READ_IN_BUCKETS)} are read"
       )
     if source.kind == "self":  # with a file or without
       continue

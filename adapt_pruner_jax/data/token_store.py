@@ -26,6 +26,7 @@ from adapt_pruner_jax.data.tokenizer import Tokenizer, check_ids
 from adapt_pruner_jax.distributed import agreement, virtual_devices
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.storage import digest, publish
+from adapt_pruner_jax.storage.places import in_bucket
 
 CACHE_VERSION = 3
 SHARD_TOKENS = 1 << 22  # a shard ends behind the group that reaches these
@@ -102,15 +103,16 @@ def tokenise(
   name = f"{source.kind}-{digest.of_bytes(json.dumps(key).encode())[:16]}"
   # One process tokenises for all; the others look where it did, and only if
   # that is a disk of its own they tokenise as well.
-  found = agreement.on_writer(lambda: _kept(Path(cache_dir) / name, key, job))
+  folder = shards.folder_of(cache_dir, name)
+  found = agreement.on_writer(lambda: _kept(folder, key, job))
   name, count = agreement.same([name, len(found or [])])
-  folder = Path(cache_dir) / name
+  folder = shards.folder_of(cache_dir, name)
   if found is None:
-    publish.wait_for(shards.path_of(folder, count - 1))
+    publish.wait_for(folder.path(count - 1))
     found = _kept(folder, key, job)
   for number, shard in enumerate(found):
     if shard.largest >= vocab_size:
-      where = str(shards.path_of(folder, number))
+      where = str(folder.path(number))
       check_ids(shard.tokens, vocab_size, where, tokenizer)
   return _stream(source, found)
 
@@ -264,6 +266,8 @@ def _files(source: Source) -> list[list]:
     paths = files_of(source.kind, source.name)
   elif source.kind != "embedded" and Path(source.name).is_dir():
     paths = sorted(Path(source.name).rglob("*"))
+  if in_bucket(source.name):
+    return [[str(p), p.size(), p.version()] for p in paths if p.is_file()]
   stats = [(str(p), p.stat()) for p in paths if p.is_file()]
   return [[path, s.st_size, s.st_mtime_ns] for path, s in stats]
 
@@ -282,11 +286,11 @@ def _cache_key(source: Source, tokenizer: Tokenizer) -> dict:
   }
 
 
-def _kept(folder: Path, key: dict, job: Job) -> list[Shard]:
+def _kept(folder: shards.Folder, key: dict, job: Job) -> list[Shard]:
   """The shards that are needed; makes those that are absent or damaged."""
   found: list[Shard] = []
   while not job.enough(found):
-    shard = shards.read(shards.path_of(folder, len(found)))
+    shard = shards.read(folder.path(len(found)))
     if shard is not None and _is_sound(shard, found):
       found.append(shard)
     else:
@@ -301,18 +305,21 @@ def _is_sound(shard: Shard, before: Sequence[Shard]) -> bool:
   return too_many or shards.is_intact(shard)
 
 
-def _make(folder: Path, key: dict, job: Job, found: list[Shard]) -> None:
+def _make(
+  folder: shards.Folder, key: dict, job: Job, found: list[Shard]
+) -> None:
   """Makes shards and adds them to those `found`: as many as are needed, or up
   to the next that is there."""
   progress, first = Progress(job, found), len(found)
   with contextlib.closing(_made(job, list(found), progress)) as made:
     while not job.enough(found):
-      path = shards.path_of(folder, len(found))
+      path = folder.path(len(found))
       if path.exists():
         if len(found) > first and shards.read(path) is not None:
           break
         logging.warning("%s is damaged and is tokenised again", path)
       shards.write(path, next(made), key)
+      folder.put(len(found))
       shard = shards.read(path)
       if shard is None:
         raise UserError(f"{path} is damaged right after it was written")

@@ -24,6 +24,7 @@ MESH_AXES = ("data", "fsdp", "tensor")
 BATCH = axes.BATCH
 RULES = dict.fromkeys(axes.RESIDUAL, "fsdp") | {
   "K": "tensor",
+  "Z": "tensor",
   "F": "tensor",
   "V": "tensor",
 }
@@ -139,3 +140,15 @@ def whole(tree: Any, mesh: Mesh | None) -> Any:
 def with_numpy(mesh: Mesh) -> bool:
   """Whether arrays are best rearranged by numpy: one process, on a CPU."""
   return jax.process_count() == 1 and mesh.devices.flat[0].platform == "cpu"
+
+
+def compiler_options(mesh: Mesh) -> dict[str, str] | None:
+  """What XLA is told where a program gathers weights cut over the mesh.
+
+  By default it cuts products with large gathered weights into steps that wait
+  for each other's permutes (windowed einsum), which takes longer on TPUs than
+  gathering them first (docs/accelerators.md).
+  """
+  if mesh.devices.flat[0].platform != "tpu" or mesh.size == 1:
+    return None
+  return {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}

@@ -16,7 +16,7 @@ from adapt_pruner_jax.evaluation.finite import not_finite
 from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.decoder import Decoder, output_name
 from adapt_pruner_jax.models.model_config import ModelConfig
-from adapt_pruner_jax.training import losses, output_loss
+from adapt_pruner_jax.training import losses, output_loss, output_matrix
 
 Model = tuple[ModelConfig, Params]
 
@@ -91,13 +91,13 @@ def _compared(
     return x_BTD[:, :-1]
 
   matrices = [
-    output_loss.place(config, one[output_name(config)], mesh)
+    output_matrix.place(config, one[output_name(config)], mesh)
     for config, one in zip(configs, params, strict=True)
   ]
 
   def chunk(weights_BT, *ends):
     dense_BTV, model_BTV = (
-      output_loss.logits(config, mesh, matrix, x_BTD)
+      output_matrix.logits(config, mesh, matrix, x_BTD)
       for config, matrix, x_BTD in zip(configs, matrices, ends, strict=True)
     )
     kl, tokens = losses.distillation(

@@ -1,7 +1,8 @@
 """Text from a model: compiled prefill and decode with a cache of keys, values.
 
 Prompts are padded on the left, so that all rows write their next token to the
-same column. The cache of a layer is as wide as that layer's K.
+same column. The cache of a layer is as wide as that layer's K; a gated delta
+net has a memory of one size in its place.
 """
 
 import dataclasses
@@ -21,8 +22,9 @@ from adapt_pruner_jax.evaluation.finite import not_finite
 from adapt_pruner_jax.models import layer
 from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.decoder import Decoder, output_name
+from adapt_pruner_jax.models.delta_net import Before
 from adapt_pruner_jax.models.model_config import ModelConfig
-from adapt_pruner_jax.training import output_loss
+from adapt_pruner_jax.training import output_matrix
 
 CHUNK = 32  # tokens decoded before the host looks at them
 
@@ -199,10 +201,13 @@ def prefill(
     starts_B,
     method=partial(_continue, caches=None, column=0),
   )
-  matrix = output_loss.place(config, params[output_name(config)], mesh)
+  matrix = output_matrix.place(config, params[output_name(config)], mesh)
   logits_BTV = head(config, mesh, params, matrix, x_BTD[:, -1:])
 
-  def widen(kv_BTKH):
+  def widen(cache):
+    return cache if isinstance(cache, Before) else jax.tree.map(more, cache)
+
+  def more(kv_BTKH):
     K = kv_BTKH.shape[2]
     kv_BSKH = jnp.pad(kv_BTKH, ((0, 0), (0, slots - T), (0, 0), (0, 0)))
     axis = "tensor" if K % mesh.shape["tensor"] == 0 else None
@@ -210,7 +215,7 @@ def prefill(
     placed = jax.sharding.NamedSharding(mesh, cut)
     return jax.lax.with_sharding_constraint(kv_BSKH, placed)
 
-  return logits_BTV[:, 0], jax.tree.map(widen, caches)
+  return logits_BTV[:, 0], [*map(widen, caches)]
 
 
 @partial(
@@ -236,7 +241,7 @@ def decode(
     whether all logits that were drawn from are finite.
   """
   config, mesh = how.config, how.mesh
-  matrix = output_loss.place(config, params[output_name(config)], mesh)
+  matrix = output_matrix.place(config, params[output_name(config)], mesh)
   B = logits_BV.shape[0]
   key = jax.random.key(seed)
 
@@ -275,14 +280,15 @@ def _continue(decoder, x_BTD, starts_B, *, caches, column):
   positions_BT = column + jnp.arange(T) - starts_B[:, None]
   inside_BT = (positions_BT >= 0).astype(jnp.int32)
   positions_BT = jnp.maximum(positions_BT, 0)
-  widths = [kv[0].shape[1] for kv in caches or [] if kv]
-  if not widths:
+  if caches is None:
     # Padding is a segment of its own.
     inputs = layer.attention_inputs(decoder.config, positions_BT, inside_BT)
   else:
+    of_keys = [kv for kv in caches if kv and not isinstance(kv, Before)]
+    slots = of_keys[0][0].shape[1] if of_keys else 1
     inputs = dataclasses.replace(
       layer.attention_inputs(decoder.config, positions_BT),
-      cached=jnp.arange(widths[0]) - starts_B[:, None],
+      cached=jnp.arange(slots) - starts_B[:, None],
       column=column,
     )
   return decoder.residual(x_BTD, inputs, caches)
@@ -292,12 +298,12 @@ def head(
   config: ModelConfig,
   mesh: Mesh,
   params: Params,
-  matrix: output_loss.Placed,
+  matrix: output_matrix.Placed,
   x_BTD: jax.Array,
 ) -> jax.Array:
   """Logits [B, T, V] of the residual stream behind the last layer."""
   x_BTD = Decoder(config).apply({"params": params}, x_BTD, method="normed")
-  logits_BTV = output_loss.logits(config, mesh, matrix, x_BTD)
+  logits_BTV = output_matrix.logits(config, mesh, matrix, x_BTD)
   return logits_BTV[..., : config.vocab_size]
 
 

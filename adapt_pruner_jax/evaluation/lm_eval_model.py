@@ -35,7 +35,7 @@ from adapt_pruner_jax.models import layer
 from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.decoder import Decoder, output_name
 from adapt_pruner_jax.models.model_config import ModelConfig
-from adapt_pruner_jax.training import output_loss
+from adapt_pruner_jax.training import output_loss, output_matrix
 
 AHEAD = 2  # batches that are sent before the answers of the first are taken
 FULL_BATCH = 128  # tokens a row up to which as many rows as asked are scored
@@ -160,7 +160,9 @@ class JaxLM(WordsLM):
       UserError: an id is outside the vocabulary, or a log-likelihood is not
         finite.
     """
-    rows = scoring_rows.make_rows(pairs, self.model_config.context)
+    # A memory cannot go on in several ways within a row.
+    shared = not any(self.model_config.delta)
+    rows = scoring_rows.make_rows(pairs, self.model_config.context, shared)
     ids = [
       t for row in rows for t in (*row.tokens, *scoring_rows.targets_of(row))
     ]
@@ -324,7 +326,7 @@ def _score(
   )
 
   x_BTD = apply(x_BTD, method="normed")
-  matrix = output_loss.place(config, params[output_name(config)], mesh)
+  matrix = output_matrix.place(config, params[output_name(config)], mesh)
 
   def block(i, found):
     def part(x_BQ):

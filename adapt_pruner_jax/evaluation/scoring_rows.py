@@ -32,8 +32,13 @@ class Row:
     return len({owner for _, _, owner in self.queries})
 
 
-def make_rows(pairs: Pairs, context: int) -> list[Row]:
-  """Rows that score all continuations; pairs with one context share a row.
+def make_rows(pairs: Pairs, context: int, shared: bool = True) -> list[Row]:
+  """Rows that score all continuations.
+
+  Args:
+    pairs: what is scored.
+    context: tokens of a row at most.
+    shared: pairs with one context share a row.
 
   An empty continuation is in none: nothing is left to predict. It is what a
   tokenizer leaves that merges the continuation into the context's last token.
@@ -44,7 +49,7 @@ def make_rows(pairs: Pairs, context: int) -> list[Row]:
     if not said:
       continue
     prefix, said = fit(prefix, said, context)
-    key = tuple(prefix)
+    key = tuple(prefix) if shared else (request,)
     row = rows.get(key)
     if row is not None and len(row.tokens) + len(said) - 1 > context:
       full.append(rows.pop(key))

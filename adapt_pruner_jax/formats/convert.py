@@ -10,7 +10,7 @@ from adapt_pruner_jax.formats.opening import check_dtype, open_model
 from adapt_pruner_jax.formats.orbax import facts, is_orbax, write_orbax
 from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.model_config import ModelConfig
-from adapt_pruner_jax.storage import publish
+from adapt_pruner_jax.storage import places, publish
 
 FORMATS = ("hf", "hf_uniform", "gguf", "orbax")
 
@@ -41,12 +41,13 @@ def convert(
       express the model.
   """
   _check_format(format)
-  out = Path(out).expanduser()
+  out = places.to_path(out)
   publish.require_free(out, overwrite, () if format == "gguf" else save.MARKS)
   quantization = ""
   if format == "gguf":
     quantization, dtype = dtype, ""
   check_dtype(dtype)
+  source = load.on_disk(source)
   if format == "orbax" or is_orbax(source):
     config, params, folder = open_model(source, dtype or None, ignore_fields)
   else:  # from file to file: one tensor in memory
@@ -89,7 +90,7 @@ def write(
     UserError: as `convert`.
   """
   _check_format(format)
-  out, source = Path(out).expanduser(), Path(source) if source else None
+  out, source = places.to_path(out), Path(source) if source else None
   if format == "orbax":
     write_orbax(config, params, out, source, overwrite)
   elif format == "gguf":

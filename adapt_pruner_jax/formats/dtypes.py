@@ -101,7 +101,7 @@ def _stored(
     return {}
   config = dataclasses.replace(config, residual=())  # SliceGPT's are new
   return {
-    key: kinds[place.tensor]
+    key: kinds[tensor]
     for key, place in tensors.places(config, repeats).items()
-    if place.tensor in kinds
+    if (tensor := place.tensor.replace("*", "0")) in kinds
   }

@@ -37,6 +37,7 @@ def open_model(
     UserError: not there, damaged, or an unknown dtype.
   """
   check_dtype(dtype)
+  source = load.on_disk(source)
   publish.put_back(Path(source).expanduser())
   if is_orbax(source):
     folder = Path(source).expanduser()

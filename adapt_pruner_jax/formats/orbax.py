@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from adapt_pruner_jax.distributed import sharding
 from adapt_pruner_jax.errors import UserError, first_line
-from adapt_pruner_jax.formats.hf import card, parent_files, save, weights
+from adapt_pruner_jax.formats.hf import card, load, parent_files, save, weights
 from adapt_pruner_jax.formats.hf.files import MANIFEST
 from adapt_pruner_jax.models import axes, model_config
 from adapt_pruner_jax.models.axes import Params
@@ -36,7 +36,7 @@ def verify(path: str) -> None:
   Raises:
     UserError: a file is missing, changed, or not listed.
   """
-  card.verify(Path(path).expanduser())
+  card.verify(Path(load.on_disk(path)).expanduser())
   print(f"{path}: all files are as they were written")
 
 

@@ -8,7 +8,11 @@ Pure functions of weights, below everything else in the package:
   attention     who sees whom, as data, and what the heads say
   kernels       which implementation of attention runs; splash for TPUs
   cudnn         cuDNN's attention, of packed rows too
+  experts       mixture of experts: the router, products by expert
+  heads         the attention of a layer, and norms
+  delta_net     gated delta nets, which layers may have instead
   layer         the one driver of a layer and of its halves, with a tap
+  remat         what the backward pass of a layer computes once more
   layer_runs    runs of layers, stacked, with one scan each
   decoder       the Flax modules: parameters, embedding, layers, head
   flops         FLOPs of a token, forward and in training

@@ -117,8 +117,8 @@ def project(
 
   Args:
     equation: of two operands; no letter is summed that only one of them has.
-    x, w: the operands.
-    dtype: of the result; default that of `x` and `w`.
+    x, w: the operands. A float32 `w` is multiplied in the dtype of `x`.
+    dtype: of the result; default that of `x`.
 
   Returns:
     The product; gradients are in the dtypes of `x` and of `w`.
@@ -138,7 +138,12 @@ def project(
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 3))
 def _project(equation, x, w, dtype):
-  return jnp.einsum(equation, x, w, preferred_element_type=dtype)
+  return jnp.einsum(equation, x, _like(w, x), preferred_element_type=dtype)
+
+
+def _like(w, x):
+  """A weight as it is multiplied: not in more digits than `x`."""
+  return w.astype(x.dtype) if w.dtype.itemsize > x.dtype.itemsize else w
 
 
 def _project_forward(equation, x, w, dtype):
@@ -146,8 +151,12 @@ def _project_forward(equation, x, w, dtype):
 
 
 def _project_backward(equation, dtype, saved, dy):
-  dx, dw = project_gradients(equation, *saved, dy)
-  return dx, dw.astype(saved[1].dtype)
+  x, w = saved
+  used = _like(w, x)
+  # Of a wider weight the gradient is rounded nowhere before it is summed.
+  wide = None if used is w else w.dtype
+  dx, dw = project_gradients(equation, x, used, dy, wide)
+  return dx, dw.astype(w.dtype)
 
 
 _project.defvjp(_project_forward, _project_backward)

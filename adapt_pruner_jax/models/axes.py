@@ -4,6 +4,12 @@
   D residual width   H head_dim           V vocabulary
   K KV heads of this layer                G query heads per KV head
   N = K * G query heads                   F MLP width of this layer
+  X experts of a layer, each an MLP of width F
+
+Of a layer with a gated delta net in place of attention (`delta_net`):
+  Z key heads of this layer               A value heads per key head
+  U channels of a key                     Y channels of a value
+  C taps of its convolutions
 
 The residual width has three letters, by place: D in front of a layer, M between
 its attention and its MLP, E behind it. They only differ in models cut by
@@ -15,7 +21,11 @@ the reshape to and from HuggingFace tensors, the weight-decay mask.
 
 K and F are the *unit letters*: a layer's KV groups and its MLP channels are
 what can be pruned. Per-layer data about units is always a dict
-{"K": ..., "F": ...}.
+{"K": ..., "F": ...}. A key head of a gated delta net, with the value heads that
+it serves, is a KV group of its layer: a unit of letter K, whose dim in the
+table is Z, since stacked layers may have other numbers of both. In a layer of
+experts a unit of letter F is one channel in each of them, of each expert
+another one: indices are int [X, f] there, masks bool [X, F].
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -45,6 +55,21 @@ AXES = {
   "k_norm": "H",
   "q_norm_all": "KGH",  # over all heads together (OLMo 2)
   "k_norm_all": "KH",
+  "q_gate": "DKGH",  # of what each head says
+  "q_gate_bias": "KGH",
+  "delta_q": "DZU",
+  "delta_k": "DZU",
+  "delta_v": "DZAY",
+  "delta_conv_q": "ZUC",
+  "delta_conv_k": "ZUC",
+  "delta_conv_v": "ZAYC",
+  "delta_gate": "DZAY",  # of what each value head says
+  "delta_beta": "DZA",  # how much is learned of a token
+  "delta_decay": "DZA",  # how much is forgotten at it, as the two below
+  "delta_decay_bias": "ZA",
+  "delta_log_rate": "ZA",
+  "delta_norm": "Y",
+  "delta_o": "ZAYM",
   "attn_post_norm": "M",
   "attn_shortcut": "DM",
   "mlp_norm": "M",
@@ -55,6 +80,10 @@ AXES = {
   "gate_bias": "F",
   "up_bias": "F",
   "down_bias": "E",
+  "router": "MX",
+  "moe_gate": "XMF",
+  "moe_up": "XMF",
+  "moe_down": "XFE",
   "mlp_post_norm": "E",
   "mlp_shortcut": "ME",
 }
@@ -62,9 +91,21 @@ AXES = {
 BATCH = ("data", "fsdp")  # mesh axes that cut B
 RESIDUAL = "DME"
 UNITS = "KF"
+LETTERS = {"K": "K", "Z": "K", "F": "F"}  # of the dims that are units
+# Parameters of a layer with a gated delta net, and of one with attention.
+DELTA = tuple(name for name in AXES if name.startswith("delta_"))
+ATTENTION = ("q", "q_gate", "k", "v", "o", "q_bias", "q_gate_bias", "k_bias")
+ATTENTION += ("v_bias", "o_bias", "q_norm", "k_norm")
+ATTENTION += ("q_norm_all", "k_norm_all")
 # The matrices whose salience makes up the score of a unit; an MLP may have no
-# gate. Biases and norms never enter a score.
-SCORED = {"K": ("q", "k", "v", "o"), "F": ("gate", "up", "down")}
+# gate, an attention has no delta net. Biases and norms never enter a score.
+SCORED = {
+  "K": (
+    *("q", "k", "v", "o", "q_gate", "delta_q", "delta_k", "delta_v"),
+    *("delta_gate", "delta_beta", "delta_decay", "delta_o"),
+  ),
+  "F": ("gate", "up", "down", "moe_gate", "moe_up", "moe_down"),
+}
 
 Params = dict[str, Any]
 
@@ -79,9 +120,15 @@ def shape(name: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
   return tuple(sizes[letter] for letter in AXES[name])
 
 
+def cut_of(name: str) -> str | None:
+  """The letter of the dim that parameter `name` is cut along, or None."""
+  return next((letter for letter in AXES[name] if letter in LETTERS), None)
+
+
 def unit_of(name: str) -> str | None:
   """The unit letter that parameter `name` is cut along, or None."""
-  return next((u for u in UNITS if u in AXES[name]), None)
+  letter = cut_of(name)
+  return letter and LETTERS[letter]
 
 
 def take(name: str, array: jax.Array, indices: Mapping[str, Any]) -> jax.Array:
@@ -90,7 +137,8 @@ def take(name: str, array: jax.Array, indices: Mapping[str, Any]) -> jax.Array:
   Args:
     name: of the parameter.
     array: the parameter, of numpy or of JAX.
-    indices: {"K": int [k], "F": int [f]}, the units to keep, in their order.
+    indices: {"K": int [k], "F": int [f] or [X, f]}, the units to keep, in
+      their order.
 
   Returns:
     The smaller array; `array` itself where it has no units.
@@ -99,7 +147,15 @@ def take(name: str, array: jax.Array, indices: Mapping[str, Any]) -> jax.Array:
   if unit is None:
     return array
   library = np if isinstance(array, np.ndarray) else jnp
-  return library.take(array, indices[unit], axis=AXES[name].index(unit))
+  units, axis = indices[unit], AXES[name].index(cut_of(name))
+  if AXES[name][0] == "X":
+    return library.take_along_axis(array, _by_expert(units, axis), axis)
+  return library.take(array, units, axis=axis)
+
+
+def _by_expert(units_XF: np.ndarray, axis: int) -> np.ndarray:
+  """Units of each expert, to index a [X, ..] array of three dims with."""
+  return np.expand_dims(units_XF, 3 - axis)
 
 
 def put(
@@ -110,8 +166,8 @@ def put(
   Args:
     name: of the parameter.
     array: what `take` has kept.
-    indices: where its units go, {"K": int [k], "F": int [f]}.
-    sizes: {"K": int, "F": int}, the full numbers of units.
+    indices: where its units go, as of `take`.
+    sizes: of each letter, the full numbers of units.
 
   Returns:
     The larger array; `array` itself where it has no units.
@@ -119,10 +175,13 @@ def put(
   unit = unit_of(name)
   if unit is None:
     return array
-  axis = AXES[name].index(unit)
+  axis = AXES[name].index(cut_of(name))
   full = list(array.shape)
-  full[axis] = sizes[unit]
+  full[axis] = sizes[cut_of(name)]
   at = (slice(None),) * axis + (indices[unit],)
+  if AXES[name][0] == "X":
+    at = tuple(np.ogrid[tuple(map(slice, array.shape))])
+    at = (*at[:axis], _by_expert(indices[unit], axis), *at[axis + 1 :])
   if isinstance(array, np.ndarray):
     made = np.zeros(full, array.dtype)
     made[at] = array
@@ -136,15 +195,19 @@ def mask(name: str, array: jax.Array, masks: Mapping[str, Any]) -> jax.Array:
   Args:
     name: of the parameter.
     array: with all units.
-    masks: {"K": bool [K], "F": bool [F]}, False where to zero.
+    masks: {"K": bool [K], "F": bool [F] or [X, F]}, False where to zero; what
+      is beyond the units of this kind of layer is not read.
   """
   unit = unit_of(name)
   if unit is None:
     return array
-  axis = AXES[name].index(unit)
+  axis = AXES[name].index(cut_of(name))
   shape_ = [1] * array.ndim
   shape_[axis] = array.shape[axis]
-  return array * masks[unit].reshape(shape_).astype(array.dtype)
+  if AXES[name][0] == "X":
+    shape_[0] = len(array)
+  mask_U = masks[unit][..., : array.shape[axis]]
+  return array * mask_U.reshape(shape_).astype(array.dtype)
 
 
 def layer_name(index: int) -> str:

@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from adapt_pruner_jax.models import axes, layer
+from adapt_pruner_jax.models import axes, experts, layer, remat
 from adapt_pruner_jax.models.arithmetic import project, soft_cap
 from adapt_pruner_jax.models.attention import AttentionInputs
 from adapt_pruner_jax.models.axes import Params
@@ -63,9 +63,21 @@ class Block(nn.Module):
       for name in layer_names(c, self.index)
     }
 
-  def __call__(self, x_BTD: jax.Array, inputs: AttentionInputs) -> jax.Array:
-    """The residual stream behind this layer, given that in front of it."""
-    return self.step(x_BTD, inputs)[0]
+  def __call__(
+    self,
+    x_BTD: jax.Array,
+    inputs: AttentionInputs,
+    counts_BT: jax.Array | None = None,
+  ) -> tuple[jax.Array, experts.Load | None]:
+    """The residual stream behind this layer, and how its experts are loaded.
+
+    Args:
+      x_BTD: the stream in front of it.
+      inputs: who sees whom.
+      counts_BT: tokens that count for the load; None = it is not asked for.
+    """
+    x_BTD, tap = self.step(x_BTD, inputs)
+    return x_BTD, experts.load(tap.fed["F"], counts_BT)
 
   def step(
     self,
@@ -83,7 +95,7 @@ class Decoder(nn.Module):
   """The whole model; `layer_0` ... `layer_{L-1}` may differ in K and F."""
 
   config: ModelConfig
-  remat: bool = False
+  recomputed: str = "none"  # in the backward pass; as of `remat`
   kernel: Kernel = AUTO  # of attention, in a call of the whole model
 
   def setup(self) -> None:
@@ -92,7 +104,9 @@ class Decoder(nn.Module):
       name: self.param(name, _initializer(name, c), axes.shape(name, c.sizes()))
       for name in outer_names(c)
     }
-    block = nn.remat(Block) if self.remat else Block
+    block = Block
+    if self.recomputed != "none":
+      block = nn.remat(Block, **remat.options(self.recomputed))
     self.layer = [block(c, i) for i in range(c.num_layers)]
 
   def embed(self, tokens_BT: jax.Array) -> jax.Array:
@@ -142,7 +156,7 @@ class Decoder(nn.Module):
     inputs = self._inputs(tokens_BT.shape[1], segments_BT, positions_BT)
     stream = [self.embed(tokens_BT)]
     for block in self.layer:
-      stream.append(block(stream[-1], inputs))
+      stream.append(block(stream[-1], inputs)[0])
     return self.head(stream[-1]), stream
 
   def hidden(
@@ -157,10 +171,27 @@ class Decoder(nn.Module):
       x_BTD: the residual stream in front of the first layer.
       segments_BT, positions_BT: as in a call of the whole model.
     """
+    return self.loaded(x_BTD, segments_BT, positions_BT)[0]
+
+  def loaded(
+    self,
+    x_BTD: jax.Array,
+    segments_BT: jax.Array | None = None,
+    positions_BT: jax.Array | None = None,
+    counts_BT: jax.Array | None = None,
+  ) -> tuple[jax.Array, experts.Load | None]:
+    """`hidden`, and how all experts are loaded.
+
+    Args:
+      x_BTD, segments_BT, positions_BT: as of `hidden`.
+      counts_BT: tokens that count for the load; None = it is not asked for.
+    """
     inputs = self._inputs(x_BTD.shape[1], segments_BT, positions_BT)
+    load = None
     for block in self.layer:
-      x_BTD = block(x_BTD, inputs)
-    return self.normed(x_BTD)
+      x_BTD, more = block(x_BTD, inputs, counts_BT)
+      load = experts.add(load, more)
+    return self.normed(x_BTD), load
 
   def _inputs(self, length, segments_BT, positions_BT) -> AttentionInputs:
     if positions_BT is None:
@@ -221,6 +252,8 @@ def finish(config: ModelConfig, raw_BTV: jax.Array) -> jax.Array:
 def _initializer(name: str, config: ModelConfig):
   if name.endswith("bias"):
     return nn.initializers.zeros
+  if name == "delta_norm":
+    return nn.initializers.ones
   if "norm" in name:
     return nn.initializers.constant(1.0 - config.norm_offset)
   return nn.initializers.normal(0.02)

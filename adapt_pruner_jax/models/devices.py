@@ -1,7 +1,12 @@
 """What devices can do: one table, from the makers' data sheets."""
 
 import dataclasses
+import os
 from typing import Any
+
+import jax
+
+USABLE = 0.92  # share of a device's memory that a program gets
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,3 +54,17 @@ def peak_flops(device: Any) -> float | None:
   """bfloat16 FLOP/s that a `jax.Device` can do at best, None if not known."""
   found = of_kind(device.device_kind)
   return found and found.flops
+
+
+def memory_of(device: jax.Device) -> float:
+  """Bytes of a device; CPU devices share those of the machine."""
+  try:
+    stats = device.memory_stats() or {}
+  except jax.errors.JaxRuntimeError:  # it is only compiled for
+    stats = {}
+  if "bytes_limit" in stats:
+    return float(stats["bytes_limit"]) / USABLE
+  if found := of_kind(device.device_kind):
+    return found.memory
+  whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+  return whole / jax.local_device_count()

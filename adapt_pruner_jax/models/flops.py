@@ -12,15 +12,35 @@ def forward_flops(config: ModelConfig, seq_len: int) -> tuple[float, float]:
   """
   matrix = config.vocab_size * config.hidden_size
   outside = matrix * (1 if config.tied else 2)
-  inside = model_config.count_params(config) - outside
-  scores = (
-    2
-    * seq_len
-    * config.head_dim
-    * config.queries_per_group
-    * sum(config.kv_groups)
-  )  # q k^T and a v
-  return 2.0 * (inside + scores), 2.0 * matrix
+  inside = model_config.count_params(config) - outside - _not_asked(config)
+  mixing = sum(
+    groups * of_group(config, layer, seq_len)
+    for layer, groups in enumerate(config.kv_groups)
+  )
+  return 2.0 * inside + mixing, 2.0 * matrix
+
+
+def of_group(config: ModelConfig, layer: int, seen: float) -> float:
+  """FLOPs of a token in a KV group, beside those of its matrices.
+
+  Args:
+    layer: which one; of a gated delta net, memories are read twice and written.
+    seen: tokens that an attention sees.
+  """
+  if config.is_delta(layer):
+    net = config.delta_net
+    return 6 * net.values_per_key * net.key_dim * net.value_dim
+  return 4 * config.head_dim * config.queries_per_group * seen  # q k^T and a v
+
+
+def _not_asked(config: ModelConfig) -> float:
+  """Parameters of the experts that a token is not sent to."""
+  if not config.experts:
+    return 0
+  share = 1 - config.experts_per_token / config.experts
+  return (
+    3 * config.hidden_size * config.experts * sum(config.ffn_widths) * share
+  )
 
 
 def training_flops(config: ModelConfig, seq_len: int) -> float:

@@ -12,37 +12,37 @@ stacked model (`surgery.dense`) can be scanned over: their `Place` is traced
 then.
 """
 
-import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
-from adapt_pruner_jax.models import axes
-from adapt_pruner_jax.models.arithmetic import (
-  ACTIVATIONS,
-  layer_norm,
-  project,
-  rms_norm,
-)
-from adapt_pruner_jax.models.attention import (
-  AttentionInputs,
-  attend,
-  chosen,
-)
+from adapt_pruner_jax.models import axes, delta_net, experts
+from adapt_pruner_jax.models.arithmetic import ACTIVATIONS, project
+from adapt_pruner_jax.models.attention import AttentionInputs
 from adapt_pruner_jax.models.axes import Params
-from adapt_pruner_jax.models.kernels import AUTO, KERNELS, Kernel
+from adapt_pruner_jax.models.heads import heads, norm
+from adapt_pruner_jax.models.kernels import AUTO, Kernel
 from adapt_pruner_jax.models.model_config import ModelConfig
-from adapt_pruner_jax.models.rope import RopeTables, query_scale, rotate
+from adapt_pruner_jax.models.remat import BETWEEN, read_by
 
 # The matrix that each half writes with, and those that it reads with.
-HALVES = {"o": ("q", "k", "v"), "down": ("gate", "up")}
-WRITERS = {"K": "o", "F": "down"}  # by unit
+HALVES = {
+  "o": ("q", "q_gate", "k", "v"),
+  "delta_o": (
+    *("delta_q", "delta_k", "delta_v"),
+    *("delta_gate", "delta_beta", "delta_decay"),
+  ),
+  "down": ("gate", "up"),
+}
+WRITERS = {"K": "o", "F": "down"}  # by unit, but for gated delta nets
 NAMES = {"K": "attn", "F": "mlp"}  # how parameters of a half begin
 
-Cache = tuple[jax.Array, jax.Array]  # keys and values, [B, S, K, H] each
+# Keys and values, [B, S, K, H] each; or what a gated delta net keeps.
+Cache = tuple[jax.Array, jax.Array] | delta_net.Before
 
 
 class Place(NamedTuple):
@@ -50,6 +50,7 @@ class Place(NamedTuple):
 
   window: jax.Array | int  # positions that its queries see; 0 = all
   rope: jax.Array | int  # which of `AttentionInputs.ropes`
+  delta: jax.Array | int = 0  # 1 = a gated delta net in place of attention
 
 
 class Tap(NamedTuple):
@@ -57,7 +58,9 @@ class Tap(NamedTuple):
 
   Attributes:
     fed: {"K": [B, T, K, G, H], "F": [B, T, F]}: the inputs of `o` and `down`
-      before masks; None where a half is absent, no entry where it was not run.
+      before masks, [B, T, Z, A, Y] of a delta net, of experts as
+      `experts.Routed`; None where a half is absent, or only known to be of
+      either kind, no entry where it was not run.
     between: what is between the halves, see `stream`; None after just one
       half.
     cache: the layer's keys and values, new ones in their columns; None where
@@ -72,13 +75,14 @@ class Tap(NamedTuple):
 def place(config: ModelConfig, index: int) -> Place:
   """The place of layer `index`, known when the program is compiled."""
   window = config.window[index] if config.window else 0
-  return Place(window, config.rope_ids()[index])
+  return Place(window, config.rope_ids()[index], int(config.is_delta(index)))
 
 
 def places(config: ModelConfig) -> Place:
   """The places of all layers to scan over, int32 [L] each."""
   window_L = np.array(config.window or (0,) * config.num_layers, np.int32)
-  return Place(window_L, np.array(config.rope_ids(), np.int32))
+  delta_L = np.array(config.delta or (0,) * config.num_layers, np.int32)
+  return Place(window_L, np.array(config.rope_ids(), np.int32), delta_L)
 
 
 def attention_inputs(
@@ -122,16 +126,18 @@ def run_layer(
     place: from `place`, or one of `places` inside a scan.
     inputs: what attention knows about the rows.
     x_BTD: the residual stream in front of the layer.
-    masks: {"K": bool [K], "F": bool [F]}, the units that count; None = all.
+    masks: {"K": bool [K], "F": bool [F] or [X, F]}, the units that count;
+      None, or no entry = all.
     cache: keys and values of the columns of `inputs.cached`.
 
   Returns:
     The residual stream behind the layer, [B, T, E], and what there is to see.
   """
   args = config, weights, place, inputs
-  mid_BTM, heads = run_half("K", *args, x_BTD, masks, cache)
+  mid_BTM, mixed = run_half("K", *args, x_BTD, masks, cache)
+  mid_BTM = checkpoint_name(mid_BTM, BETWEEN)
   out_BTE, channels = run_half("F", *args, mid_BTM, masks)
-  return out_BTE, Tap(heads.fed | channels.fed, mid_BTM, heads.cache)
+  return out_BTE, Tap(mixed.fed | channels.fed, mid_BTM, mixed.cache)
 
 
 def run_half(
@@ -158,16 +164,41 @@ def run_half(
   Returns:
     The residual stream behind the half, and what there is to see.
   """
+  if unit == "K" and "o" in weights and "delta_o" in weights:
+    return _either(config, weights, place, inputs, x_BTD, masks)
   fed, cache = read(unit, config, weights, place, inputs, x_BTD, masks, cache)
   counted = fed
-  if fed is not None and masks is not None:
-    counted = fed * spread_mask(masks[unit], fed)
+  if fed is not None and masks is not None and unit in masks:
+    if isinstance(fed, experts.Routed):
+      counted = experts.masked(fed, masks[unit])
+    else:
+      counted = fed * spread_mask(masks[unit], fed)
   y_BTD = write(unit, config, weights, x_BTD, counted)
   return y_BTD, Tap({unit: fed}, cache=cache)
 
 
+def _either(config, weights, place, inputs, x_BTD, masks):
+  """`run_half` of an attention or a gated delta net, as the place says.
+
+  Stacked layers have the parameters of both.
+  """
+
+  def without(others):
+    own = {n: w for n, w in weights.items() if n not in others}
+    args = config, own, place, inputs
+    return lambda x_BTD: run_half("K", *args, x_BTD, masks)[0]
+
+  kinds = without(axes.ATTENTION), without(axes.DELTA)
+  y_BTD = jax.lax.cond(place.delta == 1, *kinds, x_BTD)
+  return y_BTD, Tap({"K": None})
+
+
 def spread_mask(mask_U: jax.Array, fed: jax.Array) -> jax.Array:
-  """A mask of units, to multiply what `read` gives with."""
+  """A mask of units, to multiply what `read` gives with.
+
+  It may be longer, where another kind of layer has more of them.
+  """
+  mask_U = mask_U[: fed.shape[2]]
   return mask_U.reshape(-1, *(1,) * (fed.ndim - 3)).astype(fed.dtype)
 
 
@@ -180,7 +211,7 @@ def read(
   x_BTD: jax.Array,
   masks: Mapping[str, jax.Array] | None = None,
   cache: Cache | None = None,
-) -> tuple[jax.Array | None, Cache | None]:
+) -> tuple[jax.Array | experts.Routed | None, Cache | None]:
   """What the units of a half make of the stream: the input of `o` or `down`.
 
   Args:
@@ -189,14 +220,20 @@ def read(
       masked ones say is not zeroed here.
 
   Returns:
-    [B, T, K, G, H] or [B, T, F], None if the half is absent; and the layer's
-    keys and values, None of an MLP.
+    [B, T, K, G, H], [B, T, Z, A, Y], [B, T, F] or what experts made, None if
+    the half is absent; and what the layer caches, None of an MLP.
   """
   if not count(unit, weights):
     return None, None
   if unit == "F":
-    return _channels(config, weights, x_BTD), None
-  return _heads(config, weights, place, inputs, x_BTD, masks, cache)
+    return _channels(config, weights, x_BTD, inputs.kernel.cutting), None
+  if "delta_o" in weights:
+    h_BTD = norm(config, weights, "attn_norm", x_BTD)
+    # With a prefix, a row is one document and one way to go on from it.
+    segments_BT = None if inputs.prefix else inputs.segments
+    args = weights, config.norm_eps, h_BTD, segments_BT
+    return delta_net.heads(*args, cache)
+  return heads(config, weights, place, inputs, x_BTD, masks, cache)
 
 
 def write(
@@ -204,7 +241,7 @@ def write(
   config: ModelConfig,
   weights: Params,
   x_BTD: jax.Array,
-  fed: jax.Array | None,
+  fed: jax.Array | experts.Routed | None,
 ) -> jax.Array:
   """Writes what units have made to the residual stream.
 
@@ -218,11 +255,15 @@ def write(
     The residual stream behind the half.
   """
   half, bias = NAMES[unit], f"{WRITERS[unit]}_bias"
+  writer = writer_of(unit, weights)
   front_BTD, x_BTD = x_BTD, stream(config, x_BTD)
   y_BTD = None
-  if fed is not None:
+  if isinstance(fed, experts.Routed):
+    y_BTD = experts.write(fed, weights["moe_down"])
+    y_BTD = y_BTD.reshape(*x_BTD.shape[:2], -1)
+  elif fed is not None:
     equation = {"K": "btkgh,kghd->btd", "F": "btf,fd->btd"}[unit]
-    y_BTD = project(equation, fed, weights[WRITERS[unit]])
+    y_BTD = project(equation, fed, weights[writer])
   if config.residual:
     x_BTD = x_BTD @ weights[f"{half}_shortcut"]
   if bias in weights:
@@ -252,132 +293,32 @@ def stream(config: ModelConfig, x: jax.Array) -> jax.Array:
 
 def count(unit: str, weights: Params) -> int:
   """Units of a half of a layer; 0 = it is absent."""
-  writer = WRITERS[unit]
+  if unit == "F" and "moe_down" in weights:
+    return weights["moe_down"].shape[1]
+  writer = writer_of(unit, weights)
   return weights[writer].shape[0] if writer in weights else 0
 
 
-def norm(
-  config: ModelConfig, weights: Params, name: str, x: jax.Array
-) -> jax.Array:
-  """Norms with a parameter of the model; without it nothing is done.
-
-  Args:
-    config: as `run_layer`'s.
-    weights: of the layer, or those outside the layers.
-    name: of the parameter.
-    x: normed over its last axis; the residual stream in front of a half for the
-      norm in front of it.
-  """
-  if config.parallel and name == "mlp_norm":
-    x = x[..., : config.hidden_size]
-  if name not in weights:
-    return x
-  if config.norm == "layer":
-    bias = weights.get(f"{name}_bias")
-    eps, offset = config.norm_eps, config.norm_offset
-    return layer_norm(x, weights[name], bias, eps, offset)
-  sliced = config.residual and axes.AXES[name] in axes.RESIDUAL
-  width = config.hidden_size if sliced else None
-  eps, offset = config.norm_eps, config.norm_offset
-  return rms_norm(x, weights[name], eps, offset, width)
-
-
-# ---- Attention ---------------------------------------------------------------
-
-
-def _heads(config, weights, place, inputs, x_BTD, masks, cache):
-  """What the heads say, [B, T, K, G, H], and the keys and values."""
-  rope = _rope(inputs.ropes, place.rope)
-  q_BTKGH, *kv = _qkv(config, weights, rope, x_BTD, masks)
-  if config.rope.query_growth:
-    scale_BT = query_scale(config.rope, inputs.positions)
-    q_BTKGH *= scale_BT[..., None, None, None].astype(q_BTKGH.dtype)
-  if cache is not None:
-    update = jax.lax.dynamic_update_slice_in_dim
-    pairs = zip(cache, kv, strict=True)
-    kv = [update(old, new, inputs.column, axis=1) for old, new in pairs]
-  return _attend(config, place, inputs, q_BTKGH, *kv), tuple(kv)
-
-
-def _attend(config, place, inputs, q_BTKGH, k_BSKH, v_BSKH):
-  """`attend` with the window of a place.
-
-  A kernel must know its window when it is compiled: in a scan over layers that
-  differ in it there is one kernel for each, and the place chooses.
-  """
-  scale, softcap = (
-    config.attn_scale or config.head_dim**-0.5,
-    config.attn_softcap,
-  )
-
-  def seeing(window):
-    return lambda *heads: attend(
-      *heads, inputs, window, scale=scale, softcap=softcap
-    )
-
-  heads, windows = (q_BTKGH, k_BSKH, v_BSKH), sorted(set(config.window))
-  if not any(windows):
-    return seeing(0)(*heads)
-  kernel, _ = chosen(q_BTKGH, inputs, windows[-1], softcap)
-  if isinstance(place.window, int) or kernel not in KERNELS:
-    return seeing(place.window)(*heads)
-  which = jnp.searchsorted(np.array(windows), place.window)
-  return jax.lax.switch(which, [seeing(w) for w in windows], *heads)
-
-
-def _rope(ropes: tuple[RopeTables, ...], which: jax.Array | int) -> RopeTables:
-  if len(ropes) == 1 or isinstance(which, int):
-    return ropes[which if isinstance(which, int) else 0]
-  return jax.tree.map(lambda *tables: jnp.stack(tables)[which], *ropes)
-
-
-def _qkv(config, weights, rope, x_BTD, masks):
-  """Rotated queries [B, T, K, G, H] and keys, and values [B, T, K, H]."""
-  w, c = weights, config
-  h_BTD = norm(c, w, "attn_norm", x_BTD)
-  q_BTKGH = project("btd,dkgh->btkgh", h_BTD, w["q"])
-  k_BTKH = project("btd,dkh->btkh", h_BTD, w["k"])
-  v_BTKH = project("btd,dkh->btkh", h_BTD, w["v"])
-  if c.qkv_bias:
-    q_BTKGH, k_BTKH = q_BTKGH + w["q_bias"], k_BTKH + w["k_bias"]
-    v_BTKH = v_BTKH + w["v_bias"]
-  if c.qk_norm == "head":
-    q_BTKGH = norm(c, w, "q_norm", q_BTKGH)
-    k_BTKH = norm(c, w, "k_norm", k_BTKH)
-  elif c.qk_norm == "all":
-    q_BTKGH = _norm_all(c, w["q_norm_all"], q_BTKGH, masks)
-    k_BTKH = _norm_all(c, w["k_norm_all"], k_BTKH, masks)
-  B, T, K, G, H = q_BTKGH.shape
-  q_BTNH = rotate(q_BTKGH.reshape(B, T, K * G, H), rope)
-  return q_BTNH.reshape(q_BTKGH.shape), rotate(k_BTKH, rope), v_BTKH
-
-
-def _norm_all(config, scale, x_BTKH, masks):
-  """Norm over all heads of a position together, those that `masks` leave."""
-  width = None
-  if masks is not None:
-    mask_K = masks["K"].astype(x_BTKH.dtype)
-    x_BTKH *= mask_K.reshape(-1, *(1,) * (x_BTKH.ndim - 3))
-    heads = jnp.maximum(jnp.sum(masks["K"]), 1)
-    width = heads * math.prod(x_BTKH.shape[3:])
-  flat = x_BTKH.reshape(*x_BTKH.shape[:2], -1)
-  normed = rms_norm(flat, scale.reshape(-1), config.norm_eps, width=width)
-  return normed.reshape(x_BTKH.shape)
+def writer_of(unit: str, weights: Params) -> str:
+  """The matrix that a half of this layer writes with."""
+  return "delta_o" if unit == "K" and "delta_o" in weights else WRITERS[unit]
 
 
 # ---- MLP ---------------------------------------------------------------------
 
 
-def _channels(config, weights, x_BTD):
-  """The MLP's activations, [B, T, F]."""
+def _channels(config, weights, x_BTD, mesh):
+  """The MLP's activations, [B, T, F], or what its experts make of them."""
   w, c = weights, config
   h_BTD = norm(c, w, "mlp_norm", x_BTD)
-  up_BTF = project("btd,df->btf", h_BTD, w["up"])
+  if c.experts:
+    return experts.read(c, w, h_BTD, mesh)
+  up_BTF = read_by("btd,df->btf", h_BTD, w["up"])
   if c.gate_up_bias:
     up_BTF = up_BTF + w["up_bias"]
   if not c.gated:
     return ACTIVATIONS[c.activation](up_BTF)
-  gate_BTF = project("btd,df->btf", h_BTD, w["gate"])
+  gate_BTF = read_by("btd,df->btf", h_BTD, w["gate"])
   if c.gate_up_bias:
     gate_BTF = gate_BTF + w["gate_bias"]
   return ACTIVATIONS[c.activation](gate_BTF) * up_BTF

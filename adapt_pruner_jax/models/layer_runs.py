@@ -21,9 +21,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from adapt_pruner_jax.models import layer
+from adapt_pruner_jax.models import experts, layer, remat
 from adapt_pruner_jax.models.attention import AttentionInputs
-from adapt_pruner_jax.models.axes import BATCH, UNITS, Params
+from adapt_pruner_jax.models.axes import BATCH, Params
 from adapt_pruner_jax.models.model_config import ModelConfig
 
 PREFIX = "layers_"
@@ -47,8 +47,9 @@ def scan_layers(
   weights_of: Callable[[Any], Params],
   inputs: AttentionInputs,
   x_BTD: jax.Array,
-  remat: bool = False,
-) -> jax.Array:
+  recomputed: str = "none",
+  counts_BT: jax.Array | None = None,
+) -> tuple[jax.Array, experts.Load | None]:
   """Runs all layers of a tree that is stacked.
 
   Args:
@@ -57,35 +58,42 @@ def scan_layers(
     weights_of: makes a layer's parameters of a slice of that.
     inputs: what attention knows about the rows.
     x_BTD: the residual stream in front of the first layer.
-    remat: compute each layer once more in the backward pass.
+    recomputed: what the backward pass computes once more, as of `remat`.
+    counts_BT: tokens that count for the load; None = it is not asked for.
 
   Returns:
-    The residual stream behind the last layer, [B, T, D].
+    The residual stream behind the last layer, [B, T, D], and how all experts
+    are loaded.
   """
+  load, seen = None, (inputs, counts_BT)
   for first, end in bounds(tree):
     stacked = tree[run_name(first, end)]
-    x_BTD = _scan(config, first, end, stacked, weights_of, inputs, x_BTD, remat)
-  return x_BTD
+    args = config, first, end, stacked, weights_of, seen, x_BTD
+    x_BTD, each = _scan(*args, recomputed)
+    load = experts.add(load, jax.tree.map(lambda x: x.sum(0), each))
+  return x_BTD, load
 
 
-def _scan(config, first, end, stacked, weights_of, inputs, x_BTD, remat):
+def _scan(config, first, end, stacked, weights_of, seen, x_BTD, recomputed):
   """`scan_layers` of one run."""
+  inputs, counts_BT = seen
   fixed, places = _places(config, first, end)
-  counts = {u: np.array(n[first:end]) for u, n in config.units().items()}
+  groups = np.array(config.kv_groups[first:end])
+  has_mlp = np.array(config.ffn_widths[first:end]) > 0
 
   def one(x_BTD, xs):
     x_BTD = _by_rows(x_BTD, inputs.kernel.mesh)
-    part, place, count = xs
+    part, place, count, counts = xs
     weights, masks = weights_of(part), None
     if config.qk_norm == "all":
-      masks = {u: np.arange(layer.count(u, weights)) < count[u] for u in UNITS}
+      masks = {"K": np.arange(layer.count("K", weights)) < count}
     place = layer.Place(**fixed, **place)
-    x_BTD, _ = layer.run_layer(config, weights, place, inputs, x_BTD, masks)
-    return x_BTD, None
+    x_BTD, tap = layer.run_layer(config, weights, place, inputs, x_BTD, masks)
+    load = experts.load(tap.fed["F"], counts_BT)
+    return x_BTD, jax.tree.map(lambda n: n * counts, load)
 
-  # A scan already keeps XLA from merging the two computations.
-  body = jax.checkpoint(one, prevent_cse=False) if remat else one
-  return jax.lax.scan(body, x_BTD, (stacked, places, counts))[0]
+  body = remat.layer(one, recomputed, scanned=True)
+  return jax.lax.scan(body, x_BTD, (stacked, places, groups, has_mlp))
 
 
 def _by_rows(x_BTD: jax.Array, mesh: Mesh | None) -> jax.Array:

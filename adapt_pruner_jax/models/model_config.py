@@ -23,6 +23,16 @@ from adapt_pruner_jax.models.rope import (
 
 
 @dataclasses.dataclass(frozen=True)
+class DeltaNet:
+  """Sizes of gated delta nets, which they have in common."""
+
+  values_per_key: int  # value heads on each key head
+  key_dim: int  # channels of a key
+  value_dim: int  # channels of a value
+  taps: int  # of the convolutions
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
   """Everything that shapes the function.
 
@@ -69,6 +79,17 @@ class ModelConfig:
   bos_id: int | None = None
   eos_ids: tuple[int, ...] = ()
   pad_id: int | None = None
+  attn_gate: bool = False  # what heads say times a sigmoid of the input
+  # 1 = a layer with a gated delta net in place of attention, whose key heads
+  # are then its KV groups; () = none.
+  delta: tuple[int, ...] = ()
+  delta_net: DeltaNet | None = None
+  qk_norm_late: bool = False  # behind the rotation, of each head
+  experts: int = 0  # X, MLPs of which each token sees some; 0 = one MLP
+  experts_per_token: int = 0
+  router_norm: bool = False  # weights of a token's experts add up to one
+  router_loss: float = 0.0  # what the balance of experts counts for
+  router_loss_on: bool = False  # whether it counts in training at all
 
   @property
   def num_layers(self) -> int:
@@ -79,25 +100,59 @@ class ModelConfig:
     """Size of each dim letter.
 
     Args:
-      layer: which one's; None = those outside the layers.
+      layer: which one's; None = those outside the layers. Of the kind of layer
+        that it is not, the largest.
     """
     sizes = {
       "V": self.vocab_size,
       "G": self.queries_per_group,
       "H": self.head_dim,
+      "X": self.experts,
     }
     sizes |= {
       "D": self.hidden_size,
       "M": self.hidden_size,
       "E": self.hidden_size,
     }
+    if net := self.delta_net:
+      sizes |= {"A": net.values_per_key, "U": net.key_dim}
+      sizes |= {"Y": net.value_dim, "C": net.taps}
     if layer is not None:
-      sizes |= {"K": self.kv_groups[layer], "F": self.ffn_widths[layer]}
+      here, F = self.is_delta(layer), self.ffn_widths[layer]
+      own = {"Z" if here else "K": self.kv_groups[layer]}
+      sizes |= {"K": self.most_groups(0), "Z": self.most_groups(1), "F": F}
+      sizes |= own
       if self.residual:
         sizes |= dict(zip("DME", self.residual[layer], strict=True))
     elif self.residual:
       sizes |= {"D": self.residual[0][0], "E": self.residual[-1][2]}
     return sizes
+
+  def is_delta(self, layer: int) -> bool:
+    """Whether a layer has a gated delta net in place of attention."""
+    return bool(self.delta and self.delta[layer])
+
+  def most_groups(self, delta: int) -> int:
+    """KV groups of the layer of a kind that has the most.
+
+    Args:
+      delta: 1 = of layers with a gated delta net, 0 = of the others.
+    """
+    kinds = self.delta or (0,) * self.num_layers
+    pairs = zip(self.kv_groups, kinds, strict=True)
+    return max((k for k, kind in pairs if kind == delta), default=0)
+
+  def heads(self) -> tuple[int, ...]:
+    """Query heads of each layer, or value heads of its gated delta net."""
+    each = self.queries_per_group, getattr(self.delta_net, "values_per_key", 0)
+    return tuple(
+      k * each[self.is_delta(i)] for i, k in enumerate(self.kv_groups)
+    )
+
+  def head_channels(self) -> tuple[int, ...]:
+    """Channels of all heads of each layer, which `o` or `delta_o` reads."""
+    each = self.head_dim, getattr(self.delta_net, "value_dim", 0)
+    return tuple(n * each[self.is_delta(i)] for i, n in enumerate(self.heads()))
 
   def units(self) -> dict[str, tuple[int, ...]]:
     """Units of each layer by their letter: {"K": [L], "F": [L]}."""
@@ -116,6 +171,7 @@ class ModelConfig:
   def with_layers(self, layers: Sequence[int]) -> "ModelConfig":
     """The model with these layers only, in this order."""
     of_layers = ("kv_groups", "ffn_widths", "window", "nope", "residual")
+    of_layers += ("delta",)
     fields = {name: getattr(self, name) for name in of_layers}
     return dataclasses.replace(
       self, **{n: tuple(x[i] for i in layers if x) for n, x in fields.items()}
@@ -182,6 +238,8 @@ def from_json(fields: dict) -> ModelConfig:
     if fields[name] is not None:
       of_rope = fields[name].items()
       fields[name] = Rope(**{n: tuples(value) for n, value in of_rope})
+  if fields.get("delta_net"):  # earlier versions did not write it
+    fields["delta_net"] = DeltaNet(**fields["delta_net"])
   return ModelConfig(**fields)
 
 
@@ -190,30 +248,47 @@ def layer_names(config: ModelConfig, layer: int | None = None) -> list[str]:
 
   Args:
     config: of the model.
-    layer: which one; None = one with all the parameters that the family has.
+    layer: which one; None = one with all the parameters that the family has,
+      those of both kinds of layer.
   """
-  attention = ["q", "k", "v", "o"]
+  mixer = []
+  if layer is None or not config.is_delta(layer):
+    mixer += _attention_names(config)
+  if config.delta_net and (layer is None or config.is_delta(layer)):
+    mixer += axes.DELTA
+  has_o_bias = config.o_bias and "o" in mixer
   mlp = ["gate"] * config.gated + ["up", "down"]
-  attention += ["q_bias", "k_bias", "v_bias"] * config.qkv_bias
-  attention += {
-    "": [],
-    "head": ["q_norm", "k_norm"],
-    "all": ["q_norm_all", "k_norm_all"],
-  }[config.qk_norm]
+  if config.experts:
+    mlp = ["router", "moe_gate", "moe_up", "moe_down"]
   mlp += ["gate_bias"] * (config.gate_up_bias and config.gated)
   mlp += ["up_bias"] * config.gate_up_bias
   before = config.norm_order != "post"
   after = config.norm_order != "pre"
-  attention += ["attn_norm"] * before + ["attn_post_norm"] * after
+  mixer += ["attn_norm"] * before + ["attn_post_norm"] * after
   mlp += ["mlp_norm"] * before + ["mlp_post_norm"] * after
-  attention += ["attn_norm_bias"] * config.norm_bias
+  mixer += ["attn_norm_bias"] * config.norm_bias
   mlp += ["mlp_norm_bias"] * config.norm_bias
   if layer is not None:
-    attention = attention if config.kv_groups[layer] else []
+    mixer = mixer if config.kv_groups[layer] else []
     mlp = mlp if config.ffn_widths[layer] else []
   shortcuts = ["attn_shortcut", "mlp_shortcut"] * bool(config.residual)
-  biases = ["o_bias"] * config.o_bias + ["down_bias"] * config.down_bias
-  return attention + mlp + biases + shortcuts
+  biases = ["o_bias"] * has_o_bias + ["down_bias"] * config.down_bias
+  return mixer + mlp + biases + shortcuts
+
+
+def _attention_names(config: ModelConfig) -> list[str]:
+  gate = config.attn_gate
+  names = ["q", *["q_gate"] * gate, "k", "v", "o"]
+  if config.qkv_bias:
+    names += ["q_bias", *["q_gate_bias"] * gate, "k_bias", "v_bias"]
+  return (
+    names
+    + {
+      "": [],
+      "head": ["q_norm", "k_norm"],
+      "all": ["q_norm_all", "k_norm_all"],
+    }[config.qk_norm]
+  )
 
 
 def outer_names(config: ModelConfig) -> list[str]:
@@ -251,15 +326,15 @@ def count_params(config: ModelConfig) -> int:
   return sum(math.prod(s) for s in shapes)
 
 
-def unit_cost(config: ModelConfig) -> dict[str, int]:
-  """Number of parameters that go with a unit.
+def unit_cost(config: ModelConfig, layer: int = 0) -> dict[str, int]:
+  """Number of parameters that go with a unit of a layer.
 
   Returns:
-    {"K": of one KV group, "F": of one MLP channel}.
+    {"K": of one KV group, "F": of one MLP channel, or one in each expert}.
   """
-  sizes = config.sizes() | {"K": 1, "F": 1}
+  one = config.with_layers([layer]).with_units({"K": (1,), "F": (1,)})
   cost = dict.fromkeys(axes.UNITS, 0)
-  for name in layer_names(config):
+  for name in layer_names(one, 0):
     if unit := axes.unit_of(name):
-      cost[unit] += math.prod(axes.shape(name, sizes))
+      cost[unit] += math.prod(axes.shape(name, one.sizes(0)))
   return cost

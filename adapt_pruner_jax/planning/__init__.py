@@ -6,7 +6,7 @@ cost             sizes, tokens and FLOPs of each stage, by arithmetic
 memory           device memory of scoring, refit and training, by compiling
 training_memory  the part of it that is training, compiled or added up
 arrays           abstract arrays: sizes, and where they lie on a mesh
-disk             bytes of the original, the export and the checkpoints
+disk             bytes of original, export, checkpoints, teacher's cache
 advice           what will not work, and what to change
 hardware         the devices that are meant, and what is known of them
 """

@@ -3,9 +3,10 @@
 import math
 
 from adapt_pruner_jax.config import Config, Prune
+from adapt_pruner_jax.models.devices import USABLE
 from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.planning import arrays
-from adapt_pruner_jax.planning.hardware import USABLE, Hardware
+from adapt_pruner_jax.planning.hardware import Hardware
 from adapt_pruner_jax.pruning.targets import prunable_modules
 from adapt_pruner_jax.runs.summary import in_bytes
 
@@ -86,8 +87,8 @@ def advice(
     elif phase == "training" and not config.train.lora_base:
       tips.append("--config.train.lora_base=int8")
   elif phase == "training":
-    if not config.train.remat:
-      tips.append("--config.train.remat=True")
+    if config.train.remat not in ("auto", "full"):
+      tips.append("--config.train.remat=full")
     tips.append(f"--config.train.accumulation={2 * config.train.accumulation}")
     tips.append(f"--config.data.seq_len={config.data.seq_len // 2}")
   else:

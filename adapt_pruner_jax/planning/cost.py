@@ -10,7 +10,7 @@ from adapt_pruner_jax.models import model_config
 from adapt_pruner_jax.models.axes import UNITS
 from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.planning.hardware import Hardware
-from adapt_pruner_jax.pruning import budgets, schedule
+from adapt_pruner_jax.pruning import budgets, exact_target, schedule
 from adapt_pruner_jax.pruning.targets import prunable_modules, smallest
 from adapt_pruner_jax.pruning.task import Limits
 
@@ -160,10 +160,8 @@ def scoring_flops(config: ModelConfig, recipe: Config) -> float:
   each = 4 * layer + 2 * head
   allotment, score = recipe.prune.pair()
   if score == "curvature":
-    heads = [
-      K * config.queries_per_group * config.head_dim for K in config.kv_groups
-    ]
-    grams = [n**2 + config.hidden_size**2 for n in (*heads, *config.ffn_widths)]
+    widths = *config.head_channels(), *config.ffn_widths
+    grams = [n**2 + config.hidden_size**2 for n in widths]
     each = 3 * layer + 2 * head + 2 * sum(grams)
   elif score == "surgeon":
     each = 2 * (3 * layer + 2 * head + _factors(config, recipe))
@@ -229,14 +227,11 @@ def hours(flops: float, hardware: Hardware) -> float | None:
 
 def _prunable_params(config: ModelConfig, settings: Prune) -> int:
   cost, prunable = (
-    model_config.unit_cost(config),
+    budgets.unit_cost(config, exact_target.PARAMS),
     prunable_modules(config, settings),
   )
   return sum(
-    cost[u] * n
-    for u in UNITS
-    for n, may in zip(config.units()[u], prunable[u], strict=True)
-    if may
+    int((cost[u] * config.units()[u])[prunable[u]].sum()) for u in UNITS
   )
 
 

@@ -11,12 +11,15 @@ from adapt_pruner_jax.models import model_config
 from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.planning import arrays
 from adapt_pruner_jax.runs.summary import weight_bytes
+from adapt_pruner_jax.training import teacher_cache
+from adapt_pruner_jax.training.step import likeliest
 
 
 def disk(
   config: Config, configs: Sequence[ModelConfig], folder: Path | None
 ) -> dict[str, int]:
-  """Bytes of the original, the export, a checkpoint, and all that are kept.
+  """Bytes of the original, the export, a checkpoint, all that are kept, and at
+  most of the teacher's likeliest tokens.
 
   Args:
     config: the recipe.
@@ -27,13 +30,18 @@ def disk(
   largest = model_config.count_params(configs[1])
   checkpoint = largest * itemsize
   if config.train.tokens and not config.train.lora_rank:
-    checkpoint += 2 * largest * 4
+    checkpoint += 2 * largest * jnp.dtype(config.train.moments).itemsize
   # While one is written, the old ones are still there.
   original = original_bytes(configs[0], folder)
   exported = model_config.count_params(configs[-1])
   share = exported / model_config.count_params(configs[0])
   asked = config.model.dtype and jnp.dtype(config.model.dtype).itemsize
-  return {
+  cached = {}
+  if number := likeliest(config.train, configs[0]):
+    rows = -(-config.train.tokens // config.data.seq_len)
+    record = teacher_cache.record(config.data.seq_len, number)
+    cached = {"teacher cache": rows * record.itemsize}  # if no row repeats
+  return cached | {
     "original": original,
     "export": exported * asked if asked else round(original * share),
     "checkpoint": checkpoint,

@@ -1,7 +1,6 @@
 """What a run is planned for: devices that are here, or that are only named."""
 
 import dataclasses
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,9 +8,12 @@ import jax
 from absl import flags
 
 from adapt_pruner_jax.errors import UserError, first_line, nearest
-from adapt_pruner_jax.models.devices import DEVICES, of_kind, peak_flops
-
-USABLE = 0.92  # share of a device's memory that a program gets
+from adapt_pruner_jax.models.devices import (
+  DEVICES,
+  memory_of,
+  of_kind,
+  peak_flops,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +84,7 @@ def resolve(hardware: Hardware) -> Hardware:
     name = min(found, key=len)
     here = jax.devices()[0]
     same = of_kind(here.device_kind) is DEVICES[name]
-    size = _memory_of(here) if same else DEVICES[name].memory
+    size = memory_of(here) if same else DEVICES[name].memory
     return dataclasses.replace(
       hardware,
       device=name,
@@ -95,18 +97,9 @@ def resolve(hardware: Hardware) -> Hardware:
     hardware,
     device="" if hardware.memory or hardware.peak else here.device_kind,
     devices=hardware.devices or jax.device_count(),
-    memory=hardware.memory or _memory_of(here),
+    memory=hardware.memory or memory_of(here),
     peak=hardware.peak or peak_flops(here) or 0.0,
   )
-
-
-def _memory_of(device: jax.Device) -> float:
-  stats = device.memory_stats()
-  if stats and "bytes_limit" in stats:
-    return float(stats["bytes_limit"]) / USABLE
-  # CPU devices share the machine.
-  whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-  return whole / jax.local_device_count()
 
 
 def compile_for(hardware: Hardware) -> Sequence[jax.Device] | int:

@@ -23,10 +23,10 @@ import numpy as np
 from adapt_pruner_jax.config import Config, check, vocab_size
 from adapt_pruner_jax.distributed import sharding
 from adapt_pruner_jax.errors import UserError
+from adapt_pruner_jax.models.devices import USABLE
 from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.planning import cost, memory
 from adapt_pruner_jax.planning.hardware import (
-  USABLE,
   Hardware,
   compile_for,
   resolve,
@@ -230,15 +230,15 @@ def fitted(
   # Only training is asked for: a method whose scoring is not compiled.
   prune = dataclasses.replace(config.prune, method="flap", refit="none")
   prune = dataclasses.replace(prune, group_importance="")
-  ways = [{}, {"remat": True}]
+  ways = [{}, {"remat": "full"}]
   split, rows = config.train.accumulation, config.data.batch
   splits = [n for n in (2, 4, 8, 16, 32, 64) if n > split and not rows % n]
-  ways += [{"remat": True, "accumulation": n} for n in splits]
+  ways += [{"remat": "full", "accumulation": n} for n in splits]
   ways += [way | {"lora_rank": RANK} for way in ways]
   for way in ways:
     train = dataclasses.replace(config.train, **way)
     made = dataclasses.replace(config, train=train, prune=prune)
-    found = memory.measure(made, full, student, devices)
+    found = memory.measure(made, full, student, devices, hardware.memory)
     if sum(found["training"].values()) <= usable:
       return dataclasses.replace(config, train=train)
   raise UserError(
@@ -250,14 +250,16 @@ def fitted(
 def timed(config: Config, full: ModelConfig, student: ModelConfig) -> Speed:
   """Times train steps on this machine's devices, with random weights."""
   mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh))
-  settings, data = config.train, config.data
+  # With a cache, time that the teacher takes as often as it is cached.
+  settings = dataclasses.replace(config.train, teacher_cache=0)
+  data = config.data
   pair = student, loop.random_params(student, mesh)
   teacher = None
   if settings.distill_alpha:
     teacher = full, loop.random_params(full, mesh)
   schedule = optimizer.schedule(settings, TIMED + 1)
   training = loop.start(pair, settings, schedule, mesh, teacher=teacher)
-  step_fn, trained, state = training
+  step_fn, (trained, state) = training.step_fn, loop.stacked(training, mesh)
   rows_BT = np.zeros((data.batch, data.seq_len), np.int32)
   batch = batch_of(rows_BT)
   seconds = []

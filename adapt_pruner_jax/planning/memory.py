@@ -18,12 +18,13 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
-from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jax.stages import Lowered
 
 from adapt_pruner_jax.config import Config, from_json
 from adapt_pruner_jax.distributed import each_device, placement, sharding
@@ -34,6 +35,7 @@ from adapt_pruner_jax.planning import arrays, training_memory
 from adapt_pruner_jax.planning.arrays import Bytes
 from adapt_pruner_jax.pruning import passes, surgery
 from adapt_pruner_jax.pruning.scores import KINDS
+from adapt_pruner_jax.training import memory as training_size
 from adapt_pruner_jax.training.step import check_rows
 
 # Scores that walk back through the model, each by its own program.
@@ -45,6 +47,7 @@ def measure(
   full: ModelConfig,
   student: ModelConfig,
   devices: Sequence[jax.Device] | int,
+  size: float = 0.0,
 ) -> dict[str, Bytes]:
   """Measures {"scoring": bytes, "refit": ..., "refit by loss": ...,
   "training": ...} of a run.
@@ -56,16 +59,17 @@ def measure(
     full: the original model.
     student: the largest model that is trained.
     devices: those that the programs are compiled for, or how many stand-ins.
+    size: bytes of memory of one, for `train.remat=auto`; 0 = theirs.
 
   Raises:
     UserError: a mesh or a batch that does not fit the number of devices.
   """
   if not isinstance(devices, int):
-    return _measure(config, full, student, devices, real=True)
+    return _measure(config, full, student, devices, size, real=True)
   if jax.default_backend() == "cpu" and jax.device_count() >= devices:
     here = jax.devices()[:devices]
-    return _measure(config, full, student, here, real=False)
-  return _elsewhere(config, full, student, devices)
+    return _measure(config, full, student, here, size, real=False)
+  return _elsewhere(config, full, student, devices, size)
 
 
 def _measure(
@@ -73,6 +77,7 @@ def _measure(
   full: ModelConfig,
   student: ModelConfig,
   devices: Sequence[jax.Device],
+  size: float,
   real: bool,
 ) -> dict[str, Bytes]:
   shape = dataclasses.asdict(config.mesh)
@@ -85,14 +90,30 @@ def _measure(
   rule = (
     training_memory.training if real else training_memory.estimated_training
   )
+
+  def trained(config: Config) -> Bytes:
+    made = _with_remat(config, full, student, mesh, size)
+    return rule(made, full, student, mesh)
+
   if config.prune.solves():
     found["refit"] = refitting(config, full, mesh)
   if config.prune.refit_passes:
-    by_loss = _refit_as_training(config, mesh)
-    found["refit by loss"] = rule(by_loss, full, student, mesh)
+    found["refit by loss"] = trained(_refit_as_training(config, mesh))
   if config.train.tokens:
-    found["training"] = rule(config, full, student, mesh)
+    found["training"] = trained(config)
   return found
+
+
+def _with_remat(config, full, student, mesh, size) -> Config:
+  """The recipe with what `train.remat=auto` becomes."""
+  settings, data = config.train, config.data
+  beside = settings.distill_alpha and not settings.teacher_cache
+  teacher = full if beside else None
+  shape = data.batch // settings.accumulation, data.seq_len
+  settings = training_size.with_remat(
+    settings, student, teacher, shape, mesh, size
+  )
+  return dataclasses.replace(config, train=settings)
 
 
 def _refit_as_training(config: Config, mesh: Mesh) -> Config:
@@ -100,7 +121,8 @@ def _refit_as_training(config: Config, mesh: Mesh) -> Config:
   from adapt_pruner_jax.pruning import refit_loss
 
   of = config.calibration
-  rows = placement.padded_rows(min(of.batch, of.refit_samples), mesh)
+  batch = min(config.prune.refit_batch or of.batch, of.refit_samples)
+  rows = placement.padded_rows(batch, mesh)
   data = dataclasses.replace(config.data, batch=rows, seq_len=of.seq_len)
   settings = refit_loss.as_training(config.prune.refit_rate)
   return dataclasses.replace(config, train=settings, data=data)
@@ -134,9 +156,43 @@ def scoring(
     real: whether they are those that the run is meant for.
   """
   dtype = arrays.weight_dtype(config)
-  recipe = config.calibration
+  lowered, (M, B, T), before = lower_scoring(
+    config, full, mesh, dtype if real else jnp.dtype("float32")
+  )
+  temporary = arrays.temporary(lowered.compile())
+  if not real and dtype.itemsize == 2:
+    # The residual stream in front of each half layer is what is stored.
+    parts = each_device.parts_of(mesh, each_device.row_axes(mesh, B))
+    numbers = 2 * full.num_layers * M * (B // parts) * T * full.hidden_size
+    temporary -= 2 * numbers
+  found, stacked = {}, stacked_params(config, full, dtype, mesh)
+  if not config.prune.stream_layers:  # which are in the host's memory
+    found["weights"] = arrays.model_bytes(full, dtype, mesh)
+  found["stacked copy"] = arrays.size(stacked)
+  if before is not None:
+    found["sums between passes"] = arrays.size(before)
+  if config.train.carry_moments and config.prune.stages > 1:
+    moments = jnp.dtype(config.train.moments)
+    found["optimizer"] = 2 * arrays.model_bytes(full, moments, mesh)
+  # While the copy is made there is one more, when the rest is not there yet.
+  return found | {"temporary": max(temporary, found["stacked copy"])}
+
+
+def lower_scoring(
+  config: Config, full: ModelConfig, mesh: Mesh, dtype: jnp.dtype
+) -> tuple[Lowered, tuple[int, int, int], Any]:
+  """Lowers the program of a pass that scores units.
+
+  Args:
+    config, full, mesh: as `scoring`'s.
+    dtype: of the stacked weights.
+
+  Returns:
+    The program; M minibatches, B rows and T tokens that it takes; and the sums
+    that it goes on from, None if all is done in one pass.
+  """
+  recipe, whole = config.calibration, sharding.replicated(mesh)
   shape = recipe.samples, recipe.seq_len
-  whole = sharding.replicated(mesh)
   masks = {
     unit: jax.ShapeDtypeStruct(
       (full.num_layers, max(width)), bool, sharding=whole
@@ -144,18 +200,16 @@ def scoring(
     for unit, width in full.units().items()
   }
   programs, how = _walk(config, mesh)
-  stacked = partial(arrays.stacked_params, full, mesh=mesh)
-  if config.prune.stream_layers:
-    stacked = lambda dtype, of=stacked: arrays.streamed(of(dtype))
-  model = (
-    surgery.dense(full),
-    stacked(dtype if real else jnp.dtype("float32")),
-    masks,
-  )
+  stacked = stacked_params(config, full, dtype, mesh)
+  model = surgery.dense(full), stacked, masks
   rows = passes.one_minibatch(shape, recipe.batch, mesh)
   handed_on = lambda: passes.sums(programs, (*model, *rows), how)
   most = passes.minibatches(
-    full, dtype, shape, recipe.batch, recipe.pass_tokens, mesh, handed_on
+    full,
+    arrays.weight_dtype(config),
+    *(shape, recipe.batch, recipe.pass_tokens),
+    mesh,
+    handed_on,
   )
   nobody = np.zeros(shape, np.int32)
   tokens_MBT, valid_MB = placement.passes(nobody, recipe.batch, mesh, most)[0]
@@ -170,24 +224,15 @@ def scoring(
     before = handed_on()
   with jax.default_matmul_precision(config.prune.precision):
     lowered = programs.whole.lower(*args, before=before, **how)
-  temporary = arrays.temporary(lowered.compile())
-  if not real and dtype.itemsize == 2:
-    # The residual stream in front of each half layer is what is stored.
-    parts = each_device.parts_of(mesh, each_device.row_axes(mesh, B))
-    numbers = 2 * full.num_layers * M * (B // parts) * T * full.hidden_size
-    temporary -= 2 * numbers
-  found = {"weights": arrays.model_bytes(full, dtype, mesh)}
-  if config.prune.stream_layers:  # the model is in the host's memory
-    found = {}
-  found["stacked copy"] = arrays.size(stacked(dtype))
-  if before is not None:
-    found["sums between passes"] = arrays.size(before)
-  if config.train.carry_moments and config.prune.stages > 1:
-    found["optimizer"] = 2 * arrays.size(
-      arrays.placed(arrays.float32_params(full), mesh)
-    )
-  # While the copy is made there is one more, when the rest is not there yet.
-  return found | {"temporary": max(temporary, found["stacked copy"])}
+  return lowered, (M, B, T), before
+
+
+def stacked_params(
+  config: Config, full: ModelConfig, dtype: jnp.dtype, mesh: Mesh
+) -> Any:
+  """What is scored, as abstract arrays, where the recipe keeps it."""
+  stacked = arrays.stacked_params(full, dtype, mesh)
+  return arrays.streamed(stacked) if config.prune.stream_layers else stacked
 
 
 def refitting(config: Config, full: ModelConfig, mesh: Mesh) -> Bytes:
@@ -205,7 +250,7 @@ def refitting(config: Config, full: ModelConfig, mesh: Mesh) -> Bytes:
   stream = 4 * number * recipe.seq_len * full.hidden_size
   wide = surgery.dense(full)
   channels = max(
-    wide.kv_groups[0] * full.queries_per_group * full.head_dim,
+    *wide.head_channels(),
     wide.ffn_widths[0],
     full.hidden_size,
   )
@@ -223,7 +268,7 @@ def refitting(config: Config, full: ModelConfig, mesh: Mesh) -> Bytes:
   if config.prune.refit_all:  # what gate and up give, and should give
     outputs = max(
       2 * wide.ffn_widths[0],
-      wide.kv_groups[0] * (full.queries_per_group + 2) * full.head_dim,
+      3 * max(wide.head_channels()),
     )
     fed = max(fed, 2 * 4 * rows * recipe.seq_len * (full.hidden_size + outputs))
     equations = max(equations, full.hidden_size**2 + full.hidden_size * outputs)
@@ -241,7 +286,11 @@ def refitting(config: Config, full: ModelConfig, mesh: Mesh) -> Bytes:
 
 
 def _elsewhere(
-  config: Config, full: ModelConfig, student: ModelConfig, devices: int
+  config: Config,
+  full: ModelConfig,
+  student: ModelConfig,
+  devices: int,
+  size: float,
 ) -> dict[str, Bytes]:
   """`measure` with stand-ins, in a process that has enough of them."""
   flags = os.environ.get("XLA_FLAGS", "").split()
@@ -258,6 +307,7 @@ def _elsewhere(
     "full": model_config.to_json(full),
     "student": model_config.to_json(student),
     "devices": devices,
+    "size": size,
   }
   done = subprocess.run(
     [sys.executable, "-m", "adapt_pruner_jax.planning.memory"],
@@ -280,7 +330,7 @@ def _answer(task: dict) -> dict:
     model_config.from_json(task[name]) for name in ("full", "student")
   )
   try:
-    return measure(config, full, student, task["devices"])
+    return measure(config, full, student, task["devices"], task["size"])
   except UserError as error:
     return {"error": str(error)}
 

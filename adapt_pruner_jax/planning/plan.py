@@ -41,6 +41,7 @@ from adapt_pruner_jax.reporting.log import Log
 from adapt_pruner_jax.reporting.progress import duration
 from adapt_pruner_jax.runs import export_size
 from adapt_pruner_jax.runs.summary import in_bytes
+from adapt_pruner_jax.storage import places
 
 STAGE_COLUMNS = [
   "stage",
@@ -91,7 +92,9 @@ def plan(
     "budgets": _every_budget(config.prune, whole, configs[-1]),
     "hardware": dataclasses.asdict(hardware),
     "stages": stages,
-    "memory": memory.measure(config, full, configs[1], compiled_for),
+    "memory": memory.measure(
+      config, full, configs[1], compiled_for, hardware.memory
+    ),
     "memory_from": source(compiled_for),
     "disk": disk(config, [whole, *configs[1:]], folder),
   }
@@ -124,6 +127,11 @@ def original(config: Config) -> tuple[ModelConfig, Path | None]:
     from adapt_pruner_jax.runs import tiny_model
 
     return tiny_model.config_of(tiny_model.Recipe()), None
+  if places.in_bucket(path):
+    from adapt_pruner_jax.storage import download
+
+    file = download.copy(places.to_path(path) / "config.json")
+    return load.read_config(file.parent, ignored), file.parent
   folder = Path(path).expanduser()
   if "/" in path and not folder.exists():
     import huggingface_hub
@@ -253,6 +261,11 @@ def show(found: dict, config: Config, hardware: Hardware, log: Log) -> None:
       ("time", time),
       ("original on disk", in_bytes(found["disk"]["original"])),
       ("export on disk", in_bytes(found["disk"]["export"])),
+      *(
+        (f"{name} on disk, at most", in_bytes(found["disk"][name]))
+        for name in ("teacher cache",)
+        if name in found["disk"]
+      ),
       (
         f"checkpoints ({config.checkpoint.keep} + the one being written)",
         in_bytes(found["disk"]["checkpoints"]),

@@ -24,6 +24,7 @@ refit           least squares on what is left
 refit_loss      then a distillation on more windows
 least_squares   how a refit is solved, layer by layer
 linear_algebra  inverses and solves of Gram matrices
+float32_product  products at full precision, which TPUs' compiler is quick at
 elimination     the same on many devices, by a program that compiles
 baselines       other people's methods
 """

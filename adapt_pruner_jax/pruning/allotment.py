@@ -16,6 +16,7 @@ from adapt_pruner_jax.models.axes import UNITS
 from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.pruning import (
   budgets,
+  choice,
   exact_target,
   schedule,
   surgery,
@@ -226,7 +227,7 @@ def choose(
   one (block) in each module, unless `prune.whole_halves`.
 
   Args:
-    scores: [L, K] and [L, F]; those of removed units mean nothing.
+    scores: of the units; those of removed ones mean nothing.
     prunable: modules that may lose units, bool [L] each.
     cap: most that a module may lose, as a share of its units; at least one.
     halves: of `Measured`.
@@ -237,7 +238,7 @@ def choose(
   curves, pieces = budgets.curves(full, settings), []
   for u in UNITS:
     for layer in np.flatnonzero(prunable[u]):
-      score = np.sort(scores[u][layer][masks[u][layer]], kind="stable")
+      score = choice.in_order(scores[u][layer], masks[u][layer])
       if halves is not None and len(score):
         # What the last unit takes with it is all that the half is still worth.
         score[-1] = halves[u][layer] - score[:-1].sum()
@@ -328,7 +329,7 @@ def _worth(
   mean = {
     u: np.array(
       [
-        s[m].mean() / n if m.any() and n else np.nan
+        choice.in_order(s, m).mean() / n if m.any() and n else np.nan
         for s, m, n in zip(scores[u], masks[u], cost[u], strict=True)
       ]
     )

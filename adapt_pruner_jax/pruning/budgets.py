@@ -23,7 +23,7 @@ import numpy as np
 
 from adapt_pruner_jax.config import Prune, latency_table
 from adapt_pruner_jax.errors import UserError
-from adapt_pruner_jax.models import axes, model_config
+from adapt_pruner_jax.models import axes, flops, model_config
 from adapt_pruner_jax.models.axes import UNITS
 from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.pruning import file_bytes
@@ -121,8 +121,9 @@ def unit_cost(config: ModelConfig, settings: Prune) -> dict[str, np.ndarray]:
   The mean where it depends on the width, over whole blocks.
   """
   if settings.budget in NUMBERS:
-    cost = model_config.unit_cost(config)
-    return {u: np.full(config.num_layers, cost[u]) for u in UNITS}
+    layers = range(config.num_layers)
+    cost = [model_config.unit_cost(config, i) for i in layers]
+    return {u: np.array([of_layer[u] for of_layer in cost]) for u in UNITS}
   block, found = settings.rounding(), {}
   for u in UNITS:
     few, costs = block[u], []
@@ -152,14 +153,20 @@ def half(
   if settings.budget == "latency":
     return _table(settings).half(unit, width)
   if settings.budget == "kv_bytes":
-    numbers = 2 * config.head_dim * seen * width if unit == "K" else 0 * width
-    return CACHED * settings.budget_batch * numbers
-  sizes = config.sizes(layer) | {unit: width}
-  names, what = _names(config), file_bytes.Layer(layer, config.num_layers)
-  total = sum(_tensor(settings, n, sizes, what) for n in names[unit])
+    each = _cached(config, layer, seen) if unit == "K" else 0
+    return CACHED * settings.budget_batch * each * width
+  letters = (x for x, of in axes.LETTERS.items() if of == unit)
+  sizes = config.sizes(layer) | dict.fromkeys(letters, width)
+  names, what = (
+    _names(config, layer),
+    file_bytes.Layer(layer, config.num_layers),
+  )
+  total = sum(
+    _tensor(settings, n, _asked(config, settings, n, sizes), what)
+    for n in names[unit]
+  )
   if settings.budget == "flops" and unit == "K":
-    heads = config.queries_per_group * width
-    total = total + 4 * config.head_dim * heads * seen
+    total = total + width * flops.of_group(config, layer, seen)
   return np.where(width > 0, total, 0)
 
 
@@ -178,7 +185,7 @@ def _outside(config: ModelConfig, settings: Prune) -> int:
     what = file_bytes.Layer(i, config.num_layers)
     total += sum(
       int(_tensor(settings, n, config.sizes(i), what))
-      for n in _names(config)[""]
+      for n in _names(config, i)[""]
     )
   return int(total)
 
@@ -195,15 +202,35 @@ def _tensor(
   return 2 * numbers if settings.budget == "flops" else numbers
 
 
-def _names(config: ModelConfig) -> dict[str, list[str]]:
-  """Parameters of an attention ("K"), of an MLP ("F"), of any layer ("")."""
+def _asked(
+  config: ModelConfig, settings: Prune, name: str, sizes: Mapping
+) -> Mapping:
+  """Of a parameter, what a token's FLOPs are of: it sees some experts only."""
+  if settings.budget == "flops" and axes.AXES[name][0] == "X":
+    return {**sizes, "X": config.experts_per_token}
+  return sizes
+
+
+def _names(config: ModelConfig, layer: int) -> dict[str, list[str]]:
+  """Parameters of a layer's attention ("K"), of its MLP ("F"), of both ("")."""
   units = {"": (0, 0), "K": (1, 0), "F": (0, 1)}
+  one = config.with_layers([layer])
   made = {
-    u: model_config.layer_names(config.with_units({"K": (k,), "F": (f,)}), 0)
+    u: model_config.layer_names(one.with_units({"K": (k,), "F": (f,)}), 0)
     for u, (k, f) in units.items()
   }
   always = {*made[""]}
   return made | {u: [n for n in made[u] if n not in always] for u in UNITS}
+
+
+def _cached(config: ModelConfig, layer: int, seen: int) -> int:
+  """Numbers that a KV group of a layer keeps of a sequence."""
+  if not config.is_delta(layer):
+    return 2 * config.head_dim * seen
+  net = config.delta_net
+  values = net.values_per_key * net.value_dim
+  inputs = (net.taps - 1) * (2 * net.key_dim + values)
+  return inputs + 2 * net.key_dim * values  # the memory is float32
 
 
 def _seen(config: ModelConfig, settings: Prune) -> np.ndarray:

@@ -16,12 +16,13 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from adapt_pruner_jax.distributed import sharding
+from adapt_pruner_jax.pruning.float32_product import product
 
 BLOCK = 256  # rows that a step eliminates
 SMALL = 32  # of which so many at a time
 ROWS = PartitionSpec(sharding.MESH_AXES, None)
 
-_dot = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+_dot = partial(product, "ij,jk->ik")
 
 
 def wanted(mesh: Mesh | None) -> bool:

@@ -9,7 +9,7 @@ from adapt_pruner_jax.models import model_config
 from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.decoder import Decoder, output_name
 from adapt_pruner_jax.models.model_config import ModelConfig
-from adapt_pruner_jax.training import output_loss
+from adapt_pruner_jax.training import output_matrix
 
 
 def embed(
@@ -36,9 +36,9 @@ def normed(config: ModelConfig, stacked: Params, x_BTD: jax.Array) -> jax.Array:
 
 def output(
   config: ModelConfig, stacked: Params, mesh: Mesh | None
-) -> output_loss.Placed:
+) -> output_matrix.Placed:
   """The output matrix as `output_loss` takes it, for all minibatches."""
-  return output_loss.place(config, stacked[output_name(config)], mesh)
+  return output_matrix.place(config, stacked[output_name(config)], mesh)
 
 
 def cut(

@@ -222,14 +222,16 @@ def _give_back(
   left = left | {"F": left["F"].copy()}
   size = lambda left: budgets.of_widths(full, surgery.widths(left), settings)
   while size(left) + cost <= target:
-    gone = masks["F"] & ~left["F"] & left["F"].any(axis=1)[:, None]
-    gone &= (gone.sum(axis=1) >= round_to)[:, None]
-    if not gone.any():
+    gone = masks["F"] & ~left["F"]
+    width_L = surgery.widths({"F": gone})["F"]
+    width_L *= surgery.widths(left)["F"] > 0
+    able = np.flatnonzero(width_L >= round_to)
+    if not len(able):
       break
-    score = np.where(gone, scores["F"], -np.inf)
-    layer = score.max(axis=1).argmax()
-    best = np.argsort(-score[layer], kind="stable")[:round_to]
-    left["F"][layer, best] = True
+    best = [choice.in_order(scores["F"][i], gone[i])[-1] for i in able]
+    choice.put_back(
+      left["F"], gone, scores["F"], able[np.argmax(best)], round_to
+    )
   return left
 
 

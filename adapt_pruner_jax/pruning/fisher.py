@@ -52,10 +52,12 @@ def _gates(T: int, mesh: Mesh, halves: bool = False) -> backward.Visitor:
       return jax.vjp(run, gate_U, x_TD)[1](dy_TD)
 
     dgate_BU, dx_BTD = jax.vmap(back)(x_BTD, dy_BTD)
-    dgate_BU = jnp.where(valid_B[:, None], dgate_BU, 0)
+    valid_B = valid_B.reshape(-1, *(1,) * gate_U.ndim)
+    dgate_BU = jnp.where(valid_B, dgate_BU, 0)
     found = jnp.sum(dgate_BU**2, axis=0)
     if halves:
-      found = found, jnp.sum((dgate_BU @ half.masks[half.unit]) ** 2)
+      whole_B = jax.vmap(jnp.vdot, (0, None))(dgate_BU, gate_U)
+      found = found, jnp.sum(whole_B**2)
     return jax.tree.map(jnp.add, total, found), dx_BTD
 
   def finish(half, total, seen):

@@ -7,6 +7,7 @@ zero, and stay zero. The equations are in `refit`.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -26,9 +27,11 @@ from adapt_pruner_jax.distributed.embedding import embed
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.models import axes
 from adapt_pruner_jax.models.axes import Params
+from adapt_pruner_jax.models.kernels import Kernel
 from adapt_pruner_jax.models.layer import (
   HALVES,
   NAMES,
+  WRITERS,
   Place,
   attention_inputs,
   norm,
@@ -36,6 +39,7 @@ from adapt_pruner_jax.models.layer import (
   read,
   stream,
   write,
+  writer_of,
 )
 from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.pruning import linear_algebra
@@ -72,7 +76,7 @@ def layers(
   Yields:
     i, the matrices that changed, and the records of the layer.
   """
-  linear_algebra.check(config)
+  check(config)
   z, fit, held = _start(config, outer, tokens_NT, batch, mesh)
   u = z
   for i, place in enumerate(map(Place, *places(config))):
@@ -81,7 +85,7 @@ def layers(
     dense_layer, layer = _gathered((dense_layer, layer), mesh=mesh)
     dense = _without_biases(config, dense_layer)
     if u is z and _same(dense_layer, layer):
-      for writer in HALVES:
+      for writer in (writer_of(unit, layer) for unit in axes.UNITS):
         _advance(dense, writer, dense_layer, place, z, mesh)
       yield i, {}, []
       continue
@@ -89,21 +93,33 @@ def layers(
     changed, records = {}, []
     placed = placement.replicate(masks, mesh)
 
-    for writer, both in HALVES.items():
-      readers = tuple(name for name in both if name in layer)
-      live = masks["K" if writer == "o" else "F"].any()
+    for unit in axes.UNITS:
+      writer = writer_of(unit, layer)
+      normed = f"{NAMES[unit]}_post_norm" in layer
+      readers = tuple(name for name in HALVES[writer] if name in layer)
       for names in [readers] * refit_all + [(writer,)]:
-        if names == (writer,):
+        if names == (writer,) and not normed:
           _advance(dense, writer, dense_layer, place, z, mesh)
-        if live:
+        if masks[unit].any():
           task = _Task(config, names, mesh)
           parts = _Parts(dense_layer, layer, placed, place)
           strength = ridge or _ridge(task, masks, tokens_NT)
           new, found = _refit(task, parts, z, u, fit, held, strength)
           layer, changed = layer | new, changed | new
           records += [{"layer": i, "ridge": strength} | r for r in found]
+      if normed:
+        _advance(dense, writer, dense_layer, place, z, mesh)
       _advance(config, writer, layer, place, u, mesh)
     yield i, changed, records
+
+
+def check(config: ModelConfig) -> None:
+  """Raises a UserError for a model that least squares cannot refit."""
+  if config.residual:
+    raise UserError(
+      "this model cannot be refitted by least squares: SliceGPT changes the "
+      "residual width"
+    )
 
 
 # ---- One least-squares problem -----------------------------------------------
@@ -145,8 +161,8 @@ def _refit(
   """The matrices that got better, and a record for each matrix.
 
   Args:
-    z: the dense stream, in front of the half for matrices that read it, behind
-      it for those that write to it.
+    z: the dense stream, behind the half for matrices that write to the stream
+      with no norm between, in front of it for others.
     u: the pruned stream, in front of the half.
     fit, held: of the tokens to fit, and those that judge.
   """
@@ -183,12 +199,11 @@ def _sum(fn: Callable, task: _Task, parts: _Parts, z, u, weights) -> Any:
 
 def _ridge(task: _Task, masks: dict[str, np.ndarray], tokens_NT) -> float:
   """WEAK or STRONG, by the tokens for each live input channel."""
-  config = task.config
-  channels = {
-    "o": int(masks["K"].sum()) * config.queries_per_group * config.head_dim,
-    "down": int(masks["F"].sum()),
-  }
-  width = channels.get(task.names[0], config.hidden_size)
+  name, width = task.names[0], task.config.hidden_size
+  if name in HALVES:  # whose input are the channels of units
+    units, sizes = masks[axes.unit_of(name)], task.config.sizes()
+    of_unit = (sizes.get(x, 1) for x in axes.AXES[name][:-1])
+    width = int(units.sum()) * math.prod(of_unit)
   rows = len(tokens_NT) - _held_rows(tokens_NT)
   return WEAK if rows * tokens_NT.shape[1] >= ENOUGH * width else STRONG
 
@@ -231,7 +246,7 @@ def _advance(config, writer, layer, place, stream, mesh) -> None:
 
 def _without_biases(config: ModelConfig, layer: Params) -> ModelConfig:
   """The config of a dense layer, which may lack the pruned one's biases."""
-  has = {f"{n}_bias": f"{n}_bias" in layer for n in HALVES}
+  has = {f"{n}_bias": f"{n}_bias" in layer for n in WRITERS.values()}
   return dataclasses.replace(config, **has)
 
 
@@ -257,7 +272,7 @@ def _gathered(tree, *, mesh):
 
 @partial(jax.jit, static_argnames=("config", "writer", "mesh"))
 def _half(config, writer, layer, place, x_BTD, *, mesh):
-  fed = _fed(config, writer, layer, place, x_BTD)
+  fed = _fed(config, writer, layer, place, x_BTD, mesh)
   unit = axes.unit_of(writer)
   return placement.cut_rows(write(unit, config, layer, x_BTD, fed), mesh)
 
@@ -305,10 +320,12 @@ def _lacking(task, parts, z_BTD, u_BTD, weight_BT):
     weight_BT: lowered so that no token's input energy exceeds CAP medians.
   """
   config, names, layer = task.config, task.names, parts.layer
-  fed = _fed(config, names[0], layer, parts.place, u_BTD)
+  mesh, place = task.mesh, parts.place
+  fed = _fed(config, names[0], layer, place, u_BTD, mesh)
   found = {}
-  if names[0] in HALVES:
-    unit = axes.unit_of(names[0])
+  unit = axes.unit_of(names[0])
+  writes = names[0] in HALVES
+  if writes and f"{NAMES[unit]}_post_norm" not in layer:
     given_BTD = write(unit, config, layer, u_BTD, fed)
     scale = config.residual_scale
     z_BTE, u_BTE = stream(config, z_BTD), stream(config, u_BTD)
@@ -316,10 +333,11 @@ def _lacking(task, parts, z_BTD, u_BTD, weight_BT):
     found[names[0]] = lacks_BTE, (z_BTE - u_BTE) / scale
   else:
     dense = parts.dense_layer
-    dense_BTD = _fed(config, names[0], dense, parts.place, z_BTD)
+    dense_BTD = _fed(config, names[0], dense, place, z_BTD, mesh)
     for n in names:
       # Biases are the same in both and need no part in it.
-      left = linear_algebra.as_matrix(n, axes.mask(n, dense[n], parts.masks))
+      left = dense[n] if writes else axes.mask(n, dense[n], parts.masks)
+      left = linear_algebra.as_matrix(n, left)
       target_BTE = linear_algebra.product("btd,de->bte", dense_BTD, left)
       weight = linear_algebra.as_matrix(n, layer[n])
       given_BTE = linear_algebra.product("btd,de->bte", fed, weight)
@@ -331,7 +349,7 @@ def _lacking(task, parts, z_BTD, u_BTD, weight_BT):
   return fed_BTC, found, weight_BT
 
 
-def _fed(config, name, layer, place, x_BTD):
+def _fed(config, name, layer, place, x_BTD, mesh):
   """What matrix `name` of a layer multiplies, in its dtype.
 
   Args:
@@ -340,8 +358,11 @@ def _fed(config, name, layer, place, x_BTD):
   x_BTD, unit = x_BTD.astype(layer[name].dtype), axes.unit_of(name)
   if name not in HALVES:
     return norm(config, layer, f"{NAMES[unit]}_norm", x_BTD)
-  inputs = attention_inputs(config, x_BTD.shape[1])
-  return read(unit, config, layer, place, inputs, x_BTD)[0]
+  kernel, masks = Kernel(mesh=mesh), None
+  inputs = attention_inputs(config, x_BTD.shape[1], kernel=kernel)
+  if "q_norm_all" in layer:  # which counts the heads that are there
+    masks = {"K": jnp.any(layer["q_norm_all"] != 0, axis=(1, 2))}
+  return read(unit, config, layer, place, inputs, x_BTD, masks)[0]
 
 
 @partial(jax.jit, static_argnames="mesh")

@@ -15,26 +15,25 @@ from jax.sharding import Mesh
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.models import axes
 from adapt_pruner_jax.models.model_config import ModelConfig
-from adapt_pruner_jax.pruning import elimination
+from adapt_pruner_jax.pruning import elimination, float32_product
 
 LEAST = 1e-5  # ridge of a channel over its energy, for float32
 
 
 def check(config: ModelConfig) -> None:
-  """Raises a UserError for a model that least squares cannot refit."""
+  """Raises a UserError for a model that curvature says nothing of."""
   if config.norm_order != "pre" or config.qk_norm == "all":
     why = (
       f"the family {config.family} norms what its matrices write, which "
-      "least squares does not see"
+      "a Gram matrix does not see"
     )
   elif config.residual:
     why = "SliceGPT changes the residual width"
   else:
     return
   raise UserError(
-    f"this model cannot be refitted by least squares: {why}; use "
-    "--config.prune.refit=loss with --config.prune.method=fisher, or "
-    "--config=configs/paper.py"
+    f"this model cannot be pruned by curvature: {why}; use "
+    "--config.prune.method=fisher, or --config=configs/paper.py"
   )
 
 
@@ -52,13 +51,7 @@ def as_matrix(name: str, weight: jax.Array) -> jax.Array:
 
 def product(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
   """An einsum to float32 at full precision."""
-  return jnp.einsum(
-    equation,
-    x,
-    y,
-    precision=jax.lax.Precision.HIGHEST,
-    preferred_element_type=jnp.float32,
-  )
+  return float32_product.product(equation, x, y)
 
 
 def cut_like_gram(x_CE: jax.Array, mesh: Mesh | None) -> jax.Array:

@@ -19,6 +19,7 @@ from adapt_pruner_jax.pruning import (
   allotment,
   curvature,
   fisher,
+  least_squares,
   linear_algebra,
   refit,
   refit_loss,
@@ -31,6 +32,7 @@ from adapt_pruner_jax.pruning.baselines import (
   flap,
   llm_pruner,
   minitron,
+  reap,
   shortgpt,
   slicegpt,
   surgeon,
@@ -75,6 +77,11 @@ AROUND = {
   "surgeon": {"prepare": surgeon.prepare, "update": surgeon.update},
 }
 
+# Methods that prune models with layers of two kinds.
+OF_ALL_KINDS = (
+  *("adapt", "fisher", "llm_pruner", "magnitude", "random", "shortgpt"),
+)
+
 
 def method_of(settings: Prune) -> Method:
   """The parts that the settings ask for; not of SliceGPT, which has none."""
@@ -97,6 +104,8 @@ def prune(task: PruneTask) -> Pruned:
   with jax.default_matmul_precision(task.settings.precision):
     if task.settings.method == "slicegpt":
       return slicegpt.prune(task)
+    if task.settings.method == "reap":
+      return reap.prune(task)
     return steps.prune(method_of(task.settings), task)
 
 
@@ -132,7 +141,7 @@ def refit_after(task: PruneTask, pruned: Pruned) -> Pruned:
       dense,
       (pruned.config, params),
       lambda number: task.refit_samples(done + number),
-      task.batch,
+      settings.refit_batch or task.batch,
       task.mesh,
       passes=settings.refit_passes,
       rate=settings.refit_rate,
@@ -161,9 +170,15 @@ def _solved(
     )
 
 
+def _by_gates(settings: Prune) -> bool:
+  """Whether a method sees units by what they do, not by one kind of matrix."""
+  measured = settings.pair()[1] in (*scores.KINDS, "fisher", "shortgpt")
+  return measured and settings.method in OF_ALL_KINDS
+
+
 def resumes(settings: Prune) -> bool:
   """Whether a prune can go on from one of its steps: all by masks can."""
-  return settings.method != "slicegpt"
+  return settings.method not in ("slicegpt", "reap")
 
 
 def check(config: ModelConfig, settings: Prune) -> None:
@@ -191,10 +206,40 @@ def check(config: ModelConfig, settings: Prune) -> None:
       "--config.prune.stream_layers=True is for one process: leave it out, "
       "since more devices hold more"
     )
+  if any(config.delta) and not _by_gates(settings):
+    raise UserError(
+      f"{config.family} has layers with a gated delta net in place of "
+      "attention, which this method does not measure: choose "
+      f"--config.prune.method={', '.join(OF_ALL_KINDS)}, with "
+      f"--config.prune.group_importance={', '.join(scores.KINDS)} or fisher"
+    )
   if settings.method == "minitron":
     minitron.check(config, settings)
   if settings.method == "surgeon":
     surgeon.check(settings)
+  if settings.method == "reap":
+    reap.check(config, settings)
+  if config.experts:
+    _check_experts(config, settings)
   inverts = settings.pair()[1] in ("curvature", "surgeon")
-  if inverts or settings.method == "surgeon" or settings.solves():
+  if inverts or settings.method == "surgeon":
     linear_algebra.check(config)
+  if settings.solves():
+    least_squares.check(config)
+
+
+def _check_experts(config: ModelConfig, settings: Prune) -> None:
+  """Raises a UserError for what does not look into experts."""
+  score = settings.pair()[1]
+  if settings.method != "reap" and not _by_gates(settings):
+    raise UserError(
+      f"{config.family} is a mixture of experts, whose channels "
+      f"{settings.method if score == settings.method else score} does not "
+      "score: choose --config.prune.method=adapt, fisher, llm_pruner, "
+      "magnitude or random"
+    )
+  if settings.solves():
+    raise UserError(
+      f"{config.family} is a mixture of experts, which least squares cannot "
+      "refit: each expert sees tokens of its own; use --config.prune.refit=loss"
+    )

@@ -8,7 +8,9 @@ squares makes u land on z:
   W <- argmin  sum over tokens |u + x W - z|^2  +  ridge |W - W_now|^2
 
 The target holds the error that earlier layers have left, so each layer corrects
-those before it. No parameter is added. `refit_all` also refits the matrices
+those before it. Where a norm is behind the matrix (Gemma 2, OLMo 2) the target
+is what the dense model gives to that norm, from its own stream. No parameter is
+added. `refit_all` also refits the matrices
 that read the stream, to what the dense model computes in their place.
 
 How they are solved is in `least_squares`. In large models the first token of a
@@ -112,10 +114,12 @@ def refit_masked(
   placed = placement.replicate(masks, task.mesh)
   new, records = dict(stacked["layers"]), []
 
+  names = functools.partial(model_config.layer_names, config)
+
   def layer_at(i: int) -> tuple[Params, Params, Masks]:
     return (
       _widened(task.params, i, task.kept, config, task.mesh),
-      _layer(new, placed, i),
+      _layer({n: new[n] for n in names(i)}, placed, i),
       {u: m[i] for u, m in masks.items()},
     )
 
@@ -135,12 +139,13 @@ def _widened(
 ) -> Params:
   """Layer i in dense coordinates, zero where units are not kept."""
   at = {u: kept[u][i] for u in axes.UNITS}
-  layer, sizes = params[axes.layer_name(i)], wide.sizes(0)
-  shapes = {n: axes.shape(n, sizes) for n in model_config.layer_names(wide)}
+  layer, sizes = params[axes.layer_name(i)], wide.sizes(i)
+  names = model_config.layer_names(wide, i)
+  shapes = {n: axes.shape(n, sizes) for n in names}
   if {n: x.shape for n, x in layer.items()} == shapes:
     return layer
   zero = np.zeros((), params["embedding"].dtype)
-  fn = lambda layer: surgery.widen(layer, at, wide, zero)
+  fn = lambda layer: surgery.widen(layer, at, wide, zero, i)
   return surgery.transform(fn, layer, mesh)
 
 

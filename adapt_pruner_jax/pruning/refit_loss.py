@@ -100,7 +100,6 @@ def as_training(rate: float) -> Train:
     min_learning_rate=rate / 10,
     schedule="cosine",
     distill_alpha=1.0,
-    remat=True,
   )
 
 

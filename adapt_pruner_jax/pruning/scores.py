@@ -105,7 +105,7 @@ def _measure_step(
   Args:
     config: equal layers (`surgery.dense`): K and F are the stacked sizes.
     stacked: from `surgery.expand`.
-    masks: {"K": bool [L, K], "F": bool [L, F]}, the units that are left.
+    masks: units that are left, as `surgery.Masks`.
     tokens_MBT: M minibatches of B sequences.
     valid_MB: False for rows that only pad the last minibatch.
     kind: one of KINDS.
@@ -198,11 +198,10 @@ def magnitude(layers: axes.Params, kind: str) -> dict[str, jax.Array]:
   """Salience without gradients: sums of |W| (l1) or W^2 (l2); {} for random."""
   if kind == "random":
     return {}
-  names = axes.SCORED["K"] + axes.SCORED["F"]
+  names = [n for unit in axes.UNITS for n in axes.SCORED[unit] if n in layers]
   return {
     n: jax.vmap(partial(_per_unit, n, kind=kind))(placement.fetched(layers[n]))
     for n in names
-    if n in layers
   }
 
 
@@ -212,31 +211,43 @@ def group_scores(
   kind: str,
   fold: str,
 ) -> dict[str, np.ndarray]:
-  """Scores of KV groups [L, K] and MLP channels [L, F], float64 on the host.
+  """Scores of KV groups [L, K] and MLP channels [L, F] (of experts [L, X, F]),
+  float64 on the host.
 
-  Matrices of a unit are summed (Taylor) or averaged (magnitude). A query
+  Matrices of a unit are summed (Taylor) or averaged (magnitude); those that a
+  layer of another kind has are zero. A query
   head counts for the KV group that it attends with ("aligned"), or, as in the
   authors' code, for group `head mod groups`, heads and groups numbered among
   those that are left ("reference"). Values of masked units mean nothing.
 
   Args:
-    salience: [L, K, G] of q and o, [L, K] of k and v, [L, F] of the others.
+    salience: [L, K, G] of matrices of query heads, [L, K] of others of an
+      attention or a delta net, [L, F] of an MLP's.
     masks: units that are left, [L, K] and [L, F].
     kind: one of KINDS but "random".
     fold: "aligned" or "reference".
   """
-  salience = {n: np.asarray(s, np.float64) for n, s in salience.items()}
-  aligned = fold == "aligned"
-  for name in ("q", "o"):
-    s_LKG = salience[name]
-    salience[name] = (
-      s_LKG.sum(-1) if aligned else _reference_fold(s_LKG, masks["K"])
-    )
-  combine = np.sum if kind in TAYLOR else np.mean
+  of_units = {}
+  for name, found in salience.items():
+    mask_LU = masks[axes.unit_of(name)]
+    s = np.zeros((*mask_LU.shape, *found.shape[2:]))
+    s[:, : found.shape[1]] = found
+    if "G" in axes.AXES[name]:
+      s = s.sum(-1) if fold == "aligned" else _reference_fold(s, mask_LU)
+    of_units[name] = s
   return {
-    unit: combine([salience[n] for n in names if n in salience], axis=0)
+    unit: _combined([of_units[n] for n in names if n in of_units], kind)
     for unit, names in axes.SCORED.items()
   }
+
+
+def _combined(matrices: list[np.ndarray], kind: str) -> np.ndarray:
+  """The score of the matrices of a module, [L, U] each."""
+  total_LU = np.sum(matrices, axis=0)
+  if kind in TAYLOR:
+    return total_LU
+  here_L = np.sum([m.any(axis=1) for m in matrices], axis=0)
+  return total_LU / np.maximum(here_L, 1)[:, None]
 
 
 def _reference_fold(s_LKG: np.ndarray, mask_LK: np.ndarray) -> np.ndarray:
@@ -278,7 +289,10 @@ def _expansion(w, sums, seen: backward.Sums, kind: str) -> jax.Array:
 
 
 def _per_unit(name: str, salience: jax.Array, kind: str) -> jax.Array:
-  """Sums one layer's salience to [K, G] (q, o), [K] (k, v) or [F]."""
+  """Sums one layer's salience to its units and query heads.
+
+  [K, G] of q, [K] of k, [F] of up, for instance.
+  """
   letters = axes.AXES[name]
   salience = salience.astype(jnp.float32)
   if kind == "l2":
@@ -290,6 +304,5 @@ def _per_unit(name: str, salience: jax.Array, kind: str) -> jax.Array:
   if kind == "taylor_vectorize":
     channel = jnp.abs(channel)
   letters = letters.replace(width, "")
-  if "H" in letters:
-    channel = jnp.sum(channel, axis=letters.index("H"))
-  return channel
+  inner = [letters.index(x) for x in letters if x in "HAUY"]
+  return jnp.sum(channel, axis=inner) if inner else channel

@@ -205,7 +205,8 @@ def _check_finite(masked: Masked, measured: Measured) -> None:
       "--config.model.dtype=float32"
     )
   for u, s_LU in measured.scores.items():
-    bad = np.flatnonzero((masked.masks[u] & ~np.isfinite(s_LU)).any(1))
+    wrong = masked.masks[u] & ~np.isfinite(s_LU)
+    bad = np.flatnonzero(wrong.any(axis=tuple(range(1, wrong.ndim))))
     if len(bad):
       raise UserError(
         f"pruning step {masked.number}: scores of layer {bad[0]}'s "

@@ -19,8 +19,10 @@ from adapt_pruner_jax.models.axes import UNITS, Params
 from adapt_pruner_jax.models.model_config import ModelConfig
 
 # {"K": one int array a layer, "F": ...}: units left, in the original numbering.
+# Of channels in experts there is a row an expert, [X, f].
 Kept = dict[str, tuple[np.ndarray, ...]]
-Masks = dict[str, np.ndarray]  # {"K": bool [L, K], "F": bool [L, F]}
+# {"K": bool [L, K], "F": bool [L, F], or [L, X, F] as many in each expert}
+Masks = dict[str, np.ndarray]
 
 
 # ---- Sizes and numberings ----------------------------------------------------
@@ -38,7 +40,10 @@ def count_widths(full: ModelConfig, width: Mapping[str, np.ndarray]) -> int:
 
 def widths(masks: Masks) -> dict[str, np.ndarray]:
   """Units that are left in each module, {"K": int [L], "F": int [L]}."""
-  return {u: m.sum(axis=1) for u, m in masks.items()}
+  return {
+    u: m.sum(axis=-1) if m.ndim == 2 else m[:, 0].sum(axis=-1)
+    for u, m in masks.items()
+  }
 
 
 def with_widths(
@@ -51,44 +56,69 @@ def with_widths(
 
 def with_units(config: ModelConfig, keep: Kept) -> ModelConfig:
   """The config of a model that has just these units."""
-  width = {u: np.array([len(units) for units in keep[u]]) for u in UNITS}
+  width = {u: np.array([x.shape[-1] for x in keep[u]]) for u in UNITS}
   return with_widths(config, width)
 
 
 def everything(config: ModelConfig) -> Kept:
   """All units of a model."""
-  return {u: tuple(map(np.arange, w)) for u, w in config.units().items()}
+  return to_kept(
+    {
+      u: [np.ones(_shape(config, u, n), bool) for n in w]
+      for u, w in config.units().items()
+    }
+  )
+
+
+def _shape(config: ModelConfig, unit: str, width: int) -> tuple[int, ...]:
+  """Of a mask of one module."""
+  return (config.experts, width) if unit == "F" and config.experts else (width,)
 
 
 def to_masks(kept: Kept, full: ModelConfig) -> Masks:
   """Kept units as masks over all units of the original model."""
   masks = {
-    u: np.zeros((full.num_layers, max(w)), bool)
+    u: np.zeros((full.num_layers, *_shape(full, u, max(w))), bool)
     for u, w in full.units().items()
   }
   for u in UNITS:
     for mask, units in zip(masks[u], kept[u], strict=True):
-      mask[units] = True
+      np.put_along_axis(mask, units, True, axis=-1)
   return masks
 
 
 def to_kept(masks: Masks) -> Kept:
   """Inverse of `to_masks`."""
-  return {u: tuple(map(np.flatnonzero, m)) for u, m in masks.items()}
+
+  def units(mask: np.ndarray) -> np.ndarray:
+    return np.nonzero(mask)[-1].reshape(*mask.shape[:-1], -1)
+
+  return {u: tuple(map(units, m)) for u, m in masks.items()}
 
 
 def relative_to(kept: Kept, left: Kept) -> Kept:
   """`left` in the numbering of a model that has just the units `kept`."""
-  return {u: tuple(map(np.searchsorted, kept[u], left[u])) for u in UNITS}
+
+  def places(have: np.ndarray, units: np.ndarray) -> np.ndarray:
+    if have.ndim == 1:
+      return np.searchsorted(have, units)
+    each = [np.searchsorted(*pair) for pair in zip(have, units, strict=True)]
+    return np.array(each, int)
+
+  return {u: tuple(map(places, kept[u], left[u])) for u in UNITS}
 
 
 # ---- Arrays ------------------------------------------------------------------
 
 
 def dense(full: ModelConfig) -> ModelConfig:
-  """The config of the stacked coordinates: all layers as wide as the widest."""
-  width = {u: np.full(full.num_layers, max(w)) for u, w in full.units().items()}
-  return with_widths(full, width)
+  """The config of the stacked coordinates: all layers as wide as the widest.
+
+  Of two kinds of layer, each as the widest of its kind.
+  """
+  widest = [full.most_groups(full.is_delta(i)) for i in range(full.num_layers)]
+  F = np.full(full.num_layers, max(full.ffn_widths))
+  return with_widths(full, {"K": np.array(widest), "F": F})
 
 
 def gather(
@@ -126,6 +156,7 @@ def expand(
   """Params in dense stacked coordinates: {"layers": {name: [L, ...]}, outer}.
 
   Inverse of `compact`: removed units are zeros, norms of absent halves ones.
+  Of two kinds of layer, each has the parameters of both.
 
   Args:
     config, params: the model as it is now. Layers of params that are numpy's
@@ -159,7 +190,11 @@ def expand(
 
 
 def widen(
-  layer: Params, at: Mapping[str, np.ndarray], wide: ModelConfig, like: Any
+  layer: Params,
+  at: Mapping[str, np.ndarray],
+  wide: ModelConfig,
+  like: Any,
+  index: int = 0,
 ) -> Params:
   """One layer in dense coordinates, zero where it has no units.
 
@@ -167,13 +202,14 @@ def widen(
 
   Args:
     layer: its parameters.
-    at: where its units go, {"K": int [k], "F": int [f]}.
+    at: where its units go, {"K": int [k], "F": int [f] or [X, f]}.
     wide: from `dense`.
     like: any array of the same model, for its dtype and its library.
+    index: which layer it is.
   """
   return {
-    n: _widened(n, layer, at, wide.sizes(0), like)
-    for n in model_config.layer_names(wide)
+    n: _widened(n, layer, at, wide.sizes(index), like)
+    for n in model_config.layer_names(wide, index)
   }
 
 

@@ -20,7 +20,7 @@ Samples = Callable[[int], np.ndarray]
 Counts = dict[str, np.ndarray]  # units to remove, {"K": int [L], "F": int [L]}
 # Further budgets: settings that count, and the most that there may be.
 Limits = tuple[tuple[Prune, int], ...]
-Scores = dict[str, np.ndarray]  # float64, {"K": [L, K], "F": [L, F]}
+Scores = dict[str, np.ndarray]  # float64, of the shapes of masks
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -210,7 +210,10 @@ def record(step: Step) -> dict:
   facts = {} if step.facts is None else {"search": step.facts}
   if step.rise is not None:
     # What is left, so that the model of each step can be made again.
-    packed = {u: np.packbits(m, axis=1) for u, m in step.masks.items()}
+    packed = {
+      u: np.packbits(m.reshape(len(m), -1), axis=1)
+      for u, m in step.masks.items()
+    }
     masks = {u: [row.tobytes().hex() for row in m] for u, m in packed.items()}
     facts |= {"rise": step.rise, "ended": step.ended, "masks": masks}
   return facts | {

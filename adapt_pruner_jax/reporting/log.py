@@ -25,6 +25,7 @@ from adapt_pruner_jax.models.devices import peak_flops
 from adapt_pruner_jax.reporting.progress import Phase, show
 from adapt_pruner_jax.reporting.tensorboard import Events
 from adapt_pruner_jax.storage import json_files
+from adapt_pruner_jax.storage.outbox import Outbox
 
 METRICS = "metrics.jsonl"
 TRACKERS = ("wandb", "trackio")
@@ -33,7 +34,11 @@ EVERY = 10.0  # seconds between the lines of a phase without a terminal
 
 
 class Log:
-  """The voice of a run; also a context manager."""
+  """The voice of a run; also a context manager.
+
+  Attributes:
+    outbox: writes the files that change at every step.
+  """
 
   def __init__(
     self,
@@ -55,6 +60,7 @@ class Log:
     self._console = Console(quiet=not agreement.is_writer(), stderr=stderr)
     self._workdir = workdir if agreement.is_writer() else None
     self._tensorboard = tensorboard
+    self.outbox = Outbox()
     self._events: dict[str, Events] = {}  # of each kind
     self._restart: dict[str, int] = {}  # first step that is done again
     self._trackers = []
@@ -67,8 +73,10 @@ class Log:
   def __enter__(self) -> "Log":
     return self
 
-  def __exit__(self, *_: Any) -> None:
-    self.close()
+  def __exit__(self, kind: type | None, *_: Any) -> None:
+    # What ended the run is what its user has to hear of.
+    with contextlib.suppress(*[UserError] if kind else []):
+      self.close()
 
   def say(self, text: str) -> None:
     """A line on the console."""
@@ -84,7 +92,7 @@ class Log:
       return
     values = json_files.plain(values)  # what is not finite becomes a string
     row = {"kind": kind, "step": step, **values, "time": time.time()}
-    json_files.append_line(self._workdir / METRICS, row)
+    self.outbox.append(self._workdir / METRICS, row)
     scalars = {n: v for n, v in values.items() if isinstance(v, int | float)}
     if self._tensorboard and scalars:
       self._events_of(kind).add(step, scalars)
@@ -102,10 +110,10 @@ class Log:
     if self._workdir is None:
       return
     path = self._workdir / METRICS
-    rows = json_files.read_lines(path)
+    rows = self.outbox.rows(path)
     kept = [r for r in rows if r["kind"] != kind or r["step"] < step]
     if len(kept) < len(rows):
-      json_files.rewrite_lines(path, kept)
+      self.outbox.rewrite(path, kept)
     self._restart[kind] = step
     if kind in self._events:
       self._events.pop(kind).close()
@@ -169,7 +177,8 @@ class Log:
       self.say("  ".join(aligned).rstrip())
 
   def close(self) -> None:
-    """Writes out what TensorBoard and the trackers still hold."""
+    """Writes out all that is still held."""
+    self.outbox.merge()
     while self._events:
       self._events.popitem()[1].close()
     while self._trackers:

@@ -11,7 +11,8 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from adapt_pruner_jax.storage import publish
+from adapt_pruner_jax.storage import cache, publish
+from adapt_pruner_jax.storage.places import bucket, in_bucket
 
 FLUSH = 10.0  # seconds; a kill loses no more of the curves than this
 
@@ -33,7 +34,10 @@ class Events:
       from tensorboardX.event_file_writer import EventsWriter
       from tensorboardX.proto import event_pb2
     self._event = event_pb2.Event
-    self._directory = directory
+    self._directory = directory  # what is written, and where it is shown
+    self._bucket = directory if in_bucket(directory) else None
+    if self._bucket:
+      self._directory = directory = cache.beside(directory)
     # The file's own name only has the second in it.
     suffix = f".{os.getpid()}.{time.monotonic_ns()}"
     with self._explained():
@@ -42,7 +46,8 @@ class Events:
       if restart is not None:
         start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
         self._file.write_event(self._event(step=restart, session_log=start))
-    self._flushed = time.monotonic()
+    (self._path,) = directory.glob(f"*{suffix}")
+    self._flushed, self._pause = time.monotonic(), FLUSH
 
   def add(self, step: int, scalars: Mapping[str, float]) -> None:
     """The values of one step."""
@@ -51,14 +56,26 @@ class Events:
       event.summary.value.add(tag=name, simple_value=value)
     with self._explained():
       self._file.write_event(event)
-      if time.monotonic() - self._flushed >= FLUSH:
+      if time.monotonic() - self._flushed >= self._pause:
         self._file.flush()
+        self._upload()
         self._flushed = time.monotonic()
 
   def close(self) -> None:
     """Writes what is still held."""
     with self._explained():
       self._file.close()
+      self._upload()
+      if self._bucket:
+        self._path.unlink()
+
+  def _upload(self) -> None:
+    """Of a file in a bucket, which cannot grow: all of it, and the more seldom
+    the longer that takes."""
+    if self._bucket:
+      begun = time.monotonic()
+      bucket().put(self._path, self._bucket / self._path.name)
+      self._pause = max(FLUSH, 20 * (time.monotonic() - begun))
 
   @contextlib.contextmanager
   def _explained(self) -> Iterator[None]:

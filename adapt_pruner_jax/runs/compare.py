@@ -295,6 +295,7 @@ def recover(
   """
   config, params = pair
   mesh, steps = inputs.mesh, inputs.total_steps
+  settings = dataclasses.replace(settings, teacher_cache=0)  # it is here
   if not settings.lora_rank:
     params = jax.tree.map(jnp.copy, params)  # the train step donates them
   training = loop.start(

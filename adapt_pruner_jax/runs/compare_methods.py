@@ -17,6 +17,7 @@ NAMES = (*PUBLISHED, *VARIANTS)
 REFIT = "+refit"  # after a name: with prune.refit, "final" if that is none
 OURS = ("curvature", "fisher")
 ALL = (*NAMES, *(name + REFIT for name in ("adapt", *OURS)))
+FEW = ("reap",)  # for mixtures of experts alone: not among "all"
 DENSE, SCRATCH = "dense", "from_scratch"
 
 
@@ -27,13 +28,13 @@ def parse_names(
 
   A name is one of `config.CHOICES["prune.method"]`, `uniform` (amplitude 0) or
   `paper` (heads counted as the authors' code does), with `+refit` behind it or
-  not. With `may`, all are those that may.
+  not. All are those that any model can be pruned by, and, with `may`, that may.
 
   Raises:
     UserError: an unknown name, or one that is given twice.
   """
   if text == "all":
-    return [name for name in ALL if may(name)]
+    return [name for name in ALL if name not in FEW and may(name)]
   names = [name.strip() for name in text.split(",") if name.strip()]
   for name in names:
     if name.removesuffix(REFIT) not in NAMES:

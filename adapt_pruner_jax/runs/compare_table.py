@@ -216,7 +216,8 @@ def save_figure(figure: Any, path: Path) -> None:
   with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": PLOT}):
     for kind in ("svg", "png"):
       metadata = {"Date": None} if kind == "svg" else None
-      with publish.file(Path(f"{path}.{kind}")) as temporary:
+      file = path.with_name(f"{path.name}.{kind}")
+      with publish.file(file) as temporary:
         figure.savefig(temporary, format=kind, dpi=150, metadata=metadata)
 
 

@@ -13,6 +13,7 @@ from adapt_pruner_jax.formats.hf import weights
 from adapt_pruner_jax.models import model_config
 from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.pruning import budgets
+from adapt_pruner_jax.storage import places
 
 GGUF = "model.gguf"  # in the work directory
 DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
@@ -74,7 +75,7 @@ def write(settings: Prune, path: Path) -> str:
   convert.convert(
     str(path / "model"), out, "gguf", dtype=export, overwrite=True
   )
-  return f"{out}: {out.stat().st_size:,} bytes"
+  return f"{out}: {places.size(out):,} bytes"
 
 
 def amounts(
@@ -98,6 +99,6 @@ def amounts(
   if settings.budget == "bytes" and settings.budget_export in DTYPES:
     sizes[1] = weights
   elif settings.budget == "bytes" and (path / GGUF).exists():
-    sizes[1] = (path / GGUF).stat().st_size
+    sizes[1] = places.size(path / GGUF)
   first, last = (budgets.value(size, settings) for size in sizes)
   return {"budget_before": first, "budget_after": last}

@@ -36,6 +36,7 @@ from adapt_pruner_jax.runs import (
 from adapt_pruner_jax.runs.fingerprints import weights_fingerprint
 from adapt_pruner_jax.runs.text_checks import TUNING
 from adapt_pruner_jax.storage import cache
+from adapt_pruner_jax.storage.places import in_bucket
 from adapt_pruner_jax.training.step import check_rows
 
 # Up to four epochs are nearly as good as new text (arXiv 2305.16264).
@@ -121,7 +122,7 @@ def open_inputs(
   asked = _answered(recipe, full, source, tokenizer, mesh, path, log, stopping)
   before = source, full, tokenizer
   if recipe.vocab.asked():
-    source = vocabulary.cut(recipe, *before, path / "cache", log.say)
+    source = vocabulary.cut(recipe, *before, cache.beside(path), log.say)
     full = load.read_config(str(source), recipe.model.ignore_fields)
     tokenizer = load_tokenizer(source, recipe.data.bos)
   recipe = latency_budget.resolve(recipe, full, path, log)
@@ -237,7 +238,7 @@ def _answered(
   asked = answers.check(
     *(recipe, full, source, tokenizer),
     model=lambda: (weights_fingerprint(source), dtype),
-    folder=path / "cache",
+    folder=cache.beside(path),
   )
   if asked.requests and recipe.vocab.asked():
     raise UserError(
@@ -289,6 +290,11 @@ def open_training(
   if not tokens:
     return None
   check_rows(recipe.data.batch, recipe.train.accumulation, mesh)
+  if recipe.train.teacher_cache and jax.process_count() > 1:
+    raise UserError(
+      "--config.train.teacher_cache writes from one process, and there are "
+      f"{jax.process_count()}: leave it out, the teacher then runs beside"
+    )
   rows = packing.train_data(
     recipe.data,
     tokenizer,
@@ -342,11 +348,8 @@ def model_path(name: str, log: Log) -> Path:
 
 def _resolved(name: str) -> Path:
   """`load.resolve`; of a hub model the revision that process 0 has found."""
-  if "://" in name:
-    raise UserError(
-      f"--config.model.path={name} is not a path: mount the bucket (Cloud "
-      "Storage FUSE, s3fs) and give the path there, or a hub id"
-    )
+  if in_bucket(name):
+    return load.resolve(name)
   found = agreement.decided(lambda: str(load.resolve(name)))
   if agreement.is_writer():
     return Path(found)

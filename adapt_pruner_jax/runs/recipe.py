@@ -15,11 +15,12 @@ from adapt_pruner_jax.runs.fingerprints import fingerprints
 from adapt_pruner_jax.runs.inputs import Inputs
 from adapt_pruner_jax.runs.state import package_version
 from adapt_pruner_jax.storage import json_files, publish
+from adapt_pruner_jax.storage.places import in_bucket, to_path
 
 RECIPE = "config.json"
 VERSION = "version"  # in config.json, beside the recipe's sections
 # What of the recipe may change between the parts of one run.
-FREE = ("mesh.", "checkpoint.", "log.", "train.skip_nonfinite")
+FREE = ("mesh.", "checkpoint.", "log.", "train.skip_nonfinite", "train.remat")
 # Its content counts, not its name; see `inputs.fingerprints`.
 FREE += ("prune.budget_table",)
 # All that `run` and `compare` leave. Tokens in `cache` serve any recipe. What
@@ -144,8 +145,11 @@ def _says_bos(stored: dict) -> bool:
 
 
 def _remove(inputs: Inputs) -> None:
-  path, source = inputs.path, inputs.original.source.resolve()
-  if {(path / name).resolve() for name in LEFT} & {source, *source.parents}:
+  path, source = inputs.path, to_path(inputs.recipe.model.path)
+  if not in_bucket(source):
+    source = inputs.original.source
+  going = {(path / name).resolve() for name in LEFT}
+  if going & {source.resolve(), *source.resolve().parents}:
     raise UserError(
       f"--config.model.path={inputs.recipe.model.path} is among what "
       f"--overwrite would remove from {path}: move it, or give another "
@@ -154,10 +158,7 @@ def _remove(inputs: Inputs) -> None:
   remove_cut_off_exports(path)
   for name in LEFT:
     try:
-      if (path / name).is_dir() and not (path / name).is_symlink():
-        shutil.rmtree(path / name)
-      else:
-        (path / name).unlink(missing_ok=True)
+      publish.remove(path / name)
     except OSError as error:
       raise UserError(
         f"--overwrite cannot remove {path / name}: {error.strerror}; give "
@@ -171,5 +172,7 @@ def remove_cut_off_exports(path: Path) -> None:
   Its lock must be held.
   """
   publish.remove_cut_off(path / "model")
+  if in_bucket(path):
+    return
   for left in path.glob(".model-*"):  # of versions before `publish`
     shutil.rmtree(left, ignore_errors=True)

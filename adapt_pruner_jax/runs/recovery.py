@@ -1,7 +1,8 @@
 """A stage's training, which compiles as soon as the stage's sizes are known."""
 
+import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +14,20 @@ from adapt_pruner_jax.models import flops, model_config
 from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.runs.deadline import Ending
+from adapt_pruner_jax.runs.fingerprints import weights_fingerprint
 from adapt_pruner_jax.runs.inputs import Inputs, weight_dtype
 from adapt_pruner_jax.runs.stages import stage_end
 from adapt_pruner_jax.runs.state import State, steps_to_save
-from adapt_pruner_jax.training import loop, optimizer, stacking
+from adapt_pruner_jax.storage import digest
+from adapt_pruner_jax.training import (
+  loop,
+  losses,
+  memory,
+  optimizer,
+  stacking,
+  step,
+)
+from adapt_pruner_jax.training.teacher_cache import TeacherCache, fill
 
 
 def stage_tokens(inputs: Inputs, stage: int) -> int:
@@ -56,7 +67,7 @@ def compile_ahead(
 def recover(
   state: State,
   inputs: Inputs,
-  teacher: tuple[ModelConfig, Params] | None,
+  teacher: Callable[[], tuple[ModelConfig, Params] | None],
   save: Callable[[], None],
   stopping: Stopping | Ending,
   ahead: loop.Ahead | None = None,
@@ -64,7 +75,8 @@ def recover(
   """Trains on the stage's share of the tokens, from `state.step` on.
 
   Args:
-    teacher: the pair to distil from, if the recipe does.
+    teacher: gives the pair to distil from, if the recipe does and its answers
+      are not cached.
     save: writes a checkpoint of `state`.
     stopping: from `stop_signals`, or with a deadline.
     ahead: the stage's step, if it has been compiling.
@@ -72,6 +84,11 @@ def recover(
   recipe, settings, log = inputs.recipe, inputs.recipe.train, inputs.log
   first = stage_end(inputs, state.stage - 1)
   last = stage_end(inputs, state.stage)
+  batches, taught = inputs.rows.batches, None
+  if step.likeliest(settings, inputs.full):
+    batches = cached(state, inputs, last, stopping)
+  else:
+    taught = teacher()
   training = loop.start(
     (state.config, state.params),
     settings,
@@ -79,11 +96,13 @@ def recover(
     inputs.mesh,
     adapters=state.adapters,
     opt_state=state.opt_state,
-    teacher=teacher,
+    teacher=taught,
     seed=recipe.seed + state.stage,
     tokens=stage_tokens(inputs, state.stage),
     ahead=ahead,
   )
+  if (remat := recomputed(state.config, taught, inputs)) != settings.remat:
+    log.say(f"train.remat={settings.remat}: {remat}, by this device's memory")
   # Adapters are trained beside a copy, stacked or in eight bits, and merged
   # into the params that are there.
   base = training.step_fn.base
@@ -110,7 +129,7 @@ def recover(
       begun, before = time.monotonic(), state.step
       training, state.step = loop.recover(
         training,
-        inputs.rows.batches(state.step),
+        batches(state.step),
         state.step,
         min(last, state.step + steps_to_save(recipe.checkpoint, seconds)),
         inputs.mesh,
@@ -130,6 +149,60 @@ def recover(
     state.params = jax.device_put(state.params, where)
 
 
+def cached(
+  state: State, inputs: Inputs, last: int, stopping: Stopping | Ending
+) -> Callable[[int], Iterator[step.Batch]]:
+  """Batches from a step on, with the teacher's likeliest tokens of a cache.
+
+  First the teacher answers what the cache lacks of the stage's rows; it is
+  loaded for that, and given up behind it.
+
+  Args:
+    last: the step behind the stage.
+    state, inputs, stopping: as `recover`'s.
+  """
+  recipe, number = (
+    inputs.recipe,
+    step.likeliest(inputs.recipe.train, inputs.full),
+  )
+  who = digest.of_json(
+    [
+      weights_fingerprint(inputs.source),
+      *(recipe.train.dtype, recipe.model.ignore_fields, losses.TEMPERATURE),
+    ]
+  )
+  name = f"teacher-{who}-{recipe.data.seq_len}-{number}.bin"
+  cache = TeacherCache(
+    inputs.path / "cache" / name, recipe.data.seq_len, number
+  )
+  left, per_step = last - state.step, recipe.data.step_tokens
+  rows = itertools.islice(inputs.rows.batches(state.step), left)
+  answered = fill(
+    cache, rows, lambda: teacher_of(inputs), recipe.train, inputs.mesh
+  )
+  title = f"stage {state.stage} of {recipe.prune.stages}: teacher's tokens"
+  with inputs.log.phase(title, left * per_step, "tokens") as phase:
+    for done in answered:
+      phase.update(done * per_step)
+      if stopping.now():
+        return inputs.rows.batches  # no step is taken any more
+  return lambda first: cache.with_taught(inputs.rows.batches(first))
+
+
+def recomputed(
+  config: ModelConfig,
+  teacher: tuple[ModelConfig, Params] | None,
+  inputs: Inputs,
+) -> str:
+  """What `train.remat` becomes for a model."""
+  recipe = inputs.recipe
+  shape = recipe.data.batch // recipe.train.accumulation, recipe.data.seq_len
+  taught = teacher and teacher[0]
+  return memory.with_remat(
+    recipe.train, config, taught, shape, inputs.mesh
+  ).remat
+
+
 def teacher_of(inputs: Inputs) -> tuple[ModelConfig, Params] | None:
   """The model before any pruning, where training distils from it, as stored.
 
@@ -144,7 +217,7 @@ def teacher_of(inputs: Inputs) -> tuple[ModelConfig, Params] | None:
 
 def abstract_teacher(inputs: Inputs) -> tuple[ModelConfig, Params] | None:
   """`teacher_of` as shapes with shardings; no weight is read."""
-  if not _distils(inputs):
+  if not _distils(inputs) or inputs.recipe.train.teacher_cache:
     return None
   config, tree = load.stored(str(inputs.source), None, _ignored(inputs))
   settings, mesh = inputs.recipe.train, inputs.mesh

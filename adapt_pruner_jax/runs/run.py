@@ -138,6 +138,7 @@ def _run(inputs: Inputs, stopping: Stopping, anew: bool) -> dict:
 
     def save() -> None:
       state.seconds = earlier + time.monotonic() - begun
+      inputs.log.outbox.flush()  # what a checkpoint goes on behind
       save_checkpoint(checkpoints, state, inputs)
 
     def stop_if_asked() -> None:
@@ -155,9 +156,10 @@ def _run(inputs: Inputs, stopping: Stopping, anew: bool) -> dict:
         require_same(inputs, state)
         save()
       if state.step < stage_end(inputs, state.stage):
-        recover(state, inputs, teacher(), save, ending, ahead)
+        recover(state, inputs, teacher, save, ending, ahead)
         stop_if_asked()
       evaluate(state, inputs)
+      inputs.log.outbox.merge()
       state.stage, state.pruned, ahead = state.stage + 1, False, None
     stop_if_asked()
     return finish(state, inputs, earlier + time.monotonic() - begun)
@@ -165,13 +167,14 @@ def _run(inputs: Inputs, stopping: Stopping, anew: bool) -> dict:
 
 def tidy(state: State, inputs: Inputs) -> None:
   """Takes out of the work directory what is behind the state."""
+  log = inputs.log
   if agreement.is_writer():
-    json_files.rewrite_lines(inputs.path / "trace.jsonl", state.trace)
+    log.outbox.rewrite(inputs.path / "trace.jsonl", state.trace)
   evaluated = state.saves > 0 and read_evaluated(state, inputs) is not None
   if not evaluated:
     forget(EVALUATED, inputs)  # it is of arrays that are gone
   if state.saves:
-    inputs.log.rewind("eval", len(state.stages) + evaluated + 1)
+    log.rewind("eval", len(state.stages) + evaluated + 1)
 
 
 # ---- Prune, refit ------------------------------------------------------------
@@ -194,7 +197,7 @@ def prune(
   ahead = None
   steps, after = read_pruning(state, inputs)
   if steps and agreement.is_writer():
-    json_files.rewrite_lines(inputs.path / "trace.jsonl", state.trace + steps)
+    log.outbox.rewrite(inputs.path / "trace.jsonl", state.trace + steps)
   log.rewind("prune", first + len(steps) + 1)
   refits_before = (state.stage - 1) * MATRICES * inputs.full.num_layers
   log.rewind("refit", refits_before)
@@ -212,7 +215,7 @@ def prune(
       record = {"stage": state.stage} | record
       steps.append(record)
       if agreement.is_writer():
-        json_files.append_line(inputs.path / "trace.jsonl", record)
+        log.outbox.append(inputs.path / "trace.jsonl", record)
       write_pruning(step, steps, state, inputs)
       params, loss = record["params"], record["loss"]
       width = surgery.widths(step.masks)
@@ -353,9 +356,13 @@ def finish(state: State, inputs: Inputs, seconds: float) -> dict:
   if agreement.is_writer():
     layers = zip(state.kept["K"], state.kept["F"], strict=True)
     kept = [{"kv_groups": k.tolist(), "ffn": f.tolist()} for k, f in layers]
+    if "X" in state.kept:
+      rows = zip(kept, state.kept["X"], strict=True)
+      kept = [row | {"experts": x.tolist()} for row, x in rows]
     tokens = {"vocab": vocabulary.kept(inputs.source)} if inputs.whole else {}
     json_files.write_json(path / "kept.json", {"layers": kept} | tokens)
-    json_files.rewrite_lines(path / "trace.jsonl", state.trace)
+    log.outbox.rewrite(path / "trace.jsonl", state.trace)
+    log.outbox.merge()
     json_files.write_json(path / "summary.json", summary)
     report.write(path)
   return summary

@@ -155,7 +155,7 @@ def _abstract_state(meta: dict, inputs: Inputs) -> dict:
       config, settings.lora_rank, inputs.mesh
     )
   if meta["optimizer"]:
-    transform = optimizer.optimizer(settings.weight_decay)
+    transform = optimizer.of(settings)
     trained, where = trees["adapters"] if meta["lora"] else trees["params"]
     trees["opt_state"] = (
       jax.eval_shape(transform.init, trained),
@@ -224,7 +224,7 @@ def write_pruning(
     ],
     "trace": steps,
   }
-  _write_sealed(inputs.path / PRUNING, content)
+  _write_sealed(inputs.path / PRUNING, content, inputs)
 
 
 def read_pruning(
@@ -264,9 +264,9 @@ def read_pruning(
 def write_evaluated(result: dict, state: State, inputs: Inputs) -> None:
   """Keeps a stage's result; its arrays are in the newest checkpoint."""
   if agreement.is_writer():
-    _write_sealed(
-      inputs.path / EVALUATED, {"checkpoint": state.saves, "result": result}
-    )
+    content = {"checkpoint": state.saves, "result": result}
+    _write_sealed(inputs.path / EVALUATED, content, inputs)
+    inputs.log.outbox.flush()
 
 
 def read_evaluated(state: State, inputs: Inputs) -> dict | None:
@@ -283,16 +283,16 @@ def read_evaluated(state: State, inputs: Inputs) -> dict | None:
 def forget(name: str, inputs: Inputs) -> None:
   """Removes one of the two files, if it is there."""
   if agreement.is_writer():
-    (inputs.path / name).unlink(missing_ok=True)
+    inputs.log.outbox.remove(inputs.path / name)
 
 
 # ---- Files that say whether they are whole -----------------------------------
 
 
-def _write_sealed(path: Path, content: dict) -> None:
+def _write_sealed(path: Path, content: dict, inputs: Inputs) -> None:
   content = json_files.plain(content)
   record = {"sha256": digest.of_json(content), "content": content}
-  json_files.write_json(path, record)
+  inputs.log.outbox.replace(path, record)
 
 
 def _read_sealed(

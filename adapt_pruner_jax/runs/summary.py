@@ -17,6 +17,7 @@ from adapt_pruner_jax.runs.fingerprints import versions
 from adapt_pruner_jax.runs.inputs import Inputs
 from adapt_pruner_jax.runs.state import State
 from adapt_pruner_jax.storage import json_files, lock
+from adapt_pruner_jax.storage.places import in_bucket
 
 
 def summarise(
@@ -63,8 +64,8 @@ def summarise(
     "train_tokens": tokens,
     "epochs": round(inputs.rows.epochs(tokens), 4) if inputs.rows else 0.0,
     "seconds": round(seconds, 3),
-    "heads_before": [k * full.queries_per_group for k in full.kv_groups],
-    "heads_after": [k * new.queries_per_group for k in new.kv_groups],
+    "heads_before": list(full.heads()),
+    "heads_after": list(new.heads()),
     "kv_heads_before": list(full.kv_groups),
     "kv_heads_after": list(new.kv_groups),
     "ffn_before": list(full.ffn_widths),
@@ -114,6 +115,10 @@ def disk_sizes(source: Path, exported: Path) -> dict[str, int]:
 
 def weight_bytes(folder: Path) -> int:
   """Bytes of a model's safetensors files, or of all files without any."""
+  if in_bucket(folder):
+    sizes = {n: i["size"] for n, i in folder.files().items()}
+    of_weights = [n for n in sizes if n.endswith(".safetensors")]
+    return sum(sizes[name] for name in of_weights or sizes)
   if folder.is_file():
     return folder.stat().st_size
   for pattern in ("model.safetensors", "model-*.safetensors", "**/*"):

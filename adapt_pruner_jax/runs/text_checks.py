@@ -116,9 +116,8 @@ def check_channels(
   Raises:
     UserError: fewer than `calibration.tokens_per_channel`.
   """
-  heads = full.queries_per_group * full.head_dim
   channels = max(
-    full.hidden_size, max(full.kv_groups) * heads, max(full.ffn_widths)
+    full.hidden_size, max(full.head_channels()), max(full.ffn_widths)
   )
   needs = {}
   if (score := settings.pair()[1]) in SECOND_ORDER:

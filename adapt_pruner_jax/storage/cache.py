@@ -9,16 +9,20 @@ from pathlib import Path
 import jax
 from absl import logging
 
+from adapt_pruner_jax.storage import digest
+from adapt_pruner_jax.storage.places import in_bucket, to_path
+
 LARGEST = 4 * 2**30  # bytes of compiled programs that are kept
 
 
 def home() -> Path:
   """$ADAPT_PRUNER_CACHE, else ~/.cache/adapt_pruner_jax; it may not exist yet.
 
-  A user without a home has a folder of the system's temporary one.
+  It is on this machine: of a bucket that is named only `tokens` makes use. A
+  user without a home has a folder of the system's temporary one.
   """
   given = os.environ.get("ADAPT_PRUNER_CACHE")
-  if given:
+  if given and not in_bucket(given):
     return Path(given).expanduser()
   with contextlib.suppress(RuntimeError):  # no HOME and no entry in passwd
     return Path.home() / ".cache" / "adapt_pruner_jax"
@@ -31,13 +35,27 @@ def home() -> Path:
   return folder
 
 
+def beside(workdir: Path) -> Path:
+  """A folder for what belongs to a work directory and can be made again.
+
+  It is in the work directory, or on this machine for one in a bucket.
+  """
+  if not in_bucket(workdir):
+    return workdir / "cache"
+  name = digest.of_bytes(str(workdir).encode())[:16]
+  return home() / "workdirs" / name
+
+
 def tokens(workdir: Path) -> Path:
   """Where the tokens of texts are kept, for the runs of all work directories.
 
   Several processes may be on several machines, and have only the work directory
   and what $ADAPT_PRUNER_CACHE names in common.
   """
-  if jax.process_count() > 1 and not os.environ.get("ADAPT_PRUNER_CACHE"):
+  given = os.environ.get("ADAPT_PRUNER_CACHE", "")
+  if in_bucket(given):
+    return to_path(given) / "tokens"
+  if jax.process_count() > 1 and not given:
     return workdir / "cache"
   return home() / "tokens"
 

@@ -8,6 +8,10 @@ would leave a listed step with parts missing: they are moved to a trash
 directory, which process 0 empties. It does not checksum the arrays, and a
 flipped bit would be garbage that nobody sees: `meta` has a fingerprint of each
 array, and a digest of itself.
+
+In a bucket, where nothing can be renamed, Orbax writes under the step's own
+name and commits it by an object. An old step that a kill left half deleted is
+listed there until the next save deletes it: it is older than `keep` others.
 """
 
 import contextlib
@@ -25,8 +29,10 @@ from adapt_pruner_jax.distributed import agreement
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.storage import digest, orbax_messages, publish
 from adapt_pruner_jax.storage.fingerprint import fingerprints, named_leaves
+from adapt_pruner_jax.storage.places import in_bucket
 
 TRASH = "trash"
+COMMITTED = "commit_success.txt"  # by which Orbax commits a step in a bucket
 _DISK_FULL = {
   errno.ENOSPC: "No space left on device",
   errno.EDQUOT: "Disk quota exceeded",
@@ -58,8 +64,13 @@ class Checkpoints:
     self.directory = directory.absolute()
     self._say = say
     orbax_messages.orbax()
+    if in_bucket(directory):
+      from adapt_pruner_jax.storage import orbax_s3
+
+      orbax_s3.allow()
     agreement.on_writer(self._tidy)
-    publish.require_shared(self.directory)
+    if not in_bucket(directory):  # which has no directory of its own
+      publish.require_shared(self.directory)
     self._manager = ocp.CheckpointManager(
       self.directory,
       options=ocp.CheckpointManagerOptions(
@@ -150,7 +161,7 @@ class Checkpoints:
     """
     with self._explained():
       self._manager.wait_until_finished()
-    if agreement.is_writer():
+    if agreement.is_writer() and not in_bucket(self.directory):
       shutil.rmtree(self.directory / TRASH, ignore_errors=True)
 
   def close(self) -> None:
@@ -164,18 +175,24 @@ class Checkpoints:
     try:
       self.directory.mkdir(parents=True, exist_ok=True)
       for path in self.directory.iterdir():
-        if path.name == TRASH or ".orbax-checkpoint-tmp" in path.name:
-          shutil.rmtree(path)
+        if self._is_left_behind(path):
+          publish.remove(path)
     except OSError as error:
       raise publish.unwritable(self.directory, error) from error
 
+  def _is_left_behind(self, path: Path) -> bool:
+    """Whether it is of a save or a removal that a kill has cut off."""
+    if in_bucket(path):
+      return path.name.isdigit() and not (path / COMMITTED).exists()
+    return path.name == TRASH or ".orbax-checkpoint-tmp" in path.name
+
   @contextlib.contextmanager
   def _explained(self) -> Iterator[None]:
-    """A full disk becomes a UserError."""
+    """A full disk becomes a UserError, and what a bucket refuses."""
     try:
       yield
     except Exception as error:
-      reason = _disk_full(error)
+      reason = _disk_full(error) or _refused(error, self.directory)
       if reason is None:
         raise
       intact = self.steps()
@@ -232,7 +249,7 @@ class Checkpoints:
         number += 1
         target = self.directory / f"damaged-{step}-{number}"
       try:
-        (self.directory / str(step)).rename(target)
+        publish.move(self.directory / str(step), target)
       except OSError as error:
         raise UserError(
           f"the checkpoint {self.directory / str(step)} is damaged ({damage}) "
@@ -293,11 +310,27 @@ def _disk_full(error: Exception) -> str | None:
   return None
 
 
+def _refused(error: Exception, path: Path) -> str | None:
+  """What a bucket complains of, if `path` is in one."""
+  if not in_bucket(path):
+    return None
+  from adapt_pruner_jax.storage import bucket_path
+
+  while not isinstance(error, UserError) and error.__cause__ is not None:
+    error = error.__cause__
+  if isinstance(error, UserError):
+    return str(error)
+  return bucket_path.explain(error, path)
+
+
 def _raise_if_not_damage(error: Exception, path: Path) -> None:
   """Raises if the files may be fine and could not be read all the same."""
   if isinstance(error, MemoryError | jax.errors.JaxRuntimeError):
     raise error
   absent = isinstance(error, FileNotFoundError | NotADirectoryError)
+  reason = None if absent else _refused(error, path)
+  if reason:
+    raise UserError(f"cannot read the checkpoint: {reason}") from error
   if isinstance(error, OSError) and not absent:
     raise UserError(
       f"cannot read the checkpoint {path}: {error.strerror}"

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from adapt_pruner_jax.errors import UserError
+from adapt_pruner_jax.storage.places import bucket, in_bucket
 from adapt_pruner_jax.storage.publish import unwritable, write_text
 
 # ---- JSON --------------------------------------------------------------------
@@ -57,15 +58,15 @@ def read_lines(path: Path) -> list[Any]:
     UserError: unreadable, or another line is damaged.
   """
   try:
-    *lines, _ = path.read_bytes().split(b"\n")
+    *lines, _ = _content(path).split(b"\n")
   except FileNotFoundError:
     return []
   except OSError as error:
     raise UserError(f"cannot read {path}: {error.strerror}") from error
   rows = []
-  for number, line in enumerate(lines, start=1):
+  for number, text in enumerate(lines, start=1):
     try:
-      rows.append(json.loads(line))
+      rows.append(json.loads(text))
     except ValueError as error:
       raise UserError(
         f"{path}, line {number} is damaged, it is not JSON: {error}; restore "
@@ -74,13 +75,19 @@ def read_lines(path: Path) -> list[Any]:
   return rows
 
 
+def _content(path: Path) -> bytes:
+  if not in_bucket(path):
+    return path.read_bytes()
+  return bucket().grown(path)
+
+
 def append_line(path: Path, row: Any) -> None:
   """Adds a row; a line that a kill had cut off before is removed first.
 
   One `write`, so that a kill leaves all or nothing of it; not synced to disk,
   as this is called often.
   """
-  line = json.dumps(plain(row)).encode() + b"\n"
+  added = line(row).encode()
   try:
     with open(path, "ab+", buffering=0) as file:
       size = file.seek(0, os.SEEK_END)
@@ -89,7 +96,7 @@ def append_line(path: Path, row: Any) -> None:
         file.seek(0)
         size = file.read().rfind(b"\n") + 1
         file.truncate(size)
-      if file.write(line) != len(line):
+      if file.write(added) != len(added):
         file.truncate(size)
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
   except OSError as error:
@@ -98,7 +105,12 @@ def append_line(path: Path, row: Any) -> None:
 
 def rewrite_lines(path: Path, rows: Iterable[Any]) -> None:
   """Writes a whole JSONL file, or leaves the old one as it was."""
-  write_text(path, "".join(json.dumps(plain(row)) + "\n" for row in rows))
+  write_text(path, "".join(map(line, rows)))
+
+
+def line(row: Any) -> str:
+  """A row as it is written, with its newline."""
+  return json.dumps(plain(row)) + "\n"
 
 
 def plain(value: Any) -> Any:

@@ -13,6 +13,7 @@ from absl import logging
 from adapt_pruner_jax.distributed.agreement import on_writer
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.storage import publish
+from adapt_pruner_jax.storage.places import in_bucket
 
 LOCK = "run.lock"
 # What flock says on a file system that has no locks.
@@ -26,12 +27,24 @@ def lock(workdir: Path) -> Iterator[None]:
   Raises:
     UserError: another run holds it, or it cannot be written to.
   """
-  file = on_writer(lambda: _take(workdir))
+  with contextlib.ExitStack() as stack:
+    on_writer(lambda: stack.enter_context(_locked(workdir)))
+    yield
+
+
+@contextlib.contextmanager
+def _locked(workdir: Path) -> Iterator[None]:
+  if in_bucket(workdir):
+    from adapt_pruner_jax.storage import bucket_lock
+
+    with bucket_lock.lock(workdir, LOCK):
+      yield
+    return
+  file = _take(workdir)
   try:
     yield
   finally:
-    if file is not None:
-      os.close(file)
+    os.close(file)
 
 
 def _take(workdir: Path) -> int:

@@ -18,6 +18,7 @@ from pathlib import Path
 from absl import logging
 
 from adapt_pruner_jax.errors import UserError
+from adapt_pruner_jax.storage.places import bucket, in_bucket
 
 AGAIN = "mend that and run the same command again, or give another place"
 SHOWS = 90  # seconds that another machine's file may take to show
@@ -38,8 +39,11 @@ def file(path: Path, advice: str = AGAIN) -> Iterator[Path]:
   Raises:
     UserError: it cannot be written.
   """
-  with _beside(path, advice) as temporary:
+  with _beside(_written_at(path), advice) as temporary:
     yield temporary
+    if in_bucket(path):
+      bucket().put(temporary, path)
+      return
     _sync(temporary)
     real = Path(os.path.realpath(path))
     os.replace(temporary, real)
@@ -64,9 +68,12 @@ def directory(
     UserError: it cannot be written.
   """
   put_back(path)
-  with _beside(path, advice) as temporary:
+  with _beside(_written_at(path), advice) as temporary:
     temporary.mkdir()
     yield temporary
+    if in_bucket(path):
+      bucket().put_directory(temporary, path, replace)
+      return
     for found in sorted(temporary.rglob("*"), reverse=True):
       _sync(found)  # what is in a directory, and then the directory
     _sync(temporary)
@@ -79,6 +86,9 @@ def write_text(path: Path, text: str) -> None:
   Raises:
     UserError: it cannot be written.
   """
+  if in_bucket(path):
+    path.write_bytes(text.encode())
+    return
   with file(path) as temporary:
     temporary.write_text(text, encoding="utf-8")
 
@@ -88,6 +98,8 @@ def put_back(path: Path) -> None:
 
   That is between two renames, on file systems that cannot swap two names.
   """
+  if in_bucket(path):
+    return
   aside = _aside(path)
   if aside.is_dir() and not path.exists():
     with contextlib.suppress(OSError):  # another process was faster
@@ -100,7 +112,8 @@ def remove_cut_off(path: Path) -> None:
 
   For those who alone publish there, as they hold a lock.
   """
-  _remove_abandoned(path.parent, _prefix(path), 0)
+  real = _written_at(path)
+  _remove_abandoned(real.parent, _prefix(real), 0)
 
 
 def wait_for(path: Path, seconds: float | None = None) -> bool:
@@ -119,8 +132,8 @@ def wait_for(path: Path, seconds: float | None = None) -> bool:
     if time.monotonic() > end:
       return False
     time.sleep(0.2)
-    with contextlib.suppress(OSError):
-      os.listdir(path.parent)  # some ask the server only for this
+    with contextlib.suppress(OSError):  # some ask the server only for this
+      any(path.parent.iterdir())
   return True
 
 
@@ -173,6 +186,8 @@ def require_free(
     path.parent.mkdir(parents=True, exist_ok=True)
   except OSError as error:
     raise unwritable(path, error) from error
+  if in_bucket(path):  # where else than in the parent, it will show
+    return
   with _beside(path, AGAIN) as temporary:
     temporary.touch()
 
@@ -196,9 +211,9 @@ def require_renames(folder: Path) -> None:
   except OSError as error:
     raise UserError(
       f"--workdir={folder}: directories cannot be renamed there "
-      f"({error.strerror}), which checkpoints and exports need: mount a bucket "
-      "that has a hierarchical namespace, or with --rename-dir-limit=200000 "
-      "(Cloud Storage FUSE), or give a disk or NFS"
+      f"({error.strerror}), which checkpoints and exports need: give the "
+      "bucket itself, --workdir=gs://BUCKET/... or s3://BUCKET/..., or a disk "
+      "or NFS; or mount it with --rename-dir-limit=200000 (Cloud Storage FUSE)"
     ) from error
   finally:
     _remove(tried)
@@ -211,6 +226,8 @@ def require_space(directory: Path, num_bytes: int, what: str) -> None:
   Args:
     what: the subject of the message, such as "the export".
   """
+  if in_bucket(directory):
+    return
   free = shutil.disk_usage(directory).free
   needed = num_bytes + num_bytes // 50 + 2**20  # indices and metadata
   if free < needed:
@@ -231,12 +248,43 @@ def unwritable(path: Path, error: OSError, advice: str = AGAIN) -> UserError:
 
 
 def _is_ours(path: Path, marks: Sequence[str]) -> bool:
+  if in_bucket(path):  # one that was not written to its end, too
+    marks = (*marks, bucket().INCOMPLETE)
   return path.is_dir() and (
     not any(path.iterdir()) or any((path / name).is_file() for name in marks)
   )
 
 
+def remove(path: Path) -> None:
+  """Deletes a file, or a directory with all in it, if it is there."""
+  if in_bucket(path):
+    path.rmtree(missing_ok=True)
+  elif path.is_dir() and not path.is_symlink():
+    shutil.rmtree(path)
+  else:
+    path.unlink(missing_ok=True)
+
+
+def move(path: Path, target: Path) -> None:
+  """Renames a directory, or copies and deletes what is in it in a bucket."""
+  if in_bucket(path):
+    bucket().move(path, target)
+  else:
+    path.rename(target)
+
+
 # ---- How it is done ----------------------------------------------------------
+
+
+def _written_at(path: Path) -> Path:
+  """Where on this machine a file or directory is written, to be published."""
+  if not in_bucket(path):
+    return path
+  from adapt_pruner_jax.storage import cache
+
+  folder = cache.beside(path.parent) / "uploads"
+  folder.mkdir(parents=True, exist_ok=True)
+  return folder / path.name
 
 
 @contextlib.contextmanager

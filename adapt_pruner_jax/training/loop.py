@@ -26,6 +26,7 @@ from adapt_pruner_jax.training.step import (
   abstract_batch,
   abstract_state,
   init_optimizer,
+  likeliest,
   make_step,
 )
 
@@ -89,7 +90,7 @@ def compile_ahead(
   step_fn = make_step(*given, base=base, teacher=teacher, runs=runs)
 
   def compiled() -> Any:
-    batch = abstract_batch(*shape, mesh)
+    batch = abstract_batch(*shape, mesh, likeliest(settings, config))
     return step_fn.lower(trained, state, batch).compile()
 
   pool = ThreadPoolExecutor(1)
@@ -122,7 +123,8 @@ def start(
     mesh: devices that batches are cut over.
     adapters: those to go on with; None = new ones, drawn from `seed`.
     opt_state: the state to go on with; None = a fresh one.
-    teacher: the pair to distil from, if `settings.distill_alpha` > 0.
+    teacher: the pair to distil from, if `settings.distill_alpha` > 0 and no
+      cache of it is in the batches.
     seed: of new adapters.
     step_fn: of an earlier start with the same shapes, settings and teacher;
       None = a new one, which compiles at its first call.
@@ -144,7 +146,7 @@ def start(
   if step_fn is None:
     runs = stacking.choose(config, settings, mesh, tokens)
     base = stacking.stack(runs, base, mesh)
-    if settings.distill_alpha:
+    if settings.distill_alpha and teacher is not None:
       teacher = stacking.teacher(teacher, settings, mesh)
     given = config, settings, schedule, mesh
     step_fn = make_step(*given, base=base, teacher=teacher, runs=runs)
@@ -182,11 +184,7 @@ def recover(
     UserError: a non-finite loss, or the data ended.
   """
   step_fn = training.step_fn
-  # Donated, so that no more than a run of layers is there twice.
-  trained, opt_state = (
-    stacking.stack(step_fn.runs, tree, mesh, donate=True)
-    for tree in training[1:]
-  )
+  trained, opt_state = stacked(training, mesh)
   running = None
   step = first_step
   while step < last_step:
@@ -211,6 +209,19 @@ def recover(
     for tree in (trained, opt_state)
   )
   return Training(step_fn, trained, opt_state), step
+
+
+def stacked(training: Training, mesh: Mesh) -> tuple[Any, Any]:
+  """What is trained, and its state, as the step takes them.
+
+  The arrays of `training` are donated, so that no more than a run of layers is
+  there twice.
+  """
+  runs = training.step_fn.runs
+  trained, opt_state = (
+    stacking.stack(runs, tree, mesh, donate=True) for tree in training[1:]
+  )
+  return trained, opt_state
 
 
 def _report(

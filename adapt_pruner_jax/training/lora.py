@@ -18,7 +18,10 @@ from adapt_pruner_jax.models.arithmetic import Int8, LowRank
 from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.model_config import ModelConfig
 
-LORA_NAMES = ("q", "k", "v", "o", "gate", "up", "down")
+LORA_NAMES = (
+  *("q", "q_gate", "k", "v", "o", "gate", "up", "down"),
+  *("delta_q", "delta_k", "delta_v", "delta_gate", "delta_o"),
+)
 
 
 def init_lora(
@@ -26,8 +29,8 @@ def init_lora(
 ) -> dict[str, Any]:
   """Adapters that change nothing yet (arXiv 2106.09685), float32.
 
-  One {"a": [in..., rank], "b": [rank, out...]} for each of the seven matrices
-  of each layer; `a` is random, `b` zero.
+  One {"a": [in..., rank], "b": [rank, out...]} for each matrix of each layer;
+  `a` is random, `b` zero.
 
   Args:
     config: of the model.

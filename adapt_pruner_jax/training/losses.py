@@ -1,9 +1,12 @@
 """Training losses, as sums: a mean over microbatches is then exact."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
 TEMPERATURE = 2.0
+LEAST_REST = 1e-6  # of all tokens that are not the likeliest; float32's noise
 
 
 def log_probs(
@@ -63,6 +66,63 @@ def distillation(
   log_t = jax.nn.log_softmax(teacher_BTV / temperature, axis=-1)
   log_s = jax.nn.log_softmax(student_BTV / temperature, axis=-1)
   kl_BT = (jnp.exp(log_t) * (log_t - log_s)).sum(-1)
+  return _weighted(kl_BT * temperature**2, weights_BT)
+
+
+class Likeliest(NamedTuple):
+  """The tokens that a teacher finds likeliest, as a cache keeps them.
+
+  Attributes:
+    ids_BTC: C token ids a position.
+    log_probs_BTC: theirs, of logits over the temperature.
+  """
+
+  ids_BTC: jax.Array
+  log_probs_BTC: jax.Array
+
+
+def likeliest(
+  logits_BTV: jax.Array, number: int, temperature: float = TEMPERATURE
+) -> Likeliest:
+  """The tokens of highest probability, and their log-probabilities.
+
+  Args:
+    logits_BTV: of a teacher.
+    number: how many, at most V.
+    temperature: what the logits are divided by.
+  """
+  logits_BTV = logits_BTV.astype(jnp.float32) / temperature
+  top_BTC, ids_BTC = jax.lax.top_k(logits_BTV, number)
+  total_BT1 = jax.nn.logsumexp(logits_BTV, axis=-1, keepdims=True)
+  return Likeliest(ids_BTC, top_BTC - total_BT1)
+
+
+def distillation_by_likeliest(
+  student_BTV: jax.Array,
+  taught: Likeliest,
+  weights_BT: jax.Array,
+  temperature: float = TEMPERATURE,
+) -> tuple[jax.Array, jax.Array]:
+  """`distillation` from the teacher's likeliest tokens alone.
+
+  All other tokens together are one more outcome, so that it is KL too, never
+  more than the whole one and equal to it with all tokens.
+
+  Args:
+    student_BTV: logits.
+    taught: of the teacher, at the same temperature.
+    weights_BT, temperature: as `distillation`'s.
+  """
+  student_BTV = student_BTV.astype(jnp.float32) / temperature
+  total_BT1 = jax.nn.logsumexp(student_BTV, axis=-1, keepdims=True)
+  own_BTC = jnp.take_along_axis(student_BTV, taught.ids_BTC, axis=-1)
+  log_s, log_t = own_BTC - total_BT1, taught.log_probs_BTC.astype(jnp.float32)
+  share_t = jnp.exp(log_t)
+  rest_t, rest_s = (
+    jnp.maximum(1 - p.sum(-1), LEAST_REST) for p in (share_t, jnp.exp(log_s))
+  )
+  kl_BT = (share_t * (log_t - log_s)).sum(-1)
+  kl_BT += rest_t * (jnp.log(rest_t) - jnp.log(rest_s))
   return _weighted(kl_BT * temperature**2, weights_BT)
 
 

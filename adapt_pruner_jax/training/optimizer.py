@@ -52,13 +52,43 @@ def schedule(settings: Train, total_steps: int) -> Schedule:
   return learning_rate
 
 
-def optimizer(weight_decay: float) -> optax.GradientTransformation:
-  """Clip, then AdamW without its learning rate (decay is decoupled)."""
+def optimizer(
+  weight_decay: float, moments: str = "float32"
+) -> optax.GradientTransformation:
+  """Clip, then AdamW without its learning rate (decay is decoupled).
+
+  Args:
+    weight_decay: how much of a matrix goes, times the learning rate.
+    moments: the dtype that Adam's are kept in; they are computed in float32.
+  """
+  adam = optax.scale_by_adam(b1=B1, b2=B2, eps=EPS, mu_dtype=jnp.float32)
   return optax.chain(
     optax.clip_by_global_norm(CLIP_NORM),
-    optax.scale_by_adam(b1=B1, b2=B2, eps=EPS, mu_dtype=jnp.float32),
+    adam if moments == "float32" else _kept_as(moments, adam),
     optax.add_decayed_weights(weight_decay, mask=decayed),
   )
+
+
+def of(settings: Train) -> optax.GradientTransformation:
+  """The optimizer of a training."""
+  return optimizer(settings.weight_decay, settings.moments)
+
+
+def _kept_as(
+  dtype: str, adam: optax.GradientTransformation
+) -> optax.GradientTransformation:
+  """Adam whose moments are rounded to `dtype` between steps."""
+
+  def cast(state: Any, dtype: Any) -> Any:
+    round_ = lambda tree: jax.tree.map(lambda x: x.astype(dtype), tree)
+    return state._replace(mu=round_(state.mu), nu=round_(state.nu))
+
+  def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    updates, state = adam.update(grads, cast(state, jnp.float32), params)
+    return updates, cast(state, dtype)
+
+  init = lambda params: cast(adam.init(params), dtype)
+  return optax.GradientTransformation(init, update)
 
 
 def decayed(params: axes.Params) -> Any:

@@ -11,32 +11,25 @@ import dataclasses
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import CustomVJPPrimal
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
 from adapt_pruner_jax.distributed import sharding
-from adapt_pruner_jax.models import axes, decoder
+from adapt_pruner_jax.models import decoder
 from adapt_pruner_jax.models.arithmetic import project_gradients
 from adapt_pruner_jax.models.model_config import ModelConfig
-from adapt_pruner_jax.training import losses
+from adapt_pruner_jax.training import losses, output_matrix
 
 CHUNK = 2**26  # numbers that a device has at a time
-CUT = ("tensor", "fsdp", "data")  # mesh axes that cut V, the first the coarsest
-NOBODY = -1e30  # the logit of padding; -inf would make nan of 0 * inf
-
-
-class Placed(NamedTuple):
-  """An output matrix, padded and cut along V."""
-
-  matrix: jax.Array
+CPU_CHUNK = 2**24  # its caches are small, and so may its memory be
 
 
 # The stream behind the final norm, [B, T, D], and the output matrix.
-Ends = tuple[jax.Array, jax.Array | Placed]
+Ends = tuple[jax.Array, jax.Array | output_matrix.Placed]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +39,8 @@ class Objective:
   Attributes:
     config: of the model.
     mesh: its devices; None = wherever the arrays are.
-    teacher: of the model to distil from; None = no distillation.
+    teacher: of the model to distil from; None = none, or what it finds
+      likeliest is given.
     alpha: the share of distillation; the rest is cross entropy.
     temperature: as of `losses.distillation`.
   """
@@ -60,11 +54,11 @@ class Objective:
 
 def loss(
   objective: Objective,
-  matrix: jax.Array | Placed,
+  matrix: jax.Array | output_matrix.Placed,
   x_BTD: jax.Array,
   targets_BT: jax.Array,
   weights_BT: jax.Array,
-  taught: Ends | None = None,
+  taught: Ends | losses.Likeliest | None = None,
 ) -> tuple[jax.Array, jax.Array]:
   """The objective and the cross entropy in nats, summed over tokens.
 
@@ -74,10 +68,12 @@ def loss(
   Args:
     objective: what is summed.
     matrix: the output matrix of the model (`decoder.output_name`), or what
-      `place` made of it. It is multiplied in the dtype of `x_BTD`.
+      `output_matrix.place` made of it. It is multiplied in the dtype of
+      `x_BTD`.
     x_BTD: the stream behind the final norm.
     targets_BT, weights_BT: as of `losses.next_token`.
-    taught: of the teacher: its stream behind the final norm, and its matrix.
+    taught: of the teacher: its stream behind the final norm, and its matrix; or
+      the tokens that it finds likeliest; None = no distillation.
   """
   weights_BT = weights_BT.astype(jnp.float32)
   args = x_BTD, matrix, taught, targets_BT, weights_BT
@@ -109,7 +105,7 @@ def divergence(
 def token_log_probs(
   config: ModelConfig,
   mesh: Mesh | None,
-  matrix: jax.Array | Placed,
+  matrix: jax.Array | output_matrix.Placed,
   x_BTD: jax.Array,
   targets_BT: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
@@ -122,15 +118,36 @@ def token_log_probs(
   Returns:
     float32 [B, T], and bool [B, T].
   """
-  matrix = _used(config, matrix, x_BTD, mesh)
+  matrix = output_matrix.used_with(config, matrix, x_BTD, mesh)
 
   def chunk(x_BTD, targets_BT):
-    logits_BTV = logits(config, mesh, matrix, x_BTD)
+    logits_BTV = output_matrix.logits(config, mesh, matrix, x_BTD)
     log_probs_BT, target_BT = losses.log_probs(logits_BTV, targets_BT)
     # As argmax == target, but for exact ties; on a CPU it is 20 times faster.
     return (), (log_probs_BT, target_BT >= logits_BTV.max(-1))
 
   return over_chunks(chunk, config.vocab_size, mesh, x_BTD, targets_BT)[1]
+
+
+def likeliest(
+  config: ModelConfig,
+  mesh: Mesh | None,
+  matrix: jax.Array | output_matrix.Placed,
+  x_BTD: jax.Array,
+  number: int,
+) -> losses.Likeliest:
+  """The tokens that a model finds likeliest, at `losses.TEMPERATURE`.
+
+  Args:
+    config, mesh, matrix, x_BTD: as of `loss`.
+    number: of tokens, C.
+  """
+  matrix = output_matrix.used_with(config, matrix, x_BTD, mesh)
+  chunk = lambda x: (
+    (),
+    losses.likeliest(output_matrix.logits(config, mesh, matrix, x), number),
+  )
+  return over_chunks(chunk, config.vocab_size, mesh, x_BTD)[1]
 
 
 def over_chunks(
@@ -155,7 +172,7 @@ def over_chunks(
   # Of a token a device has its part of the logits, and all that is given.
   part = -(-vocab_size // (1 if mesh is None else mesh.size))
   given = max(math.prod(x.shape[2:]) for x in arrays)
-  tokens = max(1, CHUNK // max(part, given))
+  tokens = max(1, chunk_size(mesh) // max(part, given))
   number = min(T, -(-B * T // tokens))
   if number <= 1:
     return chunk(*arrays)
@@ -180,105 +197,12 @@ def over_chunks(
   return total, jax.tree.map(join, each)
 
 
-# ---- The matrix --------------------------------------------------------------
-
-
-def place(
-  config: ModelConfig, matrix: jax.Array | Placed, mesh: Mesh | None
-) -> Placed:
-  """The output matrix as losses take it.
-
-  They do it themselves; done in front of a loop it is done once.
-
-  Args:
-    config: of the model.
-    matrix: [V, D] tied, else [D, V], cut as `sharding.param_sharding` says; or
-      one that has been placed.
-    mesh: the devices; None = wherever the matrix is.
-  """
-  if isinstance(matrix, Placed) or mesh is None or mesh.size == 1:
-    return matrix if isinstance(matrix, Placed) else Placed(matrix)
-  axis = _axis(config)
-  pad = [(0, 0), (0, 0)]
-  pad[axis] = 0, _padding(config, mesh)
-  matrix = jnp.pad(matrix, pad)
-  for spec in _way(config, mesh):
-    matrix = _constrain(matrix, spec, mesh)
-  return Placed(matrix)
-
-
-def logits(
-  config: ModelConfig, mesh: Mesh | None, matrix: Placed, x_BTD: jax.Array
-) -> jax.Array:
-  """Logits float32 [B, T, V] of tokens few enough for that.
-
-  Args:
-    config, mesh: as of `loss`.
-    matrix: in the dtype of `x_BTD`; V has its padding.
-    x_BTD: the stream behind the final norm.
-  """
-  return _finish(config, _product(config, mesh, matrix, x_BTD))
-
-
-def _taken_back(
-  config: ModelConfig, gradient: jax.Array, mesh: Mesh | None
-) -> jax.Array:
-  """The gradient of a placed matrix, cut as the matrix was before."""
-  if mesh is None or mesh.size == 1:
-    return gradient
-  for spec in reversed(_way(config, mesh)):
-    gradient = _constrain(gradient, spec, mesh)
-  axis = _axis(config)
-  return jax.lax.slice_in_dim(gradient, 0, config.vocab_size, axis=axis)
-
-
-def _axis(config: ModelConfig) -> int:
-  return 0 if config.tied else 1
-
-
-def _along(axis: int, names: tuple[str, ...]) -> PartitionSpec:
-  return PartitionSpec(*(names if i == axis else None for i in range(2)))
-
-
-def _padding(config: ModelConfig, mesh: Mesh) -> int:
-  return -config.vocab_size % mesh.size
-
-
-def _way(config: ModelConfig, mesh: Mesh) -> list[PartitionSpec]:
-  """How the padded matrix is cut, from how it is stored to all along V.
-
-  In steps of one kind each, as XLA makes the matrix whole in between
-  otherwise: each device drops some of its own, or parts change places.
-  """
-  name, axis = decoder.output_name(config), _axis(config)
-  sizes = config.sizes()
-  padded = sizes | {"V": sizes["V"] + _padding(config, mesh)}
-  stored, wanted = (
-    sharding.param_sharding(name, axes.shape(name, s), mesh).spec
-    for s in (sizes, padded)
-  )
-  return [stored, wanted, _along(axis, CUT[:2]), _along(axis, CUT)]
-
-
-def _constrain(x: jax.Array, spec: PartitionSpec, mesh: Mesh | None):
-  if mesh is None or mesh.size == 1:
-    return x
-  return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
-
-
-def _product(config, mesh, matrix, x_BTD) -> jax.Array:
-  x_BTD = _constrain(x_BTD, PartitionSpec(), mesh)
-  raw_BTV = decoder.product(config, matrix.matrix, x_BTD)
-  return _constrain(raw_BTV, PartitionSpec(None, None, CUT), mesh)
-
-
-def _finish(config: ModelConfig, raw_BTV: jax.Array) -> jax.Array:
-  """Logits of products with a placed matrix."""
-  logits_BTV = decoder.finish(config, raw_BTV)
-  if raw_BTV.shape[-1] == config.vocab_size:
-    return logits_BTV
-  real_V = jnp.arange(raw_BTV.shape[-1]) < config.vocab_size
-  return jnp.where(real_V, logits_BTV, NOBODY)
+def chunk_size(mesh: Mesh | None) -> int:
+  """Logits that a device has at a time; `mesh` None = wherever arrays are."""
+  platform = jax.default_backend()
+  if mesh is not None:
+    platform = mesh.devices.flat[0].platform
+  return min(CHUNK, CPU_CHUNK) if platform == "cpu" else CHUNK
 
 
 # ---- The sums and their gradients --------------------------------------------
@@ -311,10 +235,12 @@ def _backward(objective, saved, dsums):
   if dmatrix is None:
     return dx_BTD, None, None, None, None
   dmatrix = scale(dmatrix, jax.tree.leaves(like)[0].dtype)
-  if isinstance(like, Placed):
-    dmatrix = Placed(dmatrix)
+  if isinstance(like, output_matrix.Placed):
+    dmatrix = output_matrix.Placed(dmatrix)
   else:
-    dmatrix = _taken_back(objective.config, dmatrix, objective.mesh)
+    dmatrix = output_matrix.taken_back(
+      objective.config, dmatrix, objective.mesh
+    )
   return dx_BTD, dmatrix, None, None, None
 
 
@@ -326,21 +252,28 @@ def _with_gradients(objective: Objective, primals: tuple, wanted: tuple):
   float32; None where they are not wanted."""
   x_BTD, matrix, taught, targets_BT, weights_BT = primals
   config, mesh = objective.config, objective.mesh
-  used = _used(config, matrix, x_BTD, mesh)
+  used = output_matrix.used_with(config, matrix, x_BTD, mesh)
   arrays = [x_BTD, targets_BT, weights_BT]
   if objective.teacher is not None:
     taught_BTD, taught_matrix = taught
-    taught_used = _used(objective.teacher, taught_matrix, taught_BTD, mesh)
+    taught_used = output_matrix.used_with(
+      objective.teacher, taught_matrix, taught_BTD, mesh
+    )
     arrays.append(taught_BTD)
+  elif taught is not None:
+    arrays += taught
 
   def chunk(x_BTD, *tokens):
-    targets_BT, weights_BT, *taught_BTD = tokens
-    taught_BTV = [
-      logits(objective.teacher, mesh, taught_used, x) for x in taught_BTD
-    ]
-    x_BTD = _constrain(x_BTD, PartitionSpec(), mesh)
-    raw_BTV = _product(config, mesh, used, x_BTD)
-    rest = targets_BT, weights_BT, *taught_BTV
+    targets_BT, weights_BT, *taught = tokens
+    if objective.teacher is not None:
+      taught = [
+        output_matrix.logits(objective.teacher, mesh, taught_used, *taught)
+      ]
+    elif taught:
+      taught = [losses.Likeliest(*taught)]
+    x_BTD = output_matrix.constrain(x_BTD, PartitionSpec(), mesh)
+    raw_BTV = output_matrix.product(config, mesh, used, x_BTD)
+    rest = targets_BT, weights_BT, *taught
     if not any(wanted):
       return (_of_products(raw_BTV, objective, *rest), None), None
     gradient = jax.value_and_grad(_of_products, has_aux=True)
@@ -349,8 +282,10 @@ def _with_gradients(objective: Objective, primals: tuple, wanted: tuple):
     dx_BTD, dmatrix = project_gradients(
       equation, x_BTD, used.matrix, g_BTV, jnp.float32
     )
-    dx_BTD = _constrain(dx_BTD, PartitionSpec(sharding.BATCH), mesh)
-    dmatrix = _constrain(dmatrix, _along(_axis(config), CUT), mesh)
+    dx_BTD = output_matrix.constrain(
+      dx_BTD, PartitionSpec(sharding.BATCH), mesh
+    )
+    dmatrix = output_matrix.cut(config, dmatrix, mesh)
     return (sums, dmatrix if wanted[1] else None), dx_BTD if wanted[0] else None
 
   found = over_chunks(chunk, config.vocab_size, mesh, *arrays)
@@ -359,26 +294,16 @@ def _with_gradients(objective: Objective, primals: tuple, wanted: tuple):
 
 
 def _of_products(
-  raw_BTV, objective, targets_BT, weights_BT, taught_BTV=None
+  raw_BTV, objective, targets_BT, weights_BT, taught=None
 ) -> tuple[jax.Array, jax.Array]:
   """The objective and the cross entropy of products with a placed matrix."""
-  logits_BTV = _finish(objective.config, raw_BTV)
+  logits_BTV = output_matrix.finish(objective.config, raw_BTV)
   next_token = losses.next_token(logits_BTV, targets_BT, weights_BT)[0]
-  if taught_BTV is None:
+  if taught is None:
     return next_token, next_token
-  kl = losses.distillation(
-    logits_BTV, taught_BTV, weights_BT, objective.temperature
-  )[0]
+  distance = losses.distillation
+  if isinstance(taught, losses.Likeliest):
+    distance = losses.distillation_by_likeliest
+  kl = distance(logits_BTV, taught, weights_BT, objective.temperature)[0]
   alpha = objective.alpha
   return (1 - alpha) * next_token + alpha * kl, next_token
-
-
-def _used(
-  config: ModelConfig,
-  matrix: jax.Array | Placed,
-  x_BTD: jax.Array,
-  mesh: Mesh | None,
-) -> Placed:
-  """The matrix placed, in the dtype of what it is multiplied by."""
-  cast = jax.tree.map(lambda m: m.astype(x_BTD.dtype), matrix)
-  return place(config, cast, mesh)

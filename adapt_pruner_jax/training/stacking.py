@@ -41,13 +41,19 @@ class Run(NamedTuple):
 
   first: int
   end: int
-  kv_groups: int
+  kv_groups: int  # of its layers with attention
   ffn_width: int
+  delta_groups: int = 0  # of its layers with a gated delta net
 
   @property
   def name(self) -> str:
     """Its key in a tree of stacked layers."""
     return layer_runs.run_name(self.first, self.end)
+
+  def sizes(self) -> dict[str, int]:
+    """What the dims of units are padded to."""
+    groups = {"K": self.kv_groups, "Z": self.delta_groups}
+    return groups | {"F": self.ffn_width}
 
 
 Runs = tuple[Run, ...]  # (): layers are not stacked
@@ -99,8 +105,8 @@ def cheapest(
     The runs. Halves that are absent are only padded in where nothing is normed
     behind them.
   """
-  cost = model_config.unit_cost(config)
   layers = config.num_layers
+  costs = [model_config.unit_cost(config, i) for i in range(layers)]
   mixes = config.norm_order == "pre"
 
   def run(first: int, end: int) -> Run | None:
@@ -108,11 +114,16 @@ def cheapest(
     halves = {(k > 0, f > 0) for k, f in zip(groups, widths, strict=True)}
     if len(halves) > 1 and not mixes:
       return None
-    return Run(first, end, max(groups), -(-max(widths) // tile) * tile)
+    most = config.with_layers(range(first, end)).most_groups
+    width = -(-max(widths) // tile) * tile
+    return Run(first, end, most(0), width, most(1))
 
   def price(run: Run) -> float:
-    params = cost["K"] * run.kv_groups + cost["F"] * run.ffn_width
-    return compile_cost + param_cost * params * (run.end - run.first)
+    params = 0
+    for i in range(run.first, run.end):
+      groups = run.delta_groups if config.is_delta(i) else run.kv_groups
+      params += costs[i]["K"] * groups + costs[i]["F"] * run.ffn_width
+    return compile_cost + param_cost * params
 
   priced = {
     (first, end): (price(made), made)
@@ -255,7 +266,7 @@ def _map_dicts(fn: Callable[[dict], dict], tree: Any) -> Any:
 def _stacked(run: Run, layers: tuple[Params, ...]) -> Params:
   """The layers of a run as one, padded with zeros."""
   flat = [flatten_dict(weights) for weights in layers]
-  sizes = {"K": run.kv_groups, "F": run.ffn_width}
+  sizes = run.sizes()
   made = {}
   for path in dict.fromkeys(itertools.chain.from_iterable(flat)):
     like = next(weights[path] for weights in flat if path in weights)
@@ -292,7 +303,7 @@ def _unstacked(run: Run, config: ModelConfig, stacked: Params) -> Params:
 
 def _first(letters: str, sizes: dict[str, int]) -> tuple[slice, ...]:
   """The units that a layer really has."""
-  return tuple(slice(sizes[x] if x in axes.UNITS else None) for x in letters)
+  return tuple(slice(sizes[x] if x in axes.LETTERS else None) for x in letters)
 
 
 def _letters(path: tuple[str, ...]) -> str:

@@ -1,6 +1,6 @@
 """The train step: of all weights, of adapters, with or without a teacher.
 
-Weights and Adam's moments are float32; the arithmetic may be bfloat16. What is
+Weights are float32; the arithmetic and Adam's moments may be bfloat16. What is
 trained is a pytree: the params themselves or, with LoRA, the adapters beside
 frozen params. A batch is a dict of arrays [B, T] as `data` makes them:
 `tokens_BT, targets_BT, segments_BT, positions_BT, weights_BT`.
@@ -20,17 +20,23 @@ from jax.stages import Lowered
 
 from adapt_pruner_jax.config import Train
 from adapt_pruner_jax.distributed import placement, sharding
-from adapt_pruner_jax.distributed.embedding import embed
 from adapt_pruner_jax.errors import UserError
-from adapt_pruner_jax.models import layer, layer_runs, model_config
+from adapt_pruner_jax.models import experts, model_config
 from adapt_pruner_jax.models.axes import Params
-from adapt_pruner_jax.models.decoder import Decoder, output_name
-from adapt_pruner_jax.models.kernels import Kernel
 from adapt_pruner_jax.models.model_config import ModelConfig
-from adapt_pruner_jax.training import optimizer, output_loss, stacking
-from adapt_pruner_jax.training.lora import abstract_adapters, beside
+from adapt_pruner_jax.training import (
+  forward,
+  memory,
+  optimizer,
+  output_loss,
+  stacking,
+)
+from adapt_pruner_jax.training.lora import abstract_adapters
+from adapt_pruner_jax.training.losses import Likeliest
 
 Batch = Mapping[str, Any]
+# Of a batch [B, T, C], where a cache has the teacher's likeliest tokens.
+TAUGHT = "taught_ids_BTC", "taught_log_probs_BTC"
 Metrics = dict[str, Any]
 
 
@@ -92,13 +98,20 @@ def make_step(
   Args:
     config, settings: the model, and how it is trained.
     base: the frozen params under LoRA; the step then trains adapters.
-    teacher: the pair to distil from, needed if `settings.distill_alpha` > 0.
+    teacher: the pair to distil from, needed if `settings.distill_alpha` > 0 and
+      batches do not have `TAUGHT` of a cache.
     runs: how the layers of what is trained, and of `base`, are stacked.
   """
   alpha = settings.distill_alpha
-  assert not alpha or teacher is not None, "distillation without a teacher"
-  transform = optimizer.optimizer(settings.weight_decay)
-  mean_loss = make_loss(config, settings, mesh, teacher[0] if alpha else None)
+  has_teacher = teacher is not None or settings.teacher_cache
+  assert not alpha or has_teacher, "distillation without a teacher"
+  transform = optimizer.of(settings)
+  runs_beside = bool(alpha) and not settings.teacher_cache
+  taught_by = teacher[0] if runs_beside else None
+  mean_loss = make_loss(config, settings, mesh, taught_by)
+  rank = 0 if base is None else settings.lora_rank
+  abstract = abstract_state(config, settings, mesh, rank, runs)
+  placed = jax.tree.map(lambda x: x.sharding, abstract)
 
   def step_fn(trained, opt_state, base, teacher_params, batch, rate):
     # Dividing each microbatch by the weight of the whole batch makes the sum
@@ -111,6 +124,7 @@ def make_step(
 
     number = settings.accumulation
     (value, nll), grads = _summed(gradient, trained, batch, number, mesh)
+    grads = jax.lax.with_sharding_constraint(grads, placed[0])
     norm = optax.tree.norm(grads)
     keep = jnp.isfinite(value) & jnp.isfinite(norm)
     updates, new_state = transform.update(grads, opt_state, trained)
@@ -121,13 +135,14 @@ def make_step(
     metrics |= {"next_token": nll} if alpha else {}
     return *new, metrics
 
-  rank = 0 if base is None else settings.lora_rank
-  abstract = abstract_state(config, settings, mesh, rank, runs)
-  out = jax.tree.map(lambda x: x.sharding, abstract)
-  out = (*out, sharding.replicated(mesh))
-  compiled = jax.jit(step_fn, donate_argnums=(0, 1), out_shardings=out)
-  taught, number = teacher[1] if alpha else None, settings.accumulation
-  return Step(config, runs, compiled, base, taught, schedule, number, mesh)
+  compiled = jax.jit(
+    step_fn,
+    donate_argnums=(0, 1),
+    out_shardings=(*placed, sharding.replicated(mesh)),
+    compiler_options=sharding.compiler_options(mesh),
+  )
+  params, number = teacher[1] if runs_beside else None, settings.accumulation
+  return Step(config, runs, compiled, base, params, schedule, number, mesh)
 
 
 def abstract_state(
@@ -150,7 +165,7 @@ def abstract_state(
     placed = sharding.param_shardings(shapes, mesh)
   trained = stacking.abstract(runs, _with_shardings(shapes, placed), mesh)
   placed = jax.tree.map(lambda x: x.sharding, trained)
-  transform = optimizer.optimizer(settings.weight_decay)
+  transform = optimizer.of(settings)
   state = jax.eval_shape(transform.init, trained)
   where = optimizer.state_shardings(transform, trained, placed, mesh)
   return trained, _with_shardings(state, where)
@@ -176,15 +191,35 @@ def batch_of(rows_BT: np.ndarray, real: int | None = None) -> Batch:
   }
 
 
-def abstract_batch(rows: int, length: int, mesh: Mesh) -> Batch:
-  """A batch as shapes with shardings."""
+def likeliest(settings: Train, config: ModelConfig) -> int:
+  """How many tokens of a teacher a batch has at each position; 0 = none."""
+  cached = settings.teacher_cache if settings.distill_alpha else 0
+  return min(cached, config.vocab_size)
+
+
+def abstract_batch(
+  rows: int, length: int, mesh: Mesh, likeliest: int = 0
+) -> Batch:
+  """A batch as shapes with shardings.
+
+  Args:
+    rows, length: B and T.
+    mesh: the devices.
+    likeliest: C, the tokens of a teacher that a cache has at each position.
+  """
   dtypes = dict.fromkeys(
     ("tokens", "targets", "segments", "positions"), "int32"
   )
   where = placement.batch_sharding(mesh)
-  return {
+  batch = {
     f"{name}_BT": jax.ShapeDtypeStruct((rows, length), dtype, sharding=where)
     for name, dtype in (dtypes | {"weights": "float32"}).items()
+  }
+  shape = rows, length, likeliest
+  pairs = zip(TAUGHT, ("int32", "float16"), strict=True) if likeliest else ()
+  return batch | {
+    name: jax.ShapeDtypeStruct(shape, dtype, sharding=where)
+    for name, dtype in pairs
   }
 
 
@@ -216,40 +251,45 @@ def make_loss(
 ) -> Callable:
   """The loss of a batch, with distillation and without.
 
+  The former has the balance of experts in it too, if the model asks for that.
   A function of what is trained, base, the teacher's params, the batch, and the
   weight that the sums are divided by.
 
   Args:
-    teacher: of the model to distil from; None = no distillation.
+    teacher: of the model to distil from; None = no distillation, or batches
+      have what a cache keeps of it.
   """
   alpha = settings.distill_alpha
   objective = output_loss.Objective(config, mesh, teacher, alpha)
 
   def mean_loss(trained, base, teacher_params, batch, count):
-    x_BTD, matrix = _ends(config, settings, trained, base, batch, mesh)
+    shape = batch["tokens_BT"].shape
+    own = memory.with_remat(settings, config, teacher, shape, mesh)
+    args = config, own, trained, base, batch, mesh
+    x_BTD, matrix, load = forward.ends(*args)
     taught = None
     if teacher is not None:
-      frozen = dataclasses.replace(settings, remat=False)
-      taught = _ends(teacher, frozen, teacher_params, None, batch, mesh)
+      taught = forward.frozen_ends(
+        teacher, settings, teacher_params, batch, mesh
+      )
+    elif likeliest(settings, config):
+      taught = Likeliest(*(batch[name] for name in TAUGHT))
     tokens = batch["targets_BT"], batch["weights_BT"]
     sums = output_loss.loss(objective, matrix, x_BTD, *tokens, taught)
-    return sums[0] / count, sums[1] / count
+    value = sums[0] / count
+    if load is not None:
+      share = config.router_loss / settings.accumulation
+      value += share * experts.balance_loss(load)
+    return value, sums[1] / count
 
   return mean_loss
 
 
 def init_optimizer(trained: Any, settings: Train, mesh: Mesh) -> Any:
   """Fresh optimizer state for params, or for adapters, placed like them."""
-  transform = optimizer.optimizer(settings.weight_decay)
+  transform = optimizer.of(settings)
   placed = jax.tree.map(lambda x: x.sharding, trained)
   return optimizer.init(transform, trained, placed, mesh)
-
-
-def cast(params: Params, dtype: jnp.dtype) -> Params:
-  """Params in the dtype of the arithmetic, but for what is in eight bits."""
-  return jax.tree.map(
-    lambda p: p if p.dtype == jnp.int8 else p.astype(dtype), params
-  )
 
 
 def microbatches(batch: Batch, number: int, mesh: Mesh) -> Batch:
@@ -262,71 +302,6 @@ def microbatches(batch: Batch, number: int, mesh: Mesh) -> Batch:
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
   return jax.tree.map(split, batch)
-
-
-def _ends(
-  config: ModelConfig,
-  settings: Train,
-  trained: Any,
-  base: Params | None,
-  batch: Batch,
-  mesh: Mesh,
-) -> tuple[jax.Array, jax.Array]:
-  """The stream behind the final norm, [B, T, D], and the output matrix.
-
-  Args:
-    trained: params, or the adapters of `base`; their layers may be stacked.
-  """
-  dtype, alpha = jnp.dtype(settings.dtype), settings.lora_alpha
-  kernel = Kernel(settings.attention, mesh)
-  if not layer_runs.bounds(trained):
-    params = trained
-    if base is not None:
-      layers = {n: beside(base[n], f, alpha) for n, f in trained.items()}
-      params = base | layers
-    decoder = Decoder(config, settings.remat, kernel)
-    x_BTD = hidden(decoder, params, batch, mesh, dtype)
-    return x_BTD, params[output_name(config)]
-
-  def weights_of(part: Any) -> Params:
-    return cast(part if base is None else beside(*part, alpha), dtype)
-
-  params, stacked = trained, trained
-  if base is not None:
-    params = base
-    stacked = {name: (base[name], trained[name]) for name in trained}
-  inputs = layer.attention_inputs(
-    config, batch["positions_BT"], batch["segments_BT"], kernel
-  )
-  x_BTD = embed(config, params["embedding"], batch["tokens_BT"], mesh, dtype)
-  x_BTD = layer_runs.scan_layers(
-    config, stacked, weights_of, inputs, x_BTD, settings.remat
-  )
-  names = model_config.outer_names(config)
-  outer = {"params": cast({name: params[name] for name in names}, dtype)}
-  behind = Decoder(config.with_layers(()))
-  x_BTD = behind.apply(outer, x_BTD, method="normed")
-  return x_BTD, params[output_name(config)]
-
-
-def hidden(
-  decoder: Decoder,
-  params: Params,
-  batch: Batch,
-  mesh: Mesh,
-  dtype: jnp.dtype,
-) -> jax.Array:
-  """The stream behind the final norm, [B, T, D], computed in `dtype`."""
-  x_BTD = embed(
-    decoder.config, params["embedding"], batch["tokens_BT"], mesh, dtype
-  )
-  return decoder.apply(
-    {"params": cast(params, dtype)},
-    x_BTD,
-    batch["segments_BT"],
-    batch["positions_BT"],
-    method="hidden",
-  )
 
 
 def check_rows(rows: int, accumulation: int, mesh: Mesh) -> None:

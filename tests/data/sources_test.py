@@ -38,7 +38,7 @@ def test_parse_sources():
     ("jsonl:a,loss=user", "loss=user is not one of all, assistant"),
     ("embedded,split=test", "split=test is not one of train, heldout"),
     ("npy:a,text:b", "npy:FILE cannot be mixed"),
-    ("text:gs://b/a.txt,limit=1", "gs://b/a.txt is not a path: mount the"),
+    ("text:ftp://b/a.txt,limit=1", "ftp://b/a.txt is not a path; in a bu"),
   ],
 )
 def test_parse_sources_errors(spec, match):

@@ -1,5 +1,7 @@
 """Truth: the forward without a cache, and Transformers' own generate."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from adapt_pruner_jax.models import axes, model_config
 from adapt_pruner_jax.models.decoder import Decoder
 from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.models.rope import Rope
+from tests import small
 
 # Two families' worth of oddities; layers without attention, and without MLP.
 PLAIN = ModelConfig(
@@ -47,6 +50,14 @@ ODD = ModelConfig(
   final_softcap=9.0,
   embed_scale=4.0,
 )
+# Memories in place of caches, before and behind a cache of keys.
+DELTA = dataclasses.replace(
+  small.option("delta"),
+  vocab_size=48,
+  kv_groups=(2, 2, 1),
+  context=128,
+  delta=(1, 0, 1),
+)
 PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8, 9, 10, 3, 3], [11]]
 WARM = generate.Sampling(1.0)
 NEW = 40  # more than one chunk
@@ -78,7 +89,11 @@ def uncached(config, params, prompt, number):
   return row[0, len(prompt) :].tolist()
 
 
-@pytest.mark.parametrize("config", [PLAIN, ODD], ids=["plain", "odd"])
+@pytest.mark.parametrize(
+  "config",
+  [PLAIN, ODD, pytest.param(DELTA, marks=pytest.mark.slow)],
+  ids=["plain", "odd", "delta"],
+)
 def test_greedy_equals_the_forward_without_cache(config):
   params = params_of(config)
   found = generate.generate(config, params, PROMPTS, NEW, eos_ids=())

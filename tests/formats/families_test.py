@@ -84,7 +84,9 @@ def test_defaults_are_those_of_transformers(family):
     "partial_rotary_factor": rope.get("partial_rotary_factor"),
     "rope_scaling": None,
     "rope_parameters": None,
-    "sliding_window_pattern": 6,  # in code; no field any more
+    # In code; no fields any more.
+    "sliding_window_pattern": 4 if family == "exaone4" else 6,
+    "full_attention_interval": 4,
   }
   for field, default in row.fields.items():
     if default is defaults.REQUIRED or field == "layer_types":
@@ -109,6 +111,7 @@ def test_defaults_are_those_of_transformers(family):
     ("qwen2", 30),
     ("olmo3", 9),
     ("smollm3", 9),
+    ("exaone4", 9),
   ],
 )
 def test_windows_are_those_of_transformers(family, layers):
@@ -123,8 +126,27 @@ def test_windows_are_those_of_transformers(family, layers):
   assert 0 in expected
   assert 8 in expected
   assert list(config.window) == expected
-  still = getattr(peer, "no_rope_layers", [1] * layers)
-  assert list(config.nope or (0,) * layers) == [1 - i for i in still]
+  still = [1 - i for i in getattr(peer, "no_rope_layers", [1] * layers)]
+  if family == "exaone4":  # global layers, where others are local
+    still = [int(not size) for size in expected]
+  assert list(config.nope or (0,) * layers) == still
+
+
+def test_exaone_without_windows_turns_everywhere():
+  fields = {**zoo.BASE, "model_type": "exaone4", "sliding_window": None}
+  with pytest.raises(UserError, match="sliding_window=None must be at least"):
+    config_json.read(fields)
+  fields["layer_types"] = ["full_attention"] * 3
+  config = config_json.read(fields)
+  assert (config.nope, config.window) == ((), ())
+  assert config_json.write(config)["sliding_window"] is None
+  still = config_json.read(fields | {"sliding_window": 8})
+  assert still.nope == (1, 1, 1)
+  assert config_json.write(still)["sliding_window"] == 4096
+  with pytest.raises(UserError, match="pattern='LLLG' must be int"):
+    config_json.read(
+      fields | {"layer_types": None, "sliding_window_pattern": "LLLG"}
+    )
 
 
 def test_a_pattern_that_transformers_does_not_read():
@@ -339,8 +361,16 @@ def test_families_that_refuse_by_name():
     ("granitemoehybrid", {}, "num_local_experts=8 is not supported"),
     ("granitemoehybrid", dense, "layer_types=None"),
     ("granitemoehybrid", dense | kinds, "layer 1 is of the kind mamba"),
+    ("qwen3_5_text", {"layer_types": ["mamba"] * 3}, "kind mamba is not supp"),
+    ("qwen3_5_text", {"linear_num_value_heads": 7}, "7 value heads on 16 key"),
+    ("qwen3_5_text", {"attn_output_gate": False}, "attn_output_gate=False"),
     ("smollm3", {"no_rope_layers": [1]}, "no_rope_layers must name 3 layers"),
     ("phi3", {"rope_scaling": {"type": "linear"}}, "rope type linear"),
+    ("olmoe", {"clip_qkv": 8.0}, "clip_qkv=8.0 is not supported in olmoe"),
+    ("qwen3_moe", {"mlp_only_layers": [1]}, "mlp_only_layers=\\[1\\] is not"),
+    ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step=2 is not"),
+    ("granitemoe", {"num_local_experts": 1}, "2 experts a token .* of 1"),
+    ("granitemoe", {"num_experts_per_tok": 0}, "0 experts a token .* of 8"),
     ("gemma2", {"sliding_window": None}, "sliding_window"),
     ("gemma2", {"layer_types": ["chunked"]}, "layer_types"),
     (
@@ -351,6 +381,33 @@ def test_families_that_refuse_by_name():
   ]:
     with pytest.raises(UserError, match=word):
       config_json.read(LLAMA | {"model_type": family} | changes)
+
+
+def test_internlm_is_llama(tmp_path):
+  """Its own defaults, names of fields, and a rope that grows with the row."""
+  import torch
+
+  peer = transformers.AutoConfig.for_model("internlm3")
+  for field, default in config_json.INTERNLM.items():
+    assert getattr(peer, field) == default, field
+  rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+  fields = {**zoo.BASE, "head_dim": 8, "qkv_bias": True, "bias": True}
+  fields |= {"max_position_embeddings": 16, "rope_parameters": rope}
+  peer = transformers.AutoConfig.for_model("internlm3", **fields)
+  torch.manual_seed(0)
+  model = transformers.AutoModelForCausalLM.from_config(peer).eval()
+  model.save_pretrained(tmp_path)
+  tokens = np.random.default_rng(0).integers(64, size=(1, 40))
+  with torch.no_grad():
+    expected = model(torch.tensor(tokens)).logits.numpy()
+  config, params = load.load(tmp_path)
+  assert config.family == "llama"
+  assert config.qkv_bias
+  assert config.down_bias
+  found = logits_of(config, params, tokens)
+  np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
+  with pytest.raises(UserError, match="must be alike in internlm3"):
+    config_json.read(fields | {"model_type": "internlm3", "bias": False})
 
 
 def test_shared_layers_become_layers_of_their_own(tmp_path, animals, caplog):

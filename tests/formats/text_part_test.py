@@ -33,6 +33,20 @@ VISION = {
   "image_size": 28,
   "patch_size": 14,
 }
+QWEN_TOKENS = {
+  "image_token_id": 60,
+  "video_token_id": 61,
+  "vision_start_token_id": 62,
+  "vision_end_token_id": 63,
+}
+MROPE = {
+  "num_attention_heads": 4,
+  "rope_parameters": {
+    "rope_type": "default",
+    "rope_theta": 1e4,
+    "mrope_section": [2, 1, 1],
+  },
+}
 # name: (type of the wrapper, changes to zoo.BASE, fields of the wrapper)
 WRAPPERS = {
   "gemma3": (
@@ -43,6 +57,20 @@ WRAPPERS = {
       "image_token_index": 60,
       "boi_token_index": 61,
       "eoi_token_index": 62,
+    },
+  ),
+  "qwen3_5": (
+    zoo.CASES["qwen3_5_text"][1] | {"model_type": "qwen3_5_text"},
+    {
+      "vision_config": {
+        "depth": 1,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_heads": 2,
+        "out_hidden_size": 32,
+        "num_position_embeddings": 16,
+      },
+      **QWEN_TOKENS,
     },
   ),
   "mistral3": (
@@ -56,6 +84,44 @@ WRAPPERS = {
       "vision_config": {**VISION, "head_dim": 8},
       "image_token_index": 60,
       "tie_word_embeddings": False,
+    },
+  ),
+  "llava": (
+    {"model_type": "llama"},
+    {
+      "vision_config": {
+        **VISION,
+        "model_type": "clip_vision_model",
+        "projection_dim": 16,
+      },
+      "image_token_index": 60,
+    },
+  ),
+  "qwen2_vl": (
+    {**MROPE, "model_type": "qwen2_vl_text"},
+    {
+      "vision_config": {
+        "depth": 1,
+        "embed_dim": 16,
+        "hidden_size": 32,
+        "num_heads": 2,
+        "mlp_ratio": 1,
+      },
+      **QWEN_TOKENS,
+    },
+  ),
+  "qwen2_5_vl": (
+    {**MROPE, "model_type": "qwen2_5_vl_text"},
+    {
+      "vision_config": {
+        "depth": 1,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_heads": 2,
+        "out_hidden_size": 32,
+        "fullatt_block_indexes": [0],
+      },
+      **QWEN_TOKENS,
     },
   ),
   "qwen3_vl": (
@@ -77,10 +143,7 @@ WRAPPERS = {
         "out_hidden_size": 32,
         "deepstack_visual_indexes": [0],
       },
-      "image_token_id": 60,
-      "video_token_id": 61,
-      "vision_start_token_id": 62,
-      "vision_end_token_id": 63,
+      **QWEN_TOKENS,
     },
   ),
 }

@@ -84,6 +84,47 @@ CASES = {
     {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1},
   ),
   "qwen3": ("qwen3", {"head_dim": 16}),
+  "qwen3_5_text": (
+    "qwen3_5_text",
+    {
+      "head_dim": 16,
+      "initializer_range": 0.12,
+      "attention_bias": True,
+      "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+      "linear_key_head_dim": 8,
+      "linear_value_head_dim": 12,
+      "linear_num_key_heads": 4,
+      "linear_num_value_heads": 8,
+      "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 1e4,
+        "partial_rotary_factor": 0.25,
+        "mrope_section": [1, 1, 0],
+        "mrope_interleaved": True,
+      },
+    },
+  ),
+  "exaone4": ("exaone4", {"sliding_window": 8, "layer_types": KINDS}),
+  "glm": ("glm", {"head_dim": 16}),
+  "glm4": ("glm4", {"head_dim": 16}),
+  "hunyuan_v1_dense": (
+    "hunyuan_v1_dense",
+    {
+      "head_dim": 16,
+      "attention_bias": True,
+      "rope_parameters": {
+        "rope_type": "dynamic",
+        "rope_theta": 1e4,
+        "alpha": 50.0,
+        "factor": 1.0,
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+      },
+    },
+  ),
+  "helium": ("helium", {"head_dim": 4, "attention_bias": True}),
   "gemma": ("gemma", {"head_dim": 16, "tie_word_embeddings": True}),
   "gemma2": (
     "gemma2",
@@ -172,6 +213,32 @@ CASES = {
   "seed_oss": ("seed_oss", {"head_dim": 16}),
   "starcoder2": ("starcoder2", {"sliding_window": 8}),
   "ernie4_5": ("ernie4_5", {"head_dim": 16, "use_bias": True}),
+  "granitemoe": (
+    "granitemoe",
+    {
+      "attention_multiplier": 0.3,
+      "embedding_multiplier": 3.0,
+      "residual_multiplier": 0.4,
+      "logits_scaling": 0.7,
+      "num_local_experts": 5,
+      "num_experts_per_tok": 2,
+      "output_router_logits": True,
+    },
+  ),
+  "olmoe": (
+    "olmoe",
+    {"num_experts": 6, "num_experts_per_tok": 3, "attention_bias": True},
+  ),
+  "qwen3_moe": (
+    "qwen3_moe",
+    {
+      "head_dim": 16,
+      "moe_intermediate_size": 24,
+      "num_experts": 4,
+      "num_experts_per_tok": 2,
+      "norm_topk_prob": True,
+    },
+  ),
   "granitemoehybrid": (
     "granitemoehybrid",
     {
@@ -190,7 +257,8 @@ CASES = {
 # Exports of these are opened by Transformers 5 alone.
 SINCE_5 = ("ernie4_5", "granitemoehybrid", "ministral3", "olmo3", "smollm3")
 SINCE_5 += ("phi3_longrope", "gpt_neox", "seed_oss", "arcee", "nemotron")
-SINCE_5 += ("starcoder2",)
+SINCE_5 += ("starcoder2", "qwen3_5_text", "exaone4", "glm", "helium")
+SINCE_5 += ("hunyuan_v1_dense", "granitemoe", "olmoe", "qwen3_moe")
 
 
 def slow_if(name: str, slow: Collection[str]) -> object:
@@ -248,6 +316,8 @@ def cut(config, params, K, F):
     if layer is None:
       return x
     indices = {"K": np.arange(K[layer]), "F": np.arange(F[layer])}
+    if config.experts:
+      indices["F"] = np.tile(indices["F"], (config.experts, 1))
     return axes.take(name, x, indices)
 
   params = axes.map_named(one, params)

@@ -54,18 +54,18 @@ def test_too_few_hours_say_how_many():
 @pytest.mark.parametrize(
   ("most", "wanted"),
   [
-    (100, {"remat": False, "accumulation": 1, "lora_rank": 0}),
-    (70, {"remat": True, "accumulation": 1, "lora_rank": 0}),
-    (40, {"remat": True, "accumulation": 2, "lora_rank": 0}),
-    (16, {"remat": False, "accumulation": 1, "lora_rank": 16}),
+    (100, {"remat": "auto", "accumulation": 1, "lora_rank": 0}),
+    (70, {"remat": "full", "accumulation": 1, "lora_rank": 0}),
+    (40, {"remat": "full", "accumulation": 2, "lora_rank": 0}),
+    (16, {"remat": "auto", "accumulation": 1, "lora_rank": 16}),
   ],
 )
 def test_what_fits_the_memory(most, wanted, monkeypatch):
   """The first of: as it is, recomputed, split, adapters."""
 
-  def measured(config, full, student, devices):
+  def measured(config, full, student, devices, size):
     t = config.train
-    size = 64 / t.accumulation + 30 * (not t.remat)
+    size = 64 / t.accumulation + 30 * (t.remat != "full")
     return {"training": {"all": 1.0 if t.lora_rank else max(size, 17)}}
 
   monkeypatch.setattr(memory, "measure", measured)

@@ -18,6 +18,7 @@ from adapt_pruner_jax.models.rope import Rope
 from adapt_pruner_jax.planning import (
   advice,
   cost,
+  disk,
   memory,
   plan,
   training_memory,
@@ -163,6 +164,7 @@ def test_flops_of_scoring_8b():
 
 def test_held_memory_is_what_the_arrays_take():
   config = recipe(train__tokens=1000, train__distill_alpha=0.5)
+  config.train.remat = "none"
   mesh = one_device()
   student = cost.evenly(SMALL, config.prune, 150_000)
   held = training_memory.estimated_training(config, SMALL, student, mesh)
@@ -173,6 +175,7 @@ def test_held_memory_is_what_the_arrays_take():
 
 def test_weights_are_cut_over_the_devices():
   config = recipe(train__tokens=1000, mesh__fsdp=4, mesh__tensor=2)
+  config.train.remat = "none"
   mesh = sharding.make_mesh(1, 4, 2)
   held = training_memory.estimated_training(config, SMALL, SMALL, mesh)
   shapes = model_config.abstract_params(SMALL, jnp.float32)
@@ -189,7 +192,8 @@ def test_training_memory():
 
   Without rematerialisation, which the CPU's compiler undoes.
   """
-  config, mesh = recipe(train__tokens=1000), one_device()
+  settings = {"train__tokens": 1000, "train__remat": "none"}
+  config, mesh = recipe(**settings), one_device()
   found = training_memory.training(config, SMALL, SMALL, mesh)
   compiled = training_memory.compile_train(
     config, SMALL, SMALL, SMALL.num_layers, mesh
@@ -422,7 +426,8 @@ def test_8b_on_eight_16_gb_devices(tmp_path):
   assert weights == pytest.approx(16.06e9 / 8, rel=0.01)
   config.train.tokens, config.train.dtype = 10**9, "bfloat16"
   found = plan.plan(config, Hardware("v5e", devices=8))
-  assert "--config.train.remat=True" in found["warnings"][-1]
+  assert "--config.train.accumulation=2" in found["warnings"][-1]
+  assert "remat" not in found["warnings"][-1]  # auto: it is full
 
 
 def test_attention_that_cannot_shrink_is_said():
@@ -432,3 +437,13 @@ def test_attention_that_cannot_shrink_is_said():
   found = advice.fixed_attention(Prune(round_kv_to=4), SMALL)
   assert "has 4 KV group(s), and 4 stay" in found[0]
   assert not advice.fixed_attention(Prune(attention_layers="0:0"), one)
+
+
+def test_disk_of_a_teachers_likeliest_tokens():
+  settings = {"tokens": 1000, "distill_alpha": 0.5, "teacher_cache": 4}
+  config = recipe(**{f"train__{n}": x for n, x in settings.items()})
+  found = disk.disk(config, [SMALL, SMALL], None)
+  # 32 rows of 32 tokens: a digest, and four ids and log-probabilities each.
+  assert found["teacher cache"] == 32 * (16 + 32 * 4 * (4 + 2))
+  config.train.distill_alpha = 0.0
+  assert "teacher cache" not in disk.disk(config, [SMALL, SMALL], None)

@@ -391,11 +391,13 @@ def test_ranking_puts_ties_in_order_and_leaves_masked_units_out():
 
 # ---- Arrays ------------------------------------------------------------------
 
+SLOW = ("parallel", "delta")
+
 
 @pytest.mark.parametrize(
   "option",
   [
-    pytest.param(o, marks=pytest.mark.slow) if o == "parallel" else o
+    pytest.param(o, marks=pytest.mark.slow) if o in SLOW else o
     for o in small.OPTIONS
   ],
 )

@@ -9,7 +9,7 @@ import pytest
 
 from adapt_pruner_jax.distributed import sharding
 from adapt_pruner_jax.errors import UserError
-from adapt_pruner_jax.models import axes, decoder, model_config
+from adapt_pruner_jax.models import axes, decoder, layer, model_config
 from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.models.rope import Rope
 from adapt_pruner_jax.pruning import (
@@ -18,6 +18,7 @@ from adapt_pruner_jax.pruning import (
   refit,
   surgery,
 )
+from tests import small
 
 CONFIG = ModelConfig(
   family="llama",
@@ -396,9 +397,49 @@ def test_refusals(pair):
   dense, pruned = pair
   with pytest.raises(UserError, match="at least 2 calibration sequences"):
     refit.refit(dense, pruned, KEPT, TOKENS[:1], 4)
-  for change, match in (
-    ({"norm_order": "sandwich", "family": "gemma2"}, "gemma2 norms what"),
-    ({"residual": ((16, 16, 16),) * 2}, "SliceGPT"),
-  ):
-    with pytest.raises(UserError, match=match):
-      linear_algebra.check(dataclasses.replace(CONFIG, **change))
+  norms = dataclasses.replace(CONFIG, norm_order="sandwich", family="gemma2")
+  with pytest.raises(UserError, match="gemma2 norms what"):
+    linear_algebra.check(norms)
+  least_squares.check(norms)
+  sliced = dataclasses.replace(CONFIG, residual=((16, 16, 16),) * 2)
+  for check in linear_algebra.check, least_squares.check:
+    with pytest.raises(UserError, match="SliceGPT"):
+      check(sliced)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("option", ["sandwich", "norm of all heads"])
+def test_through_norms_behind_the_matrices(option):
+  """The first `o`, solved in NumPy; and what is held out fits better."""
+  config, mesh = small.option(option), one_device()
+  params, kept = small.random_params(config), small.random_kept(config)
+  cut, fewer = surgery.gather(config, params, kept, mesh)
+  tokens = small.tokens(config, 40, 16)
+  fitted, records = refit.refit(
+    (config, params), (cut, fewer), kept, tokens, 20, ridge=0.1, refit_all=False
+  )
+
+  def fed(config, params):
+    """Inputs of the first `o`, of the rows that are not held out."""
+    x_BTD = decoder.Decoder(config).apply(
+      {"params": params}, tokens[:36], method="embed"
+    )
+    inputs = layer.attention_inputs(config, 16)
+    args = params["layer_0"], layer.place(config, 0), inputs, x_BTD
+    _, tap = layer.run_half("K", config, *args)
+    o = np.float64(params["layer_0"]["o"]).reshape(-1, config.hidden_size)
+    return np.float64(tap.fed["K"]).reshape(-1, len(o)), o
+
+  (X, W), (X_dense, W_dense) = fed(cut, fewer), fed(config, params)
+  gram = X.T @ X
+  gram += 0.1 * np.median(np.diag(gram)) * np.eye(len(gram))
+  expected = W + np.linalg.solve(gram, X.T @ (X_dense @ W_dense - X @ W))
+  found = np.asarray(fitted["layer_0"]["o"]).reshape(W.shape)
+  assert records[0]["refitted"]
+  np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
+  better = [r["refitted"] for r in records]
+  assert sum(better) > len(better) / 2
+  held = small.tokens(config, 20, 16, seed=1)
+  logits = lambda c, p: decoder.Decoder(c).apply({"params": p}, held)[0]
+  off = lambda p: np.square(logits(cut, p) - logits(config, params)).mean()
+  assert off(fitted) < 0.9 * off(fewer)

@@ -78,7 +78,7 @@ def scores_by_hand(params, grads, unit, layer, vectorize):
     if vectorize:  # |sum over the residual width|
       axis = next(i for i, x in enumerate(letters) if x in axes.RESIDUAL)
       salience = np.abs(salience.sum(axis, keepdims=True))
-    others = tuple(i for i, x in enumerate(letters) if x != unit)
+    others = tuple(i for i, x in enumerate(letters) if x not in (unit, "X"))
     total += np.abs(salience).sum(others)
   return total
 
@@ -92,6 +92,7 @@ def scores_by_hand(params, grads, unit, layer, vectorize):
     ("biases", "taylor"),
     ("sandwich", "taylor"),
     ("parallel", "taylor"),
+    ("experts", "taylor"),
   ],
 )
 def test_taylor_is_weight_times_summed_gradient(option, kind):
@@ -103,7 +104,7 @@ def test_taylor_is_weight_times_summed_gradient(option, kind):
     for layer in range(config.num_layers):
       want = scores_by_hand(params, grads, unit, layer, "vec" in kind)
       kept = got[unit][layer][masks[unit][layer]]
-      np.testing.assert_allclose(kept, want, rtol=2e-4, atol=1e-6)
+      np.testing.assert_allclose(kept, want.ravel(), rtol=2e-4, atol=1e-6)
       gone = got[unit][layer][~masks[unit][layer]]
       assert not np.any(gone)  # what is masked has no gradient
 
@@ -213,6 +214,7 @@ def test_folds_of_query_heads():
   salience = {"q": q_LKG, "k": zero_LK, "v": zero_LK, "o": q_LKG * 10}
   salience |= dict.fromkeys(("gate", "up", "down"), zero_LF)
   masks = {"K": np.array([[1, 1, 1], [1, 0, 1]], bool)}
+  masks["F"] = np.ones((2, 1), bool)
   aligned = scores.group_scores(salience, masks, "taylor", "aligned")["K"]
   assert aligned[0].tolist() == [33, 77, 121]
   assert aligned[1, [0, 2]].tolist() == [33, 121]

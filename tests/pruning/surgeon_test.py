@@ -353,5 +353,5 @@ def test_what_does_not_go_with_it():
   often = dataclasses.replace(recipe.prune, refit="2")
   with pytest.raises(UserError, match="behind each shot itself"):
     methods.check(small.CONFIG, often)
-  with pytest.raises(UserError, match="cannot be refitted"):
+  with pytest.raises(UserError, match="cannot be pruned by curvature"):
     methods.check(small.option("sandwich"), recipe.prune)

@@ -383,7 +383,10 @@ def test_names():
     "flap+refit",
   ]
   every = compare_methods.parse_names("all")
-  assert {*CHOICES["prune.method"], "uniform", "paper"} <= {*every}
+  assert {*CHOICES["prune.method"]} - {*every} == {
+    "reap"
+  }  # has to have experts
+  assert {"uniform", "paper"} <= {*every}
   assert {"adapt+refit", "curvature+refit"} <= {*every}
 
 

@@ -70,6 +70,28 @@ def test_the_teacher_is_loaded_as_stored_when_first_needed(
     layer = params["layer_0"]
     assert layer["q"].dtype == jnp.bfloat16
     assert layer["attn_norm"].dtype == jnp.float32
+    same_with_a_cache(config, tmp_path, monkeypatch)
+
+
+def same_with_a_cache(config, tmp_path, monkeypatch):
+  """Trains as in `work`; the teacher is loaded once, killed or not."""
+  config.train.teacher_cache = 10**6  # all tokens that there are
+  loads, load = [], recovery.teacher_of
+  told = lambda inputs: loads.append(1) or load(inputs)
+  monkeypatch.setattr(recovery, "teacher_of", told)
+  config.checkpoint.steps = 1
+  with monkeypatch.context() as patch:
+    patch.setattr(Checkpoints, "save", killed_after_saves(2))
+    with pytest.raises(Killed):
+      run.run(config, tmp_path / "cached")  # behind a train step
+  run.run(config, tmp_path / "cached")
+  assert loads == [1]
+  beside, cached = (
+    [json.loads(row) for row in (tmp_path / w / "metrics.jsonl").open()]
+    for w in ("work", "cached")
+  )
+  trained = lambda rows: [r["loss"] for r in rows if r["kind"] == "train"]
+  assert trained(cached) == pytest.approx(trained(beside), rel=2e-3)
 
 
 @pytest.mark.slow

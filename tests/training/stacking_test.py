@@ -73,21 +73,24 @@ def test_uneven_layers_with_absent_halves(monkeypatch):
     ("biases", "norm of each head", "scales"),
     ("norm of all heads",),
     ("sandwich",),
+    ("delta",),
   ],
 )
 def test_options_of_families(monkeypatch, names):
-  """Biases, norms over all heads, windows of each layer, rotary tables."""
-  settings, config = Train(remat=True, weight_decay=0.1), small.CONFIG
+  """Biases, norms over all heads, windows, rotary tables, kinds of layer."""
+  settings, config = Train(remat="full", weight_decay=0.1), small.CONFIG
   for name in names:
     config = dataclasses.replace(config, **small.OPTIONS[name])
-  compare(monkeypatch, config, (Run(0, 3, 4, 40),), settings)
+  compare(monkeypatch, config, (Run(0, 3, 4, 40, 2),), settings)
 
 
 @pytest.mark.slow
-def test_eight_devices(monkeypatch):
+@pytest.mark.parametrize("option", ["plain", "experts"])
+def test_eight_devices(monkeypatch, option):
   mesh = sharding.make_mesh(2, 2, 2)
-  settings = Train(accumulation=2, remat=True)
-  trained = compare(monkeypatch, UNEVEN, RUNS, settings, mesh)
+  settings = Train(accumulation=2, remat="full")
+  config = dataclasses.replace(UNEVEN, **small.OPTIONS[option])
+  trained = compare(monkeypatch, config, RUNS, settings, mesh)
   placed = sharding.param_shardings(trained, mesh)
   assert jax.tree.map(lambda x: x.sharding, trained) == placed
 
@@ -217,7 +220,7 @@ ROWS, TOKENS, VOCABULARY = 5, 157, 331  # primes that occur nowhere else
 
 def lowered(config, runs, mesh):
   """A train step that is traced and lowered, but not compiled."""
-  settings = Train(remat=True, attention="blocks")
+  settings = Train(remat="full", attention="blocks")
   trained, state = step.abstract_state(config, settings, mesh, 0, runs)
   batch = step.abstract_batch(ROWS * mesh.size, TOKENS, mesh)
   made = step.make_step(config, settings, CONSTANT, mesh, runs=runs)

@@ -11,10 +11,10 @@ import pytest
 from adapt_pruner_jax.config import Train
 from adapt_pruner_jax.distributed import sharding
 from adapt_pruner_jax.errors import UserError
-from adapt_pruner_jax.models import axes, decoder, model_config
+from adapt_pruner_jax.models import arithmetic, axes, decoder, model_config
 from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.models.rope import Rope
-from adapt_pruner_jax.training import loop, lora, optimizer
+from adapt_pruner_jax.training import forward, loop, lora, optimizer
 from adapt_pruner_jax.training.losses import distillation, next_token
 from adapt_pruner_jax.training.step import (
   check_rows,
@@ -162,7 +162,7 @@ def test_eight_devices_equal_one(plain, shape):
 
 
 @pytest.mark.parametrize(
-  "shape, remat", [((1, 1, 1), True), ((2, 2, 2), False)]
+  "shape, remat", [((1, 1, 1), "dots"), ((2, 2, 2), "attention+mlp")]
 )
 def test_accumulation_equals_one_big_batch(plain, shape, remat):
   """Microbatches hold different numbers of counted tokens."""
@@ -191,6 +191,29 @@ def test_packed_documents_equal_separate_ones(plain):
   alone, _, alone_metrics = run_steps(UNEVEN, params, [apart])
   assert alone_metrics[0] == pytest.approx(metrics[0], rel=1e-5)
   assert_close(together, alone, atol=2e-5)
+
+
+def test_gradients_in_float32():
+  """Products as ever, but a matrix's gradient is rounded nowhere."""
+  rng = np.random.default_rng(0)
+  x_BTD = jnp.asarray(rng.normal(size=(2, 64, 16)), jnp.bfloat16)
+  w_DF = jnp.asarray(rng.normal(size=(16, 8)), jnp.float32)
+
+  def product(w_DF):
+    y_BTF = arithmetic.project("btd,df->btf", x_BTD, w_DF)
+    return jnp.sum(jnp.sin(y_BTF.astype(jnp.float32))), y_BTF
+
+  made = jax.value_and_grad(product, has_aux=True)
+  half = w_DF.astype(jnp.bfloat16)
+  ((_, y), exact), ((_, y_half), rounded) = made(w_DF), made(half)
+  assert y.dtype == jnp.bfloat16
+  np.testing.assert_array_equal(y, y_half)
+  assert exact.dtype == jnp.float32
+  assert (exact != exact.astype(jnp.bfloat16)).any()
+  np.testing.assert_array_equal(rounded, exact.astype(jnp.bfloat16))
+  settings = Train(dtype="bfloat16", gradient_dtype="float32")
+  found = forward.cast({"q": w_DF, "attn_norm": w_DF[0]}, settings)
+  assert (found["q"].dtype, found["attn_norm"].dtype) == ("float32", "bfloat16")
 
 
 def test_bfloat16_arithmetic_keeps_float32_state(plain):
@@ -473,7 +496,9 @@ def test_eight_bits_are_not_made_whole(monkeypatch):
     UNEVEN, hidden_size=128, kv_groups=(4,) * layers, ffn_widths=(512,) * layers
   )
   config = dataclasses.replace(config, queries_per_group=2, head_dim=16)
-  settings = Train(lora_rank=2, scan_layers="on", remat=True, lora_base="int8")
+  settings = Train(
+    lora_rank=2, scan_layers="on", remat="full", lora_base="int8"
+  )
   ahead = loop.compile_ahead(config, settings, one_device(), (1, 8))
   found = ahead.program.result().memory_analysis()
   assert found.temp_size_in_bytes < 2 * one

@@ -1,5 +1,6 @@
 """Model card and SHA256SUMS of an exported directory."""
 
+import dataclasses
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -84,16 +85,16 @@ def _summary(name: str, config: ModelConfig, facts: dict[str, Any]) -> str:
 
 def _layers(config: ModelConfig, facts: dict[str, Any]) -> str:
   kept = list(zip(config.kv_groups, config.ffn_widths, strict=True))
-  rows = [
-    (i, k * config.queries_per_group, k, f) for i, (k, f) in enumerate(kept)
-  ]
+  heads = config.heads()
+  rows = [(i, heads[i], k, f) for i, (k, f) in enumerate(kept)]
   columns = ("layer", "heads", "KV heads", "MLP width")
   old = [facts.get("kv_heads_before"), facts.get("ffn_before")]
   if all(x and len(x) == config.num_layers for x in old):
+    heads_before = dataclasses.replace(config, kv_groups=tuple(old[0])).heads()
     rows = [
       (
         i,
-        f"{k0 * config.queries_per_group} → {heads}",
+        f"{heads_before[i]} → {heads}",
         f"{k0} → {k}",
         f"{f0} → {f}",
       )

@@ -6,6 +6,7 @@ from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.formats.hf import (
   fields,
   fp8,
+  kinds,
   layers,
   ropes,
   text_part,
@@ -21,6 +22,13 @@ from adapt_pruner_jax.models.model_config import ModelConfig
 OLD_PRUNED = "pruned_"
 # Known in all families: the latter counts in some kinds of rope only.
 ALWAYS = ("hidden_act", ropes.ORIGINAL)
+INTERNLM = {  # defaults that are not LLaMA's
+  "num_key_value_heads": 2,
+  "head_dim": 128,
+  "max_position_embeddings": 32768,
+  "rms_norm_eps": 1e-5,
+  "pad_token_id": 2,
+}
 UNWRAP = (
   'python -c "import transformers as t; '
   "m = t.AutoModelForImageTextToText.from_pretrained('MODEL', dtype='auto'); "
@@ -53,6 +61,8 @@ def read(
   if name == "gemma" and raw.get("hidden_activation") == "gelu_pytorch_tanh":
     raw = {k: v for k, v in raw.items() if k != "hidden_activation"}
   raw = _usual_names(raw, family)
+  if raw.get("mlp_only_layers", ...) is None:
+    raw["mlp_only_layers"] = []
   fields.check(
     raw, {*family.fields, *family.passed, *layers.OWN, *ALWAYS}, path
   )
@@ -80,10 +90,13 @@ def read(
   values |= layers.read_sizes(raw, family, path) | layers.read_biases(
     raw, family
   )
+  layers.check_experts(values, path)
   values |= ropes.read(raw, family, values["head_dim"], path)
   L = len(values["kv_groups"])
   values["nope"] = ropes.read_nope(raw, family, L, path)
-  values["window"] = windows.read(raw, family, values["nope"], L, path)
+  window = values["window"] = windows.read(raw, family, values["nope"], L, path)
+  if (still := ropes.nope_of_full(raw, family, window, L)) is not None:
+    values["nope"] = still
   if name.startswith("gemma"):
     values["embed_scale"] = values["hidden_size"] ** 0.5
   return ModelConfig(**{"family": name, **values, **family.fixed})
@@ -123,6 +136,7 @@ def write(config: ModelConfig) -> dict[str, Any]:
       raw[name] = field.write(getattr(config, field.name))
   raw |= layers.write_biases(config) | ropes.write(config, family)
   raw |= windows.write(config, family) | ropes.write_nope(config, family)
+  raw |= kinds.write(config, family)
   raw |= family.must | family.written
   for usual, own in family.renamed.items():
     raw[own] = raw.pop(usual)
@@ -136,6 +150,8 @@ def write(config: ModelConfig) -> dict[str, Any]:
 def _usual_names(raw: Raw, family: Family) -> Raw:
   """The fields under the names that most families have for them."""
   own = {theirs: usual for usual, theirs in family.renamed.items()}
+  if "num_experts" in family.fields:  # one name or the other, by version
+    own["num_local_experts"] = "num_experts"
   unread = {*family.renamed} - {*own}  # the family's class passes over these
   return {own.get(f, f): v for f, v in raw.items() if f not in unread}
 
@@ -172,4 +188,19 @@ def _family(raw: Raw, path: str) -> tuple[str, Raw]:
     )
     raw.pop("layer_sharing", None)
     name = "llama"
+  if name == "internlm3":
+    name, raw = "llama", _of_internlm(raw, path)
   return name, raw
+
+
+def _of_internlm(raw: Raw, path: str) -> Raw:
+  """InternLM 3's fields as LLaMA's, whose implementation it has."""
+  raw = {**INTERNLM, **raw}
+  own = {"qkv_bias": "attention_bias", "bias": "mlp_bias"}
+  raw = {own.get(name, name): found for name, found in raw.items()}
+  one, two = (bool(raw.get(name)) for name in own.values())
+  if one != two:
+    raise UserError(
+      f"{path}: qkv_bias={one} and bias={two} must be alike in internlm3"
+    )
+  return raw

@@ -62,6 +62,11 @@ OLMO = {
   "eos_token_id": 50279,
   "pad_token_id": 1,
 }
+EXPERTS = {
+  "num_experts_per_tok": 8,
+  "router_aux_loss_coef": 0.001,
+  "output_router_logits": False,
+}
 MULTIPLIERS = {  # Granite
   "attention_multiplier": 1.0,
   "embedding_multiplier": 1.0,

@@ -18,7 +18,9 @@ from adapt_pruner_jax.formats.hf.defaults import (
   QWEN,
   SILU,
 )
+from adapt_pruner_jax.formats.hf.expert_families import EXPERT_FAMILIES
 from adapt_pruner_jax.formats.hf.family import Family
+from adapt_pruner_jax.formats.hf.more_families import MORE
 from adapt_pruner_jax.formats.hf.tensor_names import (
   FUSED,
   LAYER,
@@ -347,6 +349,8 @@ FAMILIES = {
     },
     query_growth=True,
   ),
+  **MORE,
+  **EXPERT_FAMILIES,
 }
-# MobileLLM is LLaMA under another name; `config_json` translates it.
-SUPPORTED = (*FAMILIES, "mobilellm")
+# These are LLaMA under other names; `config_json` translates them.
+SUPPORTED = (*FAMILIES, "mobilellm", "internlm3")

@@ -22,6 +22,7 @@ class Family:
     fields: of config.json, with their defaults.
     fixed: fields of `ModelConfig` that hold for all models of the family.
     tensors: names as in `LAYER`.
+    own: names in files that classes of our own read, where those are others.
     outer: names of the tensors outside the layers.
     layer: what the name of its layer's class ends with.
     body: of the model without head, in the class with one.
@@ -43,7 +44,11 @@ class Family:
     interleaved: rotary pairs lie side by side in its files.
     query_growth: queries grow with their position, as its rope says.
     nope: which layers have no rotary embeddings: "" none, "list" (those with a
-      0 in no_rope_layers), "switch" (all, by position_embedding_type).
+      0 in no_rope_layers), "switch" (all, by position_embedding_type), "full"
+      (those without a window where the file has one).
+    bias_of_o: `attention_bias` is one of `o` too.
+    rope_alpha: a dynamic rope may have an alpha, which stretches theta.
+    delta: layers may have a gated delta net in place of attention.
     text: "Text" in the names of classes (Gemma 3).
     heads: tasks for which Transformers has a class besides the language model.
   """
@@ -53,6 +58,7 @@ class Family:
   fields: dict[str, Any]
   fixed: dict[str, Any] = dataclasses.field(default_factory=dict)
   tensors: dict[str, str] = dataclasses.field(default_factory=lambda: LAYER)
+  own: dict[str, str] = dataclasses.field(default_factory=dict)
   outer: dict[str, str] = dataclasses.field(default_factory=lambda: OUTER)
   body: str = "model"
   layer: str = "DecoderLayer"
@@ -71,6 +77,9 @@ class Family:
   query_growth: bool = False
   interleaved: bool = False
   nope: str = ""
+  delta: bool = False
+  bias_of_o: bool = True
+  rope_alpha: bool = False
   text: str = ""
   heads: tuple[str, ...] = ("SequenceClassification", "TokenClassification")
 

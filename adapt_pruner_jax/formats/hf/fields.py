@@ -73,6 +73,12 @@ FIELDS = {
   "hidden_act": ACTIVATION,
   "hidden_activation": ACTIVATION,
   "use_parallel_residual": Field("parallel", (bool,)),
+  # Experts
+  "num_experts": Field("experts", (int,)),
+  "num_experts_per_tok": Field("experts_per_token", (int,)),
+  "norm_topk_prob": Field("router_norm", (bool,)),
+  "router_aux_loss_coef": Field("router_loss", NUMBER, float),
+  "output_router_logits": Field("router_loss_on", (bool,)),
   # Gemma
   "query_pre_attn_scalar": Field(
     "attn_scale", NUMBER, lambda x: x**-0.5, lambda scale: tidy(scale**-2)
@@ -122,6 +128,7 @@ _SWITCHES = """
 _TRUE_ANYWAY = {
   "activation": "swiglu",  # Falcon 3
   "normalization_function": "rmsnorm",  # Granite 4
+  "attn_output_gate": True,  # Qwen 3.5
   "full_attn_mod": 1,  # Phi 4 mini, as the next one
   "interpolate_factor": 1,
 }

@@ -7,6 +7,7 @@ Transformers knows such a field from version 5.15 on.
 from typing import Any
 
 from adapt_pruner_jax.errors import UserError
+from adapt_pruner_jax.formats.hf import kinds
 from adapt_pruner_jax.formats.hf.families import FAMILIES
 from adapt_pruner_jax.formats.hf.family import Family
 from adapt_pruner_jax.formats.hf.fields import Raw, mapping, require
@@ -27,15 +28,23 @@ MAX_LAYERS, MAX_SIZE = 10_000, 2**31 - 1
 
 def is_stock(config: ModelConfig) -> bool:
   """Whether the family's class in Transformers can hold the model."""
-  even = len({*config.kv_groups}) == len({*config.ffn_widths}) == 1
-  if (
-    not even
-    or not config.kv_groups[0]
-    or not config.ffn_widths[0]
-    or extra_biases(config)
-  ):
+  modules = *groups_by_kind(config), config.ffn_widths
+  if not all(len({*sizes}) == 1 and sizes[0] for sizes in modules):
     return False
-  return heads_are_legal(config, config.kv_groups[0])
+  if extra_biases(config):
+    return False
+  return heads_are_legal(config, config.most_groups(0))
+
+
+def groups_by_kind(config: ModelConfig) -> list[tuple[int, ...]]:
+  """KV groups of the layers of each kind: attention, and delta nets if any."""
+  by_kind = [
+    tuple(
+      k for i, k in enumerate(config.kv_groups) if config.is_delta(i) == delta
+    )
+    for delta in (False, True)
+  ]
+  return by_kind if any(config.delta) else by_kind[:1]
 
 
 def heads_are_legal(config: ModelConfig, groups: int) -> bool:
@@ -43,7 +52,8 @@ def heads_are_legal(config: ModelConfig, groups: int) -> bool:
   heads, D = groups * config.queries_per_group, config.hidden_size
   if config.rope.kind == "longrope" and config.family == "phi3":
     return D // heads == config.head_dim  # it counts the factors by these
-  if config.family == "gpt_neox":  # whose heads have no size of their own
+  # Whose `o`, or norms over all heads, are as if heads filled D.
+  if config.family in ("gpt_neox", "helium", "olmoe"):
     return heads * config.head_dim == D
   return not FAMILIES[config.family].divides or D % heads == 0
 
@@ -65,10 +75,10 @@ def read_biases(raw: Raw, family: Family) -> dict[str, bool]:
   attention = every or bool(raw.get("attention_bias"))
   mlp = every or bool(raw.get("mlp_bias"))
   extra = raw.get("extra_biases") or ()
+  out = raw.get("attention_out_bias", attention and family.bias_of_o)
   return {
     "qkv_bias": attention,
-    "o_bias": bool(raw.get("attention_out_bias", attention))
-    or family.module_of("o") in extra,
+    "o_bias": bool(out) or family.module_of("o") in extra,
     "gate_up_bias": mlp,
     "down_bias": mlp or family.module_of("down") in extra,
   }
@@ -103,8 +113,13 @@ def read_sizes(raw: Raw, family: Family, path: str) -> dict[str, Any]:
       raise UserError(
         f"{path}: {name}={raw[name]} must be from 1 to {largest:,}"
       )
+  delta = kinds.read(raw, family, raw["num_hidden_layers"], path)
+  net = kinds.read_net(raw, family, path)
   layers = _by_layer(raw, family, path)
-  queries = _queries_per_group(layers, raw, path)
+  kinds.check(layers, delta, net, path)
+  names = [kinds.KEYS if here else GROUPS for here in delta]
+  names = names or [GROUPS] * len(layers)
+  queries = _queries_per_group(layers, names, raw, path)
   head_dim = raw["head_dim"]
   if head_dim is None:
     head_dim = raw["hidden_size"] // raw[HEADS]
@@ -112,7 +127,11 @@ def read_sizes(raw: Raw, family: Family, path: str) -> dict[str, Any]:
   if not 1 <= head_dim <= MAX_SIZE:
     raise UserError(f"{path}: head_dim={head_dim} must be at least 1")
   return {
-    "kv_groups": tuple(layer[GROUPS] for layer in layers),
+    "delta": delta if any(delta) else (),
+    "delta_net": net,
+    "kv_groups": tuple(
+      layer[name] for layer, name in zip(layers, names, strict=True)
+    ),
     "ffn_widths": tuple(layer[WIDTH] for layer in layers),
     "queries_per_group": queries,
     "head_dim": head_dim,
@@ -121,12 +140,13 @@ def read_sizes(raw: Raw, family: Family, path: str) -> dict[str, Any]:
 
 def _by_layer(raw: Raw, family: Family, path: str) -> list[dict[str, int]]:
   """The sizes of each layer: its own, else those of the whole model."""
-  layers = [{n: raw[n] for n in SIZES} for _ in range(raw["num_hidden_layers"])]
+  named = SIZES + kinds.SIZES * family.delta
+  layers = [{n: raw[n] for n in named} for _ in range(raw["num_hidden_layers"])]
   for key, sizes in mapping(raw, "per_layer_config", path).items():
     if not str(key).isdecimal() or int(key) >= len(layers):
       raise UserError(f"{path}: per_layer_config has no layer {key}")
     require(sizes, (dict,), f"per_layer_config.{key}", path)
-    known = {family.renamed.get(name, name): name for name in SIZES}
+    known = {family.renamed.get(name, name): name for name in named}
     for name, size in sizes.items():
       if name not in known:
         raise UserError(
@@ -144,12 +164,19 @@ def _by_layer(raw: Raw, family: Family, path: str) -> list[dict[str, int]]:
 
 
 def _queries_per_group(
-  layers: list[dict[str, int]], raw: Raw, path: str
+  layers: list[dict[str, int]], names: list[str], raw: Raw, path: str
 ) -> int:
-  """Query heads on each KV head, which all layers must agree on."""
-  first = next((layer for layer in layers if layer[GROUPS]), raw)
+  """Query heads on each KV head, which all layers must agree on.
+
+  Args:
+    names: of the field of each layer that has its KV groups.
+  """
+  have = [layer for layer, n in zip(layers, names, strict=True) if n == GROUPS]
+  first = next((layer for layer in have if layer[GROUPS]), raw)
   queries = first[HEADS] // first[GROUPS]
   for i, layer in enumerate(layers):
+    if names[i] != GROUPS:
+      continue
     if not queries or layer[HEADS] != queries * layer[GROUPS]:
       raise UserError(
         f"{path}: layer {i} has {layer[HEADS]} heads on {layer[GROUPS]} "
@@ -159,6 +186,19 @@ def _queries_per_group(
   return queries
 
 
+def check_experts(values: dict[str, Any], path: str) -> None:
+  """Raises a UserError unless each token can go to as many as it should."""
+  if "experts" not in values:
+    return
+  experts, each = values["experts"], values["experts_per_token"]
+  if not 1 <= each <= experts <= MAX_SIZE:
+    raise UserError(
+      f"{path}: {each} experts a token (num_experts_per_tok) of {experts} "
+      "(num_experts, num_local_experts): there must be at least 1, and at "
+      "least as many as a token takes"
+    )
+
+
 def write_sizes(config: ModelConfig) -> dict[str, Any]:
   """Sizes of the whole model and, where the layers differ, of each of them.
 
@@ -166,18 +206,16 @@ def write_sizes(config: ModelConfig) -> dict[str, Any]:
   of equal layers.
   """
   if is_stock(config):
-    groups, width = config.kv_groups[0], config.ffn_widths[0]
-    return _sizes(config, groups, width)
+    groups = config.most_groups(0), config.most_groups(1)
+    return _sizes(config, config.ffn_widths[0], *groups)
   digits = len(str(config.num_layers - 1))  # so that the keys sort
   own = FAMILIES[config.family].renamed
-  layers = {
-    str(i).zfill(digits): {
-      own.get(name, name): size for name, size in _sizes(config, K, F).items()
-    }
-    for i, (K, F) in enumerate(
-      zip(config.kv_groups, config.ffn_widths, strict=True)
-    )
-  }
+  layers = {}
+  for i, K in enumerate(config.kv_groups):
+    groups = (None, K) if config.is_delta(i) else (K, None)
+    sizes = _sizes(config, config.ffn_widths[i], *groups)
+    sizes = {own.get(name, name): size for name, size in sizes.items()}
+    layers[str(i).zfill(digits)] = sizes
   return {
     **_whole_sizes(config),
     "per_layer_config": layers,
@@ -187,9 +225,16 @@ def write_sizes(config: ModelConfig) -> dict[str, Any]:
   }
 
 
-def _sizes(config: ModelConfig, groups: int, width: int) -> dict[str, int]:
-  heads = groups * config.queries_per_group
-  return {HEADS: heads, GROUPS: groups, WIDTH: width}
+def _sizes(
+  config: ModelConfig, width: int, groups: int | None, delta: int | None = None
+) -> dict[str, int]:
+  """Fields of sizes: MLP width, KV groups, and those of a delta net, if any."""
+  sizes = {WIDTH: width}
+  if groups is not None:
+    sizes = {HEADS: groups * config.queries_per_group, GROUPS: groups} | sizes
+  if delta is not None and config.delta_net:
+    sizes |= kinds.sizes(config, delta)
+  return sizes
 
 
 def _whole_sizes(config: ModelConfig) -> dict[str, int]:
@@ -201,9 +246,14 @@ def _whole_sizes(config: ModelConfig) -> dict[str, int]:
   """
   D = config.hidden_size
   legal = [k for k in range(1, D + 1) if heads_are_legal(config, k)]
-  groups = [k for k in legal if k >= max(config.kv_groups)]
-  kept = {*config.kv_groups} - {0}, {*config.ffn_widths} - {0}
-  sizes = _sizes(config, min(groups, default=1), max(*config.ffn_widths, 1))
+  groups = [k for k in legal if k >= config.most_groups(0)]
+  kept = {*groups_by_kind(config)[0]} - {0}, {*config.ffn_widths} - {0}
+  sizes = _sizes(
+    config,
+    max(*config.ffn_widths, 1),
+    min(groups, default=1),
+    max(config.most_groups(1), 1),
+  )
   if not groups:  # no such model is legal; nobody computes with these
     sizes |= {HEADS: 1, GROUPS: 1}
   fits = kept[0] <= {sizes[GROUPS]} and kept[1] <= {sizes[WIDTH]}
@@ -211,7 +261,7 @@ def _whole_sizes(config: ModelConfig) -> dict[str, int]:
     sizes[WIDTH] += 1
   elif fits:
     others = [k for k in legal if k not in kept[0]]
-    sizes |= _sizes(config, (others or [1])[-1], sizes[WIDTH])
+    sizes |= _sizes(config, sizes[WIDTH], (others or [1])[-1])
   return sizes
 
 

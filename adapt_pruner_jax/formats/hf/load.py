@@ -33,6 +33,7 @@ from adapt_pruner_jax.formats.hf.files import (
   CONFIG,
   INDEX,
   LICENCES,
+  MANIFEST,
   Checkpoint,
   read_object,
 )
@@ -41,6 +42,7 @@ from adapt_pruner_jax.models import axes
 from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.storage import publish
+from adapt_pruner_jax.storage.places import in_bucket, to_path
 
 DOWNLOADED = (
   *("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.md"),
@@ -67,14 +69,14 @@ READERS = 4
 
 def resolve(path: str | os.PathLike) -> Path:
   """The directory of a model: `path` itself, that of a .gguf file, or a
-  download of this hub id.
+  download of this hub id or from this place in a bucket.
 
   Raises:
     UserError: neither is there.
   """
   from adapt_pruner_jax.formats.gguf import directory as gguf_directory
 
-  folder = Path(path).expanduser()
+  folder = Path(on_disk(path)).expanduser()
   publish.put_back(folder)
   if folder.is_dir():
     if (folder / WORKDIR_MODEL / CONFIG).is_file():
@@ -108,6 +110,22 @@ def resolve(path: str | os.PathLike) -> Path:
       f"{first_line(error)} Check the name and the network; log in "
       "with `hf auth login` if the model asks for it"
     ) from error
+
+
+def on_disk(path: str | os.PathLike) -> str | os.PathLike:
+  """The path, or that of a copy on this machine of what is in a bucket.
+
+  Raises:
+    UserError: it is a work directory, or not there, or not whole.
+  """
+  if not in_bucket(path):
+    return path
+  from adapt_pruner_jax.storage import download
+
+  inner = to_path(path) / WORKDIR_MODEL
+  if (inner / CONFIG).is_file() or (inner / MANIFEST).is_file():
+    raise UserError(f"{path} is a work directory; its model is {inner}")
+  return str(download.copy(to_path(path)))
 
 
 def _from_hub(name: str, revision: str | None) -> Path:
@@ -211,13 +229,15 @@ def stored(
   check_tensors(checkpoint, config, repeats)
   params: Params = {}
   pairs = tensors.side_by_side(config)
+  shapes = tensors.tensor_shapes(config, repeats)
   for (layer, name), place in tensors.places(config, repeats).items():
     tree = params
     if layer is not None:
       tree = params.setdefault(axes.layer_name(layer), {})
-    kind = jnp.dtype(dtype or checkpoint.dtypes[place.tensor])
-    sizes = config.sizes(layer)
-    tree[name] = Stored(checkpoint, name, place, sizes, kind, pairs)
+    shape, sizes = shapes[place.tensor], config.sizes(layer)
+    first = next(iter(tensors.apart(place.tensor, shape)))
+    kind = jnp.dtype(dtype or checkpoint.dtypes[first])
+    tree[name] = Stored(checkpoint, name, place, sizes, kind, pairs, shape)
   return config, params
 
 
@@ -229,6 +249,7 @@ class Stored:
     sizes: of its dim letters.
     dtype: what it becomes when it is read.
     pairs: as of `tensors.from_hf`.
+    shape: of the tensor, from `tensors.tensor_shapes`.
   """
 
   checkpoint: Checkpoint
@@ -237,6 +258,7 @@ class Stored:
   sizes: dict[str, int]
   dtype: np.dtype
   pairs: int = 0
+  shape: tuple[int, ...] = ()
 
   def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
     """All of it; a view of the file if the dtype is that of the file."""
@@ -248,7 +270,8 @@ class Stored:
     return (slice(None),) * len(axes.AXES[self.name])
 
   def _tensor(self) -> np.ndarray:
-    return self.checkpoint.array(self.place.tensor)
+    where = self.place.tensor, self.shape
+    return tensors.together(self.checkpoint, self.name, *where)
 
   def _part(self, tensor: np.ndarray, index: Sequence[slice]) -> np.ndarray:
     """A view of part `index` of the parameter in its tensor.
@@ -259,6 +282,9 @@ class Stored:
     cut = dict(zip(axes.AXES[self.name], index, strict=True))
     sizes, ranges = dict(self.sizes), []
     for letters in tensors.hf_letters(self.name):
+      if not letters:
+        ranges.append(slice(None))
+        continue
       first, inner = letters[0], math.prod(sizes[x] for x in letters[1:])
       start, stop, _ = cut[first].indices(sizes[first])
       ranges.append(slice(start * inner, stop * inner))
@@ -298,7 +324,11 @@ def check_tensors(
   checkpoint: Checkpoint, config: ModelConfig, repeats: int = 1
 ) -> None:
   """Raises a UserError unless the checkpoint has the model's tensors."""
-  expected = tensors.tensor_shapes(config, repeats)
+  expected = {
+    tensor: shape
+    for whole in tensors.tensor_shapes(config, repeats).items()
+    for tensor, shape in tensors.apart(*whole).items()
+  }
   found = {
     tensor: shape
     for tensor, shape in checkpoint.shapes.items()

@@ -86,6 +86,8 @@ def read(
   if not family.local_rope:
     original = {ORIGINAL: raw[ORIGINAL]} if raw.get(ORIGINAL) else {}
     found = (old or new or family.rope) | original
+    if family.rope_alpha:
+      found = _stretched({**theta, **found}, head_dim, path)
     return {"rope": _rope({**theta, **share, **found}, *args)}
   for name in new:
     if name not in (FULL, SLIDING):
@@ -103,6 +105,20 @@ def read(
   both = ({**rope, "truncate": None} for rope in (full, local))
   one, two = (_rope(rope, *args) for rope in both)
   return {"rope": one, "local_rope": two}
+
+
+def _stretched(rope: dict[str, Any], head_dim: int, path: str) -> Raw:
+  """A dynamic rope with an alpha (Hunyuan) as a default one of larger theta.
+
+  Its other fields are not read then, as in Transformers.
+  """
+  alpha = rope.get("alpha")
+  kind = rope.get("rope_type", rope.get("type"))
+  if not alpha or kind != "dynamic":
+    return {name: found for name, found in rope.items() if name != "alpha"}
+  require(alpha, NUMBER, "alpha", path)
+  theta = rope["rope_theta"] * alpha ** (head_dim / (head_dim - 2))
+  return {"rope_type": "default", "rope_theta": theta}
 
 
 def _rope(
@@ -288,6 +304,18 @@ def read_nope(raw: Raw, family: Family, L: int, path: str) -> tuple[int, ...]:
       "embeddings) or 0"
     )
   return tuple(1 - turns for turns in given[:L]) if 0 in given[:L] else ()
+
+
+def nope_of_full(
+  raw: Raw, family: Family, window: tuple[int, ...], L: int
+) -> tuple[int, ...] | None:
+  """`nope` where it follows from the windows; None where it does not."""
+  if family.nope != "full":
+    return None
+  if raw["sliding_window"] is None:
+    return ()
+  still = tuple(int(not size) for size in window or (0,) * L)
+  return still if any(still) else ()
 
 
 def write_nope(config: ModelConfig, family: Family) -> dict[str, Any]:

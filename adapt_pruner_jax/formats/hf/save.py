@@ -18,6 +18,7 @@ from adapt_pruner_jax.errors import UserError, nearest
 from adapt_pruner_jax.formats.hf import (
   card,
   config_json,
+  kinds,
   layers,
   parent_files,
   reopen,
@@ -30,10 +31,12 @@ from adapt_pruner_jax.models import axes
 from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.model_config import ModelConfig, layer_names
 from adapt_pruner_jax.storage import json_files, publish
+from adapt_pruner_jax.storage.places import to_path
 
 FORMATS = ("hf", "hf_uniform")
-# GPT-NeoX makes heads of hidden_size / heads channels.
-RESIZE = """\
+# GPT-NeoX makes heads of hidden_size / heads channels, Helium an `o` of D
+# inputs.
+RESIZE_NEOX = """\
   attention, heads = layer.attention, sizes.num_attention_heads
   size, width = config.head_dim, config.hidden_size
   has_bias = attention.dense.bias is not None
@@ -41,6 +44,39 @@ RESIZE = """\
   attention.query_key_value = nn.Linear(width, 3 * heads * size, bias=has_bias)
   attention.dense = nn.Linear(heads * size, width, bias=has_bias)
 """
+# OLMoE's norms over all heads are as large as if these filled the hidden size.
+RESIZE_OLMOE = """\
+  attention, size, eps = layer.self_attn, config.head_dim, config.rms_norm_eps
+  attention.q_norm = stock.OlmoeRMSNorm(sizes.num_attention_heads * size, eps)
+  attention.k_norm = stock.OlmoeRMSNorm(sizes.num_key_value_heads * size, eps)
+"""
+RESIZE_HELIUM = """\
+  inputs = sizes.num_attention_heads * config.head_dim
+  layer.self_attn.o_proj = nn.Linear(inputs, config.hidden_size, bias=False)
+"""
+RESIZE = {
+  "gpt_neox": RESIZE_NEOX,
+  "helium": RESIZE_HELIUM,
+  "olmoe": RESIZE_OLMOE,
+}
+# Layers may have a gated delta net instead.
+NO_DELTA = """
+
+class NoDelta(nn.Module):
+  \"""In place of a gated delta net without heads.\"""
+
+  def forward(self, hidden_states, **others):
+    return torch.zeros_like(hidden_states)
+"""
+COUNT_DELTA = """\
+  if config.layer_types[index] == "linear_attention":
+    heads = sizes.linear_num_key_heads
+"""
+TAKE_OUT_DELTA = """\
+    if hasattr(layer, "linear_attn"):
+      layer.linear_attn = NoDelta()
+    else:
+  """
 MARKS = (CONFIG, MANIFEST)  # by which a directory is one of a model
 
 
@@ -75,7 +111,7 @@ def save(
     UserError: `path` exists or cannot be written, or the format cannot express
       the model.
   """
-  path, source = Path(path), Path(source) if source is not None else None
+  path, source = to_path(path), Path(source) if source is not None else None
   if format not in FORMATS:
     raise UserError(
       f"format {format} is not one of {', '.join(FORMATS)}"
@@ -171,6 +207,8 @@ def _write_classes(folder: Path, config: ModelConfig) -> None:
   }
   attention, o = family.module_of("o").rsplit(".", 1)
   mlp, down = family.module_of("down").rsplit(".", 1)
+  if config.experts:
+    mlp = family.module_of("router").split(".")[0]
   names = {
     "family": config.family,
     "module": family.module,
@@ -179,11 +217,16 @@ def _write_classes(folder: Path, config: ModelConfig) -> None:
     "model_class": family.model_class,
     "body": family.body,
     "layer_class": f"{family.prefix}{family.layer}",
-    "resize": RESIZE if config.family == "gpt_neox" else "",
+    "resize": RESIZE.get(config.family, ""),
+    "more_heads": "".join(f', "{n}"' for n in kinds.SIZES * family.delta),
+    "no_delta": NO_DELTA * family.delta,
+    "count_delta": COUNT_DELTA * family.delta,
+    "take_out_delta": TAKE_OUT_DELTA * family.delta,
     "attention": attention,
     "o": o,
     "mlp": mlp,
     "down": down,
+    "cut_mlp": not config.experts,
     "width": family.renamed.get("intermediate_size", "intermediate_size"),
     "attention_norms": norms["attn"],
     "mlp_norms": norms["mlp"],

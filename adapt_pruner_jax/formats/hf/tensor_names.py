@@ -58,6 +58,21 @@ QK_NORM = {
   "k_norm": "self_attn.k_norm.weight",
 }
 QK_NORM_ALL = {f"{name}_all": tensor for name, tensor in QK_NORM.items()}
+Q_GATE = {  # each head's rows behind those of its queries
+  "q_gate": "self_attn.q_proj.weight",
+  "q_gate_bias": "self_attn.q_proj.bias",
+}
+DELTA_NET = {
+  **{f"delta_{n}": "linear_attn.in_proj_qkv.weight" for n in "qkv"},
+  **{f"delta_conv_{n}": "linear_attn.conv1d.weight" for n in "qkv"},
+  "delta_gate": "linear_attn.in_proj_z.weight",
+  "delta_beta": "linear_attn.in_proj_b.weight",
+  "delta_decay": "linear_attn.in_proj_a.weight",
+  "delta_decay_bias": "linear_attn.dt_bias",
+  "delta_log_rate": "linear_attn.A_log",
+  "delta_norm": "linear_attn.norm.weight",
+  "delta_o": "linear_attn.out_proj.weight",
+}
 SANDWICH = {
   "attn_post_norm": "post_attention_layernorm.weight",
   "mlp_norm": "pre_feedforward_layernorm.weight",
@@ -72,6 +87,38 @@ SHARED_MLP = {
   "up": "shared_mlp.input_linear.weight",
   "down": "shared_mlp.output_linear.weight",
 }
-FUSED = dict.fromkeys("qkv", "self_attn.qkv_proj.weight") | dict.fromkeys(
-  ("gate", "up"), "mlp.gate_up_proj.weight"
-)
+# "*" stands for the number of an expert, each of which has tensors of its own.
+EACH_EXPERT = {
+  "router": "mlp.gate.weight",
+  "moe_gate": "mlp.experts.*.gate_proj.weight",
+  "moe_up": "mlp.experts.*.up_proj.weight",
+  "moe_down": "mlp.experts.*.down_proj.weight",
+}
+EXPERTS_FUSED = {
+  "router": "block_sparse_moe.router.layer.weight",
+  "moe_gate": "block_sparse_moe.input_linear.weight",
+  "moe_up": "block_sparse_moe.input_linear.weight",
+  "moe_down": "block_sparse_moe.output_linear.weight",
+}
+
+
+def experts_in_memory(block: str, router: str) -> dict[str, str]:
+  """Names that Transformers 5 has for experts once it has read them.
+
+  It stores and finds others, but not for classes of our own.
+
+  Args:
+    block: module below a layer.
+    router: module in that.
+  """
+  fused = f"{block}.experts.gate_up_proj"
+  return {
+    "router": f"{block}.{router}.weight",
+    "moe_gate": fused,
+    "moe_up": fused,
+    "moe_down": f"{block}.experts.down_proj",
+  }
+
+
+FUSED_MLP = dict.fromkeys(("gate", "up"), "mlp.gate_up_proj.weight")
+FUSED = dict.fromkeys("qkv", "self_attn.qkv_proj.weight") | FUSED_MLP

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -36,7 +37,9 @@ BLOCK_ROWS = 64  # at least: fewer would read strided memory line by line
 class Place:
   """Rows start : start + rows of a tensor, or of each of its blocks.
 
-  A tensor of several blocks of rows has a share of the parameter in each.
+  A tensor of several blocks of rows has a share of the parameter in each, as
+  one of experts has: [X, rows, columns], read as X blocks below each other. In
+  a name "*" stands for X tensors, which are read as one (`together`).
   """
 
   tensor: str
@@ -52,7 +55,7 @@ def places(config: ModelConfig, repeats: int = 1) -> dict[Key, Place]:
     repeats: how many layers in a row share each stored layer.
   """
   family = FAMILIES[config.family]
-  names = family.tensors
+  names = family.tensors | ({} if is_stock(config) else family.own)
   found: dict[Key, Place] = {}
   for name in outer_names(config):
     rows = hf_shape(name, config.sizes())[0]
@@ -63,7 +66,10 @@ def places(config: ModelConfig, repeats: int = 1) -> dict[Key, Place]:
       tensor = f"{family.body}.layers.{i // repeats}.{names[name]}"
       start = filled.get(tensor, 0)
       rows = hf_shape(name, config.sizes(i))[0]
-      blocks = config.kv_groups[i] if name in family.by_head else 1
+      heads = config.kv_groups[i] * config.queries_per_group
+      blocks = heads if name in family.by_head else 1
+      if axes.AXES[name][0] == "X":
+        blocks = config.experts
       found[i, name] = Place(tensor, start, rows, blocks)
       filled[tensor] = start + rows // blocks
   return found
@@ -83,13 +89,42 @@ def outer_tensor(config: ModelConfig, name: str) -> str:
 def tensor_shapes(
   config: ModelConfig, repeats: int = 1
 ) -> dict[str, tuple[int, ...]]:
-  """Shape of each tensor of the model's checkpoint, in writing order."""
+  """Shape of each tensor of the model's checkpoint, in writing order.
+
+  Those of all experts are one, see `apart`.
+  """
   shapes: dict[str, tuple[int, ...]] = {}
   for (layer, name), place in places(config, repeats).items():
     rest = hf_shape(name, config.sizes(layer))[1:]
     rows = place.start * place.blocks + place.rows
     shapes[place.tensor] = (rows, *rest)
+    if axes.AXES[name][0] == "X":
+      shapes[place.tensor] = (config.experts, rows // config.experts, *rest)
   return shapes
+
+
+def apart(tensor: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+  """The tensors that one of `tensor_shapes` is in a file, in their order."""
+  if "*" not in tensor:
+    return {tensor: shape}
+  return {tensor.replace("*", str(x)): shape[1:] for x in range(shape[0])}
+
+
+def together(
+  checkpoint: Any, name: str, tensor: str, shape: tuple[int, ...]
+) -> np.ndarray:
+  """The inverse: a tensor of `tensor_shapes`, experts one below the other.
+
+  Args:
+    checkpoint: as `files.Checkpoint`.
+    name: of a parameter in it.
+    tensor, shape: from `tensor_shapes`.
+  """
+  parts = [checkpoint.array(part) for part in apart(tensor, shape)]
+  if axes.AXES[name][0] != "X":
+    return parts[0]
+  whole = parts[0] if len(parts) == 1 else np.stack(parts)
+  return whole.reshape(-1, whole.shape[-1])
 
 
 def own_rows(tensor: np.ndarray, place: Place) -> np.ndarray:
@@ -105,7 +140,11 @@ def own_rows(tensor: np.ndarray, place: Place) -> np.ndarray:
 def hf_letters(name: str) -> tuple[str, ...]:
   """The letters of each dim of the tensor: ("KGH", "D") for `q`."""
   letters = axes.AXES[name]
-  if "norm" in name or name.endswith("bias"):
+  if letters[0] == "X":  # one matrix below the other
+    return "X" + letters[2], letters[1]
+  if "conv" in name:  # each channel has one input
+    return letters[:-1], "", letters[-1]
+  if not {*letters} & {*axes.RESIDUAL} or len(letters) == 1:
     return (letters,)
   if name == "embedding":
     return ("V", "D")

@@ -26,6 +26,7 @@ WRAPPERS = {
   "qwen2_vl": "qwen2_vl_text",
   "qwen2_5_vl": "qwen2_5_vl_text",
   "qwen3_vl": "qwen3_vl_text",
+  "qwen3_5": "qwen3_5_text",
 }
 # Types of such parts that are the same function of text as a plain family.
 SAME = {

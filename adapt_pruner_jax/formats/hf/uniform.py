@@ -18,6 +18,9 @@ from adapt_pruner_jax.models import axes
 from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.model_config import ModelConfig, count_params
 
+# PyTorch's products of all experts at once want rows of 16 bytes.
+EXPERT_WIDTHS = 8
+
 
 def pad_config(config: ModelConfig) -> ModelConfig:
   """The smallest config of equal layers that the family's class can hold.
@@ -26,13 +29,16 @@ def pad_config(config: ModelConfig) -> ModelConfig:
     UserError: there is none; says which format can.
   """
   family = FAMILIES[config.family]
-  K, F = max(config.kv_groups), max(config.ffn_widths)
+  K, Z = config.most_groups(0), config.most_groups(1)
+  F, by_kind = max(config.ffn_widths), layers.groups_by_kind(config)
+  if config.experts:
+    F = -(-F // EXPERT_WIDTHS) * EXPERT_WIDTHS
   if config.qk_norm == "all" and len({*config.kv_groups}) > 1:
     raise UserError(
       f"{config.family} norms all heads of a layer together, so that added "
       "heads would change the others: write it with --format=hf"
     )
-  if not K or not F:
+  if not all(map(any, (*by_kind, config.ffn_widths))):
     raise UserError(
       "no layer has attention, or none has an MLP, which stock classes cannot "
       "express: write it with --format=hf"
@@ -50,7 +56,9 @@ def pad_config(config: ModelConfig) -> ModelConfig:
   known = {*family.fields}
   padded = dataclasses.replace(
     config,
-    kv_groups=(K,) * config.num_layers,
+    kv_groups=tuple(
+      Z if config.is_delta(i) else K for i in range(config.num_layers)
+    ),
     ffn_widths=(F,) * config.num_layers,
     # A class may have all biases where the model has some; others are zero.
     qkv_bias=config.qkv_bias
@@ -109,8 +117,9 @@ def cost(
     before: parameters that the model had before it was pruned, if known.
   """
   params, new = count_params(config), count_params(padded)
-  cache = sum(padded.kv_groups) / max(1, sum(config.kv_groups))
-  heads = padded.kv_groups[0] * padded.queries_per_group
+  kept, of_all = (sum(layers.groups_by_kind(c)[0]) for c in (config, padded))
+  cache = of_all / max(1, kept)
+  heads = padded.most_groups(0) * padded.queries_per_group
   notes = [
     f"padded to {heads} heads and MLP width {padded.ffn_widths[0]} in all "
     f"{padded.num_layers} layers: {new:,} parameters, {new / params:.2f} times "

@@ -136,7 +136,7 @@ def write(
       for array in _arrays(keys[tensor], places, get, pairs)
     )
     if folder is not None and failed is None:
-      header = {t: (shapes[t], dtypes[t]) for t in shard}
+      header = _kinds(shard, shapes, dtypes)
       try:
         sums[name] = _write_file(folder / name, header, arrays)
       except OSError as error:
@@ -146,7 +146,11 @@ def write(
   if not agreement.all_agree(failed is None):
     raise failed or UserError("process 0 cannot write; see its message")
   if folder is not None and len(shards) > 1:
-    where = {t: n for n, s in zip(names, shards, strict=True) for t in s}
+    where = {
+      t: n
+      for n, shard in zip(names, shards, strict=True)
+      for t in _kinds(shard, shapes, dtypes)
+    }
     total = {"total_size": sum(sizes.values())}
     index = {"metadata": total, "weight_map": where}
     json_files.write_json(folder / INDEX, index, sort_keys=True)
@@ -190,7 +194,20 @@ def header_bytes(config: ModelConfig, dtype: np.dtype) -> int:
   A model of smaller sizes has no more, several files some hundred each.
   """
   shapes = tensors.tensor_shapes(config)
-  return len(_header({name: (s, dtype) for name, s in shapes.items()}))
+  return len(_header(_kinds(shapes, shapes, dict.fromkeys(shapes, dtype))))
+
+
+def _kinds(
+  names: Iterable[str],
+  shapes: dict[str, tuple[int, ...]],
+  dtypes: dict[str, np.dtype],
+) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+  """Shape and dtype of the tensors of a file, by their names in it."""
+  return {
+    t: (shape, dtypes[name])
+    for name in names
+    for t, shape in tensors.apart(name, shapes[name]).items()
+  }
 
 
 def _header(kinds: dict[str, tuple[tuple[int, ...], np.dtype]]) -> bytes:

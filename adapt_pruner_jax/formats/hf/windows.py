@@ -39,6 +39,11 @@ def read(
     slides = list(map(bool, nope or (0,) * L))
   else:
     period = raw.get("sliding_window_pattern", family.period)
+    require(period, (int,), "sliding_window_pattern", path)
+    if period < 1:
+      raise UserError(
+        f"{path}: sliding_window_pattern={period} must be 1 or up"
+      )
     slides = [bool((i + 1) % period) for i in range(L)]
   if family.windows == "pattern" and any(slides) and not size:
     raise UserError(f"{path}: sliding_window={size} must be at least 1")
@@ -89,6 +94,8 @@ def write(config: ModelConfig, family: Family) -> dict[str, Any]:
     raw |= {"use_sliding_window": bool(size), "max_window_layers": first}
   elif family.windows == "nope":
     raw["use_sliding_window"] = bool(size)
+  elif family.nope == "full" and not any(config.nope):
+    raw["sliding_window"] = size
   elif not size:  # Transformers wants a number even if no layer uses it
     raw["sliding_window"] = family.fields["sliding_window"]
   return raw

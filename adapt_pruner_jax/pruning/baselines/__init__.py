@@ -6,6 +6,7 @@
   llm_pruner   LLM-Pruner; magnitude and random choices in its place
   minitron     Minitron: activations, and layers by the loss
   shortgpt     ShortGPT: whole layers
+  reap         REAP: whole experts, by what they say where they are asked
   slicegpt     SliceGPT: directions of the residual stream
   surgeon      LLM Surgeon: Kronecker-factored curvature, weights updated
   wanda_sp     Wanda-sp: layer after layer

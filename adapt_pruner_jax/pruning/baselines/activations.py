@@ -34,7 +34,8 @@ def pair(masked: Masked) -> tuple[ModelConfig, Params]:
   stacked, config = masked.stacked, surgery.dense(masked.task.full)
   params = {n: stacked[n] for n in model_config.outer_names(config)}
   for i in range(config.num_layers):
-    params[axes.layer_name(i)] = {n: w[i] for n, w in stacked["layers"].items()}
+    names = model_config.layer_names(config, i)
+    params[axes.layer_name(i)] = {n: stacked["layers"][n][i] for n in names}
   return config, params
 
 

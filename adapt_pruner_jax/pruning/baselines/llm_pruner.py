@@ -17,7 +17,13 @@ import dataclasses
 import numpy as np
 
 from adapt_pruner_jax.models.axes import UNITS
-from adapt_pruner_jax.pruning import allotment, exact_target, surgery, targets
+from adapt_pruner_jax.pruning import (
+  allotment,
+  choice,
+  exact_target,
+  surgery,
+  targets,
+)
 from adapt_pruner_jax.pruning.surgery import Masks
 from adapt_pruner_jax.pruning.task import (
   Allotted,
@@ -70,9 +76,15 @@ def everywhere(
   unit of each module stays.
   """
   prunable = targets.prunable_modules(task.full, task.settings)
-  left, begin = surgery.widths(masks), task.begin
-  there = {u: masks[u] & prunable[u][:, None] for u in UNITS}
-  listed = np.sort(np.concatenate([scores[u][there[u]] for u in UNITS]))
+  left, begin = surgery.widths(masks), surgery.widths(task.begin)
+  ranked = {
+    u: [
+      choice.in_order(s, m)[: len(m.T) * may]
+      for s, m, may in zip(scores[u], masks[u], prunable[u], strict=True)
+    ]
+    for u in UNITS
+  }
+  listed = np.sort(np.concatenate([s for u in UNITS for s in ranked[u]]))
   total = sum(begin[u][prunable[u]].sum() for u in UNITS)
 
   def counts_at(ratio: float) -> Counts:
@@ -80,7 +92,7 @@ def everywhere(
     threshold = listed[gone - 1] if gone > 0 else -np.inf
     return {
       u: np.minimum(
-        (there[u] & (scores[u] <= threshold)).sum(axis=1),
+        [np.searchsorted(s, threshold, side="right") for s in ranked[u]],
         np.maximum(left[u] - 1, 0),
       )
       for u in UNITS

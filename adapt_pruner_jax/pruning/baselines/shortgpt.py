@@ -35,7 +35,7 @@ def measure(masked: Masked, tokens_NT: np.ndarray) -> Measured:
       x_BTD = y_BTD
   influence_L = total_L / tokens_NT.size
   spread = {
-    u: np.repeat(influence_L[:, None], m.shape[1], axis=1)
+    u: np.broadcast_to(influence_L.reshape(-1, *(1,) * (m.ndim - 1)), m.shape)
     for u, m in masks.items()
   }
   return Measured(spread, importance_L=influence_L)

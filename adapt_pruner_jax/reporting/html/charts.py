@@ -15,17 +15,18 @@ Widths = Mapping[str, Sequence[int]]  # {"kv_groups": [L], "ffn": [L]}
 Row = Mapping[str, Any]  # a line of trace.jsonl or metrics.jsonl
 
 
-def removed(before: Widths, trace: Sequence[Row], group: int) -> str:
+def removed(before: Widths, trace: Sequence[Row], group: Sequence[int]) -> str:
   """Heads and MLP width of each layer: what is left, what went when.
 
   Args:
-    group: query heads of a KV group.
+    group: query heads of a KV group of each layer.
   """
   stages = widths_by_stage(before, trace)
   last = stages[-1]
-  together = f" (removed in groups of {group})" if group > 1 else ""
+  sizes = " and ".join(map(str, sorted({*group})))
+  together = f" (removed in groups of {sizes})" if {*group} - {1} else ""
   titles = {"kv_groups": f"Attention heads{together}", "ffn": "MLP width"}
-  scale = {"kv_groups": group, "ffn": 1}
+  scale = {"kv_groups": np.array(group), "ffn": 1}
 
   def draw(figure, narrow, tooltips):
     for axes, kind in zip(figure.subplots(2, 1), before, strict=True):

@@ -278,7 +278,7 @@ def layer_table(found: Found) -> str:
       strict=True,
     )
   ):
-    heads = f"{k0 * group} → {k1 * group}"
+    heads = f"{k0 * group[i]} → {k1 * group[i]}"
     rows.append(
       (str(i), heads, f"{k0} → {k1}", f"{f0:,} → {f1:,}", pieces.gone(f0, f1))
     )

@@ -88,7 +88,9 @@ def _beginning(
     groups, heads = summary["kv_heads_before"], summary["heads_before"]
     return {
       "before": {"kv_groups": groups, "ffn": summary["ffn_before"]},
-      "heads_per_kv_group": max(heads) // max(groups),
+      "heads_per_kv_group": [
+        h // max(k, 1) for h, k in zip(heads, groups, strict=True)
+      ],
       "params_before": summary["params_before"],
       "target_params": summary["target_params"],
     }
@@ -97,7 +99,7 @@ def _beginning(
   except UserError:  # it was moved, say: the first step is nearly the original
     return {
       "before": _layers(trace[0]) if trace else None,
-      "heads_per_kv_group": 1,
+      "heads_per_kv_group": [1] * (len(trace[0]["layers"]) if trace else 0),
       "params_before": None,
       "target_params": config["prune"]["target_params"] or None,
     }
@@ -108,7 +110,9 @@ def _beginning(
     target = math.floor(size * (1 - config["prune"]["ratio"]))
   return {
     "before": {"kv_groups": list(full.kv_groups), "ffn": list(full.ffn_widths)},
-    "heads_per_kv_group": full.queries_per_group,
+    "heads_per_kv_group": [
+      h // max(k, 1) for h, k in zip(full.heads(), full.kv_groups, strict=True)
+    ],
     "params_before": size,
     "target_params": target or None,
   }

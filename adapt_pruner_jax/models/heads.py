@@ -1,0 +1,146 @@
+"""The attention of a layer, from the residual stream to the input of `o`."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from adapt_pruner_jax.models import axes
+from adapt_pruner_jax.models.arithmetic import layer_norm, rms_norm
+from adapt_pruner_jax.models.attention import AttentionInputs, attend, chosen
+from adapt_pruner_jax.models.axes import Params
+from adapt_pruner_jax.models.kernels import KERNELS
+from adapt_pruner_jax.models.model_config import ModelConfig
+from adapt_pruner_jax.models.remat import read_by
+from adapt_pruner_jax.models.rope import RopeTables, query_scale, rotate
+
+
+def norm(
+  config: ModelConfig, weights: Params, name: str, x: jax.Array
+) -> jax.Array:
+  """Norms with a parameter of the model; without it nothing is done.
+
+  Args:
+    config: as `run_layer`'s.
+    weights: of the layer, or those outside the layers.
+    name: of the parameter.
+    x: normed over its last axis; the residual stream in front of a half for the
+      norm in front of it.
+  """
+  if config.parallel and name == "mlp_norm":
+    x = x[..., : config.hidden_size]
+  if name not in weights:
+    return x
+  if config.norm == "layer":
+    bias = weights.get(f"{name}_bias")
+    eps, offset = config.norm_eps, config.norm_offset
+    return layer_norm(x, weights[name], bias, eps, offset)
+  sliced = config.residual and axes.AXES[name] in axes.RESIDUAL
+  width = config.hidden_size if sliced else None
+  eps, offset = config.norm_eps, config.norm_offset
+  return rms_norm(x, weights[name], eps, offset, width)
+
+
+def heads(
+  config: ModelConfig,
+  weights: Params,
+  place: Any,
+  inputs: AttentionInputs,
+  x_BTD: jax.Array,
+  masks: Mapping[str, jax.Array] | None,
+  cache: tuple[jax.Array, jax.Array] | None,
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+  """What the heads say, [B, T, K, G, H], and the keys and values.
+
+  Args:
+    config, weights, place, inputs, x_BTD, masks, cache: as `layer.run_half`'s.
+  """
+  rope = _rope(inputs.ropes, place.rope)
+  h_BTD = norm(config, weights, "attn_norm", x_BTD)
+  q_BTKGH, *kv = _qkv(config, weights, rope, h_BTD, masks)
+  if config.rope.query_growth:
+    scale_BT = query_scale(config.rope, inputs.positions)
+    q_BTKGH *= scale_BT[..., None, None, None].astype(q_BTKGH.dtype)
+  if cache is not None:
+    update = jax.lax.dynamic_update_slice_in_dim
+    pairs = zip(cache, kv, strict=True)
+    kv = [update(old, new, inputs.column, axis=1) for old, new in pairs]
+  said_BTKGH = _attend(config, place, inputs, q_BTKGH, *kv)
+  if config.attn_gate:
+    gate_BTKGH = read_by("btd,dkgh->btkgh", h_BTD, weights["q_gate"])
+    if config.qkv_bias:
+      gate_BTKGH += weights["q_gate_bias"]
+    said_BTKGH *= jax.nn.sigmoid(gate_BTKGH)
+  return said_BTKGH, tuple(kv)
+
+
+def _attend(config, place, inputs, q_BTKGH, k_BSKH, v_BSKH):
+  """`attend` with the window of a place.
+
+  A kernel must know its window when it is compiled: in a scan over layers that
+  differ in it there is one kernel for each, and the place chooses.
+  """
+  scale, softcap = (
+    config.attn_scale or config.head_dim**-0.5,
+    config.attn_softcap,
+  )
+
+  def seeing(window):
+    return lambda *heads: attend(
+      *heads, inputs, window, scale=scale, softcap=softcap
+    )
+
+  heads, windows = (q_BTKGH, k_BSKH, v_BSKH), sorted(set(config.window))
+  if not any(windows):
+    return seeing(0)(*heads)
+  kernel, _ = chosen(q_BTKGH, inputs, windows[-1], softcap)
+  if isinstance(place.window, int) or kernel not in KERNELS:
+    return seeing(place.window)(*heads)
+  which = jnp.searchsorted(np.array(windows), place.window)
+  return jax.lax.switch(which, [seeing(w) for w in windows], *heads)
+
+
+def _rope(ropes: tuple[RopeTables, ...], which: jax.Array | int) -> RopeTables:
+  if len(ropes) == 1 or isinstance(which, int):
+    return ropes[which if isinstance(which, int) else 0]
+  return jax.tree.map(lambda *tables: jnp.stack(tables)[which], *ropes)
+
+
+def _qkv(config, weights, rope, h_BTD, masks):
+  """Rotated queries [B, T, K, G, H] and keys, and values [B, T, K, H]."""
+  w, c = weights, config
+  q_BTKGH = read_by("btd,dkgh->btkgh", h_BTD, w["q"])
+  k_BTKH = read_by("btd,dkh->btkh", h_BTD, w["k"])
+  v_BTKH = read_by("btd,dkh->btkh", h_BTD, w["v"])
+  if c.qkv_bias:
+    q_BTKGH, k_BTKH = q_BTKGH + w["q_bias"], k_BTKH + w["k_bias"]
+    v_BTKH = v_BTKH + w["v_bias"]
+  if c.qk_norm == "head" and not c.qk_norm_late:
+    q_BTKGH = norm(c, w, "q_norm", q_BTKGH)
+    k_BTKH = norm(c, w, "k_norm", k_BTKH)
+  elif c.qk_norm == "all":
+    q_BTKGH = _norm_all(c, w["q_norm_all"], q_BTKGH, masks)
+    k_BTKH = _norm_all(c, w["k_norm_all"], k_BTKH, masks)
+  B, T, K, G, H = q_BTKGH.shape
+  q_BTNH = rotate(q_BTKGH.reshape(B, T, K * G, H), rope)
+  q_BTKGH, k_BTKH = q_BTNH.reshape(q_BTKGH.shape), rotate(k_BTKH, rope)
+  if c.qk_norm_late:
+    q_BTKGH = norm(c, w, "q_norm", q_BTKGH)
+    k_BTKH = norm(c, w, "k_norm", k_BTKH)
+  return q_BTKGH, k_BTKH, v_BTKH
+
+
+def _norm_all(config, scale, x_BTKH, masks):
+  """Norm over all heads of a position together, those that `masks` leave."""
+  width = None
+  if masks is not None:
+    mask_K = masks["K"].astype(x_BTKH.dtype)
+    x_BTKH *= mask_K.reshape(-1, *(1,) * (x_BTKH.ndim - 3))
+    heads = jnp.maximum(jnp.sum(masks["K"]), 1)
+    width = heads * math.prod(x_BTKH.shape[3:])
+  flat = x_BTKH.reshape(*x_BTKH.shape[:2], -1)
+  normed = rms_norm(flat, scale.reshape(-1), config.norm_eps, width=width)
+  return normed.reshape(x_BTKH.shape)

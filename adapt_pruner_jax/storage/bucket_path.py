@@ -1,0 +1,273 @@
+"""Paths in a bucket, `gs://` and `s3://`, beside those on a disk.
+
+They are etils' paths over fsspec (gcsfs, s3fs). What differs here: listings are
+never taken from a cache, since others write too; while a bucket that was there
+before says 503 or 429, or cannot be reached, the call waits; and whatever else
+goes wrong is a `UserError`, but for a missing or an existing file.
+"""
+
+import functools
+import os
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import fsspec
+from absl import logging
+from etils import epath
+
+from adapt_pruner_jax.errors import UserError, first_line
+
+PATIENCE = 600  # seconds that a bucket which was there may be away
+_PACKAGES = {"gs": "gcsfs", "s3": "s3fs"}
+_LIBRARIES = (
+  *("aiobotocore", "aiohttp", "botocore", "fsspec", "gcsfs", "google"),
+  *("requests", "s3fs", "urllib3"),
+)
+_LOGIN = {
+  "gs": "log in with `gcloud auth application-default login`, or set "
+  "GOOGLE_APPLICATION_CREDENTIALS",
+  "s3": "log in with `aws configure`, or set AWS_ACCESS_KEY_ID and "
+  "AWS_SECRET_ACCESS_KEY",
+}
+# Words of what passes, of no credentials, and of a lack of rights.
+_PASSES = (
+  *("503", "429", "SlowDown", "Slow Down", "Service Unavailable", "throttl"),
+  *("reduce your request rate", "Too Many Requests", "rateLimitExceeded"),
+  *("500", "502", "504", "InternalError", "UNAVAILABLE", "DEADLINE_EXCEEDED"),
+)
+_CONNECTION = ("Connect", "Timeout", "Disconnected", "ClientOSError", "Payload")
+_NOBODY = (
+  *("NoCredentials", "CredentialsError", "credentials", "Anonymous caller"),
+  *("401", "UNAUTHENTICATED"),
+)
+_FORBIDDEN = ("Forbidden", "AccessDenied", "Access Denied", "PERMISSION_DENIED")
+_TENSORSTORE = (
+  *("UNAVAILABLE", "DEADLINE_EXCEEDED", "UNAUTHENTICATED"),
+  *("PERMISSION_DENIED", "RESOURCE_EXHAUSTED"),
+)
+_known: set[str] = set()  # buckets that have answered this process
+
+
+class BucketPath(type(epath.Path("gs://bucket"))):
+  """A path in a bucket, with pathlib's methods."""
+
+  @property
+  def bucket(self) -> str:
+    """The scheme and the name of the bucket."""
+    scheme, _, rest = str(self).partition("://")
+    return f"{scheme}://{rest.split('/')[0]}"
+
+  @property
+  def fs(self) -> fsspec.AbstractFileSystem:
+    """What reads and writes there."""
+    return file_system(self.bucket)
+
+  def exists(self) -> bool:
+    """Whether there is an object of this name, or any below it."""
+    return bool(self._kind())
+
+  def is_file(self) -> bool:
+    """Whether there is an object of this name."""
+    return self._kind() == "file"
+
+  def is_dir(self) -> bool:
+    """Whether there are objects below this name."""
+    return self._kind() == "directory"
+
+  def is_symlink(self) -> bool:
+    """There are no links in a bucket."""
+    return False
+
+  def absolute(self) -> "BucketPath":
+    """It always is."""
+    return self
+
+  def resolve(self, strict: bool = False) -> "BucketPath":
+    """There are no links, and nothing is relative."""
+    return self
+
+  def iterdir(self) -> Iterator["BucketPath"]:
+    """What is right below, by name; nothing if nothing is there."""
+    try:
+      found = call(self, lambda: self.fs.ls(str(self), detail=False))
+    except FileNotFoundError:
+      found = []
+    names = {name.rstrip("/").rsplit("/", 1)[-1] for name in found}
+    return iter([self / name for name in sorted(names) if name != self.name])
+
+  def files(self) -> dict[str, dict]:
+    """All objects below: size and more of each, by its name from here."""
+    found = call(self, lambda: self.fs.find(str(self), detail=True))
+    first = len(str(self).partition("://")[2]) + 1
+    return {name[first:]: info for name, info in sorted(found.items())}
+
+  def mkdir(self, *_: Any, **__: Any) -> None:
+    """A bucket has no directories: there is nothing to make."""
+
+  def size(self) -> int:
+    """Bytes of the object."""
+    return call(self, lambda: self.fs.info(str(self)))["size"]
+
+  def version(self) -> str:
+    """What changes with the object's content."""
+    return version(call(self, lambda: self.fs.info(str(self))))
+
+  def read_bytes(self) -> bytes:
+    """All of the object."""
+    return call(self, lambda: self.fs.cat_file(str(self)))
+
+  def read_text(self, encoding: str = "utf-8") -> str:
+    """All of the object, decoded."""
+    return self.read_bytes().decode(encoding)
+
+  def write_bytes(self, data: bytes) -> None:
+    """Writes the object whole, or leaves the old one as it was."""
+    call(self, lambda: self.fs.pipe_file(str(self), data))
+
+  def create(self, data: bytes) -> None:
+    """Writes the object if there is none of this name, as the server sees it.
+
+    Raises:
+      FileExistsError: there is one.
+    """
+    call(self, lambda: self.fs.pipe_file(str(self), data, mode="create"))
+
+  def unlink(self, missing_ok: bool = False) -> None:
+    """Removes the object."""
+    try:
+      call(self, lambda: self.fs.rm_file(str(self)))
+    except FileNotFoundError:
+      if not missing_ok:
+        raise
+
+  def rmtree(self, missing_ok: bool = False) -> None:
+    """Removes all objects below, and the one of this name."""
+    try:
+      call(self, lambda: self.fs.rm(str(self), recursive=True))
+    except FileNotFoundError:
+      if not missing_ok:
+        raise
+
+  def _kind(self) -> str:
+    try:
+      return call(self, lambda: self.fs.info(str(self)))["type"]
+    except FileNotFoundError:
+      return ""
+
+
+@functools.cache
+def file_system(url: str) -> fsspec.AbstractFileSystem:
+  """fsspec's file system of a URL.
+
+  Raises:
+    UserError: its package is not installed.
+  """
+  _configure()
+  scheme = url.partition("://")[0]
+  try:
+    return fsspec.filesystem(scheme)
+  except ImportError as error:
+    raise UserError(
+      f"{url} needs the package {_PACKAGES[scheme]}: pip install "
+      "'adapt_pruner_jax[bucket]'"
+    ) from error
+
+
+@functools.cache
+def _configure() -> None:
+  """Before the first use of fsspec and etils; what a user has set stays."""
+  os.environ.setdefault("EPATH_USE_TF", "false")  # fsspec, as for the rest
+  for scheme in ("s3", "gs", "gcs"):
+    settings = fsspec.config.conf.setdefault(scheme, {})
+    settings.setdefault("use_listings_cache", False)
+  if "AWS_MAX_ATTEMPTS" not in os.environ:
+    retries = {"retries": {"max_attempts": 8, "mode": "standard"}}
+    fsspec.config.conf["s3"].setdefault("config_kwargs", retries)
+
+
+def version(info: dict) -> str:
+  """What changes with an object's content: S3's ETag, or GCS's generation."""
+  return str(info.get("generation") or info.get("ETag") or info.get("etag"))
+
+
+# ---- What goes wrong ---------------------------------------------------------
+
+
+def call(path: BucketPath, action: Callable[[], Any]) -> Any:
+  """What `action` returns; waits while the bucket is away for a while.
+
+  Raises:
+    FileNotFoundError, FileExistsError: as `action`.
+    UserError: anything else that a bucket's library raises.
+  """
+  end, pause = time.monotonic() + PATIENCE, 1.0
+  while True:
+    try:
+      found = action()
+      break
+    except (FileExistsError, UserError):
+      raise
+    except FileNotFoundError as error:
+      if "bucket does not exist" not in str(error):
+        raise
+      raise UserError(f"{path}: there is no bucket {path.bucket}") from error
+    except Exception as error:
+      known = path.bucket in _known and _is_passing(error)
+      if not known or time.monotonic() > end:
+        reason = explain(error, path)
+        if reason is None:
+          raise
+        raise UserError(reason) from error
+      logging.warning("%s: %s; waiting", path, first_line(error))
+      time.sleep(pause)
+      pause = min(2 * pause, 30)
+  _known.add(path.bucket)
+  return found
+
+
+def explain(error: BaseException, path: str | os.PathLike) -> str | None:
+  """What a bucket's library or TensorStore complains of, in one line.
+
+  Args:
+    error: what it raised.
+    path: what was read or written.
+
+  Returns:
+    None if it is of something else.
+  """
+  text = f"{type(error).__name__}: {first_line(error)}"[:300]
+  library = type(error).__module__.split(".")[0] in _LIBRARIES
+  if not (library or isinstance(error, OSError) or _says(text, _TENSORSTORE)):
+    return None
+  if _says(text, _NOBODY):
+    return f"{path}: no credentials that it takes ({text}): " + _login(path)
+  if isinstance(error, PermissionError) or _says(text, _FORBIDDEN):
+    return (
+      f"{path}: not allowed ({text}): what was there is intact; get the right "
+      "to list, read and write objects there, or give another place"
+    )
+  if _is_passing(error):
+    return (
+      f"{path}: the bucket cannot be reached ({text}): what was there is "
+      "intact; see to the network and the name, and run the same command again"
+    )
+  return (
+    f"{path}: {text}: what was there is intact; mend that and run the same "
+    "command again, or give another place"
+  )
+
+
+def _login(path: str | os.PathLike) -> str:
+  return _LOGIN[str(path).partition("://")[0]]
+
+
+def _is_passing(error: BaseException) -> bool:
+  if isinstance(error, PermissionError):
+    return False
+  names = " ".join(kind.__name__ for kind in type(error).__mro__)
+  return _says(names, _CONNECTION) or _says(first_line(error), _PASSES)
+
+
+def _says(text: str, words: tuple[str, ...]) -> bool:
+  return any(word in text for word in words)

@@ -1,0 +1,104 @@
+"""Small programs by the real TPU compiler, which needs no TPU.
+
+`pip install libtpu` is half a gigabyte, so it is no part of the tests' extra:
+without it these are skipped, except where CI installs it (`.[tpu]`).
+"""
+
+import dataclasses
+import importlib.util
+import os
+import re
+
+import jax
+import pytest
+
+from adapt_pruner_jax.config import Config, Train
+from adapt_pruner_jax.distributed import sharding
+from adapt_pruner_jax.planning import memory
+from adapt_pruner_jax.training import stacking, step
+from tests import small
+
+# Primes that occur nowhere else; B is a multiple of the four chips.
+B, T, V = 4 * 5, 157, 1031
+CONFIG = dataclasses.replace(
+  small.CONFIG,
+  vocab_size=V,
+  hidden_size=128,
+  head_dim=64,
+  queries_per_group=2,
+  kv_groups=(2, 2, 1, 1, 2, 2),
+  ffn_widths=(384, 384, 250, 250, 300, 256),
+)
+
+
+@pytest.fixture(scope="module")
+def mesh():
+  if importlib.util.find_spec("libtpu") is None:
+    pytest.skip("libtpu is not installed: pip install -e '.[tpu]'")
+  from jax.experimental import topologies
+
+  given = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
+  }
+  for name, value in given.items():
+    os.environ.setdefault(name, value)
+  slice_ = topologies.get_topology_desc("v5e:2x2", platform="tpu")
+  return sharding.make_mesh(devices=slice_.devices)
+
+
+def check(compiled, most_bytes, most_computations):
+  """Memory of a chip, how much program there is, and shapes that must not be:
+  scores of a row, logits of all tokens."""
+  found = compiled.memory_analysis()
+  assert found.temp_size_in_bytes < most_bytes
+  text = compiled.as_text()
+  assert len(re.findall(r"^[%\w].*\{$", text, re.M)) < most_computations
+  shapes = set(re.findall(r"\[([\d,]+)\]", text))
+  assert any(str(T) in shape.split(",") for shape in shapes)
+  for shape in shapes:
+    sizes = [int(n) for n in shape.split(",") if n]
+    assert sizes.count(T) < 2, shape
+    assert not (T in sizes and V in sizes), shape
+
+
+def lower_step(mesh, settings):
+  runs = (stacking.Run(0, 2, 2, 384), stacking.Run(2, 6, 2, 384))
+  trained, state = step.abstract_state(CONFIG, settings, mesh, 0, runs)
+  teacher = None
+  if settings.distill_alpha:
+    whole = dataclasses.replace(
+      CONFIG, kv_groups=(2,) * 6, ffn_widths=(384,) * 6
+    )
+    one = (stacking.Run(0, 6, 2, 384),)
+    teacher = whole, step.abstract_state(whole, settings, mesh, 0, one)[0]
+  given = CONFIG, settings, lambda _: 1.0, mesh
+  made = step.make_step(*given, teacher=teacher, runs=runs)
+  return made.lower(trained, state, step.abstract_batch(B, T, mesh))
+
+
+@pytest.mark.slow
+def test_a_train_step(mesh):
+  settings = Train(dtype="bfloat16", remat="full")
+  check(lower_step(mesh, settings).compile(), 6e6, 400)
+
+
+@pytest.mark.slow
+def test_a_distilled_step(mesh):
+  settings = Train(dtype="bfloat16", remat="full", distill_alpha=0.5)
+  check(lower_step(mesh, settings).compile(), 10e6, 500)
+
+
+@pytest.mark.slow
+def test_a_scoring_pass(mesh):
+  config = Config()
+  config.prune.method, config.model.dtype = "fisher", "bfloat16"
+  config.calibration.samples, config.calibration.seq_len = 3 * B, T
+  config.calibration.batch = B
+  lowered, shape, _ = memory.lower_scoring(
+    config, CONFIG, mesh, jax.numpy.dtype("bfloat16")
+  )
+  assert shape[1:] == (B, T)
+  check(lowered.compile(), 20e6, 400)

@@ -1,0 +1,80 @@
+"""What a train step recomputes, and by which memory that is chosen."""
+
+import dataclasses
+
+import jax
+import pytest
+
+from adapt_pruner_jax.config import Train
+from adapt_pruner_jax.distributed import sharding
+from adapt_pruner_jax.models import layer_runs, remat
+from adapt_pruner_jax.training import memory, step
+from adapt_pruner_jax.training.stacking import Run
+from tests import small
+
+SMOL = dataclasses.replace(  # SmolLM2-135M
+  small.CONFIG,
+  vocab_size=49152,
+  hidden_size=576,
+  queries_per_group=3,
+  head_dim=64,
+  kv_groups=(3,) * 30,
+  ffn_widths=(1536,) * 30,
+)
+LLAMA = dataclasses.replace(  # Llama-3.1-8B
+  small.CONFIG,
+  vocab_size=128256,
+  hidden_size=4096,
+  queries_per_group=4,
+  head_dim=128,
+  kv_groups=(8,) * 32,
+  ffn_widths=(14336,) * 32,
+)
+
+
+def one_device():
+  return sharding.make_mesh(devices=jax.devices()[:1])
+
+
+def chosen(config, shape, gigabytes, **settings):
+  args = Train(**settings), config, None, shape, one_device()
+  return memory.with_remat(*args, gigabytes * 1e9).remat
+
+
+def test_chosen_by_memory():
+  assert chosen(SMOL, (1, 512), 8) == "none"
+  assert chosen(LLAMA, (8, 4096), 95) == "full"
+  assert chosen(LLAMA, (8, 4096), 1e6, remat="full") == "full"
+  # Between all and nothing, as memory shrinks.
+  names = [chosen(SMOL, (8, 2048), gb) for gb in (40, 17, 8, 4)]
+  assert names == [*remat.NAMES]
+
+
+def products(jaxpr):
+  """Matrix products in a program; those of a loop count once."""
+  inside = jax.tree.leaves([list(e.params.values()) for e in jaxpr.eqns])
+  inside = [getattr(x, "jaxpr", x) for x in inside]
+  own = sum(e.primitive.name == "dot_general" for e in jaxpr.eqns)
+  return own + sum(products(x) for x in inside if hasattr(x, "eqns"))
+
+
+@pytest.mark.parametrize("runs", [(), (Run(0, 3, 4, 40),)])
+def test_products_computed_twice(runs):
+  """Of a layer's seven and attention's two; each is one forward, two back."""
+  config, mesh = small.CONFIG, one_device()
+  layers = len(config.kv_groups)
+  found = {}
+  for name in remat.NAMES:
+    settings = Train(remat=name, attention="plain")
+    trained, _ = step.abstract_state(config, settings, mesh, 0, runs)
+    loss = step.make_loss(config, settings, mesh, None)
+    batch = step.abstract_batch(2, 16, mesh)
+    program = jax.make_jaxpr(
+      jax.grad(lambda p, b, f=loss: f(p, None, None, b, 1)[0])
+    )
+    found[name] = products(program(trained, batch).jaxpr)
+  number = 1 if runs else layers
+  assert layer_runs.bounds(trained) == tuple((r.first, r.end) for r in runs)
+  extra = {n: (found[n] - found["none"]) / number for n in remat.NAMES[1:]}
+  # `down` need not be made again; nor need `o`, between kept halves.
+  assert extra == {"dots": 2, "attention+mlp": 7, "full": 8}
