@@ -71,6 +71,8 @@ ROWS: dict[str, dict] = {
   "file_params": {"prune.ratio": None},
   "latency": SPEED,
   "latency_params": {"prune.ratio": None},
+  "latency_uniform": SPEED
+  | {"prune.allotment": "uniform", "prune.trim": False},
   "file_vocab": FILE | VOCAB,
   "vocab": VOCAB,
   "vocab_trained": VOCAB | TRAINING | {"train.tokens": 20_480},

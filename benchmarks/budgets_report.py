@@ -25,6 +25,7 @@ NAMES = {
   "file_vocab": "the same 105 MB, 16,384 tokens",
   "latency": "0.75 x the decode time",
   "latency_params": "parameters at which decoding is as fast",
+  "latency_uniform": "the same, one width for all layers",
   "vocab": "16,384 tokens, nothing else",
   "vocab_trained": "16,384 tokens, trained",
   "vocab_novels": "16,384 tokens for novels, trained",
