@@ -52,7 +52,7 @@ class TuningQuestions:
     right = 0
     for number, answer in enumerate(self.answers_Q):
       rows = np.flatnonzero(self.question_N == number)
-      right += rows[score_N[rows].argmax()] == answer
+      right += int(rows[score_N[rows].argmax()] == answer)
     return right / len(self.answers_Q)
 
 
