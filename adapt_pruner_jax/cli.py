@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -77,6 +78,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run(command: str, argv: list[str]) -> int:
   """Prunes a model, with or without recovery training."""
+  begun = time.monotonic()
   values = flags.FlagValues()
   recipe_flags.define(values, argv)
   flags.DEFINE_string(
@@ -93,8 +95,8 @@ def run(command: str, argv: list[str]) -> int:
   if recipe.train.hours:
     from adapt_pruner_jax.planning import hours
 
-    recipe = hours.of_run(recipe, path, values.overwrite)
-  run_.run(recipe, path, values.overwrite)
+    recipe = hours.of_run(recipe, path, values.overwrite, begun)
+  run_.run(recipe, path, values.overwrite, begun)
   return 0
 
 

@@ -60,7 +60,12 @@ class Speed:
 
 
 def settle(
-  config: Config, path: Path, model: ModelConfig, log: Any, anew: bool = False
+  config: Config,
+  path: Path,
+  model: ModelConfig,
+  log: Any,
+  anew: bool = False,
+  begun: float | None = None,
 ) -> Config:
   """The recipe with tokens in place of hours, once and for all of a run.
 
@@ -70,10 +75,12 @@ def settle(
     model: the original's sizes.
     log: gets a line.
     anew: another recipe's choice may be replaced.
+    begun: when the hours began, of `time.monotonic`; default now.
 
   Raises:
     UserError: too few hours, or a model that does not fit at all.
   """
+  begun = time.monotonic() if begun is None else begun
   asked = _digest(config)
   file = path / FILE
   if file.exists():
@@ -94,7 +101,8 @@ def settle(
   log.say("timing a few train steps, for --config.train.hours")
   speed = timed(config, full, student)
   flops = cost.training_flops(student, full, config) * config.data.step_tokens
-  chosen = choose(config, full, speed, flops / speed.step)
+  spent = time.monotonic() - begun
+  chosen = choose(config, full, speed, flops / speed.step, spent)
   path.mkdir(parents=True, exist_ok=True)
   kept = {"asked": asked, "chosen": chosen, "speed": dataclasses.asdict(speed)}
   json_files.write_json(file, kept)
@@ -102,12 +110,12 @@ def settle(
   return _chosen(config, chosen)
 
 
-def of_run(config: Config, path: Path, overwrite: bool) -> Config:
+def of_run(config: Config, path: Path, overwrite: bool, begun: float) -> Config:
   """`settle` for the command line.
 
   Args:
     config: a recipe with `train.hours`.
-    path, overwrite: as of `runs.run`.
+    path, overwrite, begun: as of `runs.run`.
 
   Raises:
     UserError: as `settle`'s; or tokens are given too, or no target.
@@ -115,7 +123,7 @@ def of_run(config: Config, path: Path, overwrite: bool) -> Config:
   checked(config)
   from adapt_pruner_jax.planning.plan import original
 
-  return settle(config, path, original(config)[0], Log(None), overwrite)
+  return settle(config, path, original(config)[0], Log(None), overwrite, begun)
 
 
 def checked(config: Config) -> None:
@@ -168,7 +176,11 @@ def predict(config: Config, model: ModelConfig, hardware: Hardware) -> Config:
 
 
 def choose(
-  config: Config, full: ModelConfig, speed: Speed, rate: float
+  config: Config,
+  full: ModelConfig,
+  speed: Speed,
+  rate: float,
+  spent: float = 0.0,
 ) -> dict[str, int]:
   """Tokens and stages that fill the hours.
 
@@ -179,11 +191,12 @@ def choose(
     config: with any number of tokens.
     full: the model to prune.
     rate: FLOP/s of training.
+    spent: seconds of the hours until now.
 
   Raises:
     UserError: too few hours for a train step behind one stage.
   """
-  seconds = config.train.hours * 3600 * PLANNED
+  seconds = config.train.hours * 3600 * PLANNED - spent
   target = targets.resolve_target(full, config.prune)
   for stages in range(config.prune.stages, 0, -1):
     prune = dataclasses.replace(config.prune, stages=stages)
@@ -196,7 +209,7 @@ def choose(
       break
   steps = int((seconds - before) / speed.step)
   if steps < stages:
-    least = (before + stages * speed.step) / PLANNED / 3600
+    least = (before + stages * speed.step + spent) / PLANNED / 3600
     raise UserError(
       f"--config.train.hours={config.train.hours} are too few: one stage and a "
       f"train step need about {least:.2g}; give more, or less to prune by "

@@ -38,7 +38,7 @@ def stopping(
   Args:
     hours: `train.hours`; 0 = no limit.
     signals: from `stop_signals`.
-    spent: seconds of the run before this process.
+    spent: seconds of the run until now.
   """
   if not hours:
     return signals

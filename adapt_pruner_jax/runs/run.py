@@ -84,7 +84,12 @@ from adapt_pruner_jax.training.lora import merge_lora
 MATRICES = sum(1 + len(readers) for readers in layer.HALVES.values())
 
 
-def run(recipe: Config, path: Path, overwrite: bool = False) -> dict:
+def run(
+  recipe: Config,
+  path: Path,
+  overwrite: bool = False,
+  begun: float | None = None,
+) -> dict:
   """Runs or continues a recipe in a work directory; returns summary.json.
 
   Args:
@@ -92,11 +97,13 @@ def run(recipe: Config, path: Path, overwrite: bool = False) -> dict:
     path: the work directory; made if it is not there.
     overwrite: replace what another run, or a finished one of this recipe, has
       left there. An unfinished one of this recipe is continued all the same.
+    begun: when its time began, of `time.monotonic`; default now.
 
   Raises:
     UserError: bad input, or the directory belongs to another recipe.
     StoppedError: asked to stop by SIGTERM or SIGINT; the work is saved.
   """
+  begun = time.monotonic() if begun is None else begun
   check(recipe)
   with lock.lock(path), Log(path, **dataclasses.asdict(recipe.log)) as log:
     finished = agreement.decided((path / "summary.json").exists)
@@ -110,7 +117,7 @@ def run(recipe: Config, path: Path, overwrite: bool = False) -> dict:
     else:
       with stop_signals() as stopping:
         inputs = open_inputs(recipe, path, log, stopping)
-        summary = _run(inputs, stopping, anew)
+        summary = _run(inputs, stopping, anew, begun)
     tell(summary, path, log)
   if recipe.oneshot_control and recipe.prune.stages > 1:
     at_once = dataclasses.replace(recipe.prune, stages=1)
@@ -119,8 +126,7 @@ def run(recipe: Config, path: Path, overwrite: bool = False) -> dict:
   return summary
 
 
-def _run(inputs: Inputs, stopping: Stopping, anew: bool) -> dict:
-  begun = time.monotonic()
+def _run(inputs: Inputs, stopping: Stopping, anew: bool, begun: float) -> dict:
   recipe, path = inputs.recipe, inputs.path
   methods.check(inputs.full, recipe.prune)
   require_same(inputs)
@@ -134,7 +140,8 @@ def _run(inputs: Inputs, stopping: Stopping, anew: bool) -> dict:
       state.before = measure_original(state.config, state.params, inputs)
     tidy(state, inputs)
     earlier = state.seconds
-    ending = deadline.stopping(recipe.train.hours, stopping, earlier)
+    spent = earlier + time.monotonic() - begun
+    ending = deadline.stopping(recipe.train.hours, stopping, spent)
 
     def save() -> None:
       state.seconds = earlier + time.monotonic() - begun

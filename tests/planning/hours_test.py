@@ -35,6 +35,10 @@ def test_the_hours_are_filled():
   assert found["stages"] == 2
   assert found["tokens"] == 260 * config.data.step_tokens
   assert found["prune_seconds"] == 280
+  # What went before, such as the timing of the step, is of the hours too.
+  args = with_tokens_of(config), FULL, speed, flops / 100
+  found = hours.choose(*args, spent=600)
+  assert found["tokens"] == 200 * config.data.step_tokens
 
 
 def test_stages_that_would_take_too_long_are_fewer():
