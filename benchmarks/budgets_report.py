@@ -1,0 +1,143 @@
+"""The tables of docs/budgets.md, from what budgets.py has measured.
+
+They stand between two comments in the page, `begin` and `end` below. Intervals
+are of 95 %, by paired bootstrap over the slices of all texts.
+"""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from real_model_report import RESAMPLES, TASKS, TEXTS
+from real_model_texts import from_hex
+
+from adapt_pruner_jax.errors import UserError
+from adapt_pruner_jax.formats import markdown
+from adapt_pruner_jax.storage import json_files, publish
+
+BEGIN, END = "<!-- budgets.py: begin -->", "<!-- budgets.py: end -->"
+DENSE = "dense"
+NAMES = {
+  DENSE: "SmolLM2-135M-Instruct",
+  "file": "q8_0 gguf, at most 105 MB",
+  "file_params": "parameters at which the gguf is as small",
+  "file_vocab": "the same 105 MB, 16,384 tokens",
+  "latency": "0.75 x the decode time",
+  "latency_params": "parameters at which decoding is as fast",
+  "latency_uniform": "the same, one width for all layers",
+  "vocab": "16,384 tokens, nothing else",
+  "vocab_trained": "16,384 tokens, trained",
+  "vocab_novels": "16,384 tokens for novels, trained",
+  "hours": "half an hour, 20 % of the parameters",
+}
+Rows = dict[str, dict]
+
+
+def write(rows: Path, docs: Path) -> None:
+  """Writes the tables into a page.
+
+  Raises:
+    UserError: the page has no place for them.
+  """
+  found = {row["row"]: row["result"] for row in json_files.read_lines(rows)}
+  whole = docs.read_text(encoding="utf-8")
+  before, begin, rest = whole.partition(BEGIN)
+  _, end, after = rest.partition(END)
+  if not end:
+    raise UserError(f"{docs} has no place for the tables: {BEGIN} and {END}")
+  text = "\n\n".join([qualities(found), *pairs(found), commands(found)])
+  publish.write_text(docs, f"{before}{begin}\n\n{text}\n\n{end}{after}")
+
+
+def qualities(found: Rows) -> str:
+  """Bits per byte of each text, accuracy, and what the budget holds."""
+  header = ["model", "parameters", "budget", *TEXTS.values(), "six tasks"]
+  rows = []
+  for name, result in found.items():
+    bits = [f"{bits_per_byte(result, text):.3f}" for text in TEXTS]
+    params = result.get("params_after", result.get("params"))
+    size = f"{params:,}" if params else ""
+    row = [NAMES[name], size, held(result), *bits]
+    rows.append([*row, f"{accuracy(result):.3f}"])
+  return markdown.table(header, rows, header[3:])
+
+
+def held(result: dict) -> str:
+  """What a row has of its budget, measured."""
+  timed = result.get("latency_budget")
+  if timed:
+    off = timed["measured_ms"] / timed["promised_ms"]
+    return (
+      f"{timed['measured_ms']:.1f} ms, {timed['ratio_measured']:.3f} x the "
+      f"original's, {off:.3f} x the promise"
+    )
+  if "gguf_bytes" in result:
+    return f"{result['gguf_bytes']:,} bytes"
+  if result.get("budget") == "bytes":
+    return f"{result['budget_after']:,} bytes"
+  if result.get("train_tokens"):
+    minutes = result["wall_seconds"] / 60
+    return f"{minutes:.1f} minutes, {result['train_tokens']:,} tokens"
+  return ""
+
+
+def bits_per_byte(result: dict, text: str) -> float:
+  nats, size = sum(result["nats"][text]), sum(result["bytes"][text])
+  return nats / size / math.log(2)
+
+
+def accuracy(result: dict) -> float:
+  """The mean over the tasks of the share that is right."""
+  right, number = result["correct"], result["questions"]
+  return float(np.mean([from_hex(right[n], number[n]).mean() for n in TASKS]))
+
+
+def pairs(found: Rows) -> list[str]:
+  """Each budget against a parameter target that meets it, a line each."""
+  lines = []
+  for name in ("file", "latency"):
+    other = f"{name}_params"
+    if name in found and other in found:
+      mean, low, high = difference(found[name], found[other], found[DENSE])
+      lines.append(
+        f"{NAMES[name]}, less {NAMES[other]}: {mean:+.3f} nats a token of the "
+        f"original's ({low:+.3f} to {high:+.3f})."
+      )
+  for name, result in found.items():
+    if "endings" in result:
+      sums = {key: sum(values) for key, values in result["endings"].items()}
+      cut, dense = (
+        sums[key] / sums["bytes"] / math.log(2) for key in ("cut", "dense")
+      )
+      lines.append(
+        f"{NAMES[name]}: {cut:.3f} bits per byte on the last 15 % of each of "
+        f"eight books, whose beginnings it was cut for and trained on; the "
+        f"original {dense:.3f} ({cut / dense - 1:+.1%})."
+      )
+  return lines
+
+
+def difference(
+  one: dict, other: dict, dense: dict
+) -> tuple[float, float, float]:
+  """Nats a token of the original's, over all texts, with an interval."""
+  of = lambda row, key: np.concatenate([row[key][text] for text in TEXTS])
+  tokens = of(dense, "tokens")
+  gap = of(one, "nats") - of(other, "nats")
+  random = np.random.default_rng(0)
+  drawn = random.integers(0, len(gap), (RESAMPLES, len(gap)))
+  means = gap[drawn].sum(1) / tokens[drawn].sum(1)
+  low, high = np.percentile(means, (2.5, 97.5))
+  return gap.sum() / tokens.sum(), low, high
+
+
+def commands(found: Rows) -> str:
+  """What was typed, a block."""
+  shown: Callable[[str], str] = lambda text: text.replace(" --", " \\\n  --")
+  blocks = [
+    f"# {NAMES[name]}\n{shown(result['command'])}"
+    for name, result in found.items()
+    if "command" in result
+  ]
+  return "```\n" + "\n\n".join(blocks) + "\n```"
