@@ -67,6 +67,7 @@ def prune(
   refit_samples: int = 512,
   seed: int = 0,
   bos: str = "auto",
+  tuning: str = "",
   **settings: Any,
 ) -> Model:
   """A smaller model, by any method, without training.
@@ -76,6 +77,7 @@ def prune(
     calibration: as `calibration.source`, with `samples`, `seq_len`, `batch`
       and `refit_samples`.
     bos: as `data.bos`: whether windows start with the model's begin token.
+    tuning: as `calibration.tuning`, of budget="quality".
     settings: other fields of `config.Prune`, such as method="flap"; there is
       one stage.
 
@@ -85,8 +87,8 @@ def prune(
   from adapt_pruner_jax.config import Calibration, Config, Prune, check
   from adapt_pruner_jax.data.calibration import pruning_data
   from adapt_pruner_jax.evaluation import profile
-  from adapt_pruner_jax.pruning import budgets, methods, targets
-  from adapt_pruner_jax.pruning.task import PruneTask, Quality
+  from adapt_pruner_jax.pruning import budgets, methods, quality, targets
+  from adapt_pruner_jax.pruning.task import PruneTask
 
   recipe = Prune(ratio=ratio, target_params=target_params, **settings)
   source = Calibration(
@@ -95,10 +97,11 @@ def prune(
     seq_len=seq_len,
     batch=batch,
     refit_samples=refit_samples,
+    tuning=tuning,
   )
   check(Config(prune=recipe, calibration=source))
   tokenizer = None
-  if recipe.search.source or not calibration.startswith("npy:"):
+  if tuning or recipe.search.source or not calibration.startswith("npy:"):
     tokenizer = _tokenizer(model, bos)
   texts = pruning_data(source, recipe, tokenizer, model.config.vocab_size, seed)
   if recipe.counts("latency"):
@@ -114,8 +117,7 @@ def prune(
     batch=batch,
     seed=seed,
     limits=targets.resolve_limits(model.config, recipe),
-    quality=texts.quality
-    and Quality(recipe.budget_value, texts.quality.batch(0)),
+    quality=quality.asked(recipe, texts.quality),
   )
   found = methods.refit_after(task, methods.prune(task))
   return Model(found.config, found.params, model.source, model.dtype)

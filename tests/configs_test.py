@@ -53,6 +53,7 @@ FIELDS = """
   prune.flap.structure prune.slicegpt.multiple prune.slicegpt.subtract_mean
   prune.minitron.depth prune.surgeon.shots prune.surgeon.damp_a
   prune.surgeon.damp_g prune.surgeon.matrices prune.magnitude.norm
+  prune.stream_layers
   calibration.source calibration.samples calibration.seq_len calibration.batch
   calibration.pass_tokens calibration.refit_samples calibration.tuning
   calibration.tokens_per_channel data.source data.seq_len data.batch data.bos
@@ -60,8 +61,9 @@ FIELDS = """
   train.schedule train.data_share train.weight_decay train.dtype train.attention
   train.remat train.scan_layers train.accumulation train.carry_moments
   train.distill_alpha train.lora_rank train.lora_alpha train.skip_nonfinite
-  train.teacher_cache train.gradient_dtype train.moments mesh.data mesh.fsdp
-  mesh.tensor eval.text eval.answers eval.tasks eval.tasks_dir
+  train.teacher_cache train.gradient_dtype train.moments
+  train.lora_base mesh.data mesh.fsdp mesh.tensor
+  eval.text eval.answers eval.tasks eval.tasks_dir
   eval.trust_tasks_dir eval.latency eval.seq_len eval.batch checkpoint.steps
   checkpoint.minutes checkpoint.keep log.tensorboard log.trackers
   oneshot_control seed

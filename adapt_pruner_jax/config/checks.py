@@ -64,7 +64,7 @@ AT_LEAST = {
 # Allotments whose steps have a size of their own, and may just be counted.
 STEPPING = ("adapt", "ranking")
 # Those that can count in another unit than parameters.
-BUDGETED = ("adapt", "uniform", "ranking")
+BUDGETED = ("adapt", "uniform", "ranking", "search")
 
 
 def check(config: Config) -> None:
@@ -97,6 +97,11 @@ def check(config: Config) -> None:
       f"--config.train.min_learning_rate={least} is above "
       f"--config.train.learning_rate={rate}: the rate would rise at the end"
     )
+  if config.train.lora_base and not config.train.lora_rank:
+    raise UserError(
+      f"--config.train.lora_base={config.train.lora_base} is what adapters are "
+      "trained beside: give --config.train.lora_rank=16 with it"
+    )
   for name in {"perplexity", "latency"} & {*task_names(config.eval)}:
     raise UserError(
       f"--config.eval.tasks={config.eval.tasks}: {name} is no task here; give "
@@ -111,13 +116,32 @@ def check(config: Config) -> None:
     if not 0 < get(config, name) <= 1:
       raise UserError(f"{name}={get(config, name)} must be in (0, 1]")
   _check_parts(config.prune)
-  source = config.calibration.tuning or config.calibration.source
-  if config.prune.budget == "quality" and source.startswith("npy:"):
+  _check_streamed(config.prune)
+  _check_tuning(config)
+  _check_search(config)
+
+
+def _check_tuning(config: Config) -> None:
+  """Whether a quality to keep has what it is measured on."""
+  given, value = config.calibration.tuning, config.prune.budget_value
+  if config.prune.budget != "quality":
+    if given:
+      raise UserError(
+        f"--config.calibration.tuning={given} is what a quality is measured "
+        "on: give --config.prune.budget=quality with it, or leave it out"
+      )
+    return
+  source = given or config.calibration.source
+  if source.startswith("npy:"):
     raise UserError(
       f"--config.prune.budget=quality is measured on text, not on {source}: "
-      "give --config.calibration.tuning=text:FILE"
+      "give --config.calibration.tuning=text:FILE, or questions:FILE"
     )
-  _check_search(config)
+  if given.startswith("questions:") and value >= 1:
+    raise UserError(
+      f"--config.prune.budget_value={value}: with questions it is the share of "
+      "the original's accuracy that may be lost, such as 0.05"
+    )
 
 
 def _check_vocab(config: Config) -> None:
@@ -203,7 +227,8 @@ def _check_budget(p: Prune) -> None:
   ):
     raise UserError(
       "--config.prune.budget=quality goes with prune.budget_value (nats above "
-      "the original), one stage, no further limits, and the allotments "
+      "the original, or the share of its accuracy), one stage, no further "
+      "limits, and the allotments "
       f"{', '.join(STEPPING)}: give --config.prune.method=adapt or curvature"
     )
   if p.budget == "params" and not p.limits:
@@ -213,6 +238,12 @@ def _check_budget(p: Prune) -> None:
     raise UserError(
       f"--config.prune.{name}={getattr(p, name)} goes with the allotments "
       f"{', '.join(BUDGETED)}: give --config.prune.method=adapt or curvature"
+    )
+  if p.pair()[0] == "search" and p.counts("kv_bytes"):
+    raise UserError(
+      "--config.prune.allotment=search tries out MLPs, which have no part in "
+      "kv_bytes: leave that budget out, or give "
+      "--config.prune.allotment=ranking"
     )
   if p.budget != "params" and p.target_params:
     raise UserError(
@@ -279,6 +310,24 @@ def _check_parts(p: Prune) -> None:
         f"--config.prune.method={p.method}, whose scores and allotment are one "
         "thing: leave it out, or give --config.prune.method=adapt"
       )
+
+
+def _check_streamed(p: Prune) -> None:
+  """Whether layers may stay in the host's memory while units are scored."""
+  if not p.stream_layers:
+    return
+  allotment, _ = p.pair()
+  if p.method in WHOLE or allotment not in CHOICES["prune.allotment"]:
+    raise UserError(
+      f"--config.prune.stream_layers=True is not for prune.method={p.method}: "
+      "give --config.prune.method=fisher, curvature or adapt"
+    )
+  if p.refit.isdigit():
+    raise UserError(
+      f"--config.prune.refit={p.refit} refits between steps, when layers are "
+      "in the host's memory (prune.stream_layers): give "
+      "--config.prune.refit=final"
+    )
 
 
 def _check_search(config: Config) -> None:

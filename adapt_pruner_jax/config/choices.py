@@ -67,6 +67,7 @@ CHOICES = {
   "train.remat": ("auto", "none", "dots", "attention+mlp", "full"),
   "train.gradient_dtype": ("bfloat16", "float32"),
   "train.moments": ("float32", "bfloat16"),
+  "train.lora_base": ("", "int8"),
   "train.scan_layers": ("auto", "on", "off"),
   "train.schedule": ("wsd", "cosine"),
   "train.dtype": ("float32", "bfloat16"),

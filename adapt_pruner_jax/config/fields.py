@@ -138,7 +138,7 @@ class Prune(Section):
   ratio: float = 0.0
   # What the ratio is a share of, and a value to end at in its unit, in place of
   # a ratio: params | flops | bytes | kv_bytes | latency | quality, in nats
-  # above the original (docs/budgets.md).
+  # above the original or the share of its accuracy lost (docs/budgets.md).
   budget: str = "params"
   budget_value: float = 0.0
   limits: str = ""  # further ones, such as "kv_bytes=2e6,latency=12"
@@ -189,6 +189,9 @@ class Prune(Section):
   minitron: Minitron = dataclasses.field(default_factory=Minitron)
   surgeon: Surgeon = dataclasses.field(default_factory=Surgeon)
   magnitude: Magnitude = dataclasses.field(default_factory=Magnitude)
+  # While units are scored, layers lie in the host's memory and come to the
+  # device one by one, for a model that fills it (docs/budgets.md).
+  stream_layers: bool = False
 
   def rounding(self) -> dict[str, int]:
     """What widths become multiples of, by unit: KV groups, MLP channels."""
@@ -253,8 +256,8 @@ class Calibration(Section):
   # them. 0 = as many as fill half a GB a device, or all (docs/speed.md).
   pass_tokens: int = 0
   refit_samples: int = 512  # sequences of a refit
-  # The text that a quality to keep is measured on; empty = other windows of the
-  # source.
+  # The text that a quality to keep is measured on, or questions:FILE.jsonl, of
+  # which accuracy is (docs/budgets.md); empty = other windows of the source.
   tuning: str = ""
   # The least tokens for each input channel of the widest matrix that a
   # curvature's score, or a refit, may have; 0 = any, but few are told.
@@ -305,6 +308,9 @@ class Train(Section):
   # where dtype is bfloat16.
   gradient_dtype: str = "bfloat16"
   moments: str = "float32"  # Adam's between steps; bfloat16 = half the memory
+  # Of the matrices that adapters are trained beside: "" = as model.dtype, or
+  # int8, which adds up to half a step of a 127th of an output's largest weight.
+  lora_base: str = ""
 
 
 @dataclasses.dataclass

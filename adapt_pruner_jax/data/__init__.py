@@ -19,4 +19,5 @@ for those who bring the data.
   packing        streams as rows of one length, in a random order
   overlap        texts that are in one another
   calibration    windows of streams, or what a file gives
+  tuning_questions   questions with choices, by which a quality is kept
 """

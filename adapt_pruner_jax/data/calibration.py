@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from adapt_pruner_jax.config import Calibration, Prune
+from adapt_pruner_jax.data import tuning_questions
 from adapt_pruner_jax.data.sources import parse_sources
 from adapt_pruner_jax.data.token_store import Stream, tokenise
 from adapt_pruner_jax.data.tokenizer import Tokenizer, check_ids
@@ -146,13 +147,13 @@ class PruningData(NamedTuple):
   Attributes:
     steps: what pruning steps read.
     refits: what refits read; `steps` where there are none.
-    quality: what a loss to keep is measured on, if there is one.
+    quality: what a loss or an accuracy to keep is measured on, if there is one.
     search: what a search tries its candidates on, if it has a text of its own.
   """
 
   steps: WindowData | GivenData
   refits: WindowData | GivenData
-  quality: WindowData | GivenData | None
+  quality: WindowData | tuning_questions.TuningQuestions | None
   search: WindowData | GivenData | None
 
 
@@ -197,7 +198,10 @@ def pruning_data(
     refits = opened(1, samples=config.refit_samples)
   quality, search, tried = None, None, settings.search
   if settings.budget == "quality":
-    quality = opened(2, steps=0, source=config.tuning or config.source)
+    if config.tuning.startswith(tuning_questions.PREFIX):
+      quality = tuning_questions.read(config.tuning, tokenizer, vocab_size)
+    else:
+      quality = opened(2, steps=0, source=config.tuning or config.source)
   if tried.source:
     rows = -(-tried.tokens // config.seq_len)
     search = opened(2, source=tried.source, samples=rows)

@@ -9,6 +9,25 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from adapt_pruner_jax.distributed.sharding import BATCH, replicated
 
+HOST = "pinned_host"  # the kind of memory that a device reads by itself
+
+
+def fetched(tree: Any) -> Any:
+  """Within `jit`: what lies in the host's memory, on the device."""
+
+  def one(x: jax.Array) -> jax.Array:
+    if jax.typeof(x).memory_space != jax.memory.Space.Host:
+      return x
+    return jax.device_put(x, jax.memory.Space.Device)
+
+  return jax.tree.map(one, tree)
+
+
+def streamed(where: NamedSharding, rank: int) -> NamedSharding:
+  """Where stacked layers' parameter lies to be fetched: matrices in the host's
+  memory, from which a TPU cannot slice vectors."""
+  return where.with_memory_kind(HOST) if rank > 2 else where
+
 
 def batch_shards(mesh: Mesh) -> int:
   """How many parts a batch is cut into."""

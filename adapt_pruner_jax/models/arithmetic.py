@@ -6,6 +6,7 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def rms_norm(
@@ -66,16 +67,33 @@ def layer_norm(
   return normal.astype(x.dtype)
 
 
+class Int8(NamedTuple):
+  """A frozen matrix in eight bits, int8 * scale, which is never made whole.
+
+  Attributes:
+    int8: [in..., out...].
+    scale: [out...], one of each output.
+  """
+
+  int8: jax.Array
+  scale: jax.Array
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    """That of the matrix."""
+    return self.int8.shape
+
+
 class LowRank(NamedTuple):
   """A matrix with another of low rank added, w + a b, which is never made.
 
   Attributes:
-    w: the matrix.
+    w: the matrix, which may be `Int8`.
     a: [in..., rank], the dims of `w` that are summed over.
     b: [rank, out...].
   """
 
-  w: jax.Array
+  w: jax.Array | Int8
   a: jax.Array
   b: jax.Array
 
@@ -113,6 +131,8 @@ def project(
   out = "r" + "".join(n for n in w_letters if n not in x_letters)
   x_R = _project(f"{x_letters},{into}->{rows}", x, w.a, dtype)
   added = _project(f"{rows},{out}->{y_letters}", x_R, w.b, dtype)
+  if isinstance(w.w, Int8):
+    return _project_int8(equation, x, w.w, dtype) + added
   return _project(equation, x, w.w, dtype) + added
 
 
@@ -140,6 +160,38 @@ def _project_backward(equation, dtype, saved, dy):
 
 
 _project.defvjp(_project_forward, _project_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 3))
+def _project_int8(equation, x, w, dtype):
+  y = jnp.einsum(equation, x, w.int8.astype(x.dtype))
+  return _scaled(equation, y, w.scale).astype(dtype or x.dtype)
+
+
+def _project_int8_forward(equation, x, w, dtype):
+  # The matrix is kept as it is: in the type of x it would be twice as large.
+  return _project_int8(equation, x, w, dtype), (x, w)
+
+
+def _project_int8_backward(equation, dtype, saved, dy):
+  x, w = saved
+  x_letters, w_letters, y_letters = equation.replace("->", ",").split(",")
+  dy = _scaled(equation, dy.astype(x.dtype), w.scale)
+  back = f"{y_letters},{w_letters}->{x_letters}"
+  dx = jnp.einsum(back, dy, w.int8.astype(x.dtype))
+  frozen = Int8(np.zeros(w.shape, jax.dtypes.float0), jnp.zeros_like(w.scale))
+  return dx.astype(x.dtype), frozen
+
+
+_project_int8.defvjp(_project_int8_forward, _project_int8_backward)
+
+
+def _scaled(equation: str, y: jax.Array, scale: jax.Array) -> jax.Array:
+  """A product with each output times its scale."""
+  x_letters, w_letters, y_letters = equation.replace("->", ",").split(",")
+  out = "".join(n for n in w_letters if n not in x_letters)
+  scale = scale.astype(y.dtype)
+  return jnp.einsum(f"{y_letters},{out}->{y_letters}", y, scale)
 
 
 def project_gradients(

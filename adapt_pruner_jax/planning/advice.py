@@ -70,6 +70,11 @@ def advice(
   held = sum(parts.values()) - parts["temporary"]
   few = config.mesh.data == 1 and config.mesh.tensor == 1
   tips = []
+  if phase == "scoring" and not config.prune.stream_layers:
+    tips.append(
+      "--config.prune.stream_layers=True, which keeps the model in the host's "
+      "memory"
+    )
   if held > usable:
     number = math.ceil(held * hardware.devices / (usable * 0.8))
     tips.append(
@@ -79,6 +84,8 @@ def advice(
     )
     if phase == "training" and not config.train.lora_rank:
       tips.append("--config.train.lora_rank=16, which trains adapters only")
+    elif phase == "training" and not config.train.lora_base:
+      tips.append("--config.train.lora_base=int8")
   elif phase == "training":
     if config.train.remat not in ("auto", "full"):
       tips.append("--config.train.remat=full")

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from adapt_pruner_jax.config import Config
-from adapt_pruner_jax.distributed import sharding
+from adapt_pruner_jax.distributed import placement, sharding
 from adapt_pruner_jax.models import axes, model_config
 from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.pruning import surgery
@@ -18,9 +18,8 @@ Bytes = dict[str, int]  # by what they hold, on the fullest device
 
 def weight_dtype(config: Config) -> jnp.dtype:
   """Says what a run's weights are kept in: float32 where they are trained."""
-  return jnp.dtype(
-    "float32" if config.train.tokens else config.model.dtype or "float32"
-  )
+  trained = config.train.tokens and not config.train.lora_rank
+  return jnp.dtype("float32" if trained else config.model.dtype or "float32")
 
 
 def model_bytes(config: ModelConfig, dtype: jnp.dtype, mesh: Mesh) -> int:
@@ -33,7 +32,18 @@ def size(tree: Any) -> int:
   return sum(
     math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
     for x in jax.tree.leaves(tree)
+    if x.sharding.memory_kind != placement.HOST
   )
+
+
+def streamed(stacked: Any) -> Any:
+  """`stacked_params` whose layers lie in the host's memory."""
+
+  def moved(x):
+    where = placement.streamed(x.sharding, x.ndim)
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+
+  return stacked | {"layers": jax.tree.map(moved, stacked["layers"])}
 
 
 def stacked_params(full: ModelConfig, dtype: jnp.dtype, mesh: Mesh) -> Any:

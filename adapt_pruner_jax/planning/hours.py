@@ -199,7 +199,7 @@ def choose(
     least = (before + stages * speed.step) / PLANNED / 3600
     raise UserError(
       f"--config.train.hours={config.train.hours} are too few: one stage and a "
-      f"train step need about {least:.2f}; give more, or less to prune by "
+      f"train step need about {least:.2g}; give more, or less to prune by "
       "(--config.calibration.samples, a larger --config.prune.step_size)"
     )
   return {

@@ -165,10 +165,10 @@ def scoring(
     parts = each_device.parts_of(mesh, each_device.row_axes(mesh, B))
     numbers = 2 * full.num_layers * M * (B // parts) * T * full.hidden_size
     temporary -= 2 * numbers
-  found = {
-    "weights": arrays.model_bytes(full, dtype, mesh),
-    "stacked copy": arrays.size(arrays.stacked_params(full, dtype, mesh)),
-  }
+  found, stacked = {}, stacked_params(config, full, dtype, mesh)
+  if not config.prune.stream_layers:  # which are in the host's memory
+    found["weights"] = arrays.model_bytes(full, dtype, mesh)
+  found["stacked copy"] = arrays.size(stacked)
   if before is not None:
     found["sums between passes"] = arrays.size(before)
   if config.train.carry_moments and config.prune.stages > 1:
@@ -200,11 +200,8 @@ def lower_scoring(
     for unit, width in full.units().items()
   }
   programs, how = _walk(config, mesh)
-  model = (
-    surgery.dense(full),
-    arrays.stacked_params(full, dtype, mesh),
-    masks,
-  )
+  stacked = stacked_params(config, full, dtype, mesh)
+  model = surgery.dense(full), stacked, masks
   rows = passes.one_minibatch(shape, recipe.batch, mesh)
   handed_on = lambda: passes.sums(programs, (*model, *rows), how)
   most = passes.minibatches(
@@ -228,6 +225,14 @@ def lower_scoring(
   with jax.default_matmul_precision(config.prune.precision):
     lowered = programs.whole.lower(*args, before=before, **how)
   return lowered, (M, B, T), before
+
+
+def stacked_params(
+  config: Config, full: ModelConfig, dtype: jnp.dtype, mesh: Mesh
+) -> Any:
+  """What is scored, as abstract arrays, where the recipe keeps it."""
+  stacked = arrays.stacked_params(full, dtype, mesh)
+  return arrays.streamed(stacked) if config.prune.stream_layers else stacked
 
 
 def refitting(config: Config, full: ModelConfig, mesh: Mesh) -> Bytes:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from adapt_pruner_jax.config import Config
+from adapt_pruner_jax.models import model_config
 from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.planning import arrays
 from adapt_pruner_jax.planning.arrays import Bytes
@@ -54,9 +55,11 @@ def estimated_training(
     + memory.gathered(student, settings, mesh)
   )
   between = held(config, full, student, mesh)
-  if jnp.dtype(settings.dtype).itemsize == 2:  # a copy of the weights in it
+  # A copy of the weights is in it, if these are wider.
+  whole = arrays.weight_dtype(config).itemsize == 4 and not settings.lora_base
+  if jnp.dtype(settings.dtype).itemsize == 2 and whole:
     temporary += between["weights"] // 2
-  gradients = arrays.size(train_state(settings, full, student, mesh)[0])
+  gradients = arrays.size(train_state(config, full, student, mesh)[0])
   return between | {"gradients": gradients, "temporary": round(temporary)}
 
 
@@ -64,7 +67,7 @@ def held(
   config: Config, full: ModelConfig, student: ModelConfig, mesh: Mesh
 ) -> Bytes:
   """Adds up what is there between train steps."""
-  trained, base, teacher, state = train_state(config.train, full, student, mesh)
+  trained, base, teacher, state = train_state(config, full, student, mesh)
   found = {
     "weights": arrays.size(trained) + arrays.size(base),
     "optimizer": arrays.size(state),
@@ -73,9 +76,10 @@ def held(
 
 
 def train_state(
-  settings, full: ModelConfig, student: ModelConfig, mesh: Mesh
+  config: Config, full: ModelConfig, student: ModelConfig, mesh: Mesh
 ) -> tuple[Any, Any, Any, Any]:
   """Makes abstract (trained, base, teacher's params, optimizer state)."""
+  settings = config.train
   params = arrays.placed(arrays.float32_params(student), mesh)
   teacher = (
     arrays.placed(arrays.float32_params(full), mesh)
@@ -85,7 +89,11 @@ def train_state(
   trained, base = params, None
   if settings.lora_rank:
     adapters = lora.abstract_adapters(student, settings.lora_rank, mesh)
-    trained, base = arrays.with_shardings(*adapters), params
+    trained = arrays.with_shardings(*adapters)
+    base = model_config.abstract_params(student, arrays.weight_dtype(config))
+    base = arrays.placed(base, mesh)
+    if settings.lora_base == "int8":
+      base = lora.in_int8(base, mesh)
   transform = optimizer.of(settings)
   where = optimizer.state_shardings(
     transform, trained, jax.tree.map(lambda x: x.sharding, trained), mesh
@@ -104,7 +112,7 @@ def compile_train(
   """Compiles a train step of so many layers, all as the widest one."""
   full, student = (few_layers(c, layers) for c in (full, student))
   settings = config.train
-  trained, base, teacher, state = train_state(settings, full, student, mesh)
+  trained, base, teacher, state = train_state(config, full, student, mesh)
 
   make = make_step(
     student,

@@ -189,6 +189,7 @@ def ranking(masked: Masked, measured: Measured) -> Allotted:
     task.target or 0,
     cap=settings.ranking.cap,
     settings=settings,
+    halves=measured.halves,
   )
   if not any(n.any() for n in counts.values()):
     raise UserError(
@@ -215,6 +216,7 @@ def choose(
   target: int,
   cap: float = 1.0,
   settings: Prune = exact_target.PARAMS,
+  halves: Scores | None = None,
 ) -> Counts:
   """Units to remove from each module, {"K": int [L], "F": ...}.
 
@@ -228,6 +230,7 @@ def choose(
     scores: of the units; those of removed ones mean nothing.
     prunable: modules that may lose units, bool [L] each.
     cap: most that a module may lose, as a share of its units; at least one.
+    halves: of `Measured`.
   """
   left = surgery.widths(masks)
   size = budgets.of_widths(full, left, settings)
@@ -236,6 +239,9 @@ def choose(
   for u in UNITS:
     for layer in np.flatnonzero(prunable[u]):
       score = choice.in_order(scores[u][layer], masks[u][layer])
+      if halves is not None and len(score):
+        # What the last unit takes with it is all that the half is still worth.
+        score[-1] = halves[u][layer] - score[:-1].sum()
       pieces += _pieces(u, int(layer), score, curves[u][layer], cap, settings)
   # Ties: attention before MLP of the same layer, then the lower index.
   pieces.sort(key=lambda p: (p.score / p.gain, p.layer, p.unit != "K"))

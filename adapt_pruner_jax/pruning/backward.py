@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from adapt_pruner_jax.distributed import each_device, sharding
+from adapt_pruner_jax.distributed import each_device, placement, sharding
 from adapt_pruner_jax.models.attention import AttentionInputs
 from adapt_pruner_jax.models.axes import UNITS, Params
 from adapt_pruner_jax.models.kernels import Kernel
@@ -219,6 +219,8 @@ def _forward(model: Stacked, rows: _Rows, observe) -> Callable:
     return jax.lax.map(one, minibatches)
 
   def forward(x_MBTD, layer):
+    layer = placement.fetched(layer)
+
     def observed():
       x_BTD, share_B = x_MBTD[0], share_MB[0]
       return observe and observe(x_BTD, x_BTD, share_B)
@@ -257,6 +259,7 @@ def _backward(
 
   def backward(carry, xs):
     (dx_MBTD, before), (i, layer, streams) = carry, xs
+    layer = placement.fetched(layer)
     kept, before = {}, dict(before)
     for unit in reversed(UNITS):
       half = _half(unit, model, rows, layer)

@@ -75,7 +75,7 @@ def number(amount: int, settings: Prune) -> str:
 def aim(target: int, settings: Prune) -> str:
   """Where a prune ends, for people."""
   if settings.budget == "quality":
-    return f"at most {settings.budget_value} nats a token more loss"
+    return f"at most {settings.budget_value} nats (or of the accuracy) worse"
   return shown(target, settings)
 
 

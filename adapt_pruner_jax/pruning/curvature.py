@@ -13,7 +13,8 @@ needed, and one layer's G exists at a time.
 
 Scores of all modules have one unit of measure, so that one ranking of all units
 can replace a schedule. The score says what can be reconstructed: use it with a
-refit.
+refit. A half as one piece leaves nothing to stand in for it: the same increase
+is trace(W^T G W H).
 """
 
 import jax
@@ -35,13 +36,14 @@ def measure(masked: Masked, tokens_NT: np.ndarray) -> Measured:
   return scores.measure_by(PROGRAMS, masked, tokens_NT)
 
 
-def _grams(T: int, mesh: Mesh) -> backward.Visitor:
+def _grams(T: int, mesh: Mesh, halves: bool = False) -> backward.Visitor:
   """Sums Gram matrices: of a writing matrix's input, and of the gradient at its
   output; keeps the scores of its units.
 
   Args:
     T: tokens of a row.
     mesh: where Gram matrices are inverted.
+    halves: keep the score of the half as one piece beside its units'.
   """
 
   def matrix(half):
@@ -77,15 +79,16 @@ def _grams(T: int, mesh: Mesh) -> backward.Visitor:
     live = jnp.sum(mask_U) * (weight_CD.shape[0] // mask_U.shape[0])
     ridge = jnp.where(tokens >= ENOUGH * live, WEAK, STRONG)
     gram_CC = gram_CC / tokens
-    units = len(mask_U)
-    return unit_scores(gram_CC, hessian_DD, weight_CD, ridge, units, mesh)
+    args = gram_CC, hessian_DD, weight_CD
+    scores_U = unit_scores(*args, ridge, len(mask_U), mesh)
+    return (scores_U, half_score(*args)) if halves else scores_U
 
   return backward.Visitor(start, add, finish)
 
 
 # Scores are float32; the loss behind the gradients is the sum over sequences of
 # the mean over their tokens.
-PROGRAMS = passes.scored(_grams)
+PROGRAMS = passes.scored(_grams, "halves")
 measure_step = PROGRAMS.whole
 
 
@@ -125,3 +128,17 @@ def unit_scores(
   )
   solved = linear_algebra.solve_blocks(inverse_UJJ, curvature_UJJ, mesh)
   return jnp.trace(solved, axis1=1, axis2=2)
+
+
+def half_score(
+  gram_CC: jax.Array, hessian_DD: jax.Array, weight_CD: jax.Array
+) -> jax.Array:
+  """trace(W^T G W H): what the removal of all that feeds W costs.
+
+  Args:
+    gram_CC, hessian_DD, weight_CD: as of `unit_scores`.
+  """
+  weight_CD = weight_CD.astype(jnp.float32)
+  left_CD = linear_algebra.product("ce,ed->cd", gram_CC, weight_CD)
+  right_CD = linear_algebra.product("cd,de->ce", weight_CD, hessian_DD)
+  return jnp.sum(left_CD * right_CD)

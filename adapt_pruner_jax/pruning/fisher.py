@@ -12,7 +12,8 @@ is summed over the tokens of a row before it is squared, so that a row is one
 observation; the same squares token by token choose worse (docs/method.md).
 
 Scores of all modules have one unit of measure, so that one ranking can replace
-a schedule.
+a schedule. A half as one piece has one gate, whose gradient is the sum of its
+units': what they do together, or against each other, is in its square.
 """
 
 import jax
@@ -29,14 +30,20 @@ def measure(masked: Masked, tokens_NT: np.ndarray) -> Measured:
   return scores.measure_by(PROGRAMS, masked, tokens_NT)
 
 
-def _gates(T: int, mesh: Mesh) -> backward.Visitor:
-  """Sums the squares of each row's own gradient with respect to the gates."""
+def _gates(T: int, mesh: Mesh, halves: bool = False) -> backward.Visitor:
+  """Sums the squares of each row's own gradient with respect to the gates.
+
+  Args:
+    T, mesh: not read.
+    halves: keep the score of the half as one piece beside its units'.
+  """
   del T, mesh
 
   def start(half):
-    return jnp.zeros(half.masks[half.unit].shape, jnp.float32)
+    units = jnp.zeros(half.masks[half.unit].shape, jnp.float32)
+    return (units, jnp.float32(0)) if halves else units
 
-  def add(half, total_U, x_BTD, dy_BTD, valid_B, rows):
+  def add(half, total, x_BTD, dy_BTD, valid_B, rows):
     del rows
     gate_U = half.masks[half.unit].astype(jnp.float32)
 
@@ -46,14 +53,19 @@ def _gates(T: int, mesh: Mesh) -> backward.Visitor:
 
     dgate_BU, dx_BTD = jax.vmap(back)(x_BTD, dy_BTD)
     valid_B = valid_B.reshape(-1, *(1,) * gate_U.ndim)
-    square_BU = jnp.where(valid_B, dgate_BU, 0) ** 2
-    return total_U + jnp.sum(square_BU, axis=0), dx_BTD
+    dgate_BU = jnp.where(valid_B, dgate_BU, 0)
+    found = jnp.sum(dgate_BU**2, axis=0)
+    if halves:
+      whole_B = jax.vmap(jnp.vdot, (0, None))(dgate_BU, gate_U)
+      found = found, jnp.sum(whole_B**2)
+    return jax.tree.map(jnp.add, total, found), dx_BTD
 
-  def finish(half, total_U, seen):
-    return total_U / (2 * seen.rows)
+  def finish(half, total, seen):
+    del half
+    return jax.tree.map(lambda x: x / (2 * seen.rows), total)
 
   return backward.Visitor(start, add, finish)
 
 
-PROGRAMS = passes.scored(_gates)
+PROGRAMS = passes.scored(_gates, "halves")
 measure_step = PROGRAMS.whole

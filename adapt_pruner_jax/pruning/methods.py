@@ -201,6 +201,11 @@ def check(config: ModelConfig, settings: Prune) -> None:
       "SliceGPT changes the residual width, which a refit compares: give "
       "--config.prune.refit=none"
     )
+  if settings.stream_layers and jax.process_count() > 1:
+    raise UserError(
+      "--config.prune.stream_layers=True is for one process: leave it out, "
+      "since more devices hold more"
+    )
   if any(config.delta) and not _by_gates(settings):
     raise UserError(
       f"{config.family} has layers with a gated delta net in place of "

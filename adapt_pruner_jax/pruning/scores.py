@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from adapt_pruner_jax.distributed import placement
 from adapt_pruner_jax.models import axes
 from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.pruning import backward, passes
@@ -56,11 +57,18 @@ def measure_by(
   """Unit scores that a walk through the masked model keeps.
 
   Args:
-    programs: of the walk, such as `curvature.PROGRAMS`.
+    programs: of the walk, such as `curvature.PROGRAMS`, which keeps scores of
+      halves too where they may go (`prune.whole_halves`).
   """
-  found = passes.run(programs, masked, tokens_NT)
-  scores = {u: np.asarray(s, np.float64) for u, s in found["scores"].items()}
-  return Measured(scores, found["loss_M"])
+  halves = masked.task.settings.whole_halves
+  how = {"halves": True} if halves else {}
+  found = passes.run(programs, masked, tokens_NT, **how)
+  kept, wide = found["scores"], lambda x: np.asarray(x, np.float64)
+  if not halves:
+    scores = {u: wide(s) for u, s in kept.items()}
+    return Measured(scores, found["loss_M"])
+  scores, pieces = ({u: wide(s[i]) for u, s in kept.items()} for i in (0, 1))
+  return Measured(scores, found["loss_M"], halves=pieces)
 
 
 def with_importance(
@@ -192,7 +200,8 @@ def magnitude(layers: axes.Params, kind: str) -> dict[str, jax.Array]:
     return {}
   names = [n for unit in axes.UNITS for n in axes.SCORED[unit] if n in layers]
   return {
-    n: jax.vmap(partial(_per_unit, n, kind=kind))(layers[n]) for n in names
+    n: jax.vmap(partial(_per_unit, n, kind=kind))(placement.fetched(layers[n]))
+    for n in names
   }
 
 

@@ -29,6 +29,7 @@ from adapt_pruner_jax.models.layer import attention_inputs, places, run_layer
 from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.pruning import (
   allotment,
+  budgets,
   choice,
   ends,
   exact_target,
@@ -57,8 +58,8 @@ class Space:
     full: sizes of the original.
     masks: units that are left.
     prunable: modules that may lose units.
-    target: parameters to end at.
-    settings: say what widths become multiples of; parameters are counted.
+    target: of the budget, to end at.
+    settings: say what is counted, and what widths become multiples of.
   """
 
   full: ModelConfig
@@ -133,7 +134,8 @@ def starts(space: Space, measured: Measured) -> list[Counts]:
   found = [met(space, w) for w in wanted]
   found = [c for c in found if c is not None]
   if not found:
-    raise exact_target.unreachable(space.target, _size(space, ranked))
+    least = _size(space, ranked)
+    raise exact_target.unreachable(space.target, least, space.settings)
   return found
 
 
@@ -199,9 +201,8 @@ def met(space: Space, counts: Counts) -> Counts | None:
 
 def _size(space: Space, counts: Counts) -> int:
   left = surgery.widths(space.masks)
-  return surgery.count_widths(
-    space.full, {u: left[u] - counts[u] for u in UNITS}
-  )
+  width = {u: left[u] - counts[u] for u in UNITS}
+  return budgets.of_widths(space.full, width, space.settings)
 
 
 # ---- The divergence ----------------------------------------------------------
@@ -263,7 +264,7 @@ def last_stream(
   x_MBTD = ends.embed(config, stacked, tokens_MBT, mesh)
 
   def forward(x_MBTD, layer):
-    weights, place, masks = layer
+    weights, place, masks = placement.fetched(layer)
     one = lambda x: run_layer(config, weights, place, inputs, x, masks)[0]
     return jax.lax.map(one, x_MBTD), None
 

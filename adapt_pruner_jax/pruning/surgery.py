@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from adapt_pruner_jax.distributed import sharding
+from adapt_pruner_jax.distributed import placement, sharding
 from adapt_pruner_jax.models import axes, model_config
 from adapt_pruner_jax.models.axes import UNITS, Params
 from adapt_pruner_jax.models.model_config import ModelConfig
@@ -159,7 +159,9 @@ def expand(
   Of two kinds of layer, each has the parameters of both.
 
   Args:
-    config, params: the model as it is now.
+    config, params: the model as it is now. Layers of params that are numpy's
+      arrays stay in the host's memory, from which programs fetch them one by
+      one.
     kept: its units in the numbering of the original.
     full: sizes of the original.
     mesh: where the arrays lie.
@@ -275,9 +277,11 @@ def transform(fn: Callable, tree: Any, mesh: Mesh) -> Any:
   gather comes first and the sharding second: a gather with an output sharding
   aborts XLA in jax 0.11.2.
   """
-  if sharding.with_numpy(mesh):
+  leaves = jax.tree.leaves(tree)
+  numpys, streamed = any(map(_on_host, leaves)), any(map(_streamed, leaves))
+  if numpys or streamed or sharding.with_numpy(mesh):
     made = fn(jax.device_get(tree))
-    where = jax.tree.leaves(_shardings(made, mesh))
+    where = jax.tree.leaves(_shardings(made, mesh, streamed=numpys))
     leaves, structure = jax.tree.flatten(made)
     del made  # what is made goes leaf by leaf, as its copy comes
     for number, one in enumerate(where):
@@ -287,7 +291,12 @@ def transform(fn: Callable, tree: Any, mesh: Mesh) -> Any:
   return jax.jit(lambda x: x, out_shardings=_shardings(made, mesh))(made)
 
 
-def _shardings(tree: Any, mesh: Mesh) -> Any:
+def _streamed(array: Any) -> bool:
+  where = getattr(array, "sharding", None)
+  return where is not None and where.memory_kind == placement.HOST
+
+
+def _shardings(tree: Any, mesh: Mesh, streamed: bool = False) -> Any:
   if not (isinstance(tree, dict) and "layers" in tree):
     return sharding.param_shardings(tree, mesh)
   outer = {n: v for n, v in tree.items() if n != "layers"}
@@ -295,4 +304,7 @@ def _shardings(tree: Any, mesh: Mesh) -> Any:
     n: sharding.param_sharding(n, v.shape, mesh, stacked=True)
     for n, v in tree["layers"].items()
   }
+  if streamed:
+    rank = {n: v.ndim for n, v in tree["layers"].items()}
+    layers = {n: placement.streamed(p, rank[n]) for n, p in layers.items()}
   return sharding.param_shardings(outer, mesh) | {"layers": layers}

@@ -7,6 +7,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from adapt_pruner_jax.config import Prune
+from adapt_pruner_jax.data.tuning_questions import TuningQuestions
 from adapt_pruner_jax.distributed import sharding
 from adapt_pruner_jax.models.axes import UNITS, Params
 from adapt_pruner_jax.models.model_config import ModelConfig
@@ -37,21 +38,24 @@ class Step:
   relative: Modules | None = None
   scores: Scores | None = None  # before the removal
   facts: dict | None = None  # how the allotment came about, for the record
-  rise: float | None = None  # nats above the model before, if that is limited
+  rise: float | None = None  # above the model before, as `Quality.limit`
   ended: bool = False  # no further step keeps the quality
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Quality:
-  """A loss to keep.
+  """A loss to keep, or an accuracy.
 
   Attributes:
-    limit: nats a token above the model's before pruning, at most.
+    limit: nats a token above the model's before pruning, at most; with
+      questions, the share of its accuracy that may be lost.
     tokens_NT: the windows that it is measured on.
+    questions: in their place; None = there are none.
   """
 
   limit: float
-  tokens_NT: np.ndarray
+  tokens_NT: np.ndarray | None
+  questions: TuningQuestions | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -148,12 +152,15 @@ class Measured:
     losses_M: of the minibatches, nats a token.
     importance_L: of the layers, summed over minibatches.
     facts: what the method's `finish` wants to know.
+    halves: scores of each half, [L], as one piece: all units that are left of
+      it; None = of a score that knows them by their units alone.
   """
 
   scores: Scores
   losses_M: np.ndarray | None = None
   importance_L: np.ndarray | None = None
   facts: object = None
+  halves: Scores | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

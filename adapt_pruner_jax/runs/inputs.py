@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from adapt_pruner_jax.config import Config, Eval, task_names
 from adapt_pruner_jax.data import packing, sources
-from adapt_pruner_jax.data.calibration import pruning_data
+from adapt_pruner_jax.data.calibration import WindowData, pruning_data
 from adapt_pruner_jax.data.tokenizer import Tokenizer, load_tokenizer
 from adapt_pruner_jax.distributed import agreement, sharding
 from adapt_pruner_jax.distributed.stopping import Stopping
@@ -62,7 +62,7 @@ class Inputs:
   mesh: Mesh
   tokenizer: Tokenizer | None
   calibration: Any  # .batch(step) of pruning steps, counted over all stages
-  tuning: Any  # the same, of a quality to keep; else None
+  tuning: Any  # the same, or questions, of a quality to keep; else None
   refit_data: Any  # the same for refits
   search_data: Any  # the same for a search with a text of its own, or None
   rows: packing.TrainData | None
@@ -118,6 +118,7 @@ def open_inputs(
   if recipe.eval.tasks:
     names = task_names(recipe.eval)
     evaluate.import_harness().check(names, questions(recipe.eval))
+  text_checks.check_questions(recipe)
   asked = _answered(recipe, full, source, tokenizer, mesh, path, log, stopping)
   before = source, full, tokenizer
   if recipe.vocab.asked():
@@ -167,6 +168,9 @@ def open_inputs(
     "calibration.source": calibration,
     "data.source": rows,
   }
+  if recipe.calibration.tuning and isinstance(tuning, WindowData):
+    learnt["calibration.tuning"] = tuning
+
   agreement.on_writer(
     lambda: text_checks.check_overlaps(
       recipe, inputs.eval_tokens, learnt, log.say
@@ -259,6 +263,7 @@ def _reads_text(recipe: Config) -> bool:
   given = recipe.calibration.source.startswith("npy:")  # token ids
   return bool(
     not given
+    or recipe.calibration.tuning
     or recipe.train.tokens
     or recipe.eval.text
     or recipe.eval.answers

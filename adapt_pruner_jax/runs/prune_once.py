@@ -1,17 +1,20 @@
 """One prune with the refit behind it, as a run's stages and `compare` do it."""
 
+import dataclasses
 from collections.abc import Callable
 
+import jax
+
 from adapt_pruner_jax.config import Prune
+from adapt_pruner_jax.distributed import sharding
 from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.model_config import ModelConfig
-from adapt_pruner_jax.pruning import methods
+from adapt_pruner_jax.pruning import methods, quality
 from adapt_pruner_jax.pruning.surgery import Kept
 from adapt_pruner_jax.pruning.task import (
   Limits,
   Pruned,
   PruneTask,
-  Quality,
   Step,
 )
 from adapt_pruner_jax.runs.inputs import Inputs
@@ -45,6 +48,8 @@ def prune(
     log: called with each step's record as it is decided.
     sized: called as soon as the sizes of all layers are known.
   """
+  if settings.stream_layers:
+    old = old[0], jax.device_get(old[1])
   searched = inputs.search_data
   task = PruneTask(
     *old,
@@ -52,8 +57,7 @@ def prune(
     samples=lambda step: inputs.calibration.batch(first + step),
     target=target,
     limits=limits,
-    quality=inputs.tuning
-    and Quality(settings.budget_value, inputs.tuning.batch(0)),
+    quality=quality.asked(settings, inputs.tuning),
     full=inputs.full,
     kept=kept,
     refit_samples=lambda step: inputs.refit_data.batch(first + step),
@@ -72,6 +76,10 @@ def prune(
     return pruned
   if settings.refit != "none":
     inputs.log.say("refitting what is left")
+  if settings.refit != "none" and settings.stream_layers:
+    where = sharding.param_shardings(task.params, inputs.mesh)
+    params = jax.device_put(task.params, where)
+    task = dataclasses.replace(task, params=params)
   refitted = methods.refit_after(task, pruned)
   if by_loss := refitted.refit_loss:
     inputs.log.say(

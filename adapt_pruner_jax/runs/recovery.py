@@ -103,6 +103,13 @@ def recover(
   )
   if (remat := recomputed(state.config, taught, inputs)) != settings.remat:
     log.say(f"train.remat={settings.remat}: {remat}, by this device's memory")
+  # Adapters are trained beside a copy, stacked or in eight bits, and merged
+  # into the params that are there.
+  base = training.step_fn.base
+  copied = base is not None and base is not state.params
+  aside = copied and jax.process_count() == 1
+  if aside:
+    state.params = jax.device_get(state.params)
   per_step = recipe.data.step_tokens
   title = f"stage {state.stage} of {recipe.prune.stages}: recovery"
   log.rewind("train", state.step)
@@ -137,6 +144,9 @@ def recover(
         state.params = training.trained
       save()
       seconds = (time.monotonic() - begun) / max(state.step - before, 1)
+  if aside:
+    where = sharding.param_shardings(state.params, inputs.mesh)
+    state.params = jax.device_put(state.params, where)
 
 
 def cached(

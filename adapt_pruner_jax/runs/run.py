@@ -21,6 +21,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
+
 from adapt_pruner_jax.config import Config, check
 from adapt_pruner_jax.distributed import agreement
 from adapt_pruner_jax.distributed.stopping import Stopping, stop_signals
@@ -204,7 +206,8 @@ def prune(
   counted = budgets.UNIT[settings.budget]
   aim = f" to {budgets.aim(target, settings)}" if target else ""
   log.say(f"{title} {budgets.shown(size, settings)}{aim} ({settings.method})")
-  total = size - target if target else settings.max_steps
+  in_unit = lambda amount: round(budgets.value(amount, settings), 3)
+  total = in_unit(size - target) if target else settings.max_steps
   unit = counted if target else "steps"
   with log.phase(title, total, unit) as phase:
 
@@ -217,8 +220,9 @@ def prune(
       params, loss = record["params"], record["loss"]
       width = surgery.widths(step.masks)
       left = budgets.of_widths(inputs.full, width, settings)
-      done = size - left if target else record["step"]
-      phase.update(done, params=params, target=target, loss=loss)
+      done = in_unit(size - left) if target else record["step"]
+      end = target and in_unit(target)
+      phase.update(done, params=params, target=end, loss=loss)
       values = {k: record[k] for k in ("stage", "loss", "params")}
       log.metrics("prune", first + len(steps), values)
       stop_if_asked()
@@ -227,6 +231,8 @@ def prune(
       nonlocal ahead
       ahead = compile_ahead(config, state.stage, inputs)
 
+    if settings.stream_layers:  # the device's copies are given up
+      state.params = jax.device_get(state.params)
     pruned = prune_once.prune(
       (state.config, state.params),
       inputs,

@@ -153,7 +153,7 @@ def tell(summary: dict, path: Path, log: Log) -> None:
     shown = [f"{x:,.3f}" if isinstance(x, float) else f"{x:,}" for x in amounts]
     unit = budgets.UNIT[summary["budget"]]
     if summary["budget"] == "quality":
-      unit = "more loss on the tuning text, nats"
+      unit = "worse on the tuning text, nats or share of accuracy"
     rows.append((unit, *shown, change))
   rows += [
     ("parameters", f"{before:,}", f"{after:,}", f"{after / before - 1:+.1%}")

@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 
 import numpy as np
 
 from adapt_pruner_jax.config import Config, Prune, get
-from adapt_pruner_jax.data import overlap
+from adapt_pruner_jax.data import overlap, tuning_questions
 from adapt_pruner_jax.data.calibration import GivenData, WindowData
 from adapt_pruner_jax.data.packing import TrainData
 from adapt_pruner_jax.errors import UserError
@@ -60,6 +61,22 @@ def check_overlaps(
         "give one of them another text"
       )
     say(f"WARNING: {found}: what is measured on it is not held out")
+
+
+def check_questions(recipe: Config) -> None:
+  """Raises a UserError if a quality is measured on questions that are reported.
+
+  Those of `eval.tasks_dir`; what is asked from the network is not compared.
+  """
+  source, folder = recipe.calibration.tuning, recipe.eval.tasks_dir
+  if not source.startswith(tuning_questions.PREFIX) or not folder:
+    return
+  if found := tuning_questions.shared(source, Path(folder)):
+    raise UserError(
+      f"--config.calibration.tuning={source} has a question of "
+      f"--config.eval.tasks_dir ({found}), so that the result would look "
+      "better than it is: give other questions"
+    )
 
 
 def _tokens(opened: Texts) -> Iterable[np.ndarray]:

@@ -97,7 +97,7 @@ def ends(
 
 
 def cast(params: Params, settings: Train) -> Params:
-  """Params in the dtype of the arithmetic.
+  """Params in the dtype of the arithmetic, but for what is in eight bits.
 
   Matrices of layers stay float32 if their gradients are to be summed so: they
   are rounded where they are multiplied (`arithmetic.project`).
@@ -105,6 +105,8 @@ def cast(params: Params, settings: Train) -> Params:
   whole = MATRICES if settings.gradient_dtype == "float32" else ()
 
   def one(name: str | None, _: int | None, p: jax.Array) -> jax.Array:
-    return p if name in whole else p.astype(settings.dtype)
+    if name in whole or p.dtype == jnp.int8:
+      return p
+    return p.astype(settings.dtype)
 
   return axes.map_named(one, params)

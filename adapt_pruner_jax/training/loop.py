@@ -18,7 +18,7 @@ from adapt_pruner_jax.models import decoder, model_config
 from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.training import optimizer, stacking
-from adapt_pruner_jax.training.lora import init_lora
+from adapt_pruner_jax.training.lora import in_int8, init_lora
 from adapt_pruner_jax.training.step import (
   Batch,
   Metrics,
@@ -81,8 +81,11 @@ def compile_ahead(
   if rank:
     base = jax.tree.map(
       lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding),
-      abstract_state(config, settings, mesh, 0, runs)[0],
+      abstract_state(config, settings, mesh, 0)[0],
     )
+    if settings.lora_base == "int8":
+      base = in_int8(base, mesh)
+    base = stacking.abstract(runs, base, mesh)
   given = config, settings, lambda step: 0.0, mesh
   step_fn = make_step(*given, base=base, teacher=teacher, runs=runs)
 
@@ -132,6 +135,8 @@ def start(
   base, trained = None, params
   if settings.lora_rank:
     base, trained = params, adapters
+    if settings.lora_base == "int8" and step_fn is None:
+      base = in_int8(base, mesh)
     if adapters is None:
       key = jax.random.key(seed)
       trained = init_lora(config, settings.lora_rank, key, mesh)

@@ -5,6 +5,7 @@ through the frozen matrix, and through one factor and then the other.
 """
 
 import math
+from functools import partial
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from adapt_pruner_jax.distributed import sharding
 from adapt_pruner_jax.models import axes, model_config
-from adapt_pruner_jax.models.arithmetic import LowRank
+from adapt_pruner_jax.models.arithmetic import Int8, LowRank
 from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.model_config import ModelConfig
 
@@ -63,14 +64,16 @@ def beside(
   """A layer's weights with its adapters beside them, to be computed with.
 
   Args:
-    weights: of the layer, frozen.
+    weights: of the layer, frozen; maybe from `in_int8`.
     factors: its adapters, {"q": {"a": ..., "b": ...}, ...}.
     lora_alpha: what is added is a b times lora_alpha / rank.
   """
 
   def pair(name: str, factor: dict) -> LowRank:
-    scale = lora_alpha / factor["b"].shape[0]
-    return LowRank(weights[name], factor["a"], factor["b"] * scale)
+    scale, matrix = lora_alpha / factor["b"].shape[0], weights[name]
+    if isinstance(matrix, dict):
+      matrix = Int8(**matrix)
+    return LowRank(matrix, factor["a"], factor["b"] * scale)
 
   return weights | {name: pair(name, f) for name, f in factors.items()}
 
@@ -90,6 +93,59 @@ def merge_lora(
     changed = {n: merged(params[layer][n], f) for n, f in factors.items()}
     new[layer] = params[layer] | changed
   return new
+
+
+# ---- A frozen base in eight bits ---------------------------------------------
+
+
+def in_int8(params: Params, mesh: Mesh) -> Params:
+  """Params whose adapted matrices are {"int8": ..., "scale": ...} each.
+
+  Of each output the largest weight is 127 (as the frozen base of arXiv
+  2305.14314 has blocks). Merging is into the params that this was made of.
+
+  Args:
+    params: of a model; arrays, or shapes, which give shapes with shardings.
+    mesh: where they lie.
+  """
+
+  def one(name: str, w: Any) -> dict[str, Any]:
+    make = partial(_quantised, name)
+    letters, made = part_letters(name), jax.eval_shape(make, w)
+    where = {
+      part: NamedSharding(mesh, sharding.spec(letters[part], x.shape, mesh))
+      for part, x in made.items()
+    }
+    if isinstance(w, jax.ShapeDtypeStruct):
+      return {
+        part: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where[part])
+        for part, x in made.items()
+      }
+    return jax.jit(make, out_shardings=where)(w)
+
+  new = dict(params)
+  for layer, weights in params.items():
+    if layer.startswith("layer_"):
+      frozen = {n: one(n, weights[n]) for n in LORA_NAMES if n in weights}
+      new[layer] = weights | frozen
+  return new
+
+
+def _quantised(name: str, w: jax.Array) -> dict[str, jax.Array]:
+  inputs = tuple(range(len(factor_letters(name)["a"]) - 1))
+  w = w.astype(jnp.float32)
+  scale = jnp.max(jnp.abs(w), axis=inputs) / 127
+  parts = jnp.round(w / jnp.where(scale > 0, scale, 1))
+  return {"int8": parts.astype(jnp.int8), "scale": scale}
+
+
+def part_letters(name: str) -> dict[str, str]:
+  """The dims of all that a matrix may be stored as: factors, eight bits."""
+  factors = factor_letters(name)
+  return factors | {"int8": axes.AXES[name], "scale": factors["b"][1:]}
+
+
+# ---- Shapes ------------------------------------------------------------------
 
 
 def factor_letters(name: str) -> dict[str, str]:

@@ -71,7 +71,7 @@ def state(
   moments = 2 * jnp.dtype(settings.moments).itemsize
   trained = 8 + moments + (size if size < 4 else 0)
   if settings.lora_rank:
-    trained = size
+    trained = 1 if settings.lora_base else size
   taught = count(teacher) * size if teacher else 0
   return (count(config) * trained + taught) / cut
 

@@ -307,10 +307,10 @@ def _first(letters: str, sizes: dict[str, int]) -> tuple[slice, ...]:
 
 
 def _letters(path: tuple[str, ...]) -> str:
-  """The dims of a parameter, or of a factor of its adapter."""
+  """The dims of a parameter, or of a part of it or of its adapter."""
   if len(path) == 1:
     return axes.AXES[path[0]]
-  return lora.factor_letters(path[0])[path[1]]
+  return lora.part_letters(path[0])[path[1]]
 
 
 def _shardings(tree: Any, mesh: Mesh) -> Any:

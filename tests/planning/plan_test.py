@@ -314,6 +314,7 @@ def test_plan_says_what_to_change(capsys):
   assert "--config.mesh.fsdp=-1" in text
   assert "prune.max_steps=1 ends a stage above its target" in text
   assert "--config.train.dtype=bfloat16" in text
+  assert "--config.prune.stream_layers=True" in text
   assert "WARNING: scoring needs" in capsys.readouterr().out
 
 
@@ -342,6 +343,20 @@ def test_plan_says_what_a_target_buys(monkeypatch, capsys):
   out = capsys.readouterr().out
   assert "bytes of q8_0" in out
   assert "at most 100,000.0 of kv_bytes" in out
+
+
+def test_a_frozen_base_has_the_bytes_of_its_type():
+  config = recipe(train__tokens=5000, train__lora_rank=2)
+  mesh = sharding.one_device()
+  held = lambda: training_memory.held(config, SMALL, SMALL, mesh)["weights"]
+  whole, number = held(), model_config.count_params(SMALL)
+  config.model.dtype = "bfloat16"
+  assert whole - held() == 2 * number
+  config.train.lora_base = "int8"
+  shapes = model_config.param_shapes(SMALL)["layer_0"]
+  inside = sum(math.prod(s) for n, s in shapes.items() if "norm" not in n)
+  less = whole - held() - 2 * (number - 4 * inside)
+  assert 2.9 * 4 * inside < less < 3 * 4 * inside  # scales take a few
 
 
 def test_a_plan_times_nothing():

@@ -4,12 +4,14 @@ import dataclasses
 import json
 
 import gguf
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
 from adapt_pruner_jax.config import Config, Prune, check
+from adapt_pruner_jax.data.tuning_questions import TuningQuestions
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.formats.gguf import writer
 from adapt_pruner_jax.models import decoder, model_config
@@ -288,6 +290,23 @@ def test_the_loss_is_the_compacted_models():
   assert found == pytest.approx(float(wanted), abs=1e-5)
   assert quality.begun(masked) != pytest.approx(found, abs=1e-5)
 
+  # Of questions: three with two choices, the last two tokens of six.
+  weights_NT = np.zeros((6, 7))
+  weights_NT[:, 3:5] = 0.5
+  answers = np.array([0, 3, 4])
+  asked = TuningQuestions(tokens_NT, weights_NT, np.arange(6) // 2, answers)
+  task = dataclasses.replace(task, quality=Quality(0.1, None, asked))
+  log_probs = np.asarray(jax.nn.log_softmax(logits_BTV))
+  told = np.take_along_axis(log_probs[:, 3:5], tokens_NT[:, 4:6, None], 2)
+  picked = told.sum((1, 2)).reshape(3, 2).argmax(1) + np.arange(3) * 2
+  masked = dataclasses.replace(masked, task=task)
+  found = quality.accuracy(masked, stacked, masks)
+  assert found == (picked == answers).mean()
+  wrong = dataclasses.replace(asked, answers_Q=picked ^ 1)
+  task = dataclasses.replace(task, quality=Quality(0.1, None, wrong))
+  masked = dataclasses.replace(masked, task=task)
+  assert not quality.accuracy(masked, stacked, masks)
+
 
 @pytest.mark.parametrize("method", ["adapt", "curvature"])
 def test_the_smallest_that_keeps_a_quality(method, monkeypatch):
@@ -361,6 +380,30 @@ def test_the_last_unit_takes_its_half_with_it():
   counts = chosen(Prune())
   assert not counts["K"].any()
   assert counts["F"].sum() == -(-need // cost["F"][0])
+
+
+def test_a_half_whose_units_cancel_goes_as_one_piece():
+  """Its units are dear one by one, and do little together."""
+  config = dataclasses.replace(
+    WIDE, window=(), kv_groups=(1, 1, 1), ffn_widths=(96, 96, 96)
+  )
+  masks = surgery.to_masks(surgery.everything(config), config)
+  settings = Prune(whole_halves=True)
+  cost = budgets.unit_cost(config, settings)
+  scores = {u: np.ones(m.shape) * cost[u][0] for u, m in masks.items()}
+  halves = {u: s.sum(1) for u, s in scores.items()}
+  prunable = {u: np.ones(3, bool) for u in UNITS}
+  half = 96 * cost["F"][0] + 64  # with its norm
+  aim = budgets.count(config, settings) - half
+
+  def counts(whole: float) -> list[int]:
+    halves["F"][1] = whole
+    args = config, scores, masks, prunable, aim, aim
+    found = allotment.choose(*args, settings=settings, halves=halves)
+    return found["F"].tolist()
+
+  assert counts(10.0) == [0, 96, 0]
+  assert counts(1e6)[1] < 96  # worth more than its units: they go first
 
 
 def test_where_all_that_is_left_is_too_much_the_least_goes():

@@ -135,6 +135,7 @@ def scores_by_hand(params, masks, tokens):
   nudges = [jnp.zeros((B, T, c.hidden_size))] * (2 * L)
   grads, inputs = jax.jit(jax.grad(run, has_aux=True))(nudges)
   scores = {"K": np.zeros((L, 3)), "F": np.zeros((L, 24))}
+  halves = {"K": np.zeros(L), "F": np.zeros(L)}
   for j in range(2 * L):
     unit, name = ("K", "o") if j % 2 == 0 else ("F", "down")
     x, g = np.asarray(inputs[j], np.float64), np.asarray(grads[j], np.float64)
@@ -149,12 +150,13 @@ def scores_by_hand(params, masks, tokens):
     ridge = strength * np.median(np.diag(gram))
     inverse = np.linalg.inv(gram + ridge * np.eye(len(gram)))
     saliency = W @ g.T @ g @ W.T
+    halves[unit][j // 2] = np.trace(gram @ saliency)
     size = len(W) // mask.sum()
     for n, u in enumerate(np.flatnonzero(mask)):
       at = slice(n * size, (n + 1) * size)
       block_score = np.linalg.solve(inverse[at, at], saliency[at, at])
       scores[unit][j // 2, u] = np.trace(block_score)
-  return scores
+  return scores, halves
 
 
 @pytest.mark.parametrize("devices", [1, 8])
@@ -164,19 +166,20 @@ def test_scores_of_a_masked_model(params, devices):
   masks["K"][1, 0] = False
   masks["F"][0, :10] = False
   tokens = samples(0)[:14]  # not a multiple of the minibatch
-  expected = scores_by_hand(params, masks, jnp.asarray(tokens))
+  expected, halves = scores_by_hand(params, masks, jnp.asarray(tokens))
   found = curvature.measure_step(
     surgery.dense(CONFIG),
     surgery.expand(CONFIG, params, surgery.everything(CONFIG), CONFIG, mesh),
     placement.replicate(masks, mesh),
     *placement.minibatches(tokens, 8, mesh),
     mesh=mesh,
+    halves=True,
   )
   for u in "KF":
     at = masks[u]
-    np.testing.assert_allclose(
-      np.asarray(found["scores"][u])[at], expected[u][at], rtol=2e-3
-    )
+    scores_LU, half_L = map(np.asarray, found["scores"][u])
+    np.testing.assert_allclose(scores_LU[at], expected[u][at], rtol=2e-3)
+    np.testing.assert_allclose(half_L, halves[u], rtol=2e-3)
   assert found["loss_M"].shape == (2,)
 
 

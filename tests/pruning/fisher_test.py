@@ -57,9 +57,8 @@ def test_half_the_mean_square_of_each_rows_gradient():
   tokens_NT = rng.integers(0, 31, (3, 9), np.int32)
   padded = np.concatenate([tokens_NT, tokens_NT[:1]]).reshape(2, 2, 9)
   valid_MB = np.array([[True, True], [True, False]])
-  found = fisher.measure_step(
-    surgery.dense(CONFIG), stacked, masks, padded, valid_MB, mesh=mesh
-  )
+  args = surgery.dense(CONFIG), stacked, masks, padded, valid_MB
+  found = fisher.measure_step(*args, mesh=mesh, halves=True)
   gates = {u: jnp.asarray(m, jnp.float32) for u, m in masks.items()}
   layers = [
     jax.tree.map(lambda a, i=i: a[i], stacked["layers"]) for i in range(2)
@@ -68,8 +67,12 @@ def test_half_the_mean_square_of_each_rows_gradient():
   rows = [slope(gates, t) for t in tokens_NT]
   for u, mask in masks.items():
     expected = np.mean([np.square(r[u]) for r in rows], axis=0) / 2
+    scores_LU, half_L = found["scores"][u]
+    # A half has one gate, which multiplies all of its units.
+    whole = np.mean([np.sum(r[u] * mask, 1) ** 2 for r in rows], axis=0) / 2
+    np.testing.assert_allclose(half_L, whole, rtol=1e-4, atol=1e-9)
     np.testing.assert_allclose(
-      np.where(mask, found["scores"][u], 0),
+      np.where(mask, scores_LU, 0),
       np.where(mask, expected, 0),
       rtol=1e-4,
       atol=1e-9,

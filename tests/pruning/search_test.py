@@ -11,8 +11,15 @@ from adapt_pruner_jax.distributed import sharding
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.models import model_config
 from adapt_pruner_jax.models.decoder import Decoder
-from adapt_pruner_jax.pruning import methods, search, steps, surgery
-from adapt_pruner_jax.pruning.task import Step
+from adapt_pruner_jax.pruning import (
+  budgets,
+  methods,
+  search,
+  steps,
+  surgery,
+  targets,
+)
+from adapt_pruner_jax.pruning.task import Measured, Step
 from tests.pruning.methods_test import (  # noqa: F401
   CHANNEL,
   CONFIG,
@@ -115,3 +122,31 @@ def test_search_in_steps_goes_on(params):  # noqa: F811
 def test_a_target_out_of_reach_is_an_error(params):  # noqa: F811
   with pytest.raises(UserError, match="cannot reach"):
     methods.prune(task_of(params, SETTINGS, target=100))
+
+
+@pytest.mark.parametrize("budget", ["flops", "bytes"])
+def test_candidates_meet_another_budget(budget):
+  settings = dataclasses.replace(SETTINGS, budget=budget, budget_context=32)
+  masks = surgery.to_masks(surgery.everything(CONFIG), CONFIG)
+  target = int(budgets.count(CONFIG, settings) * 0.75)
+  prunable = targets.prunable_modules(CONFIG, settings)
+  space = search.Space(CONFIG, masks, prunable, target, settings)
+  random = np.random.default_rng(0)
+  scores = {u: random.random(m.shape) for u, m in masks.items()}
+  found = search.starts(space, Measured(scores))
+  found += [search.candidate(space, found[0], random) for _ in range(5)]
+  left, channel = (
+    surgery.widths(masks),
+    budgets.unit_cost(CONFIG, settings)["F"],
+  )
+  for counts in filter(None, found):
+    width = {u: left[u] - counts[u] for u in left}
+    size = budgets.of_widths(CONFIG, width, settings)
+    assert target - channel.max() < size <= target
+
+
+def test_a_cache_is_not_searched_for():
+  config = Config(prune=dataclasses.replace(SETTINGS, ratio=0.2))
+  config.prune.budget = "kv_bytes"
+  with pytest.raises(UserError, match="tries out MLPs"):
+    check(config)

@@ -139,6 +139,26 @@ def test_a_quality_is_kept(model, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+def test_an_accuracy_is_kept(model, tmp_path):
+  rows = [
+    {"question": f"Once {n}", "choices": ["upon a", "a time"], "answer": n % 2}
+    for n in range(6)
+  ]
+  for row in rows:
+    json_files.append_line(tmp_path / "asked.jsonl", row)
+  config = recipe(model, budget="quality", budget_value=0.5)
+  config.prune.ratio, config.prune.max_steps = 0.0, 2
+  config.calibration.tuning = f"questions:{tmp_path / 'asked.jsonl'}"
+  summary = run.run(config, tmp_path / "work")
+  assert summary["budget_after"] <= 0.5 == summary["budget_target"]
+  assert summary["params_after"] < summary["params_before"]
+  page = (tmp_path / "work" / "report.html").read_text()
+  assert "accuracy lost" in page
+  found = json_files.read_lines(tmp_path / "work" / "trace.jsonl")
+  assert all(0.5 >= row["rise"] > -5 for row in found)
+
+
+@pytest.mark.slow
 def test_methods_compared_at_equal_milliseconds(model, tmp_path):
   config = recipe(model, budget="latency", budget_context=32)
   config.eval.text = "embedded"

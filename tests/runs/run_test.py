@@ -206,7 +206,7 @@ def test_overwrite_spares_what_no_run_has_left(small_model, tmp_path):
     {"prune.refit": "final"},
     {"prune.method": "curvature"},
     {"prune.method": "flap"},
-    {"train.tokens": 512, "train.lora_rank": 2},
+    {"train.tokens": 512, "train.lora_rank": 2, "train.lora_base": "int8"},
     {"train.tokens": 512, "train.distill_alpha": 0.5},
   ],
   ids=lambda change: ",".join(map(str, change.values())),

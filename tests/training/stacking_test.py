@@ -263,6 +263,7 @@ def test_compiled_program_does_not_grow_with_the_layers():
 def test_compiled_ahead_is_the_same_step():
   """In a thread, before there are any arrays; another model's is not taken."""
   mesh, settings = small.one_device(), Train(scan_layers="on", lora_rank=2)
+  settings.lora_base = "int8"
   params = lambda: jax.device_put(small.random_params(small.CONFIG))
   ahead = loop.compile_ahead(small.CONFIG, settings, mesh, (8, 12))
   start = lambda ahead: loop.start(

@@ -437,12 +437,23 @@ def trained_adapters(config, rank, mesh):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("option", ["biases", "sandwich"])
-def test_adapters_beside_a_model_are_the_merged_model(option):
-  """In their loss and in their gradients."""
+@pytest.mark.parametrize("option, kept", [("biases", ""), ("sandwich", "int8")])
+def test_adapters_beside_a_model_are_the_merged_model(option, kept):
+  """In their loss and in their gradients; also beside eight bits, of which the
+  model is then made."""
   config, mesh = small.option(option), one_device()
-  settings = Train(lora_rank=2, lora_alpha=0.1)
-  base = small.random_params(config)
+  settings = Train(lora_rank=2, lora_alpha=0.1, lora_base=kept)
+  base = whole = small.random_params(config)
+  if kept:
+    base = lora.in_int8(whole, mesh)
+    rounded = lambda w: np.asarray(w["int8"] * w["scale"])
+    for layer in (n for n in whole if n.startswith("layer_")):
+      names = [n for n in lora.LORA_NAMES if n in whole[layer]]
+      coarse = {n: rounded(base[layer][n]) for n in names}
+      for name, w in coarse.items():
+        step = np.asarray(base[layer][name]["scale"])
+        assert (np.abs(w - whole[layer][name]) <= 0.501 * step).all()
+      whole = whole | {layer: whole[layer] | coarse}
   adapters = trained_adapters(config, 2, mesh)
   batch, count = random_batch(config, 2, 12), 7.0
   loss = make_loss(config, settings, mesh, None)
@@ -451,7 +462,7 @@ def test_adapters_beside_a_model_are_the_merged_model(option):
     return loss(adapters, base, None, batch, count)[0]
 
   def merged(adapters):
-    params = lora.merge_lora(base, adapters, settings.lora_alpha)
+    params = lora.merge_lora(whole, adapters, settings.lora_alpha)
     return loss(params, None, None, batch, count)[0]
 
   value, gradient = jax.jit(jax.value_and_grad(beside))(adapters)
@@ -475,6 +486,29 @@ def test_lora_makes_no_matrix_of_full_size():
   gradient = jax.jit(jax.grad(lambda *args: loss(*args)[0]))
   compiled = gradient.lower(adapters, base, None, batch, 1.0).compile()
   assert compiled.memory_analysis().temp_size_in_bytes < 4 * 128 * 512
+
+
+@pytest.mark.slow
+def test_eight_bits_are_not_made_whole(monkeypatch):
+  """Beside its arguments a step needs less than two layers in float32, and the
+  frozen base is a quarter of what it was."""
+  layers, one = 8, 4 * 128 * (2 * 128 + 2 * 64 + 3 * 512)
+  config = dataclasses.replace(
+    UNEVEN, hidden_size=128, kv_groups=(4,) * layers, ffn_widths=(512,) * layers
+  )
+  config = dataclasses.replace(config, queries_per_group=2, head_dim=16)
+  settings = Train(
+    lora_rank=2, scan_layers="on", remat="full", lora_base="int8"
+  )
+  ahead = loop.compile_ahead(config, settings, one_device(), (1, 8))
+  found = ahead.program.result().memory_analysis()
+  assert found.temp_size_in_bytes < 2 * one
+  base = model_config.abstract_params(config, jnp.float32)
+  sizes = lambda tree: sum(
+    x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)
+  )
+  less = sizes(base) - sizes(lora.in_int8(base, one_device()))
+  assert less > 0.7 * layers * one
 
 
 @pytest.mark.slow

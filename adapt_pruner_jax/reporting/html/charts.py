@@ -126,9 +126,16 @@ def sparsity(before: Widths, trace: Sequence[Row]) -> str:
 
 
 def pruning(
-  params_before: int | None, target: int | None, trace: Sequence[Row]
+  params_before: int | None,
+  target: int | None,
+  trace: Sequence[Row],
+  questions: bool = False,
 ) -> str:
-  """Parameters, and the loss on calibration text, over the pruning steps."""
+  """Parameters, and the loss on calibration text, over the pruning steps.
+
+  Args:
+    questions: a quality that is kept is of questions.
+  """
 
   def draw(figure, narrow, tooltips):
     shape = (2, 1) if narrow else (1, 2)
@@ -156,7 +163,7 @@ def pruning(
     _whole_numbers(left)
     if curve:
       left.set_xlabel("pruning step")
-      _rises(right, params[-len(trace) :], rises)
+      _rises(right, params[-len(trace) :], rises, questions)
       return
     right.plot(
       np.arange(1, len(trace) + 1),
@@ -174,10 +181,15 @@ def pruning(
   )
 
 
-def _rises(axes, params: Sequence[int], rises: Sequence[float]) -> None:
-  """Loss above the original's by size, of a run that keeps a quality."""
+def _rises(
+  axes, params: Sequence[int], rises: Sequence[float], questions: bool
+) -> None:
+  """What is lost by size, of a run that keeps a quality."""
+  title = "Loss above the original's on the tuning text"
+  if questions:
+    title = "Share of the original's accuracy lost, tuning questions"
   axes.plot(params, rises, color=TONE["accent"], marker="o", gid="quality")
-  axes.set_title("Loss above the original's on the tuning text")
+  axes.set_title(title)
   axes.xaxis.set_major_formatter(lambda value, _: short(value))
   axes.set_xlabel("parameters left")
 

@@ -251,7 +251,12 @@ def decisions(found: Found) -> str:
     pieces.section(
       "Step by step",
       "Parameters left, and the loss of the model as it was pruned.",
-      charts.pruning(found["params_before"], found["target_params"], trace),
+      charts.pruning(
+        found["params_before"],
+        found["target_params"],
+        trace,
+        "questions:" in found["config"]["calibration"].get("tuning", ""),
+      ),
     )
   )
   return "\n".join(parts)
