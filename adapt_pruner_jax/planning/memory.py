@@ -193,12 +193,10 @@ def lower_scoring(
   """
   recipe, whole = config.calibration, sharding.replicated(mesh)
   shape = recipe.samples, recipe.seq_len
-  masks = {
-    unit: jax.ShapeDtypeStruct(
-      (full.num_layers, max(width)), bool, sharding=whole
-    )
-    for unit, width in full.units().items()
-  }
+  layers, masks = full.num_layers, {}
+  for unit, width in full.units().items():
+    mask = layers, *surgery.mask_shape(full, unit, max(width))
+    masks[unit] = jax.ShapeDtypeStruct(mask, bool, sharding=whole)
   programs, how = _walk(config, mesh)
   stacked = stacked_params(config, full, dtype, mesh)
   model = surgery.dense(full), stacked, masks

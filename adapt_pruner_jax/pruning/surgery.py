@@ -64,13 +64,13 @@ def everything(config: ModelConfig) -> Kept:
   """All units of a model."""
   return to_kept(
     {
-      u: [np.ones(_shape(config, u, n), bool) for n in w]
+      u: [np.ones(mask_shape(config, u, n), bool) for n in w]
       for u, w in config.units().items()
     }
   )
 
 
-def _shape(config: ModelConfig, unit: str, width: int) -> tuple[int, ...]:
+def mask_shape(config: ModelConfig, unit: str, width: int) -> tuple[int, ...]:
   """Of a mask of one module."""
   return (config.experts, width) if unit == "F" and config.experts else (width,)
 
@@ -78,7 +78,7 @@ def _shape(config: ModelConfig, unit: str, width: int) -> tuple[int, ...]:
 def to_masks(kept: Kept, full: ModelConfig) -> Masks:
   """Kept units as masks over all units of the original model."""
   masks = {
-    u: np.zeros((full.num_layers, *_shape(full, u, max(w))), bool)
+    u: np.zeros((full.num_layers, *mask_shape(full, u, max(w))), bool)
     for u, w in full.units().items()
   }
   for u in UNITS:

@@ -21,6 +21,7 @@ from tests.formats import zoo
 from tests.training.step_test import random_batch
 
 
+@pytest.mark.slow
 def test_products_by_group():
   """With their gradients, also of many at once, and as accelerators do it."""
   rng, sizes = np.random.default_rng(0), (3, 0, 40, 5)
