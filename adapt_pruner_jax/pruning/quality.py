@@ -61,9 +61,7 @@ def begun(masked: Masked) -> float:
   if task.quality is None:
     return 0.0
   # Not what refits have made of it since, where a prune goes on.
-  stacked = surgery.expand(
-    task.config, task.params, task.kept, task.full, task.mesh
-  )
+  stacked = task.stacked()
   if task.quality.questions is None:
     return loss(masked, stacked, task.begin)
   found = accuracy(masked, stacked, task.begin)

@@ -224,9 +224,7 @@ def _divergence(masked: Masked):
   tokens_MBT, valid_MB = placement.minibatches(some_NT, task.batch, task.mesh)
   config = surgery.dense(task.full)
   place = partial(placement.replicate, mesh=task.mesh)
-  dense = surgery.expand(
-    task.config, task.params, task.kept, task.full, task.mesh
-  )
+  dense = task.stacked()
   dense_MBTD = last_stream(
     config, dense, place(task.begin), tokens_MBT, mesh=task.mesh
   )

@@ -111,7 +111,7 @@ def _begin(task: PruneTask, update: Update | None = None) -> Masked:
     update: the method's.
   """
   full, begin = task.full, task.begin
-  stacked = surgery.expand(task.config, task.params, task.kept, full, task.mesh)
+  stacked = task.stacked()
   nothing = {u: np.zeros(full.num_layers) for u in UNITS}
   step = task.after or Step(0, begin, nothing, surgery.count(full, begin))
   masked = Masked(task, stacked, step)

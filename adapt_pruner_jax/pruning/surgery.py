@@ -151,7 +151,12 @@ def gather(
 
 
 def expand(
-  config: ModelConfig, params: Params, kept: Kept, full: ModelConfig, mesh: Mesh
+  config: ModelConfig,
+  params: Params,
+  kept: Kept,
+  full: ModelConfig,
+  mesh: Mesh,
+  streamed: bool = False,
 ) -> Params:
   """Params in dense stacked coordinates: {"layers": {name: [L, ...]}, outer}.
 
@@ -159,12 +164,12 @@ def expand(
   Of two kinds of layer, each has the parameters of both.
 
   Args:
-    config, params: the model as it is now. Layers of params that are numpy's
-      arrays stay in the host's memory, from which programs fetch them one by
-      one.
+    config, params: the model as it is now.
     kept: its units in the numbering of the original.
     full: sizes of the original.
     mesh: where the arrays lie.
+    streamed: layers stay in the host's memory, from which programs fetch them
+      one by one.
   """
   wide = dense(full)
 
@@ -186,7 +191,7 @@ def expand(
       "layers": {n: one(n) for n in model_config.layer_names(wide)}
     }
 
-  return transform(stack, params, mesh)
+  return transform(stack, params, mesh, streamed)
 
 
 def widen(
@@ -270,18 +275,22 @@ def _on_host(array: Any) -> bool:
   return isinstance(array, np.ndarray)
 
 
-def transform(fn: Callable, tree: Any, mesh: Mesh) -> Any:
+def transform(
+  fn: Callable, tree: Any, mesh: Mesh, streamed: bool = False
+) -> Any:
   """`fn` of a tree of arrays, the result where it belongs on the mesh.
 
-  On a CPU in one process numpy does it, which compiles nothing. Elsewhere the
-  gather comes first and the sharding second: a gather with an output sharding
-  aborts XLA in jax 0.11.2.
+  On a CPU in one process numpy does it, which compiles nothing, as it does with
+  arrays in the host's memory, where stacked layers stay if `streamed`. Elsewhere
+  the gather comes first and the sharding second: a gather with an output
+  sharding aborts XLA in jax 0.11.2.
   """
-  leaves = jax.tree.leaves(tree)
-  numpys, streamed = any(map(_on_host, leaves)), any(map(_streamed, leaves))
-  if numpys or streamed or sharding.with_numpy(mesh):
+  by_numpy = sharding.with_numpy(mesh) or any(
+    _on_host(x) or _streamed(x) for x in jax.tree.leaves(tree)
+  )
+  if by_numpy:
     made = fn(jax.device_get(tree))
-    where = jax.tree.leaves(_shardings(made, mesh, streamed=numpys))
+    where = jax.tree.leaves(_shardings(made, mesh, streamed))
     leaves, structure = jax.tree.flatten(made)
     del made  # what is made goes leaf by leaf, as its copy comes
     for number, one in enumerate(where):

@@ -112,6 +112,11 @@ class PruneTask:
     for name, value in given.items():
       object.__setattr__(self, name, value)
 
+  def stacked(self) -> Params:
+    """The model in dense stacked coordinates, as `surgery.expand`."""
+    args = self.config, self.params, self.kept, self.full, self.mesh
+    return surgery.expand(*args, self.settings.stream_layers)
+
   @property
   def begin(self) -> Masks:
     """Units of the original that are there when the prune begins."""

@@ -10,7 +10,7 @@ from adapt_pruner_jax.config import Config, Prune, check
 from adapt_pruner_jax.distributed import placement, sharding
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.planning import memory
-from adapt_pruner_jax.pruning import fisher, methods, surgery, targets
+from adapt_pruner_jax.pruning import fisher, methods, targets
 from adapt_pruner_jax.pruning.task import Masked, PruneTask, Step
 from tests import small
 
@@ -31,7 +31,7 @@ def test_the_same_prune():
     task = PruneTask(
       CONFIG, given, settings, lambda _: tokens_NT, target, batch=4
     )
-    stacked = surgery.expand(CONFIG, given, task.kept, CONFIG, task.mesh)
+    stacked = task.stacked()
     for x in stacked["layers"].values():  # all but norms
       held = x.sharding.memory_kind == placement.HOST
       assert held == (streamed and x.ndim > 2)

@@ -105,9 +105,7 @@ def prune(task: PruneTask) -> Pruned:
 
 def measure(task: PruneTask) -> np.ndarray:
   """What the experts are worth, float64 [L, X]; 0 = never asked."""
-  stacked = surgery.expand(
-    task.config, task.params, task.kept, task.full, task.mesh
-  )
+  stacked = task.stacked()
   pair = activations.pair(Masked(task, stacked, Step(0, task.begin, {}, 0)))
   total_LX, rows_LX = np.zeros((2, task.config.num_layers, task.config.experts))
   tokens_NT = task.samples(0)
