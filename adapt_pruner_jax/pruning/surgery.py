@@ -281,9 +281,9 @@ def transform(
   """`fn` of a tree of arrays, the result where it belongs on the mesh.
 
   On a CPU in one process numpy does it, which compiles nothing, as it does with
-  arrays in the host's memory, where stacked layers stay if `streamed`. Elsewhere
-  the gather comes first and the sharding second: a gather with an output
-  sharding aborts XLA in jax 0.11.2.
+  arrays in the host's memory, where stacked layers stay if `streamed`.
+  Elsewhere the gather comes first and the sharding second: a gather with an
+  output sharding aborts XLA in jax 0.11.2.
   """
   by_numpy = sharding.with_numpy(mesh) or any(
     _on_host(x) or _streamed(x) for x in jax.tree.leaves(tree)
