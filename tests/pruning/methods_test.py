@@ -160,13 +160,10 @@ def test_a_prune_that_is_at_its_target_may_be_refitted(params):
 
 
 @pytest.mark.slow
-def test_refit_by_the_loss_alone_takes_a_model_without_least_squares(params):
+def test_refit_by_the_loss_alone(params):
   """Of OLMo 2, whose norms stand behind the matrices; each pass is new text."""
   olmo = dataclasses.replace(CONFIG, norm_order="post", family="olmo2")
-  fisher = Prune(method="fisher", refit="final")
-  with pytest.raises(UserError, match=r"refit=loss .*method=fisher"):
-    methods.check(olmo, fisher)
-  asked = []
+  fisher, asked = Prune(method="fisher"), []
 
   def tokens_of(step):
     asked.append(step)
