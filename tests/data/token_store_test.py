@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adapt_pruner_jax.data import encoding, shards, sources, token_store
+from adapt_pruner_jax.distributed import virtual_devices
 from adapt_pruner_jax.errors import StoppedError
 from tests.data.words import (
   BOS,
@@ -252,7 +253,7 @@ def test_by_processes(tmp_path, words, monkeypatch):
   source = sources.Source("jsonl", str(path))
   monkeypatch.setattr(encoding, "GROUP_CHARS", 90)
   plain = token_store.tokenise(source, words, V)
-  monkeypatch.setattr(encoding, "cores", lambda: 2)
+  monkeypatch.setattr(virtual_devices, "cores", lambda: 2)
   found = token_store.tokenise(source, words, V, tmp_path / "cache")
   assert found.fingerprint == plain.fingerprint
   with error(r"a.jsonl line 40: token id 44 \('w39'\) is outside"):
