@@ -12,14 +12,14 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from real_model_bench import CALIBRATION_END, TEST_BEGIN, commit
-from real_model_texts import MARK, to_hex, token_losses
+from real_model_bench import CALIBRATION_END, TEST_BEGIN, answered, commit
+from real_model_texts import MARK, c4, read, reported, token_losses
 
 from adapt_pruner_jax.config import Config, Prune
 from adapt_pruner_jax.data.calibration import pruning_data
 from adapt_pruner_jax.data.tokenizer import load_tokenizer
 from adapt_pruner_jax.distributed import sharding
-from adapt_pruner_jax.evaluation import lm_eval_run, lm_eval_tasks
+from adapt_pruner_jax.evaluation import lm_eval_run
 from adapt_pruner_jax.evaluation.questions import Questions
 from adapt_pruner_jax.formats import opening
 from adapt_pruner_jax.formats.gguf import writer
@@ -98,9 +98,9 @@ class Bench:
     }
     workdir.mkdir(parents=True, exist_ok=True)
     self.calibration = workdir / "calibration.txt"
-    publish.write_text(self.calibration, self.c4(0, CALIBRATION_END))
+    publish.write_text(self.calibration, c4(data, 0, CALIBRATION_END))
     self.novels = workdir / "novels.txt"
-    books = self.text("books.txt").split(MARK)
+    books = read(data, "books.txt").split(MARK)
     cuts = [int(len(book) * BEGINNING) for book in books]
     begun = (b[:n] for b, n in zip(books, cuts, strict=True))
     publish.write_text(self.novels, "".join(begun))
@@ -302,12 +302,7 @@ class Bench:
     }
     how = Questions(tasks_dir=str(self.data / "eval"), limit=self.questions)
     lm = lm_eval_run.open_lm(*pair, tokenizer, mesh=self.mesh)
-    raw = lm_eval_run.run(lm_eval_run.expand(["commonsense"], how)[0], lm, how)
-    metrics, correct = lm_eval_tasks.PRESETS["commonsense"].metrics, {}
-    for name, samples in raw["samples"].items():
-      rows = sorted(samples, key=lambda sample: sample["doc_id"])
-      correct[name] = to_hex([int(row[metrics[name]]) for row in rows])
-    return {
+    return answered(lm, ["commonsense"], how) | {
       "nats": found,
       "tokens": {
         name: [len(tokenizer.encode(text)) for text in texts]
@@ -317,28 +312,13 @@ class Bench:
         name: [len(text.encode()) for text in texts]
         for name, texts in self.slices.items()
       },
-      "correct": correct,
-      "questions": {n: len(s) for n, s in raw["samples"].items()},
     }
 
   @functools.cached_property
   def slices(self) -> dict[str, list[str]]:
     """Of each text, evenly spread over it; the same bytes for any tokens."""
-    shakespeare = self.data / "tinyshakespeare" / "input.txt"
-    whole = {
-      "c4": self.c4(TEST_BEGIN, None),
-      "wikitext": self.text("wikitext2_raw_test.txt"),
-      "books": self.text("books.txt"),
-      "shakespeare": shakespeare.read_text(encoding="utf-8"),
-    }
+    whole = reported(self.data, TEST_BEGIN)
     return {name: spread(content) for name, content in whole.items()}
-
-  def text(self, name: str) -> str:
-    return (self.data / "text" / name).read_text(encoding="utf-8")
-
-  def c4(self, begin: int, end: int | None) -> str:
-    whole = (self.data / "text" / "c4_sample.txt").read_bytes()
-    return whole[begin:end].decode(errors="ignore")
 
 
 def spread(text: str) -> list[str]:

@@ -13,7 +13,7 @@ import jax
 import jax.monitoring
 import jax.numpy as jnp
 import numpy as np
-from real_model_texts import cut, to_hex, token_losses
+from real_model_texts import c4, cut, read, reported, to_hex, token_losses
 
 from adapt_pruner_jax.config import Config, Data, Prune
 from adapt_pruner_jax.data import packing
@@ -81,7 +81,7 @@ class Bench:
     }
     workdir.mkdir(parents=True, exist_ok=True)
     self.calibration_file = workdir / "calibration.txt"
-    publish.write_text(self.calibration_file, self.c4(0, CALIBRATION_END))
+    publish.write_text(self.calibration_file, c4(self.data, 0, CALIBRATION_END))
 
   def possible(self, cell: Cell) -> bool:
     """Whether there is such a method."""
@@ -115,23 +115,14 @@ class Bench:
     """Which questions a model gets right, as hexadecimal bits by task."""
     how = Questions(tasks_dir=str(self.data / "eval"), limit=self.questions)
     lm = lm_eval_run.open_lm(*self.kept(cell), self.tokenizer, mesh=self.mesh)
-    metrics = lm_eval_tasks.PRESETS["commonsense"].metrics
-    names = ["commonsense"] + ["mmlu"] * self.mmlu
-    raw = lm_eval_run.run(lm_eval_run.expand(names, how)[0], lm, how)
-    correct, number = {}, {}
-    for name, samples in raw["samples"].items():
-      metric = metrics.get(name, "acc")  # MMLU's subjects have one
-      rows = sorted(samples, key=lambda sample: sample["doc_id"])
-      right = [int(row[metric]) for row in rows if metric in row]
-      correct[name], number[name] = to_hex(right), len(right)
-    return {"correct": correct, "questions": number}
+    return answered(lm, ["commonsense"] + ["mmlu"] * self.mmlu, how)
 
   def length(self, cell: Cell) -> dict:
     """Mean loss of a window's parts, one after the other, by window."""
     pair = self.kept(cell)
     longest = pair[0].context // BUCKETS * BUCKETS
     windows = cut(
-      self.tokenizer, self.text("books.txt"), LONG_WINDOWS, longest + 1
+      self.tokenizer, read(self.data, "books.txt"), LONG_WINDOWS, longest + 1
     )
     found = []
     for row_T in windows:
@@ -307,24 +298,11 @@ class Bench:
 
   # ---- Texts -----------------------------------------------------------------
 
-  def text(self, name: str) -> str:
-    return (self.data / "text" / name).read_text(encoding="utf-8")
-
-  def c4(self, begin: int, end: int | None) -> str:
-    whole = (self.data / "text" / "c4_sample.txt").read_bytes()
-    return whole[begin:end].decode(errors="ignore")
-
   @functools.cached_property
   def windows(self) -> dict[str, np.ndarray]:
     """Of each text, int32 [WINDOWS, WINDOW], evenly spread over it."""
-    shakespeare = self.data / "tinyshakespeare" / "input.txt"
-    texts = {
-      "tune": self.c4(CALIBRATION_END, TUNE_END),
-      "c4": self.c4(TEST_BEGIN, None),
-      "wikitext": self.text("wikitext2_raw_test.txt"),
-      "books": self.text("books.txt"),
-      "shakespeare": shakespeare.read_text(encoding="utf-8"),
-    }
+    texts = {"tune": c4(self.data, CALIBRATION_END, TUNE_END)}
+    texts |= reported(self.data, TEST_BEGIN)
     return {
       name: cut(self.tokenizer, text, WINDOWS, WINDOW)
       for name, text in texts.items()
@@ -340,6 +318,19 @@ class Bench:
 
   def text_losses(self, pair: Pair, windows: np.ndarray) -> list[float]:
     return [float(token_losses(*pair, row_T).mean()) for row_T in windows]
+
+
+def answered(lm: Any, names: list[str], how: Questions) -> dict:
+  """Which questions are answered right, as hexadecimal bits by task."""
+  metrics = lm_eval_tasks.PRESETS["commonsense"].metrics
+  raw = lm_eval_run.run(lm_eval_run.expand(names, how)[0], lm, how)
+  correct, number = {}, {}
+  for name, samples in raw["samples"].items():
+    metric = metrics.get(name, "acc")  # MMLU's subjects have one
+    rows = sorted(samples, key=lambda sample: sample["doc_id"])
+    right = [int(row[metric]) for row in rows if metric in row]
+    correct[name], number[name] = to_hex(right), len(right)
+  return {"correct": correct, "questions": number}
 
 
 def calibration_tokens(recipe: Config, steps: int, stages: int) -> int:

@@ -1,7 +1,8 @@
-"""Windows of texts, the loss of each of their tokens, and bits as text."""
+"""Texts, windows of them, the loss of each of their tokens, bits as text."""
 
 import functools
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,6 +13,28 @@ from adapt_pruner_jax.models import decoder, model_config
 from adapt_pruner_jax.training import output_loss
 
 MARK = "<|endoftext|>"  # between the texts' documents
+
+
+def read(data: Path, name: str) -> str:
+  """One of the folder's texts."""
+  return (data / "text" / name).read_text(encoding="utf-8")
+
+
+def c4(data: Path, begin: int, end: int | None) -> str:
+  """Bytes of the sample of C4."""
+  whole = (data / "text" / "c4_sample.txt").read_bytes()
+  return whole[begin:end].decode(errors="ignore")
+
+
+def reported(data: Path, begin: int) -> dict[str, str]:
+  """What losses are reported of: C4 from a byte on, and other kinds of text."""
+  shakespeare = data / "tinyshakespeare" / "input.txt"
+  return {
+    "c4": c4(data, begin, None),
+    "wikitext": read(data, "wikitext2_raw_test.txt"),
+    "books": read(data, "books.txt"),
+    "shakespeare": shakespeare.read_text(encoding="utf-8"),
+  }
 
 
 def cut(tokenizer: Any, text: str, number: int, length: int) -> np.ndarray:

@@ -24,6 +24,15 @@ CONFIG = ModelConfig(
   context=64,
   tied=False,
 )
+SMOLLM2_135M = dataclasses.replace(
+  CONFIG,
+  vocab_size=49152,
+  hidden_size=576,
+  queries_per_group=3,
+  head_dim=64,
+  kv_groups=(3,) * 30,
+  ffn_widths=(1536,) * 30,
+)
 # What differs between families, each the fields that it changes.
 OPTIONS = {
   "plain": {},

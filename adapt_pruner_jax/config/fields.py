@@ -5,6 +5,7 @@ command line overrides a field. Numbers in the comments are the paper's.
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -43,15 +44,16 @@ class Section:
     )
 
 
-def _place(section: type, within: type) -> list[str]:
-  """The names that lead to a section, ["prune", "flap"]; [] of `within`."""
+@functools.cache  # every assignment to a field asks
+def _place(section: type, within: type) -> tuple[str, ...]:
+  """The names that lead to a section, ("prune", "flap"); () of `within`."""
   for field in dataclasses.fields(within):
     if field.type is section:
-      return [field.name]
+      return (field.name,)
     inside = dataclasses.is_dataclass(field.type)
     if inside and (found := _place(section, field.type)):
-      return [field.name, *found]
-  return []
+      return (field.name, *found)
+  return ()
 
 
 @dataclasses.dataclass
@@ -312,6 +314,10 @@ class Train(Section):
   # int8, which adds up to half a step of a 127th of an output's largest weight.
   lora_base: str = ""
 
+  def has_teacher_beside(self) -> bool:
+    """Whether the dense model runs with each step: not if it is cached."""
+    return bool(self.distill_alpha) and not self.teacher_cache
+
 
 @dataclasses.dataclass
 class Mesh(Section):
@@ -363,6 +369,11 @@ class Config(Section):
   log: Log = dataclasses.field(default_factory=Log)
   oneshot_control: bool = False  # then also prune in one go, to compare
   seed: int = 0
+
+  def weight_dtype(self) -> str:
+    """Of a run's weights: float32 where they are trained."""
+    trained = self.train.tokens and not self.train.lora_rank
+    return "float32" if trained else self.model.dtype or "float32"
 
 
 # Fields that were booleans once, and what these are called now.

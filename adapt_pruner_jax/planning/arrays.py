@@ -17,9 +17,8 @@ Bytes = dict[str, int]  # by what they hold, on the fullest device
 
 
 def weight_dtype(config: Config) -> jnp.dtype:
-  """Says what a run's weights are kept in: float32 where they are trained."""
-  trained = config.train.tokens and not config.train.lora_rank
-  return jnp.dtype("float32" if trained else config.model.dtype or "float32")
+  """`Config.weight_dtype`, as a dtype."""
+  return jnp.dtype(config.weight_dtype())
 
 
 def model_bytes(config: ModelConfig, dtype: jnp.dtype, mesh: Mesh) -> int:

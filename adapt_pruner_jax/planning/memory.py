@@ -107,8 +107,7 @@ def _measure(
 def _with_remat(config, full, student, mesh, size) -> Config:
   """The recipe with what `train.remat=auto` becomes."""
   settings, data = config.train, config.data
-  beside = settings.distill_alpha and not settings.teacher_cache
-  teacher = full if beside else None
+  teacher = full if settings.has_teacher_beside() else None
   shape = data.batch // settings.accumulation, data.seq_len
   settings = training_size.with_remat(
     settings, student, teacher, shape, mesh, size

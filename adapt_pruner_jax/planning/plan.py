@@ -252,6 +252,9 @@ def show(found: dict, config: Config, hardware: Hardware, log: Log) -> None:
     time += f" at {hardware.mfu:.0%} of the peak"
   scored = sum(s["prune_flops"] for s in found["stages"])
   trained = sum(s["train_flops"] for s in found["stages"])
+  cached = []
+  if size := found["disk"].get("teacher cache"):
+    cached = [("teacher cache on disk, at most", in_bytes(size))]
   log.table(
     f"Cost on {hardware.devices} x {name}",
     ("what", "how much"),
@@ -261,11 +264,7 @@ def show(found: dict, config: Config, hardware: Hardware, log: Log) -> None:
       ("time", time),
       ("original on disk", in_bytes(found["disk"]["original"])),
       ("export on disk", in_bytes(found["disk"]["export"])),
-      *(
-        (f"{name} on disk, at most", in_bytes(found["disk"][name]))
-        for name in ("teacher cache",)
-        if name in found["disk"]
-      ),
+      *cached,
       (
         f"checkpoints ({config.checkpoint.keep} + the one being written)",
         in_bytes(found["disk"]["checkpoints"]),

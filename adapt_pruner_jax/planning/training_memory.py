@@ -83,7 +83,7 @@ def train_state(
   params = arrays.placed(arrays.float32_params(student), mesh)
   teacher = (
     arrays.placed(arrays.float32_params(full), mesh)
-    if settings.distill_alpha and not settings.teacher_cache
+    if settings.has_teacher_beside()
     else None
   )
   trained, base = params, None

@@ -24,7 +24,13 @@ from jax.sharding import Mesh
 
 from adapt_pruner_jax.distributed import sharding
 from adapt_pruner_jax.models.layer import WRITERS, spread_mask, stream
-from adapt_pruner_jax.pruning import backward, linear_algebra, passes, scores
+from adapt_pruner_jax.pruning import (
+  backward,
+  float32_product,
+  linear_algebra,
+  passes,
+  scores,
+)
 from adapt_pruner_jax.pruning.task import Masked, Measured
 
 ENOUGH = 4  # tokens per input channel from which a weak ridge is best
@@ -66,8 +72,8 @@ def _grams(T: int, mesh: Mesh, halves: bool = False) -> backward.Visitor:
     fed_BTC = fed.reshape(*fed.shape[:2], -1).astype(jnp.float32)
     fed_BTC *= valid_B[:, None, None]
     found = (
-      linear_algebra.product("btc,bte->ce", fed_BTC, fed_BTC),
-      linear_algebra.product("btd,bte->de", g_BTD, g_BTD),
+      float32_product.product("btc,bte->ce", fed_BTC, fed_BTC),
+      float32_product.product("btd,bte->de", g_BTD, g_BTD),
     )
     return jax.tree.map(jnp.add, total, found), vjp(dy_BTD)[0]
 
@@ -118,12 +124,12 @@ def unit_scores(
   inverse_UJJ = linear_algebra.inverse_blocks(scaled_CC, J, mesh)
   scaled_CD = weight_CD.astype(jnp.float32) * scale_C[:, None]
   scaled_CD = linear_algebra.cut_like_gram(scaled_CD, mesh)
-  right_CD = linear_algebra.product("cd,de->ce", scaled_CD, hessian_DD)
+  right_CD = float32_product.product("cd,de->ce", scaled_CD, hessian_DD)
   if J == 1:
     energy_C = jnp.sum(right_CD * scaled_CD, axis=-1)
     return energy_C / inverse_UJJ[:, 0, 0]
   split = lambda x: x.reshape(units, J, -1)
-  curvature_UJJ = linear_algebra.product(
+  curvature_UJJ = float32_product.product(
     "ujd,uid->uji", split(right_CD), split(scaled_CD)
   )
   solved = linear_algebra.solve_blocks(inverse_UJJ, curvature_UJJ, mesh)
@@ -139,6 +145,6 @@ def half_score(
     gram_CC, hessian_DD, weight_CD: as of `unit_scores`.
   """
   weight_CD = weight_CD.astype(jnp.float32)
-  left_CD = linear_algebra.product("ce,ed->cd", gram_CC, weight_CD)
-  right_CD = linear_algebra.product("cd,de->ce", weight_CD, hessian_DD)
+  left_CD = float32_product.product("ce,ed->cd", gram_CC, weight_CD)
+  right_CD = float32_product.product("cd,de->ce", weight_CD, hessian_DD)
   return jnp.sum(left_CD * right_CD)

@@ -221,17 +221,18 @@ def _give_back(
   cost = budgets.unit_cost(full, settings)["F"].max() * round_to
   left = left | {"F": left["F"].copy()}
   size = lambda left: budgets.of_widths(full, surgery.widths(left), settings)
-  while size(left) + cost <= target:
-    gone = masks["F"] & ~left["F"]
-    width_L = surgery.widths({"F": gone})["F"]
-    width_L *= surgery.widths(left)["F"] > 0
-    able = np.flatnonzero(width_L >= round_to)
-    if not len(able):
-      break
-    best = [choice.in_order(scores["F"][i], gone[i])[-1] for i in able]
-    choice.put_back(
-      left["F"], gone, scores["F"], able[np.argmax(best)], round_to
-    )
+  has_mlp, gone = surgery.widths(left)["F"] > 0, masks["F"] & ~left["F"]
+
+  def best(layer: int) -> float:
+    order = choice.in_order(scores["F"][layer], gone[layer])
+    return order[-1] if has_mlp[layer] and len(order) >= round_to else -np.inf
+
+  best_L = np.array([best(i) for i in range(full.num_layers)])
+  while size(left) + cost <= target and best_L.max() > -np.inf:
+    layer = int(best_L.argmax())
+    choice.put_back(left["F"], gone, scores["F"], layer, round_to)
+    gone[layer] = masks["F"][layer] & ~left["F"][layer]
+    best_L[layer] = best(layer)
   return left
 
 

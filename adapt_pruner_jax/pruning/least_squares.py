@@ -42,7 +42,7 @@ from adapt_pruner_jax.models.layer import (
   writer_of,
 )
 from adapt_pruner_jax.models.model_config import ModelConfig
-from adapt_pruner_jax.pruning import linear_algebra
+from adapt_pruner_jax.pruning import float32_product, linear_algebra
 
 HELD_OUT = 0.1  # share of the sequences that judge a refit
 CAP = 10.0  # most that a token's input energy counts, in medians
@@ -293,7 +293,7 @@ def _sums_of_devices(mesh, x_BTC, y_BTE):
   """x^T y over the rows of each device, [N, C, E]."""
   N = placement.batch_shards(mesh)
   split = lambda x: placement.cut_rows(x.reshape(N, -1, *x.shape[1:]), mesh)
-  found = linear_algebra.product("nbtc,nbte->nce", split(x_BTC), split(y_BTE))
+  found = float32_product.product("nbtc,nbte->nce", split(x_BTC), split(y_BTE))
   return placement.cut_rows(found, mesh)
 
 
@@ -336,9 +336,9 @@ def _lacking(task, parts, z_BTD, u_BTD, weight_BT):
       # Biases are the same in both and need no part in it.
       left = dense[n] if writes else axes.mask(n, dense[n], parts.masks)
       left = linear_algebra.as_matrix(n, left)
-      target_BTE = linear_algebra.product("btd,de->bte", dense_BTC, left)
+      target_BTE = float32_product.product("btd,de->bte", dense_BTC, left)
       weight = linear_algebra.as_matrix(n, layer[n])
-      given_BTE = linear_algebra.product("btd,de->bte", _flat(fed), weight)
+      given_BTE = float32_product.product("btd,de->bte", _flat(fed), weight)
       found[n] = target_BTE - given_BTE, target_BTE
   fed_BTC = _flat(fed).astype(jnp.float32)
   energy_BT = jnp.sum(jnp.square(fed_BTC), axis=-1)

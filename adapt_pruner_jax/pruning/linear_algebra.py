@@ -49,11 +49,6 @@ def as_matrix(name: str, weight: jax.Array) -> jax.Array:
   return weight.reshape(int(np.prod(weight.shape[:cut])), -1)
 
 
-def product(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
-  """An einsum to float32 at full precision."""
-  return float32_product.product(equation, x, y)
-
-
 def cut_like_gram(x_CE: jax.Array, mesh: Mesh | None) -> jax.Array:
   """Rows over the devices that invert a Gram matrix by its rows, if they do."""
   if not elimination.wanted(mesh) or len(x_CE) % mesh.size:
@@ -116,7 +111,7 @@ def solve_blocks(
   if not elimination.wanted(mesh):
     return jnp.linalg.solve(left_UJJ, right_UJJ)
   inverse_UJJ = jax.vmap(elimination.inverse)(left_UJJ)
-  times = partial(product, "uij,ujk->uik")
+  times = partial(float32_product.product, "uij,ujk->uik")
   found_UJJ = times(inverse_UJJ, right_UJJ)
   return found_UJJ + times(inverse_UJJ, right_UJJ - times(left_UJJ, found_UJJ))
 

@@ -79,7 +79,12 @@ AROUND = {
 
 # Methods that prune models with layers of two kinds.
 OF_ALL_KINDS = (
-  *("adapt", "fisher", "llm_pruner", "magnitude", "random", "shortgpt"),
+  "adapt",
+  "fisher",
+  "llm_pruner",
+  "magnitude",
+  "random",
+  "shortgpt",
 )
 
 

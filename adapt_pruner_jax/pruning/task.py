@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 from adapt_pruner_jax.config import Prune
 from adapt_pruner_jax.data.tuning_questions import TuningQuestions
 from adapt_pruner_jax.distributed import sharding
+from adapt_pruner_jax.models import model_config
 from adapt_pruner_jax.models.axes import UNITS, Params
 from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.pruning import surgery
@@ -238,3 +239,29 @@ def record(step: Step) -> dict:
       for i in range(len(width["K"]))
     ],
   }
+
+
+def in_one_step(
+  task: PruneTask, config: ModelConfig, params: Params, kept: Kept, facts: dict
+) -> Pruned:
+  """What a method gives that cuts all at once, by scores of no single unit.
+
+  Args:
+    task: of the prune; its log is called.
+    config, params, kept: what is left.
+    facts: more of the step's record.
+  """
+  nan_L = np.full(config.num_layers, np.nan)
+  step = Step(
+    1,
+    task.begin,
+    dict.fromkeys(UNITS, np.zeros(config.num_layers)),
+    model_config.count_params(config),
+    losses_M=np.array([np.nan]),
+    importance_L=nan_L,
+    relative=dict.fromkeys(UNITS, nan_L),
+  )
+  trace = record(step) | facts
+  if task.log is not None:
+    task.log(trace, step)
+  return Pruned(config, params, kept, [trace])

@@ -234,7 +234,7 @@ def _answered(
     if stopping is not None and stopping.now():
       raise StoppedError(f"stopped; the same command continues {path}")
 
-  dtype = _weight_dtype(recipe)
+  dtype = recipe.weight_dtype()
   asked = answers.check(
     *(recipe, full, source, tokenizer),
     model=lambda: (weights_fingerprint(source), dtype),
@@ -378,13 +378,8 @@ def _tokens(
 
 
 def weight_dtype(inputs: Inputs) -> jnp.dtype:
-  """Of the weights: where they are trained, float32 whatever is computed in."""
-  return jnp.dtype(_weight_dtype(inputs.recipe))
-
-
-def _weight_dtype(recipe: Config) -> str:
-  trained = recipe.train.tokens and not recipe.train.lora_rank
-  return "float32" if trained else recipe.model.dtype or "float32"
+  """`Config.weight_dtype`, as a dtype."""
+  return jnp.dtype(inputs.recipe.weight_dtype())
 
 
 def load_model(inputs: Inputs) -> tuple[ModelConfig, Params]:

@@ -224,7 +224,7 @@ def teacher_of(inputs: Inputs) -> tuple[ModelConfig, Params] | None:
 
 def abstract_teacher(inputs: Inputs) -> tuple[ModelConfig, Params] | None:
   """`teacher_of` as shapes with shardings; no weight is read."""
-  if not _distils(inputs) or inputs.recipe.train.teacher_cache:
+  if not inputs.total_steps or not inputs.recipe.train.has_teacher_beside():
     return None
   config, tree = load.stored(str(inputs.source), None, _ignored(inputs))
   settings, mesh = inputs.recipe.train, inputs.mesh

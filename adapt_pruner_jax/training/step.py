@@ -106,8 +106,8 @@ def make_step(
   has_teacher = teacher is not None or settings.teacher_cache
   assert not alpha or has_teacher, "distillation without a teacher"
   transform = optimizer.of(settings)
-  runs_beside = bool(alpha) and not settings.teacher_cache
-  taught_by = teacher[0] if runs_beside else None
+  beside = settings.has_teacher_beside()
+  taught_by = teacher[0] if beside else None
   mean_loss = make_loss(config, settings, mesh, taught_by)
   rank = 0 if base is None else settings.lora_rank
   abstract = abstract_state(config, settings, mesh, rank, runs)
@@ -141,7 +141,7 @@ def make_step(
     out_shardings=(*placed, sharding.replicated(mesh)),
     compiler_options=sharding.compiler_options(mesh),
   )
-  params, number = teacher[1] if runs_beside else None, settings.accumulation
+  params, number = teacher[1] if beside else None, settings.accumulation
   return Step(config, runs, compiled, base, params, schedule, number, mesh)
 
 

@@ -12,15 +12,6 @@ from adapt_pruner_jax.training import memory, step
 from adapt_pruner_jax.training.stacking import Run
 from tests import small
 
-SMOL = dataclasses.replace(  # SmolLM2-135M
-  small.CONFIG,
-  vocab_size=49152,
-  hidden_size=576,
-  queries_per_group=3,
-  head_dim=64,
-  kv_groups=(3,) * 30,
-  ffn_widths=(1536,) * 30,
-)
 LLAMA = dataclasses.replace(  # Llama-3.1-8B
   small.CONFIG,
   vocab_size=128256,
@@ -42,11 +33,11 @@ def chosen(config, shape, gigabytes, **settings):
 
 
 def test_chosen_by_memory():
-  assert chosen(SMOL, (1, 512), 8) == "none"
+  assert chosen(small.SMOLLM2_135M, (1, 512), 8) == "none"
   assert chosen(LLAMA, (8, 4096), 95) == "full"
   assert chosen(LLAMA, (8, 4096), 1e6, remat="full") == "full"
   # Between all and nothing, as memory shrinks.
-  names = [chosen(SMOL, (8, 2048), gb) for gb in (40, 17, 8, 4)]
+  names = [chosen(small.SMOLLM2_135M, (8, 2048), gb) for gb in (40, 17, 8, 4)]
   assert names == [*remat.NAMES]
 
 

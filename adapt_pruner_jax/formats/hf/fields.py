@@ -189,6 +189,23 @@ def require(found: Any, types: tuple[type, ...], name: str, path: str) -> None:
     raise UserError(f"{path}: {name}={found!r} must be {allowed}")
 
 
+def by_period(found: Any, name: str, L: int, path: str) -> list[bool]:
+  """For each layer whether it is none that comes after every so many.
+
+  Args:
+    found: how many layers there are from one such to the next.
+    name: of its field.
+    L: layers.
+
+  Raises:
+    UserError: no number of layers.
+  """
+  require(found, (int,), name, path)
+  if found < 1:
+    raise UserError(f"{path}: {name}={found} must be 1 or up")
+  return [bool((i + 1) % found) for i in range(L)]
+
+
 def mapping(raw: Raw, name: str, path: str) -> dict[str, Any]:
   """A field that is an object, or is absent or null."""
   found = raw.get(name)

@@ -8,7 +8,7 @@ from typing import Any
 
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.formats.hf.family import Family
-from adapt_pruner_jax.formats.hf.fields import FULL, Raw, require
+from adapt_pruner_jax.formats.hf.fields import FULL, Raw, by_period, require
 from adapt_pruner_jax.models.model_config import DeltaNet, ModelConfig
 
 LINEAR = "linear_attention"
@@ -32,13 +32,9 @@ def read(raw: Raw, family: Family, L: int, path: str) -> tuple[int, ...]:
     return ()
   kinds = raw["layer_types"]
   if kinds is None:
-    period = raw["full_attention_interval"]
-    require(period, (int,), "full_attention_interval", path)
-    if period < 1:
-      raise UserError(
-        f"{path}: full_attention_interval={period} must be 1 or up"
-      )
-    kinds = [LINEAR if (i + 1) % period else FULL for i in range(L)]
+    name = "full_attention_interval"
+    linear = by_period(raw[name], name, L, path)
+    kinds = [LINEAR if here else FULL for here in linear]
   good = isinstance(kinds, list) and len(kinds) >= L
   other = set(map(str, kinds[:L])) - {FULL, LINEAR} if good else None
   if not good or other:

@@ -4,7 +4,14 @@ from typing import Any
 
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.formats.hf.family import Family
-from adapt_pruner_jax.formats.hf.fields import FULL, NONE, SLIDING, Raw, require
+from adapt_pruner_jax.formats.hf.fields import (
+  FULL,
+  NONE,
+  SLIDING,
+  Raw,
+  by_period,
+  require,
+)
 from adapt_pruner_jax.models.model_config import ModelConfig
 
 
@@ -38,13 +45,8 @@ def read(
   elif family.windows == "nope":
     slides = list(map(bool, nope or (0,) * L))
   else:
-    period = raw.get("sliding_window_pattern", family.period)
-    require(period, (int,), "sliding_window_pattern", path)
-    if period < 1:
-      raise UserError(
-        f"{path}: sliding_window_pattern={period} must be 1 or up"
-      )
-    slides = [bool((i + 1) % period) for i in range(L)]
+    name = "sliding_window_pattern"
+    slides = by_period(raw.get(name, family.period), name, L, path)
   if family.windows == "pattern" and any(slides) and not size:
     raise UserError(f"{path}: sliding_window={size} must be at least 1")
   windows = tuple((size or 0) * slide for slide in slides)

@@ -27,7 +27,7 @@ from jax.scipy.linalg import solve_triangular
 from jax.sharding import Mesh
 
 from adapt_pruner_jax.pruning import linear_algebra
-from adapt_pruner_jax.pruning.linear_algebra import product
+from adapt_pruner_jax.pruning.float32_product import product
 
 ROUNDS = 64  # in which all units of a module are eliminated
 

@@ -28,7 +28,7 @@ from adapt_pruner_jax.pruning.task import (
   Pruned,
   PruneTask,
   Step,
-  record,
+  in_one_step,
 )
 
 
@@ -87,20 +87,8 @@ def prune(task: PruneTask) -> Pruned:
   config, params = cut(task.config, task.params, keep, task.mesh)
   rows = zip(task.kept["F"], keep, strict=True)
   kept = task.kept | {"F": tuple(f[x] for f, x in rows), "X": tuple(keep)}
-  nan_L = np.full(config.num_layers, np.nan)
-  step = Step(
-    1,
-    task.begin,
-    dict.fromkeys(axes.UNITS, np.zeros(config.num_layers)),
-    model_config.count_params(config),
-    losses_M=np.array([np.nan]),
-    importance_L=nan_L,
-    relative=dict.fromkeys(axes.UNITS, nan_L),
-  )
-  trace = record(step) | {"experts": [x.tolist() for x in keep]}
-  if task.log is not None:
-    task.log(trace, step)
-  return Pruned(config, params, kept, [trace])
+  facts = {"experts": [x.tolist() for x in keep]}
+  return in_one_step(task, config, params, kept, facts)
 
 
 def measure(task: PruneTask) -> np.ndarray:

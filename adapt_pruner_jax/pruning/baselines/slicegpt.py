@@ -27,7 +27,7 @@ from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.pruning import exact_target
 from adapt_pruner_jax.pruning.baselines import activations
-from adapt_pruner_jax.pruning.task import Pruned, PruneTask, Step, record
+from adapt_pruner_jax.pruning.task import Pruned, PruneTask, in_one_step
 
 DAMPING = 0.01  # of the mean eigenvalue, added to all
 # Places of the residual stream: 0 behind the embedding, 2 i + 1 behind the
@@ -77,25 +77,13 @@ def slice_to(
     )
     config, params = project(config, params, place, basis[:, :width], task.mesh)
     eigenvalues.append(values)
-  nan_L = np.full(config.num_layers, np.nan)
-  step = Step(
-    1,
-    task.begin,
-    dict.fromkeys(axes.UNITS, np.zeros(config.num_layers)),
-    model_config.count_params(config),
-    losses_M=np.array([np.nan]),
-    importance_L=nan_L,
-    relative=dict.fromkeys(axes.UNITS, nan_L),
-  )
   # Shares of the variance that is kept, to say where it hurt.
   explained = [
     float(v[:w].sum() / v.sum())
     for v, w in zip(eigenvalues, widths, strict=True)
   ]
-  trace = record(step) | {"residual": list(widths), "explained": explained}
-  if task.log is not None:
-    task.log(trace, step)
-  return Pruned(config, params, task.kept, [trace])
+  facts = {"residual": list(widths), "explained": explained}
+  return in_one_step(task, config, params, task.kept, facts)
 
 
 def _fused(task: PruneTask) -> tuple[ModelConfig, Params]:

@@ -42,6 +42,7 @@ from adapt_pruner_jax.pruning import (
   allotment,
   backward,
   exact_target,
+  float32_product,
   linear_algebra,
   passes,
   targets,
@@ -201,7 +202,7 @@ def _factors(T: int, mesh: Mesh, kind: Kind) -> backward.Visitor:
     for name, y in seen.items():
       y_BTC = y.reshape(*y.shape[:2], -1).astype(jnp.float32)
       y_BTC *= valid_B[:, None, None]
-      grams[name] = linear_algebra.product("btc,bte->ce", y_BTC, y_BTC)
+      grams[name] = float32_product.product("btc,bte->ce", y_BTC, y_BTC)
     return jax.tree.map(jnp.add, total, grams), dx_BTD
 
   def finish(half, sums, seen):

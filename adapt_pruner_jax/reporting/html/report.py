@@ -5,7 +5,7 @@ going on: what is not there yet is left out.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,9 +88,7 @@ def _beginning(
     groups, heads = summary["kv_heads_before"], summary["heads_before"]
     return {
       "before": {"kv_groups": groups, "ffn": summary["ffn_before"]},
-      "heads_per_kv_group": [
-        h // max(k, 1) for h, k in zip(heads, groups, strict=True)
-      ],
+      "heads_per_kv_group": _per_group(heads, groups),
       "params_before": summary["params_before"],
       "target_params": summary["target_params"],
     }
@@ -110,12 +108,15 @@ def _beginning(
     target = math.floor(size * (1 - config["prune"]["ratio"]))
   return {
     "before": {"kv_groups": list(full.kv_groups), "ffn": list(full.ffn_widths)},
-    "heads_per_kv_group": [
-      h // max(k, 1) for h, k in zip(full.heads(), full.kv_groups, strict=True)
-    ],
+    "heads_per_kv_group": _per_group(full.heads(), full.kv_groups),
     "params_before": size,
     "target_params": target or None,
   }
+
+
+def _per_group(heads: Sequence[int], groups: Sequence[int]) -> list[int]:
+  """Query heads of a KV group of each layer."""
+  return [h // max(k, 1) for h, k in zip(heads, groups, strict=True)]
 
 
 def _original(
