@@ -138,11 +138,12 @@ def project(
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 3))
 def _project(equation, x, w, dtype):
-  return jnp.einsum(equation, x, _like(w, x), preferred_element_type=dtype)
+  w = as_multiplied(w, x)
+  return jnp.einsum(equation, x, w, preferred_element_type=dtype)
 
 
-def _like(w, x):
-  """A weight as it is multiplied: not in more digits than `x`."""
+def as_multiplied(w: jax.Array, x: jax.Array) -> jax.Array:
+  """A weight in no more digits than what it is multiplied by."""
   return w.astype(x.dtype) if w.dtype.itemsize > x.dtype.itemsize else w
 
 
@@ -152,7 +153,7 @@ def _project_forward(equation, x, w, dtype):
 
 def _project_backward(equation, dtype, saved, dy):
   x, w = saved
-  used = _like(w, x)
+  used = as_multiplied(w, x)
   # Of a wider weight the gradient is rounded nowhere before it is summed.
   wide = None if used is w else w.dtype
   dx, dw = project_gradients(equation, x, used, dy, wide)

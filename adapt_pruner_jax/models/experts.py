@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax.custom_batching import sequential_vmap
 from jax.sharding import Mesh, PartitionSpec
 
-from adapt_pruner_jax.models.arithmetic import ACTIVATIONS
+from adapt_pruner_jax.models.arithmetic import ACTIVATIONS, as_multiplied
 from adapt_pruner_jax.models.axes import BATCH, Params
 from adapt_pruner_jax.models.model_config import ModelConfig
 
@@ -259,20 +259,24 @@ def grouped(x_PI: jax.Array, w_XIO: jax.Array, sizes_X: jax.Array) -> jax.Array:
 
   Args:
     x_PI: rows, those of a group next to each other.
-    w_XIO: a matrix a group.
+    w_XIO: a matrix a group; a float32 one is multiplied in the dtype of the
+      rows, and its gradient is summed in float32, as by `arithmetic.project`.
     sizes_X: int32, rows of each group; they add up to P.
   """
-  return _product(x_PI, w_XIO, sizes_X)
+  return _product(x_PI, as_multiplied(w_XIO, x_PI), sizes_X)
 
 
 def _grouped_forward(x_PI, w_XIO, sizes_X):
-  return _product(x_PI, w_XIO, sizes_X), (x_PI, w_XIO, sizes_X)
+  return grouped(x_PI, w_XIO, sizes_X), (x_PI, w_XIO, sizes_X)
 
 
 def _grouped_backward(saved, dy_PO):
   x_PI, w_XIO, sizes_X = saved
-  dx_PI = _product(dy_PO.astype(x_PI.dtype), w_XIO.swapaxes(1, 2), sizes_X)
-  dw_XIO = _outer(x_PI, dy_PO.astype(x_PI.dtype), sizes_X)
+  used_XIO, dy_PO = as_multiplied(w_XIO, x_PI), dy_PO.astype(x_PI.dtype)
+  dx_PI = _product(dy_PO, used_XIO.swapaxes(1, 2), sizes_X)
+  if used_XIO is not w_XIO:
+    x_PI, dy_PO = x_PI.astype(w_XIO.dtype), dy_PO.astype(w_XIO.dtype)
+  dw_XIO = _outer(x_PI, dy_PO, sizes_X)
   return dx_PI, dw_XIO.astype(w_XIO.dtype), None
 
 

@@ -51,6 +51,26 @@ def test_products_by_group():
   np.testing.assert_allclose(*outer, atol=1e-4)
 
 
+def test_gradients_in_float32():
+  """As of `arithmetic.project`: the product is that of the rows' dtype."""
+  rng, sizes_X = np.random.default_rng(0), np.int32([5, 0, 7])
+  x_PI = jnp.asarray(rng.normal(size=(12, 8)), jnp.bfloat16)
+  w_XIO = jnp.asarray(rng.normal(size=(3, 8, 4)), jnp.float32)
+
+  def product(w_XIO):
+    y_PO = experts.grouped(x_PI, w_XIO, sizes_X)
+    return jnp.sum(jnp.sin(y_PO.astype(jnp.float32))), y_PO
+
+  made = jax.value_and_grad(product, has_aux=True)
+  (_, y), exact = made(w_XIO)
+  (_, y_half), rounded = made(w_XIO.astype(jnp.bfloat16))
+  assert y.dtype == jnp.bfloat16
+  np.testing.assert_array_equal(y, y_half)
+  assert exact.dtype == jnp.float32
+  assert (exact != exact.astype(jnp.bfloat16)).any()
+  np.testing.assert_allclose(rounded, exact, rtol=0.02, atol=0.02)
+
+
 @pytest.mark.slow
 def test_loss_and_gradients_equal_transformers(tmp_path):
   """With what the balance of the experts counts for."""
