@@ -364,12 +364,15 @@ def test_a_plan_times_nothing():
     plan.plan(recipe(prune__budget="latency"))
 
 
-def test_hours_are_predicted_from_the_peak(monkeypatch):
+def test_hours_are_predicted_from_the_peak(monkeypatch, capsys):
   monkeypatch.setattr(memory, "measure", lambda *_: {"training": {"all": 1}})
   hardware = Hardware(devices=1, memory=4e9, peak=1e9)
   found = plan.plan(recipe(train__hours=0.5), hardware)
   assert 0.2 < found["hours"] <= 0.5 * 0.8
-  assert found["stages"][0]["train_tokens"] > 0
+  tokens = sum(stage["train_tokens"] for stage in found["stages"])
+  assert tokens > 0
+  said = f"0.5 hours: {tokens:,} tokens in {len(found['stages'])} stage(s), all"
+  assert said in capsys.readouterr().out
   with pytest.raises(UserError, match="of unknown speed"):
     plan.plan(recipe(train__hours=0.5))
 
