@@ -75,6 +75,7 @@ TRAINING |= {"train.learning_rate": 1.5e-4, "train.min_learning_rate": 1.5e-5}
 VOCAB_TRAINED = VOCAB | TRAINING | {"train.tokens": 102_400}
 QUALITY = {"prune.budget": "quality", "prune.budget_value": 0.2}
 QUALITY |= {"prune.ranking.step_size": 0.05}
+UNASKED = ("flops", "cache", "quality")  # rows without questions
 NOVELS = "novels"  # reads the beginnings of books, not C4
 BEGINNING = 0.85  # of a book
 # What a command says beside the recipe; a number's place is filled when the
@@ -158,7 +159,9 @@ class Bench:
     wanted += ("params_after", "seconds", "latency_budget", "train_tokens")
     facts = {n: summary[n] for n in wanted if n in summary}
     facts |= {"command": command, "wall_seconds": round(seconds, 1)}
-    return facts | self.sizes(name, folder) | self.measured(folder / "model")
+    asked = name not in UNASKED
+    facts |= self.sizes(name, folder)
+    return facts | self.measured(folder / "model", asked)
 
   def sizes(self, name: str, folder: Path) -> dict:
     """What a row to a parameter target has of the other budget; of a vocabulary
@@ -320,7 +323,7 @@ class Bench:
 
   # ---- Measurements ----------------------------------------------------------
 
-  def measured(self, folder: Path) -> dict:
+  def measured(self, folder: Path, asked: bool = True) -> dict:
     """Nats of slices of the texts, and which questions are answered right."""
     pair = self.open(folder)
     tokenizer = load_tokenizer(folder, "none")
@@ -328,9 +331,12 @@ class Bench:
       name: [nats(pair, tokenizer, text) for text in texts]
       for name, texts in self.slices.items()
     }
-    how = Questions(tasks_dir=str(self.data / "eval"), limit=self.questions)
-    lm = lm_eval_run.open_lm(*pair, tokenizer, mesh=self.mesh)
-    return answered(lm, ["commonsense"], how) | {
+    answers = {}
+    if asked:
+      how = Questions(tasks_dir=str(self.data / "eval"), limit=self.questions)
+      lm = lm_eval_run.open_lm(*pair, tokenizer, mesh=self.mesh)
+      answers = answered(lm, ["commonsense"], how)
+    return answers | {
       "nats": found,
       "tokens": {
         name: [len(tokenizer.encode(text)) for text in texts]

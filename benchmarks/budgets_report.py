@@ -69,7 +69,8 @@ def qualities(found: Rows) -> str:
     params = result.get("params_after", result.get("params"))
     size = f"{params:,}" if params else ""
     row = [NAMES[name], size, held(result), *bits]
-    rows.append([*row, f"{accuracy(result):.3f}"])
+    asked = "correct" in result
+    rows.append([*row, f"{accuracy(result):.3f}" if asked else ""])
   return markdown.table(header, rows, header[3:])
 
 
