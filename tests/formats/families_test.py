@@ -17,6 +17,7 @@ pytest.importorskip("torch")
 
 
 SLOW = ("phi3_longrope", "qwen3_5_text", "exaone4", "glm", "hunyuan_v1_dense")
+SLOW += ("gpt_oss", "qwen3_5_moe_text")
 
 
 @pytest.fixture(scope="module")

@@ -197,6 +197,9 @@ def check_experts(values: dict[str, Any], path: str) -> None:
       "(num_experts, num_local_experts): there must be at least 1, and at "
       "least as many as a token takes"
     )
+  for name in ("swiglu_limit", "swiglu_alpha", "shared_width"):
+    if values.get(name, 1) <= 0:
+      raise UserError(f"{path}: {name}={values[name]} must be above 0")
 
 
 def write_sizes(config: ModelConfig) -> dict[str, Any]:

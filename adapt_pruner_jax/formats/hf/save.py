@@ -77,6 +77,26 @@ TAKE_OUT_DELTA = """\
       layer.linear_attn = NoDelta()
     else:
   """
+TAKE_OUT_MLP = """\
+layer.{mlp} = NoMlp(layer.{mlp})
+    drop(layer, {norms})"""
+# An expert that all tokens see goes on without the others.
+NO_EXPERTS = """
+
+class NoExperts(nn.Module):
+  \"""In place of experts without channels.\"""
+
+  def forward(self, hidden_states, *others):
+    return torch.zeros_like(hidden_states)
+
+
+class NoRouter(nn.Module):
+  \"""In place of theirs.\"""
+
+  def forward(self, hidden_states):
+    return None, None, None
+"""
+TAKE_OUT_EXPERTS = "layer.mlp.experts, layer.mlp.gate = NoExperts(), NoRouter()"
 MARKS = (CONFIG, MANIFEST)  # by which a directory is one of a model
 
 
@@ -222,10 +242,16 @@ def _write_classes(folder: Path, config: ModelConfig) -> None:
     "no_delta": NO_DELTA * family.delta,
     "count_delta": COUNT_DELTA * family.delta,
     "take_out_delta": TAKE_OUT_DELTA * family.delta,
+    "no_experts": NO_EXPERTS * bool(config.shared_width),
+    "take_out_mlp": TAKE_OUT_EXPERTS
+    if config.shared_width
+    else TAKE_OUT_MLP.format(mlp=mlp, norms=norms["mlp"]),
     "attention": attention,
     "o": o,
     "mlp": mlp,
     "down": down,
+    # What else an MLP returns, where it is not the only thing.
+    "beside": ", None" * (config.family == "gpt_oss"),
     "cut_mlp": not config.experts,
     "width": family.renamed.get("intermediate_size", "intermediate_size"),
     "attention_norms": norms["attn"],
