@@ -83,7 +83,7 @@ def test_spellings_and_inverse(animals, name):
 def test_defaults_are_those_of_transformers(family):
   row = families.FAMILIES[family]
   peer = transformers.AutoConfig.for_model(family)
-  rope = {} if row.rope else peer.rope_parameters
+  rope = {} if "rope_theta" in row.rope else peer.rope_parameters
   same = {
     "rope_theta": rope.get("full_attention", rope).get("rope_theta", 1e4),
     "rope_local_base_freq": rope.get("sliding_attention", {}).get("rope_theta"),
