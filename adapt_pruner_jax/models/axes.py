@@ -10,6 +10,7 @@ Of a layer with a gated delta net in place of attention (`delta_net`):
   Z key heads of this layer               A value heads per key head
   U channels of a key                     Y channels of a value
   C taps of its convolutions
+  W a number of an activation: one
 
 The residual width has three letters, by place: D in front of a layer, M between
 its attention and its MLP, E behind it. They only differ in models cut by
@@ -40,6 +41,7 @@ AXES = {
   "final_norm": "E",
   "final_norm_bias": "E",
   "lm_head": "EV",
+  "lm_head_bias": "V",
   # one set a layer
   "attn_norm": "D",
   "attn_norm_bias": "D",
@@ -80,6 +82,10 @@ AXES = {
   "gate_bias": "F",
   "up_bias": "F",
   "down_bias": "E",
+  "xielu_positive": "W",
+  "xielu_negative": "W",
+  "xielu_beta": "W",
+  "xielu_eps": "W",
   "router": "MX",
   "moe_gate": "XMF",
   "moe_up": "XMF",
@@ -97,6 +103,8 @@ DELTA = tuple(name for name in AXES if name.startswith("delta_"))
 ATTENTION = ("q", "q_gate", "k", "v", "o", "q_bias", "q_gate_bias", "k_bias")
 ATTENTION += ("v_bias", "o_bias", "q_norm", "k_norm")
 ATTENTION += ("q_norm_all", "k_norm_all")
+# What the activation of an MLP with `xielu` is made with.
+XIELU = tuple(name for name in AXES if name.startswith("xielu_"))
 # The matrices whose salience makes up the score of a unit; an MLP may have no
 # gate, an attention has no delta net. Biases and norms never enter a score.
 SCORED = {
