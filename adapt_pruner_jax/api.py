@@ -7,10 +7,12 @@
   save(smaller, "path/to/smaller")
 
 Each does what a command does, without a work directory; `cut_vocabulary` what
-`run` does first with `--config.vocab.keep_tokens`.
+`run` does first with `--config.vocab.keep_tokens`, and `at_step` makes the
+model of a step of a run again.
 """
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -121,6 +123,36 @@ def prune(
   )
   found = methods.refit_after(task, methods.prune(task))
   return Model(found.config, found.params, model.source, model.dtype)
+
+
+def at_step(model: Model, row: Mapping[str, Any]) -> Model:
+  """The model that a step of a run with prune.budget=quality left.
+
+  As it was pruned: a refit that went with the step is not in its row.
+
+  Args:
+    model: the original; if its vocabulary was cut, after that.
+    row: a line of the run's trace.jsonl.
+
+  Raises:
+    UserError: the row has no masks, or they are of another model.
+  """
+  from adapt_pruner_jax.distributed import sharding
+  from adapt_pruner_jax.errors import UserError
+  from adapt_pruner_jax.pruning import surgery
+
+  if "masks" not in row:
+    raise UserError(
+      "the row has no masks: trace.jsonl has them with prune.budget=quality"
+    )
+  try:
+    masks = surgery.from_hex(row["masks"], model.config)
+  except (IndexError, ValueError) as error:
+    raise UserError(f"the row's masks are of another model: {error}") from error
+  config, params = surgery.gather(
+    *(model.config, model.params, surgery.to_kept(masks)), sharding.one_device()
+  )
+  return Model(config, params, model.source, model.dtype)
 
 
 def cut_vocabulary(

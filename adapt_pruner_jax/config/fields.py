@@ -38,10 +38,8 @@ class Section:
     full = ".".join([*_place(cls, Config), name])
     if full in OLD_FIELDS:
       raise UserError(f"{full} is now {OLD_FIELDS[full]}")
-    raise UserError(
-      f"no field {full}{nearest(name, names)}; "
-      "`adapt-pruner run --help` lists them"
-    )
+    meant = f"{full}{nearest(name, names)}"
+    raise UserError(f"no field {meant}; `adapt-pruner run --help` lists them")
 
 
 @functools.cache  # every assignment to a field asks
@@ -254,8 +252,8 @@ class Calibration(Section):
   samples: int = 512  # sequences, fresh ones for each step
   seq_len: int = 64
   batch: int = 32  # sequences at a time
-  # Tokens that one program scores, at least a batch; its memory grows with
-  # them. 0 = as many as fill half a GB a device, or all (docs/speed.md).
+  # Tokens that one program scores, at least a batch, which its memory grows
+  # with; 0 = as many as fill half a GB a device, or all (docs/speed.md).
   pass_tokens: int = 0
   refit_samples: int = 512  # sequences of a refit
   # The text that a quality to keep is measured on, or questions:FILE.jsonl, of
@@ -321,9 +319,10 @@ class Train(Section):
 
 @dataclasses.dataclass
 class Mesh(Section):
-  data: int = 1  # -1 = whatever is left, for one of the three
+  data: int = 1  # -1 = whatever is left, for one of the four
   fsdp: int = -1
   tensor: int = 1
+  expert: int = 1  # devices that experts are cut over
 
 
 @dataclasses.dataclass

@@ -1,11 +1,11 @@
 """Devices: the mesh, and where each array lives on it.
 
-The mesh has three axes: `data` (replicas), `fsdp` (parameters cut, batch cut),
-`tensor` (heads and MLP channels cut). Arrays name their dims by letter
-(`axes.AXES`), and `RULES` maps letters to mesh axes. D comes first: it is never
-pruned, so it goes on dividing, while K and F stop dividing after a prune. What
-does not divide moves to another dim that does, and is replicated only as a last
-resort (JAX refuses uneven shards).
+The mesh has four axes: `data` (replicas), `fsdp` (parameters cut, batch cut),
+`expert` (experts cut, batch cut), `tensor` (heads and MLP channels cut). Arrays
+name their dims by letter (`axes.AXES`), and `RULES` maps letters to mesh axes.
+D comes first: it is never pruned, so it goes on dividing, while K and F stop
+dividing after a prune. What does not divide moves to another dim that does, and
+is replicated only as a last resort (JAX refuses uneven shards).
 """
 
 import math
@@ -19,13 +19,15 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from adapt_pruner_jax.distributed import virtual_devices
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.models import axes
+from adapt_pruner_jax.models.model_config import ModelConfig
 
-MESH_AXES = ("data", "fsdp", "tensor")
+MESH_AXES = ("data", "fsdp", "expert", "tensor")
 BATCH = axes.BATCH
 RULES = dict.fromkeys(axes.RESIDUAL, "fsdp") | {
   "K": "tensor",
   "Z": "tensor",
   "F": "tensor",
+  "S": "tensor",
   "V": "tensor",
 }
 
@@ -35,11 +37,12 @@ def make_mesh(
   fsdp: int = -1,
   tensor: int = 1,
   devices: Sequence[jax.Device] | None = None,
+  expert: int = 1,
 ) -> Mesh:
-  """A (data, fsdp, tensor) mesh.
+  """A (data, fsdp, expert, tensor) mesh.
 
   Args:
-    data, fsdp, tensor: its sizes; one of them may be -1 (what is left).
+    data, fsdp, tensor, expert: its sizes; one of them may be -1 (what is left).
     devices: default all.
 
   Raises:
@@ -47,8 +50,9 @@ def make_mesh(
       devices have too few threads.
   """
   devices = jax.devices() if devices is None else devices
-  sizes = [data, fsdp, tensor]
-  text = f"mesh data={data} fsdp={fsdp} tensor={tensor}"
+  sizes = [data, fsdp, expert, tensor]
+  named = zip(MESH_AXES, sizes, strict=True)
+  text = f"mesh {' '.join(f'{name}={size}' for name, size in named)}"
   if sizes.count(-1) > 1 or any(s < 1 and s != -1 for s in sizes):
     raise UserError(f"{text}: sizes are at least 1, and one of them may be -1")
   known = math.prod(s for s in sizes if s != -1)
@@ -56,10 +60,10 @@ def make_mesh(
   if math.prod(sizes) != len(devices):
     raise UserError(
       f"{text} does not match the {len(devices)} device(s): the product of "
-      "--config.mesh.data, .fsdp and .tensor must be their number"
+      "--config.mesh.data, .fsdp, .expert and .tensor must be their number"
     )
   grid = np.asarray(devices).reshape(sizes)
-  mesh = Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+  mesh = Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
   virtual_devices.require_threads(mesh)
   return mesh
 
@@ -69,6 +73,27 @@ def one_device() -> Mesh:
   return make_mesh(devices=jax.local_devices()[:1])
 
 
+def require_experts(config: ModelConfig, mesh: Mesh, left: str = "") -> None:
+  """Raises unless the devices of `expert` get as many experts each.
+
+  Args:
+    config: of the model.
+    mesh: the devices.
+    left: why it has as many experts, if that is not how it is stored.
+
+  Raises:
+    UserError: they do not, or the model has none.
+  """
+  parts = mesh.shape["expert"]
+  if parts > 1 and (not config.experts or config.experts % parts):
+    has = f"{config.experts} experts{left}" if config.experts else "no experts"
+    raise UserError(
+      f"--config.mesh.expert={parts} cuts a layer's experts in as many equal "
+      f"parts, and {config.family} has {has}: give a number that divides "
+      "them, or 1"
+    )
+
+
 def spec(letters: str, shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
   """Where an array with these dim letters is cut.
 
@@ -76,6 +101,10 @@ def spec(letters: str, shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
   to the largest other dim that divides, else nowhere.
   """
   cut: list[str | None] = [None] * len(letters)
+  experts = letters.find("X")
+  # A router, which has them last, is whole: it compares them all.
+  if mesh.shape["expert"] > 1 and 0 <= experts < len(letters) - 1:
+    cut[experts] = "expert"
   for axis in ("fsdp", "tensor"):
     size = mesh.shape[axis]
     if size == 1:

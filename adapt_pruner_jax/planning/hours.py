@@ -43,6 +43,7 @@ FILE = "hours.json"  # in the work directory: what was chosen, and for what
 PLANNED = 0.8  # share of the hours that pruning and training are to take
 SLOWER = 2.0  # a FLOP of scoring, against one of training
 TIMED = 3  # train steps
+COMPILING = 60.0  # seconds of the first step, where nothing is timed
 RANK = 16  # of adapters, where training all weights does not fit
 
 
@@ -155,8 +156,13 @@ def _digest(config: Config) -> str:
   return digest.of_json({n: x for n, x in fields.items() if n not in free})
 
 
-def predict(config: Config, model: ModelConfig, hardware: Hardware) -> Config:
+def predict(
+  config: Config, model: ModelConfig, hardware: Hardware
+) -> tuple[Config, str]:
   """What `settle` would choose on a device of which only the peak is known.
+
+  Returns:
+    The recipe with tokens, and what was chosen, for people.
 
   Raises:
     UserError: as `settle`'s, or the peak is not known.
@@ -171,8 +177,9 @@ def predict(config: Config, model: ModelConfig, hardware: Hardware) -> Config:
   config = fitted(config, full, student, hardware)
   rate = hardware.peak * hardware.mfu * hardware.devices
   flops = cost.training_flops(student, full, config) * config.data.step_tokens
-  chosen = choose(config, full, Speed(flops / rate, 60.0), rate)
-  return _chosen(config, chosen)
+  speed = Speed(flops / rate, COMPILING)
+  chosen = choose(config, full, speed, rate)
+  return _chosen(config, chosen), said(config, chosen, speed)
 
 
 def choose(

@@ -82,6 +82,7 @@ def _measure(
 ) -> dict[str, Bytes]:
   shape = dataclasses.asdict(config.mesh)
   mesh = sharding.make_mesh(**shape, devices=devices)
+  sharding.require_experts(full, mesh)
   if config.train.tokens:
     check_rows(config.data.batch, config.train.accumulation, mesh)
   found = {}
@@ -246,11 +247,8 @@ def refitting(config: Config, full: ModelConfig, mesh: Mesh) -> Bytes:
   number = -(-recipe.refit_samples // shards)
   stream = 4 * number * recipe.seq_len * full.hidden_size
   wide = surgery.dense(full)
-  channels = max(
-    *wide.head_channels(),
-    wide.ffn_widths[0],
-    full.hidden_size,
-  )
+  mlp = 0 if full.experts else wide.ffn_widths[0]
+  channels = max(*wide.head_channels(), mlp, full.hidden_size)
   array = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
   matrix = {"down": array(channels, full.hidden_size)}
   solve = least_squares.solve.lower(
@@ -269,6 +267,11 @@ def refitting(config: Config, full: ModelConfig, mesh: Mesh) -> Bytes:
     )
     fed = max(fed, 2 * 4 * rows * recipe.seq_len * (full.hidden_size + outputs))
     equations = max(equations, full.hidden_size**2 + full.hidden_size * outputs)
+  if full.experts:  # each with equations of its own
+    F, E = wide.ffn_widths[0], full.hidden_size
+    equations = max(equations, full.experts * (F**2 + F * E))
+    sent = rows * recipe.seq_len * full.experts_per_token
+    fed = max(fed, 4 * sent * (2 * F + 3 * E))
   return {
     "weights": 2 * model_size,
     # Of both models; a minibatch at a time moves behind a half layer.

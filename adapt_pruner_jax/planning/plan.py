@@ -76,9 +76,10 @@ def plan(
   limits = resolve_limits(full, config.prune, beside)
   if target is None and not config.prune.max_steps:
     target = budgets.count(full, config.prune)  # the vocabulary alone
+  chosen = None
   if config.train.hours:
     hours.checked(config)
-    config = hours.predict(config, whole, hardware)
+    config, chosen = hours.predict(config, whole, hardware)
   stages = stage_table(config, full, target, limits)
   compiled_for = compile_for(hardware)
   configs = [full, *(stage.pop("config") for stage in stages)]
@@ -91,6 +92,7 @@ def plan(
     **_budget(config.prune, (whole, configs[-1]), target, beside),
     "budgets": _every_budget(config.prune, whole, configs[-1]),
     "hardware": dataclasses.asdict(hardware),
+    "chosen": chosen,  # for train.hours
     "stages": stages,
     "memory": memory.measure(
       config, full, configs[1], compiled_for, hardware.memory
@@ -239,6 +241,8 @@ def show(found: dict, config: Config, hardware: Hardware, log: Log) -> None:
       f"{vocab['tokens_after']:,} of {vocab['tokens_before']:,} tokens stay, "
       f"which leaves {vocab['params_after']:,} parameters before any pruning"
     )
+  if found["chosen"]:
+    log.say(found["chosen"])
   log.table(
     "Stages (shapes if pruned evenly; scores will decide)",
     ("stage", "parameters", "KV groups", "MLP width", "prune steps", "tokens"),

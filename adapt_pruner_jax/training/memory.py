@@ -73,7 +73,14 @@ def state(
   if settings.lora_rank:
     trained = 1 if settings.lora_base else size
   taught = count(teacher) * size if teacher else 0
-  return (count(config) * trained + taught) / cut
+  own = count(config) - _of_experts(config, mesh)
+  return (own * trained + taught) / cut
+
+
+def _of_experts(config: ModelConfig, mesh: Mesh) -> float:
+  """Parameters that a device has fewer of, since experts are cut."""
+  each = 3 * config.experts * config.hidden_size * sum(config.ffn_widths)
+  return each * (1 - 1 / mesh.shape["expert"])
 
 
 def kept(

@@ -14,7 +14,8 @@ from adapt_pruner_jax.distributed import sharding
 from adapt_pruner_jax.models import axes, decoder
 from adapt_pruner_jax.models.model_config import ModelConfig
 
-CUT = ("tensor", "fsdp", "data")  # mesh axes that cut V, the first the coarsest
+# Mesh axes that cut V, the first the coarsest.
+CUT = ("tensor", "fsdp", "data", "expert")
 NOBODY = -1e30  # the logit of padding; -inf would make nan of 0 * inf
 
 

@@ -109,6 +109,22 @@ CASES = {
       },
     },
   ),
+  "qwen3_5_moe_text": (
+    "qwen3_5_moe_text",
+    {
+      "head_dim": 16,
+      "initializer_range": 0.12,
+      "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+      "linear_key_head_dim": 8,
+      "linear_value_head_dim": 12,
+      "linear_num_key_heads": 4,
+      "linear_num_value_heads": 8,
+      "moe_intermediate_size": 24,
+      "shared_expert_intermediate_size": 12,
+      "num_experts": 4,
+      "num_experts_per_tok": 2,
+    },
+  ),
   "exaone4": ("exaone4", {"sliding_window": 8, "layer_types": KINDS}),
   "glm": ("glm", {"head_dim": 16}),
   "glm4": ("glm4", {"head_dim": 16}),
@@ -244,6 +260,19 @@ CASES = {
       "output_router_logits": True,
     },
   ),
+  "gpt_oss": (
+    "gpt_oss",
+    {
+      "head_dim": 16,
+      "num_local_experts": 5,
+      "num_experts_per_tok": 2,
+      "sliding_window": 8,
+      "layer_types": KINDS,
+      "swiglu_limit": 0.7,
+      "swiglu_alpha": 1.3,
+      "rope_parameters": {**YARN, "truncate": False},
+    },
+  ),
   "olmoe": (
     "olmoe",
     {"num_experts": 6, "num_experts_per_tok": 3, "attention_bias": True},
@@ -279,7 +308,7 @@ SINCE_5 += ("phi3_longrope", "gpt_neox", "seed_oss", "arcee", "nemotron")
 SINCE_5 += ("starcoder2", "qwen3_5_text", "exaone4", "glm", "helium")
 SINCE_5 += ("hunyuan_v1_dense", "granitemoe", "olmoe", "qwen3_moe")
 SINCE_5 += ("cohere", "cohere2", "stablelm", "stablelm_parallel", "phi")
-SINCE_5 += ("apertus",)
+SINCE_5 += ("apertus", "gpt_oss", "qwen3_5_moe_text")
 
 
 def slow_if(name: str, slow: Collection[str]) -> object:
@@ -331,8 +360,9 @@ def write(path: Path, name: str) -> Animal:
   peer = transformers.AutoModelForCausalLM.from_config(
     peer_config(name), attn_implementation="eager"
   ).eval()
-  for param in peer.parameters():
-    if param.ndim == 1:  # norms and biases, which start as ones and zeros
+  for of, param in peer.named_parameters():
+    # Norms and biases, which start as ones and zeros.
+    if param.ndim == 1 or of.endswith("bias"):
       torch.nn.init.normal_(param, 0.3, 0.3)
   peer.save_pretrained(path)
   with torch.no_grad():

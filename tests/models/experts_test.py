@@ -12,8 +12,9 @@ import pytest
 
 from adapt_pruner_jax.config import Train
 from adapt_pruner_jax.distributed import sharding
+from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.formats.hf import load
-from adapt_pruner_jax.models import experts
+from adapt_pruner_jax.models import grouped
 from adapt_pruner_jax.training import stacking, step
 from adapt_pruner_jax.training.stacking import Run
 from tests import small
@@ -32,21 +33,21 @@ def test_products_by_group():
   square = lambda y: jnp.sum(y**2)
   plain = lambda x, w: jnp.einsum("pi,pio->po", x, w[group_P])
   want = plain(x_PI, w_XIO)
-  got = experts.grouped(x_PI, w_XIO, sizes_X)
+  got = grouped.product(x_PI, w_XIO, sizes_X)
   np.testing.assert_allclose(got, want, atol=1e-5)
-  ours = lambda x, w: square(experts.grouped(x, w, sizes_X))
+  ours = lambda x, w: square(grouped.product(x, w, sizes_X))
   theirs = lambda x, w: square(plain(x, w))
   gradients = (jax.grad(f, (0, 1))(x_PI, w_XIO) for f in (ours, theirs))
   for one, two in zip(*gradients, strict=True):
     np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-4)
   both = np.stack([x_PI, 2 * x_PI])
-  many = jax.vmap(lambda x: experts.grouped(x, w_XIO, sizes_X))(both)
+  many = jax.vmap(lambda x: grouped.product(x, w_XIO, sizes_X))(both)
   np.testing.assert_allclose(many[1], 2 * want, atol=1e-5)
   accelerated = jax.lax.ragged_dot(x_PI, w_XIO, sizes_X)
   np.testing.assert_allclose(accelerated, want, atol=1e-5)
   outer = [
     f(jnp.asarray(x_PI), jnp.asarray(want), sizes_X)
-    for f in (experts._ragged_outer, experts._outer_of_blocks)
+    for f in (grouped._ragged_outer, grouped._outer_of_blocks)
   ]
   np.testing.assert_allclose(*outer, atol=1e-4)
 
@@ -58,7 +59,7 @@ def test_gradients_in_float32():
   w_XIO = jnp.asarray(rng.normal(size=(3, 8, 4)), jnp.float32)
 
   def product(w_XIO):
-    y_PO = experts.grouped(x_PI, w_XIO, sizes_X)
+    y_PO = grouped.product(x_PI, w_XIO, sizes_X)
     return jnp.sum(jnp.sin(y_PO.astype(jnp.float32))), y_PO
 
   made = jax.value_and_grad(product, has_aux=True)
@@ -109,12 +110,24 @@ def test_loss_and_gradients_equal_transformers(tmp_path):
 
 
 @pytest.mark.slow
-def test_eight_devices_and_stacked_layers():
-  """Each device sorts its own rows; a layer has no MLP, and no say in the
-  balance."""
-  config = dataclasses.replace(small.option("experts"), ffn_widths=(24, 0, 16))
+@pytest.mark.parametrize("expert", [1, 4])
+def test_eight_devices_and_stacked_layers(expert):
+  """Each device sorts its own rows, and has some experts or all of them; a
+  layer has no MLP, and no say in the balance."""
+  config = dataclasses.replace(
+    small.option("experts"),
+    ffn_widths=(24, 0, 16),
+    experts=8,
+    expert_bias=True,
+    swiglu_limit=0.2,
+    swiglu_alpha=1.5,
+  )
   params, batch = small.random_params(config), random_batch(config, 8, 12)
-  mesh, runs = sharding.make_mesh(2, 2, 2), (Run(0, 3, 4, 24),)
+  cut = {"data": 2, "fsdp": 2, "tensor": 2}
+  if expert > 1:  # from some devices all rows go to the same experts
+    cut = {"data": 1, "fsdp": 1, "tensor": 2, "expert": expert}
+    params["layer_0"]["router"][:, :2] *= 4
+  mesh, runs = sharding.make_mesh(**cut), (Run(0, 3, 4, 24),)
 
   def gradient(mesh, runs):
     placed = stacking.stack(runs, jax.device_put(params), mesh)
@@ -130,4 +143,17 @@ def test_eight_devices_and_stacked_layers():
   assert float(value_) == pytest.approx(float(value), rel=1e-6)
   close = lambda one, two: np.testing.assert_allclose(one, two, atol=2e-6)
   jax.tree.map(close, got, want)
+  if expert > 1:
+    placed = stacking.stack(runs, jax.device_put(params), mesh)
+    assert placed[runs[0].name]["moe_up"].sharding.spec[1] == "expert"
   assert np.abs(want["layer_0"]["router"]).max() > 1e-3
+
+
+def test_experts_that_do_not_divide_are_refused():
+  mesh = sharding.make_mesh(expert=4)
+  config = small.option("experts")
+  sharding.require_experts(dataclasses.replace(config, experts=8), mesh)
+  with pytest.raises(UserError, match="llama has 5 experts: give a number"):
+    sharding.require_experts(config, mesh)
+  with pytest.raises(UserError, match="llama has no experts"):
+    sharding.require_experts(small.CONFIG, mesh)

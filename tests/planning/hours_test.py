@@ -110,7 +110,7 @@ def test_training_ends_with_the_hours(monkeypatch):
   monkeypatch.setattr(deadline.time, "monotonic", lambda: now[0])
   signals = Stopping()
   assert deadline.stopping(0.0, signals, 0) is signals
-  ending = deadline.stopping(1.0, signals, spent=3000)
+  ending = deadline.stopping(1.0, signals, spent=2800, later=200)
   now[0] += 0.92 * 3600 - 3000
   assert not ending.now()
   now[0] += 1

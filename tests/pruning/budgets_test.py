@@ -340,6 +340,9 @@ def test_the_smallest_that_keeps_a_quality(method, monkeypatch):
   row = bytes.fromhex(last["masks"]["F"][2])
   left = np.flatnonzero(np.unpackbits(np.frombuffer(row, np.uint8)))
   assert left.tolist() == pruned.kept["F"][2].tolist()
+  for step in pruned.trace:
+    masks = surgery.from_hex(step["masks"], WIDE)
+    assert surgery.count(WIDE, masks) == step["params"]
   # A run that was cut behind the last step has nothing left to do.
   end = Step(9, surgery.to_masks(pruned.kept, WIDE), None, 0, ended=True)
   again = steps.prune(way, dataclasses.replace(task, after=end))

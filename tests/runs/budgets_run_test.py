@@ -3,8 +3,11 @@
 import dataclasses
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 
+from adapt_pruner_jax import api
 from adapt_pruner_jax.config import Prune, latency_table
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.evaluation import profile
@@ -136,6 +139,15 @@ def test_a_quality_is_kept(model, tmp_path, monkeypatch):
   trace = json_files.read_lines(tmp_path / "work" / "trace.jsonl")
   assert trace[-1]["ended"]
   assert summary["budget_after"] == trace[-1]["rise"]
+  original = api.load(model)
+  again = api.at_step(original, trace[-1])
+  exported = api.load(tmp_path / "work" / "model")
+  assert again.config.units() == exported.config.units()
+  jax.tree.map(np.testing.assert_array_equal, again.params, exported.params)
+  with pytest.raises(UserError, match="masks are of another model"):
+    api.at_step(again, trace[-1])
+  with pytest.raises(UserError, match="has no masks"):
+    api.at_step(original, {})
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ from adapt_pruner_jax.formats.hf import (
   fp8,
   kinds,
   layers,
+  mxfp4,
   ropes,
   text_part,
   windows,
@@ -54,7 +55,8 @@ def read(
   ignored = {name.strip() for name in ignore_fields.split(",")}
   raw = text_part.config_of(raw, path)
   raw = {name: found for name, found in raw.items() if name not in ignored}
-  if fp8.is_read(raw.get("quantization_config")):
+  quantization = raw.get("quantization_config")
+  if fp8.is_read(quantization) or mxfp4.is_read(quantization):
     del raw["quantization_config"]  # weights are dequantised on the way in
   name, raw = _family(raw, path)
   family = FAMILIES[name]

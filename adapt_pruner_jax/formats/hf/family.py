@@ -50,6 +50,7 @@ class Family:
     bias_of_o: `attention_bias` is one of `o` too.
     rope_alpha: a dynamic rope may have an alpha, which stretches theta.
     delta: layers may have a gated delta net in place of attention.
+    turned: matrices of experts lie the other way round in its files.
     text: "Text" in the names of classes (Gemma 3).
     heads: tasks for which Transformers has a class besides the language model.
   """
@@ -82,6 +83,7 @@ class Family:
   delta: bool = False
   bias_of_o: bool = True
   rope_alpha: bool = False
+  turned: bool = False
   text: str = ""
   heads: tuple[str, ...] = ("SequenceClassification", "TokenClassification")
 

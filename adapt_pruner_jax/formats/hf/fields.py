@@ -83,6 +83,9 @@ FIELDS = {
   "norm_topk_prob": Field("router_norm", (bool,)),
   "router_aux_loss_coef": Field("router_loss", NUMBER, float),
   "output_router_logits": Field("router_loss_on", (bool,)),
+  "shared_expert_intermediate_size": Field("shared_width", (int,)),
+  "swiglu_limit": Field("swiglu_limit", NUMBER, float),
+  "swiglu_alpha": Field("swiglu_alpha", NUMBER, float),
   "logit_scale": Field("logit_scale", NUMBER, float),
   # Gemma
   "query_pre_attn_scalar": Field(

@@ -225,6 +225,9 @@ def check_experts(values: dict[str, Any], path: str) -> None:
       "(num_experts, num_local_experts): there must be at least 1, and at "
       "least as many as a token takes"
     )
+  for name in ("swiglu_limit", "swiglu_alpha", "shared_width"):
+    if values.get(name, 1) <= 0:
+      raise UserError(f"{path}: {name}={values[name]} must be above 0")
 
 
 def write_sizes(config: ModelConfig) -> dict[str, Any]:
@@ -242,10 +245,15 @@ def write_sizes(config: ModelConfig) -> dict[str, Any]:
   for i, K in enumerate(config.kv_groups):
     groups = (None, K) if config.is_delta(i) else (K, None)
     sizes = _sizes(config, config.ffn_widths[i], *groups)
-    # Halves of no size are skipped: a class cannot make them.
-    sizes = {own.get(name, name): size for name, size in sizes.items() if size}
-    here = K, config.ffn_widths[i]
-    skip = [half for half, size in zip(HALVES, here, strict=True) if not size]
+    # Halves of no size are skipped, since a class cannot make them; but for one
+    # with a shared expert, which stays.
+    gone = not K, not config.ffn_widths[i] and not config.shared_width
+    skip = [half for half, is_gone in zip(HALVES, gone, strict=True) if is_gone]
+    sizes = {
+      own.get(name, name): size
+      for name, size in sizes.items()
+      if size or (name == WIDTH and not gone[1])
+    }
     layers[str(i).zfill(digits)] = sizes | ({SKIP: skip} if skip else {})
   return {
     **_whole_sizes(config),

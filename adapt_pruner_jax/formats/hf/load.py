@@ -24,11 +24,15 @@ from jax.sharding import Mesh
 from adapt_pruner_jax.distributed import sharding
 from adapt_pruner_jax.errors import UserError, first_line
 from adapt_pruner_jax.formats.hf import (
+  apart,
   config_json,
   cut_vocabulary,
+  layers,
   tensors,
   text_part,
+  turned,
 )
+from adapt_pruner_jax.formats.hf.families import FAMILIES
 from adapt_pruner_jax.formats.hf.files import (
   CONFIG,
   INDEX,
@@ -224,6 +228,11 @@ def stored(
   if isinstance(checkpoint, text_part.Part):
     checkpoint.say()
   checkpoint = text_part.with_head(checkpoint, config)
+  family = FAMILIES[config.family]
+  if "*" in family.tensors.get("moe_down", "") and layers.is_stock(config):
+    checkpoint = apart.Apart(checkpoint)
+  if family.turned:
+    checkpoint = turned.Usual(checkpoint, config)
   if original != folder:
     checkpoint = cut_vocabulary.Checkpoint(folder, checkpoint)
   check_tensors(checkpoint, config, repeats)

@@ -102,6 +102,26 @@ DROP_ONE_NORM = """\
   if not heads and not width:
     drop(layer, {})
 """
+TAKE_OUT_MLP = """\
+layer.{mlp} = NoMlp(layer.{mlp})
+    drop(layer, {norms})"""
+# An expert that all tokens see goes on without the others.
+NO_EXPERTS = """
+
+class NoExperts(nn.Module):
+  \"""In place of experts without channels.\"""
+
+  def forward(self, hidden_states, *others):
+    return torch.zeros_like(hidden_states)
+
+
+class NoRouter(nn.Module):
+  \"""In place of theirs.\"""
+
+  def forward(self, hidden_states):
+    return None, None, None
+"""
+TAKE_OUT_EXPERTS = "layer.mlp.experts, layer.mlp.gate = NoExperts(), NoRouter()"
 MARKS = (CONFIG, MANIFEST)  # by which a directory is one of a model
 
 
@@ -250,10 +270,16 @@ def _write_classes(folder: Path, config: ModelConfig) -> None:
     "no_delta": NO_DELTA * family.delta,
     "count_delta": COUNT_DELTA * family.delta,
     "take_out_delta": TAKE_OUT_DELTA * family.delta,
+    "no_experts": NO_EXPERTS * bool(config.shared_width),
+    "take_out_mlp": TAKE_OUT_EXPERTS
+    if config.shared_width
+    else TAKE_OUT_MLP.format(mlp=mlp, norms=norms["mlp"]),
     "attention": attention,
     "o": o,
     "mlp": mlp,
     "down": down,
+    # What else an MLP returns, where it is not the only thing.
+    "beside": ", None" * (config.family == "gpt_oss"),
     "cut_mlp": not config.experts,
     "width": family.renamed.get("intermediate_size", "intermediate_size"),
     "attention_norms": [] if config.has_one_norm() else norms["attn"],

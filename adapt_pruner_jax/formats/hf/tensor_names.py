@@ -116,11 +116,28 @@ EACH_EXPERT = {
   "moe_up": "mlp.experts.*.up_proj.weight",
   "moe_down": "mlp.experts.*.down_proj.weight",
 }
+SHARED_EXPERT = {
+  "shared_gate": "mlp.shared_expert.gate_proj.weight",
+  "shared_up": "mlp.shared_expert.up_proj.weight",
+  "shared_down": "mlp.shared_expert.down_proj.weight",
+  "shared_open": "mlp.shared_expert_gate.weight",
+}
 EXPERTS_FUSED = {
   "router": "block_sparse_moe.router.layer.weight",
   "moe_gate": "block_sparse_moe.input_linear.weight",
   "moe_up": "block_sparse_moe.input_linear.weight",
   "moe_down": "block_sparse_moe.output_linear.weight",
+}
+GPT_OSS = {
+  "sinks": "self_attn.sinks",
+  "router": "mlp.router.weight",
+  "router_bias": "mlp.router.bias",
+  **dict.fromkeys(("moe_gate", "moe_up"), "mlp.experts.gate_up_proj"),
+  "moe_down": "mlp.experts.down_proj",
+  "moe_down_bias": "mlp.experts.down_proj_bias",
+  **dict.fromkeys(
+    ("moe_gate_bias", "moe_up_bias"), "mlp.experts.gate_up_proj_bias"
+  ),
 }
 
 

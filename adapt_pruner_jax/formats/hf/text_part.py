@@ -11,7 +11,7 @@ import numpy as np
 from absl import logging
 
 from adapt_pruner_jax.errors import UserError
-from adapt_pruner_jax.formats.hf import fp8, tensors
+from adapt_pruner_jax.formats.hf import fp8, mxfp4, tensors
 from adapt_pruner_jax.formats.hf.families import FAMILIES
 from adapt_pruner_jax.formats.hf.fields import Raw
 from adapt_pruner_jax.formats.hf.files import CONFIG, Checkpoint, read_object
@@ -29,6 +29,7 @@ WRAPPERS = {
   "qwen2_5_vl": "qwen2_5_vl_text",
   "qwen3_vl": "qwen3_vl_text",
   "qwen3_5": "qwen3_5_text",
+  "qwen3_5_moe": "qwen3_5_moe_text",
 }
 # Types whose first files have the language model's fields beside the others.
 FLAT = ("qwen2_vl", "qwen2_5_vl")
@@ -127,14 +128,16 @@ def checkpoint(folder: Path) -> Any:
   """The tensors of a directory's language model; headers are read, no more.
 
   Raises:
-    UserError: as `files.Checkpoint`; or FP8 weights without their scales.
+    UserError: as `files.Checkpoint`; or quantized weights of other kinds than
+      are read, or without their scales.
   """
   raw = read_object(folder / CONFIG)
   # Some indices list a tied matrix that is not there.
   heads = {family.outer["lm_head"] for family in FAMILIES.values()}
   names = heads | {f"language_model.{OUTER['lm_head']}"}
   found = Checkpoint(folder, names)
-  found = fp8.dequantized(found, raw.get("quantization_config"))
+  quantization = raw.get("quantization_config")
+  found = mxfp4.unpacked(fp8.dequantized(found, quantization), quantization)
   return Part(found) if raw.get("model_type") in WRAPPERS else found
 
 

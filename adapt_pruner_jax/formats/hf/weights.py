@@ -19,7 +19,7 @@ import numpy as np
 
 from adapt_pruner_jax.distributed import agreement
 from adapt_pruner_jax.errors import UserError
-from adapt_pruner_jax.formats.hf import tensors
+from adapt_pruner_jax.formats.hf import tensors, turned
 from adapt_pruner_jax.formats.hf.files import DTYPES, INDEX, SINGLE
 from adapt_pruner_jax.formats.hf.tensors import Key
 from adapt_pruner_jax.models import axes
@@ -109,7 +109,7 @@ def write(
   Raises:
     OSError: it cannot be written; a UserError on the other processes.
   """
-  shapes = tensors.tensor_shapes(config)
+  shapes = _shapes(config)
   keys: dict[str, list[Key]] = {}
   places = tensors.places(config)
   for key, place in places.items():
@@ -133,7 +133,7 @@ def write(
     arrays = (
       (array, dtypes[tensor])
       for tensor in shard
-      for array in _arrays(keys[tensor], places, get, pairs)
+      for array in _arrays(config, keys[tensor], places, get, pairs)
     )
     if folder is not None and failed is None:
       header = _kinds(shard, shapes, dtypes)
@@ -157,22 +157,39 @@ def write(
   return sums
 
 
+def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+  """Shape of each tensor in the files, in their order."""
+  return {
+    t: turned.shape(t, shape) if turned.is_turned(config, t) else shape
+    for t, shape in tensors.tensor_shapes(config).items()
+  }
+
+
 def _arrays(
-  keys: list[Key], places: dict[Key, tensors.Place], get: Get, pairs: int
+  config: ModelConfig,
+  keys: list[Key],
+  places: dict[Key, tensors.Place],
+  get: Get,
+  pairs: int,
 ) -> Iterator[np.ndarray]:
   """What a tensor consists of, in the layout of the file, in its order.
 
   Args:
+    config: of the model.
     keys: of the parameters that it holds.
     pairs: as of `tensors.to_hf`.
   """
-  blocks = places[keys[0]].blocks
+  tensor, blocks = places[keys[0]].tensor, places[keys[0]].blocks
   arrays = (tensors.to_hf(key[1], get(key), pairs) for key in keys)
   if blocks == 1:
     yield from arrays
     return
   parts = [x.reshape(blocks, -1, *x.shape[1:]) for x in arrays]
-  yield np.concatenate(parts, axis=1).reshape(-1, *parts[0].shape[2:])
+  whole = np.concatenate(parts, axis=1)
+  if turned.is_turned(config, tensor):
+    yield turned.to_file(tensor, whole)
+  else:
+    yield whole.reshape(-1, *whole.shape[2:])
 
 
 def _shards(sizes: dict[str, int], limit: int) -> list[list[str]]:
@@ -193,7 +210,7 @@ def header_bytes(config: ModelConfig, dtype: np.dtype) -> int:
 
   A model of smaller sizes has no more, several files some hundred each.
   """
-  shapes = tensors.tensor_shapes(config)
+  shapes = _shapes(config)
   return len(_header(_kinds(shapes, shapes, dict.fromkeys(shapes, dtype))))
 
 
