@@ -41,6 +41,7 @@ AXES = {
   "final_norm": "E",
   "final_norm_bias": "E",
   "lm_head": "EV",
+  "lm_head_bias": "V",
   # one set a layer
   "attn_norm": "D",
   "attn_norm_bias": "D",
@@ -82,6 +83,10 @@ AXES = {
   "gate_bias": "F",
   "up_bias": "F",
   "down_bias": "E",
+  "xielu_positive": "O",
+  "xielu_negative": "O",
+  "xielu_beta": "O",
+  "xielu_eps": "O",
   "router": "MX",
   "router_bias": "X",
   "moe_gate": "XMF",
@@ -109,6 +114,8 @@ ATTENTION += ("v_bias", "o_bias", "q_norm", "k_norm")
 ATTENTION += ("q_norm_all", "k_norm_all", "sinks")
 # Of an expert that all tokens see.
 SHARED = ("shared_gate", "shared_up", "shared_down", "shared_open")
+# What the activation of an MLP with `xielu` is made with.
+XIELU = tuple(name for name in AXES if name.startswith("xielu_"))
 # The matrices whose salience makes up the score of a unit; an MLP may have no
 # gate, an attention has no delta net. Biases and norms never enter a score.
 SCORED = {

@@ -32,6 +32,7 @@ def norm(
   """
   if config.parallel and name == "mlp_norm":
     x = x[..., : config.hidden_size]
+    name = "attn_norm" if config.shared_norm else name
   if name not in weights:
     return x
   if config.norm == "layer":

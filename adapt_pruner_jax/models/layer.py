@@ -21,7 +21,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from adapt_pruner_jax.models import axes, delta_net, experts
-from adapt_pruner_jax.models.arithmetic import ACTIVATIONS, project
+from adapt_pruner_jax.models.arithmetic import ACTIVATIONS, project, xielu
 from adapt_pruner_jax.models.attention import AttentionInputs
 from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.heads import heads, norm
@@ -324,6 +324,8 @@ def _channels(config, weights, x_BTD, mesh):
   up_BTF = read_by("btd,df->btf", h_BTD, w["up"])
   if c.gate_up_bias:
     up_BTF = up_BTF + w["up_bias"]
+  if c.activation == "xielu":
+    return xielu(up_BTF, *(w[name] for name in axes.XIELU))
   if not c.gated:
     return ACTIVATIONS[c.activation](up_BTF)
   gate_BTF = read_by("btd,df->btf", h_BTD, w["gate"])

@@ -99,6 +99,8 @@ def _way(config: ModelConfig, mesh: Mesh) -> list[PartitionSpec]:
   """
   name, axis = decoder.output_name(config), _axis(config)
   sizes = config.sizes()
+  inputs = "D" if config.tied else "E"
+  sizes[inputs] += config.head_bias
   padded = sizes | {"V": sizes["V"] + _padding(config, mesh)}
   stored, wanted = (
     sharding.param_sharding(name, axes.shape(name, s), mesh).spec

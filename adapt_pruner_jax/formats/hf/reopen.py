@@ -138,6 +138,7 @@ def walk(
     return {n: jnp.asarray(get((i, n)), jnp.float32) for n in names}
 
   outer = weights(None, [n for n in outer_names(config) if "norm" in n])
+  bias_V = get((None, "lm_head_bias")) if config.head_bias else None
   rows_TD = get((None, "embedding"))[ids_BT[0]]
   x_BTD = _outside(config, outer, rows_TD, np.arange(len(rows_TD))[None])
   for i in range(config.num_layers):
@@ -148,10 +149,12 @@ def walk(
     matrix_VD = get((None, "embedding"))
   else:
     matrix_VD = get((None, "lm_head")).T
-  logits = [
-    _outside(config, outer, matrix_VD[i : i + VOCABULARY_PART], x_BTD)
-    for i in range(0, config.vocab_size, VOCABULARY_PART)
-  ]
+  logits = []
+  for i in range(0, config.vocab_size, VOCABULARY_PART):
+    part = slice(i, i + VOCABULARY_PART)
+    if bias_V is not None:
+      outer["lm_head_bias"] = jnp.asarray(bias_V[part], jnp.float32)
+    logits.append(_outside(config, outer, matrix_VD[part], x_BTD))
   yield "logits", np.concatenate(logits, axis=-1)
 
 
@@ -168,6 +171,7 @@ def _outside(config, outer, rows_VD, inputs):
     ffn_widths=(),
     window=(),
     nope=(),
+    head_bias="lm_head_bias" in outer,
   )
   params = outer | {"embedding": jnp.asarray(rows_VD, jnp.float32)}
   method = "embed" if inputs.ndim == 2 else "head"

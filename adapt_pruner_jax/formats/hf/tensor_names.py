@@ -34,6 +34,20 @@ NORM_BIASES = {
   "attn_norm_bias": "input_layernorm.bias",
   "mlp_norm_bias": "post_attention_layernorm.bias",
 }
+OUTER_PHI = {
+  **OUTER,
+  "final_norm": "model.final_layernorm.weight",
+  "final_norm_bias": "model.final_layernorm.bias",
+  "lm_head_bias": "lm_head.bias",
+}
+PHI = {
+  "o": "self_attn.dense.weight",
+  "o_bias": "self_attn.dense.bias",
+  "up": "mlp.fc1.weight",
+  "up_bias": "mlp.fc1.bias",
+  "down": "mlp.fc2.weight",
+  "down_bias": "mlp.fc2.bias",
+}
 NO_GATE = {
   "up": "mlp.c_fc.weight",
   "down": "mlp.c_proj.weight",
@@ -81,6 +95,14 @@ SANDWICH = {
 POST = {
   "attn_post_norm": "post_attention_layernorm.weight",
   "mlp_post_norm": "post_feedforward_layernorm.weight",
+}
+APERTUS = {
+  "attn_norm": "attention_layernorm.weight",
+  "mlp_norm": "feedforward_layernorm.weight",
+  "xielu_positive": "mlp.act_fn.alpha_p",
+  "xielu_negative": "mlp.act_fn.alpha_n",
+  "xielu_beta": "mlp.act_fn.beta",
+  "xielu_eps": "mlp.act_fn.eps",
 }
 SHARED_MLP = {
   "gate": "shared_mlp.input_linear.weight",  # and the two that follow it

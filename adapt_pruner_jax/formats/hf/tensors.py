@@ -29,6 +29,8 @@ Key = tuple[int | None, str]  # layer (None: outside the layers), parameter
 
 # Of each head of these, the first channels are turned by rotary embeddings.
 ROTATED = ("q", "k", "q_bias", "k_bias")
+# One number each, in a tensor without dims.
+NUMBERS = ("xielu_beta", "xielu_eps")
 BLOCK_BYTES = 1 << 23  # stays in a CPU's cache
 BLOCK_ROWS = 64  # at least: fewer would read strided memory line by line
 
@@ -97,7 +99,7 @@ def tensor_shapes(
   for (layer, name), place in places(config, repeats).items():
     rest = hf_shape(name, config.sizes(layer))[1:]
     rows = place.start * place.blocks + place.rows
-    shapes[place.tensor] = (rows, *rest)
+    shapes[place.tensor] = () if name in NUMBERS else (rows, *rest)
     if axes.of_each_expert(name):
       shapes[place.tensor] = (config.experts, rows // config.experts, *rest)
   return shapes
@@ -122,7 +124,7 @@ def together(
   """
   parts = [checkpoint.array(part) for part in apart(tensor, shape)]
   if not axes.of_each_expert(name):
-    return parts[0]
+    return np.atleast_1d(parts[0])
   whole = parts[0] if len(parts) == 1 else np.stack(parts)
   return whole.reshape(-1, *whole.shape[2:])
 
