@@ -20,6 +20,7 @@ def random_packed(*shape):
   return blocks, rng.integers(120, 128, size=shape, dtype=np.uint8)
 
 
+@pytest.mark.slow
 def test_four_bits_are_what_transformers_unpacks(tmp_path):
   """Of a model with one packed tensor; it reads as the unpacked one does."""
   from transformers.integrations import mxfp4

@@ -152,6 +152,10 @@ WRAPPERS = {
     },
   ),
 }
+WRAPPERS["qwen3_5_moe"] = (
+  zoo.CASES["qwen3_5_moe_text"][1] | {"model_type": "qwen3_5_moe_text"},
+  WRAPPERS["qwen3_5"][1],
+)
 
 
 def wrapper(name, folder):
