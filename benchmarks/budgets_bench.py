@@ -72,7 +72,7 @@ SPEED |= {"prune.ratio": LATENCY}
 # A window a step, as the default refit; the dense model teaches.
 TRAINING = {"data.seq_len": 512, "data.batch": 1, "train.remat": "none"}
 TRAINING |= {"train.learning_rate": 1.5e-4, "train.min_learning_rate": 1.5e-5}
-VOCAB_TRAINED = VOCAB | TRAINING | {"train.tokens": 102_400}
+VOCAB_TRAINED = VOCAB | TRAINING | {"train.tokens": 61_440}
 QUALITY = {"prune.budget": "quality", "prune.budget_value": 0.2}
 QUALITY |= {"prune.ranking.step_size": 0.05}
 UNASKED = ("flops", "cache", "quality")  # rows without questions
@@ -223,7 +223,7 @@ class Bench:
     """Of what a decoded token takes on this machine."""
     file = self.workdir / TABLE
     if not file.exists():
-      words = [f"--context={CONTEXT}", "--repeats=3", f"--out={file}"]
+      words = [f"--context={CONTEXT}", "--repeats=11", f"--out={file}"]
       self.call(["profile", f"--model={self.model}", *words])
     return file
 

@@ -78,10 +78,10 @@ def held(result: dict) -> str:
   """What a row has of its budget, measured."""
   timed = result.get("latency_budget")
   if timed:
-    off = timed["measured_ms"] / timed["promised_ms"]
     return (
-      f"{timed['measured_ms']:.1f} ms, {timed['ratio_measured']:.3f} x the "
-      f"original's, {off:.3f} x the promise"
+      f"{timed['measured_ms']:.1f} ms ({timed['promised_ms']:.1f} promised), "
+      f"{timed['ratio_measured']:.3f} x the original's "
+      f"({timed['ratio_promised']:.3f})"
     )
   if "gguf_bytes" in result:
     return f"{result['gguf_bytes']:,} bytes"

@@ -1,5 +1,9 @@
 """Products of rows with the matrix of their group; those of a group are next
 to each other.
+
+By blocks of rows on a CPU, by JAX's Pallas kernels (megablox) on TPUs, where
+XLA would multiply each row with all matrices, as on a CPU; elsewhere by XLA's
+own `ragged_dot`.
 """
 
 from functools import partial
@@ -11,6 +15,8 @@ from jax.custom_batching import sequential_vmap
 from adapt_pruner_jax.models.arithmetic import as_multiplied
 
 MOST_ROWS = 128  # of a block of one group, on a CPU
+TILE = 128  # rows of a TPU's kernel at a time, and
+MOST_TILED = 512  # at most so many inputs and outputs
 
 
 @jax.custom_vjp
@@ -33,7 +39,7 @@ def _forward(x_PI, w_XIO, sizes_X):
 def _backward(saved, dy_PO):
   x_PI, w_XIO, sizes_X = saved
   used_XIO, dy_PO = as_multiplied(w_XIO, x_PI), dy_PO.astype(x_PI.dtype)
-  dx_PI = _product(dy_PO, used_XIO.swapaxes(1, 2), sizes_X)
+  dx_PI = _product(dy_PO, used_XIO, sizes_X, turned=True)
   if used_XIO is not w_XIO:
     x_PI, dy_PO = x_PI.astype(w_XIO.dtype), dy_PO.astype(w_XIO.dtype)
   dw_XIO = outer(x_PI, dy_PO, sizes_X)
@@ -43,19 +49,39 @@ def _backward(saved, dy_PO):
 product.defvjp(_forward, _backward)
 
 
-@sequential_vmap  # `ragged_dot` has no rule for rows in batches
-def _product(x_PI, w_XIO, sizes_X):
-  return jax.lax.platform_dependent(
-    x_PI, w_XIO, sizes_X, cpu=_product_of_blocks, default=jax.lax.ragged_dot
-  )
+def _product(x_PI, w_XIO, sizes_X, turned=False):
+  """`product`; or, turned, of rows with as many numbers as the outputs."""
+  kernel = {"tpu": partial(_product_of_kernel, turned)} if _alone() else {}
+  of = lambda fn: lambda x, w, s: fn(x, w.swapaxes(1, 2) if turned else w, s)
+
+  @sequential_vmap  # `ragged_dot` has no rule for rows in batches
+  def run(x_PI, w_XIO, sizes_X):
+    return jax.lax.platform_dependent(
+      *(x_PI, w_XIO, sizes_X),
+      cpu=of(_product_of_blocks),
+      default=of(jax.lax.ragged_dot),
+      **kernel,
+    )
+
+  return run(x_PI, w_XIO, sizes_X)
 
 
 @sequential_vmap
 def outer(x_PI, dy_PO, sizes_X):
   """The sum over a group's rows of x times dy, [X, I, O]."""
+  kernel = {"tpu": _outer_of_kernel} if _alone() else {}
   return jax.lax.platform_dependent(
-    x_PI, dy_PO, sizes_X, cpu=_outer_of_blocks, default=_ragged_outer
+    *(x_PI, dy_PO, sizes_X),
+    cpu=_outer_of_blocks,
+    default=_ragged_outer,
+    **kernel,
   )
+
+
+def _alone() -> bool:
+  """Whether this is one device's program: XLA cuts no kernels over several."""
+  inside = jax.sharding.get_abstract_mesh().manual_axes
+  return bool(inside) or jax.device_count() == 1
 
 
 _OVER_ROWS = jax.lax.RaggedDotDimensionNumbers(
@@ -66,6 +92,47 @@ _OVER_ROWS = jax.lax.RaggedDotDimensionNumbers(
 _ragged_outer = partial(
   jax.lax.ragged_dot_general, ragged_dot_dimension_numbers=_OVER_ROWS
 )
+
+
+def _product_of_kernel(turned, x_PI, w_XIO, sizes_X, interpret=False):
+  """On a TPU; rows beyond the last group are zero."""
+  from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm
+
+  shape = w_XIO.shape[:0:-1] if turned else w_XIO.shape[1:]
+  with _precision(x_PI):
+    y_PO = gmm(
+      *(_whole_tiles(x_PI), w_XIO, sizes_X, x_PI.dtype),
+      tiling=_tiles(shape),
+      transpose_rhs=turned,
+      interpret=interpret,
+    )[: len(x_PI)]
+  used_P = jnp.arange(len(x_PI)) < jnp.sum(sizes_X)
+  return jnp.where(used_P[:, None], y_PO, 0)
+
+
+def _outer_of_kernel(x_PI, dy_PO, sizes_X, interpret=False):
+  from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
+
+  with _precision(x_PI):
+    return tgmm(
+      *(_whole_tiles(x_PI).T, _whole_tiles(dy_PO), sizes_X, x_PI.dtype),
+      tiling=_tiles((x_PI.shape[1], dy_PO.shape[1])),
+      interpret=interpret,
+    )
+
+
+def _tiles(shape):
+  return TILE, *(min(size, MOST_TILED) for size in shape)
+
+
+def _whole_tiles(x_PI):
+  return jnp.pad(x_PI, ((0, -len(x_PI) % TILE), (0, 0)))
+
+
+def _precision(x):
+  """Products of half precision are exact; Mosaic makes them in no other way."""
+  half = x.dtype.itemsize < 4
+  return jax.default_matmul_precision("bfloat16" if half else "float32")
 
 
 def _product_of_blocks(x_PI, w_XIO, sizes_X):

@@ -127,7 +127,7 @@ def open_inputs(
     source = vocabulary.cut(recipe, *before, cache.beside(path), log.say)
     full = load.read_config(str(source), recipe.model.ignore_fields)
     tokenizer = load_tokenizer(source, recipe.data.bos)
-  recipe = latency_budget.resolve(recipe, full, path, log)
+  recipe = latency_budget.resolve(recipe, whole, full, path, log)
   beside = export_size.beside(recipe.prune, full, source)
   target = targets.resolve_target(full, recipe.prune, whole, beside)
   if target is None and not recipe.prune.max_steps:

@@ -65,22 +65,22 @@ def state(
   config: ModelConfig, settings: Train, teacher: ModelConfig | None, mesh: Mesh
 ) -> float:
   """Bytes of weights, gradients, moments and a teacher on a device, about."""
-  count, size = model_config.count_params, jnp.dtype(settings.dtype).itemsize
+  size = jnp.dtype(settings.dtype).itemsize
   cut = mesh.shape["fsdp"] * mesh.shape["tensor"]
   # Trained weights are float32, as their gradient is; there are two moments.
   moments = 2 * jnp.dtype(settings.moments).itemsize
   trained = 8 + moments + (size if size < 4 else 0)
   if settings.lora_rank:
     trained = 1 if settings.lora_base else size
-  taught = count(teacher) * size if teacher else 0
-  own = count(config) - _of_experts(config, mesh)
-  return (own * trained + taught) / cut
+  taught = _own(teacher, mesh) * size if teacher else 0
+  return (_own(config, mesh) * trained + taught) / cut
 
 
-def _of_experts(config: ModelConfig, mesh: Mesh) -> float:
-  """Parameters that a device has fewer of, since experts are cut."""
+def _own(config: ModelConfig, mesh: Mesh) -> float:
+  """Parameters but for those of experts that are other devices'."""
   each = 3 * config.experts * config.hidden_size * sum(config.ffn_widths)
-  return each * (1 - 1 / mesh.shape["expert"])
+  others = each * (1 - 1 / mesh.shape["expert"])
+  return model_config.count_params(config) - others
 
 
 def kept(
@@ -103,7 +103,8 @@ def kept(
   each, again = [], []  # of each layer: what is kept, what is made once more
   for i in range(config.num_layers):
     K, F = config.kv_groups[i] / tensor, config.ffn_widths[i] / tensor
-    F *= max(config.experts_per_token, 1)
+    # Where experts are cut, with room for the rows of all of their devices.
+    F *= max(config.experts_per_token, 1) * mesh.shape["expert"]
     # A norm, q, k, v, q and k rotated, what the heads say; plain attention has
     # its scores, float32, three times. A norm, gate, activation, up, product.
     scores = 3 * K * G * length * 4 / size if plain else 0

@@ -80,7 +80,7 @@ def test_spellings_and_inverse(name):
 def test_defaults_are_those_of_transformers(family):
   row = families.FAMILIES[family]
   peer = transformers.AutoConfig.for_model(family)
-  rope = {} if row.rope else peer.rope_parameters
+  rope = {} if "rope_theta" in row.rope else peer.rope_parameters
   same = {
     "rope_theta": rope.get("full_attention", rope).get(
       "rope_theta", peer.default_theta

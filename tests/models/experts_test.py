@@ -43,13 +43,19 @@ def test_products_by_group():
   both = np.stack([x_PI, 2 * x_PI])
   many = jax.vmap(lambda x: grouped.product(x, w_XIO, sizes_X))(both)
   np.testing.assert_allclose(many[1], 2 * want, atol=1e-5)
-  accelerated = jax.lax.ragged_dot(x_PI, w_XIO, sizes_X)
-  np.testing.assert_allclose(accelerated, want, atol=1e-5)
-  outer = [
-    f(jnp.asarray(x_PI), jnp.asarray(want), sizes_X)
-    for f in (grouped._ragged_outer, grouped._outer_of_blocks)
-  ]
-  np.testing.assert_allclose(*outer, atol=1e-4)
+  ragged = jax.lax.ragged_dot(x_PI, w_XIO, sizes_X)
+  np.testing.assert_allclose(ragged, want, atol=1e-5)
+  fewer_X = sizes_X.at[3].set(2)  # rows of no group
+  for w, turned in ((w_XIO, False), (w_XIO.swapaxes(1, 2), True)):
+    args = turned, x_PI, w, fewer_X
+    kernel = grouped._product_of_kernel(*args, interpret=True)
+    np.testing.assert_allclose(kernel, want.at[-3:].set(0), atol=1e-5)
+  args = jnp.asarray(x_PI), jnp.asarray(want), sizes_X
+  outer = grouped._ragged_outer(*args)
+  blocks = grouped._outer_of_blocks(*args)
+  np.testing.assert_allclose(blocks, outer, atol=1e-4)
+  kernel = grouped._outer_of_kernel(*args, interpret=True)
+  np.testing.assert_allclose(kernel, outer, atol=1e-4)
 
 
 def test_gradients_in_float32():

@@ -142,8 +142,8 @@ def own_rows(tensor: np.ndarray, place: Place) -> np.ndarray:
 def hf_letters(name: str) -> tuple[str, ...]:
   """The letters of each dim of the tensor: ("KGH", "D") for `q`."""
   letters = axes.AXES[name]
-  if letters[0] == "X" and len(letters) == 3:  # one matrix below the other
-    return "X" + letters[2], letters[1]
+  if letters[0] == "X":  # one matrix below the other, or biases
+    return ("X" + letters[2], letters[1]) if letters[2:] else (letters,)
   if "conv" in name:  # each channel has one input
     return letters[:-1], "", letters[-1]
   if not {*letters} & {*axes.RESIDUAL} or len(letters) == 1:

@@ -1,5 +1,6 @@
-"""Weights in four bits against what Transformers makes of them."""
+"""Experts as files have them: in four bits, or all in one tensor."""
 
+import jax
 import numpy as np
 import pytest
 from safetensors import numpy as safe
@@ -19,7 +20,7 @@ def random_packed(*shape):
   return blocks, rng.integers(120, 128, size=shape, dtype=np.uint8)
 
 
-def test_equals_transformers(tmp_path):
+def test_four_bits_are_what_transformers_unpacks(tmp_path):
   """Of a model with one packed tensor; it reads as the unpacked one does."""
   from transformers.integrations import mxfp4
 
@@ -56,3 +57,22 @@ def test_a_gate_that_is_none_is_refused(change):
   raw = {**zoo.BASE, "model_type": "gpt_oss", **change}
   with pytest.raises(UserError, match="must be above 0"):
     config_json.read(raw)
+
+
+def test_experts_in_one_tensor(tmp_path):
+  """As the hub has Qwen's, where `save_pretrained` writes each by itself."""
+  path = zoo.make(tmp_path, ("qwen3_moe",))["qwen3_moe"].path
+  _, want = load.load(path)
+  file = path / "model.safetensors"
+  tensors = safe.load_file(file)
+  for layer in range(3):
+    block = f"model.layers.{layer}.mlp.experts"
+    take = lambda name, block=block: np.stack(
+      [tensors.pop(f"{block}.{x}.{name}.weight") for x in range(4)]
+    )
+    both = take("gate_proj"), take("up_proj")
+    tensors[f"{block}.gate_up_proj"] = np.concatenate(both, axis=1)
+    tensors[f"{block}.down_proj"] = take("down_proj")
+  safe.save_file(tensors, file, {"format": "pt"})
+  _, got = load.load(path)
+  jax.tree.map(np.testing.assert_array_equal, got, want)
