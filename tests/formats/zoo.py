@@ -232,7 +232,7 @@ CASES = {
   "cohere": ("cohere", {"logit_scale": 0.5, "attention_bias": True}),
   "cohere2": (
     "cohere2",
-    {"logit_scale": 0.25, "sliding_window": 8, "layer_types": KINDS},
+    {"logit_scale": 1.5, "sliding_window": 8, "layer_types": KINDS},
   ),
   "stablelm": (
     "stablelm",
