@@ -32,6 +32,7 @@ os.environ["XLA_FLAGS"] = _with_devices(_FLAGS, 8)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("NPROC", "16")  # else 8 devices hang on few cores
 os.environ["OMP_NUM_THREADS"] = "1"  # idle OpenMP threads spin
+os.environ["ADAPT_PRUNER_WHOLE_BELOW"] = "0"  # small models are cut too
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"

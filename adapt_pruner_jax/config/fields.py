@@ -167,8 +167,7 @@ class Prune(Section):
   # An allotment by ranking may take all of a layer's attention or MLP.
   whole_halves: bool = False
   attention: str = "auto"  # which implementation scores; docs/speed.md
-  # Of products of float32 numbers where units are scored and refitted; a TPU
-  # or GPU may be faster in less (docs/method.md).
+  # Of float32 products in scoring and refits; less is faster (docs/method.md).
   precision: str = "float32"
   # Least squares on what is left: none, final, or every so many steps and at
   # the end; loss = only the passes below.
@@ -304,8 +303,7 @@ class Train(Section):
   # Likeliest tokens of the teacher that are kept on disk at each position, once
   # for all stages; 0 = the whole teacher runs beside (docs/accelerators.md).
   teacher_cache: int = 0
-  # In which gradients of a layer's matrices are summed over tokens and devices,
-  # where dtype is bfloat16.
+  # In which gradients of matrices are summed where dtype is bfloat16.
   gradient_dtype: str = "bfloat16"
   moments: str = "float32"  # Adam's between steps; bfloat16 = half the memory
   # Of the matrices that adapters are trained beside: "" = as model.dtype, or
@@ -319,9 +317,10 @@ class Train(Section):
 
 @dataclasses.dataclass
 class Mesh(Section):
-  data: int = 1  # -1 = whatever is left, for one of the four
-  fsdp: int = -1
+  data: int = 0  # replicas; 0 = as many as slices of TPUs or nodes of GPUs
+  fsdp: int = -1  # -1 = whatever is left, for one of the four
   tensor: int = 1
+  slices: int = 0  # 0 = as the devices say
   expert: int = 1  # devices that experts are cut over
 
 
@@ -350,6 +349,7 @@ class Checkpoint(Section):
 class Log(Section):
   tensorboard: bool = True
   trackers: str = ""  # wandb, trackio, or both
+  profile_steps: str = ""  # train steps to trace, such as 10:13; empty = none
 
 
 @dataclasses.dataclass

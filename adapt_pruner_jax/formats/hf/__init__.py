@@ -1,6 +1,7 @@
 """HuggingFace directories: read, and written so that Transformers opens them.
 
-load: finds a model and puts it on devices. save: writes a directory. reopen:
+load: finds a model and puts it on devices. shares: of many processes each
+reads its share. save: writes a directory. reopen:
 opens what was written and compares it. files: the files of a directory,
 checked. weights: writes safetensors. tensors: where each parameter is in them,
 and in which layout. config_json: config.json, with its parts in fields (single

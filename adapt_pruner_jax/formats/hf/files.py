@@ -51,7 +51,10 @@ class Checkpoint:
 
   Attributes:
     shapes, dtypes: of each tensor, by name.
+    is_mapped: `array` gives views of the files.
   """
+
+  is_mapped = True
 
   def __init__(self, folder: Path, absent: Collection[str] = ()):
     """Reads the headers of all files of weights.

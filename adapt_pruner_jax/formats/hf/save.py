@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from adapt_pruner_jax.distributed import agreement
 from adapt_pruner_jax.errors import UserError, nearest
 from adapt_pruner_jax.formats.hf import (
@@ -181,8 +183,11 @@ def save(
     for note in notes if folder is not None else ():
       say(note)
     kinds = weights.tensor_dtypes(written, params, usual)
-    sums = weights.write(folder, written, written_get, kinds, shard_bytes)
-    reopen.compare(config, get, written, written_get, kinds, folder)
+    given, told = written_get, None
+    if jax.process_count() > 1:
+      given, told = weights.remembering(written_get, kinds, written)
+    sums = weights.write(folder, written, given, kinds, shard_bytes)
+    reopen.compare(config, get, written, written_get, kinds, folder, told)
     if folder is not None:
       card.write(folder, config, written, source, facts or {}, notes, sums)
 

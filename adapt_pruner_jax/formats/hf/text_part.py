@@ -162,6 +162,7 @@ class Renamed:
   def __init__(self, inner: Any, names: dict[str, str]):
     """Takes a checkpoint, and of each new name the one that it has there."""
     self.folder, self._inner, self._names = inner.folder, inner, names
+    self.is_mapped = getattr(inner, "is_mapped", False)
     self.shapes = {new: inner.shapes[old] for new, old in names.items()}
     self.dtypes = {new: inner.dtypes[old] for new, old in names.items()}
 
