@@ -77,9 +77,7 @@ def test_memory_is_known_before_there_is_code(mesh):
   whole = arrays.temporary(lowered.compile())
   early = compiling.temporary(lowered, given, mesh)
   assert early == pytest.approx(whole, rel=0.01, abs=2**12)
-  for (
-    thread
-  ) in threading.enumerate():  # this process ends otherwise than a plan
+  for thread in threading.enumerate():  # a plan would just end its process
     if thread.name == compiling.THREAD:
       thread.join(120)
 
