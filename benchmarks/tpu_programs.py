@@ -143,7 +143,7 @@ def scoring(flags: argparse.Namespace, full: ModelConfig, mesh: Mesh) -> Work:
 def refit(flags: argparse.Namespace, full: ModelConfig, mesh: Mesh) -> Work:
   """What a refit of `o` and `down` runs, of each layer and minibatch."""
   config, dtype = _recipe(flags), jnp.dtype("bfloat16")
-  parts = memory.refitting(config, full, mesh)
+  parts = memory.refit_held(config, full, mesh)
   held = parts["weights"] + parts["streams"]
   shape = flags.rows, flags.tokens
   programs = _refit_programs(surgery.dense(full), mesh, shape, dtype)

@@ -50,6 +50,7 @@ SLICES = {
   True: ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
   False: ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8"),
 }
+THREAD = "TPU compiler"
 REPORT = "*memory-usage-report.txt"
 TOTAL = r"Memory Space: \w+ \(color=0\)[^\n]*\n\s*Total bytes: (\d+)"
 OUT_OF_MEMORY = r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm"
@@ -104,7 +105,7 @@ def temporary(lowered: Lowered, arguments: Any, mesh: Mesh) -> int:
     return arrays.temporary(lowered.compile())
   with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
     running = _Compiler(lowered, folder)
-    threading.Thread(target=running.run, daemon=True).start()
+    threading.Thread(target=running.run, name=THREAD, daemon=True).start()
     whole = _whole(running, Path(folder))
   return max(whole - arrays.size(arguments), 0)
 

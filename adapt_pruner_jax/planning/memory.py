@@ -288,55 +288,76 @@ def stacked_params(
 
 
 def refitting(config: Config, full: ModelConfig, mesh: Mesh) -> Bytes:
-  """Adds up a refit: two models, two residual streams, one least squares.
-
-  Each device has one layer of both models whole, and sums of its own rows.
-  """
-  from adapt_pruner_jax.pruning import least_squares
-
-  dtype, recipe = arrays.weight_dtype(config), config.calibration
-  model_size = arrays.model_bytes(full, dtype, mesh)
+  """Adds up a refit: `refit_held`, and what the fullest program needs."""
+  recipe, wide = config.calibration, surgery.dense(full)
   shards = placement.batch_shards(mesh)
   rows = -(-min(recipe.batch, recipe.refit_samples) // shards)
+  C, outputs = _channels(full), 0
+  if config.prune.refit_all:  # what gate and up give, and should give
+    most = max(2 * wide.ffn_widths[0], 3 * max(wide.head_channels()))
+    outputs = full.hidden_size + most
+  fed = 2 * 4 * rows * recipe.seq_len * max(C, outputs)  # in, weighted
+  if full.experts:
+    F, E = wide.ffn_widths[0], full.hidden_size
+    sent = rows * recipe.seq_len * full.experts_per_token
+    fed = max(fed, 4 * sent * (2 * F + 3 * E))
+  temporary = max(_solving(C, full, mesh), fed)
+  return refit_held(config, full, mesh) | {"temporary": temporary}
+
+
+def refit_held(config: Config, full: ModelConfig, mesh: Mesh) -> Bytes:
+  """Adds up what a refit holds: two models, two residual streams, one least
+  squares.
+
+  Each device has one layer of both models whole, and sums of its own rows. In
+  the middle of a prune the second model is the stacked one.
+  """
+  dtype, recipe = arrays.weight_dtype(config), config.calibration
+  shards, D = placement.batch_shards(mesh), full.hidden_size
+  rows = -(-min(recipe.batch, recipe.refit_samples) // shards)
   number = -(-recipe.refit_samples // shards)
-  stream = 4 * number * recipe.seq_len * full.hidden_size
+  wide, C = surgery.dense(full), _channels(full)
+  one_layer = sum(
+    math.prod(axes.shape(name, wide.sizes(0)))
+    for name in model_config.layer_names(wide)
+  )
+  equations = C**2 + C * D
+  if config.prune.refit_all:
+    outputs = max(2 * wide.ffn_widths[0], 3 * max(wide.head_channels()))
+    equations = max(equations, D**2 + D * outputs)
+  if full.experts:  # each with equations of its own
+    F = wide.ffn_widths[0]
+    equations = max(equations, full.experts * (F**2 + F * D))
+  return {
+    "weights": 2 * arrays.model_bytes(full, dtype, mesh),
+    # Of both models; a minibatch at a time moves behind a half layer.
+    "streams": 4 * recipe.seq_len * D * (2 * number + rows),
+    "layers": 2 * dtype.itemsize * one_layer,
+    "least squares": 2 * 4 * equations,  # summed, and of a minibatch
+  }
+
+
+def _channels(full: ModelConfig) -> int:
+  """The most inputs of a matrix."""
   wide = surgery.dense(full)
   mlp = 0 if full.experts else wide.ffn_widths[0]
-  channels = max(*wide.head_channels(), mlp, full.hidden_size)
+  return max(*wide.head_channels(), mlp, full.hidden_size)
+
+
+def _solving(channels: int, full: ModelConfig, mesh: Mesh) -> int:
+  """Bytes that the largest least squares needs, solved on the mesh."""
+  from adapt_pruner_jax.pruning import least_squares
+
+  whole = sharding.replicated(mesh)
+  divides = channels % placement.batch_shards(mesh) == 0
+  cut = placement.batch_sharding(mesh) if divides else whole
   array = lambda where, *shape: jax.ShapeDtypeStruct(
     shape, jnp.float32, sharding=where
   )
-  whole = sharding.replicated(mesh)
-  cut = whole if channels % shards else placement.batch_sharding(mesh)
   matrix = channels, full.hidden_size
   given = (
     *(array(cut, channels, channels), {"down": array(cut, *matrix)}),
     *({"down": array(whole, *matrix)}, array(whole)),
   )
-  solve = least_squares.solve.lower(*given, mesh=mesh)
-  one_layer = sum(
-    math.prod(axes.shape(name, wide.sizes(0)))
-    for name in model_config.layer_names(wide)
-  )
-  fed = 2 * 4 * rows * recipe.seq_len * channels  # a matrix's input, weighted
-  equations = channels**2 + channels * full.hidden_size
-  if config.prune.refit_all:  # what gate and up give, and should give
-    outputs = max(
-      2 * wide.ffn_widths[0],
-      3 * max(wide.head_channels()),
-    )
-    fed = max(fed, 2 * 4 * rows * recipe.seq_len * (full.hidden_size + outputs))
-    equations = max(equations, full.hidden_size**2 + full.hidden_size * outputs)
-  if full.experts:  # each with equations of its own
-    F, E = wide.ffn_widths[0], full.hidden_size
-    equations = max(equations, full.experts * (F**2 + F * E))
-    sent = rows * recipe.seq_len * full.experts_per_token
-    fed = max(fed, 4 * sent * (2 * F + 3 * E))
-  return {
-    "weights": 2 * model_size,
-    # Of both models; a minibatch at a time moves behind a half layer.
-    "streams": 2 * stream + 4 * rows * recipe.seq_len * full.hidden_size,
-    "layers": 2 * dtype.itemsize * one_layer,
-    "least squares": 2 * 4 * equations,  # summed, and of a minibatch
-    "temporary": max(compiling.temporary(solve, given, mesh), fed),
-  }
+  lowered = least_squares.solve.lower(*given, mesh=mesh)
+  return compiling.temporary(lowered, given, mesh)
