@@ -5,6 +5,7 @@ at a time, so that the host never holds the model; each process reads only what
 its devices need.
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -21,7 +22,7 @@ import numpy as np
 from absl import logging
 from jax.sharding import Mesh
 
-from adapt_pruner_jax.distributed import sharding
+from adapt_pruner_jax.distributed import sharding, stopping
 from adapt_pruner_jax.errors import UserError, first_line
 from adapt_pruner_jax.formats.hf import (
   config_json,
@@ -191,8 +192,16 @@ def load(
   """
   config, tree = stored(path, dtype, ignore_fields)
   leaves, structure = jax.tree.flatten(tree)
-  with ThreadPoolExecutor(READERS) as threads:
-    arrays = list(threads.map(lambda leaf: leaf.place_on(mesh), leaves))
+  arrays = []
+  with (
+    ThreadPoolExecutor(READERS) as threads,
+    contextlib.closing(
+      threads.map(lambda leaf: leaf.place_on(mesh), leaves)
+    ) as placed,
+  ):
+    for array in placed:
+      stopping.moment()
+      arrays.append(array)
   return config, jax.tree.unflatten(structure, arrays)
 
 

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adapt_pruner_jax.distributed import agreement
+from adapt_pruner_jax.distributed import agreement, stopping
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.formats.hf import tensors
 from adapt_pruner_jax.formats.hf.files import DTYPES, INDEX, SINGLE
@@ -166,6 +166,7 @@ def _arrays(
     keys: of the parameters that it holds.
     pairs: as of `tensors.to_hf`.
   """
+  stopping.moment()
   blocks = places[keys[0]].blocks
   arrays = (tensors.to_hf(key[1], get(key), pairs) for key in keys)
   if blocks == 1:
