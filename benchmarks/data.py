@@ -1,12 +1,12 @@
 """Rows of training: how many a second, and what a host reads for them.
 
-  python benchmarks/data.py [--tokens=268435456] [--batch=1024] [--steps=64]
+  python benchmarks/data.py [--tokens=268435456] [--batch=512] [--steps=64]
 
 Shards of random tokens are written, as `tokenise` leaves them. Then the rows of
 some steps are built, by one host that needs all of them and by one of 64, in
 two orders: shuffled as a whole, as short sources are, and in runs, as long ones
-are. Each time the files are dropped from the system's cache before, and what
-counts is what the disk was asked for (`/proc/self/io`).
+are. They are read as from a bucket, in pieces of half a megabyte of which the
+last thousand are kept; the pieces are counted, and come from a disk here.
 """
 
 import argparse
@@ -43,18 +43,28 @@ def write_shards(folder: Path, tokens: int) -> None:
     shards.write(folder / f"{number:05d}.safetensors", shard, {})
 
 
-def drop_from_memory(folder: Path) -> None:
-  """So that the next one to read has to ask the disk."""
-  for path in folder.iterdir():
-    with open(path, "rb") as file:
-      os.fsync(file.fileno())
-      os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+class Counted:
+  """A file in the place of an object, that counts what is read of it."""
+
+  requests = size = 0  # of all files
+
+  def __init__(self, path: Path):
+    """Nothing is read yet."""
+    self._path = path
+
+  def read_range(self, start: int, stop: int) -> bytes:
+    """Bytes of the file."""
+    Counted.requests += 1
+    Counted.size += stop - start
+    with open(self._path, "rb") as file:
+      file.seek(start)
+      return file.read(stop - start)
 
 
 def measure(
   queue, folder: Path, in_runs: bool, hosts: int, flags: argparse.Namespace
 ) -> None:
-  """Builds the rows of one host: puts (rows, seconds, bytes of the disk)."""
+  """Builds the rows of one host: (rows, seconds, bytes, requests)."""
   os.environ["JAX_PLATFORMS"] = "cpu"
   from adapt_pruner_jax.config import Data
   from adapt_pruner_jax.data import (
@@ -65,9 +75,12 @@ def measure(
     token_store,
   )
 
-  source = sources.Source("text")
-  found = [shards.read(path) for path in sorted(folder.iterdir())]
-  stream = token_store._stream(source, found)
+  found = []
+  for path in sorted(folder.iterdir()):
+    file = Counted(path)
+    opened = file, path.stat().st_size, file.read_range, shards.InBucket
+    found.append(shards._opened(*opened))
+  stream = token_store._stream(sources.Source("text"), found)
   packing.tokenise = lambda *_: stream
   order.LONG = 0 if in_runs else 1 << 60
   mine = flags.batch // hosts
@@ -78,37 +91,29 @@ def measure(
     seed=0,
     places=range(mine),
   )
-  first = train.rows[0]  # imports, and computes the first permutations
-  assert len(first["tokens_BT"]) == flags.seq_len
-  before, begun = _read_so_far(), time.monotonic()
-  batches = train.batches(1)
+  Counted.requests = Counted.size = 0  # those of the headers do not count
+  batches, begun = train.batches(0), time.monotonic()
   for _ in range(flags.steps):
     next(batches)
   seconds = time.monotonic() - begun
-  queue.put((mine * flags.steps, seconds, _read_so_far() - before))
-
-
-def _read_so_far() -> int:
-  lines = Path("/proc/self/io").read_text().splitlines()
-  return int(dict(line.split(": ") for line in lines)["read_bytes"])
+  queue.put((mine * flags.steps, seconds, Counted.size, Counted.requests))
 
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--tokens", type=int, default=1 << 28)
   parser.add_argument("--seq_len", type=int, default=2048)
-  parser.add_argument("--batch", type=int, default=1024)
+  parser.add_argument("--batch", type=int, default=512)
   parser.add_argument("--steps", type=int, default=64)
   flags = parser.parse_args()
   context = multiprocessing.get_context("spawn")
-  print("| order | hosts | rows/s of a host | MB needed | MB of the disk |")
-  print("|---|---:|---:|---:|---:|")
+  print("| order | hosts | rows/s of a host | MB needed | MB read | requests |")
+  print("|---|---:|---:|---:|---:|---:|")
   with tempfile.TemporaryDirectory(prefix="data-") as name:
     folder = Path(name)
     write_shards(folder, flags.tokens)
     for in_runs in (False, True):
       for hosts in HOSTS:
-        drop_from_memory(folder)
         queue = context.SimpleQueue()
         process = context.Process(
           target=measure, args=(queue, folder, in_runs, hosts, flags)
@@ -117,12 +122,12 @@ def main() -> None:
         process.join()
         if process.exitcode:
           raise SystemExit("it has failed")
-        rows, seconds, read = queue.get()
+        rows, seconds, read, requests = queue.get()
         order = "in runs" if in_runs else "as a whole"
         needed = rows * flags.seq_len * 4
         print(
           f"| {order} | {hosts} | {rows / seconds:,.0f} | {needed / 1e6:,.0f} "
-          f"| {read / 1e6:,.0f} |",
+          f"| {read / 1e6:,.0f} | {requests:,} |",
           flush=True,
         )
 

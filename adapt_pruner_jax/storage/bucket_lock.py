@@ -39,6 +39,11 @@ def lock(workdir: BucketPath, name: str) -> Iterator[None]:
   Raises:
     UserError: another run holds it, or it cannot be written to.
   """
+  if set(str(workdir)) & set("*?["):  # fsspec would look for what matches
+    raise UserError(
+      f"--workdir={workdir}: a name in a bucket may not have * ? or [; give "
+      "another one"
+    )
   mine = _take(workdir, workdir / name)
   ended = threading.Event()
   beating = threading.Thread(

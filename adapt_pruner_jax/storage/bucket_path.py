@@ -132,7 +132,8 @@ class BucketPath(type(epath.Path("gs://bucket"))):
 
   def read_range(self, start: int, stop: int) -> bytes:
     """Bytes of the object, as many as there are of these."""
-    return call(self, lambda: self.fs.cat_file(str(self), start, stop))
+    read = self.fs.cat_file
+    return call(self, lambda: read(str(self), start=start, end=stop))
 
   def read_text(self, encoding: str = "utf-8") -> str:
     """All of the object, decoded."""

@@ -39,7 +39,7 @@ def test_seen_in_every_phase(small_model, tmp_path):
   everything, out = surgery.everything(config), tmp_path / "model"
   phases = [
     lambda: load.load(str(small_model), mesh=mesh),
-    lambda: perplexity.perplexity(config, params, tokens_NT[0], 16, mesh=mesh),
+    lambda: perplexity.perplexity(config, params, tokens_NT[0], 16, 8, mesh),
     lambda: refit.refit(pair, pair, everything, tokens_NT, 8, mesh=mesh),
     lambda: next(refit_loss._batches(lambda _: tokens_NT, 4, 1, 0)),
     lambda: save.save(config, params, out, source=small_model),

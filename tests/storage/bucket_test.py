@@ -32,7 +32,7 @@ ROWS = [{"a": i} for i in range(5)]
 @pytest.fixture
 def place(bucket, request):
   """A place in the bucket that only this test has."""
-  return bucket / request.node.name
+  return bucket / request.node.originalname
 
 
 def test_a_bucket_has_what_was_written(place):
@@ -158,15 +158,22 @@ def test_of_many_at_a_time_one_creates_the_lock(place):
   assert create(made.index(True))
 
 
+def test_names_that_are_patterns_are_refused(bucket):
+  with (
+    pytest.raises(UserError, match=r"may not have \* \? or \["),
+    bucket_lock.lock(bucket / "run[1]", "run.lock"),
+  ):
+    pass
+
+
 def test_a_lock_that_was_changed_behind_our_back(place, monkeypatch):
   monkeypatch.setattr(bucket_lock, "DEAD", 0.5)
-  for content in (b"no JSON", b"[1]", b"{}"):
-    (place / "run.lock" / "000000001").write_bytes(content)
-    (place / "run.lock" / "notes.txt").write_bytes(content)
+  for name, content in {"a": b"no JSON", "b": b"[1]", "c": b"{}"}.items():
+    (place / name / "000000001").write_bytes(content)
+    (place / name / "notes.txt").write_bytes(content)
     begun = time.monotonic()
-    with bucket_lock.lock(place, "run.lock"):  # nobody shows there
+    with bucket_lock.lock(place, name):  # nobody shows there
       assert time.monotonic() - begun > 0.5
-      publish.remove(place / "run.lock")
   listed = [["000000001"], []]  # and by then the next owner has removed it
   monkeypatch.setattr(bucket_lock, "_numbers", lambda _: listed.pop(0))
   assert bucket_lock._take(place, place / "other").name == "000000002"
