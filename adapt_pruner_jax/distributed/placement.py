@@ -39,8 +39,15 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec(BATCH))
 
 
+def rows_here(batch: int, mesh: Mesh) -> tuple[int, ...]:
+  """Which of so many rows the devices of this process have."""
+  cut = batch_sharding(mesh).addressable_devices_indices_map((batch,))
+  mine = {row for (at,) in cut.values() for row in range(batch)[at]}
+  return tuple(sorted(mine))
+
+
 def place_rows(rows: np.ndarray, mesh: Mesh) -> jax.Array:
-  """A host array, the same in every process, cut by rows."""
+  """A host array cut by rows; each process needs to have its own."""
   cut = batch_sharding(mesh)
   return jax.make_array_from_callback(rows.shape, cut, lambda at: rows[at])
 

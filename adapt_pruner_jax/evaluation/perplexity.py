@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from adapt_pruner_jax.data import packing, sources
 from adapt_pruner_jax.data.tokenizer import Tokenizer
-from adapt_pruner_jax.distributed import placement, sharding
+from adapt_pruner_jax.distributed import placement, sharding, stopping
 from adapt_pruner_jax.distributed.embedding import embed
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.evaluation.finite import not_finite
@@ -167,6 +167,7 @@ def perplexity(
   total, count = 0.0, 0
   with phase("perplexity", len(tokens), "tokens") as shown:
     for i in range(0, len(rows_BT), batch):
+      stopping.moment()
       rows = placement.place_rows(rows_BT[i : i + batch], mesh)
       lengths = placement.place_rows(lengths_B[i : i + batch], mesh)
       nll, number = _window_loss(config, mesh, params, rows, lengths)

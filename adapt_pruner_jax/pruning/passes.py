@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from adapt_pruner_jax.distributed import each_device, placement
+from adapt_pruner_jax.distributed import each_device, placement, stopping
 from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.pruning import backward, surgery
@@ -127,6 +127,7 @@ def run(
   parts = placement.passes(tokens_NT, batch, task.mesh, most)
   so_far, found = None, []
   for number, (tokens_MBT, valid_MB) in enumerate(parts, 1):
+    stopping.moment()
     args = *model, *placement.replicate((tokens_MBT, valid_MB), task.mesh)
     if number == len(parts):
       result = programs.whole(*args, before=so_far, **how)

@@ -26,7 +26,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from adapt_pruner_jax.distributed import placement, sharding
+from adapt_pruner_jax.distributed import placement, sharding, stopping
 from adapt_pruner_jax.models import axes, model_config
 from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.model_config import ModelConfig
@@ -79,6 +79,7 @@ def refit(
   everything = surgery.everything(dense_config)
 
   def layer_at(i: int) -> tuple[Params, Params, Masks]:
+    stopping.moment()
     return (
       _widened(dense_params, i, everything, wide_dense, mesh),
       _widened(params, i, kept, wide, mesh),
@@ -118,6 +119,7 @@ def refit_masked(
   names = functools.partial(model_config.layer_names, config)
 
   def layer_at(i: int) -> tuple[Params, Params, Masks]:
+    stopping.moment()
     return (
       _widened(task.params, i, task.kept, config, task.mesh),
       _layer({n: new[n] for n in names(i)}, placed, i),

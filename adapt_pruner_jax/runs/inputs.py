@@ -13,7 +13,7 @@ from adapt_pruner_jax.config import Config, Eval, task_names
 from adapt_pruner_jax.data import packing, sources
 from adapt_pruner_jax.data.calibration import WindowData, pruning_data
 from adapt_pruner_jax.data.tokenizer import Tokenizer, load_tokenizer
-from adapt_pruner_jax.distributed import agreement, sharding
+from adapt_pruner_jax.distributed import agreement, placement, sharding
 from adapt_pruner_jax.distributed.stopping import Stopping
 from adapt_pruner_jax.errors import StoppedError, UserError
 from adapt_pruner_jax.evaluation import evaluate, perplexity
@@ -309,6 +309,7 @@ def open_training(
     log.say,
     lambda: _stop_here(stopping, path),
     tokens=tokens,
+    places=placement.rows_here(recipe.data.batch, mesh),
   )
   epochs = rows.epochs(tokens)
   log.say(

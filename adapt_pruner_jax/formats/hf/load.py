@@ -6,6 +6,7 @@ reads its share of the rows of a matrix, whatever its devices need of it: these
 get that from each other (`shares`).
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -22,7 +23,7 @@ import numpy as np
 from absl import logging
 from jax.sharding import Mesh
 
-from adapt_pruner_jax.distributed import sharding
+from adapt_pruner_jax.distributed import sharding, stopping
 from adapt_pruner_jax.errors import UserError, first_line
 from adapt_pruner_jax.formats.hf import (
   apart,
@@ -197,10 +198,17 @@ def load(
   """
   config, tree = stored(path, dtype, ignore_fields)
   leaves, structure = jax.tree.flatten(tree)
-  # Several processes run what they run together in one order.
   several = mesh is not None and jax.process_count() > 1
-  with ThreadPoolExecutor(1 if several else READERS) as threads:
-    arrays = list(threads.map(lambda leaf: leaf.place_on(mesh), leaves))
+  place = lambda leaf: leaf.place_on(mesh)
+  arrays = []
+  with ThreadPoolExecutor(READERS) as threads:
+    # What several processes run together they run in one order, none ahead.
+    in_turn = (place(leaf) for leaf in leaves)
+    placed = in_turn if several else threads.map(place, leaves)
+    with contextlib.closing(placed):  # what waits is given up with the rest
+      for array in placed:
+        stopping.moment()
+        arrays.append(array)
   return config, jax.tree.unflatten(structure, arrays)
 
 

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adapt_pruner_jax.distributed import agreement
+from adapt_pruner_jax.distributed import agreement, stopping
 from adapt_pruner_jax.distributed.to_writer import to_writer
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.formats.hf import tensors, turned
@@ -209,6 +209,7 @@ def _arrays(
     keys: of the parameters that it holds.
     pairs: as of `tensors.to_hf`.
   """
+  stopping.moment()
   if not agreement.is_writer():
     for key in keys:
       get(key)
