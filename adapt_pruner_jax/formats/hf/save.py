@@ -255,7 +255,6 @@ def _write_classes(folder: Path, config: ModelConfig) -> None:
     "cut_mlp": not config.experts,
     "width": family.renamed.get("intermediate_size", "intermediate_size"),
     "attention_norms": norms["attn"],
-    "mlp_norms": norms["mlp"],
   }
   heads = [
     _filled("head", **names, task=task, head_class=family.head_class(task))
