@@ -12,6 +12,7 @@ that held-out tokens do not find better keeps it.
 """
 
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -122,8 +123,8 @@ def _of_devices(fn, config, given, z_BTD, u_BTD, weight_BT, *, mesh):
   """Sums of each device over its rows, [N, ...]."""
 
   def alone(given, *rows):
-    parts = _Rows(config, *given, *rows, cut=mesh.size > 1)
-    return jax.tree.map(lambda x: x[None], fn(parts))
+    found = fn(_rows(config, *given, *rows, cut=mesh.size > 1))
+    return jax.tree.map(lambda x: x[None], found)
 
   return jax.shard_map(
     alone,
@@ -134,63 +135,74 @@ def _of_devices(fn, config, given, z_BTD, u_BTD, weight_BT, *, mesh):
   )(given, z_BTD, u_BTD, weight_BT)
 
 
-class _Rows:
+class _Rows(NamedTuple):
   """A device's rows of a minibatch, sorted by the dense model's experts.
 
   Attributes:
     fed_PF: channels of the pruned model.
-    target_PE, lacks_PE: what the dense expert says, and what the pruned one
-      lacks of it; without biases, which both have alike.
-    weight_P: what each row counts: g^2, lowered where its input's energy
-      exceeds CAP medians.
+    target_PE: what the dense expert says, without biases, which both have
+      alike.
+    lacks_PE: what the pruned one lacks of it.
+    counts_P: 1 for rows of tokens that count.
+    weight_P: g^2 of these, lowered where the input's energy exceeds CAP
+      medians.
+    expert_P: whose row it is.
     sizes_X: rows of each expert.
-    held_X: those of tokens that count.
   """
 
-  def __init__(self, config, dense, layer, z_BTD, u_BTD, weight_BT, cut):
-    """Runs both models' experts."""
-    dtype = layer[MATRIX].dtype
-    normed = lambda weights, x: norm(
-      config, weights, "mlp_norm", x.astype(dtype)
-    )
-    routed = experts.read(config, dense, normed(dense, z_BTD))
-    self.sizes_X = routed.sizes_X
-    h_TD = normed(layer, u_BTD).reshape(-1, u_BTD.shape[-1])
-    rows = h_TD[routed.token_P], self.sizes_X, routed.expert_P
-    fed_PF = experts.channels(config, layer, *rows)
-    wide = lambda x: x.astype(jnp.float32)
-    said = lambda fed_PF, weights: grouped.product(
-      wide(fed_PF), wide(weights[MATRIX]), self.sizes_X
-    )
-    self.fed_PF = wide(fed_PF)
-    self.target_PE = said(routed.made_PF, dense)
-    self.lacks_PE = self.target_PE - said(fed_PF, layer)
-    counts_P = weight_BT.reshape(-1)[routed.token_P]
-    self.expert_P = routed.expert_P
-    self.held_X = self.by_expert(counts_P)
-    energy_P = jnp.sum(jnp.square(self.fed_PF), axis=-1)
-    everyone = energy_P
-    if cut:
-      everyone = jax.lax.all_gather(energy_P, axes.BATCH, tiled=True)
-    most = CAP * jnp.median(everyone)
-    capped_P = jnp.minimum(1, most / jnp.maximum(energy_P, 1e-30))
-    self.weight_P = counts_P * capped_P * jnp.square(wide(routed.weight_P))
+  fed_PF: jax.Array
+  target_PE: jax.Array
+  lacks_PE: jax.Array
+  counts_P: jax.Array
+  weight_P: jax.Array
+  expert_P: jax.Array
+  sizes_X: jax.Array
 
-  def by_expert(self, x_P):
+  def by_expert(self, x_P: jax.Array) -> jax.Array:
     """The sum over each expert's rows."""
-    zeros = jnp.zeros(len(self.sizes_X), jnp.float32)
-    return zeros.at[self.expert_P].add(x_P)
+    zeros_X = jnp.zeros(len(self.sizes_X), jnp.float32)
+    return zeros_X.at[self.expert_P].add(x_P)
 
 
-def _equations(rows):
+def _rows(config, dense, layer, z_BTD, u_BTD, weight_BT, cut):
+  """What both models make of a device's rows."""
+  dtype, wide = layer[MATRIX].dtype, lambda x: x.astype(jnp.float32)
+  normed = lambda weights, x: norm(config, weights, "mlp_norm", x.astype(dtype))
+  routed = experts.read(config, dense, normed(dense, z_BTD))
+  h_TD = normed(layer, u_BTD).reshape(-1, u_BTD.shape[-1])
+  rows = h_TD[routed.token_P], routed.sizes_X, routed.expert_P
+  fed_PF = wide(experts.channels(config, layer, *rows))
+  said = lambda made_PF, weights: grouped.product(
+    wide(made_PF), wide(weights[MATRIX]), routed.sizes_X
+  )
+  target_PE = said(routed.made_PF, dense)
+  counts_P = weight_BT.reshape(-1)[routed.token_P]
+  energy_P = jnp.sum(jnp.square(fed_PF), axis=-1)
+  everyone = energy_P
+  if cut:
+    everyone = jax.lax.all_gather(energy_P, axes.BATCH, tiled=True)
+  most = CAP * jnp.median(everyone)
+  capped_P = jnp.minimum(1, most / jnp.maximum(energy_P, 1e-30))
+  return _Rows(
+    fed_PF=fed_PF,
+    target_PE=target_PE,
+    lacks_PE=target_PE - said(fed_PF, layer),
+    counts_P=counts_P,
+    weight_P=counts_P * capped_P * jnp.square(wide(routed.weight_P)),
+    expert_P=routed.expert_P,
+    sizes_X=routed.sizes_X,
+  )
+
+
+def _equations(rows: _Rows) -> tuple[jax.Array, ...]:
   """Gram matrices [X, F, F], moments [X, F, E], and tokens of each expert."""
   fed_PF = rows.fed_PF * rows.weight_P[:, None]
   gram_XFF = grouped.outer(fed_PF, rows.fed_PF, rows.sizes_X)
   moment_XFE = grouped.outer(fed_PF, rows.lacks_PE, rows.sizes_X)
-  return gram_XFF, moment_XFE, rows.held_X
+  return gram_XFF, moment_XFE, rows.by_expert(rows.counts_P)
 
 
-def _energies(rows):
+def _energies(rows: _Rows) -> tuple[jax.Array, ...]:
   """Of each expert: of what lacks, and of the target."""
   energy = lambda y_PE: rows.by_expert(
     rows.weight_P * jnp.sum(jnp.square(y_PE), axis=-1)

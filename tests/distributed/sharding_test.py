@@ -44,22 +44,22 @@ def grid_of(monkeypatch, devices, **shape):
 def test_replicas_over_nodes_by_default(monkeypatch):
   """Within a node parameters are cut; each row of the mesh is a node."""
   grid = grid_of(monkeypatch, nodes(4, 4, 4))
-  assert grid.shape == (3, 4, 1)
+  assert grid.shape == (3, 4, 1, 1)
   for node, row in enumerate(grid):
     assert {d.slice_index for d in row.flat} == {node}
   grid = grid_of(monkeypatch, nodes(4, 4), data=4, tensor=2)
-  assert grid.shape == (4, 1, 2)
+  assert grid.shape == (4, 1, 1, 2)
   for node in (0, 1):
     assert {d.slice_index for d in grid[2 * node].flat} == {node}
     assert {d.slice_index for d in grid[2 * node + 1].flat} == {node}
   # Asked for: parameters cut over all of them.
-  assert grid_of(monkeypatch, nodes(4, 4), data=1).shape == (1, 8, 1)
-  assert grid_of(monkeypatch, nodes(8)).shape == (1, 8, 1)
+  assert grid_of(monkeypatch, nodes(4, 4), data=1).shape == (1, 8, 1, 1)
+  assert grid_of(monkeypatch, nodes(8)).shape == (1, 8, 1, 1)
 
 
 def test_slices_that_devices_do_not_tell(monkeypatch):
   grid = grid_of(monkeypatch, jax.devices(), slices=2)
-  assert grid.shape == (2, 4, 1)
+  assert grid.shape == (2, 4, 1, 1)
   assert [d.id for d in grid.flat] == [*range(8)]
   for devices, number in (
     (jax.devices(), 3),

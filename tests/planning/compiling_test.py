@@ -41,7 +41,7 @@ def test_the_estimate_is_what_the_tpu_compiler_says(row):
   generation, _, shape = row["topology"].partition(":")
   chips = math.prod(map(int, shape.split("x")))
   mesh = types.SimpleNamespace(
-    shape={"data": 1, "fsdp": chips, "tensor": 1}, size=chips
+    shape={"data": 1, "fsdp": chips, "expert": 1, "tensor": 1}, size=chips
   )
   mesh = devices.meant_mesh(mesh, f"TPU {generation}")
   settings = Train(

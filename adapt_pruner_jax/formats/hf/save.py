@@ -289,7 +289,6 @@ def _write_classes(folder: Path, config: ModelConfig) -> None:
     "width": family.renamed.get("intermediate_size", "intermediate_size"),
     "attention_norms": [] if config.has_one_norm() else norms["attn"],
     "no_half": DROP_ONE_NORM.format(norms["attn"]) * config.has_one_norm(),
-    "mlp_norms": norms["mlp"],
   }
   heads = [
     _filled("head", **names, task=task, head_class=family.head_class(task))
