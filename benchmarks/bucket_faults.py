@@ -8,117 +8,147 @@ uninterrupted, on a disk.
 
 import os
 import random
-import signal
 import socket
-import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import bucket_server
+import forked
 
 N = 4
+HANG = 600  # seconds; what is left of a run ends within the heartbeat, 30 s
 FIELDS = {  # of the recipe in `faults.py`: less of everything
+  "prune.method": "adapt",
+  "prune.refit": "none",
   "prune.stages": 2,
-  "prune.ranking.step_size": 0.1,
-  "data.batch": 8,
+  "prune.step_size": 0.1,
   "train.tokens": 8 * 256,
+}
+ENV = {
+  "XLA_FLAGS": "--xla_force_host_platform_device_count=1 "
+  "--xla_backend_optimization_level=0"
 }
 Make = Callable[[str | Path], list[str]]
 
 
-def kills(count: int, make: Make, folder: Path) -> list[tuple]:
+def kills(count: int, scheme: str, make: Make, folder: Path) -> list[tuple]:
   """Kills runs at random moments; rows of (fault, times, outcome).
 
   Args:
-    make: from a work directory to the arguments of a run.
+    scheme: of the bucket, `s3` or `gs`.
+    make: from a work directory to the arguments of `adapt-pruner`.
     folder: for the run on a disk, and what they say.
   """
-  env = {"ADAPT_PRUNER_CACHE": str(folder / "cache")}
-  env["XLA_FLAGS"] = "--xla_force_host_platform_device_count=1"
   whole = folder / "four"
-  finished(make(whole), env, folder)
+  finished(make(whole), ENV, folder)
   begun = time.monotonic()
-  finished(make(folder / "timed"), env, folder)
+  finished(make(folder / "timed"), ENV, folder)
   seconds = time.monotonic() - begun
-  want = (whole / "model" / "model.safetensors").read_bytes()
-  rng, counts = random.Random(0), {"one of four": 0, "all four": 0}
-  ended = lost = 0
-  with bucket_server.running() as port:
-    env |= bucket_server.environment(port)
+  print(f"a run takes {seconds:.0f} s", flush=True)
+  rng, counts, ended, lost = random.Random(0), {}, 0, 0
+  with bucket_server.running(scheme) as server:
+    env = ENV | server.environment
+    os.environ |= server.environment  # of what looks into the bucket here
+    from adapt_pruner_jax.storage import places
+
     while sum(counts.values()) < count:
-      place = f"{bucket_server.BUCKET}/run-{ended}"
-      while sum(counts.values()) < count and not _is_there(port, place):
-        which = rng.choice(list(counts))
-        if _killed(make(f"s3://{place}"), env, folder, which, rng, seconds):
-          counts[which] += 1
-          print(f"kill {sum(counts.values())}: {which}", flush=True)
-      finished(make(f"s3://{place}"), env, folder)
+      place = places.to_path(f"{server.bucket}/run-{ended}")
+      while sum(counts.values()) < count and not _has_ended(place):
+        which = rng.choice(["one of four", "all four"])
+        arguments = make(str(place))
+        if killed(arguments, env, folder, which, rng, rng.uniform(0, seconds)):
+          counts[which] = counts.get(which, 0) + 1
+          at = _progress(place)
+          print(f"kill {sum(counts.values())}: {which}, {at}", flush=True)
+      finished(make(str(place)), env, folder)
       ended += 1
-      got = bucket_server.ask(port, f"{place}/model/model.safetensors")
-      lost += got != want
+      lost += not is_same(place, whole)
   verdict = f"LOST {lost}" if lost else "nothing lost, equal bit for bit"
-  rows = [(f"`kill -9` of {w}", n, "") for w, n in counts.items()]
-  return [*rows, (f"four processes, {ended} runs in all", count, verdict)]
+  rows = [(f"`kill -9` of {which}", n, "") for which, n in counts.items()]
+  return [
+    *rows,
+    (f"four processes, `{scheme}://`, {ended} runs", count, verdict),
+  ]
 
 
 def start(
-  arguments: list[str], env: dict[str, str], folder: Path
-) -> list[subprocess.Popen]:
+  arguments: Sequence[str], env: dict[str, str], folder: Path
+) -> list[BaseProcess]:
   """The processes of a run; what each says is added to a file in `folder`."""
   with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
     port = free.getsockname()[1]
-  found = []
-  for me in range(N):
-    flags = [f"--coordinator=127.0.0.1:{port}", f"--num_processes={N}"]
-    with open(folder / f"{me}.out", "a") as output:
-      found.append(
-        subprocess.Popen(
-          [*arguments, *flags, f"--process_id={me}"],
-          cwd=Path(__file__).resolve().parent.parent,
-          env=os.environ | env,
-          stdout=output,
-          stderr=output,
-        )
-      )
-  return found
+  flags = [f"--coordinator=127.0.0.1:{port}", f"--num_processes={N}"]
+  return [
+    forked.start(
+      [*arguments, *flags, f"--process_id={me}"], env, folder / f"{me}.out"
+    )
+    for me in range(N)
+  ]
 
 
-def finished(arguments: list[str], env: dict[str, str], folder: Path) -> None:
+def finished(
+  arguments: Sequence[str], env: dict[str, str], folder: Path
+) -> None:
   """Runs to the end."""
-  codes = [p.wait() for p in start(arguments, env, folder)]
+  codes = exit_codes(start(arguments, env, folder))
   if any(codes):
     said = (folder / "0.out").read_text()
     raise RuntimeError(f"exit codes {codes}\n{said}")
 
 
-def _killed(
-  arguments: list[str],
+def killed(
+  arguments: Sequence[str],
   env: dict[str, str],
   folder: Path,
   which: str,
   rng: random.Random,
   seconds: float,
 ) -> bool:
-  """Starts a run and kills it or one of it; False if it had ended before."""
+  """Starts a run and kills it or one of it then; False if it had ended."""
   running = start(arguments, env, folder)
-  chosen = running if which == "all four" else [rng.choice(running)]
-  end = time.monotonic() + rng.uniform(0, seconds)
+  end = time.monotonic() + seconds
   while time.monotonic() < end:
-    if all(p.poll() is not None for p in running):
+    if all(process.exitcode is not None for process in running):
       return False
     time.sleep(0.05)
-  for process in chosen:
-    process.send_signal(signal.SIGKILL)
-  for process in running:  # the others notice it
-    process.wait()
+  for process in running if which == "all four" else [rng.choice(running)]:
+    process.kill()
+  exit_codes(running)  # the others notice it
   return True
 
 
-def _is_there(port: int, place: str) -> bool:
-  try:
-    bucket_server.ask(port, f"{place}/summary.json")
-  except OSError:
-    return False
-  return True
+def exit_codes(running: list[BaseProcess]) -> list[int]:
+  """Waits for their ends.
+
+  Raises:
+    RuntimeError: one does not end.
+  """
+  for process in running:
+    process.join(HANG)
+    if process.exitcode is None:
+      raise RuntimeError("a process neither goes on nor ends")
+  return [process.exitcode for process in running]
+
+
+def is_same(place: Path, whole: Path) -> bool:
+  """Whether two runs have come to the same, bit for bit."""
+  names = ("model/model.safetensors", "kept.json", "trace.jsonl")
+  return all(
+    (place / name).read_bytes() == (whole / name).read_bytes() for name in names
+  )
+
+
+def _has_ended(place: Path) -> bool:
+  return (place / "summary.json").exists()
+
+
+def _progress(place: Path) -> str:
+  """What a killed run has left in the bucket."""
+  steps = [p.name for p in (place / "checkpoints").iterdir()]
+  found = [f"checkpoint {max(steps, key=int)}"] if steps else []
+  for name in ("pruning.json", "evaluated.json", "model/incomplete"):
+    found += [name] * (place / name).exists()
+  return " and ".join(found) or "nothing yet"

@@ -6,9 +6,8 @@
 command goes on, until it has been killed so often; runs that end are compared
 bit for bit with one that nothing happened to. --tries: a bit is flipped in, or
 the end cut off, a copy of each kind of file, and what reads it runs on it.
---bucket_kills: of four processes with a bucket, see `bucket_faults.py`. "LOST"
-is a result that differs and that nothing spoke of. --out replaces the tables in
-that file.
+--bucket_kills: of four processes, see `bucket_faults.py`. "LOST" is a result
+that differs and that nothing spoke of. --out replaces the tables in that file.
 """
 
 import argparse
@@ -356,18 +355,19 @@ def main() -> None:
   parser.add_argument("--tries", type=int, default=0, help="of each damage")
   parser.add_argument("--out", help="Markdown file that gets the tables")
   parser.add_argument("--bucket_kills", type=int, default=0)
+  parser.add_argument("--bucket", choices=("s3", "gs"), default="s3")
   flags = parser.parse_args()
-  with tempfile.TemporaryDirectory(prefix="faults-") as folder:
-    folder = Path(folder)
+  with tempfile.TemporaryDirectory(prefix="faults-") as name:
+    folder = Path(name)
     cache = os.environ.setdefault("ADAPT_PRUNER_CACHE", str(folder / "cache"))
     os.environ["JAX_COMPILATION_CACHE_DIR"] = f"{cache}/jax"
     model, data = make_inputs(folder)
-
     make, rows = (lambda work: command(work, model, data)), []
     if count := flags.bucket_kills:
-      fewer = lambda work: command(work, model, data, bucket_faults.FIELDS)
-      rows += bucket_faults.kills(count, fewer, folder)
-      print(report("bucket", rows, f"--bucket_kills={count}", flags.out))
+      fewer = lambda work: command(work, model, data, bucket_faults.FIELDS)[3:]
+      rows += bucket_faults.kills(count, flags.bucket, fewer, folder)
+      said = f"--bucket_kills={count} --bucket={flags.bucket}"
+      print(report(f"{flags.bucket} bucket", rows, said, flags.out))
     if flags.kills or flags.tries:
       rows += on_a_disk(flags, make, folder)
   if any("LOST" in outcome for *_, outcome in rows):

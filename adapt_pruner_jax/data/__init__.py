@@ -17,6 +17,7 @@ for those who bring the data.
   shards         a part of a stream in a file, complete or absent
   token_store    a source as one stream of tokens, kept on disk
   packing        streams as rows of one length, in a random order
+  order          the same of long streams, which each host reads in runs
   overlap        texts that are in one another
   calibration    windows of streams, or what a file gives
   tuning_questions   questions with choices, by which a quality is kept

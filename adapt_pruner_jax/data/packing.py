@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from adapt_pruner_jax.config import Data
+from adapt_pruner_jax.data import order
 from adapt_pruner_jax.data.sources import Source, parse_sources
 from adapt_pruner_jax.data.token_store import Stream, tokenise
 from adapt_pruner_jax.data.tokenizer import Tokenizer, check_ids
@@ -90,13 +91,13 @@ class PackedRows:
 class TrainData:
   """Hands out rows, shuffled and endlessly repeated.
 
-  Every process reads all rows of a batch. They are few bytes, and which of them
-  its devices need depends on the mesh: those of one `tensor` group need the
-  same ones, also where it spans processes.
+  Each process builds the rows that its devices need: those of one `tensor`
+  group need the same ones, also where it spans processes.
   """
 
-  rows: Any  # grain.MapDataset: index -> row, over all epochs
+  rows: Any  # index -> row, endlessly: a grain.MapDataset or `order.InRuns`
   size: int  # rows a step
+  places: tuple[int, ...]  # of a step's rows, those that this process needs
   num_tokens: int  # of one epoch, over all sources
   fingerprint: str  # of all tokens; a run only continues on the same ones
   sources: tuple[tuple[float, int], ...]  # of each: share of the rows, tokens
@@ -111,14 +112,20 @@ class TrainData:
     """Stacks the rows of train step `step` (from 0).
 
     Returns:
-      Arrays [B, T]: `tokens_BT` and the `targets_BT` that follow them,
-      `segments_BT` (documents of the row from 1; 0 = padding) and
-      `positions_BT` (from 0 in each of them), all int32, and `weights_BT`,
-      float32, 1 where the target is to be learnt.
+      Arrays [B, T], 0 in rows that this process does not need: `tokens_BT`
+      and the `targets_BT` that follow them, `segments_BT` (documents of the row
+      from 1; 0 = padding) and `positions_BT` (from 0 in each of them), all
+      int32, and `weights_BT`, float32, 1 where the target is to be learnt.
     """
-    first = step * self.size
-    rows = [self.rows[i] for i in range(first, first + self.size)]
-    return {name: np.stack([r[name] for r in rows]) for name in rows[0]}
+    rows = {p: self.rows[step * self.size + p] for p in self.places}
+    like = rows[self.places[0]]
+    batch = {
+      name: np.zeros((self.size, *x.shape), x.dtype) for name, x in like.items()
+    }
+    for place, row in rows.items():
+      for name, column in row.items():
+        batch[name][place] = column
+    return batch
 
   def batches(self, first_step: int) -> Iterator[dict[str, np.ndarray]]:
     """Yields `batch` of `first_step` and of all steps after it.
@@ -142,10 +149,12 @@ def train_data(
   stop: Callable[[], None] | None = None,
   *,
   tokens: int = 0,
+  places: Sequence[int] | None = None,
 ) -> TrainData:
   """Opens `config.source`; `batch(step)` then gives the rows of any step.
 
-  Rows are shuffled over the whole of each source, anew in every epoch.
+  Rows are shuffled over the whole of each source, anew in every epoch; if one
+  has `order.LONG` tokens, in blocks.
 
   Args:
     config: of the recipe.
@@ -154,6 +163,7 @@ def train_data(
     seed: of the order of the rows.
     cache_dir, say, stop: see `tokenise`.
     tokens: that will be trained on: no more of a source is tokenised. 0 = all.
+    places: of a step's rows, those that this process needs; default all.
 
   Raises:
     UserError: the source is unreadable or empty.
@@ -178,10 +188,15 @@ def train_data(
   ]
   packed = [PackedRows(s, config.seq_len, tokenizer.begin_id) for s in streams]
   return TrainData(
-    rows=_shuffled(packed, [s.weight for s in sources], seed),
+    rows=_shuffled(packed, [s.weight for s in sources], seed, config.batch),
     size=config.batch,
+    places=tuple(range(config.batch) if places is None else places),
     num_tokens=sum(len(s.tokens) for s in streams),
-    fingerprint=digest.of_bytes(*[s.fingerprint.encode() for s in streams]),
+    fingerprint=digest.of_bytes(
+      *[s.fingerprint.encode() for s in streams],
+      # Whoever began with another order does not go on with this one.
+      *([b"in runs"] if _is_long(packed) else []),
+    ),
     whole=all(stream.whole for stream in streams),
     sources=tuple(
       (source.weight / weights, len(stream.tokens))
@@ -192,9 +207,14 @@ def train_data(
 
 
 def _shuffled(
-  packed: Sequence[PackedRows], weights: Sequence[float], seed: int
+  packed: Sequence[PackedRows],
+  weights: Sequence[float],
+  seed: int,
+  batch: int,
 ) -> Any:
-  """Rows of all sources in an endless order, as a `grain.MapDataset`."""
+  """Rows of all sources in an endless order, by index."""
+  if _is_long(packed):
+    return order.InRuns(packed, weights, seed, batch)
   import grain  # takes a second to import
 
   parts = [
@@ -202,6 +222,10 @@ def _shuffled(
     for i, rows in enumerate(packed)
   ]
   return parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, weights)
+
+
+def _is_long(packed: Sequence[PackedRows]) -> bool:
+  return any(len(rows.stream.tokens) >= order.LONG for rows in packed)
 
 
 def heldout_tokens(

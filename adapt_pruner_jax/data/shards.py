@@ -9,7 +9,7 @@ import functools
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ import numpy as np
 
 from adapt_pruner_jax.data.encoding import Chunk
 from adapt_pruner_jax.data.sources import Place
+from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.storage import cache, digest, publish
 from adapt_pruner_jax.storage.places import bucket, in_bucket, to_path
 
@@ -42,7 +43,11 @@ class Shard(NamedTuple):
 
 class Folder(NamedTuple):
   """Says where a stream's shards are: `local`, on this machine, and `shared`,
-  in a bucket, if the cache is there."""
+  in a bucket, if the cache is there.
+
+  Of a long stream each host reads its part in the bucket, see `InBucket`; of
+  others it takes a copy.
+  """
 
   local: Path
   shared: Path | None
@@ -57,6 +62,19 @@ class Folder(NamedTuple):
         with publish.file(path, ADVICE) as temporary:
           bucket().get(shared, temporary)
     return path
+
+  def shared_shard(self, number: int) -> Shard:
+    """The shard in the bucket, of which a part is read when it is used.
+
+    Raises:
+      UserError: it is damaged, or does not show.
+    """
+    path = self.shared / _name(number)
+    publish.require_shared(path)
+    shard = _opened(path, path.size(), path.read_range, InBucket)
+    if shard is None:
+      raise UserError(f"{path} is damaged: delete it and run this again")
+    return shard
 
   def put(self, number: int) -> None:
     """Copies a shard into the bucket, if there is one."""
@@ -127,36 +145,113 @@ def read(path: Path) -> Shard | None:
   The arrays are not looked at, see `is_intact`.
   """
   try:
-    size = path.stat().st_size
     with open(path, "rb") as file:
-      length = int.from_bytes(file.read(8), "little")
-      if length > size:
-        return None
-      header = json.loads(file.read(length))
+      size = os.fstat(file.fileno()).st_size
+
+      def part(start: int, stop: int) -> bytes:
+        file.seek(start)
+        return file.read(stop - start)
+
+      return _opened(path, size, part, _on_disk)
+  except OSError:
+    return None
+
+
+def _opened(
+  path: Path,
+  size: int,
+  part: Callable[[int, int], bytes],
+  array_of: Callable[..., Any],
+) -> Shard | None:
+  """`read`, of a file of `size` bytes whose parts are read by `part`."""
+  try:
+    length = int.from_bytes(part(0, 8), "little")
+    if length > size:
+      return None
+    header = json.loads(part(8, 8 + length))
     facts = json.loads(header.pop("__metadata__")["shard"])["facts"]
     ends = [entry["data_offsets"][1] for entry in header.values()]
     if size != 8 + length + max(ends):
       return None
-    array = functools.partial(_array, path, 8 + length)
+    array = functools.partial(_array, array_of, path, 8 + length)
     found = {name: array(**entry) for name, entry in header.items()}
     facts["place"] = Place(*facts["place"])
-    tokens, lengths = found["tokens"], found["lengths"]
+    tokens, lengths = found["tokens"], found["lengths"][:]
     return Shard(tokens, lengths, found.get("trained"), **facts)
   except (OSError, ValueError, KeyError, TypeError, AttributeError):
     return None
 
 
 def _array(
-  path: Path, start: int, dtype: str, shape: list[int], data_offsets: list[int]
-) -> np.ndarray:
-  """A memory map of an entry of the header."""
+  array_of: Callable[..., Any],
+  path: Path,
+  start: int,
+  dtype: str,
+  shape: list[int],
+  data_offsets: list[int],
+) -> Any:
+  """What an entry of the header describes."""
   kind = np.dtype(DTYPES[dtype])
   first, end = data_offsets
   if end - first != math.prod(shape) * kind.itemsize:
     raise ValueError(f"{path}: {shape} is not {end - first} bytes")
   if first == end:
     return np.zeros(shape, kind)  # nothing cannot be mapped
-  return np.memmap(path, kind, "r", start + first, tuple(shape))
+  return array_of(path, kind, start + first, math.prod(shape))
+
+
+def _on_disk(path: Path, dtype: np.dtype, start: int, size: int) -> np.ndarray:
+  return np.memmap(path, dtype, "r", start, (size,))
+
+
+class InBucket:
+  """An array in an object, [size], of which pieces are read when they are used,
+  and kept for a while."""
+
+  PIECE = 1 << 19  # bytes
+  KEPT = 1024  # pieces
+
+  def __init__(self, path: Path, dtype: np.dtype, start: int, size: int):
+    """Reads nothing yet; `start` is in bytes."""
+    self.dtype, self._size = dtype, size
+    self.nbytes = size * dtype.itemsize
+    self._path, self._start = path, start
+
+  def __len__(self) -> int:
+    return self._size
+
+  def __getitem__(self, index: Any) -> np.ndarray:
+    """A slice without steps, or elements by an array of indices >= 0."""
+    if isinstance(index, slice):
+      return self._between(*index.indices(self._size)[:2])
+    index = np.asarray(index)
+    if not index.size:
+      return np.zeros(index.shape, self.dtype)
+    first = int(index.min())
+    return self._between(first, int(index.max()) + 1)[index - first]
+
+  def _between(self, start: int, stop: int) -> np.ndarray:
+    if stop <= start:
+      return np.zeros(0, self.dtype)
+    step = self.PIECE // self.dtype.itemsize
+    first = start // step
+    pieces = [self._piece(n) for n in range(first, -(-stop // step))]
+    found = np.concatenate(pieces)
+    return found[start - first * step : stop - first * step]
+
+  def _piece(self, number: int) -> np.ndarray:
+    first = number * self.PIECE
+    stop = min(first + self.PIECE, self.nbytes)
+    where = self._start + first, self._start + stop
+    return np.frombuffer(_range(self._path, *where), self.dtype)
+
+
+@functools.lru_cache(InBucket.KEPT)
+def _range(path: Path, start: int, stop: int) -> bytes:
+  found = path.read_range(start, stop)
+  if len(found) != stop - start:
+    raise UserError(f"{path} has become shorter: run this again")
+  return found
 
 
 def is_intact(shard: Shard) -> bool:

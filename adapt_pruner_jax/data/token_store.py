@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from absl import logging
 
-from adapt_pruner_jax.data import encoding, shards
+from adapt_pruner_jax.data import encoding, order, shards
 from adapt_pruner_jax.data.files import files_of
 from adapt_pruner_jax.data.shards import Joined, Shard
 from adapt_pruner_jax.data.sources import FILE_KINDS, Place, Source, read_from
@@ -105,9 +105,12 @@ def tokenise(
   # that is a disk of its own they tokenise as well.
   folder = shards.folder_of(cache_dir, name)
   found = agreement.on_writer(lambda: _kept(folder, key, job))
-  name, count = agreement.same([name, len(found or [])])
+  size = sum(len(shard.tokens) for shard in found or [])
+  name, count, size = agreement.same([name, len(found or []), size])
   folder = shards.folder_of(cache_dir, name)
-  if found is None:
+  if found is None and folder.shared and size >= order.LONG:
+    found = [folder.shared_shard(number) for number in range(count)]
+  elif found is None:
     publish.wait_for(folder.path(count - 1))
     found = _kept(folder, key, job)
   for number, shard in enumerate(found):
@@ -134,7 +137,8 @@ def _stream(source: Source, found: Sequence[Shard]) -> Stream:
 
 
 def _joined(arrays: Sequence[np.ndarray]) -> np.ndarray | Joined:
-  return arrays[0] if len(arrays) == 1 else Joined(arrays)
+  alone = len(arrays) == 1 and isinstance(arrays[0], np.ndarray)
+  return arrays[0] if alone else Joined(arrays)
 
 
 # ---- Tokenising --------------------------------------------------------------

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from adapt_pruner_jax.distributed import processes
+from adapt_pruner_jax.distributed import processes, stopping
 from adapt_pruner_jax.errors import StoppedError, UserError
 
 
@@ -77,7 +77,8 @@ def on_writer(action: Callable[[], Any]) -> Any:
   result, refusal = None, None
   if is_writer():
     try:
-      result = action()
+      with stopping.alone():
+        result = action()
     except (UserError, StoppedError) as error:
       refusal = error
   words = same(refusal and [isinstance(refusal, StoppedError), str(refusal)])

@@ -39,8 +39,15 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec(BATCH))
 
 
+def rows_here(batch: int, mesh: Mesh) -> tuple[int, ...]:
+  """Which of so many rows the devices of this process have."""
+  cut = batch_sharding(mesh).addressable_devices_indices_map((batch,))
+  mine = {row for (at,) in cut.values() for row in range(batch)[at]}
+  return tuple(sorted(mine))
+
+
 def place_rows(rows: np.ndarray, mesh: Mesh) -> jax.Array:
-  """A host array, the same in every process, cut by rows."""
+  """A host array cut by rows; each process needs to have its own."""
   cut = batch_sharding(mesh)
   return jax.make_array_from_callback(rows.shape, cut, lambda at: rows[at])
 
@@ -88,6 +95,16 @@ def passes(
     (tokens_MBT[i : i + M], valid_MB[i : i + M])
     for i in range(0, number * M, M)
   ]
+
+
+def together(batch: int, samples: int, mesh: Mesh) -> int:
+  """How many samples go through the devices at once: `batch`, or the least
+  multiple of it that gives each device as many rows.
+
+  Never so many that the last of all samples would be fewer.
+  """
+  more = math.lcm(batch, mesh.size)
+  return batch if samples % more else more
 
 
 def padded_rows(batch: int, mesh: Mesh) -> int:

@@ -4,6 +4,9 @@ All have to stop at the same moment, as each waits for the others in the next
 collective. To ask them in each train step would be a collective of its own; so
 nothing is sent until one is asked. A thread of each process then says how many
 moments its process has passed, and all stop at the first that none has.
+
+What takes long and knows nothing of a run (a refit, an evaluation, an export,
+reading a model) calls `moment` at each batch or tensor.
 """
 
 import contextlib
@@ -16,9 +19,13 @@ from typing import Any
 import jax
 
 from adapt_pruner_jax.distributed import processes
+from adapt_pruner_jax.errors import StoppedError
 
+SAID = "stopped; the same command continues"
 HEAR = 1000  # milliseconds that a question to the coordinator may wait
 _numbers = itertools.count()
+_under_way: list["Stopping"] = []  # the last one counts
+_alone: list[bool] = []  # what this process does now, the others do not
 
 
 class Stopping:
@@ -96,8 +103,33 @@ def stop_signals() -> Iterator[Stopping]:
       signal.signal(signal.SIGINT, signal.default_int_handler)
 
   old = {s: signal.signal(s, ask) for s in (signal.SIGTERM, signal.SIGINT)}
+  _under_way.append(stopping)
   try:
     yield stopping
   finally:
+    _under_way.remove(stopping)
     for number, handler in old.items():
       signal.signal(number, handler)
+
+
+def moment() -> None:
+  """A moment at which a run may stop; all processes come to it together.
+
+  Raises:
+    StoppedError: on all of them, if the run under way was asked to stop.
+  """
+  if not _under_way:
+    return
+  stopping = _under_way[-1]
+  if stopping.here if _alone else stopping.now():
+    raise StoppedError(SAID)
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+  """For what process 0 does while the others wait for it."""
+  _alone.append(True)
+  try:
+    yield
+  finally:
+    _alone.pop()

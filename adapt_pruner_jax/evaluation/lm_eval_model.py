@@ -23,7 +23,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.utils import normalize_gen_kwargs
 
 from adapt_pruner_jax.data.tokenizer import Tokenizer
-from adapt_pruner_jax.distributed import placement, sharding
+from adapt_pruner_jax.distributed import placement, sharding, stopping
 from adapt_pruner_jax.distributed.embedding import embed
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.evaluation import generate, scoring_rows
@@ -33,7 +33,7 @@ from adapt_pruner_jax.evaluation.phases import Phase, Phases, silent
 from adapt_pruner_jax.evaluation.scoring_rows import QUERIES
 from adapt_pruner_jax.models import layer
 from adapt_pruner_jax.models.axes import Params
-from adapt_pruner_jax.models.decoder import Decoder, output_name
+from adapt_pruner_jax.models.decoder import Decoder, head_matrix
 from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.training import output_loss, output_matrix
 
@@ -140,6 +140,7 @@ class JaxLM(WordsLM):
     self._note_truncated([requests[i] for i in members], lengths, longest)
     members = sorted(members, key=lambda i: -len(prompts[i]))
     for start in range(0, len(members), self.batch):
+      stopping.moment()
       some = members[start : start + self.batch]
       ends = [prompts[i][-longest:] for i in some]
       yield some, self._continue(ends, number, settings)
@@ -191,6 +192,7 @@ class JaxLM(WordsLM):
     sent, done = collections.deque(), 0
     batches = self._batches(rows)
     while True:
+      stopping.moment()
       for some, T, Q in itertools.islice(batches, AHEAD - len(sent)):
         sent.append((some, self._send(some, T, Q)))
       if not sent:
@@ -326,7 +328,7 @@ def _score(
   )
 
   x_BTD = apply(x_BTD, method="normed")
-  matrix = output_matrix.place(config, params[output_name(config)], mesh)
+  matrix = output_matrix.place(config, head_matrix(config, params), mesh)
 
   def block(i, found):
     def part(x_BQ):

@@ -25,7 +25,7 @@ from adapt_pruner_jax.distributed import sharding
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.models.devices import USABLE
 from adapt_pruner_jax.models.model_config import ModelConfig
-from adapt_pruner_jax.planning import cost, memory
+from adapt_pruner_jax.planning import cost, memory, times
 from adapt_pruner_jax.planning.hardware import (
   Hardware,
   compile_for,
@@ -43,7 +43,6 @@ FILE = "hours.json"  # in the work directory: what was chosen, and for what
 PLANNED = 0.8  # share of the hours that pruning and training are to take
 SLOWER = 2.0  # a FLOP of scoring, against one of training
 TIMED = 3  # train steps
-COMPILING = 60.0  # seconds of the first step, where nothing is timed
 RANK = 16  # of adapters, where training all weights does not fit
 
 
@@ -177,7 +176,7 @@ def predict(
   config = fitted(config, full, student, hardware)
   rate = hardware.peak * hardware.mfu * hardware.devices
   flops = cost.training_flops(student, full, config) * config.data.step_tokens
-  speed = Speed(flops / rate, COMPILING)
+  speed = Speed(flops / rate, times.STEP)
   chosen = choose(config, full, speed, rate)
   return _chosen(config, chosen), said(config, chosen, speed)
 
@@ -245,6 +244,8 @@ def fitted(
     UserError: not even adapters fit.
   """
   usable, devices = hardware.memory * USABLE, compile_for(hardware)
+  if isinstance(devices, str):  # of which too many ways would be compiled
+    devices = hardware.devices
   if not usable:
     return config
   # Only training is asked for: a method whose scoring is not compiled.
@@ -258,7 +259,9 @@ def fitted(
   for way in ways:
     train = dataclasses.replace(config.train, **way)
     made = dataclasses.replace(config, train=train, prune=prune)
-    found = memory.measure(made, full, student, devices, hardware.memory)
+    found = memory.measure(
+      *(made, full, student, devices, hardware.memory, hardware.device)
+    )
     if sum(found["training"].values()) <= usable:
       return dataclasses.replace(config, train=train)
   raise UserError(

@@ -19,7 +19,7 @@ from adapt_pruner_jax.config import (
 from adapt_pruner_jax.errors import UserError, first_line
 from adapt_pruner_jax.models import model_config
 from adapt_pruner_jax.models.model_config import ModelConfig
-from adapt_pruner_jax.planning import cost, hours, memory
+from adapt_pruner_jax.planning import hours, memory, times
 from adapt_pruner_jax.planning.advice import fixed_attention, warnings
 from adapt_pruner_jax.planning.cost import stage_table
 from adapt_pruner_jax.planning.disk import disk
@@ -95,14 +95,16 @@ def plan(
     "chosen": chosen,  # for train.hours
     "stages": stages,
     "memory": memory.measure(
-      config, full, configs[1], compiled_for, hardware.memory
+      *(config, full, configs[1], compiled_for),
+      *(hardware.memory, hardware.device),
     ),
-    "memory_from": source(compiled_for),
+    "memory_from": source(hardware, compiled_for),
     "disk": disk(config, [whole, *configs[1:]], folder),
   }
   flops = sum(s["prune_flops"] + s["train_flops"] for s in stages)
   found["flops"] = flops
-  found["hours"] = cost.hours(flops, hardware)
+  spent = times.hours(config, full, configs[1:], stages, hardware)
+  found["hours_of"], found["hours"] = spent, spent and sum(spent.values())
   found["warnings"] = warnings(config, found, hardware)
   found["warnings"] += fixed_attention(config.prune, full)
   if config.prune.budget == "quality":
@@ -250,7 +252,7 @@ def show(found: dict, config: Config, hardware: Hardware, log: Log) -> None:
   )
   _show_budgets(found["budgets"], log)
   name = hardware.device or "device"
-  time = "unknown: give --device or --tflops"
+  time, spent = "unknown: give --device or --tflops", found["hours_of"] or {}
   if found["hours"] is not None:
     time = duration(found["hours"] * 3600)
     time += f" at {hardware.mfu:.0%} of the peak"
@@ -266,6 +268,7 @@ def show(found: dict, config: Config, hardware: Hardware, log: Log) -> None:
       ("scoring", f"{scored:.3g} FLOPs"),
       ("training", f"{trained:.3g} FLOPs"),
       ("time", time),
+      *((f"  {n}", duration(h * 3600)) for n, h in spent.items()),
       ("original on disk", in_bytes(found["disk"]["original"])),
       ("export on disk", in_bytes(found["disk"]["export"])),
       *cached,

@@ -9,13 +9,14 @@ squares makes u land on z:
 
 The target holds the error that earlier layers have left, so each layer corrects
 those before it. Where a norm is behind the matrix (Gemma 2, OLMo 2) the target
-is what the dense model gives to that norm, from its own stream. No parameter is
-added. `refit_all` also refits the matrices
-that read the stream, to what the dense model computes in their place.
+is what the dense model gives to that norm, from its own stream. Experts are
+refitted one by one (`refit_experts`). No parameter is added. `refit_all` also
+refits the matrices that read the stream, to what the dense model computes in
+their place.
 
 How they are solved is in `least_squares`. In large models the first token of a
 sequence can have activations a thousand times larger than the rest; no token
-counts for more than `least_squares.CAP` typical ones.
+counts for more than `streams.CAP` typical ones.
 """
 
 import functools
@@ -25,7 +26,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from adapt_pruner_jax.distributed import placement, sharding
+from adapt_pruner_jax.distributed import placement, sharding, stopping
 from adapt_pruner_jax.models import axes, model_config
 from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.model_config import ModelConfig
@@ -78,6 +79,7 @@ def refit(
   everything = surgery.everything(dense_config)
 
   def layer_at(i: int) -> tuple[Params, Params, Masks]:
+    stopping.moment()
     return (
       _widened(dense_params, i, everything, wide_dense, mesh),
       _widened(params, i, kept, wide, mesh),
@@ -117,6 +119,7 @@ def refit_masked(
   names = functools.partial(model_config.layer_names, config)
 
   def layer_at(i: int) -> tuple[Params, Params, Masks]:
+    stopping.moment()
     return (
       _widened(task.params, i, task.kept, config, task.mesh),
       _layer({n: new[n] for n in names(i)}, placed, i),

@@ -20,7 +20,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from adapt_pruner_jax.config import Train
-from adapt_pruner_jax.distributed import agreement, placement
+from adapt_pruner_jax.distributed import agreement, placement, stopping
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.model_config import ModelConfig
@@ -127,6 +127,7 @@ def _batches(
       len(rows_NT)
     )
     for i in range(0, len(order) - batch + 1, batch):
+      stopping.moment()
       yield step.batch_of(rows_NT[order[i : i + batch]])
 
 

@@ -21,7 +21,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from adapt_pruner_jax.config import Prune
-from adapt_pruner_jax.distributed import agreement, placement
+from adapt_pruner_jax.distributed import agreement, placement, stopping
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.models import model_config
 from adapt_pruner_jax.models.axes import UNITS, Params
@@ -232,6 +232,7 @@ def _divergence(masked: Masked):
   given = tokens_MBT, valid_MB, dense_MBTD, outer
 
   def divergence(masks: Masks) -> float:
+    stopping.moment()
     found = mean_divergence(
       config, masked.stacked, place(masks), *given, mesh=task.mesh
     )

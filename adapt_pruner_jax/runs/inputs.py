@@ -13,7 +13,7 @@ from adapt_pruner_jax.config import Config, Eval, task_names
 from adapt_pruner_jax.data import packing, sources
 from adapt_pruner_jax.data.calibration import WindowData, pruning_data
 from adapt_pruner_jax.data.tokenizer import Tokenizer, load_tokenizer
-from adapt_pruner_jax.distributed import agreement, sharding
+from adapt_pruner_jax.distributed import agreement, placement, sharding
 from adapt_pruner_jax.distributed.stopping import Stopping
 from adapt_pruner_jax.errors import StoppedError, UserError
 from adapt_pruner_jax.evaluation import evaluate, perplexity
@@ -23,6 +23,7 @@ from adapt_pruner_jax.models import kernels
 from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.pruning import budgets, targets
+from adapt_pruner_jax.pruning.baselines import reap
 from adapt_pruner_jax.pruning.task import Limits
 from adapt_pruner_jax.reporting.log import Log
 from adapt_pruner_jax.runs import (
@@ -107,6 +108,7 @@ def open_inputs(
     )
   source = model_path(recipe.model.path, log)
   whole = full = load.read_config(str(source), recipe.model.ignore_fields)
+  sharding.require_experts(full, mesh)
   if not recipe.prune.counts("latency"):
     targets.prunable_modules(full, recipe.prune)
   _check_lengths(recipe, full)
@@ -130,6 +132,9 @@ def open_inputs(
   target = targets.resolve_target(full, recipe.prune, whole, beside)
   if target is None and not recipe.prune.max_steps:
     target = budgets.count(full, recipe.prune)  # the vocabulary alone
+  if recipe.prune.method == "reap" and target is not None:
+    fewer = reap.with_experts(full, reap.remaining(full, target))
+    sharding.require_experts(fewer, mesh, " left by reap")
   written = asked.in_place(recipe)
   where = cache.tokens(path), log.say, lambda: _stop_here(stopping, path)
   calibration, refit_data, tuning, search_data = pruning_data(
@@ -304,6 +309,7 @@ def open_training(
     log.say,
     lambda: _stop_here(stopping, path),
     tokens=tokens,
+    places=placement.rows_here(recipe.data.batch, mesh),
   )
   epochs = rows.epochs(tokens)
   log.say(

@@ -11,6 +11,7 @@ next beat, and ends at once.
 import contextlib
 import json
 import os
+import secrets
 import socket
 import sys
 import threading
@@ -25,6 +26,7 @@ from adapt_pruner_jax.storage.bucket_path import BucketPath
 
 BEAT = 10  # seconds
 DEAD = 45
+RUN = secrets.token_hex(8)  # of this process, and of no other on any machine
 
 
 @contextlib.contextmanager
@@ -37,6 +39,11 @@ def lock(workdir: BucketPath, name: str) -> Iterator[None]:
   Raises:
     UserError: another run holds it, or it cannot be written to.
   """
+  if set(str(workdir)) & set("*?["):  # fsspec would look for what matches
+    raise UserError(
+      f"--workdir={workdir}: a name in a bucket may not have * ? or [; give "
+      "another one"
+    )
   mine = _take(workdir, workdir / name)
   ended = threading.Event()
   beating = threading.Thread(
@@ -57,8 +64,8 @@ def _take(workdir: BucketPath, folder: BucketPath) -> BucketPath:
   end, seen = None, None
   while True:
     numbers = _numbers(folder)
-    content = (folder / numbers[-1]).read_bytes() if numbers else b""
-    held = json.loads(content or b'{"free": true}')
+    content = _read(folder / numbers[-1]) if numbers else b""
+    held = _held(content)
     if content != seen and seen is not None and not held["free"]:
       raise UserError(
         f"--workdir={workdir} is in use by another run ({held['who']}): wait "
@@ -69,8 +76,7 @@ def _take(workdir: BucketPath, folder: BucketPath) -> BucketPath:
     dead = held["free"] or _was_here(held) or time.monotonic() > end
     if dead:
       mine = folder / f"{int(numbers[-1]) + 1 if numbers else 1:09d}"
-      with contextlib.suppress(FileExistsError):  # another was faster
-        mine.create(_content())
+      if _create(mine, _content()):
         for number in numbers:
           (folder / number).unlink(missing_ok=True)
         return mine
@@ -83,6 +89,33 @@ def _take(workdir: BucketPath, folder: BucketPath) -> BucketPath:
       )
     seen = content
     time.sleep(0.2 if dead else 2)
+
+
+def _create(mine: BucketPath, content: bytes) -> bool:
+  """Whether this process has created it; False if another was faster."""
+  try:
+    mine.create(content)
+  except FileExistsError:
+    # Or it was this one, whose request was repeated as its answer was lost.
+    return _read(mine) == content
+  return True
+
+
+def _read(path: BucketPath) -> bytes:
+  try:
+    return path.read_bytes()
+  except FileNotFoundError:  # the next owner has just removed it
+    return b""
+
+
+def _held(content: bytes) -> dict:
+  """What a lock says; nothing = there is none."""
+  unknown = {"who": "whoever has written what is no lock", "free": False}
+  try:
+    found = json.loads(content or b'{"free": true}')
+  except ValueError:
+    return unknown
+  return unknown | found if isinstance(found, dict) else unknown
 
 
 def _beat(
@@ -112,13 +145,13 @@ def _lost(workdir: BucketPath) -> None:
 
 
 def _numbers(folder: BucketPath) -> list[str]:
-  return [path.name for path in folder.iterdir()]
+  return [p.name for p in folder.iterdir() if p.name.isdecimal()]
 
 
 def _content(free: bool = False, beat: int = 0) -> bytes:
   who = f"process {os.getpid()} on {socket.gethostname()}"
-  content = {"who": who, "free": free, "beat": beat, "pid": os.getpid()}
-  return json.dumps(content | _here()).encode()
+  content = {"who": who, "run": RUN, "free": free, "beat": beat}
+  return json.dumps(content | {"pid": os.getpid()} | _here()).encode()
 
 
 def _here() -> dict[str, str]:

@@ -33,7 +33,8 @@ _LOGIN = {
   "s3": "log in with `aws configure`, or set AWS_ACCESS_KEY_ID and "
   "AWS_SECRET_ACCESS_KEY",
 }
-# Words of what passes, of no credentials, and of a lack of rights.
+# Words of what passes, of no credentials, of a lack of rights, of no room (a
+# quota, or a server's disks), and of a clock that is wrong.
 _PASSES = (
   *("SlowDown", "Service Unavailable", "ServiceUnavailable", "InternalError"),
   *("Too Many Requests", "rateLimitExceeded", "throttl", "request rate"),
@@ -46,6 +47,14 @@ _NOBODY = (
   *(", 401", "UNAUTHENTICATED"),
 )
 _FORBIDDEN = ("Forbidden", "AccessDenied", "Access Denied", "PERMISSION_DENIED")
+_FULL = (
+  *("StorageFull", "QuotaExceeded", "Insufficient Storage", "(507)", ", 507"),
+  *("minimum free drive", "quota has been exceeded", "billing account"),
+)
+_CLOCK = (
+  *("TimeTooSkewed", "request time and the", "RequestExpired"),
+  *("Token used too", "reasonable timeframe"),
+)
 _TENSORSTORE = (
   *("UNAVAILABLE", "DEADLINE_EXCEEDED", "UNAUTHENTICATED"),
   *("PERMISSION_DENIED", "RESOURCE_EXHAUSTED"),
@@ -120,6 +129,11 @@ class BucketPath(type(epath.Path("gs://bucket"))):
   def read_bytes(self) -> bytes:
     """All of the object."""
     return call(self, lambda: self.fs.cat_file(str(self)))
+
+  def read_range(self, start: int, stop: int) -> bytes:
+    """Bytes of the object, as many as there are of these."""
+    read = self.fs.cat_file
+    return call(self, lambda: read(str(self), start=start, end=stop))
 
   def read_text(self, encoding: str = "utf-8") -> str:
     """All of the object, decoded."""
@@ -247,10 +261,20 @@ def explain(error: BaseException, path: str | os.PathLike) -> str | None:
   Returns:
     None if it is of something else.
   """
-  text = f"{type(error).__name__}: {first_line(error)}"[:300]
+  text = f"{type(error).__name__}: {_of_one_line(error)}"[:300]
   library = type(error).__module__.split(".")[0] in _LIBRARIES
   if not (library or isinstance(error, OSError) or _says(text, _TENSORSTORE)):
     return None
+  if _says(text, _CLOCK):
+    return (
+      f"{path}: not taken for this machine's clock ({text}): set it right and "
+      "run the same command again"
+    )
+  if _is_full(error):
+    return (
+      f"{path}: the bucket is full, or its quota is used up ({text}): what was "
+      "there is intact; make room there and run the same command again"
+    )
   if _says(text, _NOBODY):
     return f"{path}: no credentials that it takes ({text}): " + _login(path)
   if isinstance(error, PermissionError) or _says(text, _FORBIDDEN):
@@ -269,18 +293,28 @@ def explain(error: BaseException, path: str | os.PathLike) -> str | None:
   )
 
 
+def _of_one_line(error: BaseException) -> str:
+  """What it says; gcsfs has the reason in a second line."""
+  lines = str(error).strip().splitlines() or [type(error).__name__]
+  return ": ".join(line.strip() for line in lines[:2])
+
+
 def _login(path: str | os.PathLike) -> str:
   return _LOGIN[str(path).partition("://")[0]]
 
 
 def _is_passing(error: BaseException) -> bool:
-  if isinstance(error, PermissionError):
+  if isinstance(error, PermissionError) or _is_full(error):
     return False
   names = " ".join(kind.__name__ for kind in type(error).__mro__)
   text = first_line(error)
   busy = getattr(error, "errno", None) == errno.EBUSY  # what s3fs makes of it
   known = _says(names, _CONNECTION) or _says(text, _PASSES)
   return busy or known or _CODES.search(text) is not None
+
+
+def _is_full(error: BaseException) -> bool:
+  return _says(_of_one_line(error), _FULL)
 
 
 def _says(text: str, words: tuple[str, ...]) -> bool:

@@ -8,9 +8,11 @@ its own, which whoever publishes there an hour later removes.
 import contextlib
 import ctypes
 import glob
+import math
 import os
 import secrets
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -360,9 +362,16 @@ def _prefix(path: Path) -> str:
 
 
 def _remove_abandoned(folder: Path, prefix: str, seconds: float) -> None:
-  """Deletes what killed processes were writing, untouched for so long."""
-  for path in folder.glob(f"{glob.escape(prefix)}*"):
+  """Deletes what killed processes were writing, untouched for so long.
+
+  By the clock of the file system, which may be another machine's.
+  """
+  found, now = list(folder.glob(f"{glob.escape(prefix)}*")), math.inf
+  if found and seconds:
+    with tempfile.TemporaryFile(dir=folder) as probe:
+      now = os.fstat(probe.fileno()).st_mtime
+  for path in found:
     with contextlib.suppress(FileNotFoundError):  # its process has renamed it
       touched = [p.stat().st_mtime for p in (path, *path.rglob("*"))]
-      if time.time() - max(touched) >= seconds:
+      if now - max(touched) >= seconds:
         _remove(path)

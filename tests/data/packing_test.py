@@ -1,6 +1,7 @@
 """Packed rows, their order, and held-out tokens."""
 
 import dataclasses
+from itertools import pairwise
 
 import jax
 import numpy as np
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adapt_pruner_jax.config import Data
-from adapt_pruner_jax.data import packing, sources, token_store
+from adapt_pruner_jax.data import order, packing, sources, token_store
 from adapt_pruner_jax.models import decoder, model_config
 from adapt_pruner_jax.models.rope import Rope
 from tests.data.words import BOS, CHAT, END, EOS, WORDS, V, error, ids_of, write
@@ -289,6 +290,66 @@ def test_train_mixture(tmp_path, words):
   # Not in blocks: every batch has its share.
   assert all(1 <= h.sum() <= 5 for h in of_high)
   assert_same(opened(spec, words, 10, 16).batch(99), batches[99])
+
+
+def test_each_process_builds_its_rows(words, documents):
+  mine = opened(documents, words, places=(2, 5)).batch(3)
+  for name, whole in opened(documents, words).batch(3).items():
+    np.testing.assert_array_equal(mine[name][[2, 5]], whole[[2, 5]])
+    assert mine[name].shape == whole.shape
+    assert not mine[name][[0, 1, 3, 4, 6, 7]].any()
+
+
+class Numbers(list):
+  seq_len = order.BLOCK_TOKENS // 4  # blocks of four rows
+
+
+@pytest.mark.parametrize(("rows", "batch"), [(103, 8), (50, 7)])
+def test_order_in_runs(rows, batch):
+  """Each row once an epoch, by one place, in blocks; epochs differ."""
+  made = order.InRuns([Numbers(range(rows))], [1.0], 3, batch)
+  seen = []
+  for place in range(batch):
+    mine = [made[step * batch + place] for step in range(2 * rows)]
+    length = (place + 1) * rows // batch - place * rows // batch
+    epochs = [mine[e * length : (e + 1) * length] for e in range(3)]
+    seen.append(epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+    # What it reads next is, for the most part, near what it has just read.
+    jumps = [min(abs(a - b), rows - abs(a - b)) for a, b in pairwise(mine)]
+    assert np.mean(np.array(jumps) < 4) > 0.55
+  for epoch in range(3):
+    found = [row for epochs in seen for row in epochs[epoch]]
+    assert sorted(found) == list(range(rows))
+  again = order.InRuns([Numbers(range(rows))], [1.0], 3, batch)
+  assert [again[i] for i in (0, 77, 1234)] == [made[i] for i in (0, 77, 1234)]
+  other = order.InRuns([Numbers(range(rows))], [1.0], 4, batch)
+  assert [other[i] for i in range(20)] != [made[i] for i in range(20)]
+
+
+def test_order_in_runs_of_a_mixture():
+  sources = [Numbers(range(800)), Numbers(range(1000, 1080)), Numbers([7000])]
+  made = order.InRuns(sources, [0.7, 0.2, 0.1], 0, 8)
+  steps = [[made[s * 8 + p] for p in range(8)] for s in range(100)]
+  share = lambda rows: np.mean(np.array(rows) < 800)
+  assert share(steps) == pytest.approx(0.7, abs=0.01)
+  for rows in (*steps, *zip(*steps, strict=True)):  # of a batch, of a place
+    assert share(rows) == pytest.approx(0.7, abs=0.15)
+  large = [row for rows in steps for row in rows if row < 800]
+  assert len(set(large)) == len(large)  # 560 of 800: none comes twice
+  small = [row for rows in steps for row in rows if 1000 <= row < 7000]
+  assert max(map(small.count, small)) - min(map(small.count, small)) <= 1
+
+
+def test_long_sources_are_read_in_runs(words, documents, monkeypatch):
+  whole = opened(documents, words)
+  monkeypatch.setattr(order, "LONG", 1000)
+  train = opened(documents, words, batch=1)
+  assert train.fingerprint != whole.fingerprint  # and no old run goes on so
+  packed = packing.PackedRows(train.streams[0], 128, words.begin_id)
+  want = sorted(packed[i]["tokens_BT"].tobytes() for i in range(len(packed)))
+  found = [train.batch(i)["tokens_BT"].tobytes() for i in range(len(packed))]
+  assert sorted(found) == want
 
 
 def test_train_from_cache_is_the_same(tmp_path, words, documents):

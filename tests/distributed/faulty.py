@@ -2,7 +2,7 @@
 
   1  a bit of the lowest score of each kind of unit is another
   2  the newest checkpoint is not in any listing, and pruning.json is another
-  3  what was renamed shows three seconds later
+  3  what was renamed shows three seconds later, and the clock is a day ahead
 
 With FAULTS=version process 1 has another version of JAX instead.
 """
@@ -100,7 +100,8 @@ def late_renames(work):
       os_stat(at)
     except OSError:
       return
-    if time.time() - looked.setdefault(at, time.time()) < LATE:
+    now = time.monotonic()
+    if now - looked.setdefault(at, now) < LATE:
       say("late")
       raise FileNotFoundError(2, "No such file or directory", path)
 
@@ -113,6 +114,11 @@ def late_renames(work):
     return call
 
   os.stat, builtins.open = late(os_stat), late(os_open)
+
+
+def another_clock():
+  clock = time.time
+  time.time = lambda: clock() + 86_400
 
 
 def another_version():
@@ -133,6 +139,7 @@ def main():
     another_listing(work)
   elif me == 3:
     late_renames(work)
+    another_clock()
   cli.main()
 
 

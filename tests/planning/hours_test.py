@@ -67,7 +67,7 @@ def test_too_few_hours_say_how_many():
 def test_what_fits_the_memory(most, wanted, monkeypatch):
   """The first of: as it is, recomputed, split, adapters."""
 
-  def measured(config, full, student, devices, size):
+  def measured(config, full, student, devices, size, kind):
     t = config.train
     size = 64 / t.accumulation + 30 * (t.remat != "full")
     return {"training": {"all": 1.0 if t.lora_rank else max(size, 17)}}

@@ -1,22 +1,17 @@
-"""A whole run in a bucket, killed in its phases, against one on a disk."""
+"""A whole run of four processes in a bucket, killed, against one on a disk."""
 
 import json
-import signal
 import time
+from pathlib import Path
 
 import pytest
 
+from adapt_pruner_jax.errors import EXIT_ERROR
 from adapt_pruner_jax.reporting.html import report
-from tests.small_runs import finish, output, recipe, start
+from tests.small_runs import flags_of, recipe
 
 pytestmark = pytest.mark.slow
-
-# What the bucket shows when a phase is under way.
-MOMENTS = {
-  "prune": "pruning.json",
-  "train": "checkpoints/1/commit_success.txt",
-  "export": "model/incomplete",
-}
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
 def flip(path):
@@ -34,29 +29,70 @@ def newest_array(work):
   return state / next(n for n in state.files() if n.startswith("d/"))
 
 
-def test_a_run_in_a_bucket_survives_kills(
-  small_model, process_env, bucket, fault, tmp_path
-):
+@pytest.fixture
+def four(small_model, tmp_path, bucket_server, monkeypatch):
+  """`four(work)` starts a run's processes; killed at the end."""
+  monkeypatch.syspath_prepend(BENCHMARKS)
+  import bucket_faults
+
   config = recipe(small_model, stages=1, tokens=4 * 256)
   config.eval.text = ""
   config.log.tensorboard = True
+  started = []
+
+  def begin(work):
+    arguments = ["run", *flags_of(config, work)]
+    env = bucket_faults.ENV | bucket_server.environment
+    started.extend(bucket_faults.start(arguments, env, tmp_path))
+    return started[-bucket_faults.N :]
+
+  begin.ends = bucket_faults.exit_codes
+  begin.said = lambda me: (tmp_path / f"{me}.out").read_text()
+  yield begin
+  for process in started:
+    process.kill()
+
+
+@pytest.mark.parametrize("bucket_server", ["s3"], indirect=True)
+def test_four_processes_in_a_bucket_survive_kills(
+  bucket, fault, tmp_path, four
+):
   whole, work = tmp_path / "whole", bucket / "run"
-  finish(config, whole, process_env(1))
-  said = tmp_path / "bucket"  # its name, where the others' output is
-  for moment, name in MOMENTS.items():
-    process = start(config, work, process_env(1), said=said)
+  assert four.ends(four(whole)) == [0] * 4, four.said(0)
+
+  def started_until(name):
+    running = four(work)
     while not (work / name).exists():
-      assert process.poll() is None, output(said)
+      assert all(p.exitcode is None for p in running), four.said(0)
       time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (work / "summary.json").exists()
-    if moment == "train":
-      flip(newest_array(work))
-  process = start(config, work, process_env(1), said=said)
-  fault(503, 10, "PUT,GET,HEAD,POST,DELETE")
-  assert process.wait(300) == 0, output(said)
-  assert "is damaged and was set aside" in output(said)
+    return running
+
+  running = started_until("pruning.json")
+  running[0].kill()
+  assert all(four.ends(running))
+  flip(work / "pruning.json")
+  running = started_until("checkpoints/1/commit_success.txt")
+  for process in running:
+    process.kill()
+  four.ends(running)
+  flip(newest_array(work))
+  running = started_until("model/incomplete")
+  fault("quota", 60, "PUT,POST")
+  assert EXIT_ERROR in four.ends(running)
+  *_, line = four.said(0).splitlines()
+  assert line.startswith("error: s3://bucket/run/")
+  assert "the bucket is full" in line
+  fault("quota", 0, "NONE")
+  running = started_until("model/incomplete")
+  running[3].kill()
+  four.ends(running)
+  assert not (work / "summary.json").exists()
+  running = four(work)
+  fault("503", 10, "PUT,GET,HEAD,POST,DELETE")
+  assert four.ends(running) == [0] * 4, four.said(0)
+
+  assert "pruning.json is damaged: this stage's prun" in four.said(0)
+  assert "is damaged and was set aside" in four.said(0)
   for name in ("model/model.safetensors", "trace.jsonl", "kept.json"):
     assert (work / name).read_bytes() == (whole / name).read_bytes(), name
   got, want = (

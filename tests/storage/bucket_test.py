@@ -1,4 +1,4 @@
-"""A work directory in a bucket: an S3 server on loopback, and its clients."""
+"""A work directory in a bucket: S3 and Cloud Storage, served on loopback."""
 
 import json
 import os
@@ -6,15 +6,23 @@ import subprocess
 import sys
 import textwrap
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
-from adapt_pruner_jax.data import files, sources, token_store
+from adapt_pruner_jax.data import files, order, shards, sources, token_store
 from adapt_pruner_jax.data.tokenizer import load_tokenizer
+from adapt_pruner_jax.distributed import agreement
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.formats.hf import load
-from adapt_pruner_jax.storage import json_files, places, publish
+from adapt_pruner_jax.storage import (
+  bucket_lock,
+  bucket_path,
+  json_files,
+  places,
+  publish,
+)
 from adapt_pruner_jax.storage.outbox import Outbox
 from tests import small_runs
 
@@ -24,7 +32,7 @@ ROWS = [{"a": i} for i in range(5)]
 @pytest.fixture
 def place(bucket, request):
   """A place in the bucket that only this test has."""
-  return bucket / request.node.name
+  return bucket / request.node.originalname
 
 
 def test_a_bucket_has_what_was_written(place):
@@ -138,9 +146,45 @@ def owner(place, *more):
   return process
 
 
+def test_of_many_at_a_time_one_creates_the_lock(place):
+  def create(number):
+    return bucket_lock._create(place / "lock", b"%d" % number)
+
+  with ThreadPoolExecutor(8) as threads:
+    made = list(threads.map(create, range(8)))
+  assert sum(made) == 1
+  assert (place / "lock").read_bytes() == b"%d" % made.index(True)
+  # A request that was repeated, as the answer to the first was lost.
+  assert create(made.index(True))
+
+
+def test_names_that_are_patterns_are_refused(bucket):
+  with (
+    pytest.raises(UserError, match=r"may not have \* \? or \["),
+    bucket_lock.lock(bucket / "run[1]", "run.lock"),
+  ):
+    pass
+
+
+def test_a_lock_that_was_changed_behind_our_back(place, monkeypatch):
+  monkeypatch.setattr(bucket_lock, "DEAD", 0.5)
+  for name, content in {"a": b"no JSON", "b": b"[1]", "c": b"{}"}.items():
+    (place / name / "000000001").write_bytes(content)
+    (place / name / "notes.txt").write_bytes(content)
+    begun = time.monotonic()
+    with bucket_lock.lock(place, name):  # nobody shows there
+      assert time.monotonic() - begun > 0.5
+  listed = [["000000001"], []]  # and by then the next owner has removed it
+  monkeypatch.setattr(bucket_lock, "_numbers", lambda _: listed.pop(0))
+  assert bucket_lock._take(place, place / "other").name == "000000002"
+
+
+ONLY_S3 = pytest.mark.parametrize("bucket_server", ["s3"], indirect=True)
+
+
+@ONLY_S3
 @pytest.mark.slow
 def test_one_owner_at_a_time(place, monkeypatch):
-  from adapt_pruner_jax.storage import bucket_lock
 
   monkeypatch.setattr(bucket_lock, "BEAT", 0.5)
   monkeypatch.setattr(bucket_lock, "DEAD", 3)
@@ -178,6 +222,7 @@ except UserError as error:
 """
 
 
+@ONLY_S3
 @pytest.mark.slow
 @pytest.mark.parametrize(
   ("place", "unset", "expected"),
@@ -204,18 +249,36 @@ def test_bad_buckets_are_named(bucket, tmp_path, place, unset, expected):
   assert done.stdout.count("\n") == 1
 
 
-@pytest.mark.slow
-def test_a_bucket_that_is_read_only_or_away_for_a_while(bucket, place, fault):
+@pytest.mark.parametrize(
+  ("name", "expected"),
+  [
+    ("401", "no credentials that it takes"),
+    ("403", "not allowed"),
+    ("507", "the bucket is full, or its quota is used up"),
+    ("quota", "the bucket is full, or its quota is used up"),
+    ("clock", "not taken for this machine's clock"),
+  ],
+)
+def test_a_bucket_that_takes_nothing_is_said_at_once(
+  place, fault, name, expected
+):
   path = place / "x"
   path.write_bytes(b"old")
-  fault(503, 2, "PUT,GET,HEAD")
+  fault(name, 60, "PUT,POST")
+  with pytest.raises(UserError, match=expected) as refused:
+    publish.write_text(path, "new")
+  assert "\n" not in str(refused.value)
+  fault(name, 0, "NONE")
+  assert path.read_bytes() == b"old"
+
+
+@pytest.mark.slow
+def test_a_bucket_that_is_away_for_a_while(place, fault):
+  path = place / "x"
+  path.write_bytes(b"old")
+  fault("503", 2, "PUT,GET,HEAD,POST")
   path.write_bytes(b"new")
-  fault(429, 2, "PUT,GET,HEAD")
-  assert path.read_bytes() == b"new"
-  fault(403, 60, "PUT,POST")
-  with pytest.raises(UserError, match=r"not allowed .* what was there is in"):
-    publish.write_text(path, "newer")
-  fault(403, 0, "PUT")
+  fault("429", 2, "PUT,GET,HEAD,POST")
   assert path.read_bytes() == b"new"
 
 
@@ -231,19 +294,40 @@ def test_texts_and_tokens_in_a_bucket(place, small_model, tmp_path):
   assert [p.name for p in some] == names[:2]
   tokenizer = load_tokenizer(small_model)
 
-  def tokens(name, cache):
+  def stream_of(name, cache):
     (source,) = sources.parse_sources(f"jsonl:{name}", "data.source")
-    stream = token_store.tokenise(source, tokenizer, small_runs.SMALL.V, cache)
-    return np.array(stream.tokens[:])
+    return token_store.tokenise(source, tokenizer, small_runs.SMALL.V, cache)
+
+  def tokens(name, cache):
+    return np.array(stream_of(name, cache).tokens[:])
 
   want = tokens(tmp_path, tmp_path / "cache")
   np.testing.assert_array_equal(tokens(place / "texts", place / "cache"), want)
-  shards = [n for n in (place / "cache").files() if n.endswith(".safetensors")]
-  assert len(shards) == 1
+  files_there = (place / "cache").files()
+  found_shards = [n for n in files_there if n.endswith(".safetensors")]
+  assert len(found_shards) == 1
   # Another machine takes what is there.
-  before = (place / "cache" / shards[0]).version()
+  before = (place / "cache" / found_shards[0]).version()
   with pytest.MonkeyPatch.context() as patch:
     patch.setenv("ADAPT_PRUNER_CACHE", str(tmp_path / "elsewhere"))
     found = tokens(place / "texts", place / "cache")
-  np.testing.assert_array_equal(found, want)
-  assert (place / "cache" / shards[0]).version() == before
+    np.testing.assert_array_equal(found, want)
+    assert (place / "cache" / found_shards[0]).version() == before
+    # Of a long stream it reads what it needs, where it is.
+    patch.setattr(shards.InBucket, "PIECE", 8)
+    patch.setattr(order, "LONG", 1)
+    patch.setattr(agreement, "on_writer", lambda action: action() and None)
+    patch.setattr(agreement, "same", lambda v: [v[0], 1, len(want)])
+    asked = []
+    read = bucket_path.BucketPath.read_range
+    patch.setattr(
+      bucket_path.BucketPath,
+      "read_range",
+      lambda *a: asked.append(a) or read(*a),
+    )
+    stream = stream_of(place / "texts", place / "cache")
+    header = len(asked)
+    np.testing.assert_array_equal(stream.tokens[5:9], want[5:9])
+    assert len(asked) == header + 3
+    np.testing.assert_array_equal(stream.tokens[np.array([7, 5])], want[[7, 5]])
+    assert len(asked) == header + 3
