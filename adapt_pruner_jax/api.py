@@ -7,14 +7,18 @@
   save(smaller, "path/to/smaller")
 
 Each does what a command does, without a work directory; `cut_vocabulary` what
-`run` does first with `--config.vocab.keep_tokens`.
+`run` does first with `--config.vocab.keep_tokens`, and `at_step` makes the
+model of a step of a run again.
 """
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 
 from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.model_config import ModelConfig
@@ -35,7 +39,10 @@ class Model(NamedTuple):
 
 
 def load(
-  path: str | os.PathLike, dtype: str = "", ignore_fields: str = ""
+  path: str | os.PathLike,
+  dtype: str = "",
+  ignore_fields: str = "",
+  mesh: Mesh | None = None,
 ) -> Model:
   """Opens a HuggingFace directory, hub id, orbax directory, or .gguf file.
 
@@ -43,14 +50,18 @@ def load(
     dtype: of the parameters, the arithmetic, and what `save` writes: float32,
       bfloat16 or float16. "" = float32, saved as each weight was stored.
     ignore_fields: fields of config.json to ignore, separated by commas.
+    mesh: devices that it is cut over, and what is made of it, as
+      `distributed.sharding.make_mesh` makes them; default all of this process.
 
   Raises:
     UserError: it is missing, damaged, or of an unknown family.
   """
+  from adapt_pruner_jax.distributed import sharding
   from adapt_pruner_jax.formats import opening
 
+  mesh = mesh or sharding.make_mesh(devices=jax.local_devices())
   config, params, folder = opening.open_model(
-    str(path), dtype or "float32", ignore_fields
+    str(path), dtype or "float32", ignore_fields, mesh
   )
   return Model(config, params, str(folder), dtype)
 
@@ -115,12 +126,43 @@ def prune(
     refit_samples=texts.refits.batch,
     tuning=texts.search and texts.search.batch,
     batch=batch,
+    mesh=_mesh(model),
     seed=seed,
     limits=targets.resolve_limits(model.config, recipe),
     quality=quality.asked(recipe, texts.quality),
   )
   found = methods.refit_after(task, methods.prune(task))
   return Model(found.config, found.params, model.source, model.dtype)
+
+
+def at_step(model: Model, row: Mapping[str, Any]) -> Model:
+  """The model that a step of a run with prune.budget=quality left.
+
+  As it was pruned: a refit that went with the step is not in its row.
+
+  Args:
+    model: the original; if its vocabulary was cut, after that.
+    row: a line of the run's trace.jsonl.
+
+  Raises:
+    UserError: the row has no masks, or they are of another model.
+  """
+  from adapt_pruner_jax.distributed import sharding
+  from adapt_pruner_jax.errors import UserError
+  from adapt_pruner_jax.pruning import surgery
+
+  if "masks" not in row:
+    raise UserError(
+      "the row has no masks: trace.jsonl has them with prune.budget=quality"
+    )
+  try:
+    masks = surgery.from_hex(row["masks"], model.config)
+  except (IndexError, ValueError) as error:
+    raise UserError(f"the row's masks are of another model: {error}") from error
+  config, params = surgery.gather(
+    *(model.config, model.params, surgery.to_kept(masks)), sharding.one_device()
+  )
+  return Model(config, params, model.source, model.dtype)
 
 
 def cut_vocabulary(
@@ -152,6 +194,7 @@ def cut_vocabulary(
   from absl import logging
 
   from adapt_pruner_jax.config import Config, Vocab, check
+  from adapt_pruner_jax.distributed import sharding
   from adapt_pruner_jax.errors import UserError
   from adapt_pruner_jax.models import axes
   from adapt_pruner_jax.runs import vocabulary
@@ -180,6 +223,8 @@ def cut_vocabulary(
 
   config = dataclasses.replace(model.config, vocab_size=len(kept))
   params = axes.map_named(rows, model.params)
+  where = sharding.param_shardings(params, _mesh(model))
+  params = jax.device_put(params, where)
   return Model(config, params, str(folder), model.dtype)
 
 
@@ -243,8 +288,20 @@ def perplexity(
     ids,
     length,
     batch,
+    _mesh(model),
     begin_id=tokenizer.begin_id,
   )[0]
+
+
+def _mesh(model: Model) -> Mesh:
+  """Where its parameters lie; one device if that is no mesh."""
+  from adapt_pruner_jax.distributed import sharding
+
+  first = jax.tree.leaves(model.params)[0]
+  where = getattr(first, "sharding", None)
+  if isinstance(where, NamedSharding):
+    return where.mesh
+  return sharding.one_device()
 
 
 def _tokenizer(model: Model, bos: str) -> Any:

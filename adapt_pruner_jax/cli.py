@@ -17,7 +17,7 @@ from absl import flags, logging
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 from adapt_pruner_jax.config import recipe_flags
-from adapt_pruner_jax.distributed import joining, virtual_devices
+from adapt_pruner_jax.distributed import joining, mesh_flags, virtual_devices
 from adapt_pruner_jax.errors import (
   EXIT_ERROR,
   EXIT_STOPPED,
@@ -84,6 +84,8 @@ def run(command: str, argv: list[str]) -> int:
   flags.DEFINE_string(
     "workdir", None, "where all of the run goes", flag_values=values
   )
+  text = _definers(values)[0]
+  text("profile_steps", "", "train steps to trace: 10:13 = 10, 11 and 12")
   _define_overwrite(values)
   joining.define_flags(values)
   _parse(command, argv, values, ["workdir"])
@@ -92,6 +94,7 @@ def run(command: str, argv: list[str]) -> int:
   from adapt_pruner_jax.runs import run as run_
 
   recipe = recipe_flags.recipe(values)
+  recipe.log.profile_steps = values.profile_steps or recipe.log.profile_steps
   if recipe.train.hours:
     from adapt_pruner_jax.planning import hours
 
@@ -152,6 +155,7 @@ def evaluate(command: str, argv: list[str]) -> int:
   values = flags.FlagValues()
   flags_.define_flags(values)
   _define_ignore_fields(values)
+  mesh_flags.define_flags(values)
   joining.define_flags(values)
   _parse(command, argv, values, ["model"])
   _start_jax(values)
@@ -171,6 +175,7 @@ def evaluate(command: str, argv: list[str]) -> int:
     dtype=values.dtype,
     ignore_fields=values.ignore_fields,
     bos=values.bos,
+    mesh=mesh_flags.mesh_of(values),
     phase=Log(None, stderr=True).phase,  # stdout is for the result
     **given,
   )
@@ -223,28 +228,24 @@ def generate(command: str, argv: list[str]) -> int:
   numbers("seed", 0, "of sampling")
   flags.DEFINE_float("top_p", 1.0, "nucleus", flag_values=values)
   flags.DEFINE_float("temperature", 0.0, "0 = greedy", flag_values=values)
+  mesh_flags.define_flags(values)
   _parse(command, argv, values, ["model"])
   _start_jax(None)
-  from adapt_pruner_jax.data.tokenizer import load_tokenizer
-  from adapt_pruner_jax.evaluation import generate as generate_
-  from adapt_pruner_jax.formats import opening
-  from adapt_pruner_jax.formats.hf.generation_config import end_tokens
+  from adapt_pruner_jax.evaluation import continuation
+  from adapt_pruner_jax.evaluation.generate import Sampling
 
-  config, params, folder = opening.open_model(
-    values.model, values.dtype, values.ignore_fields
+  print(
+    continuation.of(
+      values.model,
+      values.prompt,
+      values.max_new_tokens,
+      Sampling(values.temperature, values.top_k, values.top_p),
+      values.seed,
+      dtype=values.dtype,
+      ignore_fields=values.ignore_fields,
+      mesh=mesh_flags.mesh_of(values),
+    )
   )
-  tokenizer = load_tokenizer(folder)
-  prompt = tokenizer.encode(values.prompt)
-  (new,) = generate_.generate(
-    config,
-    params,
-    [prompt],
-    values.max_new_tokens,
-    generate_.Sampling(values.temperature, values.top_k, values.top_p),
-    values.seed,
-    eos_ids=end_tokens(folder, config, tokenizer),
-  )
-  print(tokenizer.backend.decode(prompt + new, skip_special_tokens=True))
   return 0
 
 
@@ -259,6 +260,7 @@ def convert(command: str, argv: list[str]) -> int:
   _define_ignore_fields(values)
   switch("overwrite", False, "replace --out")
   switch("verify", False, "check --model's SHA256SUMS")
+  mesh_flags.define_flags(values)  # of what is not read file by file
   _parse(command, argv, values, ["model"])
   _start_jax(None)
   from adapt_pruner_jax.formats import convert as convert_
@@ -276,6 +278,7 @@ def convert(command: str, argv: list[str]) -> int:
     dtype=values.dtype,
     overwrite=values.overwrite,
     ignore_fields=values.ignore_fields,
+    mesh=mesh_flags.mesh_of(values),
   )
   return 0
 

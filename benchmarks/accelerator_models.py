@@ -5,7 +5,8 @@ import numpy as np
 from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.models.rope import Rope
 
-# Llama-3.2-1B, Qwen3-4B, Llama-3.1-8B, and one to try the scripts with.
+# Llama-3.2-1B, Qwen3-4B, Llama-3.1-8B, Qwen3-30B-A3B, and one to try the
+# scripts with.
 MODELS = {
   "1b": {
     "vocab_size": 128256,
@@ -34,6 +35,19 @@ MODELS = {
     "kv_groups": (8,) * 32,
     "ffn_widths": (14336,) * 32,
     "tied": False,
+  },
+  "30b-a3b": {
+    "vocab_size": 151936,
+    "hidden_size": 2048,
+    "queries_per_group": 8,
+    "head_dim": 128,
+    "kv_groups": (4,) * 48,
+    "ffn_widths": (768,) * 48,
+    "tied": False,
+    "qk_norm": "head",
+    "experts": 128,
+    "experts_per_token": 8,
+    "router_norm": True,
   },
   "tiny": {
     "vocab_size": 64,

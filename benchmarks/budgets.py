@@ -4,10 +4,10 @@
 
 DIR of --model is SmolLM2-135M-Instruct (benchmarks/real_model.py), --data holds
 `text` and `eval`. Each row is one `adapt-pruner run`, which is printed and kept
-with what it gave: bits per byte of four texts, the six commonsense tasks, and
-what the budget is. Rows named so that `_params` is at the end are pruned to
-the parameters at which the budget of the row before is met too, with the same
-scores; nothing else differs.
+with what it gave: bits per byte of four texts, the six commonsense tasks (not
+of FLOPs, cache and quality), and what the budget is. Rows named so that
+`_params` is at the end are pruned to the parameters at which the budget of the
+row before is met too, with the same scores; nothing else differs.
 
 Each is a line of benchmarks/budgets.jsonl, kept when it is done, so that the
 same command goes on after a kill; --rows=a,b measures these alone. --report

@@ -12,7 +12,13 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from real_model_bench import CALIBRATION_END, TEST_BEGIN, answered, commit
+from real_model_bench import (
+  CALIBRATION_END,
+  TEST_BEGIN,
+  TUNE_END,
+  answered,
+  commit,
+)
 from real_model_texts import MARK, c4, read, reported, token_losses
 
 from adapt_pruner_jax.config import Config, Prune
@@ -42,6 +48,7 @@ CONTEXT = 2048  # tokens that a timed one sees
 TOKENS = 16_384  # of a small vocabulary
 HOURS = 0.5
 SLICES, SLICE = 8, 2_400  # of each text, and its characters
+ENDINGS = 32  # slices of the ends of books
 PADDED = 128  # slices are padded to multiples of so many tokens
 TABLE = "latency.json"
 DENSE = "dense"
@@ -62,8 +69,15 @@ FILE |= {"prune.budget_value": FILE_BYTES}
 VOCAB = {"vocab.keep_tokens": TOKENS}
 SPEED = {"prune.budget": "latency", "prune.budget_context": CONTEXT}
 SPEED |= {"prune.ratio": LATENCY}
-TRAINING = {"data.seq_len": 256, "data.batch": 4, "train.remat": "full"}
-TRAINING |= {"train.learning_rate": 1e-4, "train.min_learning_rate": 1e-5}
+ONE_WIDTH = {"prune.allotment": "uniform", "prune.trim": False}
+# A window a step, as the default refit; the dense model teaches.
+TRAINING = {"data.seq_len": 512, "data.batch": 1, "train.remat": "none"}
+TRAINING |= {"train.learning_rate": 1.5e-4, "train.min_learning_rate": 1.5e-5}
+VOCAB_TRAINED = VOCAB | TRAINING | {"train.tokens": 61_440}
+QUALITY = {"prune.budget": "quality", "prune.budget_value": 0.2}
+QUALITY |= {"prune.ranking.step_size": 0.05}
+# Rows without questions.
+UNASKED = ("flops", "cache", "quality", "latency_uniform_20")
 NOVELS = "novels"  # reads the beginnings of books, not C4
 BEGINNING = 0.85  # of a book
 # What a command says beside the recipe; a number's place is filled when the
@@ -74,13 +88,25 @@ ROWS: dict[str, dict] = {
   "file_params": {"prune.ratio": None},
   "latency": SPEED,
   "latency_params": {"prune.ratio": None},
-  "latency_uniform": SPEED
-  | {"prune.allotment": "uniform", "prune.trim": False},
+  "latency_uniform": SPEED | ONE_WIDTH,
+  "latency_uniform_20": SPEED | ONE_WIDTH | {"prune.ratio": 0.2},
   "file_vocab": FILE | VOCAB,
   "vocab": VOCAB,
-  "vocab_trained": VOCAB | TRAINING | {"train.tokens": 20_480},
-  "vocab_novels": VOCAB | TRAINING | {"train.tokens": 20_480, NOVELS: True},
-  "hours": TRAINING | {"prune.ratio": 0.2, "train.hours": HOURS},
+  "vocab_trained": VOCAB_TRAINED,
+  "vocab_novels": VOCAB_TRAINED | {NOVELS: True},
+  "hours": TRAINING
+  | {"prune.ratio": 0.2, "train.hours": HOURS, "train.distill_alpha": 1.0},
+  "flops": {
+    "prune.budget": "flops",
+    "prune.budget_context": CONTEXT,
+    "prune.ratio": 0.2,
+  },
+  "cache": {
+    "prune.budget": "kv_bytes",
+    "prune.budget_context": CONTEXT,
+    "prune.ratio": 0.25,
+  },
+  "quality": QUALITY,
 }
 
 
@@ -99,13 +125,15 @@ class Bench:
     workdir.mkdir(parents=True, exist_ok=True)
     self.calibration = workdir / "calibration.txt"
     publish.write_text(self.calibration, c4(data, 0, CALIBRATION_END))
+    self.tuning = workdir / "tuning.txt"
+    publish.write_text(self.tuning, c4(data, CALIBRATION_END, TUNE_END))
     self.novels = workdir / "novels.txt"
     books = read(data, "books.txt").split(MARK)
     cuts = [int(len(book) * BEGINNING) for book in books]
     begun = (b[:n] for b, n in zip(books, cuts, strict=True))
     publish.write_text(self.novels, "".join(begun))
     ended = (b[n:] for b, n in zip(books, cuts, strict=True))
-    self.endings = spread("".join(ended))
+    self.endings = spread("".join(ended), ENDINGS)
 
   def get(self, name: str) -> dict:
     """The result of a row, measured now unless it is there."""
@@ -133,7 +161,9 @@ class Bench:
     wanted += ("params_after", "seconds", "latency_budget", "train_tokens")
     facts = {n: summary[n] for n in wanted if n in summary}
     facts |= {"command": command, "wall_seconds": round(seconds, 1)}
-    return facts | self.sizes(name, folder) | self.measured(folder / "model")
+    asked = name not in UNASKED
+    facts |= self.sizes(name, folder)
+    return facts | self.measured(folder / "model", asked)
 
   def sizes(self, name: str, folder: Path) -> dict:
     """What a row to a parameter target has of the other budget; of a vocabulary
@@ -168,6 +198,8 @@ class Bench:
     fields["calibration.source"] = f"text:{text}"
     if "train.hours" in given or "train.tokens" in given:
       fields["data.source"] = f"text:{text}"
+    if given.get("prune.budget") == "quality":
+      fields["calibration.tuning"] = f"text:{self.tuning}"
     words = ["run", "--config=configs/oneshot.py", f"--workdir={folder}"]
     words += [f"--config.{name}={value}" for name, value in fields.items()]
     begun = time.monotonic()
@@ -176,6 +208,7 @@ class Bench:
     for path, short in (
       (self.calibration, "FILE"),
       (self.novels, "NOVELS"),
+      (self.tuning, "HELDOUT"),
       (self.model, "DIR"),
       (self.workdir, "runs"),
     ):
@@ -192,7 +225,7 @@ class Bench:
     """Of what a decoded token takes on this machine."""
     file = self.workdir / TABLE
     if not file.exists():
-      words = [f"--context={CONTEXT}", "--repeats=3", f"--out={file}"]
+      words = [f"--context={CONTEXT}", "--repeats=11", f"--out={file}"]
       self.call(["profile", f"--model={self.model}", *words])
     return file
 
@@ -292,7 +325,7 @@ class Bench:
 
   # ---- Measurements ----------------------------------------------------------
 
-  def measured(self, folder: Path) -> dict:
+  def measured(self, folder: Path, asked: bool = True) -> dict:
     """Nats of slices of the texts, and which questions are answered right."""
     pair = self.open(folder)
     tokenizer = load_tokenizer(folder, "none")
@@ -300,9 +333,12 @@ class Bench:
       name: [nats(pair, tokenizer, text) for text in texts]
       for name, texts in self.slices.items()
     }
-    how = Questions(tasks_dir=str(self.data / "eval"), limit=self.questions)
-    lm = lm_eval_run.open_lm(*pair, tokenizer, mesh=self.mesh)
-    return answered(lm, ["commonsense"], how) | {
+    answers = {}
+    if asked:
+      how = Questions(tasks_dir=str(self.data / "eval"), limit=self.questions)
+      lm = lm_eval_run.open_lm(*pair, tokenizer, mesh=self.mesh)
+      answers = answered(lm, ["commonsense"], how)
+    return answers | {
       "nats": found,
       "tokens": {
         name: [len(tokenizer.encode(text)) for text in texts]
@@ -321,11 +357,11 @@ class Bench:
     return {name: spread(content) for name, content in whole.items()}
 
 
-def spread(text: str) -> list[str]:
+def spread(text: str, number: int = SLICES) -> list[str]:
   """Slices that begin with a word."""
   text = text.replace(MARK, "")
   found = []
-  for start in np.linspace(0, len(text) - 2 * SLICE, SLICES).astype(int):
+  for start in np.linspace(0, len(text) - 2 * SLICE, number).astype(int):
     begin = text.index(" ", start) + 1
     while not text[begin].isalnum():
       begin += 1

@@ -56,6 +56,8 @@ CELLS = (
   "--program=distill --model=1b --topology=v5e:2x4",
   "--program=lora --model=4b --topology=v5e:2x4",
   "--program=adapt --model=8b --windows=512 --tokens=2048",
+  "--program=adapt --model=30b-a3b --topology=v5e:4x4 --rows=16 "
+  "--windows=512 --tokens=2048",
   "--program=curvature --model=8b --tokens=2048",
   "--program=refit --model=8b --tokens=2048",
   "--model=8b --topology=v5e:2x4 --moments=bfloat16",
@@ -76,6 +78,7 @@ def arguments() -> argparse.Namespace:
   parser.add_argument(
     "--windows", type=int, default=256, help="of calibration, beside --tokens"
   )
+  parser.add_argument("--expert", type=int, default=1, help="as mesh.expert")
   parser.add_argument("--layers", type=int, default=0, help="0 = all")
   parser.add_argument("--remat", default="auto", help="as train.remat")
   parser.add_argument("--moments", default="float32", help="as train.moments")
@@ -153,7 +156,7 @@ def compile_with_text(lowered) -> tuple:
 def compile_one() -> dict:
   """The row of the program that the flags name."""
   described = topologies.get_topology_desc(FLAGS.topology, platform="tpu")
-  mesh = sharding.make_mesh(devices=described.devices)
+  mesh = sharding.make_mesh(devices=described.devices, expert=FLAGS.expert)
   full = original(FLAGS.model)
   model = pruned(full, FLAGS.profile)
   layers = range(FLAGS.layers or full.num_layers)

@@ -19,7 +19,7 @@ from adapt_pruner_jax.models.model_config import (
   unit_cost,
 )
 from adapt_pruner_jax.planning import arrays, memory
-from adapt_pruner_jax.pruning import least_squares, surgery
+from adapt_pruner_jax.pruning import least_squares, streams, surgery
 from adapt_pruner_jax.training import memory as training_memory
 from adapt_pruner_jax.training import stacking, step
 
@@ -143,7 +143,7 @@ def scoring(flags: argparse.Namespace, full: ModelConfig, mesh: Mesh) -> Work:
 def refit(flags: argparse.Namespace, full: ModelConfig, mesh: Mesh) -> Work:
   """What a refit of `o` and `down` runs, of each layer and minibatch."""
   config, dtype = _recipe(flags), jnp.dtype("bfloat16")
-  parts = memory.refitting(config, full, mesh)
+  parts = memory.refit_held(config, full, mesh)
   held = parts["weights"] + parts["streams"]
   shape = flags.rows, flags.tokens
   programs = _refit_programs(surgery.dense(full), mesh, shape, dtype)
@@ -176,7 +176,7 @@ def _refit_programs(config, mesh, shape, dtype) -> dict:
   x_BTD = array(rows, jnp.float32, *shape, config.hidden_size)
   weight_BT = array(whole, jnp.float32, *shape)
   ls, found = least_squares, {}
-  for writer in ls.HALVES:
+  for writer in (name for name in ls.HALVES if name in weights):
     task = ls._Task(config, (writer,), mesh)
     parts = ls._Parts(weights, weights, masks, place)
     given = task, parts, x_BTD, x_BTD, weight_BT
@@ -191,7 +191,7 @@ def _refit_programs(config, mesh, shape, dtype) -> dict:
     ridge = array(whole, jnp.float32)
     found |= {
       f"half {writer}": partial(
-        ls._half.lower, config, writer, weights, place, x_BTD, mesh=mesh
+        streams.half.lower, config, writer, weights, place, x_BTD, mesh=mesh
       ),
       f"sum {writer}": partial(ls._normal_equations.lower, *given),
       f"added up {writer}": partial(ls._added_up.lower, placed, mesh=mesh),

@@ -10,4 +10,5 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 extra=$(gpu_extra)
 use_venv "$extra"
+all_of_gpu
 run exec "$VENV/bin/adapt-pruner" run "$@"

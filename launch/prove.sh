@@ -39,6 +39,7 @@ if compgen -G '/dev/accel*' >/dev/null || [[ -d /dev/vfio ]]; then
 elif command -v nvidia-smi >/dev/null; then
   extra=$(gpu_extra)
   extras+=("$extra")
+  all_of_gpu
 fi
 use_venv "${extras[@]}"
 run "$VENV/bin/adapt-pruner" plan "${recipe[@]}"

@@ -24,6 +24,7 @@ cd "${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")/..}"
 
 extra=$(gpu_extra)
 use_venv "$extra"
+all_of_gpu
 # --distributed reads addresses and ranks from the variables that srun sets.
 status=0
 run srun --kill-on-bad-exit=0 \

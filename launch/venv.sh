@@ -109,3 +109,8 @@ gpu_extra() {
     fail "nvidia-smi finds no GPU; launch/local.sh runs on the CPU"
   if [[ ${driver%%.*} -ge 580 ]]; then echo gpu; else echo gpu-cuda12; fi
 }
+
+# What `adapt-pruner plan` counts with: JAX would take 75 % of a GPU's memory.
+all_of_gpu() {
+  export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.92}
+}

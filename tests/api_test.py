@@ -6,6 +6,7 @@ import pytest
 
 from adapt_pruner_jax import api
 from adapt_pruner_jax.data import sources
+from adapt_pruner_jax.distributed import sharding
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.runs import run as run_
 from tests.small_runs import recipe
@@ -18,7 +19,8 @@ def test_the_same_as_a_run(small_model, tmp_path):
   summary = run_.run(config, tmp_path / "work")
   text = sources.embedded_text("heldout")
 
-  model = api.load(small_model)
+  model = api.load(small_model, mesh=sharding.make_mesh(tensor=2))
+  assert not model.params["embedding"].sharding.is_fully_replicated
   smaller = api.prune(
     model,
     ratio=0.3,

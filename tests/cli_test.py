@@ -298,7 +298,7 @@ def test_run_then_everything_else(command, small_model, tmp_path, monkeypatch):
   assert code == 0
   assert json.loads(out.read_text()) == json.loads(said)
   generate = ["generate", f"--model={model}", "--prompt=The with statement"]
-  first = command(*generate, "--max_new_tokens=8")
+  first = command(*generate, "--max_new_tokens=8", "--mesh.fsdp=8")
   assert first[0] == 0
   assert first[1].startswith("The with statement")
   assert first == command(*generate, "--max_new_tokens=8")
@@ -311,6 +311,7 @@ def test_convert_there_and_back(command, small_model, tmp_path):
     (there, back, "hf"),
   ):
     arguments = [f"--model={source}", f"--out={out}", f"--format={format}"]
+    arguments.append("--mesh.tensor=2")
     assert command("convert", *arguments)[0] == 0
   old = load_file(small_model / "model.safetensors")
   new = load_file(back / "model.safetensors")

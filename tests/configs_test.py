@@ -62,10 +62,11 @@ FIELDS = """
   train.remat train.scan_layers train.accumulation train.carry_moments
   train.distill_alpha train.lora_rank train.lora_alpha train.skip_nonfinite
   train.teacher_cache train.gradient_dtype train.moments
-  train.lora_base mesh.data mesh.fsdp mesh.tensor
+  train.lora_base mesh.data mesh.fsdp mesh.tensor mesh.slices mesh.expert
   eval.text eval.answers eval.tasks eval.tasks_dir
   eval.trust_tasks_dir eval.latency eval.seq_len eval.batch checkpoint.steps
   checkpoint.minutes checkpoint.keep log.tensorboard log.trackers
+  log.profile_steps
   oneshot_control seed
 """.split()  # noqa: SIM905
 

@@ -17,6 +17,7 @@ import jax
 import pytest
 
 from adapt_pruner_jax import cli
+from adapt_pruner_jax.config import latency_table
 from adapt_pruner_jax.data import sources
 from adapt_pruner_jax.distributed import sharding
 from tests import small_runs
@@ -132,6 +133,14 @@ def test_how_it_works_has_the_imports_of_the_loop():
   table = text.split("## The loop of a run")[1].split("\n## ")[0]
   rows = [line.split("|")[1] for line in table.splitlines() if "| `" in line]
   assert set(re.findall(r"`([\w.]+)`", " ".join(rows))) == imported
+
+
+def test_the_latency_table_of_the_docs_is_one(tmp_path):
+  text = (ROOT / "docs" / "budgets.md").read_text()
+  table = text.split("```json\n")[1].split("```")[0]
+  (tmp_path / "table.json").write_text(table)
+  read = latency_table.costs(str(tmp_path / "table.json"), "decode", 1, 512)
+  assert read.half("F", 700) == 161_250  # of 704 channels, in nanoseconds
 
 
 @pytest.mark.parametrize("part", NOT_HERE)

@@ -284,7 +284,8 @@ def test_gpu_without_gpu_is_one_clear_line(box):
 def test_slurm_requeues_a_stopped_run(box, status, restarts):
   """And one that has lost a process, but not for ever."""
   box.fake("nvidia-smi", "#!/bin/sh\necho 580.1\n")
-  box.fake("srun", RECORD + f"exit {status}")
+  share = 'echo "of a GPU $XLA_PYTHON_CLIENT_MEM_FRACTION"'
+  box.fake("srun", RECORD + f"{share}\nexit {status}")
   box.fake("scontrol", RECORD)
   result, calls = box.run(
     "slurm.sh",
@@ -294,6 +295,7 @@ def test_slurm_requeues_a_stopped_run(box, status, restarts):
     SLURM_SUBMIT_DIR=str(box.repo),
   )
   assert result.returncode == status
+  assert "of a GPU 0.92" in result.stdout  # what a plan counts with
   ((*_, program, command, distributed, flag),) = calls_to("srun", calls)
   assert program.endswith("bin/adapt-pruner")
   assert (command, distributed, flag) == ("run", "--distributed", "--workdir=w")

@@ -57,10 +57,12 @@ OPTIONS = {
   },
   "parallel": {
     "parallel": True,
+    "shared_norm": True,
+    "head_bias": True,
     "norm": "layer",
     "norm_bias": True,
     "gated": False,
-    "activation": "gelu",
+    "activation": "xielu",
     "qkv_bias": True,
     "o_bias": True,
     "gate_up_bias": True,
@@ -74,6 +76,7 @@ OPTIONS = {
     "router_loss_on": True,
   },
   "scales": {
+    "parallel": True,
     "residual_scale": 0.5,
     "logit_scale": 0.25,
     "attn_scale": 0.3,

@@ -6,15 +6,17 @@ without it these are skipped, except where CI installs it (`.[tpu]`).
 
 import dataclasses
 import importlib.util
+import itertools
 import os
 import re
+import threading
 
 import jax
 import pytest
 
 from adapt_pruner_jax.config import Config, Train
 from adapt_pruner_jax.distributed import sharding
-from adapt_pruner_jax.planning import memory
+from adapt_pruner_jax.planning import arrays, compiling, memory
 from adapt_pruner_jax.training import stacking, step
 from tests import small
 
@@ -65,6 +67,28 @@ def check(compiled, most_bytes, most_computations):
     sizes = [int(n) for n in shape.split(",") if n]
     assert sizes.count(T) < 2, shape
     assert not (T in sizes and V in sizes), shape
+
+
+def test_memory_is_known_before_there_is_code(mesh):
+  """What a plan reads of the compiler is what it says at its end."""
+  where = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("fsdp"))
+  given = jax.ShapeDtypeStruct((2048, 1024), "float32", sharding=where)
+  lowered = jax.jit(lambda x: jax.nn.relu(x @ (x.T @ x))).lower(given)
+  whole = arrays.temporary(lowered.compile())
+  early = compiling.temporary(lowered, given, mesh)
+  assert early == pytest.approx(whole, rel=0.01, abs=2**12)
+  for thread in threading.enumerate():  # a plan would just end its process
+    if thread.name == compiling.THREAD:
+      thread.join(120)
+
+
+def test_neighbours_in_the_mesh_are_neighbours_on_the_torus(mesh):
+  for axis in ("fsdp", "tensor"):
+    shape = {"fsdp": 1, "tensor": 1} | {axis: mesh.size}
+    line = sharding.make_mesh(**shape, devices=mesh.devices.ravel())
+    at = [device.coords for device in line.devices.ravel()]
+    for one, next_ in itertools.pairwise([*at, at[0]]):
+      assert sum(abs(a - b) for a, b in zip(one, next_, strict=True)) == 1
 
 
 def lower_step(mesh, settings):

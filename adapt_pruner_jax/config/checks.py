@@ -82,6 +82,12 @@ def check(config: Config) -> None:
     value = get(config, name)
     if not value >= low:  # written so that NaN fails
       raise UserError(f"--config.{name}={value} must be at least {low}")
+  steps = config.log.profile_steps
+  first, _, end = steps.partition(":")
+  if steps and not (first.isdecimal() and end.isdecimal()):
+    raise UserError(
+      f"--config.log.profile_steps={steps} must be FIRST:END, such as 10:13"
+    )
   if config.train.distill_alpha > 1:
     raise UserError(
       f"train.distill_alpha={config.train.distill_alpha} must be in [0, 1]"

@@ -38,10 +38,8 @@ class Section:
     full = ".".join([*_place(cls, Config), name])
     if full in OLD_FIELDS:
       raise UserError(f"{full} is now {OLD_FIELDS[full]}")
-    raise UserError(
-      f"no field {full}{nearest(name, names)}; "
-      "`adapt-pruner run --help` lists them"
-    )
+    meant = f"{full}{nearest(name, names)}"
+    raise UserError(f"no field {meant}; `adapt-pruner run --help` lists them")
 
 
 @functools.cache  # every assignment to a field asks
@@ -169,8 +167,7 @@ class Prune(Section):
   # An allotment by ranking may take all of a layer's attention or MLP.
   whole_halves: bool = False
   attention: str = "auto"  # which implementation scores; docs/speed.md
-  # Of products of float32 numbers where units are scored and refitted; a TPU
-  # or GPU may be faster in less (docs/method.md).
+  # Of float32 products in scoring and refits; less is faster (docs/method.md).
   precision: str = "float32"
   # Least squares on what is left: none, final, or every so many steps and at
   # the end; loss = only the passes below.
@@ -254,8 +251,8 @@ class Calibration(Section):
   samples: int = 512  # sequences, fresh ones for each step
   seq_len: int = 64
   batch: int = 32  # sequences at a time
-  # Tokens that one program scores, at least a batch; its memory grows with
-  # them. 0 = as many as fill half a GB a device, or all (docs/speed.md).
+  # Tokens that one program scores, at least a batch, which its memory grows
+  # with; 0 = as many as fill half a GB a device, or all (docs/speed.md).
   pass_tokens: int = 0
   refit_samples: int = 512  # sequences of a refit
   # The text that a quality to keep is measured on, or questions:FILE.jsonl, of
@@ -306,8 +303,7 @@ class Train(Section):
   # Likeliest tokens of the teacher that are kept on disk at each position, once
   # for all stages; 0 = the whole teacher runs beside (docs/accelerators.md).
   teacher_cache: int = 0
-  # In which gradients of a layer's matrices are summed over tokens and devices,
-  # where dtype is bfloat16.
+  # In which gradients of matrices are summed where dtype is bfloat16.
   gradient_dtype: str = "bfloat16"
   moments: str = "float32"  # Adam's between steps; bfloat16 = half the memory
   # Of the matrices that adapters are trained beside: "" = as model.dtype, or
@@ -321,9 +317,11 @@ class Train(Section):
 
 @dataclasses.dataclass
 class Mesh(Section):
-  data: int = 1  # -1 = whatever is left, for one of the three
-  fsdp: int = -1
+  data: int = 0  # replicas; 0 = as many as slices of TPUs or nodes of GPUs
+  fsdp: int = -1  # -1 = whatever is left, for one of the four
   tensor: int = 1
+  slices: int = 0  # 0 = as the devices say
+  expert: int = 1  # devices that experts are cut over
 
 
 @dataclasses.dataclass
@@ -351,6 +349,7 @@ class Checkpoint(Section):
 class Log(Section):
   tensorboard: bool = True
   trackers: str = ""  # wandb, trackio, or both
+  profile_steps: str = ""  # train steps to trace, such as 10:13; empty = none
 
 
 @dataclasses.dataclass

@@ -12,7 +12,8 @@ can be written by hand (docs/budgets.md says how). A JSON object:
   measured   a list; each has phase (decode: one token of all rows, prefill: all
              prompts), batch, context, rest_ms (all but the layers) and, of one
              layer, attention_ms and mlp_ms: [[width, milliseconds], ...] with
-             rising widths, from 0 on
+             rising widths, from 0 on. output_ms, where a vocabulary may be cut:
+             the part of rest_ms that falls with it, by tokens, to vocab_size
 """
 
 import dataclasses
@@ -29,6 +30,7 @@ from adapt_pruner_jax.errors import UserError
 FORMAT = "adapt-pruner latency 1"
 MODEL = ("hidden_size", "head_dim", "queries_per_group", "vocab_size")
 CURVES = {"K": "attention_ms", "F": "mlp_ms"}
+OUTPUT = "output_ms"
 NANO = 10**6  # nanoseconds of a millisecond: whole numbers to count in
 
 
@@ -37,13 +39,23 @@ class Costs:
   """One measurement of a table, in whole nanoseconds.
 
   Attributes:
+    rest: of all but the layers, with the vocabulary of the table's model.
     points: {"K": int [2, points], "F": ...}, widths and their times.
     multiples: what widths are best multiples of, by unit letter.
+    output: tokens and their times, int [2, points]; None = not known.
   """
 
   rest: int
   points: dict[str, np.ndarray]
   multiples: dict[str, int]
+  output: np.ndarray | None = None
+
+  def outside(self, tokens: int) -> int:
+    """Nanoseconds of all but the layers, with a vocabulary of so many."""
+    if self.output is None:
+      return self.rest
+    saved = self.output[1][-1] - np.interp(tokens, *self.output)
+    return max(self.rest - int(saved), 0)
 
   def half(self, unit: str, width: Any) -> np.ndarray:
     """Nanoseconds of a layer's attention (K) or MLP (F) of these widths.
@@ -75,13 +87,14 @@ def costs(file: str, phase: str, batch: int, context: int) -> Costs:
       ".budget_batch and .budget_context, or measure it: adapt-pruner profile"
     )
   nanoseconds = lambda ms: round(ms * NANO)
-  points = {
-    u: np.array([[w, nanoseconds(ms)] for w, ms in wanted[name]], np.int64).T
-    for u, name in CURVES.items()
-  }
+  curve = lambda name: (
+    np.array([[w, nanoseconds(ms)] for w, ms in wanted[name]], np.int64).T
+  )
+  points = {u: curve(name) for u, name in CURVES.items()}
   steps = table["multiples"]
   multiples = {"K": steps["kv_groups"], "F": steps["ffn"]}
-  return Costs(nanoseconds(wanted["rest_ms"]), points, multiples)
+  output = curve(OUTPUT) if OUTPUT in wanted else None
+  return Costs(nanoseconds(wanted["rest_ms"]), points, multiples, output)
 
 
 def read(file: str) -> dict:
@@ -131,11 +144,14 @@ def _check(table: dict) -> None:
     if m["phase"] not in ("decode", "prefill"):
       raise ValueError(f"a phase {m['phase']}, not decode or prefill")
     numbers = [m["rest_ms"]]
-    for name in CURVES.values():
+    curves = [*CURVES.values(), *({OUTPUT} & m.keys())]
+    for name in curves:
       widths = [w for w, _ in m[name]]
       numbers += [ms for _, ms in m[name]]
       if len(widths) < 2 or widths[0] or widths != sorted({*widths}):
         raise ValueError(f"{name} whose widths do not rise from 0")
+    if OUTPUT in m and m[OUTPUT][-1][0] != table["model"]["vocab_size"]:
+      raise ValueError(f"{OUTPUT} that does not end at the vocab_size")
     if not all(math.isfinite(ms) and ms >= 0 for ms in numbers):
       raise ValueError("a time that is negative or not finite")
   if not all(isinstance(n, int) and n > 0 for n in wholes):

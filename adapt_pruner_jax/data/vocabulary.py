@@ -28,8 +28,9 @@ KINDS = ("BPE", "Unigram")
 BYTES = frozenset(f"<0x{i:02X}>" for i in range(256))
 SPACE = "▁"  # SentencePiece's; as bytes it would not become a space again
 MARKS = ("continuing_subword_prefix", "end_of_word_suffix")  # of words
-# Of a corpus's tokens, the most that may be unknown to the tokenizer.
-UNKNOWN_SHARE = 0.1
+# Of a corpus's tokens, the most that may be unknown to the tokenizer, and the
+# most that may be a few bytes of a character that it has no token for.
+UNKNOWN_SHARE, BROKEN_SHARE = 0.1, 0.5
 PIECE = 1 << 22  # tokens that are counted at a time
 # What a chat template is asked to lay out, so that its words can be kept.
 CHATS = (
@@ -104,16 +105,23 @@ def _check_known(
   count_V: np.ndarray, tokenizer: Tokenizer, source: Source
 ) -> None:
   """Raises a UserError for a corpus that the tokenizer mostly cannot read."""
-  unknown = getattr(tokenizer.backend.model, "unk_token", None)
-  number = unknown and tokenizer.backend.token_to_id(unknown)
-  if number is None or number >= len(count_V):
-    return
-  share = count_V[number] / count_V.sum()
-  if share > UNKNOWN_SHARE:
-    raise UserError(
-      f"vocab.source: {share:.0%} of the tokens of {source} are {unknown}: it "
-      "does not fit the model's tokenizer; give text as the model was made for"
-    )
+  backend = tokenizer.backend
+  unknown = getattr(backend.model, "unk_token", None)
+  used = np.flatnonzero(count_V)
+  texts = backend.decode_batch([[i] for i in used], skip_special_tokens=False)
+  broken = [i for i, x in zip(used, texts, strict=True) if "\ufffd" in x]
+  known = [i for i in used if backend.id_to_token(i) != unknown]
+  for number, most, what in (
+    (count_V.sum() - count_V[known].sum(), UNKNOWN_SHARE, unknown),
+    (count_V[broken].sum(), BROKEN_SHARE, "no whole character"),
+  ):
+    share = number / count_V.sum()
+    if share > most:
+      raise UserError(
+        f"vocab.source: {share:.0%} of the tokens of {source} are {what}: it "
+        "does not fit the model's tokenizer; give text as the model was made "
+        "for"
+      )
 
 
 def tokens_of(content: Content) -> dict[int, str]:

@@ -1,5 +1,7 @@
 """The embedding, looked up where it lies."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
@@ -42,7 +44,7 @@ def _exchanged(table, tokens_BT, mesh, dtype) -> jax.Array:
   spec = sharding.param_sharding("embedding", table.shape, mesh).spec
   of_V, of_D = (*spec, None, None)[:2]
   rows = tokens_BT.shape[0]
-  shards = mesh.shape["data"] * mesh.shape["fsdp"]
+  shards = math.prod(mesh.shape[axis] for axis in BATCH)
   tokens_BT = jnp.pad(tokens_BT, ((0, -rows % shards), (0, 0)))
 
   def local(table, tokens_BT):

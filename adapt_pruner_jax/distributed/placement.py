@@ -97,6 +97,16 @@ def passes(
   ]
 
 
+def together(batch: int, samples: int, mesh: Mesh) -> int:
+  """How many samples go through the devices at once: `batch`, or the least
+  multiple of it that gives each device as many rows.
+
+  Never so many that the last of all samples would be fewer.
+  """
+  more = math.lcm(batch, mesh.size)
+  return batch if samples % more else more
+
+
 def padded_rows(batch: int, mesh: Mesh) -> int:
   """Rows of a minibatch, a multiple of what the mesh cuts it into."""
   shards = batch_shards(mesh)

@@ -35,7 +35,7 @@ def require_threads(mesh: "Mesh") -> None:
   import jax
 
   every = mesh.devices.flat
-  cut = mesh.shape["fsdp"] * mesh.shape["tensor"] > 1
+  cut = mesh.shape["fsdp"] * mesh.shape["expert"] * mesh.shape["tensor"] > 1
   if not cut or every[0].platform != "cpu":
     return
   mine = [d for d in every if d.process_index == jax.process_index()]

@@ -12,6 +12,7 @@ lm_eval_model   the pair as a model of lm-eval
 lm_eval_words   its texts and chats as token ids
 scoring_rows    rows in which a question's choices share its context
 generate        new tokens, with a cache of keys and values
+continuation    what a model says behind a prompt, for the command
 answers         the dense model's own answers to prompts, written and kept
 answer_agreement  how alike another model answers
 latency         how long tokens take

@@ -14,7 +14,7 @@ from adapt_pruner_jax.distributed.embedding import embed
 from adapt_pruner_jax.evaluation import generate
 from adapt_pruner_jax.evaluation.finite import not_finite
 from adapt_pruner_jax.models.axes import Params
-from adapt_pruner_jax.models.decoder import Decoder, output_name
+from adapt_pruner_jax.models.decoder import Decoder, head_matrix
 from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.training import losses, output_loss, output_matrix
 
@@ -91,7 +91,7 @@ def _compared(
     return x_BTD[:, :-1]
 
   matrices = [
-    output_matrix.place(config, one[output_name(config)], mesh)
+    output_matrix.place(config, head_matrix(config, one), mesh)
     for config, one in zip(configs, params, strict=True)
   ]
 

@@ -21,7 +21,7 @@ from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.evaluation.finite import not_finite
 from adapt_pruner_jax.models import layer
 from adapt_pruner_jax.models.axes import Params
-from adapt_pruner_jax.models.decoder import Decoder, output_name
+from adapt_pruner_jax.models.decoder import Decoder, head_matrix
 from adapt_pruner_jax.models.delta_net import Before
 from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.training import output_matrix
@@ -201,7 +201,7 @@ def prefill(
     starts_B,
     method=partial(_continue, caches=None, column=0),
   )
-  matrix = output_matrix.place(config, params[output_name(config)], mesh)
+  matrix = output_matrix.place(config, head_matrix(config, params), mesh)
   logits_BTV = head(config, mesh, params, matrix, x_BTD[:, -1:])
 
   def widen(cache):
@@ -241,7 +241,7 @@ def decode(
     whether all logits that were drawn from are finite.
   """
   config, mesh = how.config, how.mesh
-  matrix = output_matrix.place(config, params[output_name(config)], mesh)
+  matrix = output_matrix.place(config, head_matrix(config, params), mesh)
   B = logits_BV.shape[0]
   key = jax.random.key(seed)
 

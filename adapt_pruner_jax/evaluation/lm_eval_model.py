@@ -33,7 +33,7 @@ from adapt_pruner_jax.evaluation.phases import Phase, Phases, silent
 from adapt_pruner_jax.evaluation.scoring_rows import QUERIES
 from adapt_pruner_jax.models import layer
 from adapt_pruner_jax.models.axes import Params
-from adapt_pruner_jax.models.decoder import Decoder, output_name
+from adapt_pruner_jax.models.decoder import Decoder, head_matrix
 from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.training import output_loss, output_matrix
 
@@ -328,7 +328,7 @@ def _score(
   )
 
   x_BTD = apply(x_BTD, method="normed")
-  matrix = output_matrix.place(config, params[output_name(config)], mesh)
+  matrix = output_matrix.place(config, head_matrix(config, params), mesh)
 
   def block(i, found):
     def part(x_BQ):

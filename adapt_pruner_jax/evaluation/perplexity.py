@@ -17,7 +17,7 @@ from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.evaluation.finite import not_finite
 from adapt_pruner_jax.evaluation.phases import Phases, silent
 from adapt_pruner_jax.models.axes import Params
-from adapt_pruner_jax.models.decoder import Decoder, output_name
+from adapt_pruner_jax.models.decoder import Decoder, head_matrix
 from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.training import output_loss
 
@@ -230,7 +230,7 @@ def _window_loss(
   positions_T = jnp.arange(1, rows_BT.shape[1])
   weights_BT = positions_T < lengths_B[:, None]
   objective = output_loss.Objective(config, mesh)
-  args = params[output_name(config)], x_BTD[:, :-1], rows_BT[:, 1:], weights_BT
+  args = head_matrix(config, params), x_BTD[:, :-1], rows_BT[:, 1:], weights_BT
   nll, _ = output_loss.loss(objective, *args)
   return sharding.whole((nll, weights_BT.sum()), mesh)
 

@@ -117,7 +117,8 @@ def profile(
   repeats: int = 7,
   say: Callable[[str], None] = lambda text: None,
 ) -> dict:
-  """Times attention and MLP of a layer at a few widths; a table's content.
+  """Times attention and MLP of a layer at a few widths, and the model with a
+  quarter of its vocabulary; a table's content.
 
   Args:
     config: of the model; its widest layer is the widest that is timed.
@@ -134,31 +135,23 @@ def profile(
   layers, most = wide.num_layers, {u: wide.units()[u][0] for u in UNITS}
   lanes = LANES.get(jax.devices()[0].platform, CPU_LANES)
   lanes = lanes if most["F"] >= 4 * lanes else 1
-  base = timer(engine, _random(wide, dtype), case)
-  bases, share = [], {}
-  pairs = [(u, w) for u in UNITS for w in _widths(most[u], u, lanes)]
-  for u, width in pairs:
-    other = wide.with_units(wide.units() | {u: (width,) * layers})
-    first, second = in_turns(
-      base, timer(engine, _random(other, dtype), case), repeats
-    )
+  models = {}
+  for u, what in (("K", "KV groups"), ("F", "MLP channels")):
+    for width in _widths(most[u], u, lanes):
+      units = wide.units() | {u: (width,) * layers}
+      models[f"{width:,} {what}"] = (u, width), wide.with_units(units)
+  few = config.vocab_size // 4
+  fewer = dataclasses.replace(wide, vocab_size=few)
+  models[f"{few:,} tokens"] = ("V", few), fewer
+  made = lambda model: timer(engine, _random(model, dtype), case)
+  base, bases, share = made(wide), [], {}
+  for what, (key, other) in models.items():
+    first, second = in_turns(base, made(other), repeats)
     bases += first
     ratios = [b / a for a, b in zip(first, second, strict=True)]
-    share[u, width] = statistics.median(ratios)
-    what = "KV groups" if u == "K" else "MLP channels"
-    say(f"{width:,} {what}: {share[u, width]:.1%} of the time")
+    share[key] = statistics.median(ratios)
+    say(f"{what}: {share[key]:.1%} of the time")
   whole = statistics.median(bases)
-  measured = dataclasses.asdict(case)
-  rest = whole
-  for u, name in latency_table.CURVES.items():
-    none = share[u, 0]
-    of = {
-      w: whole * (s - none) / layers for (v, w), s in share.items() if u == v
-    }
-    of[most[u]] = whole * (1 - none) / layers
-    measured[name] = [[w, max(of[w], 0.0)] for w in sorted(of)]
-    rest -= layers * max(of[most[u]], 0.0)
-  measured["rest_ms"] = max(rest, 0.0)
   return {
     "format": latency_table.FORMAT,
     "device": device_name(engine),
@@ -166,8 +159,36 @@ def profile(
     "dtype": dtype,
     "model": {name: getattr(config, name) for name in latency_table.MODEL},
     "multiples": {"kv_groups": 1, "ffn": lanes},
-    "measured": [measured],
+    "measured": [dataclasses.asdict(case) | _curves(whole, share, wide)],
   }
+
+
+def _curves(
+  whole: float, share: dict[tuple[str, int], float], wide: ModelConfig
+) -> dict:
+  """Milliseconds of a layer's halves by their widths, and of all else.
+
+  Args:
+    whole: milliseconds of the model.
+    share: of them that a model takes whose halves have fewer units (K, F), or
+      whose vocabulary has fewer tokens (V).
+    wide: its sizes.
+  """
+  found, rest, layers = {}, whole, wide.num_layers
+  for u, name in latency_table.CURVES.items():
+    none, most = share[u, 0], wide.units()[u][0]
+    of = {
+      w: whole * (s - none) / layers for (v, w), s in share.items() if u == v
+    }
+    of[most] = whole * (1 - none) / layers
+    found[name] = [[w, max(of[w], 0.0)] for w in sorted(of)]
+    rest -= layers * max(of[most], 0.0)
+  found["rest_ms"] = max(rest, 0.0)
+  [(few, fewer)] = [(w, s) for (v, w), s in share.items() if v == "V"]
+  tokens = wide.vocab_size
+  output = whole * (1 - fewer) * tokens / (tokens - few)
+  output = min(max(output, 0.0), found["rest_ms"])
+  return found | {latency_table.OUTPUT: [[0, 0.0], [tokens, output]]}
 
 
 def _equal_layers(config: ModelConfig) -> ModelConfig:

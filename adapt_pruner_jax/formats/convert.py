@@ -4,6 +4,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from jax.sharding import Mesh
+
 from adapt_pruner_jax.errors import UserError, nearest
 from adapt_pruner_jax.formats.hf import load, save
 from adapt_pruner_jax.formats.opening import check_dtype, open_model
@@ -23,6 +25,7 @@ def convert(
   dtype: str = "",
   overwrite: bool = False,
   ignore_fields: str = "",
+  mesh: Mesh | None = None,
 ) -> None:
   """Reads a model in one format and writes it in another.
 
@@ -35,6 +38,8 @@ def convert(
     ignore_fields: fields of config.json to ignore, separated by commas.
     dtype: of the weights, "" = as they are stored; for gguf f32, f16, bf16,
       q8_0 or q4_0.
+    mesh: devices over which a model is cut that goes through them, from or to
+      orbax; None = one.
 
   Raises:
     UserError: unknown format or dtype, `out` exists, or the format cannot
@@ -49,7 +54,9 @@ def convert(
   check_dtype(dtype)
   source = load.on_disk(source)
   if format == "orbax" or is_orbax(source):
-    config, params, folder = open_model(source, dtype or None, ignore_fields)
+    config, params, folder = open_model(
+      source, dtype or None, ignore_fields, mesh
+    )
   else:  # from file to file: one tensor in memory
     folder = load.resolve(source)
     config, params = load.stored(folder, dtype or None, ignore_fields)

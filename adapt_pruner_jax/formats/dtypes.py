@@ -34,10 +34,13 @@ class Cast:
   dtype: np.dtype
 
   def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
-    """On the host; if it is spread over processes, all of them have to ask."""
+    """On the host; if it is spread over processes, all of them have to ask,
+    and those that `weights.on_host` gives nothing get None."""
     array = self.array
     if isinstance(array, jax.Array):
       array = weights.on_host(array)
+    if array is None:
+      return None
     array = np.asarray(array).astype(self.dtype)
     return array.astype(dtype or self.dtype, copy=False)
 

@@ -8,7 +8,9 @@ Pure functions of weights, below everything else in the package:
   attention     who sees whom, as data, and what the heads say
   kernels       which implementation of attention runs; splash for TPUs
   cudnn         cuDNN's attention, of packed rows too
-  experts       mixture of experts: the router, products by expert
+  experts       mixture of experts: the router, the balance
+  exchange      rows go to the devices of their experts, and back
+  grouped       products of rows with the matrix of their group
   heads         the attention of a layer, and norms
   delta_net     gated delta nets, which layers may have instead
   layer         the one driver of a layer and of its halves, with a tap

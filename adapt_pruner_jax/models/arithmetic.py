@@ -1,5 +1,6 @@
 """The arithmetic that the decoder's layers share."""
 
+import math
 from functools import partial
 from typing import NamedTuple
 
@@ -217,11 +218,46 @@ def project_gradients(
   return dx.astype(x.dtype), dw
 
 
+def xielu(
+  x: jax.Array,
+  positive: jax.Array,
+  negative: jax.Array,
+  beta: jax.Array,
+  eps: jax.Array,
+) -> jax.Array:
+  """xIELU (Huang & Schlag, arXiv 2411.13010), with two numbers to learn.
+
+  Above 0 a x^2 + beta x with a = softplus(positive), else
+  c (expm1(min(x, eps)) - x) + beta x with c = beta + softplus(negative); at 0
+  it is 0, which leaves padding out.
+
+  Args:
+    x: any shape.
+    positive, negative: [1], learned.
+    beta, eps: [1], which are not.
+  """
+  beta, eps = jax.lax.stop_gradient((beta, eps))
+  beta, eps = beta.astype(x.dtype), eps.astype(x.dtype)
+  above = nn.softplus(positive).astype(x.dtype) * x * x
+  below = beta + nn.softplus(negative).astype(x.dtype)
+  below = below * (jnp.expm1(jnp.minimum(x, eps)) - x)
+  return jnp.where(x > 0, above, jnp.where(x < 0, below, 0)) + beta * x
+
+
+# The numbers that xIELU starts with.
+XIELU = {
+  "xielu_positive": math.log(math.expm1(0.8)),
+  "xielu_negative": math.log(math.expm1(0.3)),
+  "xielu_beta": 0.5,
+  "xielu_eps": -1e-6,
+}
 ACTIVATIONS = {
   "silu": nn.silu,
   "gelu_tanh": partial(nn.gelu, approximate=True),
   "gelu": partial(nn.gelu, approximate=False),
+  "relu": nn.relu,
   "relu2": lambda x: jnp.square(nn.relu(x)),
+  "xielu": lambda x: xielu(x, *map(jnp.float32, XIELU.values())),
 }
 
 

@@ -69,6 +69,7 @@ def attend(
   *,
   scale: float,
   softcap: float = 0.0,
+  sinks_KG: jax.Array | None = None,
 ) -> jax.Array:
   """What the heads say: softmax(scale q k^T) v over the keys that each sees.
 
@@ -81,19 +82,26 @@ def attend(
     window: positions a query sees, its own included; 0 = all. May be traced.
     scale: of q k^T.
     softcap: of the scaled scores; 0 = none.
+    sinks_KG: score of a key more that each head sees, which says nothing.
 
   Returns:
     [B, T, K, G, H], the input of `o`, in the values' dtype.
   """
   heads = q_BTKGH, k_BSKH, v_BSKH
-  name, _ = chosen(q_BTKGH, inputs, window, softcap)
+  sinks = sinks_KG is not None
+  name, _ = chosen(q_BTKGH, inputs, window, softcap, sinks)
   mesh, segments_BT = inputs.kernel.cutting, inputs.segments
   if name == "splash":
     return kernels.splash_attention(
       mesh, *heads, segments_BT, window, scale, softcap
     )
   xla = partial(
-    _attend, inputs=inputs, window=window, scale=scale, softcap=softcap
+    _attend,
+    inputs=inputs,
+    window=window,
+    scale=scale,
+    softcap=softcap,
+    sinks_KG=sinks_KG,
   )
   if name != "cudnn":
     return xla(*heads, blocks=name == "blocks")
@@ -111,6 +119,7 @@ def chosen(
   inputs: AttentionInputs,
   window: jax.Array | int = 0,
   softcap: float = 0.0,
+  sinks: bool = False,
 ) -> tuple[str, str]:
   """Which implementation `attend` takes, and why; as `kernels.choose`."""
   if inputs.cached is not None:
@@ -119,7 +128,7 @@ def chosen(
   case = kernels.case_of(
     inputs.kernel, q_BTKGH, window, softcap, packed, inputs.prefix
   )
-  return kernels.choose(inputs.kernel.name, case)
+  return kernels.choose(inputs.kernel.name, case._replace(sinks=sinks))
 
 
 def seen(
@@ -161,7 +170,17 @@ def seen(
   return seen_Bts
 
 
-def _attend(q_BTKGH, k_BSKH, v_BSKH, inputs, window, scale, softcap, blocks):
+def _attend(
+  q_BTKGH,
+  k_BSKH,
+  v_BSKH,
+  inputs,
+  window,
+  scale,
+  softcap,
+  sinks_KG=None,
+  blocks=False,
+):
   """`attend` by XLA.
 
   Query heads of a group are stacked along the queries, which makes large
@@ -181,7 +200,7 @@ def _attend(q_BTKGH, k_BSKH, v_BSKH, inputs, window, scale, softcap, blocks):
   def one(keys, start, q_BKGtH):
     seen_Bts = seen(inputs, window, start, q_BKGtH.shape[3], keys)
     kv = k_BKSH[:, :, :keys], v_BKSH[:, :, :keys]
-    return _weigh(q_BKGtH, *kv, seen_Bts, scale, softcap)
+    return _weigh(q_BKGtH, *kv, seen_Bts, scale, softcap, sinks_KG)
 
   said = []
   for start in range(0, T, span):
@@ -220,7 +239,7 @@ def _in_blocks(one, start, q_BKGTH):
   return jnp.moveaxis(y_nBKGtH, 0, 3).reshape(q_BKGTH.shape)
 
 
-def _weigh(q_BKGTH, k_BKSH, v_BKSH, seen_BTS, scale, softcap):
+def _weigh(q_BKGTH, k_BKSH, v_BKSH, seen_BTS, scale, softcap, sinks_KG):
   B, K, G, T, H = q_BKGTH.shape
   S = k_BKSH.shape[2]
   q_BKRH = q_BKGTH.reshape(B, K, G * T, H)
@@ -229,9 +248,15 @@ def _weigh(q_BKGTH, k_BKSH, v_BKSH, seen_BTS, scale, softcap):
   scores_BKGTS = jnp.where(seen_BTS[:, None, None], scores_BKGTS, HIDDEN)
   # The softmax's division waits until the values are summed: H numbers then,
   # not S.
-  largest = jax.lax.stop_gradient(scores_BKGTS.max(axis=-1, keepdims=True))
+  largest = scores_BKGTS.max(axis=-1, keepdims=True)
+  if sinks_KG is not None:
+    sinks_KG11 = sinks_KG.astype(jnp.float32)[..., None, None]
+    largest = jnp.maximum(largest, sinks_KG11)
+  largest = jax.lax.stop_gradient(largest)
   weight_BKGTS = jnp.exp(scores_BKGTS - largest)
   total_BKGT1 = weight_BKGTS.sum(axis=-1, keepdims=True)
+  if sinks_KG is not None:
+    total_BKGT1 += jnp.exp(sinks_KG11 - largest)
   weight_BKRS = weight_BKGTS.reshape(B, K, G * T, S).astype(v_BKSH.dtype)
   y_BKRH = project("bkrs,bksh->bkrh", weight_BKRS, v_BKSH, jnp.float32)
   y_BKGTH = y_BKRH.reshape(B, K, G, T, H) / total_BKGT1

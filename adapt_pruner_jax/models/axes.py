@@ -5,6 +5,7 @@
   K KV heads of this layer                G query heads per KV head
   N = K * G query heads                   F MLP width of this layer
   X experts of a layer, each an MLP of width F
+  S width of an expert that all tokens see    O one, the gate of that
 
 Of a layer with a gated delta net in place of attention (`delta_net`):
   Z key heads of this layer               A value heads per key head
@@ -40,6 +41,7 @@ AXES = {
   "final_norm": "E",
   "final_norm_bias": "E",
   "lm_head": "EV",
+  "lm_head_bias": "V",
   # one set a layer
   "attn_norm": "D",
   "attn_norm_bias": "D",
@@ -55,6 +57,7 @@ AXES = {
   "k_norm": "H",
   "q_norm_all": "KGH",  # over all heads together (OLMo 2)
   "k_norm_all": "KH",
+  "sinks": "KG",  # score of a key that says nothing (gpt-oss)
   "q_gate": "DKGH",  # of what each head says
   "q_gate_bias": "KGH",
   "delta_q": "DZU",
@@ -80,15 +83,27 @@ AXES = {
   "gate_bias": "F",
   "up_bias": "F",
   "down_bias": "E",
+  "xielu_positive": "O",
+  "xielu_negative": "O",
+  "xielu_beta": "O",
+  "xielu_eps": "O",
   "router": "MX",
+  "router_bias": "X",
   "moe_gate": "XMF",
   "moe_up": "XMF",
   "moe_down": "XFE",
+  "moe_gate_bias": "XF",
+  "moe_up_bias": "XF",
+  "moe_down_bias": "XE",
+  "shared_gate": "MS",
+  "shared_up": "MS",
+  "shared_down": "SE",
+  "shared_open": "MO",  # how much it counts
   "mlp_post_norm": "E",
   "mlp_shortcut": "ME",
 }
 
-BATCH = ("data", "fsdp")  # mesh axes that cut B
+BATCH = ("data", "fsdp", "expert")  # mesh axes that cut B
 RESIDUAL = "DME"
 UNITS = "KF"
 LETTERS = {"K": "K", "Z": "K", "F": "F"}  # of the dims that are units
@@ -96,7 +111,11 @@ LETTERS = {"K": "K", "Z": "K", "F": "F"}  # of the dims that are units
 DELTA = tuple(name for name in AXES if name.startswith("delta_"))
 ATTENTION = ("q", "q_gate", "k", "v", "o", "q_bias", "q_gate_bias", "k_bias")
 ATTENTION += ("v_bias", "o_bias", "q_norm", "k_norm")
-ATTENTION += ("q_norm_all", "k_norm_all")
+ATTENTION += ("q_norm_all", "k_norm_all", "sinks")
+# Of an expert that all tokens see.
+SHARED = ("shared_gate", "shared_up", "shared_down", "shared_open")
+# What the activation of an MLP with `xielu` is made with.
+XIELU = tuple(name for name in AXES if name.startswith("xielu_"))
 # The matrices whose salience makes up the score of a unit; an MLP may have no
 # gate, an attention has no delta net. Biases and norms never enter a score.
 SCORED = {
@@ -148,14 +167,20 @@ def take(name: str, array: jax.Array, indices: Mapping[str, Any]) -> jax.Array:
     return array
   library = np if isinstance(array, np.ndarray) else jnp
   units, axis = indices[unit], AXES[name].index(cut_of(name))
-  if AXES[name][0] == "X":
-    return library.take_along_axis(array, _by_expert(units, axis), axis)
+  if of_each_expert(name):
+    return library.take_along_axis(array, _by_expert(name, units), axis)
   return library.take(array, units, axis=axis)
 
 
-def _by_expert(units_XF: np.ndarray, axis: int) -> np.ndarray:
-  """Units of each expert, to index a [X, ..] array of three dims with."""
-  return np.expand_dims(units_XF, 3 - axis)
+def of_each_expert(name: str) -> bool:
+  """Whether there is one of these an expert."""
+  return AXES[name][0] == "X" and len(AXES[name]) > 1
+
+
+def _by_expert(name: str, units_XF: np.ndarray) -> np.ndarray:
+  """Units of each expert, to index a parameter [X, ..] of them with."""
+  others = [i for i, n in enumerate(AXES[name]) if n not in ("X", cut_of(name))]
+  return np.expand_dims(units_XF, others)
 
 
 def put(
@@ -179,9 +204,9 @@ def put(
   full = list(array.shape)
   full[axis] = sizes[cut_of(name)]
   at = (slice(None),) * axis + (indices[unit],)
-  if AXES[name][0] == "X":
+  if of_each_expert(name):
     at = tuple(np.ogrid[tuple(map(slice, array.shape))])
-    at = (*at[:axis], _by_expert(indices[unit], axis), *at[axis + 1 :])
+    at = (*at[:axis], _by_expert(name, indices[unit]), *at[axis + 1 :])
   if isinstance(array, np.ndarray):
     made = np.zeros(full, array.dtype)
     made[at] = array
@@ -204,7 +229,7 @@ def mask(name: str, array: jax.Array, masks: Mapping[str, Any]) -> jax.Array:
   axis = AXES[name].index(cut_of(name))
   shape_ = [1] * array.ndim
   shape_[axis] = array.shape[axis]
-  if AXES[name][0] == "X":
+  if of_each_expert(name):
     shape_[0] = len(array)
   mask_U = masks[unit][..., : array.shape[axis]]
   return array * mask_U.reshape(shape_).astype(array.dtype)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from adapt_pruner_jax.models import axes, experts, layer, remat
-from adapt_pruner_jax.models.arithmetic import project, soft_cap
+from adapt_pruner_jax.models.arithmetic import XIELU, project, soft_cap
 from adapt_pruner_jax.models.attention import AttentionInputs
 from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.kernels import AUTO, Kernel
@@ -120,12 +120,16 @@ class Decoder(nn.Module):
     return x_BTD if scale == 1 else x_BTD * jnp.asarray(scale, x_BTD.dtype)
 
   def normed(self, x_BTD: jax.Array) -> jax.Array:
-    """The stream behind the final norm, which the output matrix multiplies.
+    """The stream behind the final norm, which `head_matrix` multiplies.
 
     Args:
       x_BTD: the residual stream behind the last layer.
     """
-    return layer.norm(self.config, self.weight, "final_norm", x_BTD)
+    x_BTD = layer.norm(self.config, self.weight, "final_norm", x_BTD)
+    if self.config.head_bias:
+      one_BTC = jnp.ones((*x_BTD.shape[:-1], 1), x_BTD.dtype)
+      x_BTD = jnp.concatenate([x_BTD, one_BTC], axis=-1)
+    return x_BTD
 
   def head(self, x_BTD: jax.Array) -> jax.Array:
     """Logits, float32 [B, T, V].
@@ -134,7 +138,7 @@ class Decoder(nn.Module):
       x_BTD: the residual stream behind the last layer.
     """
     c = self.config
-    matrix = self.weight[output_name(c)]
+    matrix = head_matrix(c, self.weight)
     return finish(c, product(c, matrix, self.normed(x_BTD)))
 
   def __call__(
@@ -230,6 +234,24 @@ def output_name(config: ModelConfig) -> str:
   return "embedding" if config.tied else "lm_head"
 
 
+def head_matrix(config: ModelConfig, params: Params) -> jax.Array:
+  """The output matrix: [V, D] tied, else [D, V].
+
+  Its bias is one channel more of D, whose input `Decoder.normed` has beside
+  the stream, so that losses need not know of it.
+
+  Args:
+    config: of the model.
+    params: the whole tree, or what is outside the layers.
+  """
+  matrix = params[output_name(config)]
+  if not config.head_bias:
+    return matrix
+  axis = 1 if config.tied else 0
+  bias = jnp.expand_dims(params["lm_head_bias"], axis)
+  return jnp.concatenate([matrix, bias.astype(matrix.dtype)], axis)
+
+
 def output_equation(config: ModelConfig) -> str:
   """The product with it, as of `arithmetic.project`."""
   return "btd,vd->btv" if config.tied else "btd,dv->btv"
@@ -254,6 +276,8 @@ def _initializer(name: str, config: ModelConfig):
     return nn.initializers.zeros
   if name == "delta_norm":
     return nn.initializers.ones
+  if name in XIELU:
+    return nn.initializers.constant(XIELU[name])
   if "norm" in name:
     return nn.initializers.constant(1.0 - config.norm_offset)
   return nn.initializers.normal(0.02)

@@ -2,9 +2,11 @@
 
 import dataclasses
 import os
-from typing import Any
+import resource
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 USABLE = 0.92  # share of a device's memory that a program gets
 
@@ -45,6 +47,42 @@ DEVICES = {
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class Meant:
+  """A device that is not here, as far as what a program does depends on it."""
+
+  device_kind: str
+  platform: str
+  compute_capability: float
+
+
+class MeantMesh(NamedTuple):
+  """A mesh of such devices, for arithmetic; JAX cannot compile for it.
+
+  Attributes:
+    shape, size, devices: as a `jax.sharding.Mesh` has them.
+  """
+
+  shape: dict[str, int]
+  size: int
+  devices: np.ndarray
+
+
+def meant_mesh(mesh: Any, kind: str) -> Any:
+  """A mesh of stand-ins as one of the devices that they stand in for.
+
+  Args:
+    mesh: of stand-ins.
+    kind: a name in `DEVICES`; the mesh of another is given back as it is.
+  """
+  if of_kind(kind) is None:
+    return mesh
+  platform = "tpu" if kind.startswith("TPU") else "gpu"
+  ampere = kind.startswith("NVIDIA A")
+  device = Meant(kind, platform, 8.0 if ampere else 9.0)
+  return MeantMesh(dict(mesh.shape), mesh.size, np.array([device]))
+
+
 def of_kind(kind: str) -> Device | None:
   """The row of a `device_kind`, None if it is not known."""
   return next((d for n, d in DEVICES.items() if kind.startswith(n)), None)
@@ -54,6 +92,18 @@ def peak_flops(device: Any) -> float | None:
   """bfloat16 FLOP/s that a `jax.Device` can do at best, None if not known."""
   found = of_kind(device.device_kind)
   return found and found.flops
+
+
+def peak_memory() -> int | None:
+  """Bytes of the fullest device of this process, at most since it began; of
+  CPUs, the process's."""
+  stats = [device.memory_stats() or {} for device in jax.local_devices()]
+  peaks = [s["peak_bytes_in_use"] for s in stats if "peak_bytes_in_use" in s]
+  if peaks:
+    return max(peaks)
+  if jax.local_devices()[0].platform != "cpu":
+    return None
+  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def memory_of(device: jax.Device) -> float:

@@ -17,15 +17,23 @@ from typing import Any, NamedTuple
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jax.custom_batching import sequential_vmap
 from jax.sharding import Mesh, PartitionSpec
 
-from adapt_pruner_jax.models.arithmetic import ACTIVATIONS, as_multiplied
+from adapt_pruner_jax.models import exchange, grouped
+from adapt_pruner_jax.models.arithmetic import ACTIVATIONS, project
 from adapt_pruner_jax.models.axes import BATCH, Params
 from adapt_pruner_jax.models.model_config import ModelConfig
 
-MOST_ROWS = 128  # of a block of one expert, on a CPU
 ROWS = PartitionSpec(BATCH)
+# Parameters that are read, and how many dims of them come before channels.
+READ = {
+  "router": None,
+  "router_bias": None,
+  "moe_gate": 2,
+  "moe_up": 2,
+  "moe_gate_bias": 1,
+  "moe_up_bias": 1,
+}
 
 
 class Load(NamedTuple):
@@ -47,7 +55,9 @@ class Routed:
   """What the experts have made of their tokens, sorted by expert.
 
   Where rows are cut over devices, each has sorted its own: numbers of tokens
-  are its own then, and there are as many `sizes_X` as devices.
+  are its own then, and there are as many `sizes_X` as devices. Where experts
+  are cut too, `made_PF`, `expert_P` and `sizes_X` are of rows that came to a
+  device's experts, the others of those that it has sent.
 
   Attributes:
     made_PF: activations of each row's channels.
@@ -56,6 +66,9 @@ class Routed:
     token_P: which token it is.
     sizes_X: rows of each expert.
     probabilities_TX: of all experts, float32, tokens flat.
+    chosen_P: to which expert each row goes; `expert_P` if none is sent.
+    sent: how rows come back; None = none is sent.
+    beside_TE: what an expert that all tokens see says of each, if there is one.
     mesh: devices that rows are cut over; None = they are not.
   """
 
@@ -65,7 +78,16 @@ class Routed:
   token_P: jax.Array
   sizes_X: jax.Array
   probabilities_TX: jax.Array
+  chosen_P: jax.Array
+  sent: exchange.Sent | None = None
+  beside_TE: jax.Array | None = None
   mesh: Mesh | None = flax.struct.field(pytree_node=False, default=None)
+
+
+class Shared(NamedTuple):
+  """What an expert that all tokens see says, where the others are gone."""
+
+  said_TE: jax.Array
 
 
 def read(
@@ -80,33 +102,92 @@ def read(
     config: of the model; `experts_per_token` and `router_norm` count.
     weights: of the layer.
     h_BTD: the normed stream in front of the MLP.
-    mesh: devices that rows are to be cut over; None = they are as they are.
+    mesh: devices that rows are to be cut over, and experts; None = they are
+      as they are.
   """
   mesh = mesh if mesh is not None and _divides(mesh, len(h_BTD)) else None
-  weights = {n: weights[n] for n in ("router", "moe_gate", "moe_up")}
-  run = partial(_read, config)
+  beside_TE = shared(config, weights, h_BTD)
+  weights = {n: weights[n] for n in READ if n in weights}
+  run = partial(_read, config, _parts(mesh))
   if mesh is not None:
     channels = _channels(mesh, weights["moe_up"].shape[-1])
-    matrix = PartitionSpec(None, None, channels)
-    cut = {"router": PartitionSpec(), "moe_gate": matrix, "moe_up": matrix}
-    made = (PartitionSpec(BATCH, channels), *(ROWS,) * 5)
+    cut = {n: _cut(n, mesh, channels) for n in weights}
+    made = Routed(PartitionSpec(BATCH, channels), *(ROWS,) * 6)
+    if _parts(mesh) > 1:
+      made = made.replace(sent=exchange.Sent(ROWS, ROWS))
     run = _alone(run, mesh, (cut, ROWS), made)
-  return Routed(*run(weights, h_BTD), mesh=mesh)
+  return run(weights, h_BTD).replace(mesh=mesh, beside_TE=beside_TE)
 
 
-def _read(config, weights, h_BTD):
+def shared(
+  config: ModelConfig, weights: Params, h_BTD: jax.Array
+) -> jax.Array | None:
+  """What the expert says that all tokens see, [tokens, E]; None = no such.
+
+  Args:
+    config, weights, h_BTD: as of `read`.
+  """
+  if not config.shared_width:
+    return None
+  h_TD = h_BTD.reshape(-1, h_BTD.shape[-1])
+  up_TS = project("td,ds->ts", h_TD, weights["shared_up"])
+  gate_TS = project("td,ds->ts", h_TD, weights["shared_gate"])
+  made_TS = ACTIVATIONS[config.activation](gate_TS) * up_TS
+  said_TE = project("ts,se->te", made_TS, weights["shared_down"])
+  open_T1 = project("td,do->to", h_TD, weights["shared_open"])
+  return jax.nn.sigmoid(open_T1) * said_TE
+
+
+def _read(config, parts, weights, h_BTD):
   h_TD = h_BTD.reshape(-1, h_BTD.shape[-1])
   weight_Tk, expert_Tk, probabilities_TX = route(config, weights, h_TD)
   flat = expert_Tk.reshape(-1)
   order = jnp.argsort(flat, stable=True)
   token_P = order // config.experts_per_token
   sizes_X = jnp.bincount(flat, length=config.experts).astype(jnp.int32)
-  rows_PD = h_TD[token_P]
-  up_PF = grouped(rows_PD, weights["moe_up"], sizes_X)
-  gate_PF = grouped(rows_PD, weights["moe_gate"], sizes_X)
-  made_PF = ACTIVATIONS[config.activation](gate_PF) * up_PF
-  rows = weight_Tk.reshape(-1)[order], flat[order], token_P
-  return made_PF, *rows, sizes_X, probabilities_TX
+  chosen_P, rows_PD, sent = flat[order], h_TD[token_P], None
+  own_P, first = chosen_P, 0
+  if parts > 1:
+    came = exchange.there(rows_PD, sizes_X, parts)
+    rows_PD, own_P, sizes_X, sent = came
+    first = jax.lax.axis_index(exchange.AXIS) * len(sizes_X)
+  return Routed(
+    made_PF=channels(config, weights, rows_PD, sizes_X, own_P),
+    weight_P=weight_Tk.reshape(-1)[order],
+    expert_P=first + own_P,
+    token_P=token_P,
+    sizes_X=sizes_X,
+    probabilities_TX=probabilities_TX,
+    chosen_P=chosen_P,
+    sent=sent,
+  )
+
+
+def channels(
+  config: ModelConfig,
+  weights: Params,
+  rows_PD: jax.Array,
+  sizes_X: jax.Array,
+  expert_P: jax.Array,
+) -> jax.Array:
+  """What experts make of their rows, up to their channels, [P, F].
+
+  Args:
+    config, weights: as of `read`.
+    rows_PD: sorted by expert.
+    sizes_X: rows of each.
+    expert_P: whose each is.
+  """
+  up_PF = grouped.product(rows_PD, weights["moe_up"], sizes_X)
+  gate_PF = grouped.product(rows_PD, weights["moe_gate"], sizes_X)
+  if config.expert_bias:
+    up_PF = up_PF + weights["moe_up_bias"][expert_P].astype(up_PF.dtype)
+    gate_PF = gate_PF + weights["moe_gate_bias"][expert_P].astype(up_PF.dtype)
+  if limit := config.swiglu_limit:
+    gate_PF = jnp.minimum(gate_PF, limit)
+    opened_PF = gate_PF * jax.nn.sigmoid(config.swiglu_alpha * gate_PF)
+    return opened_PF * (jnp.clip(up_PF, -limit, limit) + 1)
+  return ACTIVATIONS[config.activation](gate_PF) * up_PF
 
 
 def route(
@@ -122,6 +203,8 @@ def route(
     Weights [T, k], experts [T, k], and float32 probabilities of all [T, X].
   """
   logits_TX = jnp.einsum("td,dx->tx", h_TD, weights["router"])
+  if config.expert_bias:
+    logits_TX = logits_TX + weights["router_bias"].astype(logits_TX.dtype)
   logits_TX = logits_TX.astype(jnp.float32)
   probabilities_TX = jax.nn.softmax(logits_TX, axis=-1)
   top_Tk, expert_Tk = jax.lax.top_k(logits_TX, config.experts_per_token)
@@ -138,32 +221,52 @@ def masked(routed: Routed, mask_XF: jax.Array) -> Routed:
   return routed.replace(made_PF=routed.made_PF * mask_PF)
 
 
-def write(routed: Routed, down_XFE: jax.Array) -> jax.Array:
+def write(
+  routed: Routed, down_XFE: jax.Array, bias_XE: jax.Array | None = None
+) -> jax.Array:
   """What the experts say together, [tokens, E].
 
   Args:
     routed: from `read`, masked or not.
     down_XFE: their output matrices.
+    bias_XE: their output biases, if they have any.
   """
+  beside_TE, routed = routed.beside_TE, routed.replace(beside_TE=None)
+  beside_TE = 0 if beside_TE is None else beside_TE
   if routed.mesh is None:
-    return _write(routed, down_XFE)
+    return _write(routed, down_XFE) + _biases(routed, bias_XE) + beside_TE
   mesh = routed.mesh
   channels = _channels(mesh, down_XFE.shape[1])
   cut = jax.tree.map(lambda _: ROWS, routed)
   cut = cut.replace(made_PF=PartitionSpec(BATCH, channels))
 
-  def run(routed, down_XFE):
-    y_TE = _write(routed, down_XFE)
-    return jax.lax.psum(y_TE, channels) if channels else y_TE
+  def run(routed, down_XFE, bias_XE):
+    y_TE = _write(routed, down_XFE, _parts(mesh))
+    y_TE = jax.lax.psum(y_TE, channels) if channels else y_TE
+    return y_TE + _biases(routed, bias_XE)
 
-  cuts = cut, PartitionSpec(None, channels)
-  return _alone(run, mesh, cuts, ROWS)(routed, down_XFE)
+  down = PartitionSpec(_experts(mesh), channels)
+  cuts = cut, down, PartitionSpec()
+  y_TE = _alone(run, mesh, cuts, ROWS)(routed, down_XFE, bias_XE)
+  return y_TE + beside_TE
 
 
-def _write(routed, down_XFE):
-  said_PE = said(routed, down_XFE) * routed.weight_P[:, None]
+def _write(routed, down_XFE, parts=1):
+  said_PE = said(routed, down_XFE)
+  if parts > 1:
+    said_PE = exchange.back(said_PE, routed.sent, parts)
+  said_PE = said_PE * routed.weight_P[:, None]
   shape = len(routed.probabilities_TX), said_PE.shape[-1]
   return jnp.zeros(shape, said_PE.dtype).at[routed.token_P].add(said_PE)
+
+
+def _biases(routed, bias_XE):
+  """What output biases add, [tokens, E]; 0 = nothing."""
+  if bias_XE is None:
+    return 0
+  weight_TX = jnp.zeros(routed.probabilities_TX.shape, routed.weight_P.dtype)
+  at = routed.token_P, routed.chosen_P
+  return weight_TX.at[at].set(routed.weight_P) @ bias_XE.astype(weight_TX.dtype)
 
 
 def said(routed: Routed, down_XFE: jax.Array) -> jax.Array:
@@ -173,7 +276,7 @@ def said(routed: Routed, down_XFE: jax.Array) -> jax.Array:
     routed: of one device.
     down_XFE: the output matrices.
   """
-  return grouped(routed.made_PF, down_XFE, routed.sizes_X)
+  return grouped.product(routed.made_PF, down_XFE, routed.sizes_X)
 
 
 # ---- Balance -----------------------------------------------------------------
@@ -194,16 +297,17 @@ def load(routed: Routed | None, counts_T: jax.Array | None) -> Load | None:
   def run(routed, counts_T):
     return jax.lax.psum(_load(routed, counts_T), BATCH)
 
-  cuts = jax.tree.map(lambda _: ROWS, routed), ROWS
+  home = routed.replace(made_PF=routed.weight_P, sent=None, beside_TE=None)
+  cuts = jax.tree.map(lambda _: ROWS, home), ROWS
   run = _alone(run, routed.mesh, cuts, PartitionSpec())
-  return run(routed.replace(made_PF=routed.weight_P), counts_T.reshape(-1))
+  return run(home, counts_T.reshape(-1))
 
 
 def _load(routed, counts_T):
   counts_T = jnp.asarray(counts_T, jnp.float32)
   counts_P = counts_T[routed.token_P]
-  chosen_X = jnp.zeros(len(routed.sizes_X)).at[routed.expert_P].add(counts_P)
   share_X = counts_T @ routed.probabilities_TX
+  chosen_X = jnp.zeros(len(share_X)).at[routed.chosen_P].add(counts_P)
   return Load(chosen_X, share_X, jnp.sum(counts_T))
 
 
@@ -244,108 +348,25 @@ def _divides(mesh: Mesh, rows: int) -> bool:
   return mesh.size > 1 and rows % math.prod(mesh.shape[a] for a in BATCH) == 0
 
 
+def _parts(mesh: Mesh | None) -> int:
+  """How many parts experts are cut into."""
+  return 1 if mesh is None else mesh.shape[exchange.AXIS]
+
+
+def _experts(mesh: Mesh) -> str | None:
+  """The mesh axis that experts are cut over."""
+  return exchange.AXIS if _parts(mesh) > 1 else None
+
+
+def _cut(name: str, mesh: Mesh, channels: str | None) -> PartitionSpec:
+  """Where a parameter that is read is cut."""
+  before = READ[name]
+  if before is None:
+    return PartitionSpec()
+  return PartitionSpec(_experts(mesh), *[None] * (before - 1), channels)
+
+
 def _channels(mesh: Mesh, width: int) -> str | None:
   """The mesh axis that channels are cut over."""
   size = mesh.shape["tensor"]
   return "tensor" if size > 1 and width % size == 0 else None
-
-
-# ---- Products by group -------------------------------------------------------
-
-
-@jax.custom_vjp
-def grouped(x_PI: jax.Array, w_XIO: jax.Array, sizes_X: jax.Array) -> jax.Array:
-  """Each row times the matrix of its group, [P, O].
-
-  Args:
-    x_PI: rows, those of a group next to each other.
-    w_XIO: a matrix a group; a float32 one is multiplied in the dtype of the
-      rows, and its gradient is summed in float32, as by `arithmetic.project`.
-    sizes_X: int32, rows of each group; they add up to P.
-  """
-  return _product(x_PI, as_multiplied(w_XIO, x_PI), sizes_X)
-
-
-def _grouped_forward(x_PI, w_XIO, sizes_X):
-  return grouped(x_PI, w_XIO, sizes_X), (x_PI, w_XIO, sizes_X)
-
-
-def _grouped_backward(saved, dy_PO):
-  x_PI, w_XIO, sizes_X = saved
-  used_XIO, dy_PO = as_multiplied(w_XIO, x_PI), dy_PO.astype(x_PI.dtype)
-  dx_PI = _product(dy_PO, used_XIO.swapaxes(1, 2), sizes_X)
-  if used_XIO is not w_XIO:
-    x_PI, dy_PO = x_PI.astype(w_XIO.dtype), dy_PO.astype(w_XIO.dtype)
-  dw_XIO = _outer(x_PI, dy_PO, sizes_X)
-  return dx_PI, dw_XIO.astype(w_XIO.dtype), None
-
-
-grouped.defvjp(_grouped_forward, _grouped_backward)
-
-
-@sequential_vmap  # `ragged_dot` has no rule for rows in batches
-def _product(x_PI, w_XIO, sizes_X):
-  return jax.lax.platform_dependent(
-    x_PI, w_XIO, sizes_X, cpu=_product_of_blocks, default=jax.lax.ragged_dot
-  )
-
-
-@sequential_vmap
-def _outer(x_PI, dy_PO, sizes_X):
-  """The sum over a group's rows of x times dy, [X, I, O]."""
-  return jax.lax.platform_dependent(
-    x_PI, dy_PO, sizes_X, cpu=_outer_of_blocks, default=_ragged_outer
-  )
-
-
-_OVER_ROWS = jax.lax.RaggedDotDimensionNumbers(
-  dot_dimension_numbers=(((0,), (0,)), ((), ())),
-  lhs_ragged_dimensions=[0],
-  rhs_group_dimensions=[],
-)
-_ragged_outer = partial(
-  jax.lax.ragged_dot_general, ragged_dot_dimension_numbers=_OVER_ROWS
-)
-
-
-def _product_of_blocks(x_PI, w_XIO, sizes_X):
-  """On a CPU, where XLA would multiply each row with all matrices."""
-  at_NR, group_N = _blocks(len(x_PI), sizes_X)
-  x_NRI = x_PI.at[at_NR].get(mode="fill", fill_value=0)
-  y_NRO = jax.lax.map(lambda b: b[0] @ w_XIO[b[1]], (x_NRI, group_N))
-  y_PO = jnp.zeros((len(x_PI), w_XIO.shape[2]), y_NRO.dtype)
-  return y_PO.at[at_NR].set(y_NRO, mode="drop")
-
-
-def _outer_of_blocks(x_PI, dy_PO, sizes_X):
-  at_NR, group_N = _blocks(len(x_PI), sizes_X)
-  x_NRI, dy_NRO = (
-    a.at[at_NR].get(mode="fill", fill_value=0) for a in (x_PI, dy_PO)
-  )
-
-  def add(dw_XIO, block):
-    x_RI, dy_RO, group = block
-    return dw_XIO.at[group].add(x_RI.T @ dy_RO), None
-
-  zeros = jnp.zeros((len(sizes_X), x_PI.shape[1], dy_PO.shape[1]), x_PI.dtype)
-  return jax.lax.scan(add, zeros, (x_NRI, dy_NRO, group_N))[0]
-
-
-def _blocks(rows: int, sizes_X: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Blocks of R rows of one group each, as many as there can be at most.
-
-  Returns:
-    Each block's rows [N, R], beyond the last where it has fewer; its group [N].
-  """
-  groups = len(sizes_X)
-  R = min(MOST_ROWS, max(8, rows // groups))
-  N = rows // R + min(groups, rows)
-  last_X = jnp.cumsum(-(-sizes_X // R))  # block behind each group's
-  group_N = jnp.searchsorted(last_X, jnp.arange(N), side="right")
-  group_N = jnp.minimum(group_N, groups - 1)
-  end_X = jnp.cumsum(sizes_X)
-  first_N = last_X[group_N] - -(-sizes_X[group_N] // R)
-  start_N = end_X[group_N] - sizes_X[group_N]
-  start_N += (jnp.arange(N) - first_N) * R
-  at_NR = start_N[:, None] + jnp.arange(R)
-  return jnp.where(at_NR < end_X[group_N][:, None], at_NR, rows), group_N

@@ -43,6 +43,19 @@ def _not_asked(config: ModelConfig) -> float:
   )
 
 
-def training_flops(config: ModelConfig, seq_len: int) -> float:
-  """FLOPs of training on one token: a backward is twice a forward."""
-  return 3 * sum(forward_flops(config, seq_len))
+def training_flops(
+  config: ModelConfig,
+  seq_len: int,
+  teacher: ModelConfig | None = None,
+  frozen: bool = False,
+) -> float:
+  """FLOPs of training on one token: a backward is twice a forward.
+
+  What rematerialisation repeats does not count, as in the definition of MFU.
+
+  Args:
+    teacher: a model that runs beside, forward; None = none does.
+    frozen: adapters alone are trained: the weights get no gradients.
+  """
+  whole = (2 if frozen else 3) * sum(forward_flops(config, seq_len))
+  return whole + (sum(forward_flops(teacher, seq_len)) if teacher else 0)

@@ -32,6 +32,7 @@ def norm(
   """
   if config.parallel and name == "mlp_norm":
     x = x[..., : config.hidden_size]
+    name = "attn_norm" if config.shared_norm else name
   if name not in weights:
     return x
   if config.norm == "layer":
@@ -68,7 +69,8 @@ def heads(
     update = jax.lax.dynamic_update_slice_in_dim
     pairs = zip(cache, kv, strict=True)
     kv = [update(old, new, inputs.column, axis=1) for old, new in pairs]
-  said_BTKGH = _attend(config, place, inputs, q_BTKGH, *kv)
+  sinks_KG = weights.get("sinks")
+  said_BTKGH = _attend(config, place, inputs, sinks_KG, q_BTKGH, *kv)
   if config.attn_gate:
     gate_BTKGH = read_by("btd,dkgh->btkgh", h_BTD, weights["q_gate"])
     if config.qkv_bias:
@@ -77,26 +79,25 @@ def heads(
   return said_BTKGH, tuple(kv)
 
 
-def _attend(config, place, inputs, q_BTKGH, k_BSKH, v_BSKH):
+def _attend(config, place, inputs, sinks_KG, q_BTKGH, k_BSKH, v_BSKH):
   """`attend` with the window of a place.
 
   A kernel must know its window when it is compiled: in a scan over layers that
   differ in it there is one kernel for each, and the place chooses.
   """
-  scale, softcap = (
-    config.attn_scale or config.head_dim**-0.5,
-    config.attn_softcap,
-  )
+  softcap = config.attn_softcap
+  how = {"scale": config.attn_scale or config.head_dim**-0.5}
+  how |= {"softcap": softcap, "sinks_KG": sinks_KG}
 
   def seeing(window):
-    return lambda *heads: attend(
-      *heads, inputs, window, scale=scale, softcap=softcap
-    )
+    return lambda *heads: attend(*heads, inputs, window, **how)
 
   heads, windows = (q_BTKGH, k_BSKH, v_BSKH), sorted(set(config.window))
   if not any(windows):
     return seeing(0)(*heads)
-  kernel, _ = chosen(q_BTKGH, inputs, windows[-1], softcap)
+  kernel, _ = chosen(
+    q_BTKGH, inputs, windows[-1], softcap, sinks_KG is not None
+  )
   if isinstance(place.window, int) or kernel not in KERNELS:
     return seeing(place.window)(*heads)
   which = jnp.searchsorted(np.array(windows), place.window)

@@ -64,6 +64,7 @@ class Case(NamedTuple):
     prefix: as `AttentionInputs.prefix`.
     shards: parts that rows are cut into; 0 = there is no mesh.
     capability: of an NVIDIA GPU, such as 9.0.
+    sinks: heads may look at nothing, see `attention.attend`.
   """
 
   device: str
@@ -77,6 +78,7 @@ class Case(NamedTuple):
   prefix: bool = False
   shards: int = 1
   capability: float = 0.0
+  sinks: bool = False
 
 
 def choose(asked: str, case: Case) -> tuple[str, str]:
@@ -133,6 +135,8 @@ def _cudnn_lacks(case: Case) -> str:
 def _kernels_lack(case: Case) -> str:
   if case.window is None:
     return "must know the window when it is compiled"
+  if case.sinks:
+    return "has no attention sinks"
   if case.prefix:
     return "has no common prefix of branches"
   if not case.shards:
@@ -168,7 +172,8 @@ def case_of_run(
 ) -> Case:
   """The case of a model's layers without windows, for what a run says."""
   shape = rows, length, config.head_dim, dtype
-  return _on_devices(mesh, *shape, 0, config.attn_softcap, packed, False)
+  case = _on_devices(mesh, *shape, 0, config.attn_softcap, packed, False)
+  return case._replace(sinks=config.attn_sinks)
 
 
 def _on_devices(mesh: Mesh | None, *of_queries) -> Case:

@@ -21,7 +21,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from adapt_pruner_jax.models import axes, delta_net, experts
-from adapt_pruner_jax.models.arithmetic import ACTIVATIONS, project
+from adapt_pruner_jax.models.arithmetic import ACTIVATIONS, project, xielu
 from adapt_pruner_jax.models.attention import AttentionInputs
 from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.heads import heads, norm
@@ -37,6 +37,7 @@ HALVES = {
     *("delta_gate", "delta_beta", "delta_decay"),
   ),
   "down": ("gate", "up"),
+  "moe_down": (),  # what experts read with is theirs, see `refit_experts`
 }
 WRITERS = {"K": "o", "F": "down"}  # by unit, but for gated delta nets
 NAMES = {"K": "attn", "F": "mlp"}  # how parameters of a half begin
@@ -211,7 +212,7 @@ def read(
   x_BTD: jax.Array,
   masks: Mapping[str, jax.Array] | None = None,
   cache: Cache | None = None,
-) -> tuple[jax.Array | experts.Routed | None, Cache | None]:
+) -> tuple[jax.Array | experts.Routed | experts.Shared | None, Cache | None]:
   """What the units of a half make of the stream: the input of `o` or `down`.
 
   Args:
@@ -223,6 +224,9 @@ def read(
     [B, T, K, G, H], [B, T, Z, A, Y], [B, T, F] or what experts made, None if
     the half is absent; and what the layer caches, None of an MLP.
   """
+  if unit == "F" and "shared_down" in weights and not count(unit, weights):
+    h_BTD = norm(config, weights, "mlp_norm", x_BTD)
+    return experts.Shared(experts.shared(config, weights, h_BTD)), None
   if not count(unit, weights):
     return None, None
   if unit == "F":
@@ -241,7 +245,7 @@ def write(
   config: ModelConfig,
   weights: Params,
   x_BTD: jax.Array,
-  fed: jax.Array | experts.Routed | None,
+  fed: jax.Array | experts.Routed | experts.Shared | None,
 ) -> jax.Array:
   """Writes what units have made to the residual stream.
 
@@ -259,8 +263,11 @@ def write(
   front_BTD, x_BTD = x_BTD, stream(config, x_BTD)
   y_BTD = None
   if isinstance(fed, experts.Routed):
-    y_BTD = experts.write(fed, weights["moe_down"])
+    biases_XE = weights.get("moe_down_bias")
+    y_BTD = experts.write(fed, weights["moe_down"], biases_XE)
     y_BTD = y_BTD.reshape(*x_BTD.shape[:2], -1)
+  elif isinstance(fed, experts.Shared):
+    y_BTD = fed.said_TE.reshape(*x_BTD.shape[:2], -1)
   elif fed is not None:
     equation = {"K": "btkgh,kghd->btd", "F": "btf,fd->btd"}[unit]
     y_BTD = project(equation, fed, weights[writer])
@@ -301,7 +308,8 @@ def count(unit: str, weights: Params) -> int:
 
 def writer_of(unit: str, weights: Params) -> str:
   """The matrix that a half of this layer writes with."""
-  return "delta_o" if unit == "K" and "delta_o" in weights else WRITERS[unit]
+  other = {"K": "delta_o", "F": "moe_down"}[unit]
+  return other if other in weights else WRITERS[unit]
 
 
 # ---- MLP ---------------------------------------------------------------------
@@ -316,6 +324,8 @@ def _channels(config, weights, x_BTD, mesh):
   up_BTF = read_by("btd,df->btf", h_BTD, w["up"])
   if c.gate_up_bias:
     up_BTF = up_BTF + w["up_bias"]
+  if c.activation == "xielu":
+    return xielu(up_BTF, *(w[name] for name in axes.XIELU))
   if not c.gated:
     return ACTIVATIONS[c.activation](up_BTF)
   gate_BTF = read_by("btd,df->btf", h_BTD, w["gate"])

@@ -90,6 +90,15 @@ class ModelConfig:
   router_norm: bool = False  # weights of a token's experts add up to one
   router_loss: float = 0.0  # what the balance of experts counts for
   router_loss_on: bool = False  # whether it counts in training at all
+  expert_bias: bool = False  # of the router and of all matrices of experts
+  # Experts' gates are clamped from above, what they open from both sides, and
+  # the sigmoid in between has a factor (gpt-oss); 0 = an ordinary gate.
+  swiglu_limit: float = 0.0
+  swiglu_alpha: float = 0.0
+  attn_sinks: bool = False  # each head may look at nothing
+  shared_width: int = 0  # of an expert that all tokens see, with a gate
+  shared_norm: bool = False  # of parallel halves: one in front of both
+  head_bias: bool = False  # of the output matrix
 
   @property
   def num_layers(self) -> int:
@@ -108,6 +117,8 @@ class ModelConfig:
       "G": self.queries_per_group,
       "H": self.head_dim,
       "X": self.experts,
+      "S": self.shared_width,
+      "O": 1,
     }
     sizes |= {
       "D": self.hidden_size,
@@ -127,6 +138,10 @@ class ModelConfig:
     elif self.residual:
       sizes |= {"D": self.residual[0][0], "E": self.residual[-1][2]}
     return sizes
+
+  def has_one_norm(self) -> bool:
+    """Whether a layer's halves read one norm, `attn_norm`."""
+    return self.parallel and self.shared_norm
 
   def is_delta(self, layer: int) -> bool:
     """Whether a layer has a gated delta net in place of attention."""
@@ -258,22 +273,30 @@ def layer_names(config: ModelConfig, layer: int | None = None) -> list[str]:
     mixer += axes.DELTA
   has_o_bias = config.o_bias and "o" in mixer
   mlp = ["gate"] * config.gated + ["up", "down"]
+  if config.activation == "xielu":
+    mlp += axes.XIELU
   if config.experts:
     mlp = ["router", "moe_gate", "moe_up", "moe_down"]
+    biases = ("router_bias", "moe_gate_bias", "moe_up_bias", "moe_down_bias")
+    mlp += biases * config.expert_bias
   mlp += ["gate_bias"] * (config.gate_up_bias and config.gated)
   mlp += ["up_bias"] * config.gate_up_bias
+  shared = axes.SHARED if config.shared_width else ()
   before = config.norm_order != "post"
   after = config.norm_order != "pre"
   mixer += ["attn_norm"] * before + ["attn_post_norm"] * after
-  mlp += ["mlp_norm"] * before + ["mlp_post_norm"] * after
+  front = "attn_norm" if config.has_one_norm() else "mlp_norm"
+  mlp += [front] * before + ["mlp_post_norm"] * after
   mixer += ["attn_norm_bias"] * config.norm_bias
-  mlp += ["mlp_norm_bias"] * config.norm_bias
+  mlp += [f"{front}_bias"] * config.norm_bias
   if layer is not None:
     mixer = mixer if config.kv_groups[layer] else []
-    mlp = mlp if config.ffn_widths[layer] else []
+    # A shared expert goes on where the others have no channels.
+    kept = [n for n in mlp if n.startswith("mlp_norm")] if shared else []
+    mlp = mlp if config.ffn_widths[layer] else kept
   shortcuts = ["attn_shortcut", "mlp_shortcut"] * bool(config.residual)
   biases = ["o_bias"] * has_o_bias + ["down_bias"] * config.down_bias
-  return mixer + mlp + biases + shortcuts
+  return [*dict.fromkeys(mixer + mlp + [*shared] + biases + shortcuts)]
 
 
 def _attention_names(config: ModelConfig) -> list[str]:
@@ -281,6 +304,7 @@ def _attention_names(config: ModelConfig) -> list[str]:
   names = ["q", *["q_gate"] * gate, "k", "v", "o"]
   if config.qkv_bias:
     names += ["q_bias", *["q_gate_bias"] * gate, "k_bias", "v_bias"]
+  names += ["sinks"] * config.attn_sinks
   return (
     names
     + {
@@ -294,7 +318,8 @@ def _attention_names(config: ModelConfig) -> list[str]:
 def outer_names(config: ModelConfig) -> list[str]:
   """Names of the parameters outside the layers."""
   norm = ["final_norm"] + ["final_norm_bias"] * config.norm_bias
-  return ["embedding", *norm] + ["lm_head"] * (not config.tied)
+  head = ["lm_head"] * (not config.tied) + ["lm_head_bias"] * config.head_bias
+  return ["embedding", *norm, *head]
 
 
 def param_shapes(config: ModelConfig) -> dict:

@@ -10,6 +10,9 @@ from adapt_pruner_jax.planning.hardware import Hardware
 from adapt_pruner_jax.pruning.targets import prunable_modules
 from adapt_pruner_jax.runs.summary import in_bytes
 
+BY_DEFAULT = 0.75  # of a GPU's memory
+FRACTION = f"XLA_PYTHON_CLIENT_MEM_FRACTION={USABLE}"
+
 
 def warnings(config: Config, found: dict, hardware: Hardware) -> list[str]:
   """What will not work, and what to change."""
@@ -23,6 +26,13 @@ def warnings(config: Config, found: dict, hardware: Hardware) -> list[str]:
         "be used: " + advice(config, phase, parts, hardware)
       )
   settings = config.prune
+  most = max((sum(p.values()) for p in found["memory"].values()), default=0)
+  small = hardware.memory * BY_DEFAULT
+  if hardware.device.startswith("NVIDIA") and small < most <= usable:
+    lines.append(
+      f"JAX takes {BY_DEFAULT:.0%} of a GPU's memory unless it is told to take "
+      f"more: start with launch/gpu.sh or launch/slurm.sh, or with {FRACTION}"
+    )
   steps = max(stage["steps_needed"] for stage in found["stages"])
   if settings.max_steps and steps > settings.max_steps:
     lines.append(
@@ -68,7 +78,7 @@ def advice(
   """
   usable = hardware.memory * USABLE
   held = sum(parts.values()) - parts["temporary"]
-  few = config.mesh.data == 1 and config.mesh.tensor == 1
+  few = config.mesh.data in (0, 1) and config.mesh.tensor == 1
   tips = []
   if phase == "scoring" and not config.prune.stream_layers:
     tips.append(

@@ -9,7 +9,6 @@ from adapt_pruner_jax.models import flops as flops_
 from adapt_pruner_jax.models import model_config
 from adapt_pruner_jax.models.axes import UNITS
 from adapt_pruner_jax.models.model_config import ModelConfig
-from adapt_pruner_jax.planning.hardware import Hardware
 from adapt_pruner_jax.pruning import budgets, exact_target, schedule
 from adapt_pruner_jax.pruning.targets import prunable_modules, smallest
 from adapt_pruner_jax.pruning.task import Limits
@@ -208,21 +207,11 @@ def refit_flops(
 def training_flops(
   config: ModelConfig, teacher: ModelConfig, recipe: Config
 ) -> float:
-  """Counts the FLOPs of training on one token: three times forward.
-
-  What rematerialisation repeats does not count, as in the definition of MFU.
-  """
-  flops = flops_.training_flops(config, recipe.data.seq_len)
-  if recipe.train.distill_alpha:
-    flops += sum(flops_.forward_flops(teacher, recipe.data.seq_len))
-  return flops
-
-
-def hours(flops: float, hardware: Hardware) -> float | None:
-  """Says how long so many FLOPs take; None if the peak is not known."""
-  if not hardware.peak:
-    return None
-  return flops / (hardware.peak * hardware.mfu * hardware.devices) / 3600
+  """Counts the FLOPs of training on one token, as `flops.training_flops`."""
+  settings, length = recipe.train, recipe.data.seq_len
+  taught_by = teacher if settings.distill_alpha else None
+  frozen = bool(settings.lora_rank)
+  return flops_.training_flops(config, length, taught_by, frozen)
 
 
 def _prunable_params(config: ModelConfig, settings: Prune) -> int:

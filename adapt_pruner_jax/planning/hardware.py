@@ -7,13 +7,14 @@ from typing import Any
 import jax
 from absl import flags
 
-from adapt_pruner_jax.errors import UserError, first_line, nearest
+from adapt_pruner_jax.errors import UserError, nearest
 from adapt_pruner_jax.models.devices import (
   DEVICES,
   memory_of,
   of_kind,
   peak_flops,
 )
+from adapt_pruner_jax.planning import compiling
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Hardware:
   memory: float = 0.0  # bytes of one device
   peak: float = 0.0  # FLOP/s of one device
   mfu: float = 0.4  # share of the peak that is reached
-  topology: str = ""  # compile for these TPUs (libtpu is needed): "v5e:2x4"
+  topology: str = ""  # a slice of TPUs (libtpu is needed): "v5e:2x4"
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -40,7 +41,7 @@ def define_flags(values: flags.FlagValues) -> None:
   text(
     "topology",
     "",
-    "compile for these TPUs, such as v5e:2x4; needs libtpu and minutes",
+    "a slice of TPUs to compile for, such as v5e:2x4; needs libtpu",
     flag_values=values,
   )
 
@@ -68,7 +69,7 @@ def resolve(hardware: Hardware) -> Hardware:
   if hardware.mfu <= 0 or hardware.mfu > 1:
     raise UserError(f"--mfu={hardware.mfu} must be in (0, 1]")
   if hardware.topology:
-    slice_ = topology_devices(hardware.topology)
+    slice_ = compiling.devices_of(hardware.topology)
     kind = slice_[0].device_kind
     hardware = dataclasses.replace(hardware, device=kind, devices=len(slice_))
   if hardware.device:
@@ -102,38 +103,33 @@ def resolve(hardware: Hardware) -> Hardware:
   )
 
 
-def compile_for(hardware: Hardware) -> Sequence[jax.Device] | int:
-  """The devices that programs are compiled for, or how many stand-ins."""
-  if hardware.topology:
-    return topology_devices(hardware.topology)
-  is_here = hardware.device == jax.devices()[0].device_kind
-  if is_here and hardware.devices <= jax.device_count():
-    return jax.devices()[: hardware.devices]
-  return hardware.devices
+def compile_for(hardware: Hardware) -> Sequence[jax.Device] | int | str:
+  """The devices that programs are compiled for, how many stand-ins, or the
+  slice of TPUs that the TPU compiler is asked about."""
+  here = jax.devices()
+  is_here = hardware.device == here[0].device_kind
+  enough = hardware.devices <= jax.device_count()
+  if is_here and enough and here[0].platform != "tpu":
+    return here[: hardware.devices]
+  slice_ = compiling.slice_of(hardware.device, hardware.devices)
+  slice_ = hardware.topology or slice_
+  if slice_ and compiling.has_compiler():
+    return slice_
+  return here[: hardware.devices] if is_here and enough else hardware.devices
 
 
-def source(devices: Sequence[jax.Device] | int) -> str:
+def source(
+  hardware: Hardware, devices: Sequence[jax.Device] | int | str
+) -> str:
   """Where the figures of memory come from."""
+  if isinstance(devices, str):
+    return f"what the TPU compiler lays out for {devices}"
   if not isinstance(devices, int):
     return f"compiled for {len(devices)} x {devices[0].device_kind}"
-  return (
+  said = (
     f"scoring is compiled for {devices} virtual CPU device(s) in float32, an "
     "upper bound; training is an estimate, nothing was compiled"
   )
-
-
-def topology_devices(name: str) -> Sequence[jax.Device]:
-  """Devices of a TPU slice that is not here; they can only be compiled for.
-
-  Raises:
-    UserError: no such slice, or libtpu is missing.
-  """
-  from jax.experimental import topologies
-
-  try:
-    return topologies.get_topology_desc(name, "tpu").devices
-  except Exception as error:
-    raise UserError(
-      f"--topology={name}: {first_line(error)}; a name is such as "
-      "v5e:2x4, and libtpu must be installed (pip install libtpu)"
-    ) from error
+  if compiling.slice_of(hardware.device, hardware.devices):
+    said += "; pip install libtpu, and the TPU compiler says it"
+  return said

@@ -25,7 +25,7 @@ from adapt_pruner_jax.distributed import sharding
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.models.devices import USABLE
 from adapt_pruner_jax.models.model_config import ModelConfig
-from adapt_pruner_jax.planning import cost, memory
+from adapt_pruner_jax.planning import cost, memory, times
 from adapt_pruner_jax.planning.hardware import (
   Hardware,
   compile_for,
@@ -155,8 +155,13 @@ def _digest(config: Config) -> str:
   return digest.of_json({n: x for n, x in fields.items() if n not in free})
 
 
-def predict(config: Config, model: ModelConfig, hardware: Hardware) -> Config:
+def predict(
+  config: Config, model: ModelConfig, hardware: Hardware
+) -> tuple[Config, str]:
   """What `settle` would choose on a device of which only the peak is known.
+
+  Returns:
+    The recipe with tokens, and what was chosen, for people.
 
   Raises:
     UserError: as `settle`'s, or the peak is not known.
@@ -171,8 +176,9 @@ def predict(config: Config, model: ModelConfig, hardware: Hardware) -> Config:
   config = fitted(config, full, student, hardware)
   rate = hardware.peak * hardware.mfu * hardware.devices
   flops = cost.training_flops(student, full, config) * config.data.step_tokens
-  chosen = choose(config, full, Speed(flops / rate, 60.0), rate)
-  return _chosen(config, chosen)
+  speed = Speed(flops / rate, times.STEP)
+  chosen = choose(config, full, speed, rate)
+  return _chosen(config, chosen), said(config, chosen, speed)
 
 
 def choose(
@@ -238,6 +244,8 @@ def fitted(
     UserError: not even adapters fit.
   """
   usable, devices = hardware.memory * USABLE, compile_for(hardware)
+  if isinstance(devices, str):  # of which too many ways would be compiled
+    devices = hardware.devices
   if not usable:
     return config
   # Only training is asked for: a method whose scoring is not compiled.
@@ -251,7 +259,9 @@ def fitted(
   for way in ways:
     train = dataclasses.replace(config.train, **way)
     made = dataclasses.replace(config, train=train, prune=prune)
-    found = memory.measure(made, full, student, devices, hardware.memory)
+    found = memory.measure(
+      *(made, full, student, devices, hardware.memory, hardware.device)
+    )
     if sum(found["training"].values()) <= usable:
       return dataclasses.replace(config, train=train)
   raise UserError(

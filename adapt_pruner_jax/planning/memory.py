@@ -1,22 +1,19 @@
 """Device memory of scoring, refit and training, before there are any weights.
 
 The programs are compiled for abstract arrays on the intended mesh and asked for
-their buffers (XLA's memory analysis). Training is unrolled over layers, so it
-is compiled for two and for three of them and extended in a straight line.
+their buffers: those of TPUs by the TPU compiler, which needs no TPU, each phase
+in a process of its own (`compiling`). Where training is unrolled over layers,
+it is compiled for two and for three of them and extended in a straight line.
 
-Where the intended devices are not here, virtual CPU devices stand in for them,
-in a process of its own. Then scoring is compiled in float32 (in half precision
+Other devices that are not here have virtual CPU devices for stand-ins, in a
+process of its own. Then scoring is compiled in float32 (in half precision
 XLA's CPU backend keeps float32 copies that no accelerator needs), and training
 is added up by hand: that backend neither reorders a program to use less memory,
 which undoes rematerialisation, nor scatters gradients as it reduces them.
 """
 
 import dataclasses
-import json
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,12 +23,17 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.stages import Lowered
 
-from adapt_pruner_jax.config import Config, from_json
+from adapt_pruner_jax.config import Config
 from adapt_pruner_jax.distributed import each_device, placement, sharding
-from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.models import axes, model_config
+from adapt_pruner_jax.models.devices import meant_mesh
 from adapt_pruner_jax.models.model_config import ModelConfig
-from adapt_pruner_jax.planning import arrays, training_memory
+from adapt_pruner_jax.planning import (
+  arrays,
+  compiling,
+  elsewhere,
+  training_memory,
+)
 from adapt_pruner_jax.planning.arrays import Bytes
 from adapt_pruner_jax.pruning import passes, surgery
 from adapt_pruner_jax.pruning.scores import KINDS
@@ -46,8 +48,9 @@ def measure(
   config: Config,
   full: ModelConfig,
   student: ModelConfig,
-  devices: Sequence[jax.Device] | int,
+  devices: Sequence[jax.Device] | int | str,
   size: float = 0.0,
+  kind: str = "",
 ) -> dict[str, Bytes]:
   """Measures {"scoring": bytes, "refit": ..., "refit by loss": ...,
   "training": ...} of a run.
@@ -58,59 +61,113 @@ def measure(
   Args:
     full: the original model.
     student: the largest model that is trained.
-    devices: those that the programs are compiled for, or how many stand-ins.
+    devices: those that the programs are compiled for, how many stand-ins, or a
+      slice of TPUs, such as "v5e:2x4".
     size: bytes of memory of one, for `train.remat=auto`; 0 = theirs.
+    kind: what stand-ins stand in for, as in `models.devices.DEVICES`.
 
   Raises:
     UserError: a mesh or a batch that does not fit the number of devices.
   """
+  models = config, full, student
+  if isinstance(devices, str):
+    found = {}
+    for phase in phases(config):
+      found |= elsewhere.ask(*models, devices, size, kind, [phase])
+    return found
   if not isinstance(devices, int):
-    return _measure(config, full, student, devices, size, real=True)
+    return measure_here(*models, devices, size, kind, True, phases(config))
   if jax.default_backend() == "cpu" and jax.device_count() >= devices:
     here = jax.devices()[:devices]
-    return _measure(config, full, student, here, size, real=False)
-  return _elsewhere(config, full, student, devices, size)
+    return measure_here(*models, here, size, kind, False, phases(config))
+  return elsewhere.ask(*models, devices, size, kind, phases(config))
 
 
-def _measure(
+def phases(config: Config) -> list[str]:
+  """Which phases of a run are measured."""
+  scores = config.prune.pair()[1] in (*KINDS, *WALKS)
+  return [
+    name
+    for name, there in (
+      ("scoring", scores),
+      ("refit", config.prune.solves()),
+      ("refit by loss", config.prune.refit_passes),
+      ("training", config.train.tokens),
+    )
+    if there
+  ]
+
+
+def measure_here(
   config: Config,
   full: ModelConfig,
   student: ModelConfig,
   devices: Sequence[jax.Device],
   size: float,
+  kind: str,
   real: bool,
+  wanted: Sequence[str],
 ) -> dict[str, Bytes]:
-  shape = dataclasses.asdict(config.mesh)
-  mesh = sharding.make_mesh(**shape, devices=devices)
+  mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh), devices=devices)
+  sharding.require_experts(full, mesh)
+  seen = mesh if real else meant_mesh(mesh, kind)
   if config.train.tokens:
     check_rows(config.data.batch, config.train.accumulation, mesh)
-  found = {}
-  if config.prune.pair()[1] in (*KINDS, *WALKS):
-    found["scoring"] = scoring(config, full, mesh, real)
-  rule = (
-    training_memory.training if real else training_memory.estimated_training
-  )
 
   def trained(config: Config) -> Bytes:
-    made = _with_remat(config, full, student, mesh, size)
-    return rule(made, full, student, mesh)
+    made = _with_remat(config, full, student, seen, size)
+    if real:
+      return training_memory.training(made, full, student, mesh)
+    given = made, full, student, mesh, seen
+    return training_memory.estimated_training(*given)
 
-  if config.prune.solves():
-    found["refit"] = refitting(config, full, mesh)
-  if config.prune.refit_passes:
-    found["refit by loss"] = trained(_refit_as_training(config, mesh))
-  if config.train.tokens:
-    found["training"] = trained(config)
+  def measured(phase: str) -> Bytes:
+    if phase == "training":
+      return trained(config)
+    if phase == "refit by loss":
+      found = trained(_refit_as_training(config, mesh))
+    elif phase == "refit":
+      found = refitting(config, full, mesh)
+    else:
+      found = scoring(config, full, mesh, real)
+    return found | beside(config, full, student, mesh, seen)
+
+  return {phase: measured(phase) for phase in wanted}
+
+
+def beside(
+  config: Config,
+  full: ModelConfig,
+  student: ModelConfig,
+  mesh: Mesh,
+  seen: Mesh,
+) -> Bytes:
+  """Adds up what later stages have beside a prune: moments, a teacher.
+
+  Args:
+    seen: the mesh, of the devices that are meant.
+  """
+  found, settings = {}, config.train
+  if config.prune.stages == 1 or not settings.tokens:
+    return found
+  if settings.carry_moments and not settings.lora_rank:
+    moments = jnp.dtype(settings.moments)
+    found["moments of recovery"] = 2 * arrays.model_bytes(
+      student, moments, mesh
+    )
+  if settings.has_teacher_beside():
+    dtype = training_memory.teacher_dtype(config, full, seen)
+    found["teacher of recovery"] = arrays.model_bytes(full, dtype, mesh)
   return found
 
 
-def _with_remat(config, full, student, mesh, size) -> Config:
-  """The recipe with what `train.remat=auto` becomes."""
+def _with_remat(config, full, student, seen, size) -> Config:
+  """The recipe with what `train.remat=auto` becomes on these devices."""
   settings, data = config.train, config.data
   teacher = full if settings.has_teacher_beside() else None
   shape = data.batch // settings.accumulation, data.seq_len
   settings = training_size.with_remat(
-    settings, student, teacher, shape, mesh, size
+    settings, student, teacher, shape, seen, size
   )
   return dataclasses.replace(config, train=settings)
 
@@ -155,10 +212,10 @@ def scoring(
     real: whether they are those that the run is meant for.
   """
   dtype = arrays.weight_dtype(config)
-  lowered, (M, B, T), before = lower_scoring(
-    config, full, mesh, dtype if real else jnp.dtype("float32")
-  )
-  temporary = arrays.temporary(lowered.compile())
+  kind = dtype if real else jnp.dtype("float32")
+  lowered, (M, B, T), before = lower_scoring(config, full, mesh, kind)
+  given = stacked_params(config, full, kind, mesh), before
+  temporary = compiling.temporary(lowered, given, mesh)
   if not real and dtype.itemsize == 2:
     # The residual stream in front of each half layer is what is stored.
     parts = each_device.parts_of(mesh, each_device.row_axes(mesh, B))
@@ -170,9 +227,6 @@ def scoring(
   found["stacked copy"] = arrays.size(stacked)
   if before is not None:
     found["sums between passes"] = arrays.size(before)
-  if config.train.carry_moments and config.prune.stages > 1:
-    moments = jnp.dtype(config.train.moments)
-    found["optimizer"] = 2 * arrays.model_bytes(full, moments, mesh)
   # While the copy is made there is one more, when the rest is not there yet.
   return found | {"temporary": max(temporary, found["stacked copy"])}
 
@@ -199,17 +253,18 @@ def lower_scoring(
   programs, how = _walk(config, mesh)
   stacked = stacked_params(config, full, dtype, mesh)
   model = surgery.dense(full), stacked, masks
-  rows = passes.one_minibatch(shape, recipe.batch, mesh)
+  batch = passes.batch_of(recipe.batch, recipe.samples, mesh, how)
+  rows = passes.one_minibatch(shape, batch, mesh)
   handed_on = lambda: passes.sums(programs, (*model, *rows), how)
   most = passes.minibatches(
     full,
     arrays.weight_dtype(config),
-    *(shape, recipe.batch, recipe.pass_tokens),
+    *(shape, batch, recipe.pass_tokens),
     mesh,
     handed_on,
   )
   nobody = np.zeros(shape, np.int32)
-  tokens_MBT, valid_MB = placement.passes(nobody, recipe.batch, mesh, most)[0]
+  tokens_MBT, valid_MB = placement.passes(nobody, batch, mesh, most)[0]
   M, B, T = tokens_MBT.shape
   args = (
     *model,
@@ -233,104 +288,76 @@ def stacked_params(
 
 
 def refitting(config: Config, full: ModelConfig, mesh: Mesh) -> Bytes:
-  """Adds up a refit: two models, two residual streams, one least squares.
-
-  Each device has one layer of both models whole, and sums of its own rows.
-  """
-  from adapt_pruner_jax.pruning import least_squares
-
-  dtype, recipe = arrays.weight_dtype(config), config.calibration
-  model_size = arrays.model_bytes(full, dtype, mesh)
+  """Adds up a refit: `refit_held`, and what the fullest program needs."""
+  recipe, wide = config.calibration, surgery.dense(full)
   shards = placement.batch_shards(mesh)
   rows = -(-min(recipe.batch, recipe.refit_samples) // shards)
+  C, outputs = _channels(full), 0
+  if config.prune.refit_all:  # what gate and up give, and should give
+    most = max(2 * wide.ffn_widths[0], 3 * max(wide.head_channels()))
+    outputs = full.hidden_size + most
+  fed = 2 * 4 * rows * recipe.seq_len * max(C, outputs)  # in, weighted
+  if full.experts:
+    F, E = wide.ffn_widths[0], full.hidden_size
+    sent = rows * recipe.seq_len * full.experts_per_token
+    fed = max(fed, 4 * sent * (2 * F + 3 * E))
+  temporary = max(_solving(C, full, mesh), fed)
+  return refit_held(config, full, mesh) | {"temporary": temporary}
+
+
+def refit_held(config: Config, full: ModelConfig, mesh: Mesh) -> Bytes:
+  """Adds up what a refit holds: two models, two residual streams, one least
+  squares.
+
+  Each device has one layer of both models whole, and sums of its own rows. In
+  the middle of a prune the second model is the stacked one.
+  """
+  dtype, recipe = arrays.weight_dtype(config), config.calibration
+  shards, D = placement.batch_shards(mesh), full.hidden_size
+  rows = -(-min(recipe.batch, recipe.refit_samples) // shards)
   number = -(-recipe.refit_samples // shards)
-  stream = 4 * number * recipe.seq_len * full.hidden_size
-  wide = surgery.dense(full)
-  channels = max(
-    *wide.head_channels(),
-    wide.ffn_widths[0],
-    full.hidden_size,
-  )
-  array = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
-  matrix = {"down": array(channels, full.hidden_size)}
-  solve = least_squares.solve.lower(
-    array(channels, channels), matrix, matrix, array()
-  )
+  wide, C = surgery.dense(full), _channels(full)
   one_layer = sum(
     math.prod(axes.shape(name, wide.sizes(0)))
     for name in model_config.layer_names(wide)
   )
-  fed = 2 * 4 * rows * recipe.seq_len * channels  # a matrix's input, weighted
-  equations = channels**2 + channels * full.hidden_size
-  if config.prune.refit_all:  # what gate and up give, and should give
-    outputs = max(
-      2 * wide.ffn_widths[0],
-      3 * max(wide.head_channels()),
-    )
-    fed = max(fed, 2 * 4 * rows * recipe.seq_len * (full.hidden_size + outputs))
-    equations = max(equations, full.hidden_size**2 + full.hidden_size * outputs)
+  equations = C**2 + C * D
+  if config.prune.refit_all:
+    outputs = max(2 * wide.ffn_widths[0], 3 * max(wide.head_channels()))
+    equations = max(equations, D**2 + D * outputs)
+  if full.experts:  # each with equations of its own
+    F = wide.ffn_widths[0]
+    equations = max(equations, full.experts * (F**2 + F * D))
   return {
-    "weights": 2 * model_size,
+    "weights": 2 * arrays.model_bytes(full, dtype, mesh),
     # Of both models; a minibatch at a time moves behind a half layer.
-    "streams": 2 * stream + 4 * rows * recipe.seq_len * full.hidden_size,
+    "streams": 4 * recipe.seq_len * D * (2 * number + rows),
     "layers": 2 * dtype.itemsize * one_layer,
     "least squares": 2 * 4 * equations,  # summed, and of a minibatch
-    "temporary": max(arrays.temporary(solve.compile()), fed),
   }
 
 
-# ---- As many devices as are intended -----------------------------------------
+def _channels(full: ModelConfig) -> int:
+  """The most inputs of a matrix."""
+  wide = surgery.dense(full)
+  mlp = 0 if full.experts else wide.ffn_widths[0]
+  return max(*wide.head_channels(), mlp, full.hidden_size)
 
 
-def _elsewhere(
-  config: Config,
-  full: ModelConfig,
-  student: ModelConfig,
-  devices: int,
-  size: float,
-) -> dict[str, Bytes]:
-  """`measure` with stand-ins, in a process that has enough of them."""
-  flags = os.environ.get("XLA_FLAGS", "").split()
-  count = "--xla_force_host_platform_device_count"
-  flags = [f for f in flags if not f.startswith(count)]
-  environment = {
-    **os.environ,
-    "XLA_FLAGS": " ".join([*flags, f"{count}={devices}"]),
-    "NPROC": str(max(16, 2 * devices)),
-    "JAX_PLATFORMS": "cpu",
-  }
-  task = {
-    "config": dataclasses.asdict(config),
-    "full": model_config.to_json(full),
-    "student": model_config.to_json(student),
-    "devices": devices,
-    "size": size,
-  }
-  done = subprocess.run(
-    [sys.executable, "-m", "adapt_pruner_jax.planning.memory"],
-    input=json.dumps(task),
-    capture_output=True,
-    text=True,
-    env=environment,
+def _solving(channels: int, full: ModelConfig, mesh: Mesh) -> int:
+  """Bytes that the largest least squares needs, solved on the mesh."""
+  from adapt_pruner_jax.pruning import least_squares
+
+  whole = sharding.replicated(mesh)
+  divides = channels % placement.batch_shards(mesh) == 0
+  cut = placement.batch_sharding(mesh) if divides else whole
+  array = lambda where, *shape: jax.ShapeDtypeStruct(
+    shape, jnp.float32, sharding=where
   )
-  if done.returncode:
-    raise RuntimeError(f"memory analysis failed:\n{done.stderr}")
-  answer = json.loads(done.stdout.splitlines()[-1])
-  if "error" in answer:
-    raise UserError(answer["error"])
-  return answer
-
-
-def _answer(task: dict) -> dict:
-  config = from_json(task["config"])
-  full, student = (
-    model_config.from_json(task[name]) for name in ("full", "student")
+  matrix = channels, full.hidden_size
+  given = (
+    *(array(cut, channels, channels), {"down": array(cut, *matrix)}),
+    *({"down": array(whole, *matrix)}, array(whole)),
   )
-  try:
-    return measure(config, full, student, task["devices"], task["size"])
-  except UserError as error:
-    return {"error": str(error)}
-
-
-if __name__ == "__main__":
-  print(json.dumps(_answer(json.load(sys.stdin))))
+  lowered = least_squares.solve.lower(*given, mesh=mesh)
+  return compiling.temporary(lowered, given, mesh)

@@ -19,7 +19,7 @@ from adapt_pruner_jax.config import (
 from adapt_pruner_jax.errors import UserError, first_line
 from adapt_pruner_jax.models import model_config
 from adapt_pruner_jax.models.model_config import ModelConfig
-from adapt_pruner_jax.planning import cost, hours, memory
+from adapt_pruner_jax.planning import hours, memory, times
 from adapt_pruner_jax.planning.advice import fixed_attention, warnings
 from adapt_pruner_jax.planning.cost import stage_table
 from adapt_pruner_jax.planning.disk import disk
@@ -76,9 +76,10 @@ def plan(
   limits = resolve_limits(full, config.prune, beside)
   if target is None and not config.prune.max_steps:
     target = budgets.count(full, config.prune)  # the vocabulary alone
+  chosen = None
   if config.train.hours:
     hours.checked(config)
-    config = hours.predict(config, whole, hardware)
+    config, chosen = hours.predict(config, whole, hardware)
   stages = stage_table(config, full, target, limits)
   compiled_for = compile_for(hardware)
   configs = [full, *(stage.pop("config") for stage in stages)]
@@ -91,16 +92,19 @@ def plan(
     **_budget(config.prune, (whole, configs[-1]), target, beside),
     "budgets": _every_budget(config.prune, whole, configs[-1]),
     "hardware": dataclasses.asdict(hardware),
+    "chosen": chosen,  # for train.hours
     "stages": stages,
     "memory": memory.measure(
-      config, full, configs[1], compiled_for, hardware.memory
+      *(config, full, configs[1], compiled_for),
+      *(hardware.memory, hardware.device),
     ),
-    "memory_from": source(compiled_for),
+    "memory_from": source(hardware, compiled_for),
     "disk": disk(config, [whole, *configs[1:]], folder),
   }
   flops = sum(s["prune_flops"] + s["train_flops"] for s in stages)
   found["flops"] = flops
-  found["hours"] = cost.hours(flops, hardware)
+  spent = times.hours(config, full, configs[1:], stages, hardware)
+  found["hours_of"], found["hours"] = spent, spent and sum(spent.values())
   found["warnings"] = warnings(config, found, hardware)
   found["warnings"] += fixed_attention(config.prune, full)
   if config.prune.budget == "quality":
@@ -239,6 +243,8 @@ def show(found: dict, config: Config, hardware: Hardware, log: Log) -> None:
       f"{vocab['tokens_after']:,} of {vocab['tokens_before']:,} tokens stay, "
       f"which leaves {vocab['params_after']:,} parameters before any pruning"
     )
+  if found["chosen"]:
+    log.say(found["chosen"])
   log.table(
     "Stages (shapes if pruned evenly; scores will decide)",
     ("stage", "parameters", "KV groups", "MLP width", "prune steps", "tokens"),
@@ -246,7 +252,7 @@ def show(found: dict, config: Config, hardware: Hardware, log: Log) -> None:
   )
   _show_budgets(found["budgets"], log)
   name = hardware.device or "device"
-  time = "unknown: give --device or --tflops"
+  time, spent = "unknown: give --device or --tflops", found["hours_of"] or {}
   if found["hours"] is not None:
     time = duration(found["hours"] * 3600)
     time += f" at {hardware.mfu:.0%} of the peak"
@@ -262,6 +268,7 @@ def show(found: dict, config: Config, hardware: Hardware, log: Log) -> None:
       ("scoring", f"{scored:.3g} FLOPs"),
       ("training", f"{trained:.3g} FLOPs"),
       ("time", time),
+      *((f"  {n}", duration(h * 3600)) for n, h in spent.items()),
       ("original on disk", in_bytes(found["disk"]["original"])),
       ("export on disk", in_bytes(found["disk"]["export"])),
       *cached,

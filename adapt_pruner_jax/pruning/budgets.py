@@ -175,7 +175,7 @@ def _outside(config: ModelConfig, settings: Prune) -> int:
   if settings.budget == "kv_bytes":
     return 0
   if settings.budget == "latency":
-    return _table(settings).rest
+    return _table(settings).outside(config.vocab_size)
   names = model_config.outer_names(config)
   if settings.budget == "flops" and not config.tied:
     names.remove("embedding")  # looked up
@@ -260,14 +260,15 @@ def check_table(config: ModelConfig, settings: Prune, device: str) -> None:
   """
   file = settings.budget_table
   table, name = latency_table.read(file), f"--config.prune.budget_table={file}"
+  costs = _table(settings)
   for field in latency_table.MODEL:
     mine, theirs = getattr(config, field), table["model"][field]
-    if mine != theirs:
+    cut = field == "vocab_size" and costs.output is not None and mine < theirs
+    if mine != theirs and not cut:
       raise UserError(
         f"{name} is of another model: its {field} is {theirs:,}, this one's "
         f"{mine:,}; measure this one: adapt-pruner profile --model=DIR"
       )
-  points = _table(settings).points
   wanted = settings.budget_device or device
   if table["device"] != wanted:
     raise UserError(
@@ -277,10 +278,11 @@ def check_table(config: ModelConfig, settings: Prune, device: str) -> None:
     )
   for u, what in (("K", "KV groups"), ("F", "MLP channels")):
     most = max(config.units()[u])
-    if most > points[u][0][-1]:
+    last = costs.points[u][0][-1]
+    if most > last:
       raise UserError(
-        f"{name} ends at {points[u][0][-1]:,} {what}, and the model has "
-        f"layers of {most:,}: measure up to that width"
+        f"{name} ends at {last:,} {what}, and the model has layers of "
+        f"{most:,}: measure up to that width"
       )
 
 

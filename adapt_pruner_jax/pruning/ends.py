@@ -7,7 +7,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from adapt_pruner_jax.distributed import each_device, embedding
 from adapt_pruner_jax.models import model_config
 from adapt_pruner_jax.models.axes import Params
-from adapt_pruner_jax.models.decoder import Decoder, output_name
+from adapt_pruner_jax.models.decoder import Decoder, head_matrix
 from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.training import output_matrix
 
@@ -38,7 +38,7 @@ def output(
   config: ModelConfig, stacked: Params, mesh: Mesh | None
 ) -> output_matrix.Placed:
   """The output matrix as `output_loss` takes it, for all minibatches."""
-  return output_matrix.place(config, stacked[output_name(config)], mesh)
+  return output_matrix.place(config, head_matrix(config, stacked), mesh)
 
 
 def cut(

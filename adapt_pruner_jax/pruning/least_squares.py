@@ -23,34 +23,34 @@ from adapt_pruner_jax.distributed import (
   placement,
   sharding,
 )
-from adapt_pruner_jax.distributed.embedding import embed
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.models import axes
 from adapt_pruner_jax.models.axes import Params
-from adapt_pruner_jax.models.kernels import Kernel
 from adapt_pruner_jax.models.layer import (
   HALVES,
   NAMES,
   WRITERS,
   Place,
-  attention_inputs,
-  norm,
   places,
-  read,
   stream,
   write,
   writer_of,
 )
 from adapt_pruner_jax.models.model_config import ModelConfig
-from adapt_pruner_jax.pruning import float32_product, linear_algebra
-
-HELD_OUT = 0.1  # share of the sequences that judge a refit
-CAP = 10.0  # most that a token's input energy counts, in medians
-ENOUGH = 20  # tokens per input channel from which a weak ridge is best
-WEAK, STRONG = 0.1, 1.0  # ridges with enough tokens, and with fewer
-
-Stream = list[jax.Array]  # minibatches [B, T, D], float32
-Weights = list[jax.Array | None]  # what tokens count, [B, T]; None = nothing
+from adapt_pruner_jax.pruning import (
+  float32_product,
+  linear_algebra,
+  refit_experts,
+  streams,
+)
+from adapt_pruner_jax.pruning.streams import (
+  CAP,
+  ENOUGH,
+  STRONG,
+  WEAK,
+  Stream,
+  Weights,
+)
 
 
 def layers(
@@ -76,8 +76,8 @@ def layers(
   Yields:
     i, the matrices that changed, and the records of the layer.
   """
-  check(config)
-  z, fit, held = _start(config, outer, tokens_NT, batch, mesh)
+  check(config, refit_all)
+  z, fit, held = streams.start(config, outer, tokens_NT, batch, mesh)
   u = z
   for i, place in enumerate(map(Place, *places(config))):
     dense_layer, layer, masks = layer_at(i)
@@ -86,7 +86,7 @@ def layers(
     dense = _without_biases(config, dense_layer)
     if u is z and _same(dense_layer, layer):
       for writer in (writer_of(unit, layer) for unit in axes.UNITS):
-        _advance(dense, writer, dense_layer, place, z, mesh)
+        streams.advance(dense, writer, dense_layer, place, z, mesh)
       yield i, {}, []
       continue
     u = list(u) if u is z else u
@@ -95,30 +95,49 @@ def layers(
 
     for unit in axes.UNITS:
       writer = writer_of(unit, layer)
-      normed = f"{NAMES[unit]}_post_norm" in layer
+      # What it should give is made of the dense stream in front of the half.
+      in_front = f"{NAMES[unit]}_post_norm" in layer
+      in_front |= writer == refit_experts.MATRIX
       readers = tuple(name for name in HALVES[writer] if name in layer)
       for names in [readers] * refit_all + [(writer,)]:
-        if names == (writer,) and not normed:
-          _advance(dense, writer, dense_layer, place, z, mesh)
-        if masks[unit].any():
+        if names == (writer,) and not in_front:
+          streams.advance(dense, writer, dense_layer, place, z, mesh)
+        if not masks[unit].any():
+          continue
+        if names == (refit_experts.MATRIX,):
+          left = int(masks[unit][0].sum())
+          both = dense_layer, layer, (z, u), fit, held
+          new, found = refit_experts.refit(config, *both, left, ridge, mesh)
+        else:
           task = _Task(config, names, mesh)
           parts = _Parts(dense_layer, layer, placed, place)
           strength = ridge or _ridge(task, masks, tokens_NT)
           new, found = _refit(task, parts, z, u, fit, held, strength)
-          layer, changed = layer | new, changed | new
-          records += [{"layer": i, "ridge": strength} | r for r in found]
-      if normed:
-        _advance(dense, writer, dense_layer, place, z, mesh)
-      _advance(config, writer, layer, place, u, mesh)
+          found = [r | {"ridge": strength} for r in found]
+        layer, changed = layer | new, changed | new
+        records += [{"layer": i} | r for r in found]
+      if in_front:
+        streams.advance(dense, writer, dense_layer, place, z, mesh)
+      streams.advance(config, writer, layer, place, u, mesh)
     yield i, changed, records
 
 
-def check(config: ModelConfig) -> None:
-  """Raises a UserError for a model that least squares cannot refit."""
+def check(config: ModelConfig, refit_all: bool = False) -> None:
+  """Raises a UserError for a model that least squares cannot refit.
+
+  Args:
+    config: of the model.
+    refit_all: as `refit.refit`'s.
+  """
   if config.residual:
     raise UserError(
       "this model cannot be refitted by least squares: SliceGPT changes the "
       "residual width"
+    )
+  if config.experts and refit_all:
+    raise UserError(
+      f"{config.family} is a mixture of experts, of which least squares refit "
+      "what they write: give --config.prune.refit_all=False"
     )
 
 
@@ -204,44 +223,8 @@ def _ridge(task: _Task, masks: dict[str, np.ndarray], tokens_NT) -> float:
     units, sizes = masks[axes.unit_of(name)], task.config.sizes()
     of_unit = (sizes.get(x, 1) for x in axes.AXES[name][:-1])
     width = int(units.sum()) * math.prod(of_unit)
-  rows = len(tokens_NT) - _held_rows(tokens_NT)
+  rows = len(tokens_NT) - streams.held_rows(tokens_NT)
   return WEAK if rows * tokens_NT.shape[1] >= ENOUGH * width else STRONG
-
-
-def _start(config, outer, tokens_NT, batch, mesh) -> tuple:
-  """The stream in front of the layers, and the weights to fit and to judge."""
-  N, T = tokens_NT.shape
-  if N < 2:
-    raise UserError(
-      f"a refit needs at least 2 calibration sequences, not {N}: one to fit "
-      "and one to judge; raise --config.calibration.samples or "
-      ".refit_samples"
-    )
-  tokens_MBT, valid_MB = placement.minibatches(tokens_NT, batch, mesh)
-  valid_MB = np.asarray(valid_MB)
-  row_MB = valid_MB.ravel().cumsum().reshape(valid_MB.shape)  # from 1
-  judge_MB = row_MB > N - _held_rows(tokens_NT)
-
-  def weights(rows_MB):
-    return [
-      placement.replicate(np.tile(rows_B[:, None], T).astype(np.float32), mesh)
-      if rows_B.any()
-      else None
-      for rows_B in rows_MB
-    ]
-
-  stream = [_embed(config, outer, t, mesh=mesh) for t in tokens_MBT]
-  return stream, weights(valid_MB & ~judge_MB), weights(valid_MB & judge_MB)
-
-
-def _held_rows(tokens_NT: np.ndarray) -> int:
-  return max(1, round(len(tokens_NT) * HELD_OUT))
-
-
-def _advance(config, writer, layer, place, stream, mesh) -> None:
-  """Moves a stream behind a half, a minibatch at a time: none is kept twice."""
-  for number, x_BTD in enumerate(stream):
-    stream[number] = _half(config, writer, layer, place, x_BTD, mesh=mesh)
 
 
 def _without_biases(config: ModelConfig, layer: Params) -> ModelConfig:
@@ -259,22 +242,9 @@ def _same(dense_layer: Params, layer: Params) -> bool:
 # ---- On the devices ----------------------------------------------------------
 
 
-@partial(jax.jit, static_argnames=("config", "mesh"))
-def _embed(config, outer, tokens_BT, *, mesh):
-  x_BTD = embed(config, outer["embedding"], tokens_BT, mesh)
-  return placement.cut_rows(x_BTD.astype(jnp.float32), mesh)
-
-
 @partial(jax.jit, static_argnames="mesh")
 def _gathered(tree, *, mesh):
   return sharding.whole(tree, mesh)
-
-
-@partial(jax.jit, static_argnames=("config", "writer", "mesh"))
-def _half(config, writer, layer, place, x_BTD, *, mesh):
-  fed = _fed(config, writer, layer, place, x_BTD, mesh)
-  unit = axes.unit_of(writer)
-  return placement.cut_rows(write(unit, config, layer, x_BTD, fed), mesh)
 
 
 @partial(jax.jit, static_argnames="task")
@@ -321,7 +291,7 @@ def _lacking(task, parts, z_BTD, u_BTD, weight_BT):
   """
   config, names, layer = task.config, task.names, parts.layer
   mesh, place = task.mesh, parts.place
-  fed = _fed(config, names[0], layer, place, u_BTD, mesh)
+  fed = streams.fed_to(config, names[0], layer, place, u_BTD, mesh)
   unit, writes, found = axes.unit_of(names[0]), names[0] in HALVES, {}
   if writes and f"{NAMES[unit]}_post_norm" not in layer:
     given_BTD = write(unit, config, layer, u_BTD, fed)
@@ -331,7 +301,9 @@ def _lacking(task, parts, z_BTD, u_BTD, weight_BT):
     found[names[0]] = lacks_BTE, (z_BTE - u_BTE) / scale
   else:
     dense = parts.dense_layer
-    dense_BTC = _flat(_fed(config, names[0], dense, place, z_BTD, mesh))
+    dense_BTC = _flat(
+      streams.fed_to(config, names[0], dense, place, z_BTD, mesh)
+    )
     for n in names:
       # Biases are the same in both and need no part in it.
       left = dense[n] if writes else axes.mask(n, dense[n], parts.masks)
@@ -350,22 +322,6 @@ def _lacking(task, parts, z_BTD, u_BTD, weight_BT):
 def _flat(fed):
   """The input of a matrix, [B, T, C]."""
   return fed.reshape(*fed.shape[:2], -1)
-
-
-def _fed(config, name, layer, place, x_BTD, mesh):
-  """What matrix `name` of a layer multiplies, in its dtype.
-
-  Args:
-    x_BTD: the residual stream in front of the half.
-  """
-  x_BTD, unit = x_BTD.astype(layer[name].dtype), axes.unit_of(name)
-  if name not in HALVES:
-    return norm(config, layer, f"{NAMES[unit]}_norm", x_BTD)
-  kernel, masks = Kernel(mesh=mesh), None
-  inputs = attention_inputs(config, x_BTD.shape[1], kernel=kernel)
-  if "q_norm_all" in layer:  # which counts the heads that are there
-    masks = {"K": jnp.any(layer["q_norm_all"] != 0, axis=(1, 2))}
-  return read(unit, config, layer, place, inputs, x_BTD, masks)[0]
 
 
 @partial(jax.jit, static_argnames="mesh")

@@ -230,7 +230,7 @@ def check(config: ModelConfig, settings: Prune) -> None:
   if inverts or settings.method == "surgeon":
     linear_algebra.check(config)
   if settings.solves():
-    least_squares.check(config)
+    least_squares.check(config, settings.refit_all)
 
 
 def _check_experts(config: ModelConfig, settings: Prune) -> None:
@@ -243,8 +243,8 @@ def _check_experts(config: ModelConfig, settings: Prune) -> None:
       "score: choose --config.prune.method=adapt, fisher, llm_pruner, "
       "magnitude or random"
     )
-  if settings.solves():
+  if settings.method == "reap" and settings.solves():
     raise UserError(
-      f"{config.family} is a mixture of experts, which least squares cannot "
-      "refit: each expert sees tokens of its own; use --config.prune.refit=loss"
+      "least squares refit experts by their own tokens, and those of experts "
+      "that reap drops have none: give --config.prune.refit=loss, or none"
     )

@@ -112,18 +112,19 @@ def run(
     masked.stacked,
     placement.replicate(masks or masked.masks, task.mesh),
   )
-  rows = one_minibatch(tokens_NT.shape, task.batch, task.mesh)
+  batch = batch_of(task.batch, len(tokens_NT), task.mesh, how)
+  rows = one_minibatch(tokens_NT.shape, batch, task.mesh)
   handed_on = cache(lambda: sums(programs, (*model, *rows), how))
   most = minibatches(
     task.full,
     masked.stacked["embedding"].dtype,
     tokens_NT.shape,
-    task.batch,
+    batch,
     task.pass_tokens,
     task.mesh,
     handed_on,
   )
-  parts = placement.passes(tokens_NT, task.batch, task.mesh, most)
+  parts = placement.passes(tokens_NT, batch, task.mesh, most)
   so_far, found = None, []
   for number, (tokens_MBT, valid_MB) in enumerate(parts, 1):
     stopping.moment()
@@ -142,6 +143,23 @@ def run(
     if name in whole:
       whole[name] = np.concatenate([f[name] for f in found])[real]
   return whole
+
+
+def batch_of(batch: int, samples: int, mesh: Mesh, how: dict) -> int:
+  """Samples of a minibatch, on many devices more than the recipe's `batch`.
+
+  Sums over rows stay what they are; `taylor_mix` weighs means of minibatches
+  against squares of rows, so it keeps the recipe's.
+
+  Args:
+    batch: of the recipe.
+    samples: all there are.
+    mesh: the devices.
+    how: arguments of the walk.
+  """
+  if how.get("kind") == "taylor_mix":
+    return batch
+  return placement.together(batch, samples, mesh)
 
 
 def minibatches(

@@ -9,13 +9,14 @@ squares makes u land on z:
 
 The target holds the error that earlier layers have left, so each layer corrects
 those before it. Where a norm is behind the matrix (Gemma 2, OLMo 2) the target
-is what the dense model gives to that norm, from its own stream. No parameter is
-added. `refit_all` also refits the matrices
-that read the stream, to what the dense model computes in their place.
+is what the dense model gives to that norm, from its own stream. Experts are
+refitted one by one (`refit_experts`). No parameter is added. `refit_all` also
+refits the matrices that read the stream, to what the dense model computes in
+their place.
 
 How they are solved is in `least_squares`. In large models the first token of a
 sequence can have activations a thousand times larger than the rest; no token
-counts for more than `least_squares.CAP` typical ones.
+counts for more than `streams.CAP` typical ones.
 """
 
 import functools

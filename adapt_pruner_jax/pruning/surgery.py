@@ -5,7 +5,7 @@ stacked coordinates, where removed units are only masked: `expand` goes there,
 `compact` comes back, `gather` cuts any tree that has parameters in it.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -94,6 +94,33 @@ def to_kept(masks: Masks) -> Kept:
     return np.nonzero(mask)[-1].reshape(*mask.shape[:-1], -1)
 
   return {u: tuple(map(units, m)) for u, m in masks.items()}
+
+
+def to_hex(masks: Masks) -> dict[str, list[str]]:
+  """Masks as text, a row a layer: eight bits a byte, the first is the highest,
+  filled up with zeros."""
+  return {
+    u: [row.tobytes().hex() for row in np.packbits(m.reshape(len(m), -1), 1)]
+    for u, m in masks.items()
+  }
+
+
+def from_hex(rows: Mapping[str, Sequence[str]], full: ModelConfig) -> Masks:
+  """Inverse of `to_hex`, of a model with all of its units.
+
+  Raises:
+    ValueError: units that the model does not have.
+  """
+  masks = to_masks(everything(full), full)
+  for u, m in masks.items():
+    bits = np.zeros((len(m), -(-m[0].size // 8) * 8), np.uint8)
+    for i, row in enumerate(rows[u]):
+      bits[i] = np.unpackbits(np.frombuffer(bytes.fromhex(row), np.uint8))
+    found = bits[:, : m[0].size].reshape(m.shape).astype(bool)
+    if bits.sum() > (found & m).sum() or len(rows[u]) != len(m):
+      raise ValueError(f"units {u} that it does not have")
+    masks[u] = found
+  return masks
 
 
 def relative_to(kept: Kept, left: Kept) -> Kept:

@@ -216,11 +216,7 @@ def record(step: Step) -> dict:
   facts = {} if step.facts is None else {"search": step.facts}
   if step.rise is not None:
     # What is left, so that the model of each step can be made again.
-    packed = {
-      u: np.packbits(m.reshape(len(m), -1), axis=1)
-      for u, m in step.masks.items()
-    }
-    masks = {u: [row.tobytes().hex() for row in m] for u, m in packed.items()}
+    masks = surgery.to_hex(step.masks)
     facts |= {"rise": step.rise, "ended": step.ended, "masks": masks}
   return facts | {
     "step": step.number,

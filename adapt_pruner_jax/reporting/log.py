@@ -5,7 +5,6 @@ backwards; the wall clock is only noted in the rows of metrics.jsonl.
 """
 
 import contextlib
-import importlib
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,16 +19,16 @@ from rich.table import Table
 from rich.text import Text
 
 from adapt_pruner_jax.distributed import agreement
-from adapt_pruner_jax.errors import UserError, nearest
-from adapt_pruner_jax.models.devices import peak_flops
+from adapt_pruner_jax.errors import UserError
+from adapt_pruner_jax.models.devices import peak_flops, peak_memory
 from adapt_pruner_jax.reporting.progress import Phase, show
 from adapt_pruner_jax.reporting.tensorboard import Events
+from adapt_pruner_jax.reporting.trace import Profile
+from adapt_pruner_jax.reporting.trackers import Trackers
 from adapt_pruner_jax.storage import json_files
 from adapt_pruner_jax.storage.outbox import Outbox
 
 METRICS = "metrics.jsonl"
-TRACKERS = ("wandb", "trackio")
-PROJECT = "adapt-pruner"
 EVERY = 10.0  # seconds between the lines of a phase without a terminal
 
 
@@ -38,6 +37,7 @@ class Log:
 
   Attributes:
     outbox: writes the files that change at every step.
+    profile: traces train steps.
   """
 
   def __init__(
@@ -45,13 +45,15 @@ class Log:
     workdir: Path | None,
     tensorboard: bool = True,
     trackers: str = "",
+    profile_steps: str = "",
     stderr: bool = False,
   ):
-    """Opens the trackers; files are made when there is something to write.
+    """Files are made, and trackers opened, when there is something to write.
 
     Args:
       workdir: gets metrics.jsonl and tensorboard/; None = console only.
       trackers: "wandb", "trackio", or both with a comma.
+      profile_steps: train steps that `profile` traces.
       stderr: the console is stderr, where stdout is for a result.
 
     Raises:
@@ -63,12 +65,11 @@ class Log:
     self.outbox = Outbox()
     self._events: dict[str, Events] = {}  # of each kind
     self._restart: dict[str, int] = {}  # first step that is done again
-    self._trackers = []
-    for name in filter(None, trackers.split(",")):
-      module = _import_tracker(name.strip())
-      if self._workdir is not None:
-        module.init(project=PROJECT, name=self._workdir.name)
-        self._trackers.append(module)
+    self._trackers = Trackers(trackers, self._workdir)
+    self.profile = Profile(profile_steps, self._workdir, self.say)
+    # Phases that ended before there was another row: the directory may still be
+    # somebody else's.
+    self._ended: list[dict[str, Any]] | None = []
 
   def __enter__(self) -> "Log":
     return self
@@ -96,10 +97,12 @@ class Log:
     scalars = {n: v for n, v in values.items() if isinstance(v, int | float)}
     if self._tensorboard and scalars:
       self._events_of(kind).add(step, scalars)
-    for module in self._trackers:
-      # Trackers want one step count that only rises; each kind has its own.
-      named = {f"{kind}/{name}": value for name, value in scalars.items()}
-      module.log({f"{kind}/step": step} | named)
+    # Trackers want one step count that only rises; each kind has its own.
+    named = {f"{kind}/{name}": value for name, value in scalars.items()}
+    self._trackers.log({f"{kind}/step": step} | named)
+    ended, self._ended = self._ended, None
+    for values in ended or []:
+      self._add_phase(values)
 
   def rewind(self, kind: str, step: int) -> None:
     """Forgets the rows of this kind from `step` on: a resumed run redoes them.
@@ -137,7 +140,7 @@ class Log:
       phase = Phase(title, total, unit, seconds, _in_lines(self.say))
       phase.begin()
       yield phase
-      phase.end()
+      self._end(phase)
       self.say(phase.line())
       return
     with Live(console=self._console) as live:
@@ -146,8 +149,23 @@ class Log:
       )
       phase.begin()
       yield phase
-      phase.end()
+      self._end(phase)
       live.update(_view(phase))
+
+  def _end(self, phase: Phase) -> None:
+    """Notes what a phase took, as a row of the kind "phase"."""
+    phase.end(peak_memory())
+    if self._workdir is None:
+      return
+    if self._ended is None:
+      self._add_phase(phase.result())
+    else:
+      self._ended.append(phase.result())
+
+  def _add_phase(self, values: dict[str, Any]) -> None:
+    rows = self.outbox.rows(self._workdir / METRICS)
+    number = sum(row["kind"] == "phase" for row in rows)
+    self.metrics("phase", number, values)
 
   def table(
     self, title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]
@@ -181,8 +199,7 @@ class Log:
     self.outbox.merge()
     while self._events:
       self._events.popitem()[1].close()
-    while self._trackers:
-      self._trackers.pop().finish()
+    self._trackers.close()
 
   def _events_of(self, kind: str) -> Events:
     if kind not in self._events:
@@ -211,17 +228,3 @@ def _view(phase: Phase) -> Group:
   head = Table.grid(padding=(0, 1))
   head.add_row(Text(phase.title, style="bold"), bar)
   return Group(head, Text(phase.details()))
-
-
-def _import_tracker(name: str) -> Any:
-  if name not in TRACKERS:
-    raise UserError(
-      f"tracker {name} is not one of {', '.join(TRACKERS)}"
-      + nearest(name, TRACKERS)
-    )
-  try:
-    return importlib.import_module(name)
-  except ImportError as error:
-    raise UserError(
-      f"tracker {name} is not installed: pip install {name}"
-    ) from error

@@ -34,7 +34,9 @@ class Phase:
     # Of the first update, so that neither compiling nor what an earlier process
     # did counts in the rate: (seconds, done).
     self._first: tuple[float, float] | None = None
-    self._took: float | None = None  # seconds, known at the end
+    # Known at the end: seconds, and bytes of a device at its fullest.
+    self._took: float | None = None
+    self._memory: int | None = None
 
   def begin(self) -> None:
     """Shows it before its first update, which may be minutes away."""
@@ -51,9 +53,26 @@ class Phase:
       self._first = (time.monotonic(), done)
     self._show(self)
 
-  def end(self) -> None:
-    """From now on `details` has how long it took."""
+  def end(self, memory: int | None = None) -> None:
+    """From now on `details` has how long it took.
+
+    Args:
+      memory: bytes of the fullest device, at most until now, if that is known.
+    """
     self._took = time.monotonic() - self._begin
+    self._memory = memory
+
+  def result(self) -> dict[str, Any]:
+    """What it took, for metrics.jsonl."""
+    return {
+      "title": self.title,
+      "seconds": self._took,
+      "done": self.done,
+      "unit": self.unit,
+      "per_second": self.rate,
+      "mfu": self.mfu,
+      "memory_peak": self._memory,
+    }
 
   @property
   def rate(self) -> float | None:
@@ -87,9 +106,53 @@ class Phase:
       parts.append(f"MFU {self.mfu:.1%}")
     if self._took is not None:
       parts.append(f"took {duration(self._took)}")
+      if self._memory is not None:
+        parts.append(f"memory at most {self._memory / 1e9:.2f} GB")
     elif self.rate is not None:
       parts.append(f"{duration((self.total - self.done) / self.rate)} left")
     return ", ".join(parts)
+
+
+class Pace:
+  """How fast train steps follow each other.
+
+  What it says of a step is of the time since the step before, so that the first
+  has nothing, nor has one behind a `pause`.
+  """
+
+  def __init__(self, tokens: int, flops: float, chips: int, peak: float | None):
+    """Nothing is timed yet.
+
+    Args:
+      tokens: of a step.
+      flops: of a step, the model's own: what is computed twice or for padding
+        counts once or not at all.
+      chips: devices of all processes.
+      peak: FLOP/s of one, None if not known.
+    """
+    self._tokens, self._flops = tokens, flops
+    self._chips, self._peak = chips, peak
+    self._last: float | None = None
+
+  def step(self) -> dict[str, float]:
+    """Of the step that has ended: step_seconds, tokens_per_second_per_chip,
+    and mfu, if the peak is known."""
+    last, self._last = self._last, time.monotonic()
+    if last is None:
+      return {}
+    seconds = max(self._last - last, 1e-9)
+    rate = 1 / seconds / self._chips
+    found = {
+      "step_seconds": seconds,
+      "tokens_per_second_per_chip": self._tokens * rate,
+    }
+    if self._peak:
+      found["mfu"] = self._flops * rate / self._peak
+    return found
+
+  def pause(self) -> None:
+    """Something else than steps comes now."""
+    self._last = None
 
 
 def show(value: Any) -> str:

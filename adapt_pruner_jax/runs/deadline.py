@@ -31,7 +31,7 @@ class Ending:
 
 
 def stopping(
-  hours: float, signals: Stopping, spent: float
+  hours: float, signals: Stopping, spent: float, later: float = 0.0
 ) -> Stopping | Ending:
   """What ends training: signals and, of a run that has hours, the clock.
 
@@ -39,8 +39,9 @@ def stopping(
     hours: `train.hours`; 0 = no limit.
     signals: from `stop_signals`.
     spent: seconds of the run until now.
+    later: seconds that evaluating the result will take.
   """
   if not hours:
     return signals
-  seconds = hours * 3600 * TRAINED - spent
+  seconds = hours * 3600 * TRAINED - spent - later
   return Ending(signals, Stopping(), time.monotonic() + seconds)

@@ -23,6 +23,7 @@ from adapt_pruner_jax.models import kernels
 from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.pruning import budgets, targets
+from adapt_pruner_jax.pruning.baselines import reap
 from adapt_pruner_jax.pruning.task import Limits
 from adapt_pruner_jax.reporting.log import Log
 from adapt_pruner_jax.runs import (
@@ -107,6 +108,7 @@ def open_inputs(
     )
   source = model_path(recipe.model.path, log)
   whole = full = load.read_config(str(source), recipe.model.ignore_fields)
+  sharding.require_experts(full, mesh)
   if not recipe.prune.counts("latency"):
     targets.prunable_modules(full, recipe.prune)
   _check_lengths(recipe, full)
@@ -125,11 +127,14 @@ def open_inputs(
     source = vocabulary.cut(recipe, *before, cache.beside(path), log.say)
     full = load.read_config(str(source), recipe.model.ignore_fields)
     tokenizer = load_tokenizer(source, recipe.data.bos)
-  recipe = latency_budget.resolve(recipe, full, path, log)
+  recipe = latency_budget.resolve(recipe, whole, full, path, log)
   beside = export_size.beside(recipe.prune, full, source)
   target = targets.resolve_target(full, recipe.prune, whole, beside)
   if target is None and not recipe.prune.max_steps:
     target = budgets.count(full, recipe.prune)  # the vocabulary alone
+  if recipe.prune.method == "reap" and target is not None:
+    fewer = reap.with_experts(full, reap.remaining(full, target))
+    sharding.require_experts(fewer, mesh, " left by reap")
   written = asked.in_place(recipe)
   where = cache.tokens(path), log.say, lambda: _stop_here(stopping, path)
   calibration, refit_data, tuning, search_data = pruning_data(

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from adapt_pruner_jax.config import Config, Prune, latency_table
 from adapt_pruner_jax.distributed import agreement
-from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.evaluation import profile
 from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.model_config import ModelConfig
@@ -18,11 +17,14 @@ from adapt_pruner_jax.storage import json_files, publish
 TABLE = "latency.json"  # in the work directory, if it was measured for the run
 
 
-def resolve(recipe: Config, full: ModelConfig, path: Path, log: Log) -> Config:
+def resolve(
+  recipe: Config, whole: ModelConfig, full: ModelConfig, path: Path, log: Log
+) -> Config:
   """The recipe with its latency table, measured here unless one is given.
 
   Args:
-    full: the model to prune.
+    whole: the original, which is measured.
+    full: the model to prune, whose vocabulary may be cut.
     path: the work directory, which keeps what was measured.
 
   Raises:
@@ -31,16 +33,10 @@ def resolve(recipe: Config, full: ModelConfig, path: Path, log: Log) -> Config:
   settings = recipe.prune
   if not settings.counts("latency"):
     return recipe
-  if recipe.vocab.asked():
-    raise UserError(
-      "a vocabulary that is cut (--config.vocab) and a latency do not go "
-      "together: its table is of the whole one; cut it in a run of its own "
-      "first"
-    )
   file = settings.budget_table
   if not file:
     file = str(path / TABLE)
-    agreement.on_writer(lambda: _measure(recipe, full, path / TABLE, log))
+    agreement.on_writer(lambda: _measure(recipe, whole, path / TABLE, log))
     publish.require_shared(path / TABLE)
   settings = dataclasses.replace(settings, budget_table=file)
   engine = latency_table.read(file)["engine"]
@@ -49,12 +45,12 @@ def resolve(recipe: Config, full: ModelConfig, path: Path, log: Log) -> Config:
   return dataclasses.replace(recipe, prune=settings)
 
 
-def _measure(recipe: Config, full: ModelConfig, file: Path, log: Log) -> None:
+def _measure(recipe: Config, whole: ModelConfig, file: Path, log: Log) -> None:
   if file.exists():
     return
   log.say("timing attention and MLPs of a few widths on this device")
   dtype = recipe.model.dtype or "float32"
-  table = profile.profile(full, case(recipe.prune), dtype=dtype, say=log.say)
+  table = profile.profile(whole, case(recipe.prune), dtype=dtype, say=log.say)
   json_files.write_json(file, table)
 
 

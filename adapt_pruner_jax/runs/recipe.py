@@ -29,6 +29,7 @@ LEFT = (
   *("model", "model.gguf", "checkpoints", "oneshot", "tensorboard"),
   *("pruning.json", "evaluated.json", "trace.jsonl", "kept.json"),
   *("metrics.jsonl", "report.json", "report.html", "summary.json"),
+  *("tracker.json", "profile"),
   *("compare.json", "compare.md", "compare.svg", "compare.png"),
   "latency.json",
   RECIPE,

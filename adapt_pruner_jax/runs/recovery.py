@@ -12,7 +12,9 @@ from adapt_pruner_jax.distributed.stopping import Stopping
 from adapt_pruner_jax.formats.hf import load
 from adapt_pruner_jax.models import flops, model_config
 from adapt_pruner_jax.models.axes import Params
+from adapt_pruner_jax.models.devices import peak_flops
 from adapt_pruner_jax.models.model_config import ModelConfig
+from adapt_pruner_jax.reporting.progress import Pace
 from adapt_pruner_jax.runs.deadline import Ending
 from adapt_pruner_jax.runs.fingerprints import weights_fingerprint
 from adapt_pruner_jax.runs.inputs import Inputs, weight_dtype
@@ -97,13 +99,14 @@ def recover(
   log.rewind("train", state.step)
   size = model_config.count_params(state.config)
   total = (last - first) * per_step
-  cost = flops.training_flops(state.config, recipe.data.seq_len)
+  cost, pace = _costs(state.config, inputs)
   with log.phase(title, total, "tokens", flops=cost) as phase:
 
     def note(step: int, values: dict[str, float]) -> None:
-      done = (step + 1 - first) * per_step
-      phase.update(done, loss=values["loss"], params=size)
+      done, paced = (step + 1 - first) * per_step, pace.step()
+      phase.update(done, loss=values["loss"], params=size, **paced)
       row = {"stage": state.stage, "total_tokens": (step + 1) * per_step}
+      row |= paced
       log.metrics("train", step, values | row)
 
     seconds = None  # of a step
@@ -111,7 +114,7 @@ def recover(
       begun, before = time.monotonic(), state.step
       training, state.step = loop.recover(
         training,
-        batches(state.step),
+        log.profile.watch(batches(state.step), state.step),
         state.step,
         min(last, state.step + steps_to_save(recipe.checkpoint, seconds)),
         inputs.mesh,
@@ -124,11 +127,24 @@ def recover(
         state.adapters = training.trained
       else:
         state.params = training.trained
+      log.profile.close()
       save()
+      pace.pause()
       seconds = (time.monotonic() - begun) / max(state.step - before, 1)
   if aside:
     where = sharding.param_shardings(state.params, inputs.mesh)
     state.params = jax.device_put(state.params, where)
+
+
+def _costs(config: ModelConfig, inputs: Inputs) -> tuple[float, Pace]:
+  """FLOPs of training on one token, the teacher's among them; and what times
+  steps by them."""
+  data, settings = inputs.recipe.data, inputs.recipe.train
+  taught_by = inputs.full if settings.has_teacher_beside() else None
+  given = data.seq_len, taught_by, bool(settings.lora_rank)
+  cost = flops.training_flops(config, *given)
+  tokens, peak = data.step_tokens, peak_flops(jax.devices()[0])
+  return cost, Pace(tokens, cost * tokens, jax.device_count(), peak)
 
 
 def _begun(state, inputs, teacher, stopping, ahead) -> tuple:

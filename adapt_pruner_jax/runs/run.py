@@ -137,11 +137,14 @@ def _run(inputs: Inputs, stopping: Stopping, anew: bool, begun: float) -> dict:
     state = resume(inputs, checkpoints)
     if state is None:
       state = begin(inputs)
+      measured = time.monotonic()
       state.before = measure_original(state.config, state.params, inputs)
+      state.before["seconds"] = time.monotonic() - measured
     tidy(state, inputs)
     earlier = state.seconds
     spent = earlier + time.monotonic() - begun
-    ending = deadline.stopping(recipe.train.hours, stopping, spent)
+    later = state.before.get("seconds", 0.0)  # older checkpoints have none
+    ending = deadline.stopping(recipe.train.hours, stopping, spent, later)
 
     def save() -> None:
       state.seconds = earlier + time.monotonic() - begun

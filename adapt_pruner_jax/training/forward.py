@@ -22,7 +22,7 @@ from adapt_pruner_jax.models import (
   model_config,
 )
 from adapt_pruner_jax.models.axes import Params
-from adapt_pruner_jax.models.decoder import Decoder, output_name
+from adapt_pruner_jax.models.decoder import Decoder, head_matrix
 from adapt_pruner_jax.models.kernels import Kernel
 from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.training.lora import beside
@@ -66,7 +66,7 @@ def ends(
   """
   alpha, kernel = settings.lora_alpha, Kernel(settings.attention, mesh)
   params = trained if base is None else base
-  matrix, dtype = params[output_name(config)], jnp.dtype(settings.dtype)
+  matrix, dtype = head_matrix(config, params), jnp.dtype(settings.dtype)
   x_BTD = embed(config, params["embedding"], batch["tokens_BT"], mesh, dtype)
   positions_BT, segments_BT = batch["positions_BT"], batch["segments_BT"]
   counts_BT = segments_BT > 0 if config.router_loss_on else None

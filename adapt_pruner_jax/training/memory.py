@@ -41,15 +41,17 @@ def with_remat(
     config: of what is trained.
     teacher: of the model to distil from; None = none.
     shape: rows of a microbatch, over all devices, and tokens of a row.
-    mesh: the devices, or as many stand-ins.
+    mesh: the devices, or as many stand-ins, as `devices.MeantMesh`.
     memory: bytes of a device; 0 = what those of the mesh have.
   """
   if settings.remat != "auto":
     return settings
   device = mesh.devices.flat[0]
-  here = devices.memory_of(device)
-  memory = memory or here
-  shared = device.platform == "cpu" and memory == here
+  shared = device.platform == "cpu"
+  if memory:  # of what is meant
+    shared = shared and memory == devices.memory_of(device)
+  else:
+    memory = devices.memory_of(device)
   usable = (CPU_SHARE if shared else SHARE) * memory
   usable -= state(config, settings, teacher, mesh)
   usable -= vocabulary(config, settings, shape, mesh)
@@ -65,27 +67,54 @@ def state(
   config: ModelConfig, settings: Train, teacher: ModelConfig | None, mesh: Mesh
 ) -> float:
   """Bytes of weights, gradients, moments and a teacher on a device, about."""
-  count, size = model_config.count_params, jnp.dtype(settings.dtype).itemsize
+  size = jnp.dtype(settings.dtype).itemsize
   cut = mesh.shape["fsdp"] * mesh.shape["tensor"]
   # Trained weights are float32, as their gradient is; there are two moments.
   moments = 2 * jnp.dtype(settings.moments).itemsize
   trained = 8 + moments + (size if size < 4 else 0)
   if settings.lora_rank:
     trained = 1 if settings.lora_base else size
-  taught = count(teacher) * size if teacher else 0
-  return (count(config) * trained + taught) / cut
+  taught = _own(teacher, mesh) * size if teacher else 0
+  return (_own(config, mesh) * trained + taught) / cut
 
 
-def kept(
+def _own(config: ModelConfig, mesh: Mesh) -> float:
+  """Parameters but for those of experts that are other devices'."""
+  each = 3 * config.experts * config.hidden_size * sum(config.ffn_widths)
+  others = each * (1 - 1 / mesh.shape["expert"])
+  return model_config.count_params(config) - others
+
+
+def temporary(
   config: ModelConfig, settings: Train, shape: tuple[int, int], mesh: Mesh
 ) -> float:
-  """Bytes on a device that the backward pass of the layers needs.
+  """Bytes on a device that a step takes beside what is there, and gradients.
+
+  It is fullest on its way back through a layer, what that computes once more
+  being there too, or at the output matrix.
 
   Args:
     config: of the model.
     settings: of the training; `remat` is not `auto`.
     shape, mesh: as of `with_remat`.
   """
+  stays, again = _layers(config, settings, shape, mesh)
+  back = again + gathered(config, settings, mesh)
+  return stays + max(back, vocabulary(config, settings, shape, mesh))
+
+
+def kept(
+  config: ModelConfig, settings: Train, shape: tuple[int, int], mesh: Mesh
+) -> float:
+  """Bytes on a device that the backward pass of the layers needs; arguments as
+  of `temporary`."""
+  return sum(_layers(config, settings, shape, mesh))
+
+
+def _layers(
+  config: ModelConfig, settings: Train, shape: tuple[int, int], mesh: Mesh
+) -> tuple[float, float]:
+  """Bytes that all layers keep, and that the largest makes once more."""
   rows, length = shape
   tokens = rows * length / placement.batch_shards(mesh)
   size = jnp.dtype(settings.dtype).itemsize
@@ -96,7 +125,8 @@ def kept(
   each, again = [], []  # of each layer: what is kept, what is made once more
   for i in range(config.num_layers):
     K, F = config.kv_groups[i] / tensor, config.ffn_widths[i] / tensor
-    F *= max(config.experts_per_token, 1)
+    # Where experts are cut, with room for the rows of all of their devices.
+    F *= max(config.experts_per_token, 1) * mesh.shape["expert"]
     # A norm, q, k, v, q and k rotated, what the heads say; plain attention has
     # its scores, float32, three times. A norm, gate, activation, up, product.
     scores = 3 * K * G * length * 4 / size if plain else 0
@@ -116,7 +146,7 @@ def kept(
     }[settings.remat]
     each.append(kept_here)
     again.append(made_again)
-  return tokens * size * (sum(each) + max(again, default=0))
+  return tokens * size * sum(each), tokens * size * max(again, default=0)
 
 
 def _delta(net: DeltaNet, groups: float, size: int) -> float:
@@ -156,4 +186,5 @@ def gathered(config: ModelConfig, settings: Train, mesh: Mesh) -> float:
     for i in range(config.num_layers)
   )
   size = jnp.dtype(settings.dtype).itemsize
-  return 2 * biggest / mesh.shape["tensor"] * size + biggest * 4
+  summed = jnp.dtype(settings.gradient_dtype).itemsize if size == 2 else 4
+  return biggest / mesh.shape["tensor"] * (2 * size + summed)

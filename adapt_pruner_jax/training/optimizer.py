@@ -97,6 +97,8 @@ def decayed(params: axes.Params) -> Any:
   def one(name: str | None, _: int | None, leaf: jax.Array) -> bool:
     if name is None:  # a LoRA factor
       return True
+    if name.endswith("bias"):
+      return False
     letters = axes.AXES[name]
     return any(x in axes.RESIDUAL for x in letters) and len(letters) > 1
 

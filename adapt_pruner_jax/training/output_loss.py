@@ -67,7 +67,7 @@ def loss(
 
   Args:
     objective: what is summed.
-    matrix: the output matrix of the model (`decoder.output_name`), or what
+    matrix: the output matrix of the model (`decoder.head_matrix`), or what
       `output_matrix.place` made of it. It is multiplied in the dtype of
       `x_BTD`.
     x_BTD: the stream behind the final norm.

@@ -14,7 +14,8 @@ from adapt_pruner_jax.distributed import sharding
 from adapt_pruner_jax.models import axes, decoder
 from adapt_pruner_jax.models.model_config import ModelConfig
 
-CUT = ("tensor", "fsdp", "data")  # mesh axes that cut V, the first the coarsest
+# Mesh axes that cut V, the first the coarsest.
+CUT = ("tensor", "fsdp", "data", "expert")
 NOBODY = -1e30  # the logit of padding; -inf would make nan of 0 * inf
 
 
@@ -98,6 +99,8 @@ def _way(config: ModelConfig, mesh: Mesh) -> list[PartitionSpec]:
   """
   name, axis = decoder.output_name(config), _axis(config)
   sizes = config.sizes()
+  inputs = "D" if config.tied else "E"
+  sizes[inputs] += config.head_bias
   padded = sizes | {"V": sizes["V"] + _padding(config, mesh)}
   stored, wanted = (
     sharding.param_sharding(name, axes.shape(name, s), mesh).spec

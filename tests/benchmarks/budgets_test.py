@@ -35,7 +35,10 @@ def test_tables(report, tmp_path):
     report, 90, budget="bytes", budget_after=99, params_after=7, command=command
   )
   large = row_of(report, 95, gguf_bytes=98)
-  names = {"dense": dense, "file": small, "file_params": large}
+  cut = {"dense": [20, 40], "cut": [21, 40.5], "bytes": [100, 100]}
+  novels = row_of(report, 90, endings=cut)
+  names = {"vocab_novels": novels, "dense": dense, "file": small}
+  names["file_params"] = large
   for name, result in names.items():
     json_files.append_line(
       tmp_path / "rows.jsonl", {"row": name, "result": result}
@@ -57,4 +60,6 @@ def test_tables(report, tmp_path):
   assert "(-0.200 to -0.200)" in text
   assert "adapt-pruner run \\\n  --config=F" in text
   assert "99 bytes" in text
+  assert "the original 0.433: +2.5% (+1.2% to +5.0%)" in text
+  assert text.index("for novels") > text.index("at most 105 MB")
   assert "98 bytes" in text

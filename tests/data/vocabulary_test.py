@@ -167,8 +167,11 @@ def test_bad_input(tmp_path, shared_data):
     vocabulary.read(tmp_path)
   (tmp_path / "text.txt").write_text("日本語のテキスト" * 9)
   chars = load_tokenizer(shared_data / "models" / "babyllama-char105-930K")
+  corpus = [Source("text", str(tmp_path / "text.txt"))]
   with pytest.raises(UserError, match="are <unk>: it does not fit"):
-    vocabulary.frequencies(
-      [Source("text", str(tmp_path / "text.txt"))], chars, 105
-    )
+    vocabulary.frequencies(corpus, chars, 105)
   assert isinstance(chars, Tokenizer)
+  # Those with bytes know no unknown token; characters come in pieces.
+  pieces = load_tokenizer(shared_data / "models" / "stories260K")
+  with pytest.raises(UserError, match="are no whole character: it does not"):
+    vocabulary.frequencies(corpus, pieces, 512)

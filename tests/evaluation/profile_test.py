@@ -53,7 +53,8 @@ def test_the_table_adds_up_to_the_model_that_was_timed(monkeypatch):
   """With a clock that adds: what halves take by their widths, and the rest."""
   config = dataclasses.replace(small.CONFIG, window=())
   ms = lambda c: (
-    0.5
+    0.46
+    + 0.001 * c.vocab_size
     + sum(
       (k > 0) * 0.1 + 0.2 * k + 0.01 * f
       for k, f in zip(c.kv_groups, c.ffn_widths, strict=True)
@@ -66,6 +67,7 @@ def test_the_table_adds_up_to_the_model_that_was_timed(monkeypatch):
   table = profile.profile(config, profile.Case("decode", 1, 16))
   (measured,) = table["measured"]
   assert measured["rest_ms"] == pytest.approx(0.5)
+  assert measured["output_ms"] == [[0, 0], [40, pytest.approx(0.04)]]
   wide = {0: 0, 1: 0.3, 2: 0.5, 4: 0.9}
   assert dict(measured["attention_ms"]) == pytest.approx(wide)
   assert dict(measured["mlp_ms"]) == pytest.approx(

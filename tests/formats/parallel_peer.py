@@ -1,9 +1,11 @@
-"""An export cut over several processes: `parallel_peer.py DIR TOKENS OUT`.
+"""Exports cut over several processes: `parallel_peer.py TOKENS DIR ...`.
 
-Started by torch.distributed.run. Writes the logits of the tokens to OUT.
+Started by torch.distributed.run. Writes logits of the tokens to out.npz in each
+directory.
 """
 
 import sys
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,10 +18,7 @@ def held(parameter):
   return tuple(local.shape)
 
 
-def main():
-  path, tokens, out = sys.argv[1:]
-  transformers.logging.set_verbosity_error()
-  transformers.logging.disable_progress_bar()
+def check(path, tokens):
   model = transformers.AutoModelForCausalLM.from_pretrained(
     path,
     trust_remote_code=True,
@@ -28,7 +27,7 @@ def main():
     tp_plan="auto",
   ).eval()
   with torch.no_grad():
-    logits = model(torch.tensor(np.load(tokens))).logits
+    logits = model(tokens).logits
   whole = transformers.AutoModelForCausalLM.from_pretrained(
     path, trust_remote_code=True, dtype=torch.float32
   )
@@ -39,7 +38,16 @@ def main():
     if ".layers." in name and held(parameter) != shapes[name]
   ]
   if torch.distributed.get_rank() == 0:
-    np.savez(out, logits=logits.float().numpy(), parts=sorted({*parts}))
+    parts = sorted({*parts})
+    np.savez(path / "out.npz", logits=logits.float().numpy(), parts=parts)
+
+
+def main():
+  transformers.logging.set_verbosity_error()
+  transformers.logging.disable_progress_bar()
+  tokens, *paths = map(Path, sys.argv[1:])
+  for path in paths:
+    check(path, torch.tensor(np.load(tokens)))
   torch.distributed.destroy_process_group()
 
 

@@ -27,23 +27,11 @@ from tests.formats import zoo
 quiet = {"say": lambda _: None}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compile_fast():
-  """Most of the time goes into compiling programs that run once."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("small_programs")
 
 
 def same(one, two):
   return jax.tree.all(jax.tree.map(np.array_equal, one, two))
-
-
-@pytest.fixture(scope="module")
-def animals(tmp_path_factory):
-  pytest.importorskip("torch")
-  pytest.importorskip("transformers")
-  return zoo.make(tmp_path_factory.mktemp("zoo"))
 
 
 # Fast are those whose tensors lie in a layout of their own.
@@ -100,6 +88,71 @@ def plain(field, found):
   if field != "rope_parameters" or "full_attention" in found:
     return found
   return {name: value for name, value in found.items() if name != "type"}
+
+
+def test_no_half_is_left_that_is_gone(animals, tmp_path):
+  """Else Transformers fills it with random numbers, and says so in a table."""
+  import transformers
+
+  pruned = zoo.cut(*load.load(animals["gpt_neox"].path), **zoo.HOLES)
+  save.save(*pruned, tmp_path / "uneven", **quiet)
+  model = transformers.AutoModelForCausalLM.from_pretrained(
+    tmp_path / "uneven", trust_remote_code=True
+  )
+  file = tmp_path / "uneven" / "model.safetensors"
+  with safetensors.safe_open(file, "numpy") as written:
+    assert {*model.state_dict()} == {*written.keys()}
+
+
+def test_steps_aside_where_transformers_makes_the_layers(
+  animals, tmp_path, monkeypatch
+):
+  """As it may one day: classes that read `per_layer_config` by themselves."""
+  import torch
+  import transformers
+  from transformers.models.llama import modeling_llama
+
+  class Nothing(torch.nn.Module):
+    def forward(self, hidden_states, **_):
+      return torch.zeros_like(hidden_states), None
+
+  class NoMlp(torch.nn.Module):
+    def forward(self, x):
+      return torch.zeros_like(x)
+
+  class Layer(modeling_llama.LlamaDecoderLayer):
+    def __init__(self, config, index):
+      own = config.per_layer_config[index]
+      super().__init__(own, index)
+      self.self_attn.config = config
+      if "attention" in own.skip:
+        self.self_attn, self.input_layernorm = Nothing(), torch.nn.Identity()
+      if "mlp" in own.skip:
+        self.mlp, self.post_attention_layernorm = NoMlp(), torch.nn.Identity()
+
+  config, params = zoo.cut(*load.load(animals["llama3"].path), **zoo.HOLES)
+  save.save(config, params, tmp_path / "uneven", **quiet)
+  raw = json.loads((tmp_path / "uneven" / "config.json").read_text())
+  own = raw["per_layer_config"]
+  assert own["0"] == {"skip": ["attention"], "intermediate_size": 24}
+  assert own["1"]["skip"] == ["mlp"]
+  tokens = torch.tensor(animals["llama3"].tokens_BT[:1])
+
+  def opened(cls, **trust):
+    model = cls.from_pretrained(
+      tmp_path / "uneven", attn_implementation="eager", **trust
+    )
+    with torch.no_grad():
+      return model, model(tokens).logits
+
+  ours = transformers.AutoModelForCausalLM, {"trust_remote_code": True}
+  _, expected = opened(ours[0], **ours[1])
+  monkeypatch.setattr(modeling_llama, "LlamaDecoderLayer", Layer)
+  for cls, trust in ours, (transformers.LlamaForCausalLM, {}):
+    model, logits = opened(cls, **trust)
+    assert type(model).__name__.startswith("Pruned") == bool(trust)
+    assert type(model.model.layers[0].self_attn) is Nothing
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
 
 
 def transformers_ids(path, **options):

@@ -10,7 +10,13 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from adapt_pruner_jax.errors import UserError
-from adapt_pruner_jax.formats.hf import config_json, families, load, save
+from adapt_pruner_jax.formats.hf import (
+  config_json,
+  families,
+  load,
+  save,
+  text_part,
+)
 from adapt_pruner_jax.models import decoder
 from tests.formats import zoo
 
@@ -18,11 +24,10 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("torch")
 
 
-@pytest.fixture(scope="module")
-def mistral(tmp_path_factory):
+@pytest.fixture
+def mistral(animals):
   """The directory of a small model."""
-  root = tmp_path_factory.mktemp("zoo")
-  return zoo.make(root, ("mistral",))["mistral"].path
+  return animals["mistral"].path
 
 
 VISION = {
@@ -147,6 +152,10 @@ WRAPPERS = {
     },
   ),
 }
+WRAPPERS["qwen3_5_moe"] = (
+  zoo.CASES["qwen3_5_moe_text"][1] | {"model_type": "qwen3_5_moe_text"},
+  WRAPPERS["qwen3_5"][1],
+)
 
 
 def wrapper(name, folder):
@@ -186,6 +195,42 @@ def test_the_language_model_of_a_wrapper(name, tmp_path, caplog):
   with torch.no_grad():
     text = again(torch.tensor(tokens)).logits.numpy()
   np.testing.assert_allclose(text, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", text_part.ABSENT)
+def test_fields_that_a_text_config_leaves_out(kind):
+  """They are the defaults of its own class, which may differ from the row's."""
+  peer = transformers.AutoConfig.for_model(kind)
+  wrapper = {v: k for k, v in text_part.WRAPPERS.items()}.get(kind, "llava")
+  config = config_json.read(
+    {"model_type": wrapper, "text_config": {"model_type": kind}}
+  )
+  assert config.vocab_size == peer.vocab_size
+  assert config.hidden_size == peer.hidden_size
+  heads = peer.num_key_value_heads
+  assert config.kv_groups == (heads,) * peer.num_hidden_layers
+  assert config.queries_per_group * heads == peer.num_attention_heads
+  assert config.ffn_widths[0] == peer.intermediate_size
+  eps = "layer_norm_eps" if kind == "cohere2" else "rms_norm_eps"
+  assert config.norm_eps == getattr(peer, eps)
+  assert config.context == peer.max_position_embeddings
+  assert config.rope.theta == peer.rope_parameters["rope_theta"]
+  assert config.head_dim == getattr(
+    peer, "head_dim", peer.hidden_size // peer.num_attention_heads
+  )
+
+
+def test_fields_of_the_language_model_beside_those_of_others():
+  """As in the files of Qwen2-VL and Qwen2.5-VL."""
+  inner = {**zoo.BASE, "rope_theta": 1e6, "rms_norm_eps": 1e-6}
+  inner["rope_scaling"] = {"type": "mrope", "mrope_section": [1, 1]}
+  for name in text_part.FLAT:
+    outer = {"model_type": name, "vision_config": {"depth": 1}}
+    outer |= {"image_token_id": 60, "vision_start_token_id": 62}
+    nested = config_json.read(outer | {"text_config": inner})
+    assert config_json.read(outer | inner) == nested
+    peer = transformers.AutoConfig.for_model(**outer, **inner).text_config
+    assert (peer.hidden_size, peer.rms_norm_eps) == (32, 1e-6)
 
 
 def test_names_of_a_wrapper(tmp_path, mistral):
@@ -261,7 +306,8 @@ def test_weights_in_eight_bits(tmp_path, mistral, block):
   assert jax.tree.all(jax.tree.map(np.array_equal, found, expected[1]))
   _, kept = load.load(tmp_path / "eight", None)
   assert kept["layer_0"]["q"].dtype == "bfloat16"
-  other = {"quant_method": "fp8", "weight_block_size": [8, 8]}
-  zoo.rewrite_config(tmp_path / "eight", quantization_config=other)
-  with pytest.raises(UserError, match="_scale_inv has shape"):
-    load.load(tmp_path / "eight")
+  for wrong, said in ([8, 8], "_scale_inv has shape"), ([8], "two numbers"):
+    other = {"quant_method": "fp8", "weight_block_size": wrong}
+    zoo.rewrite_config(tmp_path / "eight", quantization_config=other)
+    with pytest.raises(UserError, match=said):
+      load.load(tmp_path / "eight")

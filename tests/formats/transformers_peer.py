@@ -21,6 +21,7 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 
 NEW = 6
+EAGER = ("gemma2", "gpt_oss")  # who have no other attention
 TRAINED = (
   "llama3-hf",
   "qwen2_holes-hf",
@@ -47,7 +48,7 @@ def untrusted(path):
 
 
 def warnings_of(path):
-  """All that is said on opening, but for one line that is Transformers' own."""
+  """All that is said on opening, but for what is of Transformers' own."""
   said = []
   handler = logging.Handler(logging.WARNING)
   handler.emit = lambda record: said.append(record.getMessage())
@@ -57,7 +58,8 @@ def warnings_of(path):
     load(path)
   logging.getLogger("transformers").removeHandler(handler)
   said += [str(warning.message) for warning in warned]
-  return [x for x in said if not x.startswith("Reading global config value")]
+  own = ("Reading global config value", "CUDA-fused xIELU not available")
+  return [x for x in said if not x.startswith(own)]
 
 
 def heads(path, tokens):
@@ -91,7 +93,8 @@ def difference(model, tokens, expected):
 def half(path, dtype, tokens, expected):
   """Relative difference in half precision; tokens that are generated."""
   model = load(path, dtype)
-  assert {p.dtype for p in model.parameters()} == {dtype}
+  kept = {torch.float32} if "gpt_oss" in path.name else {dtype}  # its norms
+  assert {p.dtype for p in model.parameters()} | kept == {dtype} | kept
   off = difference(model, tokens, expected) / float(expected.abs().max())
   made = len(greedy(model, tokens[:, :12])[0]) - 12
   return off, made
@@ -200,14 +203,21 @@ def lora(path, tokens):
   return changed, saved, merged
 
 
-def check(path, tokens):
+def check(path, tokens, dtype):
   expected = torch.tensor(np.load(path / "logits.npy"))
-  model = load(path)
+  model, prompt = load(path), tokens[:, :12]
   found = {
     "class": type(model).__name__,
     "logits": difference(model, tokens, expected),
+    "by_hand": greedy_by_hand(model, prompt),
+    "dynamic": greedy(model, prompt),
   }
-  if path.name.endswith("-hf") and path.name != "old-hf":
+  if path.name in TRAINED:
+    found["train"] = train(path, tokens)
+    found["lora"] = lora(path, tokens)
+  if path.name.endswith("-hf_uniform"):
+    return found  # what follows would test Transformers' own class
+  if path.name != "old-hf":
     found["heads"] = heads(path, tokens)
     # What was trusted once opens again in this process.
     again = transformers.AutoModelForCausalLM.from_pretrained(
@@ -215,21 +225,14 @@ def check(path, tokens):
     ).eval()
     with torch.no_grad():
       found["again"] = difference(again, tokens, model(tokens).logits)
-  if "gemma2" not in path.name:  # which only has eager
+  if not path.name.startswith(EAGER):
     model.set_attn_implementation("sdpa")
     found["sdpa"] = difference(model, tokens, expected)
     model.set_attn_implementation("eager")
-  prompt = tokens[:, :12]
-  found["by_hand"] = greedy_by_hand(model, prompt)
-  found["dynamic"] = greedy(model, prompt)
   found["static"] = greedy(model, prompt, cache_implementation="static")
   found["fine_tune"] = fine_tune(model, tokens)
   found["reload"] = reload(model, tokens)
-  for dtype in (torch.float16, torch.bfloat16):
-    found[str(dtype)] = half(path, dtype, tokens, expected)
-  if path.name in TRAINED:
-    found["train"] = train(path, tokens)
-    found["lora"] = lora(path, tokens)
+  found[str(dtype)] = half(path, dtype, tokens, expected)
   return found
 
 
@@ -245,7 +248,11 @@ def main():
   before = {path.name: untrusted(path) for path in uneven}
   said = {path.name: warnings_of(path) for path in uneven}
   transformers.logging.set_verbosity_error()
-  found = {path.name: check(path, tokens) for path in paths}
+  dtypes = (torch.float16, torch.bfloat16)  # by turns
+  found = {
+    path.name: check(path, tokens, dtypes[i % 2])
+    for i, path in enumerate(paths)
+  }
   for path in uneven:
     found[path.name]["untrusted"] = before[path.name]
     found[path.name]["warnings"] = said[path.name]

@@ -50,6 +50,11 @@ LONGROPE = {
   "long_factor": [1.5, 3.0, 6.0],
   "original_max_position_embeddings": 24,
 }
+HALF_TURNS = {
+  "rope_type": "default",
+  "rope_theta": 1e4,
+  "partial_rotary_factor": 0.5,
+}
 KINDS = ["sliding_attention", "full_attention", "sliding_attention"]
 GEMMA = {"head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 24}
 UNEVEN = {"K": (4, 1, 2), "F": (24, 17, 5)}
@@ -102,6 +107,22 @@ CASES = {
         "mrope_section": [1, 1, 0],
         "mrope_interleaved": True,
       },
+    },
+  ),
+  "qwen3_5_moe_text": (
+    "qwen3_5_moe_text",
+    {
+      "head_dim": 16,
+      "initializer_range": 0.12,
+      "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+      "linear_key_head_dim": 8,
+      "linear_value_head_dim": 12,
+      "linear_num_key_heads": 4,
+      "linear_num_value_heads": 8,
+      "moe_intermediate_size": 24,
+      "shared_expert_intermediate_size": 12,
+      "num_experts": 4,
+      "num_experts_per_tok": 2,
     },
   ),
   "exaone4": ("exaone4", {"sliding_window": 8, "layer_types": KINDS}),
@@ -201,17 +222,31 @@ CASES = {
     {
       "num_attention_heads": 4,
       "num_key_value_heads": 4,
-      "rope_parameters": {
-        "rope_type": "default",
-        "rope_theta": 1e4,
-        "partial_rotary_factor": 0.5,
-      },
+      "rope_parameters": HALF_TURNS,
     },
   ),
   "arcee": ("arcee", {"mlp_bias": True}),
   "nemotron": ("nemotron", {"attention_bias": True}),
   "seed_oss": ("seed_oss", {"head_dim": 16}),
   "starcoder2": ("starcoder2", {"sliding_window": 8}),
+  "cohere": ("cohere", {"logit_scale": 0.5, "attention_bias": True}),
+  "cohere2": (
+    "cohere2",
+    {"logit_scale": 1.5, "sliding_window": 8, "layer_types": KINDS},
+  ),
+  "stablelm": (
+    "stablelm",
+    {"use_qkv_bias": True, "rope_parameters": HALF_TURNS},
+  ),
+  "stablelm_parallel": (
+    "stablelm",
+    {"use_parallel_residual": True, "rope_parameters": HALF_TURNS},
+  ),
+  "phi": ("phi", {"rope_parameters": HALF_TURNS}),
+  "apertus": (
+    "apertus",
+    {"attention_bias": True, "rope_parameters": LLAMA3},
+  ),
   "ernie4_5": ("ernie4_5", {"head_dim": 16, "use_bias": True}),
   "granitemoe": (
     "granitemoe",
@@ -223,6 +258,19 @@ CASES = {
       "num_local_experts": 5,
       "num_experts_per_tok": 2,
       "output_router_logits": True,
+    },
+  ),
+  "gpt_oss": (
+    "gpt_oss",
+    {
+      "head_dim": 16,
+      "num_local_experts": 5,
+      "num_experts_per_tok": 2,
+      "sliding_window": 8,
+      "layer_types": KINDS,
+      "swiglu_limit": 0.7,
+      "swiglu_alpha": 1.3,
+      "rope_parameters": {**YARN, "truncate": False},
     },
   ),
   "olmoe": (
@@ -259,6 +307,8 @@ SINCE_5 = ("ernie4_5", "granitemoehybrid", "ministral3", "olmo3", "smollm3")
 SINCE_5 += ("phi3_longrope", "gpt_neox", "seed_oss", "arcee", "nemotron")
 SINCE_5 += ("starcoder2", "qwen3_5_text", "exaone4", "glm", "helium")
 SINCE_5 += ("hunyuan_v1_dense", "granitemoe", "olmoe", "qwen3_moe")
+SINCE_5 += ("cohere", "cohere2", "stablelm", "stablelm_parallel", "phi")
+SINCE_5 += ("apertus", "gpt_oss", "qwen3_5_moe_text")
 
 
 def slow_if(name: str, slow: Collection[str]) -> object:
@@ -275,29 +325,49 @@ class Animal:
   logits_BTV: np.ndarray
 
 
-def make(root: Path, names: Collection[str] = ()) -> dict[str, Animal]:
-  """Writes all of `CASES` below `root`, or those of these names."""
+class Zoo(dict):
+  """The animals by the names of `CASES`, each written when it is asked for."""
+
+  def __init__(self, root: Path):
+    """Takes the directory below which they are written."""
+    super().__init__()
+    self.root = root
+
+  def __missing__(self, name: str) -> Animal:
+    return self.setdefault(name, write(self.root / name, name))
+
+
+def peer_config(name: str) -> object:
+  """The configuration of a case."""
+  import transformers
+
+  kind, changes = CASES[name]
+  return transformers.AutoConfig.for_model(kind, **{**BASE, **changes})
+
+
+def make(root: Path, names: Collection[str]) -> dict[str, Animal]:
+  """Writes cases below `root`."""
+  return {name: write(root / name, name) for name in names}
+
+
+def write(path: Path, name: str) -> Animal:
+  """Writes the model of a case to `path`."""
   import torch
   import transformers
 
   torch.manual_seed(0)
   tokens = np.random.default_rng(0).integers(BASE["vocab_size"], size=(2, 40))
-  animals = {}
-  for name in names or CASES:
-    kind, changes = CASES[name]
-    fields = {**BASE, **changes}
-    config = transformers.AutoConfig.for_model(kind, **fields)
-    peer = transformers.AutoModelForCausalLM.from_config(
-      config, attn_implementation="eager"
-    ).eval()
-    for param in peer.parameters():
-      if param.ndim == 1:  # norms and biases, which start as ones and zeros
-        torch.nn.init.normal_(param, 0.3, 0.3)
-    peer.save_pretrained(root / name)
-    with torch.no_grad():
-      logits = peer(torch.tensor(tokens)).logits.numpy()
-    animals[name] = Animal(root / name, tokens, logits)
-  return animals
+  peer = transformers.AutoModelForCausalLM.from_config(
+    peer_config(name), attn_implementation="eager"
+  ).eval()
+  for of, param in peer.named_parameters():
+    # Norms and biases, which start as ones and zeros.
+    if param.ndim == 1 or of.endswith("bias"):
+      torch.nn.init.normal_(param, 0.3, 0.3)
+  peer.save_pretrained(path)
+  with torch.no_grad():
+    logits = peer(torch.tensor(tokens)).logits.numpy()
+  return Animal(path, tokens, logits)
 
 
 def rewrite_config(path: Path, **changes: object) -> None:

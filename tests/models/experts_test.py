@@ -12,8 +12,9 @@ import pytest
 
 from adapt_pruner_jax.config import Train
 from adapt_pruner_jax.distributed import sharding
+from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.formats.hf import load
-from adapt_pruner_jax.models import experts
+from adapt_pruner_jax.models import grouped
 from adapt_pruner_jax.training import stacking, step
 from adapt_pruner_jax.training.stacking import Run
 from tests import small
@@ -32,23 +33,28 @@ def test_products_by_group():
   square = lambda y: jnp.sum(y**2)
   plain = lambda x, w: jnp.einsum("pi,pio->po", x, w[group_P])
   want = plain(x_PI, w_XIO)
-  got = experts.grouped(x_PI, w_XIO, sizes_X)
+  got = grouped.product(x_PI, w_XIO, sizes_X)
   np.testing.assert_allclose(got, want, atol=1e-5)
-  ours = lambda x, w: square(experts.grouped(x, w, sizes_X))
+  ours = lambda x, w: square(grouped.product(x, w, sizes_X))
   theirs = lambda x, w: square(plain(x, w))
   gradients = (jax.grad(f, (0, 1))(x_PI, w_XIO) for f in (ours, theirs))
   for one, two in zip(*gradients, strict=True):
     np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-4)
   both = np.stack([x_PI, 2 * x_PI])
-  many = jax.vmap(lambda x: experts.grouped(x, w_XIO, sizes_X))(both)
+  many = jax.vmap(lambda x: grouped.product(x, w_XIO, sizes_X))(both)
   np.testing.assert_allclose(many[1], 2 * want, atol=1e-5)
-  accelerated = jax.lax.ragged_dot(x_PI, w_XIO, sizes_X)
-  np.testing.assert_allclose(accelerated, want, atol=1e-5)
-  outer = [
-    f(jnp.asarray(x_PI), jnp.asarray(want), sizes_X)
-    for f in (experts._ragged_outer, experts._outer_of_blocks)
-  ]
-  np.testing.assert_allclose(*outer, atol=1e-4)
+  ragged = jax.lax.ragged_dot(x_PI, w_XIO, sizes_X)
+  np.testing.assert_allclose(ragged, want, atol=1e-5)
+  fewer_X = sizes_X.at[3].set(2)  # rows of no group
+  args = True, x_PI, w_XIO.swapaxes(1, 2), fewer_X
+  kernel = grouped._product_of_kernel(*args, interpret=True)
+  np.testing.assert_allclose(kernel, want.at[-3:].set(0), atol=1e-5)
+  args = jnp.asarray(x_PI), jnp.asarray(want), sizes_X
+  outer = grouped._ragged_outer(*args)
+  blocks = grouped._outer_of_blocks(*args)
+  np.testing.assert_allclose(blocks, outer, atol=1e-4)
+  kernel = grouped._outer_of_kernel(*args, interpret=True)
+  np.testing.assert_allclose(kernel, outer, atol=1e-4)
 
 
 def test_gradients_in_float32():
@@ -58,7 +64,7 @@ def test_gradients_in_float32():
   w_XIO = jnp.asarray(rng.normal(size=(3, 8, 4)), jnp.float32)
 
   def product(w_XIO):
-    y_PO = experts.grouped(x_PI, w_XIO, sizes_X)
+    y_PO = grouped.product(x_PI, w_XIO, sizes_X)
     return jnp.sum(jnp.sin(y_PO.astype(jnp.float32))), y_PO
 
   made = jax.value_and_grad(product, has_aux=True)
@@ -110,11 +116,19 @@ def test_loss_and_gradients_equal_transformers(tmp_path):
 
 @pytest.mark.slow
 def test_eight_devices_and_stacked_layers():
-  """Each device sorts its own rows; a layer has no MLP, and no say in the
-  balance."""
-  config = dataclasses.replace(small.option("experts"), ffn_widths=(24, 0, 16))
+  """Each device sorts its own rows, has half of the experts and half of their
+  channels; a layer has no MLP, and no say in the balance."""
+  config = dataclasses.replace(
+    small.option("experts"),
+    ffn_widths=(24, 0, 16),
+    experts=8,
+    expert_bias=True,
+    swiglu_limit=0.2,
+    swiglu_alpha=1.5,
+  )
   params, batch = small.random_params(config), random_batch(config, 8, 12)
-  mesh, runs = sharding.make_mesh(2, 2, 2), (Run(0, 3, 4, 24),)
+  params["layer_0"]["router"][:, :2] *= 4  # most rows go to one half
+  mesh, runs = sharding.make_mesh(1, 2, 2, expert=2), (Run(0, 3, 4, 24),)
 
   def gradient(mesh, runs):
     placed = stacking.stack(runs, jax.device_put(params), mesh)
@@ -130,4 +144,16 @@ def test_eight_devices_and_stacked_layers():
   assert float(value_) == pytest.approx(float(value), rel=1e-6)
   close = lambda one, two: np.testing.assert_allclose(one, two, atol=2e-6)
   jax.tree.map(close, got, want)
+  placed = stacking.stack(runs, jax.device_put(params), mesh)
+  assert placed[runs[0].name]["moe_up"].sharding.spec[1] == "expert"
   assert np.abs(want["layer_0"]["router"]).max() > 1e-3
+
+
+def test_experts_that_do_not_divide_are_refused():
+  mesh = sharding.make_mesh(expert=4)
+  config = small.option("experts")
+  sharding.require_experts(dataclasses.replace(config, experts=8), mesh)
+  with pytest.raises(UserError, match="llama has 5 experts: give a number"):
+    sharding.require_experts(config, mesh)
+  with pytest.raises(UserError, match="llama has no experts"):
+    sharding.require_experts(small.CONFIG, mesh)

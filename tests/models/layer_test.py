@@ -77,7 +77,7 @@ def test_a_masked_scan_is_the_gathered_decoder(option):
 
 
 def test_what_is_fed_is_what_o_and_down_multiply():
-  config = small.option("scales")
+  config = dataclasses.replace(small.option("scales"), parallel=False)
   weights = small.random_params(config)["layer_0"]
   x = np.random.default_rng(0).normal(size=(2, 9, 16)).astype(np.float32)
   inputs = layer.attention_inputs(config, 9)

@@ -175,6 +175,15 @@ def test_milliseconds_are_read_between_the_points_of_a_table(tmp_path):
   assert ms((0, 0, 0), (97, 128, 33)) == pytest.approx(0.25 + 0.8 + 0.8 + 0.4)
   assert settings.rounding() == {"K": 1, "F": 32}
   assert budgets.amount(1.5, settings) == 1_500_000
+  # Of a vocabulary that is cut, where the table says what falls with it.
+  fewer, count = dataclasses.replace(WIDE, vocab_size=10), budgets.count
+  with pytest.raises(UserError, match="another model: its vocab_size is 40"):
+    budgets.check_table(fewer, settings, "a phone")
+  output = {"output_ms": [[0, 0], [40, 0.2]]}
+  measured = [TABLE["measured"][0] | output]
+  settings = in_table(tmp_path, measured=measured)
+  budgets.check_table(fewer, settings, "a phone")
+  assert count(WIDE, settings) - count(fewer, settings) == 150_000
 
 
 @pytest.mark.parametrize("method", ["magnitude", "curvature"])
@@ -208,6 +217,10 @@ def test_milliseconds_are_pruned_to(method, tmp_path):
     (
       {"measured": [TABLE["measured"][0] | {"context": 64}]},
       "has no decode of batch 1 at context 32: it has decode of batch 1 at 64",
+    ),
+    (
+      {"measured": [TABLE["measured"][0] | {"output_ms": [[0, 0], [9, 1]]}]},
+      "output_ms that does not end at the vocab_size",
     ),
     ({"model": TABLE["model"] | {"head_dim": 8}}, "of another model: its head"),
     ({"device": "a phone"}, r"of another device \(a phone\) than this one"),
@@ -340,6 +353,9 @@ def test_the_smallest_that_keeps_a_quality(method, monkeypatch):
   row = bytes.fromhex(last["masks"]["F"][2])
   left = np.flatnonzero(np.unpackbits(np.frombuffer(row, np.uint8)))
   assert left.tolist() == pruned.kept["F"][2].tolist()
+  for step in pruned.trace:
+    masks = surgery.from_hex(step["masks"], WIDE)
+    assert surgery.count(WIDE, masks) == step["params"]
   # A run that was cut behind the last step has nothing left to do.
   end = Step(9, surgery.to_masks(pruned.kept, WIDE), None, 0, ended=True)
   again = steps.prune(way, dataclasses.replace(task, after=end))

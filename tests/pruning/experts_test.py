@@ -1,16 +1,19 @@
 """Channels inside experts: as many in each, of each its own best."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from adapt_pruner_jax.config import Prune
+from adapt_pruner_jax.distributed import sharding
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.models import axes, experts, model_config
 from adapt_pruner_jax.models import layer as driver
 from adapt_pruner_jax.models.decoder import Decoder
-from adapt_pruner_jax.pruning import choice, methods, surgery
+from adapt_pruner_jax.pruning import choice, methods, refit, surgery
 from adapt_pruner_jax.pruning.baselines import reap
 from adapt_pruner_jax.pruning.task import PruneTask
 from tests import small
@@ -50,14 +53,13 @@ def test_what_does_not_look_into_experts_is_refused():
   for changes, words in (
     ({"method": "flap"}, "mixture of experts, whose channels flap does not"),
     ({"method": "slicegpt"}, "whose channels slicegpt does not"),
-    (
-      {"method": "adapt", "refit": "final"},
-      "each expert sees tokens",
-    ),
+    ({"method": "reap", "refit": "final"}, "those of experts that reap drops"),
+    ({"method": "adapt", "refit": "final", "refit_all": True}, "what they"),
   ):
     with pytest.raises(UserError, match=words):
-      methods.check(CONFIG, Prune(**{"refit": "none", **changes}))
+      methods.check(CONFIG, Prune(**{"refit": "none", "ratio": 0.1, **changes}))
   methods.check(CONFIG, Prune(method="fisher", refit="loss"))
+  methods.check(CONFIG, Prune(method="adapt", refit="final"))
 
 
 @pytest.mark.slow
@@ -179,3 +181,112 @@ def test_what_the_result_of_reap_would_break_is_refused():
   ):
     with pytest.raises(UserError, match=words):
       methods.check(config, Prune(method="reap", refit="none", **changes))
+
+
+# ---- Least squares -----------------------------------------------------------
+
+
+@pytest.fixture
+def compile_fast():
+  """Most of the time goes into compiling programs that run a few times."""
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield
+  jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("compile_fast")
+def test_refit_of_each_expert_is_least_squares_on_its_own_tokens():
+  """In NumPy, token by token; the first expert of the first layer has none.
+
+  On eight devices too, each of which has sorted its own rows.
+  """
+  config = dataclasses.replace(
+    CONFIG, kv_groups=(2, 2), ffn_widths=(8, 8), residual_scale=0.7
+  )
+  dense = small.random_params(config)
+  router_DX = dense["layer_0"]["router"]
+  router_DX[:, 0] = 0
+  router_DX[:, 2], router_DX[:, 4] = -router_DX[:, 1], -router_DX[:, 3]
+  kept = surgery.everything(config) | {"F": small.random_kept(config)["F"]}
+  mesh, tokens = small.one_device(), small.tokens(config, 40, 8)
+  pruned = surgery.gather(config, dense, kept, mesh)
+  args = (config, dense), pruned, kept, tokens
+  new, records = refit.refit(*args, 40)
+  by_matrix = {(r["layer"], r["matrix"]): r for r in records}
+  z_BTD = u_BTD = dense["embedding"][tokens]
+  for i in range(2):
+    name = f"layer_{i}"
+    z_BTD, u_BTD = (
+      half(*model, i, "K", x_BTD)
+      for model, x_BTD in (((config, dense), z_BTD), ((pruned[0], new), u_BTD))
+    )
+    want = refit_by_hand(dense[name], pruned[1][name], z_BTD, u_BTD, 36)
+    np.testing.assert_allclose(new[name]["moe_down"], want, atol=2e-4)
+    record = by_matrix[i, "moe_down"]
+    assert record["after"] < record["before"]
+    z_BTD = half(config, dense, i, "F", z_BTD)
+    u_BTD = half(pruned[0], new, i, "F", u_BTD)
+  assert by_matrix[0, "moe_down"]["experts"] <= 4
+  old = pruned[1]["layer_0"]["moe_down"]
+  np.testing.assert_array_equal(new["layer_0"]["moe_down"][0], old[0])
+  mesh = sharding.make_mesh(data=2, fsdp=4)
+  place = lambda p: jax.device_put(p, sharding.param_shardings(p, mesh))
+  pairs = [(config, place(params)) for config, params in args[:2]]
+  many, _ = refit.refit(*pairs, kept, tokens, 40, mesh=mesh)
+  close = lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-4)
+  jax.tree.map(close, new, many)
+
+
+def half(config, params, i, unit, x_BTD):
+  inputs = driver.attention_inputs(config, x_BTD.shape[1])
+  weights, place = params[f"layer_{i}"], driver.place(config, i)
+  return driver.run_half(unit, config, weights, place, inputs, x_BTD)[0]
+
+
+def refit_by_hand(dense, pruned, z_BTD, u_BTD, fit):
+  """`moe_down` of a layer; of the rows from `fit` on, what is held out."""
+  dense, pruned = (
+    {n: np.asarray(x, np.float64) for n, x in layer.items()}
+    for layer in (dense, pruned)
+  )
+
+  def normed(x_BTD):
+    x_BTD = np.asarray(x_BTD, np.float64)
+    size = np.sqrt((x_BTD**2).mean(-1, keepdims=True) + 1e-5)
+    return (x_BTD / size * dense["mlp_norm"]).reshape(-1, x_BTD.shape[-1])
+
+  def channels(layer, expert, h_TD):
+    gate = h_TD @ layer["moe_gate"][expert]
+    return gate / (1 + np.exp(-gate)) * (h_TD @ layer["moe_up"][expert])
+
+  h_TD, given_TD, T = normed(z_BTD), normed(u_BTD), z_BTD.shape[1]
+  logits_TX = h_TD @ dense["router"]
+  best_Tk = np.argsort(-logits_TX, axis=1)[:, :2]
+  share_Tk = np.exp(np.take_along_axis(logits_TX, best_Tk, axis=1))
+  share_Tk /= share_Tk.sum(1, keepdims=True)
+  inputs, energies = [], []
+  for expert in range(5):
+    mine_T, place_T = np.nonzero(best_Tk == expert)
+    x = channels(pruned, expert, given_TD[mine_T])
+    inputs.append((mine_T, share_Tk[mine_T, place_T], x))
+    energies.append((x**2).sum(1))
+  most, new = 10 * np.median(np.concatenate(energies)), []
+  for expert, (mine_T, share, x) in enumerate(inputs):
+    W = pruned["moe_down"][expert]
+    y = channels(dense, expert, h_TD[mine_T]) @ dense["moe_down"][expert]
+    energy = np.maximum((x**2).sum(1), 1e-30)
+    weight = share * np.sqrt(np.minimum(1, most / energy))
+    A, b = x * weight[:, None], (y - x @ W) * weight[:, None]
+    use = mine_T < fit * T
+    number = max(use.sum(), 1)
+    ridge = 0.1 * max(1, 20 * x.shape[1] / number)
+    ridge *= np.median((A[use] ** 2).sum(0)) if use.any() else 0
+    shrink = np.sqrt(ridge) * np.eye(x.shape[1])
+    zeros = np.zeros_like(W)
+    change, *_ = np.linalg.lstsq(
+      np.concatenate([A[use], shrink]), np.concatenate([b[use], zeros])
+    )
+    lacks = [((b - A @ c)[~use] ** 2).sum() for c in (zeros, change)]
+    new.append(W + change if lacks[1] < lacks[0] else W)
+  return np.stack(new)

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import types
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from rich.console import Console
 from adapt_pruner_jax.distributed import agreement
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.reporting import log as log_
-from adapt_pruner_jax.reporting import progress, tensorboard
+from adapt_pruner_jax.reporting import progress, tensorboard, trace, trackers
 from adapt_pruner_jax.storage import publish
 
 
@@ -91,7 +92,8 @@ def test_what_is_said_is_one_line_as_it_is(capsys):
   assert capsys.readouterr().out == "a [bold]long[/bold] line 1 " * 10 + "\n"
 
 
-def test_phase_without_a_terminal(capsys, clock):
+def test_phase_without_a_terminal(capsys, clock, monkeypatch):
+  monkeypatch.setattr(log_, "peak_memory", lambda: 3 * 10**9)
   with log_.Log(None).phase("stage 1 of 2: train", 10_000, "tokens") as phase:
     clock.now += 60  # compiling
     phase.update(1_000, loss=3.25, params=1_234_567)
@@ -108,7 +110,7 @@ def test_phase_without_a_terminal(capsys, clock):
     "stage 1 of 2: train: 9,000 / 10,000 tokens, loss 2.5, params 1,234,567, "
     "400 tokens/s, 2 s left",
     "stage 1 of 2: train: 10,000 / 10,000 tokens, loss 2.5, params 1,234,567, "
-    "409.1 tokens/s, took 1 min 22 s",
+    "409.1 tokens/s, took 1 min 22 s, memory at most 3.00 GB",
   ]
 
 
@@ -350,17 +352,22 @@ class Tracker(types.ModuleType):
 
 
 def test_trackers_that_are_asked_for(tmp_path, monkeypatch):
-  fakes = {name: Tracker(name) for name in log_.TRACKERS}
+  fakes = {name: Tracker(name) for name in trackers.NAMES}
   for name, fake in fakes.items():
     monkeypatch.setitem(sys.modules, name, fake)
-  with log_.Log(tmp_path, trackers="wandb, trackio") as logger:
-    logger.metrics("train", 3, {"loss": 2.5, "bad": float("nan")})
-  for fake in fakes.values():
-    assert fake.calls == [
-      {"project": "adapt-pruner", "name": tmp_path.name},
-      {"train/step": 3, "train/loss": 2.5},
-      "finish",
-    ]
+  for step in (3, 4):  # as a run that is continued
+    with log_.Log(tmp_path, trackers="wandb, trackio") as logger:
+      values = {"loss": 2.5, "bad": float("nan")}
+      logger.metrics("train", step, values)
+  (known,) = json.loads((tmp_path / "tracker.json").read_text()).values()
+  begun = {"project": "adapt-pruner", "resume": "allow"}
+  for name, own in (
+    ("wandb", {"id": known, "name": tmp_path.name}),
+    ("trackio", {"name": f"{tmp_path.name}-{known}"}),
+  ):
+    rows = ({"train/step": step, "train/loss": 2.5} for step in (3, 4))
+    calls = [(begun | own, row, "finish") for row in rows]
+    assert fakes[name].calls == [*calls[0], *calls[1]]
 
 
 def test_trackers_that_are_not_there(tmp_path, monkeypatch):
@@ -369,3 +376,50 @@ def test_trackers_that_are_not_there(tmp_path, monkeypatch):
   monkeypatch.setitem(sys.modules, "trackio", None)
   with pytest.raises(UserError, match="pip install trackio"):
     log_.Log(tmp_path, trackers="trackio")
+
+
+# ---- Speed and memory --------------------------------------------------------
+
+
+def test_step_time_and_phases(tmp_path, clock, monkeypatch):
+  """By hand: 100 tokens in 2 s on 4 chips; what else takes time is left out."""
+  monkeypatch.setattr(log_, "peak_memory", lambda: 5)
+  pace = progress.Pace(100, 6e9, 4, 1e9)
+  assert pace.step() == {}
+  clock.now += 2
+  assert pace.step() == {
+    "step_seconds": 2,
+    "tokens_per_second_per_chip": 12.5,
+    "mfu": pytest.approx(0.75),
+  }
+  pace.pause()
+  clock.now += 50
+  assert pace.step() == {}
+  with log_.Log(tmp_path, tensorboard=False) as logger:
+    for title in "ab":
+      with logger.phase(title, 10, "tokens") as phase:
+        phase.update(1)
+        clock.now += 3
+        phase.update(10)
+      assert (tmp_path / "metrics.jsonl").exists() == (title == "b")
+      logger.metrics("prune", 0, {"loss": 1.0})
+  found = [row for row in rows(tmp_path) if row["kind"] == "phase"]
+  assert [(row["title"], row["step"]) for row in found] == [("a", 0), ("b", 1)]
+  wanted = {"seconds": 3, "per_second": 3, "memory_peak": 5, "mfu": None}
+  assert all(wanted.items() <= row.items() for row in found)
+
+
+def test_profile_of_some_steps(tmp_path, monkeypatch):
+  calls = []
+  for name in ("start_trace", "stop_trace"):
+    note = lambda *args, name=name: calls.append((name, *args))
+    monkeypatch.setattr(jax.profiler, name, note)
+  said = []
+  profile = trace.Profile("3:5", tmp_path, said.append)
+  for step in profile.watch(iter(range(2, 7)), 2):
+    calls.append(step)
+  begin = "start_trace", str(tmp_path / "profile")
+  assert calls == [2, begin, 3, 4, ("stop_trace",), 5, 6]
+  assert said == [f"the profile is in {tmp_path / 'profile'}"]
+  profile.close()
+  assert calls[-1] == 6

@@ -57,7 +57,12 @@ def write_run(path, finished=True, name="tiny"):
   for step in range(30):
     row = {"kind": "train", "step": step, "stage": 1 + step // 10, "time": 0}
     row |= {"loss": float("nan") if step == 4 else 2.0, "learning_rate": 1e-5}
+    row |= {"step_seconds": 0.25, "tokens_per_second_per_chip": 100.0 + step}
     json_files.append_line(path / "metrics.jsonl", row)
+  row = {"kind": "phase", "title": "stage 1: <recovery>", "seconds": 90.0}
+  row |= {"per_second": 1234.0, "unit": "tokens", "mfu": 0.421, "step": 0}
+  row |= {"memory_peak": 12_340_000_000, "time": 0}
+  json_files.append_line(path / "metrics.jsonl", row)
   for stage in range(1, STAGES + 1):
     row = {"kind": "eval", "step": stage, "stage": stage, "params": 1}
     row |= {"perplexity": 20.0 + stage, "time": 0}
@@ -157,6 +162,14 @@ def test_page_is_whole_and_self_contained(text):
 def test_bits_per_byte_are_in_the_table(text):
   cells = ("bits per byte", "1.25", "1.5", "+20.0%")
   assert "".join(f"<td>{cell}</td>" for cell in cells) in text
+
+
+def test_speed_and_memory(text):
+  assert "Speed and memory" in text
+  assert "A train step took 0.25 s, 114.5 tokens a second and device" in text
+  row = ("1 min 30 s", "1,234 tokens/s", "42.1%", "12.34 GB")
+  cells = "".join(f"<td>{x}</td>" for x in row)
+  assert f"<td>stage 1: &lt;recovery&gt;</td>{cells}" in text
 
 
 def test_headline(text):

@@ -3,8 +3,11 @@
 import dataclasses
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 
+from adapt_pruner_jax import api
 from adapt_pruner_jax.config import Prune, latency_table
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.evaluation import profile
@@ -113,12 +116,29 @@ def test_a_table_that_is_measured_for_the_run(model, tmp_path, monkeypatch):
   config = recipe(model, budget="latency", budget_context=32)
   full = load.read_config(str(model))
   for _ in range(2):
-    found = latency_budget.resolve(config, full, tmp_path, Log(None))
+    found = latency_budget.resolve(config, full, full, tmp_path, Log(None))
     assert found.prune.budget_table == str(tmp_path / "latency.json")
   assert calls == [(profile.Case("decode", 1, 32), "float32")]
-  config.vocab.ratio = 0.1
-  with pytest.raises(UserError, match="cut it in a run of its own"):
-    latency_budget.resolve(config, full, tmp_path, Log(None))
+
+
+def test_a_table_of_another_engine_is_promised_alone(model, tmp_path):
+  """By hand, as of llama.cpp on this device or on one that is named."""
+  file = Path(table_of(tmp_path / "table.json", "llama.cpp"))
+  config = recipe(model, budget="latency", budget_context=32)
+  config.prune.budget_table = str(file)
+  full = load.read_config(str(model))
+  small = full.with_units({"K": (1,) * 3, "F": (24,) * 3})
+  for device in ("", "Pixel 9"):
+    if device:
+      table = json_files.read_json(file) | {"device": device}
+      json_files.write_json(file, table)
+      config.prune.budget_device = device
+    given = config, full, full, tmp_path, Log(None)
+    settings = latency_budget.resolve(*given).prune
+    found = latency_budget.compare(settings, (full, {}), (small, {}), ())
+    assert found["measured_ms"] is None
+    assert found["promised_ms"] == pytest.approx(0.5 + 3 * (0.1 + 0.15))
+    assert "not measured" in latency_budget.text(found)
 
 
 @pytest.mark.slow
@@ -136,6 +156,15 @@ def test_a_quality_is_kept(model, tmp_path, monkeypatch):
   trace = json_files.read_lines(tmp_path / "work" / "trace.jsonl")
   assert trace[-1]["ended"]
   assert summary["budget_after"] == trace[-1]["rise"]
+  original = api.load(model)
+  again = api.at_step(original, trace[-1])
+  exported = api.load(tmp_path / "work" / "model")
+  assert again.config.units() == exported.config.units()
+  jax.tree.map(np.testing.assert_array_equal, again.params, exported.params)
+  with pytest.raises(UserError, match="masks are of another model"):
+    api.at_step(again, trace[-1])
+  with pytest.raises(UserError, match="has no masks"):
+    api.at_step(original, {})
 
 
 @pytest.mark.slow

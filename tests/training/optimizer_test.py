@@ -46,6 +46,7 @@ def test_decay_pulls_at_matrices_only():
   mask = optimizer.decayed(names)
   matrices = {"embedding", "lm_head", "q", "k", "v", "o", "gate", "up", "down"}
   matrices |= {"attn_shortcut", "mlp_shortcut", "q_gate"}
+  matrices |= {"shared_gate", "shared_up", "shared_down", "shared_open"}
   matrices |= {"router", "moe_gate", "moe_up", "moe_down"}
   matrices |= {f"delta_{x}" for x in ("q", "k", "v", "gate", "o")}
   matrices |= {"delta_beta", "delta_decay"}

@@ -8,6 +8,7 @@ from adapt_pruner_jax.formats.hf import (
   fp8,
   kinds,
   layers,
+  mxfp4,
   ropes,
   text_part,
   windows,
@@ -54,7 +55,8 @@ def read(
   ignored = {name.strip() for name in ignore_fields.split(",")}
   raw = text_part.config_of(raw, path)
   raw = {name: found for name, found in raw.items() if name not in ignored}
-  if fp8.is_read(raw.get("quantization_config")):
+  quantization = raw.get("quantization_config")
+  if fp8.is_read(quantization) or mxfp4.is_read(quantization):
     del raw["quantization_config"]  # weights are dequantised on the way in
   name, raw = _family(raw, path)
   family = FAMILIES[name]
@@ -63,9 +65,8 @@ def read(
   raw = _usual_names(raw, family)
   if raw.get("mlp_only_layers", ...) is None:
     raw["mlp_only_layers"] = []
-  fields.check(
-    raw, {*family.fields, *family.passed, *layers.OWN, *ALWAYS}, path
-  )
+  known = {*family.fields, *family.passed, *layers.OWN, *ALWAYS}
+  fields.check(raw, known, family.anyway, path)
   missing = [
     f for f, v in family.fields.items() if v is REQUIRED and f not in raw
   ]
@@ -87,6 +88,8 @@ def read(
     for f in family.fields
     if f in FIELDS
   }
+  if values["activation"] == "xielu" and "xielu_eps" not in family.tensors:
+    raise UserError(f"{path}: {name} models have no activation xielu")
   values |= layers.read_sizes(raw, family, path) | layers.read_biases(
     raw, family
   )
@@ -134,6 +137,9 @@ def write(config: ModelConfig) -> dict[str, Any]:
     if name in FIELDS:
       field = FIELDS[name]
       raw[name] = field.write(getattr(config, field.name))
+      own = family.fields[name]  # of several names of an activation
+      if field is fields.ACTIVATION and field.read(own) == config.activation:
+        raw[name] = own
   raw |= layers.write_biases(config) | ropes.write(config, family)
   raw |= windows.write(config, family) | ropes.write_nope(config, family)
   raw |= kinds.write(config, family)
@@ -169,8 +175,12 @@ def _family(raw: Raw, path: str) -> tuple[str, Raw]:
         f"{inner} among other parts; save that by itself, and its tokenizer "
         f"beside it: {UNWRAP}"
       )
+    found = raw.get("layer_types")
+    found = {*map(str, found)} if isinstance(found, list) else set()
+    others = sorted(found - {fields.FULL, fields.SLIDING})
+    having = f", with layers {', '.join(others)}," * bool(others)
     raise UserError(
-      f"{path}: model_type {kind} is not supported; supported: "
+      f"{path}: model_type {kind}{having} is not supported; supported: "
       f"{', '.join(SUPPORTED)}"
     )
   made_for = raw.get("architectures") or ["ForCausalLM"]

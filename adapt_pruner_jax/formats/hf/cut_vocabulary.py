@@ -30,7 +30,8 @@ LISTS = ("suppress_tokens", "begin_suppress_tokens")
 ROWS = frozenset(  # tensors with a row a token
   names[name]
   for names in (OUTER, *(family.outer for family in FAMILIES.values()))
-  for name in ("embedding", "lm_head")
+  for name in ("embedding", "lm_head", "lm_head_bias")
+  if name in names
 )
 
 

@@ -1,5 +1,7 @@
 """Rows of `families` whose MLPs are mixtures of experts."""
 
+import dataclasses
+
 from adapt_pruner_jax.formats.hf.defaults import (
   ATTENTION_BIAS,
   COMMON,
@@ -10,14 +12,20 @@ from adapt_pruner_jax.formats.hf.defaults import (
   SILU,
 )
 from adapt_pruner_jax.formats.hf.family import Family
+from adapt_pruner_jax.formats.hf.more_families import MORE
 from adapt_pruner_jax.formats.hf.tensor_names import (
   EACH_EXPERT,
   EXPERTS_FUSED,
+  GPT_OSS,
   LAYER,
   QK_NORM,
   QK_NORM_ALL,
+  SHARED_EXPERT,
   experts_in_memory,
 )
+
+ORIGINAL = "original_max_position_embeddings"
+QWEN3_5 = MORE["qwen3_5_text"]
 
 EXPERT_FAMILIES = {
   "granitemoe": Family(
@@ -37,6 +45,43 @@ EXPERT_FAMILIES = {
     own=experts_in_memory("block_sparse_moe", "router"),
     renamed={"num_experts": "num_local_experts"},
     heads=(),
+  ),
+  "gpt_oss": Family(
+    "gpt_oss",
+    "GptOss",
+    {
+      **COMMON,
+      **SILU,
+      **NO_IDS,
+      **EXPERTS,
+      "attention_bias": True,
+      "num_key_value_heads": 8,
+      "head_dim": 64,
+      "max_position_embeddings": 131072,
+      "rms_norm_eps": 1e-5,
+      "rope_theta": 1.5e5,
+      "sliding_window": 128,
+      "layer_types": None,
+      "num_experts": 128,
+      "num_experts_per_tok": 4,
+      "swiglu_limit": 7.0,
+      "swiglu_alpha": 1.702,
+    },
+    fixed={"router_norm": True, "expert_bias": True, "attn_sinks": True},
+    tensors=LAYER | GPT_OSS,
+    renamed={"num_experts": "num_local_experts"},
+    must={"hidden_act": "silu"},
+    passed=("experts_per_token", "initial_context_length"),
+    windows="pattern",
+    rope={
+      "rope_type": "yarn",
+      "factor": 32.0,
+      "beta_fast": 32.0,
+      "beta_slow": 1.0,
+      "truncate": False,
+      ORIGINAL: 4096,
+    },
+    turned=True,
   ),
   "olmoe": Family(
     "olmoe",
@@ -84,5 +129,26 @@ EXPERT_FAMILIES = {
       "use_sliding_window": False,
     },
     passed=("sliding_window", "max_window_layers"),
+  ),
+  # Qwen 3.5 and 3.6 with experts
+  "qwen3_5_moe_text": dataclasses.replace(
+    QWEN3_5,
+    module="qwen3_5_moe",
+    prefix="Qwen3_5Moe",
+    fields={
+      **QWEN3_5.fields,
+      **EXPERTS,
+      "hidden_size": 2048,
+      "intermediate_size": 512,
+      "num_hidden_layers": 40,
+      "num_key_value_heads": 2,
+      "num_experts": 256,
+      "shared_expert_intermediate_size": 512,
+    },
+    fixed={**QWEN3_5.fixed, "router_norm": True},
+    tensors=QWEN3_5.tensors | EACH_EXPERT | SHARED_EXPERT,
+    own=experts_in_memory("mlp", "gate"),
+    renamed={"intermediate_size": "moe_intermediate_size"},
+    heads=(),
   ),
 }

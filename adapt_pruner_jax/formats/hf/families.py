@@ -299,6 +299,7 @@ FAMILIES = {
     tensors=LAYER | NORM_BIASES | NO_GATE,
     outer=OUTER | {"final_norm_bias": "model.norm.bias"},
     renamed={"rms_norm_eps": "norm_epsilon"},
+    anyway={"mlp_type": "default", "norm_type": "layer_norm"},
     windows="all",
   ),
   "smollm3": Family(

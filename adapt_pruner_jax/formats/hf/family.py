@@ -31,6 +31,7 @@ class Family:
     renamed: what it calls some fields, by what all others call them.
     must: fields that have to have this value; other values are not supported.
     passed: fields that count only in parts which `must` leaves no room for.
+    anyway: fields that its class does not read, with values that it goes by.
     written: values of such fields that its config class has to see.
     windows: which layers have a sliding window: "" none, "all", "last" (from
       max_window_layers on), "pattern" (all but every n-th), "nope" (those
@@ -44,11 +45,12 @@ class Family:
     interleaved: rotary pairs lie side by side in its files.
     query_growth: queries grow with their position, as its rope says.
     nope: which layers have no rotary embeddings: "" none, "list" (those with a
-      0 in no_rope_layers), "switch" (all, by position_embedding_type), "full"
-      (those without a window where the file has one).
+      0 in no_rope_layers), "switch" (all, by position_embedding_type), "global"
+      (those without a window), "full" (the same if the file has any window).
     bias_of_o: `attention_bias` is one of `o` too.
     rope_alpha: a dynamic rope may have an alpha, which stretches theta.
     delta: layers may have a gated delta net in place of attention.
+    turned: matrices of experts lie the other way round in its files.
     text: "Text" in the names of classes (Gemma 3).
     heads: tasks for which Transformers has a class besides the language model.
   """
@@ -66,6 +68,7 @@ class Family:
   renamed: dict[str, str] = dataclasses.field(default_factory=dict)
   must: dict[str, Any] = dataclasses.field(default_factory=dict)
   passed: tuple[str, ...] = ()
+  anyway: dict[str, Any] = dataclasses.field(default_factory=dict)
   written: dict[str, Any] = dataclasses.field(default_factory=dict)
   windows: str = ""
   period: int = 2
@@ -80,6 +83,7 @@ class Family:
   delta: bool = False
   bias_of_o: bool = True
   rope_alpha: bool = False
+  turned: bool = False
   text: str = ""
   heads: tuple[str, ...] = ("SequenceClassification", "TokenClassification")
 

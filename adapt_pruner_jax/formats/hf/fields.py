@@ -43,9 +43,13 @@ def _from_ids(ids: tuple[int, ...]) -> int | list[int] | None:
 ACTIVATIONS = {
   "swish": "silu",
   "silu": "silu",
+  "gelu_new": "gelu_tanh",
+  "gelu_fast": "gelu_tanh",
   "gelu_pytorch_tanh": "gelu_tanh",
   "gelu": "gelu",
+  "relu": "relu",
   "relu2": "relu2",
+  "xielu": "xielu",
 }
 ACTIVATION = Field(
   "activation",
@@ -79,6 +83,10 @@ FIELDS = {
   "norm_topk_prob": Field("router_norm", (bool,)),
   "router_aux_loss_coef": Field("router_loss", NUMBER, float),
   "output_router_logits": Field("router_loss_on", (bool,)),
+  "shared_expert_intermediate_size": Field("shared_width", (int,)),
+  "swiglu_limit": Field("swiglu_limit", NUMBER, float),
+  "swiglu_alpha": Field("swiglu_alpha", NUMBER, float),
+  "logit_scale": Field("logit_scale", NUMBER, float),
   # Gemma
   "query_pre_attn_scalar": Field(
     "attn_scale", NUMBER, lambda x: x**-0.5, lambda scale: tidy(scale**-2)
@@ -105,7 +113,8 @@ _HARMLESS = """
   embedding_dropout hidden_dropout residual_dropout
   encoder_no_repeat_ngram_size exponential_decay_length_penalty finetuning_task
   forced_bos_token_id forced_eos_token_id id2label initializer_range is_decoder
-  is_llama_config label2id length_penalty max_length min_length model_type
+  is_llama_config label2id length_penalty max_length min_length
+  model_max_length model_type use_parallel_embedding
   name_or_path no_repeat_ngram_size num_beam_groups num_beams num_labels
   num_return_sequences output_attentions output_hidden_states output_scores
   pretraining_tp prefix problem_type remove_invalid_values repetition_penalty
@@ -137,8 +146,12 @@ HARMLESS = frozenset(_HARMLESS.split())
 SWITCHES = frozenset(_SWITCHES.split())
 
 
-def check(raw: Raw, known: Collection[str], path: str) -> None:
+def check(raw: Raw, known: Collection[str], anyway: Raw, path: str) -> None:
   """Refuses fields that are neither known nor harmless.
+
+  Args:
+    known: fields that are read.
+    anyway: fields that are not, with a value that stands for what is so anyway.
 
   Raises:
     UserError: names the field and how to ignore it.
@@ -148,7 +161,7 @@ def check(raw: Raw, known: Collection[str], path: str) -> None:
       continue
     if name in SWITCHES and not value:
       continue
-    if _TRUE_ANYWAY.get(name) == value:
+    if {**_TRUE_ANYWAY, **anyway}.get(name) == value:
       continue
     shown = str(value) if len(str(value)) < 60 else f"{str(value)[:57]}..."
     kind = "is not supported" if name in SWITCHES else "is not known"
@@ -204,6 +217,28 @@ def by_period(found: Any, name: str, L: int, path: str) -> list[bool]:
   if found < 1:
     raise UserError(f"{path}: {name}={found} must be 1 or up")
   return [bool((i + 1) % found) for i in range(L)]
+
+
+def layer_kinds(
+  found: Any, allowed: Collection[str], L: int, path: str
+) -> list[str]:
+  """The kinds of L layers, of `layer_types`.
+
+  Raises:
+    UserError: it names fewer, or a kind that is not allowed.
+  """
+  if not isinstance(found, list) or len(found) < L:
+    raise UserError(
+      f"{path}: layer_types={found} must name the kinds of {L} layers: "
+      f"{' or '.join(allowed)}"
+    )
+  for i, kind in enumerate(found[:L]):
+    if kind not in allowed:
+      raise UserError(
+        f"{path}: layer {i} is of the kind {kind}, which is not supported; "
+        f"{' and '.join(allowed)} are"
+      )
+  return found[:L]
 
 
 def mapping(raw: Raw, name: str, path: str) -> dict[str, Any]:

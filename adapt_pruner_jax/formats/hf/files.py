@@ -22,7 +22,7 @@ INDEX = "model.safetensors.index.json"
 SHARD = r"model-(\d+)-of-(\d+)\.safetensors"
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 FLOAT8 = "float8_e4m3fn"
-READ = DTYPES | {"F8_E4M3": FLOAT8}  # see fp8.py
+READ = DTYPES | {"F8_E4M3": FLOAT8, "U8": "uint8"}  # see fp8, mxfp4
 CONVERT = (
   'python -c "from transformers import AutoModelForCausalLM as M; '
   "M.from_pretrained('{0}').save_pretrained('{0}-safetensors')\""
@@ -51,7 +51,10 @@ class Checkpoint:
 
   Attributes:
     shapes, dtypes: of each tensor, by name.
+    is_mapped: `array` gives views of the files.
   """
+
+  is_mapped = True
 
   def __init__(self, folder: Path, absent: Collection[str] = ()):
     """Reads the headers of all files of weights.

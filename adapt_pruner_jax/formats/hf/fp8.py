@@ -56,6 +56,13 @@ class Dequantized:
     """Takes a checkpoint with its scales."""
     self.folder, self._inner = inner.folder, inner
     block = quantization.get("weight_block_size", BLOCK)
+    sizes = block if isinstance(block, list | tuple) else ()
+    good = [isinstance(size, int) and size > 0 for size in sizes]
+    if block and good != [True, True]:
+      raise UserError(
+        f"{self.folder}: weight_block_size={block} must be two numbers from 1 "
+        "on, rows and columns of a block, or null"
+      )
     self._block = tuple(block) if block else None
     plain = {
       tensor: BECOMES if kind == FLOAT8 else kind

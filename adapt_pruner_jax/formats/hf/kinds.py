@@ -8,7 +8,13 @@ from typing import Any
 
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.formats.hf.family import Family
-from adapt_pruner_jax.formats.hf.fields import FULL, Raw, by_period, require
+from adapt_pruner_jax.formats.hf.fields import (
+  FULL,
+  Raw,
+  by_period,
+  layer_kinds,
+  require,
+)
 from adapt_pruner_jax.models.model_config import DeltaNet, ModelConfig
 
 LINEAR = "linear_attention"
@@ -35,14 +41,8 @@ def read(raw: Raw, family: Family, L: int, path: str) -> tuple[int, ...]:
     name = "full_attention_interval"
     linear = by_period(raw[name], name, L, path)
     kinds = [LINEAR if here else FULL for here in linear]
-  good = isinstance(kinds, list) and len(kinds) >= L
-  other = set(map(str, kinds[:L])) - {FULL, LINEAR} if good else None
-  if not good or other:
-    what = f"the kind {min(other)} is not supported: " if other else ""
-    raise UserError(
-      f"{path}: {what}layer_types must name {L} layers, each {FULL} or {LINEAR}"
-    )
-  return tuple(int(kind == LINEAR) for kind in kinds[:L])
+  kinds = layer_kinds(kinds, (FULL, LINEAR), L, path)
+  return tuple(int(kind == LINEAR) for kind in kinds)
 
 
 def read_net(raw: Raw, family: Family, path: str) -> DeltaNet | None:

@@ -18,6 +18,8 @@ HEADS, GROUPS, WIDTH = SIZES = (
   "num_key_value_heads",
   "intermediate_size",
 )
+# Of a layer: which halves it does not have.
+SKIP, HALVES = "skip", ("attention", "mlp")
 # Fields of such an export: sizes by layer, and the modules below a layer that
 # have a bias that the family's class has not.
 OWN = ("per_layer_config", "extra_biases")
@@ -50,10 +52,12 @@ def groups_by_kind(config: ModelConfig) -> list[tuple[int, ...]]:
 def heads_are_legal(config: ModelConfig, groups: int) -> bool:
   """Whether the family's config class takes this many KV groups."""
   heads, D = groups * config.queries_per_group, config.hidden_size
-  if config.rope.kind == "longrope" and config.family == "phi3":
-    return D // heads == config.head_dim  # it counts the factors by these
+  # Phi 3 counts the factors of its rope so, Cohere 2 the channels of a head.
+  longrope = config.rope.kind == "longrope" and config.family == "phi3"
+  if longrope or config.family == "cohere2":
+    return D // heads == config.head_dim
   # Whose `o`, or norms over all heads, are as if heads filled D.
-  if config.family in ("gpt_neox", "helium", "olmoe"):
+  if config.family in ("gpt_neox", "helium", "olmoe", "stablelm"):
     return heads * config.head_dim == D
   return not FAMILIES[config.family].divides or D % heads == 0
 
@@ -72,7 +76,9 @@ def extra_biases(config: ModelConfig) -> list[str]:
 def read_biases(raw: Raw, family: Family) -> dict[str, bool]:
   """The fields of `ModelConfig` that say which matrices have a bias."""
   every = bool(raw.get("use_bias"))
-  attention = every or bool(raw.get("attention_bias"))
+  attention = every or bool(
+    raw.get("attention_bias") or raw.get("use_qkv_bias")
+  )
   mlp = every or bool(raw.get("mlp_bias"))
   extra = raw.get("extra_biases") or ()
   out = raw.get("attention_out_bias", attention and family.bias_of_o)
@@ -91,6 +97,7 @@ def write_biases(config: ModelConfig) -> dict[str, bool]:
     "attention_bias": config.qkv_bias,
     "mlp_bias": config.gate_up_bias,
     "attention_out_bias": config.o_bias,
+    "use_qkv_bias": config.qkv_bias,
     "use_bias": config.qkv_bias and config.gate_up_bias,
   }
   return {name: on for name, on in biases.items() if name in known}
@@ -147,11 +154,13 @@ def _by_layer(raw: Raw, family: Family, path: str) -> list[dict[str, int]]:
       raise UserError(f"{path}: per_layer_config has no layer {key}")
     require(sizes, (dict,), f"per_layer_config.{key}", path)
     known = {family.renamed.get(name, name): name for name in named}
+    skipped = _skipped(sizes, family, f"per_layer_config.{key}", path)
+    sizes = {name: size for name, size in sizes.items() if name != SKIP}
     for name, size in sizes.items():
       if name not in known:
         raise UserError(
           f"{path}: per_layer_config.{key}.{name} is not supported; "
-          f"{', '.join(known)} are"
+          f"{', '.join(known)} and {SKIP} are"
         )
       require(size, (int,), f"per_layer_config.{key}.{name}", path)
       if not 0 <= size <= MAX_SIZE:
@@ -159,8 +168,27 @@ def _by_layer(raw: Raw, family: Family, path: str) -> list[dict[str, int]]:
           f"{path}: per_layer_config.{key}.{name}={size} must be from 0 to "
           f"{MAX_SIZE:,}"
         )
-    layers[int(key)] |= {known[name]: size for name, size in sizes.items()}
+    own = {known[name]: size for name, size in sizes.items()}
+    layers[int(key)] |= own | skipped
   return layers
+
+
+def _skipped(
+  sizes: Raw, family: Family, where: str, path: str
+) -> dict[str, int]:
+  """Sizes of the halves that a layer skips, in Transformers' words: 0."""
+  skip = sizes.get(SKIP, [])
+  if not isinstance(skip, list) or not {*map(str, skip)} <= {*HALVES}:
+    raise UserError(
+      f"{path}: {where}.{SKIP}={skip} is not supported; a list of "
+      f"{' and '.join(HALVES)} is"
+    )
+  names: tuple[str, ...] = ()
+  if "attention" in skip:
+    names += (HEADS, GROUPS) + kinds.SIZES * family.delta
+  if "mlp" in skip:
+    names += (WIDTH,)
+  return dict.fromkeys(names, 0)
 
 
 def _queries_per_group(
@@ -197,6 +225,9 @@ def check_experts(values: dict[str, Any], path: str) -> None:
       "(num_experts, num_local_experts): there must be at least 1, and at "
       "least as many as a token takes"
     )
+  for name in ("swiglu_limit", "swiglu_alpha", "shared_width"):
+    if values.get(name, 1) <= 0:
+      raise UserError(f"{path}: {name}={values[name]} must be above 0")
 
 
 def write_sizes(config: ModelConfig) -> dict[str, Any]:
@@ -214,8 +245,16 @@ def write_sizes(config: ModelConfig) -> dict[str, Any]:
   for i, K in enumerate(config.kv_groups):
     groups = (None, K) if config.is_delta(i) else (K, None)
     sizes = _sizes(config, config.ffn_widths[i], *groups)
-    sizes = {own.get(name, name): size for name, size in sizes.items()}
-    layers[str(i).zfill(digits)] = sizes
+    # Halves of no size are skipped, since a class cannot make them; but for one
+    # with a shared expert, which stays.
+    gone = not K, not config.ffn_widths[i] and not config.shared_width
+    skip = [half for half, is_gone in zip(HALVES, gone, strict=True) if is_gone]
+    sizes = {
+      own.get(name, name): size
+      for name, size in sizes.items()
+      if size or (name == WIDTH and not gone[1])
+    }
+    layers[str(i).zfill(digits)] = sizes | ({SKIP: skip} if skip else {})
   return {
     **_whole_sizes(config),
     "per_layer_config": layers,

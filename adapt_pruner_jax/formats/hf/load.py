@@ -1,8 +1,9 @@
 """Opens a HuggingFace model: `load(path) -> (ModelConfig, params)`.
 
 Tensors go from the mapped file to their place and dtype on the devices, a few
-at a time, so that the host never holds the model; each process reads only what
-its devices need.
+at a time, so that the host never holds the model. Of several processes each
+reads its share of the rows of a matrix, whatever its devices need of it: these
+get that from each other (`shares`).
 """
 
 import contextlib
@@ -25,11 +26,16 @@ from jax.sharding import Mesh
 from adapt_pruner_jax.distributed import sharding, stopping
 from adapt_pruner_jax.errors import UserError, first_line
 from adapt_pruner_jax.formats.hf import (
+  apart,
   config_json,
   cut_vocabulary,
+  layers,
+  shares,
   tensors,
   text_part,
+  turned,
 )
+from adapt_pruner_jax.formats.hf.families import FAMILIES
 from adapt_pruner_jax.formats.hf.files import (
   CONFIG,
   INDEX,
@@ -192,16 +198,17 @@ def load(
   """
   config, tree = stored(path, dtype, ignore_fields)
   leaves, structure = jax.tree.flatten(tree)
+  several = mesh is not None and jax.process_count() > 1
+  place = lambda leaf: leaf.place_on(mesh)
   arrays = []
-  with (
-    ThreadPoolExecutor(READERS) as threads,
-    contextlib.closing(
-      threads.map(lambda leaf: leaf.place_on(mesh), leaves)
-    ) as placed,
-  ):
-    for array in placed:
-      stopping.moment()
-      arrays.append(array)
+  with ThreadPoolExecutor(READERS) as threads:
+    # What several processes run together they run in one order, none ahead.
+    in_turn = (place(leaf) for leaf in leaves)
+    placed = in_turn if several else threads.map(place, leaves)
+    with contextlib.closing(placed):  # what waits is given up with the rest
+      for array in placed:
+        stopping.moment()
+        arrays.append(array)
   return config, jax.tree.unflatten(structure, arrays)
 
 
@@ -233,6 +240,11 @@ def stored(
   if isinstance(checkpoint, text_part.Part):
     checkpoint.say()
   checkpoint = text_part.with_head(checkpoint, config)
+  family = FAMILIES[config.family]
+  if "*" in family.tensors.get("moe_down", "") and layers.is_stock(config):
+    checkpoint = apart.Apart(checkpoint)
+  if family.turned:
+    checkpoint = turned.Usual(checkpoint, config)
   if original != folder:
     checkpoint = cut_vocabulary.Checkpoint(folder, checkpoint)
   check_tensors(checkpoint, config, repeats)
@@ -303,12 +315,33 @@ class Stored:
     part = tensors.from_hf(self.name, rows, sizes, self.pairs)
     return part[tuple(cut[letter] for letter in axes.AXES[self.name])]
 
+  def rows(self, start: int, stop: int) -> np.ndarray:
+    """Rows of the parameter in the file's layout; no others are read."""
+    share = self.place.rows // self.place.blocks
+    found = []
+    for block in range(start // share, -(-stop // share)):
+      first = self.place.start - block * share
+      low, high = max(start, block * share), min(stop, (block + 1) * share)
+      found.append(self._block(block)[first + low : first + high])
+    return found[0] if len(found) == 1 else np.concatenate(found)
+
+  def _block(self, number: int) -> np.ndarray:
+    """The block of the tensor that has a share of the parameter, a view."""
+    if "*" in self.place.tensor:
+      name = self.place.tensor.replace("*", str(number))
+      return self.checkpoint.array(name)
+    tensor, blocks = self.checkpoint.array(self.place.tensor), self.place.blocks
+    rest = tensor.shape[2:] if tensor.ndim == 3 else tensor.shape[1:]
+    return tensor if blocks == 1 else tensor.reshape(blocks, -1, *rest)[number]
+
   def place_on(self, mesh: Mesh | None) -> jax.Array:
     """On the mesh or, None, the default device; reads what is needed there."""
+    shape = axes.shape(self.name, self.sizes)
+    if mesh is not None and shares.wanted(self, shape):
+      return shares.place(self, shape, mesh)
     tensor = self._tensor()
     if mesh is None:
       return jax.device_put(self._read(tensor, self._whole))
-    shape = axes.shape(self.name, self.sizes)
     where = sharding.param_sharding(self.name, shape, mesh)
     parts: dict[tuple, np.ndarray] = {}  # replicas are read once
     arrays = []

@@ -3,15 +3,21 @@
 from adapt_pruner_jax.formats.hf.defaults import (
   ATTENTION_BIAS,
   COMMON,
+  LAYER_NORM,
   MLP_BIAS,
   NO_IDS,
   SILU,
 )
 from adapt_pruner_jax.formats.hf.family import Family
 from adapt_pruner_jax.formats.hf.tensor_names import (
+  APERTUS,
   DELTA_NET,
   FUSED_MLP,
   LAYER,
+  NORM_BIASES,
+  OUTER,
+  OUTER_PHI,
+  PHI,
   POST,
   Q_GATE,
   QK_NORM,
@@ -30,7 +36,56 @@ GLM = {
   "eos_token_id": [151329, 151336, 151338],
   "pad_token_id": 151329,
 }
+COHERE = {
+  **COMMON,
+  **SILU,
+  **ATTENTION_BIAS,
+  "max_position_embeddings": 8192,
+  "rms_norm_eps": 1e-5,
+  "tie_word_embeddings": True,
+  "bos_token_id": 5,
+  "eos_token_id": 255001,
+  "pad_token_id": 0,
+  "logit_scale": 0.0625,
+}
+COHERE_FIXED = {"norm": "layer", "parallel": True, "shared_norm": True}
 MORE = {
+  # Aya, Command R
+  "cohere": Family(
+    "cohere",
+    "Cohere",
+    {**COHERE, "rope_theta": 5e5},
+    fixed=COHERE_FIXED,
+    renamed={"rms_norm_eps": "layer_norm_eps"},
+    interleaved=True,
+    heads=(),
+  ),
+  # Command R7B, Tiny Aya
+  "cohere2": Family(
+    "cohere2",
+    "Cohere2",
+    {
+      **COHERE,
+      "sliding_window": 4096,
+      "sliding_window_pattern": 4,
+      "layer_types": None,
+    },
+    fixed=COHERE_FIXED,
+    renamed={"rms_norm_eps": "layer_norm_eps"},
+    anyway={
+      "layer_switch": 4,
+      "order_of_interleaved_layers": "local_attn_first",
+      "position_embedding_type": "rope_gptj",
+      "rotary_pct": 1,
+      "use_embedding_sharing": True,
+      "use_gated_activation": True,
+      "use_parallel_block": True,
+    },
+    windows="pattern",
+    nope="global",
+    interleaved=True,
+    heads=(),
+  ),
   # Qwen 3.5 and 3.6, dense
   "qwen3_5_text": Family(
     "qwen3_5",
@@ -69,6 +124,72 @@ MORE = {
     delta=True,
     text="Text",
     heads=("SequenceClassification",),
+  ),
+  "apertus": Family(
+    "apertus",
+    "Apertus",
+    {
+      **COMMON,
+      **ATTENTION_BIAS,
+      "hidden_act": "xielu",
+      "max_position_embeddings": 65536,
+      "rms_norm_eps": 1e-5,
+      "pad_token_id": 3,
+      "rope_theta": 1.2e7,
+    },
+    fixed={"gated": False, "qk_norm": "head"},
+    tensors=LAYER | QK_NORM | APERTUS,
+    rope={
+      "rope_type": "llama3",
+      "rope_theta": 1.2e7,
+      "factor": 8.0,
+      "original_max_position_embeddings": 8192,
+      "low_freq_factor": 1.0,
+      "high_freq_factor": 4.0,
+    },
+    heads=("TokenClassification",),
+  ),
+  # Phi 1, 1.5 and 2
+  "phi": Family(
+    "phi",
+    "Phi",
+    {
+      **COMMON,
+      "hidden_act": "gelu_new",
+      "rms_norm_eps": 1e-5,
+      "partial_rotary_factor": 0.5,
+    },
+    fixed={
+      **LAYER_NORM,
+      **dict.fromkeys(("qkv_bias", "o_bias", "gate_up_bias"), True),
+      **dict.fromkeys(("down_bias", "head_bias"), True),
+      **dict.fromkeys(("parallel", "shared_norm"), True),
+      "gated": False,
+    },
+    tensors=LAYER | NORM_BIASES | PHI,
+    outer=OUTER_PHI,
+    renamed={"rms_norm_eps": "layer_norm_eps"},
+  ),
+  "stablelm": Family(
+    "stablelm",
+    "StableLm",
+    {
+      **COMMON,
+      **SILU,
+      "use_qkv_bias": False,
+      "num_key_value_heads": 32,
+      "max_position_embeddings": 4096,
+      "rms_norm_eps": 1e-5,
+      "use_parallel_residual": False,
+      "bos_token_id": 0,
+      "eos_token_id": 0,
+      "partial_rotary_factor": 0.25,
+    },
+    fixed={**LAYER_NORM, "shared_norm": True},
+    tensors=LAYER | NORM_BIASES,
+    outer=OUTER | {"final_norm_bias": "model.norm.bias"},
+    renamed={"rms_norm_eps": "layer_norm_eps"},
+    bias_of_o=False,
   ),
   "exaone4": Family(
     "exaone4",

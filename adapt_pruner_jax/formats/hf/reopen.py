@@ -16,8 +16,10 @@ import numpy as np
 
 from adapt_pruner_jax.distributed import agreement
 from adapt_pruner_jax.errors import UserError
-from adapt_pruner_jax.formats.hf import load, tensors
+from adapt_pruner_jax.formats.hf import load, tensors, weights
+from adapt_pruner_jax.formats.hf.tensors import Key
 from adapt_pruner_jax.formats.hf.weights import Get, getter
+from adapt_pruner_jax.models import axes
 from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.decoder import Decoder
 from adapt_pruner_jax.models.layer import attention_inputs, place, run_layer
@@ -39,6 +41,7 @@ def compare(
   written_get: Get,
   dtypes: dict[str, np.dtype],
   folder: Path | None,
+  told: dict[Key, str] | None = None,
 ) -> None:
   """Compares what a directory gives when it is opened with the model.
 
@@ -52,6 +55,8 @@ def compare(
     written, written_get: what was written of it, padded or not.
     dtypes: of each tensor in the files.
     folder: what was written; None on processes that did not.
+    told: digests of what was written, by which it is compared without asking
+      for it again; None = there are none.
 
   Raises:
     UserError: a parameter is NaN or infinite, or one of those logits is.
@@ -59,7 +64,7 @@ def compare(
   """
   opened = agreement.on_writer(lambda: load.stored(folder))
   found, tree = opened or (config, None)
-  _agree(_wrong_parameter(written, written_get, dtypes, tree))
+  _agree(_wrong_parameter(written, written_get, dtypes, tree, told))
   if not agreement.all_agree(found == config):
     _agree(_wrong_logits(config, get, found, tree))
 
@@ -74,34 +79,56 @@ def _wrong_parameter(
   get: Get,
   dtypes: dict[str, np.dtype],
   tree: Params | None,
+  told: dict[Key, str] | None,
 ) -> Exception | None:
   """What is wrong with the first parameter that is not as in `tree`.
 
   Both are compared in the layout of the file: equal there, they are equal.
   """
   wrong = None
-  for (layer, name), stored in tensors.places(config).items():
-    dtype = dtypes[stored.tensor]
-    unsigned = np.dtype(f"u{dtype.itemsize}")
-    infinity = np.array(np.inf, dtype).view(unsigned)  # the exponent's bits
-    expected = get((layer, name))
+  for key, stored in tensors.places(config).items():
+    expected = None if told is not None else get(key)
     if tree is None or wrong is not None:
-      continue  # only take part in the gathering
+      continue  # only take part
+    layer, name = key
     where = name if layer is None else f"{name} of layer {layer}"
-    found = getter(tree)((layer, name))
-    if (found.shape, found.dtype) != (expected.shape, dtype):
+    dtype, found = dtypes[stored.tensor], getter(tree)(key)
+    shape = axes.shape(name, config.sizes(layer))
+    if (found.shape, found.dtype) != (shape, dtype):
       wrong = RuntimeError(f"{where} comes back as {found.dtype}{found.shape}")
       continue
-    one, two = (tensors.to_hf(name, array) for array in (expected, found))
-    for rows, block in tensors.blocks(one, dtype):
-      bits = block.view(unsigned)
-      if (bits & infinity).max() == infinity:
-        wrong = UserError(
-          f"the model is not written: {where} has NaN or infinite values"
-        )
-      elif not np.array_equal(bits, two[rows].view(unsigned)):
-        wrong = RuntimeError(f"{where} does not come back as it was written")
+    if told is None:
+      finite, same = _compared(name, expected, found, dtype)
+    else:
+      finite = _finite(found)
+      same = weights.digest(name, found, dtype) == told[key]
+    if not finite:
+      wrong = UserError(
+        f"the model is not written: {where} has NaN or infinite values"
+      )
+    elif not same:
+      wrong = RuntimeError(f"{where} does not come back as it was written")
   return wrong
+
+
+def _compared(
+  name: str, expected: np.ndarray, found: np.ndarray, dtype: np.dtype
+) -> tuple[bool, bool]:
+  """Whether what was written is finite, and what came back is the same."""
+  finite, same = True, True
+  one, two = (tensors.to_hf(name, array) for array in (expected, found))
+  for rows, block in tensors.blocks(one, dtype):
+    finite &= _finite(block)
+    unsigned = np.dtype(f"u{dtype.itemsize}")
+    same &= np.array_equal(block.view(unsigned), two[rows].view(unsigned))
+  return finite, same
+
+
+def _finite(array: np.ndarray) -> bool:
+  """By the exponent's bits, which every type here has."""
+  unsigned = np.dtype(f"u{array.dtype.itemsize}")
+  infinity = np.array(np.inf, array.dtype).view(unsigned)
+  return not array.size or (array.view(unsigned) & infinity).max() != infinity
 
 
 def _wrong_logits(
@@ -111,6 +138,10 @@ def _wrong_logits(
   wrong = None
   length = min(TOKENS, config.context)
   ids = np.random.default_rng(0).integers(config.vocab_size, size=(1, length))
+  if not agreement.is_writer():
+    for key in _walked(config):
+      get(key)
+    return None
   other = None if tree is None else walk(found, getter(tree), ids)
   for where, expected in walk(config, get, ids):
     if other is None or wrong is not None:
@@ -129,6 +160,15 @@ def _wrong_logits(
   return wrong
 
 
+def _walked(config: ModelConfig) -> Iterator[Key]:
+  """What `walk` asks for, in its order."""
+  yield from ((None, n) for n in outer_names(config) if "norm" in n)
+  yield None, "embedding"
+  for i in range(config.num_layers):
+    yield from ((i, name) for name in layer_names(config, i))
+  yield None, "embedding" if config.tied else "lm_head"
+
+
 def walk(
   config: ModelConfig, get: Get, ids_BT: np.ndarray
 ) -> Iterator[tuple[str, np.ndarray]]:
@@ -138,6 +178,7 @@ def walk(
     return {n: jnp.asarray(get((i, n)), jnp.float32) for n in names}
 
   outer = weights(None, [n for n in outer_names(config) if "norm" in n])
+  bias_V = get((None, "lm_head_bias")) if config.head_bias else None
   rows_TD = get((None, "embedding"))[ids_BT[0]]
   x_BTD = _outside(config, outer, rows_TD, np.arange(len(rows_TD))[None])
   for i in range(config.num_layers):
@@ -148,10 +189,12 @@ def walk(
     matrix_VD = get((None, "embedding"))
   else:
     matrix_VD = get((None, "lm_head")).T
-  logits = [
-    _outside(config, outer, matrix_VD[i : i + VOCABULARY_PART], x_BTD)
-    for i in range(0, config.vocab_size, VOCABULARY_PART)
-  ]
+  logits = []
+  for i in range(0, config.vocab_size, VOCABULARY_PART):
+    part = slice(i, i + VOCABULARY_PART)
+    if bias_V is not None:
+      outer["lm_head_bias"] = jnp.asarray(bias_V[part], jnp.float32)
+    logits.append(_outside(config, outer, matrix_VD[part], x_BTD))
   yield "logits", np.concatenate(logits, axis=-1)
 
 
@@ -168,6 +211,7 @@ def _outside(config, outer, rows_VD, inputs):
     ffn_widths=(),
     window=(),
     nope=(),
+    head_bias="lm_head_bias" in outer,
   )
   params = outer | {"embedding": jnp.asarray(rows_VD, jnp.float32)}
   method = "embed" if inputs.ndim == 2 else "head"

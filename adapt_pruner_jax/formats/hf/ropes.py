@@ -310,9 +310,9 @@ def nope_of_full(
   raw: Raw, family: Family, window: tuple[int, ...], L: int
 ) -> tuple[int, ...] | None:
   """`nope` where it follows from the windows; None where it does not."""
-  if family.nope != "full":
+  if family.nope not in ("full", "global"):
     return None
-  if raw["sliding_window"] is None:
+  if raw["sliding_window"] is None and family.nope == "full":
     return ()
   still = tuple(int(not size) for size in window or (0,) * L)
   return still if any(still) else ()

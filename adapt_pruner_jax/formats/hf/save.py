@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from adapt_pruner_jax.distributed import agreement
 from adapt_pruner_jax.errors import UserError, nearest
 from adapt_pruner_jax.formats.hf import (
@@ -54,10 +56,30 @@ RESIZE_HELIUM = """\
   inputs = sizes.num_attention_heads * config.head_dim
   layer.self_attn.o_proj = nn.Linear(inputs, config.hidden_size, bias=False)
 """
+# StableLM's attention is made as in the whole model, see `MADE_WITH`.
+RESIZE_STABLELM = """\
+  attention, size, width = layer.self_attn, config.head_dim, config.hidden_size
+  heads, groups = sizes.num_attention_heads, sizes.num_key_value_heads
+  bias = config.use_qkv_bias
+  attention.num_heads, attention.num_key_value_heads = heads, groups
+  attention.q_proj = nn.Linear(width, heads * size, bias=bias)
+  attention.k_proj = nn.Linear(width, groups * size, bias=bias)
+  attention.v_proj = nn.Linear(width, groups * size, bias=bias)
+  attention.o_proj = nn.Linear(heads * size, width, bias=False)
+"""
 RESIZE = {
   "gpt_neox": RESIZE_NEOX,
   "helium": RESIZE_HELIUM,
   "olmoe": RESIZE_OLMOE,
+  "stablelm": RESIZE_STABLELM,
+}
+RESIZE_FUNCTION = """
+def resize(layer, sizes, config):
+  \"""Puts right what the class makes of the sizes of one layer.\"""
+"""
+# What a layer is made with, where its class refuses fewer heads.
+MADE_WITH = {
+  "stablelm": "LayerConfig(sizes, {n: getattr(config, n) for n in HEADS})"
 }
 # Layers may have a gated delta net instead.
 NO_DELTA = """
@@ -77,6 +99,31 @@ TAKE_OUT_DELTA = """\
       layer.linear_attn = NoDelta()
     else:
   """
+# Of halves that read one norm, either may be there without the other.
+DROP_ONE_NORM = """\
+  if not heads and not width:
+    drop(layer, {})
+"""
+TAKE_OUT_MLP = """\
+layer.{mlp} = NoMlp(layer.{mlp})
+    drop(layer, {norms})"""
+# An expert that all tokens see goes on without the others.
+NO_EXPERTS = """
+
+class NoExperts(nn.Module):
+  \"""In place of experts without channels.\"""
+
+  def forward(self, hidden_states, *others):
+    return torch.zeros_like(hidden_states)
+
+
+class NoRouter(nn.Module):
+  \"""In place of theirs.\"""
+
+  def forward(self, hidden_states):
+    return None, None, None
+"""
+TAKE_OUT_EXPERTS = "layer.mlp.experts, layer.mlp.gate = NoExperts(), NoRouter()"
 MARKS = (CONFIG, MANIFEST)  # by which a directory is one of a model
 
 
@@ -136,8 +183,11 @@ def save(
     for note in notes if folder is not None else ():
       say(note)
     kinds = weights.tensor_dtypes(written, params, usual)
-    sums = weights.write(folder, written, written_get, kinds, shard_bytes)
-    reopen.compare(config, get, written, written_get, kinds, folder)
+    given, told = written_get, None
+    if jax.process_count() > 1:
+      given, told = weights.remembering(written_get, kinds, written)
+    sums = weights.write(folder, written, given, kinds, shard_bytes)
+    reopen.compare(config, get, written, written_get, kinds, folder, told)
     if folder is not None:
       card.write(folder, config, written, source, facts or {}, notes, sums)
 
@@ -209,6 +259,7 @@ def _write_classes(folder: Path, config: ModelConfig) -> None:
   mlp, down = family.module_of("down").rsplit(".", 1)
   if config.experts:
     mlp = family.module_of("router").split(".")[0]
+  resize = RESIZE.get(config.family)
   names = {
     "family": config.family,
     "module": family.module,
@@ -217,19 +268,27 @@ def _write_classes(folder: Path, config: ModelConfig) -> None:
     "model_class": family.model_class,
     "body": family.body,
     "layer_class": f"{family.prefix}{family.layer}",
-    "resize": RESIZE.get(config.family, ""),
+    "made_with": MADE_WITH.get(config.family, "sizes"),
+    "resize": "  resize(layer, sizes, config)\n" * bool(resize),
+    "resize_function": f"{RESIZE_FUNCTION}{resize}\n" if resize else "",
     "more_heads": "".join(f', "{n}"' for n in kinds.SIZES * family.delta),
     "no_delta": NO_DELTA * family.delta,
     "count_delta": COUNT_DELTA * family.delta,
     "take_out_delta": TAKE_OUT_DELTA * family.delta,
+    "no_experts": NO_EXPERTS * bool(config.shared_width),
+    "take_out_mlp": TAKE_OUT_EXPERTS
+    if config.shared_width
+    else TAKE_OUT_MLP.format(mlp=mlp, norms=norms["mlp"]),
     "attention": attention,
     "o": o,
     "mlp": mlp,
     "down": down,
+    # What else an MLP returns, where it is not the only thing.
+    "beside": ", None" * (config.family == "gpt_oss"),
     "cut_mlp": not config.experts,
     "width": family.renamed.get("intermediate_size", "intermediate_size"),
-    "attention_norms": norms["attn"],
-    "mlp_norms": norms["mlp"],
+    "attention_norms": [] if config.has_one_norm() else norms["attn"],
+    "no_half": DROP_ONE_NORM.format(norms["attn"]) * config.has_one_norm(),
   }
   heads = [
     _filled("head", **names, task=task, head_class=family.head_class(task))

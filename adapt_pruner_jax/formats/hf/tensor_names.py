@@ -34,6 +34,20 @@ NORM_BIASES = {
   "attn_norm_bias": "input_layernorm.bias",
   "mlp_norm_bias": "post_attention_layernorm.bias",
 }
+OUTER_PHI = {
+  **OUTER,
+  "final_norm": "model.final_layernorm.weight",
+  "final_norm_bias": "model.final_layernorm.bias",
+  "lm_head_bias": "lm_head.bias",
+}
+PHI = {
+  "o": "self_attn.dense.weight",
+  "o_bias": "self_attn.dense.bias",
+  "up": "mlp.fc1.weight",
+  "up_bias": "mlp.fc1.bias",
+  "down": "mlp.fc2.weight",
+  "down_bias": "mlp.fc2.bias",
+}
 NO_GATE = {
   "up": "mlp.c_fc.weight",
   "down": "mlp.c_proj.weight",
@@ -82,6 +96,14 @@ POST = {
   "attn_post_norm": "post_attention_layernorm.weight",
   "mlp_post_norm": "post_feedforward_layernorm.weight",
 }
+APERTUS = {
+  "attn_norm": "attention_layernorm.weight",
+  "mlp_norm": "feedforward_layernorm.weight",
+  "xielu_positive": "mlp.act_fn.alpha_p",
+  "xielu_negative": "mlp.act_fn.alpha_n",
+  "xielu_beta": "mlp.act_fn.beta",
+  "xielu_eps": "mlp.act_fn.eps",
+}
 SHARED_MLP = {
   "gate": "shared_mlp.input_linear.weight",  # and the two that follow it
   "up": "shared_mlp.input_linear.weight",
@@ -94,11 +116,28 @@ EACH_EXPERT = {
   "moe_up": "mlp.experts.*.up_proj.weight",
   "moe_down": "mlp.experts.*.down_proj.weight",
 }
+SHARED_EXPERT = {
+  "shared_gate": "mlp.shared_expert.gate_proj.weight",
+  "shared_up": "mlp.shared_expert.up_proj.weight",
+  "shared_down": "mlp.shared_expert.down_proj.weight",
+  "shared_open": "mlp.shared_expert_gate.weight",
+}
 EXPERTS_FUSED = {
   "router": "block_sparse_moe.router.layer.weight",
   "moe_gate": "block_sparse_moe.input_linear.weight",
   "moe_up": "block_sparse_moe.input_linear.weight",
   "moe_down": "block_sparse_moe.output_linear.weight",
+}
+GPT_OSS = {
+  "sinks": "self_attn.sinks",
+  "router": "mlp.router.weight",
+  "router_bias": "mlp.router.bias",
+  **dict.fromkeys(("moe_gate", "moe_up"), "mlp.experts.gate_up_proj"),
+  "moe_down": "mlp.experts.down_proj",
+  "moe_down_bias": "mlp.experts.down_proj_bias",
+  **dict.fromkeys(
+    ("moe_gate_bias", "moe_up_bias"), "mlp.experts.gate_up_proj_bias"
+  ),
 }
 
 

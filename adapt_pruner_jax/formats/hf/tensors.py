@@ -29,6 +29,8 @@ Key = tuple[int | None, str]  # layer (None: outside the layers), parameter
 
 # Of each head of these, the first channels are turned by rotary embeddings.
 ROTATED = ("q", "k", "q_bias", "k_bias")
+# One number each, in a tensor without dims.
+NUMBERS = ("xielu_beta", "xielu_eps")
 BLOCK_BYTES = 1 << 23  # stays in a CPU's cache
 BLOCK_ROWS = 64  # at least: fewer would read strided memory line by line
 
@@ -68,7 +70,7 @@ def places(config: ModelConfig, repeats: int = 1) -> dict[Key, Place]:
       rows = hf_shape(name, config.sizes(i))[0]
       heads = config.kv_groups[i] * config.queries_per_group
       blocks = heads if name in family.by_head else 1
-      if axes.AXES[name][0] == "X":
+      if axes.of_each_expert(name):
         blocks = config.experts
       found[i, name] = Place(tensor, start, rows, blocks)
       filled[tensor] = start + rows // blocks
@@ -97,8 +99,8 @@ def tensor_shapes(
   for (layer, name), place in places(config, repeats).items():
     rest = hf_shape(name, config.sizes(layer))[1:]
     rows = place.start * place.blocks + place.rows
-    shapes[place.tensor] = (rows, *rest)
-    if axes.AXES[name][0] == "X":
+    shapes[place.tensor] = () if name in NUMBERS else (rows, *rest)
+    if axes.of_each_expert(name):
       shapes[place.tensor] = (config.experts, rows // config.experts, *rest)
   return shapes
 
@@ -121,10 +123,10 @@ def together(
     tensor, shape: from `tensor_shapes`.
   """
   parts = [checkpoint.array(part) for part in apart(tensor, shape)]
-  if axes.AXES[name][0] != "X":
-    return parts[0]
+  if not axes.of_each_expert(name):
+    return np.atleast_1d(parts[0])
   whole = parts[0] if len(parts) == 1 else np.stack(parts)
-  return whole.reshape(-1, whole.shape[-1])
+  return whole.reshape(-1, *whole.shape[2:])
 
 
 def own_rows(tensor: np.ndarray, place: Place) -> np.ndarray:
@@ -140,8 +142,8 @@ def own_rows(tensor: np.ndarray, place: Place) -> np.ndarray:
 def hf_letters(name: str) -> tuple[str, ...]:
   """The letters of each dim of the tensor: ("KGH", "D") for `q`."""
   letters = axes.AXES[name]
-  if letters[0] == "X":  # one matrix below the other
-    return "X" + letters[2], letters[1]
+  if letters[0] == "X":  # one matrix below the other, or biases
+    return ("X" + letters[2], letters[1]) if letters[2:] else (letters,)
   if "conv" in name:  # each channel has one input
     return letters[:-1], "", letters[-1]
   if not {*letters} & {*axes.RESIDUAL} or len(letters) == 1:

@@ -11,7 +11,7 @@ import numpy as np
 from absl import logging
 
 from adapt_pruner_jax.errors import UserError
-from adapt_pruner_jax.formats.hf import fp8, tensors
+from adapt_pruner_jax.formats.hf import fp8, mxfp4, tensors
 from adapt_pruner_jax.formats.hf.families import FAMILIES
 from adapt_pruner_jax.formats.hf.fields import Raw
 from adapt_pruner_jax.formats.hf.files import CONFIG, Checkpoint, read_object
@@ -23,10 +23,47 @@ WRAPPERS = {
   "gemma3": "gemma3_text",
   "mistral3": "mistral",
   "llava": "llama",
+  "llava_next": "llama",
+  "llava_onevision": "qwen2",
   "qwen2_vl": "qwen2_vl_text",
   "qwen2_5_vl": "qwen2_5_vl_text",
   "qwen3_vl": "qwen3_vl_text",
   "qwen3_5": "qwen3_5_text",
+  "qwen3_5_moe": "qwen3_5_moe_text",
+}
+# Types whose first files have the language model's fields beside the others.
+FLAT = ("qwen2_vl", "qwen2_5_vl")
+OTHER_PARTS = ("vision_", "image_", "video_")  # how their fields begin
+
+
+def _sizes(V: int, D: int, F: int, L: int, heads: int) -> dict[str, Any]:
+  sizes = {"vocab_size": V, "hidden_size": D, "intermediate_size": F}
+  return {**sizes, "num_hidden_layers": L, "num_attention_heads": heads}
+
+
+QWEN2_VL = {
+  **_sizes(152064, 8192, 29568, 80, 64),
+  "num_key_value_heads": 8,
+  "rms_norm_eps": 1e-5,
+  "rope_theta": 1e6,
+  "max_window_layers": 80,
+  "bos_token_id": 151643,
+  "eos_token_id": 151645,
+}
+# What is meant by fields that a text_config leaves out, by its type, where the
+# family's row has something else or nothing.
+ABSENT = {
+  "llama": _sizes(32000, 4096, 11008, 32, 32),
+  "mistral": _sizes(32000, 4096, 14336, 32, 32),
+  "ministral3": _sizes(131072, 4096, 14336, 34, 32),
+  "cohere2": _sizes(256000, 8192, 22528, 40, 64),
+  **dict.fromkeys(("qwen2", "qwen3"), _sizes(151936, 4096, 22016, 32, 32)),
+  **dict.fromkeys(("qwen2_vl_text", "qwen2_5_vl_text"), QWEN2_VL),
+  "qwen3_vl_text": {
+    **_sizes(151936, 4096, 22016, 32, 32),
+    "max_position_embeddings": 128000,
+    "rope_theta": 5e5,
+  },
 }
 # Types of such parts that are the same function of text as a plain family.
 SAME = {
@@ -58,13 +95,17 @@ def config_of(raw: Raw, path: str) -> Raw:
   if outer not in WRAPPERS:
     return raw
   inner = raw.get("text_config")
+  if inner is None and outer in FLAT and "hidden_size" in raw:
+    inner = {n: v for n, v in raw.items() if not n.startswith(OTHER_PARTS)}
+    del inner["model_type"]
   if not isinstance(inner, dict):
     raise UserError(
       f"{path}: a model of type {outer} needs the field text_config"
     )
   kind = inner.get("model_type", WRAPPERS[outer])
   found = {name: raw[name] for name in INHERITED if name in raw}
-  made = {**found, **inner, "model_type": SAME.get(kind, kind)}
+  made = {**ABSENT.get(kind, {}), **found, **inner}
+  made["model_type"] = SAME.get(kind, kind)
   # These say of what class the whole is, or the part while it is in there.
   made.pop("architectures", None)
   for field in ("rope_scaling", "rope_parameters"):
@@ -87,14 +128,16 @@ def checkpoint(folder: Path) -> Any:
   """The tensors of a directory's language model; headers are read, no more.
 
   Raises:
-    UserError: as `files.Checkpoint`; or FP8 weights without their scales.
+    UserError: as `files.Checkpoint`; or quantized weights of other kinds than
+      are read, or without their scales.
   """
   raw = read_object(folder / CONFIG)
   # Some indices list a tied matrix that is not there.
   heads = {family.outer["lm_head"] for family in FAMILIES.values()}
   names = heads | {f"language_model.{OUTER['lm_head']}"}
   found = Checkpoint(folder, names)
-  found = fp8.dequantized(found, raw.get("quantization_config"))
+  quantization = raw.get("quantization_config")
+  found = mxfp4.unpacked(fp8.dequantized(found, quantization), quantization)
   return Part(found) if raw.get("model_type") in WRAPPERS else found
 
 
@@ -119,6 +162,7 @@ class Renamed:
   def __init__(self, inner: Any, names: dict[str, str]):
     """Takes a checkpoint, and of each new name the one that it has there."""
     self.folder, self._inner, self._names = inner.folder, inner, names
+    self.is_mapped = getattr(inner, "is_mapped", False)
     self.shapes = {new: inner.shapes[old] for new, old in names.items()}
     self.dtypes = {new: inner.dtypes[old] for new, old in names.items()}
 

@@ -18,8 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from adapt_pruner_jax.distributed import agreement, stopping
+from adapt_pruner_jax.distributed.to_writer import to_writer
 from adapt_pruner_jax.errors import UserError
-from adapt_pruner_jax.formats.hf import tensors
+from adapt_pruner_jax.formats.hf import tensors, turned
 from adapt_pruner_jax.formats.hf.files import DTYPES, INDEX, SINGLE
 from adapt_pruner_jax.formats.hf.tensors import Key
 from adapt_pruner_jax.models import axes
@@ -27,13 +28,14 @@ from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.storage import json_files
 
-# A parameter as a numpy array, None if the model has none of that name. All
-# processes have to ask for the same ones in the same order.
+# A parameter as a numpy array; None if the model has none of that name, or, on
+# other processes than 0, if it is spread over several. All processes have to
+# ask for the same ones in the same order.
 Get = Callable[[Key], np.ndarray | None]
 
 
 def getter(params: Params) -> Get:
-  """Parameters of a tree, gathered from wherever they are, one at a time."""
+  """Parameters of a tree, brought from wherever they are, one at a time."""
 
   def get(key: Key) -> np.ndarray | None:
     layer, name = key
@@ -76,17 +78,45 @@ def usual_dtype(config: ModelConfig, params: Params) -> np.dtype:
   return counted.most_common(1)[0][0]
 
 
-def on_host(array: jax.Array) -> np.ndarray:
-  """All of an array, in this process."""
+def on_host(array: jax.Array) -> np.ndarray | None:
+  """All of an array; None where it is another process that gets it."""
   if not array.is_fully_addressable:
-    from jax.experimental import multihost_utils
-
-    return multihost_utils.process_allgather(array, tiled=True)
+    return to_writer(array)
   devices = array.devices()
   if len(devices) > 1 or next(iter(devices)).platform != "cpu":
     # An array keeps what it was copied to: let that be one which goes.
     array = jax.device_put(array, array.sharding, may_alias=False)
   return np.asarray(array)
+
+
+def remembering(
+  get: Get, dtypes: dict[str, np.dtype], config: ModelConfig
+) -> tuple[Get, dict[Key, str]]:
+  """`get`, and the digests of what it has given, as it is written.
+
+  So that what is sent from one process to another is sent once.
+
+  Args:
+    dtypes: of each tensor of the model in its files.
+    config: of the model as it is written.
+  """
+  places, told = tensors.places(config), {}
+
+  def remembered(key: Key) -> np.ndarray | None:
+    array = get(key)
+    if array is not None:
+      told[key] = digest(key[1], array, dtypes[places[key].tensor])
+    return array
+
+  return remembered, told
+
+
+def digest(name: str, array: np.ndarray, dtype: np.dtype) -> str:
+  """SHA-256 of a parameter in its file's layout, rotary pairs as ours."""
+  found = hashlib.sha256()
+  for _, block in tensors.blocks(tensors.to_hf(name, array), dtype):
+    found.update(block.reshape(-1).view(np.uint8).data)
+  return found.hexdigest()
 
 
 def write(
@@ -99,7 +129,7 @@ def write(
   """Writes all tensors of the model, and the index if there are several files.
 
   Args:
-    folder: None on processes that only take part in gathering.
+    folder: None on processes that only send what they have.
     dtypes: of each tensor.
     shard_bytes: of a file, at most; a larger tensor has a file for itself.
 
@@ -109,7 +139,7 @@ def write(
   Raises:
     OSError: it cannot be written; a UserError on the other processes.
   """
-  shapes = tensors.tensor_shapes(config)
+  shapes = _shapes(config)
   keys: dict[str, list[Key]] = {}
   places = tensors.places(config)
   for key, place in places.items():
@@ -133,7 +163,7 @@ def write(
     arrays = (
       (array, dtypes[tensor])
       for tensor in shard
-      for array in _arrays(keys[tensor], places, get, pairs)
+      for array in _arrays(config, keys[tensor], places, get, pairs)
     )
     if folder is not None and failed is None:
       header = _kinds(shard, shapes, dtypes)
@@ -141,7 +171,7 @@ def write(
         sums[name] = _write_file(folder / name, header, arrays)
       except OSError as error:
         failed = error
-    for _ in arrays:  # the other processes take part in the gathering
+    for _ in arrays:  # what others have is sent, wanted or not
       pass
   if not agreement.all_agree(failed is None):
     raise failed or UserError("process 0 cannot write; see its message")
@@ -157,23 +187,44 @@ def write(
   return sums
 
 
+def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+  """Shape of each tensor in the files, in their order."""
+  return {
+    t: turned.shape(t, shape) if turned.is_turned(config, t) else shape
+    for t, shape in tensors.tensor_shapes(config).items()
+  }
+
+
 def _arrays(
-  keys: list[Key], places: dict[Key, tensors.Place], get: Get, pairs: int
+  config: ModelConfig,
+  keys: list[Key],
+  places: dict[Key, tensors.Place],
+  get: Get,
+  pairs: int,
 ) -> Iterator[np.ndarray]:
   """What a tensor consists of, in the layout of the file, in its order.
 
   Args:
+    config: of the model.
     keys: of the parameters that it holds.
     pairs: as of `tensors.to_hf`.
   """
   stopping.moment()
-  blocks = places[keys[0]].blocks
+  if not agreement.is_writer():
+    for key in keys:
+      get(key)
+    return
+  tensor, blocks = places[keys[0]].tensor, places[keys[0]].blocks
   arrays = (tensors.to_hf(key[1], get(key), pairs) for key in keys)
   if blocks == 1:
     yield from arrays
     return
   parts = [x.reshape(blocks, -1, *x.shape[1:]) for x in arrays]
-  yield np.concatenate(parts, axis=1).reshape(-1, *parts[0].shape[2:])
+  whole = np.concatenate(parts, axis=1)
+  if turned.is_turned(config, tensor):
+    yield turned.to_file(tensor, whole)
+  else:
+    yield whole.reshape(-1, *whole.shape[2:])
 
 
 def _shards(sizes: dict[str, int], limit: int) -> list[list[str]]:
@@ -194,7 +245,7 @@ def header_bytes(config: ModelConfig, dtype: np.dtype) -> int:
 
   A model of smaller sizes has no more, several files some hundred each.
   """
-  shapes = tensors.tensor_shapes(config)
+  shapes = _shapes(config)
   return len(_header(_kinds(shapes, shapes, dict.fromkeys(shapes, dtype))))
 
 

@@ -10,6 +10,7 @@ from adapt_pruner_jax.formats.hf.fields import (
   SLIDING,
   Raw,
   by_period,
+  layer_kinds,
   require,
 )
 from adapt_pruner_jax.models.model_config import ModelConfig
@@ -29,7 +30,7 @@ def read(
       supported.
   """
   if family.windows == "kinds":
-    _check_kinds(raw["layer_types"], L, path)
+    layer_kinds(raw["layer_types"], (FULL, "attention"), L, path)
   if family.windows in ("", "kinds"):
     return ()
   size = raw["sliding_window"]
@@ -39,7 +40,8 @@ def read(
   if family.windows == "all":
     slides = [True] * L
   elif raw["layer_types"] is not None:
-    slides = _slides(raw["layer_types"], L, path)
+    kinds = layer_kinds(raw["layer_types"], (FULL, SLIDING), L, path)
+    slides = [kind == SLIDING for kind in kinds]
   elif family.windows == "last":
     slides = [i >= raw["max_window_layers"] for i in range(L)]
   elif family.windows == "nope":
@@ -51,30 +53,6 @@ def read(
     raise UserError(f"{path}: sliding_window={size} must be at least 1")
   windows = tuple((size or 0) * slide for slide in slides)
   return windows if any(windows) else ()
-
-
-def _slides(types: Any, L: int, path: str) -> list[bool]:
-  good = isinstance(types, list) and set(types) <= {FULL, SLIDING}
-  if not good or len(types) < L:
-    raise UserError(
-      f"{path}: layer_types must name {L} layers, each {FULL} or {SLIDING}"
-    )
-  return [kind == SLIDING for kind in types[:L]]
-
-
-def _check_kinds(types: Any, L: int, path: str) -> None:
-  """Refuses all kinds of layers but full attention, by name."""
-  if not isinstance(types, list) or len(types) < L:
-    raise UserError(
-      f"{path}: layer_types={types} must name the kinds of {L} layers; without "
-      "it they are recurrent ones, which are not supported"
-    )
-  for i, kind in enumerate(types[:L]):
-    if kind not in (FULL, "attention"):
-      raise UserError(
-        f"{path}: layer {i} is of the kind {kind}, which is not supported; "
-        f"{FULL} is"
-      )
 
 
 def write(config: ModelConfig, family: Family) -> dict[str, Any]:

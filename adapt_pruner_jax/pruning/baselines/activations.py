@@ -25,6 +25,7 @@ def batches(
   tokens_NT: np.ndarray, batch: int, mesh: Mesh
 ) -> Iterator[tuple[jax.Array, np.ndarray]]:
   """Minibatches [B, T] in order, each with which of its rows are real, [B]."""
+  batch = placement.together(batch, len(tokens_NT), mesh)
   tokens_MBT, valid_MB = placement.minibatches(tokens_NT, batch, mesh)
   yield from zip(tokens_MBT, np.asarray(valid_MB), strict=True)
 

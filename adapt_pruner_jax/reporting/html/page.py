@@ -13,7 +13,7 @@ from typing import Any
 
 from adapt_pruner_jax.config import Config, difference
 from adapt_pruner_jax.evaluation import latency
-from adapt_pruner_jax.reporting.html import charts, pieces
+from adapt_pruner_jax.reporting.html import charts, pieces, speed
 from adapt_pruner_jax.reporting.html.charts import as_number
 from adapt_pruner_jax.reporting.progress import duration
 
@@ -30,6 +30,7 @@ def page(found: Found, path: Path) -> str:
     removed(found),
     quality(found),
     training(found),
+    speed.section(found["phases"], found["train"]),
     decisions(found),
     layer_table(found),
     recipe(found),

@@ -72,6 +72,7 @@ def collect(
     "after": _after(trace, summary),
     "trace": trace,
     "train": [row for row in metrics if row["kind"] == "train"],
+    "phases": [row for row in metrics if row["kind"] == "phase"],
     "evals": evals,
     "perplexity": _perplexities(summary, evals),
   }
