@@ -100,6 +100,11 @@ def open_inputs(
       "train.hours becomes train.tokens by `adapt-pruner run` or by "
       "planning.hours.settle: give one of them"
     )
+  if recipe.train.hours and not recipe.train.tokens:
+    raise UserError(
+      "train.hours becomes train.tokens by `adapt-pruner run` or by "
+      "planning.hours.settle: give one of them"
+    )
   mesh = sharding.make_mesh(**dataclasses.asdict(recipe.mesh))
   if recipe.prune.method == "slicegpt" and jax.process_count() > 1:
     raise UserError(

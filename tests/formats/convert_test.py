@@ -17,7 +17,7 @@ from adapt_pruner_jax.distributed import sharding
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.formats import convert, opening
 from adapt_pruner_jax.formats.gguf import writer
-from adapt_pruner_jax.formats.hf import card, files, load, save
+from adapt_pruner_jax.formats.hf import card, files, load, parameters, save
 from adapt_pruner_jax.formats.orbax import is_orbax
 from adapt_pruner_jax.models import model_config
 from tests import small
@@ -129,7 +129,7 @@ def test_what_came_with_the_parent_goes_along(written, tmp_path, format):
 def test_from_file_to_file(written, tmp_path, monkeypatch):
   """No parameter goes to a device."""
   path, params = written
-  monkeypatch.setattr(load.Stored, "place_on", None)
+  monkeypatch.setattr(parameters.Stored, "place_on", None)
   convert.convert(str(path), tmp_path / "same", "hf")
   one, two = (p / "model.safetensors" for p in (path, tmp_path / "same"))
   assert one.read_bytes() == two.read_bytes()

@@ -11,19 +11,19 @@ import jax
 import numpy as np
 
 from adapt_pruner_jax.distributed import processes, sharding
-from adapt_pruner_jax.formats.hf import load, save, weights
+from adapt_pruner_jax.formats.hf import load, parameters, save, weights
 
 
 def main(port: str, number: str, me: str, model: str, out: str) -> dict:
   processes.connect(f"127.0.0.1:{port}", int(number), int(me), 60)
-  read, rows = [0], load.Stored.rows
+  read, rows = [0], parameters.Stored.rows
 
   def counted(stored, start, stop):
     found = rows(stored, start, stop)
     read[0] += found.nbytes
     return found
 
-  load.Stored.rows = counted
+  parameters.Stored.rows = counted
   mesh = sharding.make_mesh(tensor=2)
   config, params = load.load(model, None, mesh)
   _, whole = load.stored(model)

@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from adapt_pruner_jax.distributed import sharding
-from adapt_pruner_jax.formats.hf import load, shares, tensors
+from adapt_pruner_jax.formats.hf import load, parameters, shares, tensors
 from adapt_pruner_jax.models import axes
 from tests.distributed.agreement_test import N, four  # noqa: F401, a fixture
 from tests.formats import zoo
@@ -41,14 +41,14 @@ def test_a_device_reads_an_eighth(small_model, monkeypatch):
   # Not in the order of their numbers, as on a torus.
   mesh = sharding.make_mesh(fsdp=4, tensor=2, devices=jax.devices()[::-1])
   _, tree = load.stored(small_model)
-  rows, read = load.Stored.rows, []
+  rows, read = parameters.Stored.rows, []
 
   def counted(stored, start, stop):
     found = rows(stored, start, stop)
     read.append(found.nbytes)
     return found
 
-  monkeypatch.setattr(load.Stored, "rows", counted)
+  monkeypatch.setattr(parameters.Stored, "rows", counted)
   for name in ("q", "down"):
     stored = tree["layer_1"][name]
     shape = axes.shape(name, stored.sizes)

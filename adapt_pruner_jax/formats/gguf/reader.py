@@ -15,7 +15,7 @@ import numpy as np
 from adapt_pruner_jax.errors import UserError, first_line, nearest
 from adapt_pruner_jax.formats.gguf import layout
 from adapt_pruner_jax.formats.gguf.layout import Part, package
-from adapt_pruner_jax.formats.hf import config_json, load, tensors
+from adapt_pruner_jax.formats.hf import config_json, load, parameters, tensors
 from adapt_pruner_jax.formats.hf.fields import tidy
 from adapt_pruner_jax.models import axes
 from adapt_pruner_jax.models.axes import Params
@@ -251,7 +251,7 @@ def stored(path: Path, dtype: str | None = None) -> tuple[ModelConfig, Params]:
       tree = params.setdefault(axes.layer_name(layer), {})
     kind = jnp.dtype(dtype or checkpoint.dtypes[place.tensor])
     sizes = config.sizes(layer)
-    tree[name] = load.Stored(checkpoint, name, place, sizes, kind)
+    tree[name] = parameters.Stored(checkpoint, name, place, sizes, kind)
   return config, params
 
 

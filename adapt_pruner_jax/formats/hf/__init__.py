@@ -1,8 +1,8 @@
 """HuggingFace directories: read, and written so that Transformers opens them.
 
-load: finds a model and puts it on devices. shares: of many processes each
-reads its share. save: writes a directory. reopen:
-opens what was written and compares it. files: the files of a directory,
+load: finds a model and puts it on devices. parameters: one in its file. shares:
+of many processes each reads its share. save: writes a directory. reopen: opens
+what was written and compares it. files: the files of a directory,
 checked. weights: writes safetensors. tensors: where each parameter is in them,
 and in which layout. config_json: config.json, with its parts in fields (single
 fields), layers (sizes by layer, biases), kinds (attention, or a gated delta

@@ -7,15 +7,11 @@ get that from each other (`shares`).
 """
 
 import contextlib
-import dataclasses
 import functools
-import math
 import os
 import re
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,14 +19,13 @@ import numpy as np
 from absl import logging
 from jax.sharding import Mesh
 
-from adapt_pruner_jax.distributed import sharding, stopping
+from adapt_pruner_jax.distributed import stopping
 from adapt_pruner_jax.errors import UserError, first_line
 from adapt_pruner_jax.formats.hf import (
   apart,
   config_json,
   cut_vocabulary,
   layers,
-  shares,
   tensors,
   text_part,
   turned,
@@ -44,7 +39,7 @@ from adapt_pruner_jax.formats.hf.files import (
   Checkpoint,
   read_object,
 )
-from adapt_pruner_jax.formats.hf.tensors import Place
+from adapt_pruner_jax.formats.hf.parameters import Stored
 from adapt_pruner_jax.models import axes
 from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.model_config import ModelConfig
@@ -260,106 +255,6 @@ def stored(
     kind = jnp.dtype(dtype or checkpoint.dtypes[first])
     tree[name] = Stored(checkpoint, name, place, sizes, kind, pairs, shape)
   return config, params
-
-
-@dataclasses.dataclass(frozen=True)
-class Stored:
-  """A parameter in its file.
-
-  Attributes:
-    sizes: of its dim letters.
-    dtype: what it becomes when it is read.
-    pairs: as of `tensors.from_hf`.
-    shape: of the tensor, from `tensors.tensor_shapes`.
-  """
-
-  checkpoint: Checkpoint
-  name: str
-  place: Place
-  sizes: dict[str, int]
-  dtype: np.dtype
-  pairs: int = 0
-  shape: tuple[int, ...] = ()
-
-  def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
-    """All of it; a view of the file if the dtype is that of the file."""
-    part = self._part(self._tensor(), self._whole)
-    return part.astype(dtype or self.dtype, copy=bool(copy))
-
-  @property
-  def _whole(self) -> tuple[slice, ...]:
-    return (slice(None),) * len(axes.AXES[self.name])
-
-  def _tensor(self) -> np.ndarray:
-    where = self.place.tensor, self.shape
-    return tensors.together(self.checkpoint, self.name, *where)
-
-  def _part(self, tensor: np.ndarray, index: Sequence[slice]) -> np.ndarray:
-    """A view of part `index` of the parameter in its tensor.
-
-    A dim of the tensor holds several of our dims, as KGH: the first of them is
-    cut in the file's layout, the others afterwards.
-    """
-    cut = dict(zip(axes.AXES[self.name], index, strict=True))
-    sizes, ranges = dict(self.sizes), []
-    for letters in tensors.hf_letters(self.name):
-      if not letters:
-        ranges.append(slice(None))
-        continue
-      first, inner = letters[0], math.prod(sizes[x] for x in letters[1:])
-      start, stop, _ = cut[first].indices(sizes[first])
-      ranges.append(slice(start * inner, stop * inner))
-      sizes[first] = stop - start
-      cut[first] = slice(None)
-    rows = tensors.own_rows(tensor, self.place)[tuple(ranges)]
-    part = tensors.from_hf(self.name, rows, sizes, self.pairs)
-    return part[tuple(cut[letter] for letter in axes.AXES[self.name])]
-
-  def rows(self, start: int, stop: int) -> np.ndarray:
-    """Rows of the parameter in the file's layout; no others are read."""
-    share = self.place.rows // self.place.blocks
-    found = []
-    for block in range(start // share, -(-stop // share)):
-      first = self.place.start - block * share
-      low, high = max(start, block * share), min(stop, (block + 1) * share)
-      found.append(self._block(block)[first + low : first + high])
-    return found[0] if len(found) == 1 else np.concatenate(found)
-
-  def _block(self, number: int) -> np.ndarray:
-    """The block of the tensor that has a share of the parameter, a view."""
-    if "*" in self.place.tensor:
-      name = self.place.tensor.replace("*", str(number))
-      return self.checkpoint.array(name)
-    tensor, blocks = self.checkpoint.array(self.place.tensor), self.place.blocks
-    rest = tensor.shape[2:] if tensor.ndim == 3 else tensor.shape[1:]
-    return tensor if blocks == 1 else tensor.reshape(blocks, -1, *rest)[number]
-
-  def place_on(self, mesh: Mesh | None) -> jax.Array:
-    """On the mesh or, None, the default device; reads what is needed there."""
-    shape = axes.shape(self.name, self.sizes)
-    if mesh is not None and shares.wanted(self, shape):
-      return shares.place(self, shape, mesh)
-    tensor = self._tensor()
-    if mesh is None:
-      return jax.device_put(self._read(tensor, self._whole))
-    where = sharding.param_sharding(self.name, shape, mesh)
-    parts: dict[tuple, np.ndarray] = {}  # replicas are read once
-    arrays = []
-    for device, index in where.addressable_devices_indices_map(shape).items():
-      key = tuple((cut.start, cut.stop) for cut in index)
-      if key not in parts:
-        parts[key] = self._read(tensor, index)
-      arrays.append(jax.device_put(parts[key], device))
-    return jax.make_array_from_single_device_arrays(shape, where, arrays)
-
-  def _read(self, tensor: np.ndarray, index: Sequence[slice]) -> np.ndarray:
-    """Part `index`, to be put on a device, which transposes it on the way.
-
-    What needs no transposition is copied: JAX keeps memory that it can use as
-    it is, and that of a file may change.
-    """
-    part = self._part(tensor, index)
-    return part.astype(self.dtype, copy=part.flags.c_contiguous)
 
 
 def check_tensors(

@@ -33,8 +33,8 @@ def place(stored: Any, shape: tuple[int, ...], mesh: Mesh) -> jax.Array:
   """A parameter on the mesh, of which each process reads a part once.
 
   Args:
-    stored: a `load.Stored`; all processes have to call it with the same ones,
-      in the same order.
+    stored: a `parameters.Stored`; all processes have to call it with the same
+      ones, in the same order.
     shape: of the parameter.
     mesh: over all processes.
   """
