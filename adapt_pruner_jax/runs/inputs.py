@@ -19,7 +19,6 @@ from adapt_pruner_jax.errors import StoppedError, UserError
 from adapt_pruner_jax.evaluation import evaluate, perplexity
 from adapt_pruner_jax.evaluation.questions import Questions
 from adapt_pruner_jax.formats.hf import load
-from adapt_pruner_jax.models import kernels
 from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.pruning import budgets, targets
@@ -28,6 +27,7 @@ from adapt_pruner_jax.pruning.task import Limits
 from adapt_pruner_jax.reporting.log import Log
 from adapt_pruner_jax.runs import (
   answers,
+  attention,
   export_size,
   latency_budget,
   text_checks,
@@ -95,29 +95,15 @@ def open_inputs(
     UserError: something cannot be read, or does not fit the model.
     StoppedError: asked to stop while the dense model writes.
   """
-  if recipe.train.hours and not recipe.train.tokens:
-    raise UserError(
-      "train.hours becomes train.tokens by `adapt-pruner run` or by "
-      "planning.hours.settle: give one of them"
-    )
-  if recipe.train.hours and not recipe.train.tokens:
-    raise UserError(
-      "train.hours becomes train.tokens by `adapt-pruner run` or by "
-      "planning.hours.settle: give one of them"
-    )
+  _check_possible(recipe)
   mesh = sharding.make_mesh(**dataclasses.asdict(recipe.mesh))
-  if recipe.prune.method == "slicegpt" and jax.process_count() > 1:
-    raise UserError(
-      "--config.prune.method=slicegpt: its model is written as orbax, which "
-      "one process alone can do; run it without --distributed"
-    )
   source = model_path(recipe.model.path, log)
   whole = full = load.read_config(str(source), recipe.model.ignore_fields)
   sharding.require_experts(full, mesh)
   if not recipe.prune.counts("latency"):
     targets.prunable_modules(full, recipe.prune)
   _check_lengths(recipe, full)
-  log.say(f"attention: {attention_taken(recipe, full, mesh)}")
+  log.say(f"attention: {attention.taken(recipe, full, mesh)}")
   tokenizer = None
   if _reads_text(recipe):
     tokenizer = load_tokenizer(source, recipe.data.bos)
@@ -134,12 +120,7 @@ def open_inputs(
     tokenizer = load_tokenizer(source, recipe.data.bos)
   recipe = latency_budget.resolve(recipe, whole, full, path, log)
   beside = export_size.beside(recipe.prune, full, source)
-  target = targets.resolve_target(full, recipe.prune, whole, beside)
-  if target is None and not recipe.prune.max_steps:
-    target = budgets.count(full, recipe.prune)  # the vocabulary alone
-  if recipe.prune.method == "reap" and target is not None:
-    fewer = reap.with_experts(full, reap.remaining(full, target))
-    sharding.require_experts(fewer, mesh, " left by reap")
+  target = _target(recipe, whole, full, beside, mesh)
   written = asked.in_place(recipe)
   where = cache.tokens(path), log.say, lambda: _stop_here(stopping, path)
   calibration, refit_data, tuning, search_data = pruning_data(
@@ -173,26 +154,62 @@ def open_inputs(
     total_steps=-(-recipe.train.tokens // recipe.data.step_tokens),
     log=log,
   )
-  learnt = {
-    TUNING: search_data,
-    "calibration.source": calibration,
-    "data.source": rows,
-  }
-  if recipe.calibration.tuning and isinstance(tuning, WindowData):
-    learnt["calibration.tuning"] = tuning
-
-  agreement.on_writer(
-    lambda: text_checks.check_overlaps(
-      recipe, inputs.eval_tokens, learnt, log.say
-    )
-  )
-  text_checks.check_channels(
-    recipe.prune, recipe, full, calibration, refit_data, log.say
-  )
+  _check_data(inputs)
   if not recipe.vocab.asked():
     return inputs
   uncut = _of_the_uncut(inputs, *before, text)
   return dataclasses.replace(inputs, whole=uncut)
+
+
+def _check_possible(recipe: Config) -> None:
+  """Raises a UserError for what no run can do."""
+  if recipe.train.hours and not recipe.train.tokens:
+    raise UserError(
+      "train.hours becomes train.tokens by `adapt-pruner run` or by "
+      "planning.hours.settle: give one of them"
+    )
+  if recipe.prune.method == "slicegpt" and jax.process_count() > 1:
+    raise UserError(
+      "--config.prune.method=slicegpt: its model is written as orbax, which "
+      "one process alone can do; run it without --distributed"
+    )
+
+
+def _target(
+  recipe: Config, whole: ModelConfig, full: ModelConfig, beside: int, mesh: Mesh
+) -> int | None:
+  """What to prune to; None = there are so many steps.
+
+  Args:
+    whole, full: before and after the vocabulary was cut.
+    beside: bytes of the export that are not weights.
+  """
+  target = targets.resolve_target(full, recipe.prune, whole, beside)
+  if target is None and not recipe.prune.max_steps:
+    target = budgets.count(full, recipe.prune)  # the vocabulary alone
+  if recipe.prune.method == "reap" and target is not None:
+    fewer = reap.with_experts(full, reap.remaining(full, target))
+    sharding.require_experts(fewer, mesh, " left by reap")
+  return target
+
+
+def _check_data(inputs: Inputs) -> None:
+  """Raises a UserError where what is learnt from is reported, or too little."""
+  recipe, say, calibration = inputs.recipe, inputs.log.say, inputs.calibration
+  learnt = {
+    TUNING: inputs.search_data,
+    "calibration.source": calibration,
+    "data.source": inputs.rows,
+  }
+  if recipe.calibration.tuning and isinstance(inputs.tuning, WindowData):
+    learnt["calibration.tuning"] = inputs.tuning
+  tokens = inputs.eval_tokens
+  agreement.on_writer(
+    lambda: text_checks.check_overlaps(recipe, tokens, learnt, say)
+  )
+  text_checks.check_channels(
+    recipe.prune, recipe, inputs.full, calibration, inputs.refit_data, say
+  )
 
 
 def _of_the_uncut(
@@ -206,26 +223,6 @@ def _of_the_uncut(
     tokenizer=tokenizer,
     eval_tokens=_tokens(text, tokenizer, full),
   )
-
-
-def attention_taken(recipe: Config, full: ModelConfig, mesh: Mesh) -> str:
-  """Which implementations a run takes, and why not those asked for."""
-  windows = set(full.window or (0,))
-  source, found = recipe.calibration, []
-  each = [("pruning", recipe.prune.attention, source.batch, source.seq_len)]
-  if recipe.train.tokens:
-    rows = recipe.data.batch // recipe.train.accumulation
-    each.append(("training", recipe.train.attention, rows, recipe.data.seq_len))
-  for name, asked, rows, length in each:
-    training = name == "training"
-    dtype = recipe.train.dtype if training else recipe.model.dtype or "float32"
-    case = kernels.case_of_run(full, mesh, rows, length, dtype, training)
-    # The walk of pruning has the layers' windows as data.
-    known = sorted(windows) if training or windows == {0} else [None]
-    taken = [kernels.choose(asked, case._replace(window=w)) for w in known]
-    words = dict.fromkeys(f"{k} ({why})" if why else k for k, why in taken)
-    found.append(f"{name} by {' and '.join(words)}")
-  return ", ".join(found)
 
 
 def _answered(
