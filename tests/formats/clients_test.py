@@ -169,7 +169,7 @@ def check_opening(name, found, version):
   if name.startswith("gpt_oss"):
     wanted = ("Sequence", "Token")
   assert (*found["heads"],) == wanted, name
-  assert all(off == 0 for off in found["heads"].values()), name
+  assert all(off < 1e-6 for off in found["heads"].values()), name
 
 
 @pytest.mark.slow
