@@ -288,6 +288,7 @@ def _write_classes(folder: Path, config: ModelConfig) -> None:
     "cut_mlp": not config.experts,
     "width": family.renamed.get("intermediate_size", "intermediate_size"),
     "attention_norms": [] if config.has_one_norm() else norms["attn"],
+    "mlp_norms": norms["mlp"],
     "no_half": DROP_ONE_NORM.format(norms["attn"]) * config.has_one_norm(),
   }
   heads = [
