@@ -22,6 +22,7 @@ from adapt_pruner_jax.formats.hf import (
 )
 from adapt_pruner_jax.models import decoder, model_config
 from adapt_pruner_jax.models.rope import Rope
+from tests import small
 from tests.formats import zoo
 
 quiet = {"say": lambda _: None}
@@ -440,3 +441,18 @@ def test_comparison_is_that_of_the_whole_model(tiny):
   *_, (_, logits) = reopen.walk(config, weights.getter(params), ids)
   expected = decoder.Decoder(config).apply({"params": params}, ids)[0]
   np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("option", ["plain", "parallel"])
+def test_other_processes_send_what_the_comparison_asks_for(option):
+  """In its order: else all would wait. `parallel` has a bias of the output."""
+  config = small.option(option)
+  get, asked = weights.getter(small.random_params(config)), []
+
+  def noted(key):
+    asked.append(key)
+    return get(key)
+
+  for _ in reopen.walk(config, noted, np.arange(8)[None]):
+    pass
+  assert list(reopen._walked(config)) == asked

@@ -162,11 +162,18 @@ def _wrong_logits(
 
 def _walked(config: ModelConfig) -> Iterator[Key]:
   """What `walk` asks for, in its order."""
-  yield from ((None, n) for n in outer_names(config) if "norm" in n)
+  yield from ((None, name) for name in _around(config))
   yield None, "embedding"
   for i in range(config.num_layers):
     yield from ((i, name) for name in layer_names(config, i))
   yield None, "embedding" if config.tied else "lm_head"
+
+
+def _around(config: ModelConfig) -> list[str]:
+  """Parameters outside the layers that have no dim of the residual stream and
+  the vocabulary both."""
+  matrices = ("embedding", "lm_head")
+  return [name for name in outer_names(config) if name not in matrices]
 
 
 def walk(
@@ -177,8 +184,8 @@ def walk(
   def weights(i: int | None, names: list[str]) -> dict:
     return {n: jnp.asarray(get((i, n)), jnp.float32) for n in names}
 
-  outer = weights(None, [n for n in outer_names(config) if "norm" in n])
-  bias_V = get((None, "lm_head_bias")) if config.head_bias else None
+  outer = weights(None, _around(config))
+  bias_V = outer.pop("lm_head_bias", None)
   rows_TD = get((None, "embedding"))[ids_BT[0]]
   x_BTD = _outside(config, outer, rows_TD, np.arange(len(rows_TD))[None])
   for i in range(config.num_layers):
@@ -193,7 +200,7 @@ def walk(
   for i in range(0, config.vocab_size, VOCABULARY_PART):
     part = slice(i, i + VOCABULARY_PART)
     if bias_V is not None:
-      outer["lm_head_bias"] = jnp.asarray(bias_V[part], jnp.float32)
+      outer["lm_head_bias"] = bias_V[part]
     logits.append(_outside(config, outer, matrix_VD[part], x_BTD))
   yield "logits", np.concatenate(logits, axis=-1)
 
