@@ -147,7 +147,6 @@ def at_step(model: Model, row: Mapping[str, Any]) -> Model:
   Raises:
     UserError: the row has no masks, or they are of another model.
   """
-  from adapt_pruner_jax.distributed import sharding
   from adapt_pruner_jax.errors import UserError
   from adapt_pruner_jax.pruning import surgery
 
@@ -160,7 +159,7 @@ def at_step(model: Model, row: Mapping[str, Any]) -> Model:
   except (IndexError, ValueError) as error:
     raise UserError(f"the row's masks are of another model: {error}") from error
   config, params = surgery.gather(
-    *(model.config, model.params, surgery.to_kept(masks)), sharding.one_device()
+    *(model.config, model.params, surgery.to_kept(masks)), _mesh(model)
   )
   return Model(config, params, model.source, model.dtype)
 

@@ -20,7 +20,7 @@ from adapt_pruner_jax.data import packing
 from adapt_pruner_jax.data.calibration import pruning_data
 from adapt_pruner_jax.data.tokenizer import load_tokenizer
 from adapt_pruner_jax.distributed import sharding
-from adapt_pruner_jax.evaluation import lm_eval_run, lm_eval_tasks
+from adapt_pruner_jax.evaluation import lm_eval_run, presets
 from adapt_pruner_jax.evaluation.questions import Questions
 from adapt_pruner_jax.formats import convert, opening
 from adapt_pruner_jax.models import model_config
@@ -322,7 +322,7 @@ class Bench:
 
 def answered(lm: Any, names: list[str], how: Questions) -> dict:
   """Which questions are answered right, as hexadecimal bits by task."""
-  metrics = lm_eval_tasks.PRESETS["commonsense"].metrics
+  metrics = presets.PRESETS["commonsense"].metrics
   raw = lm_eval_run.run(lm_eval_run.expand(names, how)[0], lm, how)
   correct, number = {}, {}
   for name, samples in raw["samples"].items():

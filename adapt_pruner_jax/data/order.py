@@ -123,4 +123,11 @@ def _pattern(weights: Sequence[float]) -> Any:
     grain.MapDataset.range(2**40).map(lambda n, k=k: (k, n))
     for k in range(len(weights))
   ]
+  return mixed(parts, weights)
+
+
+def mixed(parts: Sequence[Any], weights: Sequence[float]) -> Any:
+  """Several `grain.MapDataset`s as one, by their weights."""
+  import grain
+
   return parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, weights)

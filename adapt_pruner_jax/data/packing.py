@@ -221,7 +221,7 @@ def _shuffled(
     grain.MapDataset.source(rows).seed((seed + i) % 2**32).shuffle().repeat()
     for i, rows in enumerate(packed)
   ]
-  return parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, weights)
+  return order.mixed(parts, weights)
 
 
 def _is_long(packed: Sequence[PackedRows]) -> bool:

@@ -1,12 +1,10 @@
 """The embedding, looked up where it lies."""
 
-import math
-
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
-from adapt_pruner_jax.distributed import sharding
+from adapt_pruner_jax.distributed import placement, sharding
 from adapt_pruner_jax.models.axes import BATCH
 from adapt_pruner_jax.models.model_config import ModelConfig
 
@@ -44,7 +42,7 @@ def _exchanged(table, tokens_BT, mesh, dtype) -> jax.Array:
   spec = sharding.param_sharding("embedding", table.shape, mesh).spec
   of_V, of_D = (*spec, None, None)[:2]
   rows = tokens_BT.shape[0]
-  shards = math.prod(mesh.shape[axis] for axis in BATCH)
+  shards = placement.batch_shards(mesh)
   tokens_BT = jnp.pad(tokens_BT, ((0, -rows % shards), (0, 0)))
 
   def local(table, tokens_BT):

@@ -7,13 +7,16 @@ from typing import Any
 
 from absl import flags
 
-SIZES = {"data": 0, "fsdp": -1, "tensor": 1, "expert": 1}  # as `config.Mesh`'s
+from adapt_pruner_jax.config import Mesh
+
+NAMES = ("data", "fsdp", "tensor", "expert")
 
 
 def define_flags(values: flags.FlagValues) -> None:
   """Adds --mesh.data, .fsdp, .tensor and .expert."""
   told = "devices along it; -1 = what is left, for one of them"
-  for name, size in SIZES.items():
+  for name in NAMES:
+    size = getattr(Mesh(), name)
     flags.DEFINE_integer(f"mesh.{name}", size, told, flag_values=values)
 
 
@@ -25,5 +28,5 @@ def mesh_of(values: flags.FlagValues) -> Any:
   """
   from adapt_pruner_jax.distributed import sharding
 
-  sizes = {name: values[f"mesh.{name}"].value for name in SIZES}
+  sizes = {name: values[f"mesh.{name}"].value for name in NAMES}
   return sharding.make_mesh(**sizes)

@@ -25,6 +25,14 @@ def give_threads() -> None:
     os.environ.setdefault("NPROC", str(_wanted(int(counts[-1]))))
 
 
+def environment(devices: int) -> dict[str, str]:
+  """Variables for a process that is to have so many virtual devices."""
+  given = os.environ.get("XLA_FLAGS", "").split()
+  others = [flag for flag in given if not flag.startswith(_COUNT)]
+  flags = " ".join([*others, f"{_COUNT}{devices}"])
+  return {"XLA_FLAGS": flags, "NPROC": str(_wanted(devices))}
+
+
 def require_threads(mesh: "Mesh") -> None:
   """Raises if collectives of this mesh could wait for ever.
 

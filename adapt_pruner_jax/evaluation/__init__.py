@@ -5,6 +5,7 @@ perplexity      of a text, by token, word and byte
 flags           those of the command
 questions       how tasks are asked: examples, chats, local files
 lm_eval_run     lm-eval's tasks on a model, presets, how two models differ
+presets         names that stand for several tasks
 lm_eval_tasks   which tasks there are, and questions out of local files
 lm_eval_trust   what YAML out of somebody's folder may do
 lm_eval_private the one use of lm-eval's inside

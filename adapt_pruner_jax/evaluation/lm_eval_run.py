@@ -13,7 +13,7 @@ from lm_eval.api.model import LM
 
 from adapt_pruner_jax.data.tokenizer import Tokenizer
 from adapt_pruner_jax.errors import UserError
-from adapt_pruner_jax.evaluation import lm_eval_tasks, lm_eval_trust
+from adapt_pruner_jax.evaluation import lm_eval_tasks, lm_eval_trust, presets
 from adapt_pruner_jax.evaluation.lm_eval_model import JaxLM
 from adapt_pruner_jax.evaluation.phases import Phases, silent
 from adapt_pruner_jax.evaluation.questions import USUAL, Questions
@@ -52,7 +52,7 @@ def evaluate_tasks(
   """Scores of tasks and presets, as a dict that JSON can hold.
 
   Args:
-    names: lm-eval's tasks, groups and tags, and `lm_eval_tasks.PRESETS`.
+    names: lm-eval's tasks, groups and tags, and `presets.PRESETS`.
     baseline: a model to compare with, question by question.
 
   Returns:
@@ -106,10 +106,10 @@ def expand(
   wanted: dict[str, int | None] = {}
   missing: dict[str, list[str]] = {}
   for name in names:
-    if name not in lm_eval_tasks.PRESETS:
+    if name not in presets.PRESETS:
       wanted.setdefault(name, None)
       continue
-    preset = lm_eval_tasks.PRESETS[name]
+    preset = presets.PRESETS[name]
     present = list(preset.metrics)
     if folder and len(present) > 1:
       present = [t for t in present if lm_eval_tasks.local_files(t, folder)]
@@ -236,10 +236,10 @@ def summary(
   everything = found["tasks"] | found["groups"]
   found["presets"] = {}
   for name in names:
-    if name in lm_eval_tasks.PRESETS:
+    if name in presets.PRESETS:
       scores = {
         task: everything[task][metric]
-        for task, metric in lm_eval_tasks.PRESETS[name].metrics.items()
+        for task, metric in presets.PRESETS[name].metrics.items()
         if task in everything
       }
       found["presets"][name] = {
@@ -286,7 +286,7 @@ def differences(raw: dict, other: dict, names: Sequence[str]) -> dict:
 
 
 def _preset_metrics(name: str) -> list[tuple[str, str]]:
-  preset = lm_eval_tasks.PRESETS.get(name)
+  preset = presets.PRESETS.get(name)
   return list(preset.metrics.items()) if preset else []
 
 

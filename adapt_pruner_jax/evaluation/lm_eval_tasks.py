@@ -7,9 +7,8 @@ MMLU subjects all in `mmlu_*.jsonl`. A row has either the fields of the official
 dataset (what `datasets` writes with `to_json`) or the plain ones of `PLAIN`.
 """
 
-import dataclasses
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from lm_eval.tasks import TaskManager
 
 from adapt_pruner_jax.errors import UserError, first_line, nearest
 from adapt_pruner_jax.evaluation import lm_eval_private, lm_eval_trust
+from adapt_pruner_jax.evaluation.presets import PRESETS
 from adapt_pruner_jax.evaluation.questions import Questions
 from adapt_pruner_jax.storage import digest
 
@@ -29,29 +29,6 @@ LM_EVAL_TASKS = Path(lm_eval.tasks.__file__).parent
 # Reading all of lm-eval's task files takes ten seconds, these no time.
 COMMON = ("arc", "hellaswag", "openbookqa", "piqa", "winogrande", "siqa")
 COMMON += ("mmlu/default", "wikitext", "truthfulqa", "agieval", "super_glue")
-
-
-@dataclasses.dataclass(frozen=True)
-class Preset:
-  """A set of tasks and the metric of each that its plain mean is taken of."""
-
-  metrics: Mapping[str, str]
-  num_fewshot: int | None = None  # None = as in the task
-
-
-PRESETS = {
-  "commonsense": Preset(
-    dict.fromkeys(
-      ("arc_easy", "arc_challenge", "hellaswag", "openbookqa", "piqa"),
-      "acc_norm",
-    )
-    | dict.fromkeys(("winogrande", "social_iqa"), "acc")
-  ),
-  "mmlu": Preset({"mmlu": "acc"}, num_fewshot=5),
-  "wikitext": Preset({"wikitext": "word_perplexity"}),
-  "truthfulqa": Preset({"truthfulqa_mc1": "acc", "truthfulqa_mc2": "acc"}),
-  "agieval": Preset({"agieval": "acc"}),
-}
 
 
 def _arc(row: dict) -> dict:

@@ -11,13 +11,12 @@ import sys
 from collections.abc import Sequence
 
 from adapt_pruner_jax.config import Config, from_json
+from adapt_pruner_jax.distributed import virtual_devices
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.models import model_config
 from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.planning import compiling
 from adapt_pruner_jax.planning.arrays import Bytes
-
-COUNT = "--xla_force_host_platform_device_count"
 
 
 def ask(
@@ -34,10 +33,7 @@ def ask(
     return {}
   environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
   if isinstance(devices, int):
-    flags = environment.get("XLA_FLAGS", "").split()
-    flags = [f for f in flags if not f.startswith(COUNT)]
-    environment["XLA_FLAGS"] = " ".join([*flags, f"{COUNT}={devices}"])
-    environment["NPROC"] = str(max(16, 2 * devices))
+    environment |= virtual_devices.environment(devices)
   else:
     environment = compiling.ENVIRONMENT | environment
   task = {

@@ -251,11 +251,6 @@ def fitted(
   # Only training is asked for: a method whose scoring is not compiled.
   prune = dataclasses.replace(config.prune, method="flap", refit="none")
   prune = dataclasses.replace(prune, group_importance="")
-  if not usable:
-    return config
-  # Only training is asked for: a method whose scoring is not compiled.
-  prune = dataclasses.replace(config.prune, method="flap", refit="none")
-  prune = dataclasses.replace(prune, group_importance="")
   ways = [{}, {"remat": "full"}]
   split, rows = config.train.accumulation, config.data.batch
   splits = [n for n in (2, 4, 8, 16, 32, 64) if n > split and not rows % n]

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from adapt_pruner_jax.config import Config
 from adapt_pruner_jax.config.names import task_names
+from adapt_pruner_jax.evaluation.presets import PRESETS
 from adapt_pruner_jax.models import flops as flops_
 from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.planning.hardware import Hardware
@@ -37,10 +38,6 @@ QUESTIONS = {
   "winogrande": 8e4,
 }
 OTHER_TASK = 5e5
-COMMONSENSE = (
-  *("arc_easy", "arc_challenge", "hellaswag", "openbookqa", "piqa"),
-  *("winogrande", "social_iqa"),
-)
 
 
 def hours(
@@ -112,7 +109,7 @@ def _evaluated(
   total = _text_tokens(config) * sum(map(forward, (full, *models)))
   names = []
   for name in task_names(config.eval):
-    names += COMMONSENSE if name == "commonsense" else [name]
+    names += PRESETS[name].metrics if name == "commonsense" else [name]
   asked = sum(QUESTIONS.get(name, OTHER_TASK) for name in names)
   return total + asked * (forward(full) + forward(models[-1]))
 

@@ -4,7 +4,7 @@ import pytest
 
 pytest.importorskip("lm_eval")
 from adapt_pruner_jax.errors import UserError
-from adapt_pruner_jax.evaluation import lm_eval_run, lm_eval_tasks
+from adapt_pruner_jax.evaluation import lm_eval_run, lm_eval_tasks, presets
 from adapt_pruner_jax.evaluation.questions import Questions
 
 ARC = {"question": "What falls?", "choices": ["rain", "sky"], "answer": 0}
@@ -218,7 +218,7 @@ def test_preset_without_any_file(tmp_path):
 
 
 def test_presets():
-  commonsense = lm_eval_tasks.PRESETS["commonsense"].metrics
+  commonsense = presets.PRESETS["commonsense"].metrics
   assert len(commonsense) == 7
   assert commonsense["arc_easy"] == commonsense["piqa"] == "acc_norm"
   assert commonsense["winogrande"] == commonsense["social_iqa"] == "acc"

@@ -17,6 +17,7 @@ from adapt_pruner_jax.formats.hf.defaults import REQUIRED
 from adapt_pruner_jax.formats.hf.families import FAMILIES, SUPPORTED
 from adapt_pruner_jax.formats.hf.family import Family
 from adapt_pruner_jax.formats.hf.fields import FIELDS, Raw, require
+from adapt_pruner_jax.formats.hf.files import quant_method
 from adapt_pruner_jax.models.model_config import ModelConfig
 
 # Began the model_type of an export whose layers differ, before 0.2.
@@ -55,8 +56,8 @@ def read(
   ignored = {name.strip() for name in ignore_fields.split(",")}
   raw = text_part.config_of(raw, path)
   raw = {name: found for name, found in raw.items() if name not in ignored}
-  quantization = raw.get("quantization_config")
-  if fp8.is_read(quantization) or mxfp4.is_read(quantization):
+  method = quant_method(raw.get("quantization_config"))
+  if method in (fp8.METHOD, mxfp4.METHOD):
     del raw["quantization_config"]  # weights are dequantised on the way in
   name, raw = _family(raw, path)
   family = FAMILIES[name]

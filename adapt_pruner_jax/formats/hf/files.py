@@ -46,6 +46,12 @@ def read_object(path: Path) -> dict[str, Any]:
   return found
 
 
+def quant_method(quantization: Any) -> Any:
+  """The method of a `quantization_config`, None if there is none."""
+  found = quantization if isinstance(quantization, dict) else {}
+  return found.get("quant_method")
+
+
 class Checkpoint:
   """The tensors of a directory; only headers are read until `array`.
 

@@ -10,18 +10,16 @@ from typing import Any
 import numpy as np
 
 from adapt_pruner_jax.errors import UserError
-from adapt_pruner_jax.formats.hf.files import FLOAT8, Checkpoint
+from adapt_pruner_jax.formats.hf.files import (
+  FLOAT8,
+  Checkpoint,
+  quant_method,
+)
 
 METHOD = "fp8"
 BLOCK = (128, 128)  # where the config says nothing
 SCALE, ACTIVATION = "_scale_inv", "activation_scale"
 BECOMES = "bfloat16"  # the dtype of these weights
-
-
-def is_read(quantization: Any) -> bool:
-  """Whether a `quantization_config` is of this kind."""
-  found = quantization if isinstance(quantization, dict) else {}
-  return found.get("quant_method") == METHOD
 
 
 def dequantized(checkpoint: Checkpoint, quantization: Any) -> Any:
@@ -37,7 +35,10 @@ def dequantized(checkpoint: Checkpoint, quantization: Any) -> Any:
   if not eight:
     return checkpoint
   for tensor in eight:
-    if not is_read(quantization) or f"{tensor}{SCALE}" not in checkpoint.shapes:
+    if (
+      quant_method(quantization) != METHOD
+      or f"{tensor}{SCALE}" not in checkpoint.shapes
+    ):
       raise UserError(
         f"{checkpoint.folder}: {tensor} is stored in eight bits, which needs "
         f"{tensor}{SCALE} and a quantization_config of the method {METHOD}"

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from adapt_pruner_jax.errors import UserError
+from adapt_pruner_jax.formats.hf.files import quant_method
 
 METHOD = "mxfp4"
 BLOCKS, SCALES = "_blocks", "_scales"
@@ -18,12 +19,6 @@ HALF = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 VALUES = np.array([*HALF, *(-x for x in HALF)], np.float32)
 BYTES = 16  # of a block of 32
 BECOMES = "bfloat16"  # which holds all of them exactly
-
-
-def is_read(quantization: Any) -> bool:
-  """Whether a `quantization_config` is of this kind."""
-  found = quantization if isinstance(quantization, dict) else {}
-  return found.get("quant_method") == METHOD
 
 
 def unpacked(checkpoint: Any, quantization: Any) -> Any:
@@ -44,7 +39,7 @@ def unpacked(checkpoint: Any, quantization: Any) -> Any:
       pair = SCALES, BLOCKS
     other = tensor.removesuffix(pair[0]) + pair[1]
     known = tensor.endswith(pair) and other in checkpoint.shapes
-    if not known or not is_read(quantization):
+    if not known or quant_method(quantization) != METHOD:
       raise UserError(
         f"{checkpoint.folder}: {tensor} is stored as U8, which is read with "
         f"{BLOCKS} and {SCALES} of the method {METHOD} only; other quantized "

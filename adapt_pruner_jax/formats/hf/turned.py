@@ -21,9 +21,9 @@ def is_turned(config: ModelConfig, tensor: str) -> bool:
   return turned and tensor.rsplit(".", 1)[-1] in (BOTH, BIASES, DOWN)
 
 
-def shape(tensor: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+def shape(usual: tuple[int, ...]) -> tuple[int, ...]:
   """The shape in a file, of the usual one, or the other way."""
-  return (shape[0], *reversed(shape[1:]))
+  return (usual[0], *reversed(usual[1:]))
 
 
 def to_file(tensor: str, array: np.ndarray) -> np.ndarray:
@@ -60,8 +60,7 @@ class Usual:
     self.folder, self.dtypes, self._inner = inner.folder, inner.dtypes, inner
     self._turned = {t for t in inner.shapes if is_turned(config, t)}
     self.shapes = {
-      t: shape(t, s) if t in self._turned else s
-      for t, s in inner.shapes.items()
+      t: shape(s) if t in self._turned else s for t, s in inner.shapes.items()
     }
 
   def array(self, tensor: str) -> np.ndarray:

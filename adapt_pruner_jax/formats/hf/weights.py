@@ -190,7 +190,7 @@ def write(
 def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
   """Shape of each tensor in the files, in their order."""
   return {
-    t: turned.shape(t, shape) if turned.is_turned(config, t) else shape
+    t: turned.shape(shape) if turned.is_turned(config, t) else shape
     for t, shape in tensors.tensor_shapes(config).items()
   }
 
