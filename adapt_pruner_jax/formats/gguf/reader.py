@@ -17,6 +17,7 @@ from adapt_pruner_jax.formats.gguf import layout
 from adapt_pruner_jax.formats.gguf.layout import Part, package
 from adapt_pruner_jax.formats.hf import config_json, load, parameters, tensors
 from adapt_pruner_jax.formats.hf.fields import tidy
+from adapt_pruner_jax.formats.hf.files import ALL
 from adapt_pruner_jax.models import axes
 from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.model_config import ModelConfig
@@ -216,22 +217,28 @@ class Checkpoint:
           "and may change what it computes"
         )
 
-  def array(self, tensor: str) -> np.ndarray:
-    """A tensor, dequantised, with rows in the order of Transformers."""
-    name, part, start = self._place[tensor]
+  def array(self, tensor: str, rows: slice = ALL) -> np.ndarray:
+    """Rows of a tensor, dequantised, in the order of Transformers."""
+    name, part, first = self._place[tensor]
+    number, *rest = self.shapes[tensor]
+    start, stop, _ = rows.indices(number)
+    turned = layout.is_interleaved(part.name, self._file.arch)
+    # Whole heads, if their rows change places.
+    step = self._config.head_dim if turned else 1
+    low, high = start // step * step, -(-stop // step) * step
+    data = self._read(name, first + low, first + high)
+    data = data.reshape(high - low, *rest)
+    if turned:
+      data = layout.deinterleave(data, step)
+    return data[start - low : stop - low]
+
+  def _read(self, name: str, start: int, stop: int) -> np.ndarray:
+    """Rows of a tensor of the file, dequantised."""
     found = self._file.tensors[name]
-    shape = [int(n) for n in reversed(found.shape)]
-    rows = slice(start, start + self.shapes[tensor][0])
-    data, dtype = found.data, jnp.dtype(self.dtypes[tensor])
+    data = found.data.reshape(int(found.shape[-1]), -1)[start:stop]
     if found.tensor_type.name in PLAIN:
-      data = np.ascontiguousarray(data).view(dtype).reshape(shape)[rows]
-    else:
-      data = data.reshape(shape[0], -1)[rows]
-      data = package().quants.dequantize(data, found.tensor_type)
-    data = data.reshape(self.shapes[tensor])
-    if layout.is_interleaved(part.name, self._file.arch):
-      data = layout.deinterleave(data, self._config.head_dim)
-    return data
+      return np.ascontiguousarray(data).view(jnp.dtype(tensor_dtype(found)))
+    return package().quants.dequantize(data, found.tensor_type)
 
 
 def stored(path: Path, dtype: str | None = None) -> tuple[ModelConfig, Params]:

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from adapt_pruner_jax.formats.hf.files import ALL
+
 STACKED = {
   "experts.gate_up_proj": ("gate_proj", "up_proj"),
   "experts.down_proj": ("down_proj",),
@@ -42,9 +44,10 @@ class Apart:
         self._parts[part] = tensor, expert, place * rows, rows
         self.shapes[part], self.dtypes[part] = (rows, columns), kind
 
-  def array(self, tensor: str) -> np.ndarray:
-    """The tensor of this name."""
+  def array(self, tensor: str, rows: slice = ALL) -> np.ndarray:
+    """Rows of the tensor of this name."""
     if tensor not in self._parts:
-      return self._inner.array(tensor)
-    whole, expert, first, rows = self._parts[tensor]
-    return self._inner.array(whole)[expert, first : first + rows]
+      return self._inner.array(tensor, rows)
+    whole, expert, first, number = self._parts[tensor]
+    (of_expert,) = self._inner.array(whole, slice(expert, expert + 1))
+    return of_expert[first : first + number][rows]

@@ -14,7 +14,12 @@ import numpy as np
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.formats.hf import generation_config, text_part
 from adapt_pruner_jax.formats.hf.families import FAMILIES
-from adapt_pruner_jax.formats.hf.files import CONFIG, LICENCES, read_object
+from adapt_pruner_jax.formats.hf.files import (
+  ALL,
+  CONFIG,
+  LICENCES,
+  read_object,
+)
 from adapt_pruner_jax.formats.hf.tensor_names import OUTER
 from adapt_pruner_jax.storage import json_files, publish
 from adapt_pruner_jax.storage.confinement import confined
@@ -159,7 +164,10 @@ class Checkpoint:
       for tensor, shape in inner.shapes.items()
     }
 
-  def array(self, tensor: str) -> np.ndarray:
-    """The tensor; of those with a row a token a copy of the kept rows."""
-    found = self._inner.array(tensor)
-    return found[self._kept] if tensor in ROWS else found
+  def array(self, tensor: str, rows: slice = ALL) -> np.ndarray:
+    """Rows of the tensor; of those with a row a token a copy of kept ones."""
+    if tensor not in ROWS:
+      return self._inner.array(tensor, rows)
+    kept = self._kept[rows]  # in order
+    first, stop = (kept[0], kept[-1] + 1) if len(kept) else (0, 0)
+    return self._inner.array(tensor, slice(first, stop))[kept - first]

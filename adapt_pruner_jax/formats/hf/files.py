@@ -21,6 +21,7 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SHARD = r"model-(\d+)-of-(\d+)\.safetensors"
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+ALL = slice(None)  # rows
 FLOAT8 = "float8_e4m3fn"
 READ = DTYPES | {"F8_E4M3": FLOAT8, "U8": "uint8"}  # see fp8, mxfp4
 CONVERT = (
@@ -57,10 +58,7 @@ class Checkpoint:
 
   Attributes:
     shapes, dtypes: of each tensor, by name.
-    is_mapped: `array` gives views of the files.
   """
-
-  is_mapped = True
 
   def __init__(self, folder: Path, absent: Collection[str] = ()):
     """Reads the headers of all files of weights.
@@ -84,10 +82,10 @@ class Checkpoint:
       if self._file.get(tensor) != file and tensor not in absent:
         raise UserError(f"{file} has no tensor {tensor}, unlike {INDEX} says")
 
-  def array(self, tensor: str) -> np.ndarray:
-    """The tensor in its file: what is not looked at is not read.
+  def array(self, tensor: str, rows: slice = ALL) -> np.ndarray:
+    """Rows of the tensor in its file: what is not looked at is not read.
 
-    It has a mapping of its own, so that its pages go when the array goes.
+    They have a mapping of their own, so that its pages go when the array goes.
     """
     mapped = np.memmap(
       self._file[tensor],
@@ -96,7 +94,8 @@ class Checkpoint:
       self._start[tensor],
       self.shapes[tensor],
     )
-    return mapped.view(np.ndarray)
+    whole = mapped.view(np.ndarray)
+    return whole if rows == ALL else whole[rows]  # a number has no rows
 
   def _read_header(self, file: Path) -> None:
     with _open(file) as opened:

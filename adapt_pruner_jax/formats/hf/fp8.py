@@ -11,6 +11,7 @@ import numpy as np
 
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.formats.hf.files import (
+  ALL,
   FLOAT8,
   Checkpoint,
   quant_method,
@@ -89,15 +90,18 @@ class Dequantized:
   def _grid(self, shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(-(-n // b) for n, b in zip(shape, self._block, strict=False))
 
-  def array(self, tensor: str) -> np.ndarray:
-    """The tensor; of one in eight bits its values in float32."""
-    found = self._inner.array(tensor)
+  def array(self, tensor: str, rows: slice = ALL) -> np.ndarray:
+    """Rows of the tensor; of one in eight bits their values in float32."""
+    found = self._inner.array(tensor, rows)
     if self._inner.dtypes[tensor] != FLOAT8:
       return found
-    scale = self._inner.array(f"{tensor}{SCALE}").astype(np.float32)
-    if self._block is not None:
-      for axis, (size, block) in enumerate(
-        zip(found.shape, self._block, strict=True)
-      ):
-        scale = np.repeat(scale, block, axis).take(np.arange(size), axis)
-    return found.astype(np.float32) * scale
+    number, columns = self.shapes[tensor]
+    if self._block is None:
+      scale = self._inner.array(f"{tensor}{SCALE}")
+    else:
+      height, width = self._block
+      of_row = np.arange(number)[rows] // height
+      first, stop = (of_row[0], of_row[-1] + 1) if len(of_row) else (0, 0)
+      scale = self._inner.array(f"{tensor}{SCALE}", slice(first, stop))
+      scale = scale[of_row - first][:, np.arange(columns) // width]
+    return found.astype(np.float32) * scale.astype(np.float32)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from adapt_pruner_jax.errors import UserError
-from adapt_pruner_jax.formats.hf.files import quant_method
+from adapt_pruner_jax.formats.hf.files import ALL, quant_method
 
 METHOD = "mxfp4"
 BLOCKS, SCALES = "_blocks", "_scales"
@@ -79,13 +79,15 @@ class Unpacked:
       )
     return blocks
 
-  def array(self, tensor: str) -> np.ndarray:
-    """The tensor; of one in four bits its values."""
+  def array(self, tensor: str, rows: slice = ALL) -> np.ndarray:
+    """Rows of the tensor; of one in four bits, whose rows are experts, the
+    values."""
     if tensor in self._inner.shapes:
-      return self._inner.array(tensor)
-    blocks = self._inner.array(f"{tensor}{BLOCKS}")
-    scales = self._inner.array(f"{tensor}{SCALES}")
-    made = np.empty(self.shapes[tensor], jnp.dtype(self.dtypes[tensor]))
+      return self._inner.array(tensor, rows)
+    blocks = self._inner.array(f"{tensor}{BLOCKS}", rows)
+    scales = self._inner.array(f"{tensor}{SCALES}", rows)
+    shape = len(blocks), *self.shapes[tensor][1:]
+    made = np.empty(shape, jnp.dtype(self.dtypes[tensor]))
     for into, block, scale in zip(made, blocks, scales, strict=True):
       halves = VALUES[np.stack([block & 15, block >> 4], axis=-1)]
       exponents = scale.astype(np.int32)[..., None, None] - 127

@@ -70,23 +70,30 @@ class Stored:
     return part[tuple(cut[letter] for letter in axes.AXES[self.name])]
 
   def rows(self, start: int, stop: int) -> np.ndarray:
-    """Rows of the parameter in the file's layout; no others are read."""
+    """Rows of the parameter in the file's layout; no others are read.
+
+    But where a file has experts, or heads, in another order of rows, all of
+    those at the ends.
+    """
     share = self.place.rows // self.place.blocks
     found = []
     for block in range(start // share, -(-stop // share)):
       first = self.place.start - block * share
       low, high = max(start, block * share), min(stop, (block + 1) * share)
-      found.append(self._block(block)[first + low : first + high])
+      found.append(self._block(block, slice(first + low, first + high)))
     return found[0] if len(found) == 1 else np.concatenate(found)
 
-  def _block(self, number: int) -> np.ndarray:
-    """The block of the tensor that has a share of the parameter, a view."""
-    if "*" in self.place.tensor:
-      name = self.place.tensor.replace("*", str(number))
-      return self.checkpoint.array(name)
-    tensor, blocks = self.checkpoint.array(self.place.tensor), self.place.blocks
-    rest = tensor.shape[2:] if tensor.ndim == 3 else tensor.shape[1:]
-    return tensor if blocks == 1 else tensor.reshape(blocks, -1, *rest)[number]
+  def _block(self, number: int, rows: slice) -> np.ndarray:
+    """Rows of a block of the tensor, which has a share of the parameter."""
+    tensor, blocks = self.place.tensor, self.place.blocks
+    if "*" in tensor:
+      return self.checkpoint.array(tensor.replace("*", str(number)), rows)
+    if axes.of_each_expert(self.name):
+      (expert,) = self.checkpoint.array(tensor, slice(number, number + 1))
+      return expert[rows]
+    first = number * (self.checkpoint.shapes[tensor][0] // blocks)
+    rows = slice(first + rows.start, first + rows.stop)
+    return self.checkpoint.array(tensor, rows)
 
   def place_on(self, mesh: Mesh | None) -> jax.Array:
     """On the mesh or, None, the default device; reads what is needed there."""

@@ -19,14 +19,9 @@ from adapt_pruner_jax.formats.hf import tensors
 
 
 def wanted(stored: Any, shape: tuple[int, ...]) -> bool:
-  """Whether a parameter is read so: by many processes, if it is large.
-
-  What has to be computed from all of a tensor, as from one in eight bits, is
-  read whole by each.
-  """
+  """Whether a parameter is read so: by many processes, if it is large."""
   large = math.prod(shape) * stored.dtype.itemsize >= sharding.WHOLE_BELOW
-  mapped = getattr(stored.checkpoint, "is_mapped", False)
-  return jax.process_count() > 1 and large and mapped
+  return jax.process_count() > 1 and large
 
 
 def place(stored: Any, shape: tuple[int, ...], mesh: Mesh) -> jax.Array:

@@ -14,7 +14,12 @@ from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.formats.hf import fp8, mxfp4, tensors
 from adapt_pruner_jax.formats.hf.families import FAMILIES
 from adapt_pruner_jax.formats.hf.fields import Raw
-from adapt_pruner_jax.formats.hf.files import CONFIG, Checkpoint, read_object
+from adapt_pruner_jax.formats.hf.files import (
+  ALL,
+  CONFIG,
+  Checkpoint,
+  read_object,
+)
 from adapt_pruner_jax.formats.hf.tensor_names import OUTER
 from adapt_pruner_jax.models.model_config import ModelConfig
 
@@ -162,13 +167,12 @@ class Renamed:
   def __init__(self, inner: Any, names: dict[str, str]):
     """Takes a checkpoint, and of each new name the one that it has there."""
     self.folder, self._inner, self._names = inner.folder, inner, names
-    self.is_mapped = getattr(inner, "is_mapped", False)
     self.shapes = {new: inner.shapes[old] for new, old in names.items()}
     self.dtypes = {new: inner.dtypes[old] for new, old in names.items()}
 
-  def array(self, tensor: str) -> np.ndarray:
-    """The tensor of this name."""
-    return self._inner.array(self._names[tensor])
+  def array(self, tensor: str, rows: slice = ALL) -> np.ndarray:
+    """Rows of the tensor of this name."""
+    return self._inner.array(self._names[tensor], rows)
 
 
 class Part(Renamed):

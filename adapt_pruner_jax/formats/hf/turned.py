@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from adapt_pruner_jax.formats.hf.families import FAMILIES
+from adapt_pruner_jax.formats.hf.files import ALL
 from adapt_pruner_jax.models.model_config import ModelConfig
 
 BOTH, BIASES, DOWN = "gate_up_proj", "gate_up_proj_bias", "down_proj"
@@ -63,7 +64,7 @@ class Usual:
       t: shape(s) if t in self._turned else s for t, s in inner.shapes.items()
     }
 
-  def array(self, tensor: str) -> np.ndarray:
-    """The tensor of this name."""
-    found = self._inner.array(tensor)
+  def array(self, tensor: str, rows: slice = ALL) -> np.ndarray:
+    """Rows of the tensor of this name, experts of those that are turned."""
+    found = self._inner.array(tensor, rows)
     return from_file(tensor, found) if tensor in self._turned else found
