@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapt_pruner_jax.config import latency_table
-from adapt_pruner_jax.formats.hf import files
+from adapt_pruner_jax.formats.gguf import directory as gguf_directory
+from adapt_pruner_jax.formats.hf import cut_vocabulary, files
 from adapt_pruner_jax.runs import vocabulary
 from adapt_pruner_jax.storage import digest
 
@@ -19,7 +20,9 @@ def fingerprints(inputs: "Inputs") -> dict[str, str]:
   """Digests of the original's files, of the tokens that stay if not all do,
   and of the first calibration samples."""
   windows_NT = inputs.calibration.batch(0)
-  found = {}
+  source, found = inputs.original.source, {}
+  if linked := _linked(source):
+    found["linked"] = digest.of_parts(linked)
   if inputs.whole:
     found["vocab"] = vocabulary.fingerprint(inputs.source)
   settings = inputs.recipe.prune
@@ -27,7 +30,7 @@ def fingerprints(inputs: "Inputs") -> dict[str, str]:
     table = latency_table.read(settings.budget_table)
     found["latency"] = digest.of_json(table)
   return found | {
-    "model": weights_fingerprint(inputs.original.source),
+    "model": digest.of_parts(_own(source)),
     "calibration": digest.of_bytes(windows_NT),
   }
 
@@ -55,6 +58,22 @@ def versions() -> dict[str, str]:
 
 
 def weights_fingerprint(source: Path) -> str:
-  """Digest of a model's files."""
-  paths = [source / files.CONFIG, *sorted(source.glob("*.safetensors"))]
-  return digest.of_parts([source] if source.is_file() else paths)
+  """Digest of a model's files, and of those that it has by a link."""
+  return digest.of_parts([*_own(source), *_linked(source)])
+
+
+def _own(source: Path) -> list[Path]:
+  if source.is_file():
+    return [source]
+  return [source / files.CONFIG, *sorted(source.glob("*.safetensors"))]
+
+
+def _linked(source: Path) -> list[Path]:
+  """A gguf file, or the files of the model whose vocabulary was cut."""
+  gguf = source / gguf_directory.WEIGHTS
+  if gguf.is_symlink():
+    return [gguf]
+  uncut = cut_vocabulary.source_of(source)
+  if uncut is None:
+    return []
+  return [source / cut_vocabulary.KEPT, *_own(uncut), *_linked(uncut)]

@@ -121,11 +121,12 @@ def _claim(inputs: Inputs) -> None:
       f"the run in {inputs.path} was begun by an earlier version, which put no "
       f"{begin} before windows and rows: to go on give --config.data.bos=none"
     )
-  # An earlier version did not say what it read.
-  begun = stored.get("inputs", prints)
+  # An earlier version did not say what it read, or not all of it.
+  begun = prints | stored.get("inputs", {})
   for name, what in (
     ("vocab", "the corpus of the vocabulary leaves other tokens"),
     ("model", f"--config.model.path={recipe.model.path} has other weights"),
+    ("linked", f"--config.model.path={recipe.model.path} has other weights"),
     ("latency", "--config.prune.budget_table has other times"),
     (
       "calibration",
