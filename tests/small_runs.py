@@ -117,3 +117,11 @@ def finish(config, path, env: dict[str, str]) -> str:
 def _output(path: pathlib.Path, *more: str) -> pathlib.Path:
   process = more[-1].split("=")[-1] if more else ""
   return path.with_name(f"{path.name}{process}.out")
+
+
+def profiled(path: pathlib.Path) -> list[int]:
+  """Train steps in the one trace below a work directory."""
+  (file,) = path.glob("profile/plugins/profile/*/*.xplane.pb")
+  planes = jax.profiler.ProfileData.from_file(str(file)).planes
+  events = (e for plane in planes for line in plane.lines for e in line.events)
+  return [dict(e.stats)["step_num"] for e in events if e.name == "train"]

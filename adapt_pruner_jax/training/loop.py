@@ -197,7 +197,8 @@ def recover(
         "step(s) early: lower --config.train.tokens or give more text"
       )
     placed = place(batch, mesh)
-    trained, opt_state, metrics = step_fn(trained, opt_state, placed, step)
+    with jax.profiler.StepTraceAnnotation("train", step_num=step):
+      trained, opt_state, metrics = step_fn(trained, opt_state, placed, step)
     if running is not None:
       _report(*running, log, skip_nonfinite)
     running = step, metrics

@@ -16,6 +16,7 @@ from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.reporting import log as log_
 from adapt_pruner_jax.reporting import progress, tensorboard, trace, trackers
 from adapt_pruner_jax.storage import publish
+from tests import small_runs
 
 
 class Clock:
@@ -409,17 +410,13 @@ def test_step_time_and_phases(tmp_path, clock, monkeypatch):
   assert all(wanted.items() <= row.items() for row in found)
 
 
-def test_profile_of_some_steps(tmp_path, monkeypatch):
-  calls = []
-  for name in ("start_trace", "stop_trace"):
-    note = lambda *args, name=name: calls.append((name, *args))
-    monkeypatch.setattr(jax.profiler, name, note)
+def test_profile_of_some_steps(tmp_path):
   said = []
   profile = trace.Profile("3:5", tmp_path, said.append)
   for step in profile.watch(iter(range(2, 7)), 2):
-    calls.append(step)
-  begin = "start_trace", str(tmp_path / "profile")
-  assert calls == [2, begin, 3, 4, ("stop_trace",), 5, 6]
+    with jax.profiler.StepTraceAnnotation("train", step_num=step):
+      jax.device_put(step).block_until_ready()
   assert said == [f"the profile is in {tmp_path / 'profile'}"]
+  assert small_runs.profiled(tmp_path) == [3, 4]
   profile.close()
-  assert calls[-1] == 6
+  assert len(said) == 1

@@ -20,7 +20,7 @@ from adapt_pruner_jax.models import model_config
 from adapt_pruner_jax.pruning import surgery
 from adapt_pruner_jax.runs import run
 from adapt_pruner_jax.storage.checkpoints import Checkpoints
-from tests.small_runs import SMALL, finish, output, recipe, start
+from tests.small_runs import SMALL, finish, output, profiled, recipe, start
 
 
 def weights(path):
@@ -252,7 +252,10 @@ def trained(small_model):
 def uninterrupted(trained, tmp_path_factory, process_env):
   """A run with training on one device that nothing happens to."""
   path = tmp_path_factory.mktemp("trained") / "work"
-  finish(trained, path, process_env(1))
+  profile = "--profile_steps=13:16"
+  process = start(trained, path, process_env(1), profile)
+  assert process.wait(300) == 0, output(path, profile)
+  assert f"the profile is in {path / 'profile'}" in output(path, profile)
   return path
 
 
@@ -277,6 +280,12 @@ MOMENTS = {
   "second train": lambda w: rows(w, "train") >= 14,
   "export": lambda w: rows(w, "eval") >= 2,
 }
+
+
+@pytest.mark.slow
+def test_steps_are_traced(uninterrupted):
+  """With JAX's own profiler, on the CPU."""
+  assert profiled(uninterrupted) == [13, 14, 15]
 
 
 @pytest.mark.slow
