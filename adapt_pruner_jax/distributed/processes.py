@@ -55,7 +55,7 @@ def connect(
       "process_id": process_id,
     }
   # `stopping` agrees on a stop. This would not hear of the signals, which
-  # Python handles, and Orbax would ask it about other steps than ours.
+  # Python handles, and Orbax would tell it other numbers than our moments'.
   jax.config.update("jax_enable_preemption_service", False)
   if coordinator and process_id > 0:
     _wait_for(coordinator, seconds)
