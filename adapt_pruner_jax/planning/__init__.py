@@ -2,8 +2,6 @@
 
 plan             the command: reads the recipe and config.json, prints tables
 hours            tokens and stages that end in time, where the recipe says hours
-hours            tokens and stages that end in time, where the recipe says hours
-hours            tokens and stages that end in time, where the recipe says hours
 cost             sizes, tokens and FLOPs of each stage, by arithmetic
 memory           device memory of scoring, refit and training, by compiling
 training_memory  the part of it that is training, compiled or added up

@@ -155,36 +155,6 @@ def _digest(config: Config) -> str:
   return digest.of_json({n: x for n, x in fields.items() if n not in free})
 
 
-  if config.prune.counts("latency") and not config.prune.budget_table:
-    raise UserError(
-      "--config.train.hours beside a latency needs its table before: "
-      "adapt-pruner profile --model=DIR --out=table.json, then "
-      "--config.prune.budget_table=table.json"
-    )
-
-
-def _digest(config: Config) -> str:
-  """Of what a run may not change between its parts."""
-  fields = dataclasses.asdict(config)
-  free = ("mesh", "log", "checkpoint")
-  return digest.of_json({n: x for n, x in fields.items() if n not in free})
-
-
-  if config.prune.counts("latency") and not config.prune.budget_table:
-    raise UserError(
-      "--config.train.hours beside a latency needs its table before: "
-      "adapt-pruner profile --model=DIR --out=table.json, then "
-      "--config.prune.budget_table=table.json"
-    )
-
-
-def _digest(config: Config) -> str:
-  """Of what a run may not change between its parts."""
-  fields = dataclasses.asdict(config)
-  free = ("mesh", "log", "checkpoint")
-  return digest.of_json({n: x for n, x in fields.items() if n not in free})
-
-
 def predict(
   config: Config, model: ModelConfig, hardware: Hardware
 ) -> tuple[Config, str]:
@@ -274,16 +244,6 @@ def fitted(
     UserError: not even adapters fit.
   """
   usable, devices = hardware.memory * USABLE, compile_for(hardware)
-  if not usable:
-    return config
-  # Only training is asked for: a method whose scoring is not compiled.
-  prune = dataclasses.replace(config.prune, method="flap", refit="none")
-  prune = dataclasses.replace(prune, group_importance="")
-  if not usable:
-    return config
-  # Only training is asked for: a method whose scoring is not compiled.
-  prune = dataclasses.replace(config.prune, method="flap", refit="none")
-  prune = dataclasses.replace(prune, group_importance="")
   if isinstance(devices, str):  # of which too many ways would be compiled
     devices = hardware.devices
   if not usable:

@@ -96,16 +96,6 @@ def open_inputs(
     StoppedError: asked to stop while the dense model writes.
   """
   _check_possible(recipe)
-  if recipe.train.hours and not recipe.train.tokens:
-    raise UserError(
-      "train.hours becomes train.tokens by `adapt-pruner run` or by "
-      "planning.hours.settle: give one of them"
-    )
-  if recipe.train.hours and not recipe.train.tokens:
-    raise UserError(
-      "train.hours becomes train.tokens by `adapt-pruner run` or by "
-      "planning.hours.settle: give one of them"
-    )
   mesh = sharding.make_mesh(**dataclasses.asdict(recipe.mesh))
   source = model_path(recipe.model.path, log)
   whole = full = load.read_config(str(source), recipe.model.ignore_fields)
