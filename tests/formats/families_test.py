@@ -18,7 +18,7 @@ pytest.importorskip("torch")
 
 SLOW = ("phi3_longrope", "qwen3_5_text", "exaone4", "glm", "hunyuan_v1_dense")
 SLOW += ("gpt_oss", "qwen3_5_moe_text", "cohere", "cohere2", "stablelm")
-SLOW += ("stablelm_parallel", "phi", "apertus")
+SLOW += ("stablelm_parallel", "phi", "apertus", "ministral")
 
 
 def logits_of(config, params, tokens):
@@ -333,6 +333,10 @@ def refusal(**changes):
       ["rope field beta_fast"],
     ),
     ({"hidden_act": "tanh"}, ["hidden_act=tanh", "silu"]),
+    (
+      {"layer_types": ["full_attention", "mamba", "mamba"]},
+      ["layer 1 is of the kind mamba, which is not supported; full_attention"],
+    ),
     ({"hidden_act": "xielu"}, ["llama models have no activation xielu"]),
     ({"hidden_size": ...}, ["hidden_size is missing"]),
     ({"hidden_size": "32"}, ["hidden_size='32' must be int"]),
@@ -367,6 +371,7 @@ def test_ignored_fields():
   assert config_json.read(raw, "logit_cap, sliding_window") == config
   # Switched off, harmless, or not there.
   raw = LLAMA | {"alibi": False, "some_future_field": None, "temperature": 0.7}
+  raw |= {"layer_types": ["full_attention"] * 3}
   assert config_json.read(raw) == config
   yarn = {"type": "ntk", "factor": 4.0, "alpha": 32}
   raw = LLAMA | {"rope_scaling": yarn}
@@ -381,8 +386,8 @@ def test_other_names_of_what_is_known():
   assert config_json.read(LLAMA | {"activation": "swiglu"}) == config
   text = refusal(activation="geglu")
   assert "activation=geglu is not known" in text
-  # StarCoder 2 and Command R7B have more of these.
-  for family in "starcoder2", "cohere2":
+  # Published files of others have more of these.
+  for family in "starcoder2", "cohere2", "apertus", "hunyuan_v1_dense":
     fields = {**zoo.BASE, "model_type": family}
     more = families.FAMILIES[family].anyway
     assert config_json.read(fields | more) == config_json.read(fields)
@@ -432,6 +437,7 @@ def test_families_that_refuse_by_name():
     ("gemma2", {"layer_types": ["chunked"]}, "layer_types=.* of 3 layers"),
     ("gemma2", {"layer_types": ["chunked"] * 3}, "layer 0 is of the kind chun"),
     ("lfm2", {"layer_types": ["conv"]}, "lfm2, with layers conv, is not supp"),
+    ("nemotron_h", {"layers_block_type": ["mamba"]}, "with layers mamba, is"),
     (
       "gemma3_text",
       {"use_bidirectional_attention": True},

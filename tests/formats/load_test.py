@@ -228,6 +228,25 @@ def test_left_over_buffers_are_ignored(broken, written):
   assert same(params, written[1])
 
 
+def test_masks_in_files_of_pythia(animals, broken, tmp_path):
+  """As its published files have them; they mean something nowhere else."""
+  whole = animals["gpt_neox"].path
+  path = shutil.copytree(whole, tmp_path / "pythia")
+  name = "gpt_neox.layers.0.attention."
+  masks = {
+    f"{name}bias": np.tril(np.ones((1, 1, 64, 64), bool)),
+    f"{name}masked_bias": np.array(-1e9, np.float32),
+    f"{name}rotary_emb.inv_freq": np.ones(2, np.float32),
+  }
+  change_tensors(path, lambda a: a.update(masks))
+  assert same(load.load(path)[1], load.load(whole)[1])
+  name = "model.layers.0.attention.bias"
+  change_tensors(broken, lambda a: a.update({name: masks.popitem()[1]}))
+  assert f"{name} is unexpected" in refusal(broken)
+  change_tensors(broken, lambda a: a.update({name: np.ones(2, bool)}))
+  assert f"{name} is stored as BOOL" in refusal(broken)
+
+
 @pytest.mark.parametrize(
   "change, words",
   [

@@ -83,13 +83,13 @@ WRAPPERS = {
       "model_type": "ministral3",
       "head_dim": 16,
       "rope_parameters": {**zoo.YARN, "llama_4_scaling_beta": 0.1},
-      "tie_word_embeddings": False,
     },
-    {
-      "vision_config": {**VISION, "head_dim": 8},
-      "image_token_index": 60,
-      "tie_word_embeddings": False,
-    },
+    # Its own class ties the output matrix, which that of the text does not.
+    {"vision_config": {**VISION, "head_dim": 8}, "image_token_index": 60},
+  ),
+  "smolvlm": (
+    {"model_type": "llama"},
+    {"vision_config": VISION, "image_token_id": 60},
   ),
   "llava": (
     {"model_type": "llama"},
@@ -220,6 +220,15 @@ def test_fields_that_a_text_config_leaves_out(kind):
   )
 
 
+@pytest.mark.parametrize("kind", text_part.WRAPPERS)
+def test_what_a_wrapper_says_by_default(kind):
+  peer = transformers.AutoConfig.for_model(kind)
+  assert peer.text_config.model_type == text_part.WRAPPERS[kind]
+  text = {**zoo.BASE, "model_type": peer.text_config.model_type}
+  says = config_json.read({"model_type": kind, "text_config": text}).tied
+  assert (says or kind in text_part.TIE) == peer.tie_word_embeddings
+
+
 def test_fields_of_the_language_model_beside_those_of_others():
   """As in the files of Qwen2-VL and Qwen2.5-VL."""
   inner = {**zoo.BASE, "rope_theta": 1e6, "rms_norm_eps": 1e-6}
@@ -258,6 +267,16 @@ def test_names_of_a_wrapper(tmp_path, mistral):
     assert config.eos_ids == (2,)
     assert dataclasses.replace(config, eos_ids=expected.eos_ids) == expected
     assert jax.tree.all(jax.tree.map(np.array_equal, found, params))
+  # Of tying, what the wrapper says counts, and whether there is a matrix.
+  says = {"tie_word_embeddings": False}
+  inside = {"text_config": inner | {"tie_word_embeddings": True}}
+  (path / "config.json").write_text(json.dumps(outer | says | inside))
+  assert not load.read_config(path).tied
+  del weights["lm_head.weight"]
+  weights = {rename(n): w for n, w in weights.items()}
+  save_file(weights, path / "model.safetensors")
+  (path / "config.json").write_text(json.dumps(outer))
+  assert load.load(path)[0].tied
   with pytest.raises(UserError, match="needs the field text_config"):
     config_json.read({"model_type": "mistral3"})
   # A wrapper that is not known, around a language model that is.

@@ -83,6 +83,7 @@ CASES = {
     },
   ),
   "mistral": ("mistral", {"sliding_window": 8, "head_dim": 16}),
+  "ministral": ("ministral", {"sliding_window": 8, "layer_types": KINDS}),
   "qwen2": ("qwen2", {"tie_word_embeddings": True}),
   "qwen2_window": (
     "qwen2",
@@ -156,6 +157,8 @@ CASES = {
     {
       **GEMMA,
       "layer_types": KINDS,
+      "attn_logit_softcapping": 2.0,  # passed over
+      "final_logit_softcapping": 3.0,
       "rope_parameters": {
         "full_attention": {
           "rope_type": "linear",
@@ -308,7 +311,7 @@ SINCE_5 += ("phi3_longrope", "gpt_neox", "seed_oss", "arcee", "nemotron")
 SINCE_5 += ("starcoder2", "qwen3_5_text", "exaone4", "glm", "helium")
 SINCE_5 += ("hunyuan_v1_dense", "granitemoe", "olmoe", "qwen3_moe")
 SINCE_5 += ("cohere", "cohere2", "stablelm", "stablelm_parallel", "phi")
-SINCE_5 += ("apertus", "gpt_oss", "qwen3_5_moe_text")
+SINCE_5 += ("apertus", "gpt_oss", "qwen3_5_moe_text", "ministral")
 
 
 def slow_if(name: str, slow: Collection[str]) -> object:

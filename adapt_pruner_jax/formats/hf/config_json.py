@@ -22,8 +22,8 @@ from adapt_pruner_jax.models.model_config import ModelConfig
 
 # Began the model_type of an export whose layers differ, before 0.2.
 OLD_PRUNED = "pruned_"
-# Known in all families: the latter counts in some kinds of rope only.
-ALWAYS = ("hidden_act", ropes.ORIGINAL)
+# Known in all families: the last counts in some kinds of rope only.
+ALWAYS = ("hidden_act", "layer_types", ropes.ORIGINAL)
 INTERNLM = {  # defaults that are not LLaMA's
   "num_key_value_heads": 2,
   "head_dim": 128,
@@ -176,8 +176,10 @@ def _family(raw: Raw, path: str) -> tuple[str, Raw]:
         f"{inner} among other parts; save that by itself, and its tokenizer "
         f"beside it: {UNWRAP}"
       )
-    found = raw.get("layer_types")
-    found = {*map(str, found)} if isinstance(found, list) else set()
+    found = [raw.get(f) for f in ("layer_types", "layers_block_type")]
+    found = {
+      str(k) for kinds in found if isinstance(kinds, list) for k in kinds
+    }
     others = sorted(found - {fields.FULL, fields.SLIDING})
     having = f", with layers {', '.join(others)}," * bool(others)
     raise UserError(

@@ -101,12 +101,12 @@ FAMILIES = {
       "rope_theta": 1e6,
       "max_position_embeddings": 131072,
       "final_logit_softcapping": None,
-      "attn_logit_softcapping": None,
       "rope_local_base_freq": 1e4,
       "sliding_window_pattern": 6,
     },
     fixed={**GEMMA_FIXED, "qk_norm": "head"},
     tensors=LAYER | SANDWICH | QK_NORM,
+    passed=("attn_logit_softcapping",),  # which its class does as well
     windows="pattern",
     local_rope=True,
     divides=True,
@@ -227,6 +227,7 @@ FAMILIES = {
     body="gpt_neox",
     layer="Layer",
     by_head=("q", "k", "v", "q_bias", "k_bias", "v_bias"),
+    unread=("*.attention.bias", "*.attention.masked_bias"),  # causal masks
     renamed={
       "rms_norm_eps": "layer_norm_eps",
       "rope_theta": "rotary_emb_base",
@@ -299,7 +300,16 @@ FAMILIES = {
     tensors=LAYER | NORM_BIASES | NO_GATE,
     outer=OUTER | {"final_norm_bias": "model.norm.bias"},
     renamed={"rms_norm_eps": "norm_epsilon"},
-    anyway={"mlp_type": "default", "norm_type": "layer_norm"},
+    anyway={
+      "mlp_type": "default",
+      "norm_type": "layer_norm",
+      # Left over from StarCoder 1.
+      "activation_function": "gelu",
+      "layer_norm_epsilon": 1e-5,
+      "attention_softmax_in_fp32": True,
+      "scale_attention_softmax_in_fp32": True,
+      "scale_attn_weights": True,
+    },
     windows="all",
   ),
   "smollm3": Family(

@@ -33,9 +33,10 @@ class Family:
     passed: fields that count only in parts which `must` leaves no room for.
     anyway: fields that its class does not read, with values that it goes by.
     written: values of such fields that its config class has to see.
-    windows: which layers have a sliding window: "" none, "all", "last" (from
-      max_window_layers on), "pattern" (all but every n-th), "nope" (those
-      without rotary embeddings), "kinds" (none, but each layer has a kind).
+    windows: which layers have a sliding window: "" none, "all", "each" (all
+      that layer_types does not except), "last" (from max_window_layers on),
+      "pattern" (all but every n-th), "nope" (those without rotary embeddings),
+      "kinds" (none, but each layer has a kind).
     period: n of the pattern.
     divides: Transformers insists that the heads divide the hidden size.
     ropes: kinds of rotary embedding that its config class lets pass.
@@ -52,6 +53,8 @@ class Family:
     delta: layers may have a gated delta net in place of attention.
     turned: matrices of experts lie the other way round in its files.
     text: "Text" in the names of classes (Gemma 3).
+    unread: tensors that its class passes over where files have them; a `*`
+      stands for anything.
     heads: tasks for which Transformers has a class besides the language model.
   """
 
@@ -85,6 +88,7 @@ class Family:
   rope_alpha: bool = False
   turned: bool = False
   text: str = ""
+  unread: tuple[str, ...] = ()
   heads: tuple[str, ...] = ("SequenceClassification", "TokenClassification")
 
   @property

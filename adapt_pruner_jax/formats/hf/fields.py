@@ -104,34 +104,34 @@ FIELDS = {
 
 # Passed over: bookkeeping, and what only training or `generate` reads.
 _HARMLESS = """
-  _attn_implementation _attn_implementation_autoset _commit_hash _name_or_path
-  _sliding_window_pattern
-  architectures attention_dropout auto_map bad_words_ids begin_suppress_tokens
+  _attn_implementation _attn_implementation_autoset _commit_hash
+  _flash_attn_2_enabled _name_or_path _sliding_window_pattern
+  allow_global_per_layer_attribute_access architectures attention_dropout
+  attention_probs_dropout_prob auto_map bad_words_ids begin_suppress_tokens
   cache_implementation chunk_size_feed_forward classifier_dropout
-  decoder_start_token_id
-  diversity_penalty do_sample dtype early_stopping embd_pdrop
-  embedding_dropout hidden_dropout residual_dropout
-  encoder_no_repeat_ngram_size exponential_decay_length_penalty finetuning_task
-  forced_bos_token_id forced_eos_token_id id2label initializer_range is_decoder
-  is_llama_config label2id length_penalty max_length min_length
-  model_max_length model_type use_parallel_embedding
-  name_or_path no_repeat_ngram_size num_beam_groups num_beams num_labels
+  decoder_start_token_id diversity_penalty do_sample dtype early_stopping
+  embd_pdrop embedding_dropout encoder_no_repeat_ngram_size
+  exponential_decay_length_penalty finetuning_task forced_bos_token_id
+  forced_eos_token_id hidden_dropout hidden_dropout_prob id2label
+  initializer_range is_decoder is_llama_config label2id length_penalty
+  max_length min_length model_max_length model_type name_or_path
+  neftune_noise_alpha no_repeat_ngram_size num_beam_groups num_beams num_labels
   num_return_sequences output_attentions output_hidden_states output_scores
-  pretraining_tp prefix problem_type remove_invalid_values repetition_penalty
-  resid_pdrop return_dict return_dict_in_generate sep_token_id suppress_tokens
-  task_specific_params temperature tf_legacy_loss tie_encoder_decoder
-  tie_last_hidden_states tokenizer_class top_k top_p torch_dtype torchscript
-  transformers_version transformers.js_config typical_p unk_token_id
-  unsloth_fixed unsloth_version use_bfloat16 use_cache
-  allow_global_per_layer_attribute_access
+  prefix pretraining_tp problem_type remove_invalid_values repetition_penalty
+  resid_pdrop residual_dropout return_dict return_dict_in_generate sep_token_id
+  suppress_tokens task_specific_params temperature tf_legacy_loss
+  tie_encoder_decoder tie_last_hidden_states tokenizer_class top_k top_p
+  torch_dtype torchscript transformers.js_config transformers_version typical_p
+  unk_token_id unsloth_fixed unsloth_version use_bfloat16 use_cache
+  use_parallel_embedding
 """
 # Known to change the function when on; fine when off (0, false, null, empty).
 _SWITCHES = """
   add_cross_attention alibi attention_bias cross_attention_hidden_size
   is_encoder_decoder layer_sharing lm_head_bias mlp_bias mrope num_experts
-  num_local_experts parallel_attn pruned_heads qk_layernorm quantization_config
-  rope_interleaved share_embedding sliding_window use_bidirectional_attention
-  use_mrope use_qk_norm use_sliding_window
+  num_local_experts parallel_attn pruned_heads qk_layer_norms qk_layernorm
+  quantization_config rope_interleaved share_embedding sliding_window
+  use_bidirectional_attention use_mrope use_qk_norm use_sliding_window
 """
 # Fields that no class reads, with what may stand there: what is so anyway.
 _TRUE_ANYWAY = {
@@ -236,7 +236,7 @@ def layer_kinds(
     if kind not in allowed:
       raise UserError(
         f"{path}: layer {i} is of the kind {kind}, which is not supported; "
-        f"{' and '.join(allowed)} are"
+        f"{' and '.join(allowed)} {'are' if allowed[1:] else 'is'}"
       )
   return found[:L]
 

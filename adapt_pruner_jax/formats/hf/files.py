@@ -23,7 +23,8 @@ SHARD = r"model-(\d+)-of-(\d+)\.safetensors"
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 ALL = slice(None)  # rows
 FLOAT8 = "float8_e4m3fn"
-READ = DTYPES | {"F8_E4M3": FLOAT8, "U8": "uint8"}  # see fp8, mxfp4
+# Others that are read: see fp8, mxfp4, text_part.
+READ = DTYPES | {"F8_E4M3": FLOAT8, "U8": "uint8", "BOOL": "bool"}
 CONVERT = (
   'python -c "from transformers import AutoModelForCausalLM as M; '
   "M.from_pretrained('{0}').save_pretrained('{0}-safetensors')\""

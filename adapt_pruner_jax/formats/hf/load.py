@@ -62,7 +62,6 @@ VOCABULARIES = ("tokenizer.model", "spiece.model", "vocab.*", "merges.txt")
 # Folders, but for additional_chat_templates, and Mistral's second copy of the
 # weights.
 NOT_DOWNLOADED = ("[!a]*/*", "a[!d]*/*", "ad[!d]*/*", "consolidated*")
-NOT_PARAMETERS = ("rotary_emb.inv_freq",)  # endings; old checkpoints have them
 HUB_ID = r"(?P<name>[\w-][\w.-]*/[\w.-]+)(@(?P<revision>[\w./-]+))?"
 COMPARED_BYTES = 1 << 26
 WORKDIR_MODEL = "model"
@@ -170,8 +169,10 @@ def read_config(
   Raises:
     UserError: see `config_json.read`.
   """
-  file = resolve(path) / CONFIG
-  return config_json.read(read_object(file), ignore_fields, str(file))
+  folder = resolve(path)
+  raw = read_object(folder / CONFIG)
+  config = config_json.read(raw, ignore_fields, str(folder / CONFIG))
+  return text_part.tied_as_stored(config, raw, folder)
 
 
 def load(
@@ -266,11 +267,7 @@ def check_tensors(
     for whole in tensors.tensor_shapes(config, repeats).items()
     for tensor, shape in tensors.apart(*whole).items()
   }
-  found = {
-    tensor: shape
-    for tensor, shape in checkpoint.shapes.items()
-    if not tensor.endswith(NOT_PARAMETERS)
-  }
+  found = {**checkpoint.shapes}
   output = tensors.outer_tensor(config, "lm_head")
   if config.tied and output in found:
     _check_tied(checkpoint, config)

@@ -50,6 +50,20 @@ COHERE = {
 }
 COHERE_FIXED = {"norm": "layer", "parallel": True, "shared_norm": True}
 MORE = {
+  # Ministral 8B
+  "ministral": Family(
+    "ministral",
+    "Ministral",
+    {
+      **COMMON,
+      **SILU,
+      "num_key_value_heads": 8,
+      "max_position_embeddings": 131072,
+      "sliding_window": 4096,
+      "layer_types": None,
+    },
+    windows="each",
+  ),
   # Aya, Command R
   "cohere": Family(
     "cohere",
@@ -123,6 +137,7 @@ MORE = {
     ),
     delta=True,
     text="Text",
+    unread=("mtp.*",),  # guesses several tokens ahead
     heads=("SequenceClassification",),
   ),
   "apertus": Family(
@@ -139,6 +154,7 @@ MORE = {
     },
     fixed={"gated": False, "qk_norm": "head"},
     tensors=LAYER | QK_NORM | APERTUS,
+    anyway={"qk_norm": True, "post_norm": False},
     rope={
       "rope_type": "llama3",
       "rope_theta": 1.2e7,
@@ -248,6 +264,7 @@ MORE = {
       "k_norm": "self_attn.key_layernorm.weight",
     },
     passed=("eod_token_id",),
+    anyway={"use_qk_norm": True, "use_cla": False, "norm_type": "rms"},
     rope_alpha=True,
     heads=("SequenceClassification",),
   ),

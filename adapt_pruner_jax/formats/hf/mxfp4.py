@@ -30,7 +30,8 @@ def unpacked(checkpoint: Any, quantization: Any) -> Any:
   Raises:
     UserError: weights in bytes of another kind, or without their exponents.
   """
-  packed = [t for t, kind in checkpoint.dtypes.items() if kind == "uint8"]
+  kinds = {"uint8": "U8", "bool": "BOOL"}
+  packed = [t for t, kind in checkpoint.dtypes.items() if kind in kinds]
   if not packed:
     return checkpoint
   for tensor in packed:
@@ -41,9 +42,10 @@ def unpacked(checkpoint: Any, quantization: Any) -> Any:
     known = tensor.endswith(pair) and other in checkpoint.shapes
     if not known or quant_method(quantization) != METHOD:
       raise UserError(
-        f"{checkpoint.folder}: {tensor} is stored as U8, which is read with "
-        f"{BLOCKS} and {SCALES} of the method {METHOD} only; other quantized "
-        "models are not supported"
+        f"{checkpoint.folder}: {tensor} is stored as "
+        f"{kinds[checkpoint.dtypes[tensor]]}, which is read with {BLOCKS} and "
+        f"{SCALES} of the method {METHOD} only; other quantized models are not "
+        "supported"
       )
   return Unpacked(checkpoint)
 

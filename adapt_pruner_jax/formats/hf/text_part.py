@@ -4,6 +4,8 @@ What surrounds it (towers for pictures and sound, projectors, heads that guess
 several tokens ahead) is left out; what is exported is a plain text model.
 """
 
+import dataclasses
+import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -27,18 +29,26 @@ from adapt_pruner_jax.models.model_config import ModelConfig
 WRAPPERS = {
   "gemma3": "gemma3_text",
   "mistral3": "mistral",
-  "llava": "llama",
-  "llava_next": "llama",
-  "llava_onevision": "qwen2",
+  **dict.fromkeys(("llava", "llava_next", "llava_next_video"), "llama"),
+  **dict.fromkeys(("vipllava", "video_llava"), "llama"),
+  **dict.fromkeys(("idefics3", "smolvlm"), "llama"),
+  **dict.fromkeys(("llava_onevision", "internvl"), "qwen2"),
   "qwen2_vl": "qwen2_vl_text",
   "qwen2_5_vl": "qwen2_5_vl_text",
   "qwen3_vl": "qwen3_vl_text",
   "qwen3_5": "qwen3_5_text",
   "qwen3_5_moe": "qwen3_5_moe_text",
 }
+# Those whose class ties the output matrix where the file does not say.
+TIE = ("gemma3", "mistral3", "internvl")
+# Those that tie it where the config inside says so.
+ASK_INSIDE = ("llava", "llava_next_video", "llava_onevision")
+ASK_INSIDE += ("qwen2_vl", "qwen2_5_vl")
 # Types whose first files have the language model's fields beside the others.
 FLAT = ("qwen2_vl", "qwen2_5_vl")
 OTHER_PARTS = ("vision_", "image_", "video_")  # how their fields begin
+# What SmolVLM's text_config says of the way from pictures to text.
+PROJECTOR = ("perceiver_config", "pixel_shuffle_factor", "use_resampler")
 
 
 def _sizes(V: int, D: int, F: int, L: int, heads: int) -> dict[str, Any]:
@@ -86,7 +96,12 @@ BEGINNINGS = {
   "language_model.model.": "model.",
   "model.language_model.": "model.",
   "language_model.lm_head.": "lm_head.",
+  "model.text_model.": "model.",
 }
+# What old files have beside parameters, in all families.
+UNREAD = tuple(
+  f"*.rotary_emb.{name}" for name in ("inv_freq", "cos_cached", "sin_cached")
+)
 PLAIN = ("model.layers.", "model.embed_tokens.", "model.norm.", "lm_head.")
 
 
@@ -112,12 +127,34 @@ def config_of(raw: Raw, path: str) -> Raw:
   made = {**ABSENT.get(kind, {}), **found, **inner}
   made["model_type"] = SAME.get(kind, kind)
   # These say of what class the whole is, or the part while it is in there.
-  made.pop("architectures", None)
+  for field in ("architectures", *PROJECTOR):
+    made.pop(field, None)
   for field in ("rope_scaling", "rope_parameters"):
     rope = made.get(field)
     if kind in SAME and isinstance(rope, dict):
       made[field] = _of_text(rope)
   return made
+
+
+def tied_as_stored(config: ModelConfig, raw: Raw, folder: Path) -> ModelConfig:
+  """With its output matrix tied, or not, as the wrapper's class would have it.
+
+  The wrapper's word counts there, not that of the config inside, in as far as
+  the matrix is stored or not: files of Mistral Small say nothing, and have it.
+
+  Args:
+    config: of the language model.
+    raw: the config.json of the whole, in `folder`.
+  """
+  kind = raw.get("model_type")
+  if kind not in WRAPPERS or not any(folder.glob("*.safetensors")):
+    return config
+  ties = raw.get("tie_word_embeddings", kind in TIE)
+  ties = bool(ties) or (config.tied and kind in ASK_INSIDE)
+  stored = OUTER["lm_head"] in checkpoint(folder).shapes
+  if ties == stored:  # the matrix is stored all the same, or is nowhere
+    return config
+  return dataclasses.replace(config, tied=ties)
 
 
 def _of_text(rope: dict[str, Any]) -> dict[str, Any]:
@@ -141,9 +178,22 @@ def checkpoint(folder: Path) -> Any:
   heads = {family.outer["lm_head"] for family in FAMILIES.values()}
   names = heads | {f"language_model.{OUTER['lm_head']}"}
   found = Checkpoint(folder, names)
+  found = _without_unread(found, str(raw.get("model_type")))
   quantization = raw.get("quantization_config")
   found = mxfp4.unpacked(fp8.dequantized(found, quantization), quantization)
   return Part(found) if raw.get("model_type") in WRAPPERS else found
+
+
+def _without_unread(checkpoint: Checkpoint, kind: str) -> Any:
+  """Without the tensors that the classes of this model_type pass over."""
+  unread = UNREAD + (FAMILIES[kind].unread if kind in FAMILIES else ())
+  names = {
+    tensor: tensor
+    for tensor in checkpoint.shapes
+    if not any(fnmatch.fnmatchcase(tensor, name) for name in unread)
+  }
+  same = len(names) == len(checkpoint.shapes)
+  return checkpoint if same else Renamed(checkpoint, names)
 
 
 def with_head(checkpoint: Any, config: ModelConfig) -> Any:

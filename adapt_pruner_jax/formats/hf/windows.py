@@ -29,19 +29,23 @@ def read(
     UserError: a size or kind of window, or a kind of layer, that is not
       supported.
   """
+  kinds = raw.get("layer_types")
   if family.windows == "kinds":
-    layer_kinds(raw["layer_types"], (FULL, "attention"), L, path)
+    layer_kinds(kinds, (FULL, "attention"), L, path)
+  elif not (kinds is None or family.windows or family.delta):
+    layer_kinds(kinds, (FULL,), L, path)  # its class does not ask
   if family.windows in ("", "kinds"):
     return ()
   size = raw["sliding_window"]
   require(size, (int, NONE), "sliding_window", path)
   if not raw.get("use_sliding_window", True):
     size = None
-  if family.windows == "all":
+  if kinds is not None:
+    same = SLIDING if size else FULL  # in a class that does not ask
+    allowed = (same,) if family.windows == "all" else (FULL, SLIDING)
+    slides = [k == SLIDING for k in layer_kinds(kinds, allowed, L, path)]
+  elif family.windows in ("all", "each"):
     slides = [True] * L
-  elif raw["layer_types"] is not None:
-    kinds = layer_kinds(raw["layer_types"], (FULL, SLIDING), L, path)
-    slides = [kind == SLIDING for kind in kinds]
   elif family.windows == "last":
     slides = [i >= raw["max_window_layers"] for i in range(L)]
   elif family.windows == "nope":
