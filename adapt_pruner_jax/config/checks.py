@@ -3,7 +3,7 @@
 import math
 import re
 
-from adapt_pruner_jax.config.choices import BLOCKS, CHOICES, WHOLE
+from adapt_pruner_jax.config.choices import BLOCKS, CHOICES, RANKED, WHOLE
 from adapt_pruner_jax.config.fields import (
   Config,
   Prune,
@@ -62,9 +62,9 @@ AT_LEAST = {
   "checkpoint.keep": 1,
 }
 # Allotments whose steps have a size of their own, and may just be counted.
-STEPPING = ("adapt", "ranking")
+STEPPING = ("adapt", *RANKED)
 # Those that can count in another unit than parameters.
-BUDGETED = ("adapt", "uniform", "ranking", "search")
+BUDGETED = ("adapt", "uniform", *RANKED, "search")
 
 
 def check(config: Config) -> None:
