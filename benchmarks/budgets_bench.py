@@ -69,7 +69,7 @@ FILE |= {"prune.budget_value": FILE_BYTES}
 VOCAB = {"vocab.keep_tokens": TOKENS}
 SPEED = {"prune.budget": "latency", "prune.budget_context": CONTEXT}
 SPEED |= {"prune.ratio": LATENCY}
-ONE_WIDTH = {"prune.allotment": "uniform", "prune.trim": False}
+ONE_WIDTH = {"prune.allotment": "one_width"}
 # A window a step, as the default refit; the dense model teaches.
 TRAINING = {"data.seq_len": 512, "data.batch": 1, "train.remat": "none"}
 TRAINING |= {"train.learning_rate": 1.5e-4, "train.min_learning_rate": 1.5e-5}
@@ -77,7 +77,7 @@ VOCAB_TRAINED = VOCAB | TRAINING | {"train.tokens": 61_440}
 QUALITY = {"prune.budget": "quality", "prune.budget_value": 0.2}
 QUALITY |= {"prune.ranking.step_size": 0.05}
 # Rows without questions.
-UNASKED = ("flops", "cache", "quality", "latency_uniform_20")
+UNASKED = ("flops", "cache", "quality", "latency_36")
 NOVELS = "novels"  # reads the beginnings of books, not C4
 BEGINNING = 0.85  # of a book
 # What a command says beside the recipe; a number's place is filled when the
@@ -89,7 +89,7 @@ ROWS: dict[str, dict] = {
   "latency": SPEED,
   "latency_params": {"prune.ratio": None},
   "latency_uniform": SPEED | ONE_WIDTH,
-  "latency_uniform_20": SPEED | ONE_WIDTH | {"prune.ratio": 0.2},
+  "latency_36": SPEED | {"prune.ratio": 0.36},
   "file_vocab": FILE | VOCAB,
   "vocab": VOCAB,
   "vocab_trained": VOCAB_TRAINED,

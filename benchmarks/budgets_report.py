@@ -26,7 +26,7 @@ NAMES = {
   "latency": "at most 0.75 x the decode time, 0.30 less asked for",
   "latency_params": "parameters at which decoding is as fast",
   "latency_uniform": "one width for all layers, 0.30 less asked for",
-  "latency_uniform_20": "one width for all layers, 0.20 less asked for",
+  "latency_36": "unequal layers, 0.36 less asked for",
   "vocab": "16,384 tokens, nothing else",
   "vocab_trained": "16,384 tokens, trained",
   "vocab_novels": "16,384 tokens for novels, trained",
@@ -40,7 +40,7 @@ PAIRS = (
   ("file", "file_params"),
   ("latency", "latency_params"),
   ("latency", "latency_uniform"),
-  ("latency", "latency_uniform_20"),
+  ("latency_36", "latency_uniform"),
 )
 Rows = dict[str, dict]
 

@@ -10,7 +10,7 @@ latency_table what halves of layers take on a device, as a file
 """
 
 from adapt_pruner_jax.config.checks import check, layer_range, vocab_size
-from adapt_pruner_jax.config.choices import CHOICES, PUBLISHED, WHOLE
+from adapt_pruner_jax.config.choices import CHOICES, PUBLISHED, RANKED, WHOLE
 from adapt_pruner_jax.config.fields import (
   OLD_FIELDS,
   Calibration,
@@ -41,6 +41,7 @@ __all__ = [
   "CHOICES",
   "OLD_FIELDS",
   "PUBLISHED",
+  "RANKED",
   "WHOLE",
   "Calibration",
   "Checkpoint",

@@ -3,7 +3,7 @@
 import math
 import re
 
-from adapt_pruner_jax.config.choices import BLOCKS, CHOICES, WHOLE
+from adapt_pruner_jax.config.choices import BLOCKS, CHOICES, RANKED, WHOLE
 from adapt_pruner_jax.config.fields import (
   Config,
   Prune,
@@ -62,9 +62,9 @@ AT_LEAST = {
   "checkpoint.keep": 1,
 }
 # Allotments whose steps have a size of their own, and may just be counted.
-STEPPING = ("adapt", "ranking")
+STEPPING = ("adapt", *RANKED)
 # Those that can count in another unit than parameters.
-BUDGETED = ("adapt", "uniform", "ranking", "search")
+BUDGETED = ("adapt", "uniform", *RANKED, "search")
 
 
 def check(config: Config) -> None:
@@ -266,22 +266,21 @@ def _check_budget(p: Prune) -> None:
 
 def _check_limits(p: Prune) -> None:
   """Whether `prune.limits` says what it should."""
-  allowed = [name for name in CHOICES["prune.budget"] if name != "quality"]
-  seen = [p.budget]
+  left = [b for b in CHOICES["prune.budget"] if b not in ("quality", p.budget)]
   for part in p.limits.split(","):
     name, equals, text = (x.strip() for x in part.partition("="))
     try:
       good = bool(equals) and float(text) > 0 and math.isfinite(float(text))
     except ValueError:
       good = False
-    if not good or name not in allowed or name in seen:
+    if not good or name not in left:
       raise UserError(
         f"--config.prune.limits={p.limits}: {part!r} is none; give further "
         f"budgets than {p.budget}, each once with its value, such as "
-        f"kv_bytes=2e6,latency=12; there are {', '.join(allowed)}"
-        + nearest(name, allowed)
+        f"kv_bytes=2e6,latency=12; there are {', '.join(left)}"
+        + nearest(name, left)
       )
-    seen.append(name)
+    left.remove(name)
   if not p.has_target():
     raise UserError(
       f"--config.prune.limits={p.limits} goes beside a target: give "

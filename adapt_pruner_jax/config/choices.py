@@ -22,6 +22,9 @@ PUBLISHED = {
 # Multiples of MLP widths that leave whole blocks in a quantised file.
 BLOCKS = {"q8_0": 32, "q4_0": 32, "q4_k_m": 256}
 
+# Allotments by one ranking.
+RANKED = ("ranking", "one_width")
+
 # Methods whose score and allotment are one thing.
 WHOLE = ("wanda_sp", "slicegpt", "shortgpt", "minitron", "reap")
 
@@ -42,7 +45,14 @@ CHOICES = {
     "fluctuation",
     "",
   ),
-  "prune.allotment": ("adapt", "uniform", "ranking", "search", ""),
+  "prune.allotment": (
+    "adapt",
+    "uniform",
+    "ranking",
+    "one_width",
+    "search",
+    "",
+  ),
   "prune.budget": (
     "params",
     "flops",

@@ -208,10 +208,9 @@ def _equal_layers(config: ModelConfig) -> ModelConfig:
 
 def _widths(most: int, unit: str, lanes: int) -> list[int]:
   """Widths to time below the widest, from 0 on."""
-  if unit == "K":
-    return sorted({0, 1, most // 2} - {most})
-  quarters = (most * part // 4 // lanes * lanes for part in (1, 2, 3))
-  return sorted({0, *quarters} - {most})
+  least, step = (1, 1) if unit == "K" else (0, lanes)
+  quarters = (most * part // 4 // step * step for part in (1, 2, 3))
+  return sorted({0, least, *quarters} - {most})
 
 
 def _random(config: ModelConfig, dtype: str) -> tuple[ModelConfig, Params]:

@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 
-from adapt_pruner_jax.config import Config, Prune
+from adapt_pruner_jax.config import RANKED, Config, Prune
 from adapt_pruner_jax.models import flops as flops_
 from adapt_pruner_jax.models import model_config
 from adapt_pruner_jax.models.axes import UNITS
@@ -66,7 +66,7 @@ def stage_table(
 def even_target(full: ModelConfig, settings: Prune) -> int:
   """Counts the parameters that `max_steps` steps leave, without a target."""
   size = model_config.count_params(full)
-  if settings.pair()[0] == "ranking":
+  if settings.pair()[0] in RANKED:
     gone = int(size * settings.max_steps * settings.ranking.step_size)
   else:
     share = min(settings.max_steps * settings.step_size, 1)
@@ -130,7 +130,7 @@ def prune_steps(
   """
   allotment, _ = settings.pair()
   gone = model_config.count_params(before) - model_config.count_params(after)
-  if allotment == "ranking":
+  if allotment in RANKED:
     share = gone / model_config.count_params(full)
     # Evenly pruned, a stage ends a little below what a ranking ends at.
     return max(math.ceil(share / settings.ranking.step_size - 1e-3), 1)

@@ -58,6 +58,7 @@ ALLOTMENTS = {
   "adapt": allotment.adapt,
   "uniform": allotment.uniform,
   "ranking": allotment.ranking,
+  "one_width": allotment.ranking,
   "search": search.search,
   "llm_pruner": llm_pruner.allot,
   "flap": flap.allot,

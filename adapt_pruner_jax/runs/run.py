@@ -54,7 +54,12 @@ from adapt_pruner_jax.runs.measure import (
 )
 from adapt_pruner_jax.runs.recipe import claim, is_anew, remove_cut_off_exports
 from adapt_pruner_jax.runs.recovery import compile_ahead, recover, teacher_of
-from adapt_pruner_jax.runs.stages import stage_end, stage_limits, stage_target
+from adapt_pruner_jax.runs.stages import (
+  stage_end,
+  stage_limits,
+  stage_progress,
+  stage_target,
+)
 from adapt_pruner_jax.runs.state import (
   EVALUATED,
   PRUNING,
@@ -213,12 +218,9 @@ def prune(
   log.rewind("refit", refits_before)
   title = f"stage {state.stage} of {settings.stages}: pruning"
   size = budgets.count(state.config, settings)
-  counted = budgets.UNIT[settings.budget]
   aim = f" to {budgets.aim(target, settings)}" if target else ""
   log.say(f"{title} {budgets.shown(size, settings)}{aim} ({settings.method})")
-  in_unit = lambda amount: round(budgets.value(amount, settings), 3)
-  total = in_unit(size - target) if target else settings.max_steps
-  unit = counted if target else "steps"
+  total, unit, done = stage_progress(inputs, state.config, target)
   with log.phase(title, total, unit) as phase:
 
     def note(record: dict, step: Step) -> None:
@@ -227,13 +229,9 @@ def prune(
       if agreement.is_writer():
         log.outbox.append(inputs.path / "trace.jsonl", record)
       write_pruning(step, steps, state, inputs)
-      params, loss = record["params"], record["loss"]
-      width = surgery.widths(step.masks)
-      left = budgets.of_widths(inputs.full, width, settings)
-      done = in_unit(size - left) if target else record["step"]
-      end = target and in_unit(target)
-      phase.update(done, params=params, target=end, loss=loss)
-      values = {k: record[k] for k in ("stage", "loss", "params")}
+      found = {k: record[k] for k in ("params", "loss")}
+      phase.update(done(record, step), **found)
+      values = {"stage": state.stage} | found
       log.metrics("prune", first + len(steps), values)
       stop_if_asked()
 

@@ -104,7 +104,8 @@ def check_channels(
   """Compares the tokens of a step with the channels that it looks at.
 
   A score that inverts a Gram matrix, and a refit, need several tokens for each
-  input channel of a matrix.
+  input channel of a matrix. Those of windows that overlap, since the text is
+  short, count once.
 
   Args:
     settings: of the prune.
@@ -124,18 +125,28 @@ def check_channels(
     needs[f"{score}'s scores"] = ("samples", steps)
   if settings.solves():
     needs["the refit"] = ("refit_samples", refits)
+  for name, opened in {"samples": steps, "refit_samples": refits}.items():
+    rows, length, tokens = _shape(opened)
+    if tokens < rows * length and (name == "samples" or refits is not steps):
+      say(
+        f"WARNING: {rows} windows of {length} tokens overlap: "
+        f"--config.calibration.source has {tokens:,} for them; give a longer "
+        f"text, or lower --config.calibration.{name}"
+      )
   least = recipe.calibration.tokens_per_channel
   for what, (name, opened) in needs.items():
-    rows, length = _shape(opened)
-    each = rows * length / channels
-    if each >= (least or FEW):
+    rows, length, tokens = _shape(opened)
+    if tokens / channels >= (least or FEW):
       continue
+    different = f" ({tokens:,} different)" if tokens < rows * length else ""
     found = (
-      f"{what}: {rows} windows of {length} tokens are {each:.2g} a channel of "
-      f"the widest matrix, which has {channels:,}"
+      f"{what}: {rows} windows of {length} tokens{different} are "
+      f"{tokens / channels:.2g} a channel of the widest matrix, which has "
+      f"{channels:,}"
     )
     enough = math.ceil((least or FEW) * channels / length)
     hint = f"give at least --config.calibration.{name}={enough}"
+    hint = "give a longer text" if different else hint
     if least:
       raise UserError(
         f"{found}, below --config.calibration.tokens_per_channel={least:g}: "
@@ -144,8 +155,13 @@ def check_channels(
     say(f"WARNING: {found}: below {FEW:g} they are mostly noise; {hint}")
 
 
-def _shape(opened: WindowData | GivenData) -> tuple[int, int]:
-  """Windows of a step, and tokens of each."""
+def _shape(opened: WindowData | GivenData) -> tuple[int, int, int]:
+  """Windows of a step, tokens of each, and how many of all are different."""
   if isinstance(opened, GivenData):
-    return opened.samples.shape[1:]
-  return sum(opened.counts), opened.seq_len
+    rows, length = opened.samples.shape[1:]
+    return rows, length, rows * length
+  different = sum(
+    min(count * opened.seq_len, len(stream.tokens))
+    for stream, count in zip(opened.streams, opened.counts, strict=True)
+  )
+  return sum(opened.counts), opened.seq_len, different

@@ -30,7 +30,7 @@ def test_a_table_of_this_device(engine, tmp_path, capsys):
   assert [m["phase"] for m in table["measured"]] == ["decode", "prefill"]
   assert table["device"] == profile.device_name(engine)
   for measured in table["measured"]:
-    assert [w for w, _ in measured["attention_ms"]] == [0, 1, 2, 4]
+    assert [w for w, _ in measured["attention_ms"]] == [0, 1, 2, 3, 4]
     assert [w for w, _ in measured["mlp_ms"]] == [0, 12, 24, 36, 48]
   with pytest.raises(SystemExit) as ended:
     cli.main(
@@ -68,7 +68,7 @@ def test_the_table_adds_up_to_the_model_that_was_timed(monkeypatch):
   (measured,) = table["measured"]
   assert measured["rest_ms"] == pytest.approx(0.5)
   assert measured["output_ms"] == [[0, 0], [40, pytest.approx(0.04)]]
-  wide = {0: 0, 1: 0.3, 2: 0.5, 4: 0.9}
+  wide = {0: 0, 1: 0.3, 2: 0.5, 3: 0.7, 4: 0.9}
   assert dict(measured["attention_ms"]) == pytest.approx(wide)
   assert dict(measured["mlp_ms"]) == pytest.approx(
     {0: 0, 10: 0.1, 20: 0.2, 30: 0.3, 40: 0.4}

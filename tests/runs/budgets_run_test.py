@@ -156,6 +156,9 @@ def test_a_quality_is_kept(model, tmp_path, monkeypatch):
   trace = json_files.read_lines(tmp_path / "work" / "trace.jsonl")
   assert trace[-1]["ended"]
   assert summary["budget_after"] == trace[-1]["rise"]
+  metrics = json_files.read_lines(tmp_path / "work" / "metrics.jsonl")
+  [told] = [row for row in metrics if "nats" in row.get("unit", "")]
+  assert told["done"] == trace[-1]["rise"]
   original = api.load(model)
   again = api.at_step(original, trace[-1])
   exported = api.load(tmp_path / "work" / "model")

@@ -83,6 +83,23 @@ def test_tokens_a_channel():
     checked(Prune(group_importance="curvature"), least=1.0, steps=given)
 
 
+def test_windows_that_overlap_are_told():
+  """A short text has no more tokens than it has, however many are drawn."""
+  said, config, short = [], Config(), tokens(0)[:100]
+  for method in ("adapt", "curvature"):
+    steps, refits = windows(short), windows(short, samples=6)
+    text_checks.check_channels(
+      Prune(method=method), config, small.CONFIG, steps, refits, said.append
+    )
+  assert len(said) == 3
+  assert (
+    "8 windows of 16 tokens overlap: --config.calibration.source" in said[0]
+  )
+  assert "has 100 for them" in said[0]
+  assert "(100 different) are 2.5 a channel" in said[2]
+  assert said[2].endswith("give a longer text")
+
+
 def test_a_run_is_refused_before_any_work(small_model, tmp_path):
   text = "".join(f"{number} and then {number**2}. " for number in range(2000))
   (tmp_path / "mine.txt").write_text(text)
