@@ -10,8 +10,9 @@ docs/accelerators.md is written from all that it has.
 The true compiler is an ordinary wheel (`pip install libtpu`, half a gigabyte).
 A row has `compile_cpu_s`, CPU seconds of tracing and compiling; `hbm_gb`,
 arguments, results and temporaries of a chip; `collective_gb`, what a chip
-sends; `step_s`, the compiler's own estimate of cycles over the clock and the
-bytes sent over a ring, one after the other; and `mfu`, true FLOPs of the whole
+sends; `step_s`, the compiler's own estimate of cycles over the clock, what
+kernels that tell it take at the peaks of arithmetic and memory, and the bytes
+sent over a ring, one after the other; and `mfu`, true FLOPs of the whole
 model (padding does not count) over what the chips could do in that time. The
 last two are null where nothing is claimed. Sizes are what a prune by
 a quarter leaves: `adapt`, as recorded from the paper's method on
@@ -38,6 +39,7 @@ import jax
 import tpu_programs
 from accelerator_models import MODELS, original, pruned
 from jax.experimental import topologies
+from jax.sharding import Mesh
 from tpu_hlo import cost
 
 from adapt_pruner_jax.distributed import sharding
@@ -98,19 +100,21 @@ def arguments() -> argparse.Namespace:
 
 
 FLAGS = arguments()
-# Cycles a second; bytes a second that a chip sends in a ring over one axis.
+# Cycles a second; bytes a second that a chip sends in a ring over one axis,
+# and that its memory gives.
 CHIPS = {
-  "v4": (1.05e9, 9e10),
-  "v5e": (1.5e9, 9e10),
-  "v5p": (1.75e9, 1.8e11),
-  "v6e": (1.75e9, 1.8e11),
+  "v4": (1.05e9, 9e10, 1.2e12),
+  "v5e": (1.5e9, 9e10, 8.19e11),
+  "v5p": (1.75e9, 1.8e11, 2.765e12),
+  "v6e": (1.75e9, 1.8e11, 1.64e12),
 }
 
 
-def measure(programs: list, topology: str, chips: int) -> dict:
+def measure(programs: list, topology: str, mesh: Mesh) -> dict:
   """Sums over programs that run so often each; HBM of the largest."""
   hbm, seconds, sent, computations, each = 0.0, [0.0, 0.0], {}, 0, {}
-  clock, ring = CHIPS[topology.split(":")[0]]
+  clock, ring, memory_rate = CHIPS[topology.split(":")[0]]
+  peak = devices.peak_flops(mesh.devices.flat[0])
   for name, lower, times in programs:
     begun = time.process_time()
     compiled, text = compile_with_text(lower())
@@ -122,13 +126,18 @@ def measure(programs: list, topology: str, chips: int) -> dict:
     hbm = max(hbm, own)
     if FLAGS.hlo:
       Path(FLAGS.hlo).write_text(text)
-    found = cost(text, chips)
+    found = cost(text, mesh.size)
     gigabytes = {kind: times * n / 1e9 for kind, n in found.sent.items()}
-    each[name] |= {"cycle_s": found.cycles / clock, "sent_gb": gigabytes}
+    kernels = sum(
+      n * max(flops / peak, moved / memory_rate)
+      for n, flops, moved in found.kernels
+    )
+    busy = found.cycles / clock + kernels
+    each[name] |= {"cycle_s": busy, "kernel_s": kernels, "sent_gb": gigabytes}
     computations += found.computations
     for kind, n in gigabytes.items():
       sent[kind] = sent.get(kind, 0) + n
-    seconds[0] += times * found.cycles / clock
+    seconds[0] += times * busy
     seconds[1] += sum(gigabytes.values()) * 1e9 / ring
   return {
     "hbm_gb": hbm / 1e9,
@@ -164,7 +173,7 @@ def compile_one() -> dict:
   jax.config.update("jax_enable_compilation_cache", False)
   begun = time.process_time()
   work = tpu_programs.work(FLAGS, full, model, mesh)
-  row = measure(work.programs, FLAGS.topology, mesh.size)
+  row = measure(work.programs, FLAGS.topology, mesh)
   row["compile_cpu_s"] = time.process_time() - begun
   row["hbm_gb"] += work.held / 1e9
   row["mfu"] = None

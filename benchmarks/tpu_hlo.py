@@ -36,6 +36,9 @@ COLLECTIVES = (
 SHAPE = re.compile(r"\b([a-z]+\d+|pred)\[([\d,]*)\]")
 HEAD = re.compile(r"^(ENTRY )?%([\w.\-]+) \(.*\{\s*$")
 INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%([\w.\-]+) = (.*)$")
+KERNEL = re.compile(
+  r'"cost_estimate":\{"bytes_accessed":"(\d+)","flops":"(\d+)"'
+)
 CALLED = re.compile(r"(?:to_apply|calls)=%([\w.\-]+)")
 # Fusions around a collective repeat it; these are the ones that start it.
 STARTS = re.compile(
@@ -51,11 +54,16 @@ class Cost:
     cycles: that the compiler estimates.
     sent: bytes of collectives, by kind.
     computations: how many the program has; grows with what is unrolled.
+    kernels: how often each Pallas kernel runs that says what it takes, its
+      FLOPs, and the bytes it moves; the compiler estimates no cycles of it.
   """
 
   cycles: float = 0.0
   sent: dict[str, float] = dataclasses.field(default_factory=dict)
   computations: int = 0
+  kernels: list[tuple[float, int, int]] = dataclasses.field(
+    default_factory=list
+  )
 
 
 def cost(text: str, chips: int) -> Cost:
@@ -109,6 +117,8 @@ def _add(computations, name, chips, times, found):
     else:
       if cycles := re.search(r'"estimated_cycles":"(\d+)"', tail):
         found.cycles += int(cycles[1]) * times
+      if kernel := KERNEL.search(tail):
+        found.kernels.append((times, int(kernel[2]), int(kernel[1])))
       fused = op == "fusion" and inner
       if fused and (STARTS.match(instruction) or STARTS.match(inner[1])):
         _add(computations, inner[1], chips, times, found)
@@ -124,6 +134,7 @@ def _add_dearest(computations, tail, chips, times, found):
     _add(computations, name, chips, times, costs[-1])
   dearest = max(costs, key=lambda c: c.cycles)
   found.cycles += dearest.cycles
+  found.kernels += dearest.kernels
   for kind, sent in dearest.sent.items():
     found.sent[kind] = found.sent.get(kind, 0) + sent
 

@@ -17,6 +17,7 @@ import pytest
 from adapt_pruner_jax.config import Config, Train
 from adapt_pruner_jax.distributed import sharding
 from adapt_pruner_jax.planning import arrays, compiling, memory
+from adapt_pruner_jax.pruning import passes
 from adapt_pruner_jax.training import stacking, step
 from tests import small
 
@@ -119,13 +120,23 @@ def test_a_distilled_step(mesh):
 
 
 @pytest.mark.slow
-def test_a_scoring_pass(mesh):
+@pytest.mark.parametrize("hosted", [False, True])
+def test_a_scoring_pass(mesh, monkeypatch, hosted):
+  """Nothing of it is there twice, to overlap two layers, and what layers are
+  given lies in the host's memory if it shall."""
+  monkeypatch.setattr(passes, "a_pass", lambda *_: passes.Pass(3, hosted))
   config = Config()
-  config.prune.method, config.model.dtype = "fisher", "bfloat16"
+  config.prune.method, config.model.dtype = "adapt", "bfloat16"
   config.calibration.samples, config.calibration.seq_len = 3 * B, T
   config.calibration.batch = B
   lowered, shape, _ = memory.lower_scoring(
     config, CONFIG, mesh, jax.numpy.dtype("bfloat16")
   )
-  assert shape[1:] == (B, T)
-  check(lowered.compile(), 20e6, 800)
+  assert shape == (3, B, T)
+  compiled = lowered.compile()
+  check(compiled, 20e6, 800)
+  given = 2 * CONFIG.num_layers * 3 * B * T * CONFIG.hidden_size * 2 / mesh.size
+  in_host = compiled.memory_analysis().host_temp_size_in_bytes
+  assert given * hosted <= in_host <= 1.1 * given * hosted
+  kernels = re.findall(r"%(splash_\w+)\S* = ", compiled.as_text())
+  assert len(kernels) == 3

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from adapt_pruner_jax.distributed.sharding import BATCH, replicated
@@ -21,6 +22,41 @@ def fetched(tree: Any) -> Any:
     return jax.device_put(x, jax.memory.Space.Device)
 
   return jax.tree.map(one, tree)
+
+
+def has_host_memory(mesh: Mesh) -> bool:
+  """Whether programs may keep arrays there: those of TPUs."""
+  return mesh.devices.flat[0].platform == "tpu"
+
+
+def hosted_options(mesh: Mesh) -> dict[str, str] | None:
+  """What XLA is told of programs that put arrays away: not to write loops down
+  twice, which it does to move the arrays of the next turn meanwhile."""
+  if not has_host_memory(mesh):
+    return None
+  return {"xla_tpu_pipeline_memory_host_transfers": "false"}
+
+
+def put_away(x: jax.Array) -> jax.Array:
+  """Within `jit`: in the host's memory, from which `taken_out` brings it."""
+  return jax.device_put(_plain(x), jax.memory.Space.Host)
+
+
+def taken_out(x: jax.Array) -> jax.Array:
+  """Within `jit`: what was put away, on the device."""
+  return _plain(fetched(x))
+
+
+def in_turn(later: Any, now: Any) -> tuple[Any, Any]:
+  """Within `jit`: both; the first is not fetched before the second is there,
+  while memory is needed for what comes before."""
+  return jax.lax.optimization_barrier((later, now))
+
+
+def _plain(x: jax.Array) -> jax.Array:
+  """In the order of its dims: of two orders, XLA would make a copy of all that
+  was put away."""
+  return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
 
 
 def streamed(where: NamedSharding, rank: int) -> NamedSharding:

@@ -9,6 +9,7 @@ Pure functions of weights, below everything else in the package:
   kernels       which implementation of attention runs; splash for TPUs
   cudnn         cuDNN's attention, of packed rows too
   experts       mixture of experts: the router, the balance
+  deal          tokens to the rows of their experts, and back
   exchange      rows go to the devices of their experts, and back
   grouped       products of rows with the matrix of their group
   heads         the attention of a layer, and norms

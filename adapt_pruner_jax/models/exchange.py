@@ -11,6 +11,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from adapt_pruner_jax.models import deal
+
 AXIS = "expert"
 
 
@@ -20,10 +22,12 @@ class Sent(NamedTuple):
   Attributes:
     counts_NX: rows that each device of the axis has for each expert.
     order_R: at which place of those that came each row is, sorted by expert.
+    row_R: and the other way.
   """
 
   counts_NX: jax.Array
   order_R: jax.Array
+  row_R: jax.Array
 
 
 class Arrived(NamedTuple):
@@ -61,9 +65,11 @@ def there(rows_PD: jax.Array, sizes_X: jax.Array, devices: int) -> Arrived:
   which_R = jnp.searchsorted(ends, jnp.arange(room), side="right")
   expert_R = jnp.where(which_R < len(ends), which_R % own, own)
   order_R = jnp.argsort(expert_R, stable=True)
+  row_R = jnp.zeros_like(order_R).at[order_R].set(jnp.arange(room))
   expert_R = jnp.minimum(expert_R[order_R], own - 1)
-  sent = Sent(counts_NX, order_R)
-  return Arrived(came_RD[order_R], expert_R, own_NX.sum(0), sent)
+  rows_RD = deal.to_rows(came_RD, order_R, row_R[:, None])
+  sent = Sent(counts_NX, order_R, row_R)
+  return Arrived(rows_RD, expert_R, own_NX.sum(0), sent)
 
 
 def back(said_RE: jax.Array, sent: Sent, devices: int) -> jax.Array:
@@ -74,7 +80,7 @@ def back(said_RE: jax.Array, sent: Sent, devices: int) -> jax.Array:
     sent: from `there`.
     devices: of the axis.
   """
-  said_RE = jnp.zeros_like(said_RE).at[sent.order_R].set(said_RE)
+  said_RE = deal.to_tokens(said_RE, sent.order_R, sent.row_R[:, None])
   rows = len(said_RE) // devices
   zeros = jnp.zeros((rows, said_RE.shape[1]), said_RE.dtype)
   return _swap(said_RE, zeros, _between(sent.counts_NX, devices).swapaxes(0, 1))

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
-from adapt_pruner_jax.models import exchange, grouped
+from adapt_pruner_jax.models import deal, exchange, grouped
 from adapt_pruner_jax.models.arithmetic import ACTIVATIONS, project
 from adapt_pruner_jax.models.axes import BATCH, Params
 from adapt_pruner_jax.models.model_config import ModelConfig
@@ -64,6 +64,7 @@ class Routed:
     weight_P: the router's, of each row.
     expert_P: whose row it is, rising.
     token_P: which token it is.
+    row_Tk: the rows of each token.
     sizes_X: rows of each expert.
     probabilities_TX: of all experts, float32, tokens flat.
     chosen_P: to which expert each row goes; `expert_P` if none is sent.
@@ -76,6 +77,7 @@ class Routed:
   weight_P: jax.Array
   expert_P: jax.Array
   token_P: jax.Array
+  row_Tk: jax.Array
   sizes_X: jax.Array
   probabilities_TX: jax.Array
   chosen_P: jax.Array
@@ -112,9 +114,9 @@ def read(
   if mesh is not None:
     channels = _channels(mesh, weights["moe_up"].shape[-1])
     cut = {n: _cut(n, mesh, channels) for n in weights}
-    made = Routed(PartitionSpec(BATCH, channels), *(ROWS,) * 6)
+    made = Routed(PartitionSpec(BATCH, channels), *(ROWS,) * 7)
     if _parts(mesh) > 1:
-      made = made.replace(sent=exchange.Sent(ROWS, ROWS))
+      made = made.replace(sent=exchange.Sent(*(ROWS,) * 3))
     run = _alone(run, mesh, (cut, ROWS), made)
   return run(weights, h_BTD).replace(mesh=mesh, beside_TE=beside_TE)
 
@@ -145,7 +147,10 @@ def _read(config, parts, weights, h_BTD):
   order = jnp.argsort(flat, stable=True)
   token_P = order // config.experts_per_token
   sizes_X = jnp.bincount(flat, length=config.experts).astype(jnp.int32)
-  chosen_P, rows_PD, sent = flat[order], h_TD[token_P], None
+  row_P = jnp.zeros_like(order).at[order].set(jnp.arange(len(order)))
+  row_Tk = row_P.reshape(expert_Tk.shape)
+  chosen_P, sent = flat[order], None
+  rows_PD = deal.to_rows(h_TD, token_P, row_Tk)
   own_P, first = chosen_P, 0
   if parts > 1:
     came = exchange.there(rows_PD, sizes_X, parts)
@@ -156,6 +161,7 @@ def _read(config, parts, weights, h_BTD):
     weight_P=weight_Tk.reshape(-1)[order],
     expert_P=first + own_P,
     token_P=token_P,
+    row_Tk=row_Tk,
     sizes_X=sizes_X,
     probabilities_TX=probabilities_TX,
     chosen_P=chosen_P,
@@ -256,8 +262,7 @@ def _write(routed, down_XFE, parts=1):
   if parts > 1:
     said_PE = exchange.back(said_PE, routed.sent, parts)
   said_PE = said_PE * routed.weight_P[:, None]
-  shape = len(routed.probabilities_TX), said_PE.shape[-1]
-  return jnp.zeros(shape, said_PE.dtype).at[routed.token_P].add(said_PE)
+  return deal.to_tokens(said_PE, routed.token_P, routed.row_Tk)
 
 
 def _biases(routed, bias_XE):

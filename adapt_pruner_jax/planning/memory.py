@@ -256,13 +256,15 @@ def lower_scoring(
   batch = passes.batch_of(recipe.batch, recipe.samples, mesh, how)
   rows = passes.one_minibatch(shape, batch, mesh)
   handed_on = lambda: passes.sums(programs, (*model, *rows), how)
-  most = passes.minibatches(
+  most, hosted = passes.a_pass(
     full,
     arrays.weight_dtype(config),
     *(shape, batch, recipe.pass_tokens),
     mesh,
     handed_on,
   )
+  if hosted:
+    programs, how["hosted"] = programs.hosted(mesh), True
   nobody = np.zeros(shape, np.int32)
   tokens_MBT, valid_MB = placement.passes(nobody, batch, mesh, most)[0]
   M, B, T = tokens_MBT.shape

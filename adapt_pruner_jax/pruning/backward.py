@@ -37,6 +37,7 @@ class Stacked:
     masks: {"K": bool [L, K], "F": bool [L, F]}, the units that are left.
     mesh: devices that minibatches are cut over; None = wherever they are.
     attention: as `prune.attention`.
+    hosted: the stream in front of each half is stored in the host's memory.
   """
 
   config: ModelConfig
@@ -44,6 +45,7 @@ class Stacked:
   masks: dict[str, jax.Array]
   mesh: Mesh | None = None
   attention: str = "auto"
+  hosted: bool = False
 
 
 def walk(
@@ -228,7 +230,10 @@ def _forward(model: Stacked, rows: _Rows, observe) -> Callable:
     like = jax.eval_shape(lambda: jax.tree.map(_of_all(share_MB), observed()))
     minibatches = x_MBTD, share_MB
     (mid, out), found = rows.run(walk_through, minibatches, layer, like)
-    return rows.cut(out), (x_MBTD, rows.cut(mid), found)
+    streams = x_MBTD, rows.cut(mid)
+    if model.hosted:
+      streams = jax.tree.map(placement.put_away, streams)
+    return rows.cut(out), (*streams, found)
 
   return forward
 
@@ -249,12 +254,16 @@ def _backward(
   def back(unit, minibatches, given):
     layer, begin, rows_M = given
     half = _half(unit, model, rows, layer)
+    x_MBTD, *behind = minibatches
 
-    def add(sums, minibatch):
-      return visitor.add(half, sums, *minibatch)
+    def add(so_far, minibatch):
+      (sums, x_MBTD), (m, *behind) = so_far, minibatch
+      sums, dx_BTD = visitor.add(half, sums, x_MBTD[m], *behind)
+      return (sums, x_MBTD.at[m].set(dx_BTD)), None  # its gradient's place
 
     begin = visitor.start(half) if begin is None else begin
-    sums, dx_MBTD = jax.lax.scan(add, begin, (*minibatches, rows_M))
+    each = jnp.arange(len(x_MBTD)), *behind, rows_M
+    (sums, dx_MBTD), _ = jax.lax.scan(add, (begin, x_MBTD), each)
     return dx_MBTD, sums
 
   def backward(carry, xs):
@@ -262,13 +271,16 @@ def _backward(
     layer = placement.fetched(layer)
     kept, before = {}, dict(before)
     for unit in reversed(UNITS):
-      half = _half(unit, model, rows, layer)
+      half, x_MBTD = _half(unit, model, rows, layer), streams[unit]
+      if model.hosted:
+        x_MBTD, dx_MBTD = placement.in_turn(x_MBTD, dx_MBTD)
+        x_MBTD = placement.taken_out(x_MBTD)
       earlier = jax.tree.map(lambda b: b[i], before.get(unit))
       # Alone, a device goes on adding, as if there were just one walk.
       begin = earlier if not rows.axes else None
       dx_MBTD, sums = rows.run(
         partial(back, unit),
-        (streams[unit], dx_MBTD, rows.valid_MB),
+        (x_MBTD, dx_MBTD, rows.valid_MB),
         (layer, begin, rows_M),
         jax.eval_shape(lambda half=half: visitor.start(half)),
       )

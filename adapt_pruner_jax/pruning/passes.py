@@ -4,6 +4,10 @@ A walk (`backward`) keeps what each layer is given, 2 L D numbers a token. So a
 program takes at most `calibration.pass_tokens` tokens, whole minibatches of
 them, and hands on what it has summed: the last one makes scores of it. On one
 device that is the same sum in the same order as in one pass.
+
+On TPUs the host keeps what layers are given, where a device would keep more of
+it than of those sums: each device has one layer's at a time, and one pass does,
+which gathers weights and reduces sums once.
 """
 
 import math
@@ -23,7 +27,22 @@ from adapt_pruner_jax.pruning import backward, surgery
 from adapt_pruner_jax.pruning.surgery import Masks
 from adapt_pruner_jax.pruning.task import Masked
 
-KEPT_BYTES = 1 << 29  # of what layers are given, on a device, by default
+# Of what layers are given, by default: on a device, and for each device in the
+# host's memory, which is half of what a v5e's host has for a chip.
+KEPT_BYTES = 1 << 29
+HOSTED_BYTES = 24 << 30
+
+
+class Pass(NamedTuple):
+  """How much a program takes.
+
+  Attributes:
+    minibatches: at least one.
+    hosted: as `backward.Stacked`'s.
+  """
+
+  minibatches: int
+  hosted: bool = False
 
 
 class Programs(NamedTuple):
@@ -32,10 +51,13 @@ class Programs(NamedTuple):
   Attributes:
     whole: goes through minibatches and ends with scores.
     part: hands its sums on; they are donated.
+    hosted: of a mesh, the two as they are compiled where the host keeps what
+      layers are given.
   """
 
   whole: Callable[..., dict]
   part: Callable[..., dict]
+  hosted: Callable[[Mesh], "Programs"] | None = None
 
 
 def programs(step: Callable[..., dict], *static: str) -> Programs:
@@ -43,14 +65,20 @@ def programs(step: Callable[..., dict], *static: str) -> Programs:
 
   Args:
     step: takes (config, stacked, masks, tokens_MBT, valid_MB), and by name
-      mesh, attention, and before and last of `backward.walk`.
+      mesh, attention, hosted, and before and last of `backward.walk`.
     static: names of other arguments that are no arrays.
   """
-  names = ("config", "mesh", "attention", "last", *static)
-  part = jax.jit(step, static_argnames=names, donate_argnames="before")
-  return Programs(
-    jax.jit(step, static_argnames=names), partial(part, last=False)
-  )
+  names = ("config", "mesh", "attention", "hosted", "last", *static)
+
+  def compiled(mesh=None):
+    options = mesh and placement.hosted_options(mesh)
+    jitted = partial(
+      jax.jit, step, static_argnames=names, compiler_options=options
+    )
+    part = jitted(donate_argnames="before")
+    return Programs(jitted(), partial(part, last=False))
+
+  return compiled()._replace(hosted=cache(compiled))
 
 
 def scored(visitor: Callable[..., backward.Visitor], *static: str) -> Programs:
@@ -59,10 +87,10 @@ def scored(visitor: Callable[..., backward.Visitor], *static: str) -> Programs:
   Its programs take equal layers (`surgery.dense`), what `surgery.expand` gives,
   masks {"K": bool [L, K], "F": bool [L, F]} of the units that are left, M
   minibatches of B sequences, and valid_MB, False for rows that only pad; by
-  name mesh, attention as `prune.attention`, `before` and `last` of
-  `backward.walk`, and what `static` names. They return loss_M, the mean over
-  each minibatch's predictions, and scores, those of masked units meaning
-  nothing; or, if it is not the last walk, the sums so far.
+  name mesh, attention as `prune.attention`, `hosted` of `backward.Stacked`,
+  `before` and `last` of `backward.walk`, and what `static` names. They return
+  loss_M, the mean over each minibatch's predictions, and scores, those of
+  masked units meaning nothing; or, if it is not the last walk, the sums so far.
 
   Args:
     visitor: of the tokens of a row, the mesh, and what `static` names.
@@ -78,11 +106,13 @@ def scored(visitor: Callable[..., backward.Visitor], *static: str) -> Programs:
     *,
     mesh: Mesh,
     attention: str = "auto",
+    hosted: bool = False,
     before: backward.Sums | None = None,
     last: bool = True,
     **how: Any,
   ) -> dict:
-    model = backward.Stacked(config, stacked, masks, mesh, attention)
+    where = mesh, attention, hosted
+    model = backward.Stacked(config, stacked, masks, *where)
     own = visitor(tokens_MBT.shape[-1], mesh, **how)
     return backward.scored(model, tokens_MBT, valid_MB, own, before, last)
 
@@ -115,7 +145,7 @@ def run(
   batch = batch_of(task.batch, len(tokens_NT), task.mesh, how)
   rows = one_minibatch(tokens_NT.shape, batch, task.mesh)
   handed_on = cache(lambda: sums(programs, (*model, *rows), how))
-  most = minibatches(
+  most, hosted = a_pass(
     task.full,
     masked.stacked["embedding"].dtype,
     tokens_NT.shape,
@@ -124,6 +154,8 @@ def run(
     task.mesh,
     handed_on,
   )
+  if hosted:
+    programs, how["hosted"] = programs.hosted(task.mesh), True
   parts = placement.passes(tokens_NT, batch, task.mesh, most)
   so_far, found = None, []
   for number, (tokens_MBT, valid_MB) in enumerate(parts, 1):
@@ -162,7 +194,7 @@ def batch_of(batch: int, samples: int, mesh: Mesh, how: dict) -> int:
   return placement.together(batch, samples, mesh)
 
 
-def minibatches(
+def a_pass(
   full: ModelConfig,
   dtype: np.dtype,
   shape_NT: tuple[int, int],
@@ -170,16 +202,16 @@ def minibatches(
   pass_tokens: int,
   mesh: Mesh,
   handed_on: Callable[[], Any] = lambda: None,
-) -> int:
-  """How many a pass takes, at least one.
+) -> Pass:
+  """How many minibatches one takes, and where it keeps what layers are given.
 
   Args:
     full: the model.
     dtype: of its residual stream.
     shape_NT: of the calibration tokens.
     batch, pass_tokens: as `calibration`'s; 0 tokens = those for which what
-      layers are given takes `KEPT_BYTES` on a device, or all, if that takes
-      no more than what passes would hand on.
+      layers are given takes `KEPT_BYTES` on a device; or all, if that takes
+      no more than what passes would hand on; or, on TPUs, `HOSTED_BYTES`.
     mesh: the devices.
     handed_on: `sums`, asked only if one pass may do.
   """
@@ -187,12 +219,16 @@ def minibatches(
   rows = placement.padded_rows(min(batch, N), mesh)
   parts = each_device.parts_of(mesh, each_device.row_axes(mesh, rows))
   a_token = 2 * full.num_layers * full.hidden_size * np.dtype(dtype).itemsize
-  tokens, all_of_them = KEPT_BYTES * parts // a_token, -(-N // rows) * rows * T
+  fitting = lambda size: size * parts // a_token
+  tokens, all_of_them = fitting(KEPT_BYTES), -(-N // rows) * rows * T
+  hosted = False
   if pass_tokens:
     tokens = pass_tokens
-  elif tokens < all_of_them <= _bytes(handed_on()) * parts // a_token:
+  elif tokens < all_of_them <= fitting(_bytes(handed_on())):
     tokens = all_of_them
-  return max(1, tokens // (rows * T))
+  elif tokens < all_of_them and placement.has_host_memory(mesh):
+    tokens, hosted = fitting(HOSTED_BYTES), True
+  return Pass(max(1, tokens // (rows * T)), hosted)
 
 
 def one_minibatch(
@@ -201,7 +237,7 @@ def one_minibatch(
   """Shapes of tokens_MBT and valid_MB, M being 1.
 
   Args:
-    shape_NT, batch, mesh: as of `minibatches`.
+    shape_NT, batch, mesh: as of `a_pass`.
   """
   N, T = shape_NT
   rows = placement.padded_rows(min(batch, N), mesh)

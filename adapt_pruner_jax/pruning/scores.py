@@ -97,6 +97,7 @@ def _measure_step(
   measure: str,
   mesh: Mesh | None = None,
   attention: str = "auto",
+  hosted: bool = False,
   before: backward.Sums | None = None,
   last: bool = True,
 ) -> dict:
@@ -112,6 +113,7 @@ def _measure_step(
     measure: one of config.CHOICES["prune.layer_importance"].
     mesh: devices that the batch is cut over.
     attention: as `prune.attention`.
+    hosted: as `backward.Stacked`'s.
     before, last: as `backward.walk`'s.
 
   Returns:
@@ -122,7 +124,7 @@ def _measure_step(
   rows_M1 = jnp.maximum(jnp.sum(valid_MB, axis=1, keepdims=True), 1)
   tokens_share_MB = valid_MB / rows_M1
   found = backward.walk(
-    backward.Stacked(config, stacked, masks, mesh, attention),
+    backward.Stacked(config, stacked, masks, mesh, attention, hosted),
     tokens_MBT,
     valid_MB,
     tokens_share_MB,

@@ -22,6 +22,7 @@ HloModule step
 %body (p: (s32[], f32[8])) -> (s32[], f32[8]) {
   %whole = bf16[1024]{0} all-gather(%x), replica_groups=[1,8]<=[8]
   %f = f32[8]{0} fusion(%b), calls=%fused, COST=70
+  %k = f32[8]{0} custom-call(%b), custom_call_target="tpu_custom_call", KERNEL
   ROOT %t = (s32[], f32[8]{0}) tuple(%i, %f)
 }
 
@@ -50,8 +51,11 @@ def tpu_hlo(monkeypatch):
 
 def test_loops_count_each_time_and_fused_collectives_once(tpu_hlo):
   estimate = r'backend_config={"estimated_cycles":"\1"}'
-  found = tpu_hlo.cost(re.sub(r"COST=(\d+)", estimate, PROGRAM), chips=8)
+  kernel = '{"cost_estimate":{"bytes_accessed":"20","flops":"300"}}'
+  program = re.sub(r"COST=(\d+)", estimate, PROGRAM)
+  found = tpu_hlo.cost(program.replace("KERNEL", kernel), chips=8)
   assert found.cycles == 5 * 70 + 9
+  assert found.kernels == [(5, 300, 20)]
   assert found.sent == {
     "all-gather": 5 * 2048 * 7 / 8,
     "reduce-scatter": 256 * 3 / 4,

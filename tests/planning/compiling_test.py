@@ -23,6 +23,7 @@ TOLD = [
   row
   for line in (ROOT / "benchmarks" / "tpu_compile.jsonl").open()
   if (row := json.loads(line))["program"] == "train"
+  and row.get("expert", 1) == 1
 ]
 
 

@@ -61,6 +61,13 @@ def test_passes_give_the_same_to_the_last_bit(score):
     np.testing.assert_array_equal(three.scores[u], scores_LU)
 
 
+def test_streams_in_the_hosts_memory_are_the_same_to_the_last_bit(monkeypatch):
+  one = measured("taylor", N * T)
+  monkeypatch.setattr(passes, "a_pass", lambda *_: passes.Pass(N, hosted=True))
+  hosted = measured("taylor", 0)
+  jax.tree.map(np.testing.assert_array_equal, vars(hosted), vars(one))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("score", ["taylor", "curvature"])
 def test_on_eight_devices(score):
@@ -88,10 +95,23 @@ def test_a_pass_is_what_fills_the_memory():
     small.CONFIG, hidden_size=4096, kv_groups=(8,) * 32, ffn_widths=(64,) * 32
   )
   mesh, kind = sharding.make_mesh(), jnp.dtype("bfloat16")
-  most = functools.partial(passes.minibatches, full, kind, mesh=mesh)
-  assert most((512, 64), 32, 0) * 32 * 64 == 8192
-  assert most((512, 64), 32, 4096) == 2
-  assert most((512, 2048), 32, 0) == 1  # a minibatch, whatever it takes
+  most = functools.partial(passes.a_pass, full, kind, mesh=mesh)
+  assert most((512, 64), 32, 0).minibatches * 32 * 64 == 8192
+  assert most((512, 64), 32, 4096) == (2, False)
+  assert most((512, 2048), 32, 0) == (1, False)  # whatever it takes
+
+
+def test_the_host_of_tpus_keeps_more(monkeypatch):
+  """Qwen3-30B-A3B in bfloat16: 24 GiB a device are 2^16 tokens."""
+  monkeypatch.setattr(placement, "has_host_memory", lambda mesh: True)
+  full = dataclasses.replace(
+    small.CONFIG, hidden_size=2048, kv_groups=(8,) * 48, ffn_widths=(64,) * 48
+  )
+  mesh, kind = sharding.make_mesh(), jnp.dtype("bfloat16")
+  most = functools.partial(passes.a_pass, full, kind, mesh=mesh)
+  assert most((512, 2048), 16, 0) == (16, True)  # half of them, on eight
+  assert most((8, 1024), 8, 0) == (1, False)  # fits a device
+  assert most((512, 2048), 16, 2**17) == (4, False)
 
 
 def test_one_pass_is_taken_where_it_holds_no_more_than_the_sums():
@@ -105,7 +125,7 @@ def test_one_pass_is_taken_where_it_holds_no_more_than_the_sums():
   def tokens(handed_on):
     sums = lambda: jax.ShapeDtypeStruct((handed_on,), jnp.dtype("int8"))
     given = full, kind, (512, 64), 32, 0, mesh, sums
-    return passes.minibatches(*given) * 32 * 64
+    return passes.a_pass(*given).minibatches * 32 * 64
 
   assert tokens(2**31) == 32768
   assert tokens(2**31 - 2**19) == 8192
