@@ -452,7 +452,7 @@ def test_families_that_refuse_by_name():
     ("smollm3", {"no_rope_layers": [1]}, "no_rope_layers must name 3 layers"),
     (
       "qwen2",
-      {"max_window_layers": None},
+      {"use_sliding_window": True, "max_window_layers": None},
       "max_window_layers=None must be int",
     ),
     ("phi3", {"rope_scaling": {"type": "linear"}}, "rope type linear"),
