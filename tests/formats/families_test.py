@@ -170,6 +170,15 @@ def test_a_published_qwen3_5():
   assert model_config.count_params(config) == counted
 
 
+def test_a_qwen3_5_without_delta_nets():
+  """What is written is read again, and means as much to Transformers."""
+  kinds = {"layer_types": ["full_attention"] * 3, "linear_num_value_heads": 48}
+  config = config_json.read(zoo.BASE | kinds | {"model_type": "qwen3_5_text"})
+  written = config_json.write(config)
+  assert config_json.read(written) == config
+  assert transformers.AutoConfig.for_model(**written).linear_num_key_heads == 1
+
+
 def test_exaone_without_windows_turns_everywhere():
   fields = {**zoo.BASE, "model_type": "exaone4", "sliding_window": None}
   with pytest.raises(UserError, match="sliding_window=None must be at least"):
@@ -342,6 +351,10 @@ def refusal(**changes):
     ({"hidden_size": "32"}, ["hidden_size='32' must be int"]),
     ({"num_hidden_layers": 0}, ["num_hidden_layers=0 must be from 1"]),
     ({"vocab_size": True}, ["vocab_size=True must be int"]),
+    ({"rms_norm_eps": float("nan")}, ["rms_norm_eps=nan must be finite"]),
+    ({"mlp_bias": "no"}, ["mlp_bias='no' must be bool"]),
+    ({"extra_biases": 1}, ["extra_biases=1 must be list"]),
+    ({"extra_biases": ["mlp.x"]}, ["names mlp.x, which has none in llama"]),
     ({"tie_word_embeddings": "no"}, ["tie_word_embeddings='no' must be bool"]),
     ({"num_key_value_heads": 3}, ["8 heads on 3 key/value heads"]),
     ({"per_layer_config": {"9": {}}}, ["per_layer_config has no layer 9"]),
@@ -424,9 +437,24 @@ def test_families_that_refuse_by_name():
     ("qwen3_5_text", {"attn_output_gate": False}, "attn_output_gate=False"),
     ("qwen3_5_text", {"output_gate_type": "sigmoid"}, "output_gate_type=sigm"),
     ("phi", {"qk_layernorm": True}, "qk_layernorm=True is not supported"),
+    (
+      "phi",
+      {"rope_scaling": {"type": "proportional"}},
+      "rope type proportional is not supported in phi",
+    ),
+    (
+      "stablelm",
+      {"head_dim": 8, "rope_scaling": {"type": "dynamic", "factor": 2}},
+      "a rope of these numbers makes no sense",
+    ),
     ("cohere2", {"layer_switch": 3}, "layer_switch=3 is not known"),
     ("cohere", {"use_qk_norm": True}, "use_qk_norm=True is not supported"),
     ("smollm3", {"no_rope_layers": [1]}, "no_rope_layers must name 3 layers"),
+    (
+      "qwen2",
+      {"use_sliding_window": True, "max_window_layers": None},
+      "max_window_layers=None must be int",
+    ),
     ("phi3", {"rope_scaling": {"type": "linear"}}, "rope type linear"),
     ("olmoe", {"clip_qkv": 8.0}, "clip_qkv=8.0 is not supported in olmoe"),
     ("qwen3_moe", {"mlp_only_layers": [1]}, "mlp_only_layers=\\[1\\] is not"),

@@ -83,7 +83,10 @@ CASES = {
     },
   ),
   "mistral": ("mistral", {"sliding_window": 8, "head_dim": 16}),
-  "ministral": ("ministral", {"sliding_window": 8, "layer_types": KINDS}),
+  "ministral": (
+    "ministral",
+    {"sliding_window": 8, "layer_types": KINDS, "head_dim": 16},
+  ),
   "qwen2": ("qwen2", {"tie_word_embeddings": True}),
   "qwen2_window": (
     "qwen2",

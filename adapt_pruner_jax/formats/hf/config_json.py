@@ -91,9 +91,9 @@ def read(
   }
   if values["activation"] == "xielu" and "xielu_eps" not in family.tensors:
     raise UserError(f"{path}: {name} models have no activation xielu")
-  values |= layers.read_sizes(raw, family, path) | layers.read_biases(
-    raw, family
-  )
+  layers.check_biases(raw, family, path)
+  values |= layers.read_sizes(raw, family, path)
+  values |= layers.read_biases(raw, family)
   layers.check_experts(values, path)
   values |= ropes.read(raw, family, values["head_dim"], path)
   L = len(values["kv_groups"])

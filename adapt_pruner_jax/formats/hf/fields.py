@@ -4,6 +4,7 @@ function must never be passed over.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -193,8 +194,10 @@ def value(raw: Raw, name: str, path: str) -> Any:
 
 
 def require(found: Any, types: tuple[type, ...], name: str, path: str) -> None:
-  """Raises a UserError unless `found` has one of `types`."""
+  """Raises a UserError unless `found` has one of `types`, and is finite."""
   good = isinstance(found, types)
+  if isinstance(found, float) and not math.isfinite(found):
+    raise UserError(f"{path}: {name}={found} must be finite")
   if isinstance(found, bool) and bool not in types:
     good = False
   if not good:

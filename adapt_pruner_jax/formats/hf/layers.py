@@ -10,7 +10,7 @@ from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.formats.hf import kinds
 from adapt_pruner_jax.formats.hf.families import FAMILIES
 from adapt_pruner_jax.formats.hf.family import Family
-from adapt_pruner_jax.formats.hf.fields import Raw, mapping, require
+from adapt_pruner_jax.formats.hf.fields import NONE, Raw, mapping, require
 from adapt_pruner_jax.models.model_config import ModelConfig
 
 HEADS, GROUPS, WIDTH = SIZES = (
@@ -23,6 +23,8 @@ SKIP, HALVES = "skip", ("attention", "mlp")
 # Fields of such an export: sizes by layer, and the modules below a layer that
 # have a bias that the family's class has not.
 OWN = ("per_layer_config", "extra_biases")
+BIASES = {"attention_bias", "mlp_bias", "attention_out_bias"}
+BIASES |= {"use_qkv_bias", "use_bias"}
 EXTRA_BIASES = {"o": "o_bias", "down": "down_bias"}
 # Larger ones are damage, and would fill the memory before it shows.
 MAX_LAYERS, MAX_SIZE = 10_000, 2**31 - 1
@@ -88,6 +90,21 @@ def read_biases(raw: Raw, family: Family) -> dict[str, bool]:
     "gate_up_bias": mlp,
     "down_bias": mlp or family.module_of("down") in extra,
   }
+
+
+def check_biases(raw: Raw, family: Family, path: str) -> None:
+  """Raises a UserError unless `read_biases` can read them."""
+  for name in BIASES & {*family.fields}:
+    require(raw[name], (bool, NONE), name, path)
+  extra = raw.get("extra_biases")
+  require(extra, (list, NONE), "extra_biases", path)
+  known = [family.module_of(matrix) for matrix in EXTRA_BIASES]
+  for module in extra or ():
+    if module not in known:
+      raise UserError(
+        f"{path}: extra_biases names {module}, which has none in "
+        f"{family.module}; {' and '.join(known)} may have"
+      )
 
 
 def write_biases(config: ModelConfig) -> dict[str, bool]:
@@ -237,7 +254,8 @@ def write_sizes(config: ModelConfig) -> dict[str, Any]:
   of equal layers.
   """
   if is_stock(config):
-    groups = config.most_groups(0), config.most_groups(1)
+    # Of delta nets one group at least: a class wants it where there is none.
+    groups = config.most_groups(0), max(config.most_groups(1), 1)
     return _sizes(config, config.ffn_widths[0], *groups)
   digits = len(str(config.num_layers - 1))  # so that the keys sort
   own = FAMILIES[config.family].renamed

@@ -8,7 +8,7 @@ from adapt_pruner_jax.formats.hf.defaults import (
   NO_IDS,
   SILU,
 )
-from adapt_pruner_jax.formats.hf.family import Family
+from adapt_pruner_jax.formats.hf.family import ROPES, Family
 from adapt_pruner_jax.formats.hf.tensor_names import (
   APERTUS,
   DELTA_NET,
@@ -48,6 +48,8 @@ COHERE = {
   "pad_token_id": 0,
   "logit_scale": 0.0625,
 }
+# Of classes that rotate the share of a head that the config says.
+SHARE_ROPES = tuple(kind for kind in ROPES if kind != "proportional")
 COHERE_FIXED = {"norm": "layer", "parallel": True, "shared_norm": True}
 MORE = {
   # Ministral 8B
@@ -185,6 +187,7 @@ MORE = {
     tensors=LAYER | NORM_BIASES | PHI,
     outer=OUTER_PHI,
     renamed={"rms_norm_eps": "layer_norm_eps"},
+    ropes=SHARE_ROPES,
   ),
   "stablelm": Family(
     "stablelm",
@@ -205,6 +208,7 @@ MORE = {
     tensors=LAYER | NORM_BIASES,
     outer=OUTER | {"final_norm_bias": "model.norm.bias"},
     renamed={"rms_norm_eps": "layer_norm_eps"},
+    ropes=SHARE_ROPES,
     bias_of_o=False,
   ),
   "exaone4": Family(

@@ -214,6 +214,7 @@ def _check_numbers(rope: Rope, head_dim: int, path: str) -> None:
   stretched = rope.kind == "dynamic" or rope.kind in STRETCHED
   good = rope.factor > 0 and rope.theta > 0
   good &= not stretched or rope.original_context > 0
+  good &= rope.kind != "dynamic" or rotated > 2
   if rope.kind == "yarn":
     good &= rope.theta > 1 and min(rope.beta_fast, rope.beta_slow) > 0
   if rope.kind == "longrope" and rope.factor > 1:

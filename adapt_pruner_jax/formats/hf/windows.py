@@ -47,7 +47,9 @@ def read(
   elif family.windows in ("all", "each"):
     slides = [True] * L
   elif family.windows == "last":
-    slides = [i >= raw["max_window_layers"] for i in range(L)]
+    first = raw["max_window_layers"] if size else L
+    require(first, (int,), "max_window_layers", path)
+    slides = [i >= first for i in range(L)]
   elif family.windows == "nope":
     slides = list(map(bool, nope or (0,) * L))
   else:
