@@ -11,6 +11,7 @@ ends            what is before and behind the layers of that walk
 visitor         what it visits, and what it brings back
 passes          scores in parts, so that memory does not grow
 allotment       how much goes where: adapt, uniform, one ranking
+one_width       as much of each layer, so that all have one width
 search          how much goes where, tried out on the masked model
 schedule        Adapt-Pruner's schedule, targets of stages
 budgets         what a target is counted in, and what a unit takes of it

@@ -1,9 +1,8 @@
-"""How much of each module goes in a step: four ways, for any unit score.
+"""How much of each module goes in a step: three ways, for any unit score.
 
-adapt      the paper's schedule: more where a layer turns its input less
-uniform    the same share of every module
-ranking    one ranking of all units by score per parameter
-one_width  the same, where what goes of one layer goes of all
+adapt    the paper's schedule: more where a layer turns its input less
+uniform  the same share of every module
+ranking  one ranking of all units by score per parameter
 """
 
 import dataclasses
@@ -171,7 +170,6 @@ def by_ratio(
 def ranking(masked: Masked, measured: Measured) -> Allotted:
   """The units that are worth least per parameter, wherever they are.
 
-  With `prune.allotment=one_width` all layers lose as many, each its own worst.
   A step removes `prune.ranking.step_size` of the original's parameters, and at
   most `prune.ranking.cap` of a module's units, which keeps the assumption of
   independent units honest.
@@ -180,33 +178,44 @@ def ranking(masked: Masked, measured: Measured) -> Allotted:
     UserError: no module may lose a unit any more.
   """
   task, settings, full = masked.task, masked.task.settings, masked.task.full
-  size = budgets.count(full, settings)
-  now = budgets.of_widths(full, surgery.widths(masked.masks), settings)
   counts = choose(
     full,
     measured.scores,
     masked.masks,
     targets.prunable_modules(full, settings),
-    now - math.ceil(size * settings.ranking.step_size),
+    ranking_aim(masked),
     task.target or 0,
     cap=settings.ranking.cap,
     settings=settings,
     halves=measured.halves,
   )
   if not any(n.any() for n in counts.values()):
-    raise UserError(
-      f"pruning stopped at {masked.step.params:,} parameters: nothing more can "
-      "be removed from the layers that may be pruned; "
-      + (
-        "give more of them (--config.prune.attention_layers, .mlp_layers) or "
-        "a larger target"
-        if task.target
-        else "lower --config.prune.max_steps"
-      )
-    )
+    raise nothing_left(masked)
   worth = _worth(full, measured.scores, masked.masks, settings)
   importance_L = np.mean([np.nan_to_num(worth[u]) for u in UNITS], axis=0)
   return Allotted(counts, relative=worth, importance_L=importance_L)
+
+
+def ranking_aim(masked: Masked) -> int:
+  """What a step by `prune.ranking.step_size` leaves of the budget."""
+  full, settings = masked.task.full, masked.task.settings
+  size = budgets.count(full, settings)
+  now = budgets.of_widths(full, surgery.widths(masked.masks), settings)
+  return now - math.ceil(size * settings.ranking.step_size)
+
+
+def nothing_left(masked: Masked) -> UserError:
+  """What is said where no module may lose a unit any more."""
+  return UserError(
+    f"pruning stopped at {masked.step.params:,} parameters: nothing more can "
+    "be removed from the layers that may be pruned; "
+    + (
+      "give more of them (--config.prune.attention_layers, .mlp_layers) or "
+      "a larger target"
+      if masked.task.target
+      else "lower --config.prune.max_steps"
+    )
+  )
 
 
 def choose(
@@ -238,77 +247,49 @@ def choose(
   size = budgets.of_widths(full, left, settings)
   aim = max(aim, target)
   curves, pieces = budgets.curves(full, settings), []
-  together = _layers_together(prunable, left, settings)
-  for u, layers in together:
-    score = sum(choice.in_order(scores[u][i], masks[u][i]) for i in layers)
-    if halves is not None and len(score):
-      # What the last unit takes with it is all that the half is still worth.
-      score[-1] = sum(halves[u][i] for i in layers) - score[:-1].sum()
-    curve = sum(curves[u][i] for i in layers)
-    pieces += _pieces(u, layers, score, curve, cap, settings)
+  for u in UNITS:
+    for layer in np.flatnonzero(prunable[u]):
+      score = choice.in_order(scores[u][layer], masks[u][layer])
+      if halves is not None and len(score):
+        # What the last unit takes with it is all that the half is still worth.
+        score[-1] = halves[u][layer] - score[:-1].sum()
+      pieces += _pieces(u, int(layer), score, curves[u][layer], cap, settings)
   # Ties: attention before MLP of the same layer, then the lower index.
-  pieces.sort(key=lambda p: (p.score / p.gain, p.layers, p.unit != "K"))
+  pieces.sort(key=lambda p: (p.score / p.gain, p.layer, p.unit != "K"))
   counts = {u: np.zeros(full.num_layers, np.int64) for u in UNITS}
   fine = any(p.unit == "F" for p in pieces)
   cost, rounding = budgets.unit_cost(full, settings), settings.rounding()
-  widest = max((sum(cost[u][[*i]]) for u, i in together if u == "F"), default=0)
-  channel, passed = rounding["F"] * widest, {}
+  channel, passed = rounding["F"] * cost["F"].max(), {}
   for p in pieces:
     if size <= aim:
       break
     coarse = p.unit == "K" or p.gain > channel
-    module = p.unit, p.layers
+    module = p.unit, p.layer
     if module in passed or (coarse and fine and size - p.gain < target):
       passed.setdefault(module, p)  # what comes behind it has to wait for it
       continue
-    counts[p.unit][[*p.layers]] += p.units
+    counts[p.unit][p.layer] += p.units
     size -= p.gain
   if size > target and passed and not any(n.any() for n in counts.values()):
     p = min(passed.values(), key=lambda p: p.gain)  # nothing finer is left
-    counts[p.unit][[*p.layers]] = p.units
+    counts[p.unit][p.layer] = p.units
   return counts
-
-
-def _layers_together(
-  prunable: Masks, left: Counts, settings: Prune
-) -> list[tuple[str, tuple[int, ...]]]:
-  """Modules that lose as many units, as (unit letter, layers).
-
-  Raises:
-    UserError: layers that are to have one width have several.
-  """
-  found = []
-  for u in UNITS:
-    layers = tuple(int(i) for i in np.flatnonzero(prunable[u]))
-    if settings.pair()[0] != "one_width":
-      found += [(u, (i,)) for i in layers]
-      continue
-    widths = sorted({int(left[u][i]) for i in layers})
-    if len(widths) > 1:
-      what = "KV groups" if u == "K" else "MLP channels"
-      raise UserError(
-        "--config.prune.allotment=one_width: the layers that may be pruned "
-        f"have {', '.join(map(str, widths))} {what}; give "
-        "--config.prune.allotment=ranking"
-      )
-    found += [(u, layers)] if layers else []
-  return found
 
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-  """Units that go together."""
+  """Units of one module that go together."""
 
   unit: str
-  layers: tuple[int, ...]
-  units: int  # of each layer
+  layer: int
+  units: int
   score: float  # their sum
   gain: int  # of the budget
 
 
 def _pieces(
   unit: str,
-  layers: tuple[int, ...],
+  layer: int,
   score: np.ndarray,
   curve: np.ndarray,
   cap: float,
@@ -321,8 +302,8 @@ def _pieces(
   width between two lanes saves nothing.
 
   Args:
-    score: of the units that are left, rising; of several layers their sum.
-    curve: what the module takes at each width, or the layers' modules.
+    score: of the units that are left, rising.
+    curve: what the module takes at each width.
     cap: as of `choose`.
   """
   block, width = settings.rounding()[unit], len(score)
@@ -334,7 +315,7 @@ def _pieces(
       break
     left = width - taken
     gain = int(curve[left] - curve[left - n])
-    piece = Piece(unit, layers, n, score[taken : taken + n].sum(), gain)
+    piece = Piece(unit, layer, n, score[taken : taken + n].sum(), gain)
     taken += n
     while found and (
       not found[-1].gain

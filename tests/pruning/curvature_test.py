@@ -252,29 +252,6 @@ def test_widths_become_multiples():
   assert found["F"] == [5 + 8, 0]
 
 
-def test_one_width_takes_the_worst_of_all_layers():
-  """By hand: a channel of each layer, or a KV group of each, at a time."""
-  one, scores = Prune(allotment="one_width"), even_scores()
-  scores["F"][0, [3, 7]] = scores["F"][1, 5] = 2 * CHANNEL  # 4, then 12
-  scores["K"][:, 1] = [1 * GROUP, 6 * GROUP]  # 7 for both
-  found = choose(scores, 1, settings=one)
-  assert found == {"K": [0, 0], "F": [1, 1]}
-  found = choose(scores, 2 * CHANNEL + 1, settings=one)
-  assert found == {"K": [1, 1], "F": [1, 1]}
-  found = choose(scores, 2 * GROUP + 2 * CHANNEL + 1, settings=one)
-  assert found == {"K": [1, 1], "F": [2, 2]}
-  target = surgery.count(CONFIG, whole()) - 100  # no group, no half a width
-  found = choose(scores, 10**6, target, settings=one)
-  assert found == {"K": [0, 0], "F": [2, 2]}
-  first = {u: np.array([True, False]) for u in "KF"}
-  found = choose(scores, GROUP, prunable=first, settings=one)
-  assert found == {"K": [1, 0], "F": [0, 0]}
-  masks = whole()
-  masks["F"][0, 3] = False
-  with pytest.raises(UserError, match="have 23, 24 MLP channels"):
-    choose(scores, 1, masks=masks, settings=one)
-
-
 # ---- Whole stages ------------------------------------------------------------
 
 
