@@ -34,6 +34,12 @@ FAULTS = {  # status, code and words of Cloud Storage, S3, MinIO, Ceph
     "The difference between the request time and the current time is too large",
   ),
   "quota": (403, "QuotaExceeded", ""),
+  "expired": (400, "ExpiredToken", "The provided token has expired."),
+  "region": (
+    *(400, "AuthorizationHeaderMalformed"),
+    "The authorization header is malformed; the region 'us-east-1' is wrong; "
+    "expecting 'eu-west-1'",
+  ),
 }
 
 

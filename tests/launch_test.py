@@ -1,9 +1,11 @@
 """The scripts of launch/, with stand-ins for Python, gcloud, Slurm and GPUs."""
 
+import json
 import os
 import pathlib
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -255,6 +257,63 @@ def test_prove_plans_runs_and_reports(box):
   assert report == ["report", "--workdir=runs/prove-m"]
   assert {"data", "eval"} <= {*installs(calls)[0].strip(".[]").split(",")}
   assert "which model?" in box.fails("prove.sh", "--config.seed=1")
+
+
+@pytest.mark.slow
+def test_prove_goes_on_where_it_was_killed(small_model, tmp_path, process_env):
+  """The script itself, with this Python, a small model and a real kill."""
+  venv, work = tmp_path / "venv", tmp_path / "work"
+  (venv / "bin").mkdir(parents=True)
+  of_module = {"python": "", "adapt-pruner": "-m adapt_pruner_jax"}
+  for name, module in of_module.items():
+    program = venv / "bin" / name
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} {module} "$@"\n')
+    program.chmod(0o755)
+  command = "cat setup.py pyproject.toml | cksum"
+  sum_ = subprocess.check_output(command, shell=True, cwd=ROOT, text=True)
+  extras = "data,eval,bucket,gpu,gpu-cuda12,tpu"
+  (venv / ".installed").write_text(f"{ROOT}\n{sum_}{extras}\n")
+  env = process_env(1) | {
+    "VENV": str(venv),
+    "WORKDIR": str(work),
+    "TEXT": "embedded",
+    "TOKENS": str(8 * 256),
+  }
+  fields = {
+    "prune.stages": 1,
+    "prune.step_size": 0.1,
+    "calibration.samples": 8,
+    "calibration.seq_len": 16,
+    "data.seq_len": 32,
+    "data.batch": 8,
+    "checkpoint.steps": 4,
+    "eval.tasks": "",
+  }
+  flags = [f"--config.{name}={value}" for name, value in fields.items()]
+
+  def prove():
+    with open(tmp_path / "said", "w") as said:
+      return subprocess.Popen(
+        ["bash", ROOT / "launch" / "prove.sh", small_model, *flags],
+        env=env,
+        stdout=said,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+      )
+
+  said = lambda: (tmp_path / "said").read_text()
+  running = prove()
+  while not (work / "checkpoints" / "1").exists():  # behind the prune
+    assert running.poll() is None, said()
+    time.sleep(0.02)
+  os.killpg(running.pid, signal.SIGKILL)
+  running.wait()
+  assert not (work / "summary.json").exists()
+  assert prove().wait(300) == 0, said()
+  assert "continuing at stage" in said()
+  summary = json.loads((work / "summary.json").read_text())
+  assert summary["params_after"] <= summary["target_params"]
+  assert (work / "report.html").exists()
 
 
 # ---- GPUs and Slurm

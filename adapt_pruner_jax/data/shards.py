@@ -71,7 +71,8 @@ class Folder(NamedTuple):
     """
     path = self.shared / _name(number)
     publish.require_shared(path)
-    shard = _opened(path, path.size(), path.read_range, InBucket)
+    array = functools.partial(InBucket, version=path.version())
+    shard = _opened(path, path.size(), path.read_range, array)
     if shard is None:
       raise UserError(f"{path} is damaged: delete it and run this again")
     return shard
@@ -211,11 +212,13 @@ class InBucket:
   PIECE = 1 << 19  # bytes
   KEPT = 1024  # pieces
 
-  def __init__(self, path: Path, dtype: np.dtype, start: int, size: int):
+  def __init__(
+    self, path: Path, dtype: np.dtype, start: int, size: int, version: str
+  ):
     """Reads nothing yet; `start` is in bytes."""
     self.dtype, self._size = dtype, size
     self.nbytes = size * dtype.itemsize
-    self._path, self._start = path, start
+    self._path, self._start, self._version = path, start, version
 
   def __len__(self) -> int:
     return self._size
@@ -243,14 +246,18 @@ class InBucket:
     first = number * self.PIECE
     stop = min(first + self.PIECE, self.nbytes)
     where = self._start + first, self._start + stop
-    return np.frombuffer(_range(self._path, *where), self.dtype)
+    found = _range(self._path, self._version, *where)
+    return np.frombuffer(found, self.dtype)
 
 
 @functools.lru_cache(InBucket.KEPT)
-def _range(path: Path, start: int, stop: int) -> bytes:
+def _range(path: Path, version: str, start: int, stop: int) -> bytes:
   found = path.read_range(start, stop)
-  if len(found) != stop - start:
-    raise UserError(f"{path} has become shorter: run this again")
+  if len(found) != stop - start or path.version() != version:
+    raise UserError(
+      f"{path} was changed while it was read: what is saved stays; run the "
+      "same command again, which looks at it anew"
+    )
   return found
 
 

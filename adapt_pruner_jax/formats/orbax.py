@@ -113,7 +113,7 @@ def _open_orbax(
   """The config, the manifest and the abstract params of an orbax directory."""
   card.verify(path, only=MANIFEST)
   try:
-    manifest = json_files.read_json(path / MANIFEST)
+    manifest = json_files.read_object(path / MANIFEST)
     config = model_config.from_json(manifest["model"])
     kinds = _kinds(manifest)
     abstract = model_config.abstract_params(config, kinds("embedding"))
@@ -181,4 +181,4 @@ def facts(folder: Path) -> dict[str, Any] | None:
   summary = folder.parent / "summary.json"
   if folder.name != "model" or not summary.is_file():
     return None
-  return json_files.read_json(summary)
+  return json_files.read_object(summary)

@@ -58,7 +58,7 @@ def stored_rows(path: Path) -> list[dict]:
   """The rows that an earlier call has finished; failed ones are tried again."""
   file = path / JSON
   rows = agreement.decided(
-    lambda: json_files.read_json(file)["rows"] if file.exists() else []
+    lambda: json_files.read_object(file)["rows"] if file.exists() else []
   )
   return [row for row in rows if "error" not in row]
 

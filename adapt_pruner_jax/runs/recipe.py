@@ -7,6 +7,7 @@ and fingerprints of what it read.
 import dataclasses
 import shutil
 from pathlib import Path
+from typing import Any
 
 from adapt_pruner_jax.config import Config, difference
 from adapt_pruner_jax.distributed import agreement
@@ -88,7 +89,21 @@ def _stored(path: Path, overwrite: bool) -> dict | None:
       f"{'is' if len(others) == 1 else 'are'} not of a run, whose {RECIPE} "
       "has its recipe; give another --workdir"
     )
+  if stored is not None and not _is_recipe(stored):
+    raise UserError(
+      f"{file} is damaged, it holds no recipe: restore it from a copy, or give "
+      "another --workdir"
+    )
   return stored
+
+
+def _is_recipe(stored: Any) -> bool:
+  """Whether JSON has sections where a recipe has them."""
+  recipe = dataclasses.asdict(Config())
+  sections = [name for name, x in recipe.items() if isinstance(x, dict)]
+  return isinstance(stored, dict) and all(
+    isinstance(stored.get(name, {}), dict) for name in sections
+  )
 
 
 def claim(inputs: Inputs, anew: bool) -> None:

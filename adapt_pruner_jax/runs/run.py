@@ -114,7 +114,7 @@ def run(
     finished = agreement.decided((path / "summary.json").exists)
     anew = is_anew(recipe, path, overwrite, finished)
     if finished and not anew:
-      read = lambda: json_files.read_json(path / "summary.json")
+      read = lambda: json_files.read_object(path / "summary.json")
       summary = agreement.decided(read)
       log.say(f"{path} is finished; its model is in {path / 'model'}")
       if agreement.is_writer() and not (path / report.HTML).exists():

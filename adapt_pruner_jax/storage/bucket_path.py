@@ -33,8 +33,9 @@ _LOGIN = {
   "s3": "log in with `aws configure`, or set AWS_ACCESS_KEY_ID and "
   "AWS_SECRET_ACCESS_KEY",
 }
-# Words of what passes, of no credentials, of a lack of rights, of no room (a
-# quota, or a server's disks), and of a clock that is wrong.
+# Words of what passes, of no credentials or old ones, of another region, of a
+# lack of rights, of no room (a quota, or a server's disks), and of a clock that
+# is wrong.
 _PASSES = (
   *("SlowDown", "Service Unavailable", "ServiceUnavailable", "InternalError"),
   *("Too Many Requests", "rateLimitExceeded", "throttl", "request rate"),
@@ -44,7 +45,13 @@ _CODES = re.compile(r"\((429|5\d\d)\)|, (429|5\d\d)$")
 _CONNECTION = ("Connect", "Timeout", "Disconnected", "ClientOSError", "Payload")
 _NOBODY = (
   *("NoCredentials", "CredentialsError", "credentials", "Anonymous caller"),
-  *(", 401", "UNAUTHENTICATED"),
+  *(", 401", "UNAUTHENTICATED", "ExpiredToken", "token has expired"),
+  *("InvalidToken", "InvalidAccessKeyId", "Access Key Id you provided"),
+  *("SignatureDoesNotMatch", "signature we calculated", "RefreshError"),
+)
+_REGION = (
+  *("AuthorizationHeaderMalformed", "the region '", "PermanentRedirect"),
+  *("using the specified endpoint", "IllegalLocation"),
 )
 _FORBIDDEN = ("Forbidden", "AccessDenied", "Access Denied", "PERMISSION_DENIED")
 _FULL = (
@@ -277,6 +284,17 @@ def explain(error: BaseException, path: str | os.PathLike) -> str | None:
     )
   if _says(text, _NOBODY):
     return f"{path}: no credentials that it takes ({text}): " + _login(path)
+  if _says(text, _REGION):
+    return (
+      f"{path}: the bucket is in another region ({text}): set AWS_REGION to it "
+      "and run the same command again"
+    )
+  if "Bad Request" in text:  # an answer to HEAD has no words
+    return (
+      f"{path}: refused ({text}), as with a token that has expired, or a "
+      f"bucket in another region: what was there is intact; {_login(path)}, or "
+      "set AWS_REGION, and run the same command again"
+    )
   if isinstance(error, PermissionError) or _says(text, _FORBIDDEN):
     return (
       f"{path}: not allowed ({text}): what was there is intact; get the right "

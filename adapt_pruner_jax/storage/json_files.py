@@ -36,6 +36,21 @@ def read_json(path: Path) -> Any:
     ) from error
 
 
+def read_object(path: Path) -> dict[str, Any]:
+  """The content of a JSON file that holds an object.
+
+  Raises:
+    UserError: as `read_json`, or it holds something else.
+  """
+  found = read_json(path)
+  if not isinstance(found, dict):
+    raise UserError(
+      f"{path} is damaged, it holds no JSON object: restore it from a copy, or "
+      "move it away"
+    )
+  return found
+
+
 def write_json(path: Path, value: Any, sort_keys: bool = False) -> None:
   """Writes a whole JSON file, or leaves the old one as it was.
 
@@ -68,9 +83,11 @@ def read_lines(path: Path) -> list[Any]:
     try:
       rows.append(json.loads(text))
     except ValueError as error:
+      there = in_bucket(path)
+      beside = f", or in {path.name}.parts/ beside it," if there else ""
       raise UserError(
-        f"{path}, line {number} is damaged, it is not JSON: {error}; restore "
-        "the file from a copy, or move it away"
+        f"{path}, line {number}{beside} is damaged, it is not JSON: {error}; "
+        "restore the file from a copy, or move it away"
       ) from error
   return rows
 

@@ -110,6 +110,14 @@ def test_finished_run_does_nothing_and_another_recipe_is_refused(
   (work / "config.json").write_text(json.dumps(stored))
   with pytest.raises(UserError, match=r"from_the_future: 1 -> absent"):
     run.run(config, work)
+  for damaged in ("[]", '{"prune": 1, "calibration": {}}'):
+    (work / "config.json").write_text(damaged)
+    with pytest.raises(UserError, match="is damaged, it holds no recipe"):
+      run.run(config, work)
+  (work / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
+  (work / "summary.json").write_text("[]")
+  with pytest.raises(UserError, match="it holds no JSON object"):
+    run.run(config, work)
 
 
 @pytest.mark.parametrize(

@@ -257,6 +257,8 @@ def test_bad_buckets_are_named(bucket, tmp_path, place, unset, expected):
     ("507", "the bucket is full, or its quota is used up"),
     ("quota", "the bucket is full, or its quota is used up"),
     ("clock", "not taken for this machine's clock"),
+    ("expired", "no credentials that it takes"),
+    ("region", "in another region"),
   ],
 )
 def test_a_bucket_that_takes_nothing_is_said_at_once(
@@ -331,3 +333,7 @@ def test_texts_and_tokens_in_a_bucket(place, small_model, tmp_path):
     assert len(asked) == header + 3
     np.testing.assert_array_equal(stream.tokens[np.array([7, 5])], want[[7, 5]])
     assert len(asked) == header + 3
+    changed = place / "cache" / found_shards[0]
+    changed.write_bytes(changed.read_bytes()[:-1] + b"x")
+    with pytest.raises(UserError, match="was changed while it was read"):
+      stream.tokens[0:2]

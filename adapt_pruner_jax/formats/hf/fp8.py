@@ -95,13 +95,13 @@ class Dequantized:
     found = self._inner.array(tensor, rows)
     if self._inner.dtypes[tensor] != FLOAT8:
       return found
-    number, columns = self.shapes[tensor]
     if self._block is None:
-      scale = self._inner.array(f"{tensor}{SCALE}")
-    else:
-      height, width = self._block
-      of_row = np.arange(number)[rows] // height
-      first, stop = (of_row[0], of_row[-1] + 1) if len(of_row) else (0, 0)
-      scale = self._inner.array(f"{tensor}{SCALE}", slice(first, stop))
-      scale = scale[of_row - first][:, np.arange(columns) // width]
-    return found.astype(np.float32) * scale.astype(np.float32)
+      scale = self._inner.array(f"{tensor}{SCALE}").astype(np.float32)
+      return found.astype(np.float32) * scale
+    number, columns = self.shapes[tensor]
+    of_row = np.arange(number)[rows] // self._block[0]
+    of_column = np.arange(columns) // self._block[1]
+    first, stop = (of_row[0], of_row[-1] + 1) if len(of_row) else (0, 0)
+    scale = self._inner.array(f"{tensor}{SCALE}", slice(first, stop))
+    scale = scale.astype(np.float32)[of_row - first][:, of_column]
+    return found.astype(np.float32) * scale

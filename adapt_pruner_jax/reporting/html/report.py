@@ -57,10 +57,10 @@ def collect(
       f"--workdir={path} is not the work directory of a run: it has no "
       "config.json; give the --workdir that `adapt-pruner run` was given"
     )
-  config = json_files.read_json(path / "config.json")
+  config = json_files.read_object(path / "config.json")
   summary = None
   if (path / "summary.json").exists():
-    summary = json_files.read_json(path / "summary.json")
+    summary = json_files.read_object(path / "summary.json")
   trace = json_files.read_lines(path / "trace.jsonl")
   metrics = json_files.read_lines(path / "metrics.jsonl")
   evals = _last_by("stage", (r for r in metrics if r["kind"] == "eval"))
