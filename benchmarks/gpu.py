@@ -168,6 +168,7 @@ def kernels(tiny: bool = False) -> dict:
     "64, packed": {"K": 8, "G": 4, "H": 64},
     "128, packed, window": {"K": 8, "G": 4, "H": 128, "window": length // 3},
     "96, one KV head": {"K": 1, "G": 3, "H": 96},
+    "256, packed": {"K": 2, "G": 2, "H": 256},
     "256, one document a row": {"K": 2, "G": 2, "H": 256, "packed": False},
     "128, soft cap": {"K": 2, "G": 2, "H": 128, "softcap": 30.0},
   }

@@ -21,7 +21,6 @@ SmolLM2-135M-Instruct (benchmarks/real_model.jsonl), or `random`.
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -29,21 +28,15 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
-os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "true")
-
 import jax
 import tpu_programs
 from accelerator_models import MODELS, original, pruned
-from jax.experimental import topologies
 from jax.sharding import Mesh
 from tpu_hlo import cost
 
 from adapt_pruner_jax.distributed import sharding
 from adapt_pruner_jax.models import devices
+from adapt_pruner_jax.planning import compiling
 
 PROGRAMS = ("train", "distill", "lora", "adapt", "curvature", "refit")
 # Minutes of a CPU each; 8B hours, if its layers were not stacked.
@@ -164,13 +157,14 @@ def compile_with_text(lowered) -> tuple:
 
 def compile_one() -> dict:
   """The row of the program that the flags name."""
-  described = topologies.get_topology_desc(FLAGS.topology, platform="tpu")
-  mesh = sharding.make_mesh(devices=described.devices, expert=FLAGS.expert)
+  jax.config.update("jax_platforms", "cpu")
+  jax.config.update("jax_enable_compilation_cache", False)
+  chips = compiling.devices_of(FLAGS.topology)
+  mesh = sharding.make_mesh(devices=chips, expert=FLAGS.expert)
   full = original(FLAGS.model)
   model = pruned(full, FLAGS.profile)
   layers = range(FLAGS.layers or full.num_layers)
   full, model = full.with_layers(layers), model.with_layers(layers)
-  jax.config.update("jax_enable_compilation_cache", False)
   begun = time.process_time()
   work = tpu_programs.work(FLAGS, full, model, mesh)
   row = measure(work.programs, FLAGS.topology, mesh)
@@ -178,7 +172,7 @@ def compile_one() -> dict:
   row["hbm_gb"] += work.held / 1e9
   row["mfu"] = None
   if work.flops:
-    peak = devices.peak_flops(described.devices[0]) * mesh.size
+    peak = devices.peak_flops(chips[0]) * mesh.size
     row["mfu"] = work.flops / row["step_s"] / peak
   versions = f"jax {jax.__version__}, libtpu {version('libtpu')}"
   return work.facts | row | {"versions": versions}

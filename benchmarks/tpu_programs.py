@@ -19,7 +19,12 @@ from adapt_pruner_jax.models.model_config import (
   unit_cost,
 )
 from adapt_pruner_jax.planning import arrays, memory
-from adapt_pruner_jax.pruning import least_squares, streams, surgery
+from adapt_pruner_jax.pruning import (
+  least_squares,
+  normal_equations,
+  streams,
+  surgery,
+)
 from adapt_pruner_jax.training import memory as training_memory
 from adapt_pruner_jax.training import stacking, step
 
@@ -129,15 +134,17 @@ def _recipe(flags: argparse.Namespace) -> Config:
 
 
 def scoring(flags: argparse.Namespace, full: ModelConfig, mesh: Mesh) -> Work:
-  """A pass of a pruning step, by first order or by curvature."""
-  config = _recipe(flags)
-  lowered, (M, B, T), _ = memory.lower_scoring(
-    config, full, mesh, jnp.dtype("bfloat16")
-  )
+  """The passes of a pruning step, by first order or by curvature."""
+  given = _recipe(flags), full, mesh, jnp.dtype("bfloat16")
+  lowered, (M, B, T), _ = memory.lower_scoring(*given)
   passes = -(-flags.windows // (M * B))
   held = arrays.model_bytes(full, jnp.dtype("bfloat16"), mesh)
-  programs = [("pass", lambda: lowered, passes)]
-  return Work(programs, held, None, {"windows": M * B, "passes": passes})
+  programs = [("last pass", lambda: lowered, 1)]
+  if passes > 1:
+    earlier = lambda: memory.lower_scoring(*given, last=False)[0]
+    programs.insert(0, ("pass", earlier, passes - 1))
+  facts = {"windows_a_pass": M * B, "passes": passes}
+  return Work(programs, held, None, facts)
 
 
 def refit(flags: argparse.Namespace, full: ModelConfig, mesh: Mesh) -> Work:
@@ -147,17 +154,14 @@ def refit(flags: argparse.Namespace, full: ModelConfig, mesh: Mesh) -> Work:
   held = parts["weights"] + parts["streams"]
   shape = flags.rows, flags.tokens
   programs = _refit_programs(surgery.dense(full), mesh, shape, dtype)
-  number = -(-flags.windows // flags.rows) * full.num_layers
-  many = ("half", "sum", "energy")
-  return Work(
-    [
-      (name, lower, number if name.startswith(many) else full.num_layers)
-      for name, lower in programs.items()
-    ],
-    held,
-    None,
-    {},
-  )
+  layers, number = full.num_layers, -(-flags.windows // flags.rows)
+  judge = -(-round(flags.windows * streams.HELD_OUT) // flags.rows)
+  # Minibatches: of both streams, and of one once more for sums or energies.
+  many = {"fed": 3 * number, "written": 3 * number + judge}
+  many |= {"sum": number - judge, "energy": 2 * judge}
+  times = lambda name: layers * many.get(name.split()[0], 1)
+  named = [(name, lower, times(name)) for name, lower in programs.items()]
+  return Work(named, held, None, {})
 
 
 def _refit_programs(config, mesh, shape, dtype) -> dict:
@@ -175,14 +179,18 @@ def _refit_programs(config, mesh, shape, dtype) -> dict:
   masks = {u: array(whole, bool, n[0]) for u, n in config.units().items()}
   x_BTD = array(rows, jnp.float32, *shape, config.hidden_size)
   weight_BT = array(whole, jnp.float32, *shape)
-  ls, found = least_squares, {}
-  for writer in (name for name in ls.HALVES if name in weights):
-    task = ls._Task(config, (writer,), mesh)
-    parts = ls._Parts(weights, weights, masks, place)
-    given = task, parts, x_BTD, x_BTD, weight_BT
-    sums = jax.eval_shape(partial(ls._normal_equations, task), *given[1:])
-    placed = jax.tree.map(lambda x: array(rows, x.dtype, *x.shape), sums)
-    equations = jax.eval_shape(partial(ls._added_up, mesh=mesh), placed)
+  sums, found = normal_equations, {}
+  for writer in (name for name in layer.HALVES if name in weights):
+    unit, stream = axes.unit_of(writer), (config, writer, weights, place)
+    fed = jax.eval_shape(partial(streams.fed_to, *stream, mesh=mesh), x_BTD)
+    fed = array(rows, fed.dtype, *fed.shape)
+    task = sums.Task(config, (writer,), mesh)
+    parts = sums.Parts(weights, weights, masks, place)
+    batch = sums.Batch(x_BTD, x_BTD, weight_BT, fed, given_BTD=x_BTD)
+    given = task, parts, batch
+    summed = jax.eval_shape(partial(sums.of_minibatch, task), *given[1:])
+    placed = jax.tree.map(lambda x: array(rows, x.dtype, *x.shape), summed)
+    equations = jax.eval_shape(partial(sums.added_up, mesh=mesh), placed)
     where = NamedSharding(mesh, PartitionSpec(sharding.BATCH))
     equations = jax.tree.map(
       lambda x, where=where: array(where, x.dtype, *x.shape), equations
@@ -190,14 +198,15 @@ def _refit_programs(config, mesh, shape, dtype) -> dict:
     old = {writer: weights[writer]}
     ridge = array(whole, jnp.float32)
     found |= {
-      f"half {writer}": partial(
-        streams.half.lower, config, writer, weights, place, x_BTD, mesh=mesh
+      f"fed {writer}": partial(streams.fed_to.lower, *stream, x_BTD, mesh=mesh),
+      f"written {writer}": partial(
+        streams.written.lower, config, unit, weights, x_BTD, fed, mesh=mesh
       ),
-      f"sum {writer}": partial(ls._normal_equations.lower, *given),
-      f"added up {writer}": partial(ls._added_up.lower, placed, mesh=mesh),
+      f"sum {writer}": partial(sums.of_minibatch.lower, *given),
+      f"added up {writer}": partial(sums.added_up.lower, placed, mesh=mesh),
       f"solve {writer}": partial(
-        ls.solve.lower, *equations, old, ridge, mesh=mesh
+        least_squares.solve.lower, *equations, old, ridge, mesh=mesh
       ),
-      f"energy {writer}": partial(ls._energies.lower, *given),
+      f"energy {writer}": partial(sums.energies.lower, *given),
     }
   return found

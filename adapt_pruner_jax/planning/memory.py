@@ -232,13 +232,19 @@ def scoring(
 
 
 def lower_scoring(
-  config: Config, full: ModelConfig, mesh: Mesh, dtype: jnp.dtype
+  config: Config,
+  full: ModelConfig,
+  mesh: Mesh,
+  dtype: jnp.dtype,
+  last: bool = True,
 ) -> tuple[Lowered, tuple[int, int, int], Any]:
   """Lowers the program of a pass that scores units.
 
   Args:
     config, full, mesh: as `scoring`'s.
     dtype: of the stacked weights.
+    last: the last pass, whose program ends with scores; False = one before it,
+      if there is any.
 
   Returns:
     The program; M minibatches, B rows and T tokens that it takes; and the sums
@@ -277,7 +283,9 @@ def lower_scoring(
   if recipe.samples > M * B:
     before = handed_on()
   with jax.default_matmul_precision(config.prune.precision):
-    lowered = programs.whole.lower(*args, before=before, **how)
+    how |= {} if last else {"last": False}
+    program = programs.whole if last else programs.part.func
+    lowered = program.lower(*args, before=before, **how)
   return lowered, (M, B, T), before
 
 

@@ -24,10 +24,12 @@ surgery         kept units, masks, and the gather of arrays
 refit           least squares on what is left
 refit_loss      then a distillation on more windows
 least_squares   how a refit is solved, layer by layer
+normal_equations  what it sums over tokens, on the devices
 refit_experts   of experts, each by its own tokens
 streams         the two residual streams of a refit
 linear_algebra  inverses and solves of Gram matrices
-float32_product  products at full precision, which TPUs' compiler is quick at
 elimination     the same on many devices, by a program that compiles
+float32_product  products at full precision, which TPUs' compiler is quick at
+median          medians, which it is quick at too
 baselines       other people's methods
 """

@@ -67,10 +67,12 @@ def _grams(T: int, mesh: Mesh, halves: bool = False) -> backward.Visitor:
   def add(half, total, x_BTD, dy_BTD, valid_B, rows):
     del rows
     _, vjp, fed = jax.vjp(lambda x: run(half, x), x_BTD, has_aux=True)
-    g_BTD = stream(half.config, dy_BTD).astype(jnp.float32)
-    g_BTD *= half.config.residual_scale
-    fed_BTC = fed.reshape(*fed.shape[:2], -1).astype(jnp.float32)
-    fed_BTC *= valid_B[:, None, None]
+    # Of bfloat16 as it is one product is exact, where float32 takes six.
+    g_BTD = stream(half.config, dy_BTD)
+    if half.config.residual_scale != 1:
+      g_BTD = g_BTD.astype(jnp.float32) * half.config.residual_scale
+    fed_BTC = fed.reshape(*fed.shape[:2], -1)
+    fed_BTC *= valid_B[:, None, None].astype(fed.dtype)
     found = (
       float32_product.product("btc,bte->ce", fed_BTC, fed_BTC),
       float32_product.product("btd,bte->de", g_BTD, g_BTD),

@@ -87,10 +87,14 @@ def solve(
     return cut(_dot(matrix_NN, sharding.whole(right_NE, mesh)), mesh)
 
   def one(right_CE):
-    right_NE = jnp.pad(right_CE, ((0, N - C), (0, 0)))
-    found_NE = times(inverse_NN, right_NE)
-    left_NE = cut(right_NE, mesh) - times(padded_NN, found_NE)
-    found_NE += times(inverse_NN, left_NE)
+    right_NE = cut(jnp.pad(right_CE, ((0, N - C), (0, 0))), mesh)
+
+    def step(_, found_NE):
+      left_NE = right_NE - times(padded_NN, found_NE)
+      return found_NE + times(inverse_NN, left_NE)
+
+    # From nothing, then once more: one body to compile.
+    found_NE = jax.lax.fori_loop(0, 2, step, jnp.zeros_like(right_NE))
     return sharding.whole(found_NE, mesh)[:C]
 
   return {n: one(right_CE) for n, right_CE in rights.items()}

@@ -10,19 +10,13 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from adapt_pruner_jax.distributed import (
-  agreement,
-  each_device,
-  placement,
-  sharding,
-)
+from adapt_pruner_jax.distributed import agreement, placement, sharding
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.models import axes
 from adapt_pruner_jax.models.axes import Params
@@ -32,19 +26,24 @@ from adapt_pruner_jax.models.layer import (
   WRITERS,
   Place,
   places,
-  stream,
-  write,
   writer_of,
 )
 from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.pruning import (
-  float32_product,
   linear_algebra,
   refit_experts,
   streams,
 )
+from adapt_pruner_jax.pruning.normal_equations import (
+  Parts,
+  Task,
+  added_up,
+  energies,
+  given,
+  of_minibatch,
+  total,
+)
 from adapt_pruner_jax.pruning.streams import (
-  CAP,
   ENOUGH,
   STRONG,
   WEAK,
@@ -109,8 +108,8 @@ def layers(
           both = dense_layer, layer, (z, u), fit, held
           new, found = refit_experts.refit(config, *both, left, ridge, mesh)
         else:
-          task = _Task(config, names, mesh)
-          parts = _Parts(dense_layer, layer, placed, place)
+          task = Task(config, names, mesh)
+          parts = Parts(dense_layer, layer, placed, place)
           strength = ridge or _ridge(task, masks, tokens_NT)
           new, found = _refit(task, parts, z, u, fit, held, strength)
           found = [r | {"ridge": strength} for r in found]
@@ -144,33 +143,9 @@ def check(config: ModelConfig, refit_all: bool = False) -> None:
 # ---- One least-squares problem -----------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class _Task:
-  """What an executable depends on."""
-
-  config: ModelConfig
-  names: tuple[str, ...]  # matrices of a layer that have the same input
-  mesh: Mesh
-
-
-@partial(
-  jax.tree_util.register_dataclass,
-  data_fields=["dense_layer", "layer", "masks", "place"],
-  meta_fields=[],
-)
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Parts:
-  """The layer of a task."""
-
-  dense_layer: Params
-  layer: Params
-  masks: dict[str, jax.Array]
-  place: Any
-
-
 def _refit(
-  task: _Task,
-  parts: _Parts,
+  task: Task,
+  parts: Parts,
   z: Stream,
   u: Stream,
   fit: Weights,
@@ -185,14 +160,16 @@ def _refit(
     u: the pruned stream, in front of the half.
     fit, held: of the tokens to fit, and those that judge.
   """
-  equations = _sum(_normal_equations, task, parts, z, u, fit)
-  equations = _added_up(equations, mesh=task.mesh)
+  sums = lambda batch: of_minibatch(*given(task, parts, batch))
+  equations = added_up(total(sums, task, parts, z, u, fit), mesh=task.mesh)
   old = {n: parts.layer[n] for n in task.names}
   new = solve(*equations, old, np.float32(ridge), mesh=task.mesh)
   changed = dataclasses.replace(parts, layer=parts.layer | new)
-  before = jax.device_get(_sum(_energies, task, parts, z, u, held))
-  after = jax.device_get(_sum(_energies, task, changed, z, u, held))
-  before, after = agreement.from_writer((before, after))
+  judge = lambda batch: [
+    energies(*given(task, which, batch)) for which in (parts, changed)
+  ]
+  found = jax.device_get(total(judge, task, parts, z, u, held))
+  before, after = agreement.from_writer(found)
   records, better = [], {}
   for n in task.names:
     # Written so that NaN, from equations too singular to solve, loses.
@@ -206,17 +183,7 @@ def _refit(
   return better, records
 
 
-def _sum(fn: Callable, task: _Task, parts: _Parts, z, u, weights) -> Any:
-  """Sum of `fn` over the minibatches that count."""
-  total = None
-  for z_BTD, u_BTD, weight_BT in zip(z, u, weights, strict=True):
-    if weight_BT is not None:
-      found = fn(task, parts, z_BTD, u_BTD, weight_BT)
-      total = found if total is None else _plus(total, found)
-  return total
-
-
-def _ridge(task: _Task, masks: dict[str, np.ndarray], tokens_NT) -> float:
+def _ridge(task: Task, masks: dict[str, np.ndarray], tokens_NT) -> float:
   """WEAK or STRONG, by the tokens for each live input channel."""
   name, width = task.names[0], task.config.hidden_size
   if name in HALVES:  # whose input are the channels of units
@@ -247,83 +214,6 @@ def _gathered(tree, *, mesh):
   return sharding.whole(tree, mesh)
 
 
-@partial(jax.jit, static_argnames="task")
-def _normal_equations(task, parts, z_BTD, u_BTD, weight_BT):
-  """The input's Gram matrix [N, C, C], moments with what lacks {n: [N, C, E]}.
-
-  N devices: each sums over its rows, and they are added up when all is summed.
-  """
-  fed_BTC, found, weight_BT = _lacking(task, parts, z_BTD, u_BTD, weight_BT)
-  sums = partial(_sums_of_devices, task.mesh, fed_BTC * weight_BT[..., None])
-  moments = {n: sums(lacks_BTE) for n, (lacks_BTE, _) in found.items()}
-  return sums(fed_BTC), moments
-
-
-def _sums_of_devices(mesh, x_BTC, y_BTE):
-  """x^T y over the rows of each device, [N, C, E]."""
-  N = placement.batch_shards(mesh)
-  split = lambda x: placement.cut_rows(x.reshape(N, -1, *x.shape[1:]), mesh)
-  found = float32_product.product("nbtc,nbte->nce", split(x_BTC), split(y_BTE))
-  return placement.cut_rows(found, mesh)
-
-
-@partial(jax.jit, static_argnames="mesh")
-def _added_up(sums, *, mesh):
-  """Sums of the devices as one, of which each device has a part."""
-  return jax.tree.map(lambda x: each_device.total(x, mesh), sums)
-
-
-@partial(jax.jit, static_argnames="task")
-def _energies(task, parts, z_BTD, u_BTD, weight_BT):
-  """{name: energies (of what lacks, of the target)}."""
-  _, found, weight_BT = _lacking(task, parts, z_BTD, u_BTD, weight_BT)
-  energy = lambda y_BTE: jnp.sum(weight_BT[..., None] * jnp.square(y_BTE))
-  return sharding.whole(jax.tree.map(energy, found), task.mesh)
-
-
-def _lacking(task, parts, z_BTD, u_BTD, weight_BT):
-  """A task on a minibatch, float32.
-
-  Returns:
-    fed_BTC: the input of the matrices.
-    {name: (what they lack, the target)}, [B, T, outputs] each.
-    weight_BT: lowered so that no token's input energy exceeds CAP medians.
-  """
-  config, names, layer = task.config, task.names, parts.layer
-  mesh, place = task.mesh, parts.place
-  fed = streams.fed_to(config, names[0], layer, place, u_BTD, mesh)
-  unit, writes, found = axes.unit_of(names[0]), names[0] in HALVES, {}
-  if writes and f"{NAMES[unit]}_post_norm" not in layer:
-    given_BTD = write(unit, config, layer, u_BTD, fed)
-    scale = config.residual_scale
-    z_BTE, u_BTE = stream(config, z_BTD), stream(config, u_BTD)
-    lacks_BTE = (z_BTE - stream(config, given_BTD)) / scale
-    found[names[0]] = lacks_BTE, (z_BTE - u_BTE) / scale
-  else:
-    dense = parts.dense_layer
-    dense_BTC = _flat(
-      streams.fed_to(config, names[0], dense, place, z_BTD, mesh)
-    )
-    for n in names:
-      # Biases are the same in both and need no part in it.
-      left = dense[n] if writes else axes.mask(n, dense[n], parts.masks)
-      left = linear_algebra.as_matrix(n, left)
-      target_BTE = float32_product.product("btd,de->bte", dense_BTC, left)
-      weight = linear_algebra.as_matrix(n, layer[n])
-      given_BTE = float32_product.product("btd,de->bte", _flat(fed), weight)
-      found[n] = target_BTE - given_BTE, target_BTE
-  fed_BTC = _flat(fed).astype(jnp.float32)
-  energy_BT = jnp.sum(jnp.square(fed_BTC), axis=-1)
-  most = CAP * jnp.median(energy_BT)
-  weight_BT *= jnp.minimum(1, most / jnp.maximum(energy_BT, 1e-30))
-  return fed_BTC, found, weight_BT
-
-
-def _flat(fed):
-  """The input of a matrix, [B, T, C]."""
-  return fed.reshape(*fed.shape[:2], -1)
-
-
 @partial(jax.jit, static_argnames="mesh")
 def solve(gram_CC, moments, weights, ridge, *, mesh=None):
   """Weights whose change solves the normal equations, in their dtype.
@@ -335,18 +225,12 @@ def solve(gram_CC, moments, weights, ridge, *, mesh=None):
     ridge: in units of the Gram matrix's median diagonal.
     mesh: where it is solved, which decides how (`linear_algebra`).
   """
-  changes = linear_algebra.solve(gram_CC, ridge, moments, mesh)
-
-  new = {}
+  changes, new = linear_algebra.solve(gram_CC, ridge, moments, mesh), {}
   for n, weight in weights.items():
     change = changes[n].reshape(weight.shape)
     new[n] = (weight.astype(jnp.float32) + change).astype(weight.dtype)
-  return new
-
-
-@partial(jax.jit, donate_argnums=0)
-def _plus(total, found):
-  return jax.tree.map(jnp.add, total, found)
+  # Like the layer's other matrices, or what reads them is compiled anew.
+  return sharding.whole(new, mesh)
 
 
 @jax.jit

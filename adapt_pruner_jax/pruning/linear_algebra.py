@@ -16,6 +16,7 @@ from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.models import axes
 from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.pruning import elimination, float32_product
+from adapt_pruner_jax.pruning.median import median
 
 LEAST = 1e-5  # ridge of a channel over its energy, for float32
 
@@ -69,8 +70,7 @@ def scaled(gram_CC: jax.Array, ridge: jax.Array) -> tuple[jax.Array, jax.Array]:
   here_CC = at_C[:, None] == at_C  # compared, each device has its rows of it
   diagonal_C = jnp.sum(jnp.where(here_CC, gram_CC, 0), axis=1)
   live_C = diagonal_C > 0
-  median = jnp.nanmedian(jnp.where(live_C, diagonal_C, jnp.nan))
-  ridge_C = jnp.maximum(ridge * median, LEAST * diagonal_C)
+  ridge_C = jnp.maximum(ridge * median(diagonal_C, live_C), LEAST * diagonal_C)
   scale_C = jnp.where(live_C, jnp.sqrt(diagonal_C + ridge_C), 1)
   scaled_CC = gram_CC / scale_C[:, None] / scale_C[None]
   return jnp.where(here_CC, 1.0, scaled_CC), scale_C

@@ -25,6 +25,7 @@ from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.layer import norm
 from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.pruning import linear_algebra
+from adapt_pruner_jax.pruning.median import median
 from adapt_pruner_jax.pruning.streams import (
   CAP,
   ENOUGH,
@@ -181,7 +182,7 @@ def _rows(config, dense, layer, z_BTD, u_BTD, weight_BT, cut):
   everyone = energy_P
   if cut:
     everyone = jax.lax.all_gather(energy_P, axes.BATCH, tiled=True)
-  most = CAP * jnp.median(everyone)
+  most = CAP * median(everyone)
   capped_P = jnp.minimum(1, most / jnp.maximum(energy_P, 1e-30))
   return _Rows(
     fed_PF=fed_PF,

@@ -65,8 +65,10 @@ def held_rows(tokens_NT: np.ndarray) -> int:
 
 def advance(config, writer, layer, place, stream, mesh) -> None:
   """Moves a stream behind a half, a minibatch at a time: none is kept twice."""
+  unit = axes.unit_of(writer)
   for number, x_BTD in enumerate(stream):
-    stream[number] = half(config, writer, layer, place, x_BTD, mesh=mesh)
+    fed = fed_to(config, writer, layer, place, x_BTD, mesh=mesh)
+    stream[number] = written(config, unit, layer, x_BTD, fed, mesh=mesh)
 
 
 @partial(jax.jit, static_argnames=("config", "mesh"))
@@ -75,15 +77,18 @@ def _embed(config, outer, tokens_BT, *, mesh):
   return placement.cut_rows(x_BTD.astype(jnp.float32), mesh)
 
 
-@partial(jax.jit, static_argnames=("config", "writer", "mesh"))
-def half(config, writer, layer, place, x_BTD, *, mesh):
-  fed = fed_to(config, writer, layer, place, x_BTD, mesh)
-  unit = axes.unit_of(writer)
+@partial(jax.jit, static_argnames=("config", "unit", "mesh"))
+def written(config, unit, layer, x_BTD, fed, *, mesh):
+  """A stream behind a half, of what is fed to the half's matrix."""
   return placement.cut_rows(write(unit, config, layer, x_BTD, fed), mesh)
 
 
-def fed_to(config, name, layer, place, x_BTD, mesh):
+@partial(jax.jit, static_argnames=("config", "name", "mesh"))
+def fed_to(config, name, layer, place, x_BTD, *, mesh):
   """What matrix `name` of a layer multiplies, in its dtype.
+
+  A program of its own, since attention takes most of a compile: what writes it
+  to a stream and what sums it up, of either model, share it.
 
   Args:
     x_BTD: the residual stream in front of the half.

@@ -124,7 +124,6 @@ def make_step(
 
     number = settings.accumulation
     (value, nll), grads = _summed(gradient, trained, batch, number, mesh)
-    grads = jax.lax.with_sharding_constraint(grads, placed[0])
     norm = optax.tree.norm(grads)
     keep = jnp.isfinite(value) & jnp.isfinite(norm)
     updates, new_state = transform.update(grads, opt_state, trained)

@@ -148,9 +148,10 @@ CASES = {
     "K": 1,
     "G": 1,
     "H": 256,
-    "packed": False,
+    "packed": True,
     "window": 5,
   },
+  "one document": {"T": 129, "K": 1, "G": 2, "H": 128, "packed": False},
 }
 
 
@@ -252,6 +253,7 @@ def test_whose_choice():
     ("TPU v5e", {"prefix": True}, "prefix"),
     ("TPU v5e", {"shards": 0}, "devices"),
     ("TPU v5e", {"rows": 6, "shards": 4}, "6 row"),
+    ("TPU v5e", {"sinks": True}, "sinks"),
     ("NVIDIA H200", {"softcap": 30.0}, "soft cap"),
     ("NVIDIA H200", {"dtype": "float32"}, "float32"),
     ("NVIDIA H200", {"head_size": 100}, "100"),

@@ -15,7 +15,9 @@ from adapt_pruner_jax.models.rope import Rope
 from adapt_pruner_jax.pruning import (
   least_squares,
   linear_algebra,
+  normal_equations,
   refit,
+  streams,
   surgery,
 )
 from tests import small
@@ -177,14 +179,17 @@ def test_changes_only_what_writes_and_keeps_shapes(pair, refitted):
 
 def test_minibatches_and_devices_do_not_matter(pair, monkeypatch):
   # The cap depends on the minibatch; without it nothing does.
-  monkeypatch.setattr(least_squares, "CAP", 1e9)
+  monkeypatch.setattr(normal_equations, "CAP", 1e9)
   jax.clear_caches()
   one, _ = refit.refit(*pair, KEPT, TOKENS, 40, ridge=0.1)
+  one_size = streams.fed_to._cache_size()
   mesh = sharding.make_mesh(data=2, fsdp=4)
   placed = [
     (c, jax.device_put(p, sharding.param_shardings(p, mesh))) for c, p in pair
   ]
   many, _ = refit.refit(*placed, KEPT, TOKENS, 16, ridge=0.1, mesh=mesh)
+  # One of attention and one of the MLP, for both models and all layers.
+  assert streams.fed_to._cache_size() == one_size + 2
   jax.tree.map(
     lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-4),
     one,
@@ -432,7 +437,7 @@ def test_through_norms_behind_the_matrices(option):
 
   (X, W), (X_dense, W_dense) = fed(cut, fewer), fed(config, params)
   energy = np.square(X).sum(1)
-  counts = np.minimum(1, least_squares.CAP * np.median(energy) / energy)
+  counts = np.minimum(1, normal_equations.CAP * np.median(energy) / energy)
   counts[36 * 16 :] = 0  # held out
   gram = X.T @ (counts[:, None] * X)
   gram += 0.1 * np.median(np.diag(gram)) * np.eye(len(gram))
