@@ -53,6 +53,10 @@ CELLS = (
   "--program=adapt --model=8b --windows=512 --tokens=2048",
   "--program=adapt --model=30b-a3b --topology=v5e:4x4 --rows=16 "
   "--windows=512 --tokens=2048",
+  "--program=adapt --model=30b-a3b --topology=v5e:4x4 --rows=16 "
+  "--windows=512 --tokens=2048 --expert=16",
+  "--model=30b-a3b --topology=v5p:2x2x4 --rows=16 --expert=16 --remat=full "
+  "--train_tokens=1e6",
   "--program=curvature --model=8b --tokens=2048",
   "--program=refit --model=8b --tokens=2048",
   "--model=8b --topology=v5e:2x4 --moments=bfloat16",

@@ -10,10 +10,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from adapt_pruner_jax.distributed import sharding
 
+PIECE = 1 << 27  # bytes that are added up at once
 Axes = tuple[str, ...]  # of the mesh; () = there is one device
 
 
@@ -68,11 +70,31 @@ def run(
 
 
 def add_up(x: jax.Array, mesh: Mesh, axes: Axes) -> jax.Array:
-  """The sum over devices of each one's `x`, of which it keeps its part."""
-  dim = _cut_dim(x.shape, parts_of(mesh, axes))
+  """The sum over devices of each one's `x`, of which it keeps its part.
+
+  A large one is added up in pieces, since XLA may give each device all of a sum
+  before it takes its part.
+  """
+  parts = parts_of(mesh, axes)
+  dim = _cut_dim(x.shape, parts)
   if dim is None:
     return jax.lax.psum(x, axes)
-  return jax.lax.psum_scatter(x, axes, scatter_dimension=dim, tiled=True)
+  own = x.shape[dim] // parts
+  pieces = min(-(-x.size * x.dtype.itemsize // PIECE), own)
+  pieces = next(n for n in range(pieces, own + 1) if own % n == 0)
+  before, behind = x.shape[:dim], x.shape[dim + 1 :]
+  cut = x.reshape(*before, parts, pieces, own // pieces, *behind)
+
+  def one(i):
+    piece = jax.lax.dynamic_index_in_dim(cut, i, dim + 1, keepdims=False)
+    piece = piece.reshape(*before, -1, *behind)
+    where = {"scatter_dimension": dim, "tiled": True}
+    return jax.lax.psum_scatter(piece, axes, **where)
+
+  if pieces == 1:
+    return one(0)
+  found = jax.lax.map(one, jnp.arange(pieces))
+  return jnp.moveaxis(found, 0, dim).reshape(*before, own, *behind)
 
 
 def total(x: jax.Array, mesh: Mesh) -> jax.Array:
@@ -102,7 +124,7 @@ def cut_sum(
 ) -> NamedSharding | None:
   """Where the sums of a stack of layers lie, [L, ...]; None = anywhere.
 
-  Each sum is cut along the largest dim that divides; whole if none does.
+  Each sum is cut along the first dim that divides; whole if none does.
   """
   if mesh is None:
     return None
@@ -117,8 +139,8 @@ def _spec(shape: Sequence[int], mesh: Mesh, axes: Axes) -> PartitionSpec:
 
 
 def _cut_dim(shape: Sequence[int], parts: int) -> int | None:
-  dims = [i for i, size in enumerate(shape) if size % parts == 0]
-  return max(dims, key=lambda i: shape[i]) if dims else None
+  """The first that divides: parts along another one do not lie together."""
+  return next((i for i, size in enumerate(shape) if size % parts == 0), None)
 
 
 def parts_of(mesh: Mesh | None, axes: Axes) -> int:

@@ -42,15 +42,11 @@ def put_away(x: jax.Array) -> jax.Array:
   return jax.device_put(_plain(x), jax.memory.Space.Host)
 
 
-def taken_out(x: jax.Array) -> jax.Array:
-  """Within `jit`: what was put away, on the device."""
-  return _plain(fetched(x))
-
-
-def in_turn(later: Any, now: Any) -> tuple[Any, Any]:
-  """Within `jit`: both; the first is not fetched before the second is there,
-  while memory is needed for what comes before."""
-  return jax.lax.optimization_barrier((later, now))
+def taken_out(x: jax.Array, now: Any) -> tuple[jax.Array, Any]:
+  """Within `jit`: what was put away, on the device, and `now`; it does not take
+  the device's memory before `now` is there."""
+  x, now = jax.lax.optimization_barrier((x, now))
+  return _plain(fetched(x)), now
 
 
 def _plain(x: jax.Array) -> jax.Array:

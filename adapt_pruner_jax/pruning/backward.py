@@ -4,7 +4,8 @@ Taken in dense, stacked coordinates (`surgery.expand`), so that one executable
 serves every step of every stage. Forward, the residual stream in front of each
 half layer is stored. Backward, a reverse scan over the layers hands each half
 with the gradients behind it to a `Visitor`, minibatch by minibatch: one layer's
-sums over minibatches exist at a time.
+sums over minibatches exist at a time. On TPUs the streams may wait in the
+host's memory.
 """
 
 import dataclasses
@@ -273,8 +274,7 @@ def _backward(
     for unit in reversed(UNITS):
       half, x_MBTD = _half(unit, model, rows, layer), streams[unit]
       if model.hosted:
-        x_MBTD, dx_MBTD = placement.in_turn(x_MBTD, dx_MBTD)
-        x_MBTD = placement.taken_out(x_MBTD)
+        x_MBTD, dx_MBTD = placement.taken_out(x_MBTD, dx_MBTD)
       earlier = jax.tree.map(lambda b: b[i], before.get(unit))
       # Alone, a device goes on adding, as if there were just one walk.
       begin = earlier if not rows.axes else None

@@ -1,13 +1,14 @@
 """The mesh over slices, what is cut, and how many samples go at once."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
 import pytest
 
 from adapt_pruner_jax.config import Mesh
-from adapt_pruner_jax.distributed import placement, sharding
+from adapt_pruner_jax.distributed import each_device, placement, sharding
 from adapt_pruner_jax.errors import UserError
 
 
@@ -90,3 +91,18 @@ def test_samples_at_a_time_use_all_devices():
     assert placement.together(batch, len(tokens_NT), mesh) == want
   assert placement.together(4, 20, mesh) == 4
   assert placement.together(3, 20, sharding.one_device()) == 3
+
+
+@pytest.mark.parametrize("bytes_each, times", [(1 << 20, 1), (700, 4)])
+def test_a_large_sum_is_added_up_in_pieces(monkeypatch, bytes_each, times):
+  monkeypatch.setattr(each_device, "PIECE", bytes_each)
+  mesh = sharding.make_mesh()
+  x_NABC = np.arange(8 * 5 * 32 * 3, dtype=np.int32).reshape(8, 5, 32, 3)
+  total = jax.jit(functools.partial(each_device.total, mesh=mesh))
+  lowered = total.lower(placement.place_rows(x_NABC, mesh))
+  piece = 32 // times
+  assert f"tensor<5x{piece}x3xi32>) -> tensor<5x{piece // 8}x3xi32>" in (
+    lowered.as_text()
+  )
+  got = total(placement.place_rows(x_NABC, mesh))
+  np.testing.assert_array_equal(got, x_NABC.sum(0))

@@ -61,6 +61,7 @@ def test_passes_give_the_same_to_the_last_bit(score):
     np.testing.assert_array_equal(three.scores[u], scores_LU)
 
 
+@pytest.mark.slow
 def test_streams_in_the_hosts_memory_are_the_same_to_the_last_bit(monkeypatch):
   one = measured("taylor", N * T)
   monkeypatch.setattr(passes, "a_pass", lambda *_: passes.Pass(N, hosted=True))
