@@ -13,6 +13,7 @@ import json
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.parse
 import urllib.request
@@ -188,12 +189,22 @@ def _make_bucket(scheme: str, port: int) -> None:
 
 
 def _of_s3() -> Callable:
+  """Moto's, which looks whether there is an object and then makes it: a real
+  server does both at once, as this one does of one request at a time."""
   from moto.moto_server.werkzeug_app import (
     DomainDispatcherApplication,
     create_backend_app,
   )
 
-  return DomainDispatcherApplication(create_backend_app)
+  moto, one = DomainDispatcherApplication(create_backend_app), threading.Lock()
+
+  def application(environ: dict, start: Callable) -> Iterable[bytes]:
+    if environ["REQUEST_METHOD"] != "PUT":
+      return moto(environ, start)
+    with one:
+      return [b"".join(moto(environ, start))]
+
+  return application
 
 
 @contextlib.contextmanager
@@ -218,8 +229,6 @@ def _of_gcs(port: int) -> Iterator[Callable]:
 
 
 def main() -> None:
-  import threading
-
   from werkzeug.serving import make_server
 
   scheme, port = sys.argv[1], int(sys.argv[2])

@@ -80,7 +80,14 @@ def lines(path: str | Path) -> Iterator[str]:
       f"{at}; convert it, e.g. iconv -f latin1 -t utf-8"
     ) from error
   except OSError as error:
-    raise UserError(f"{path}: {error.strerror or error}") from error
+    raise UserError(f"{path}: {_reason(error)}") from error
+
+
+def _reason(error: OSError) -> str:
+  """Why a file cannot be read; of what is in no bucket libraries say little."""
+  if error.strerror is None and isinstance(error, FileNotFoundError):
+    return "there is no such object, or no such bucket"
+  return error.strerror or first_line(error)
 
 
 def json_rows(path: str | Path) -> Iterator[tuple[str, Any]]:
@@ -133,7 +140,7 @@ def parquet_rows(path: str | Path) -> Iterator[tuple[str, dict]]:
           yield f"{path} row {number}", row
           number += 1
   except OSError as error:
-    raise UserError(f"{path}: {error.strerror or first_line(error)}") from error
+    raise UserError(f"{path}: {_reason(error)}") from error
   except pyarrow.ArrowException as error:
     raise UserError(
       f"{path} cannot be read as parquet: {first_line(error)}"

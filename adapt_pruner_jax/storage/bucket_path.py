@@ -118,7 +118,10 @@ class BucketPath(type(epath.Path("gs://bucket"))):
 
   def files(self) -> dict[str, dict]:
     """All objects below: size and more of each, by its name from here."""
-    found = call(self, lambda: self.fs.find(str(self), detail=True))
+    try:
+      found = call(self, lambda: self.fs.find(str(self), detail=True))
+    except FileNotFoundError:  # what gcsfs says where there is no bucket
+      found = {}
     first = len(str(self).partition("://")[2]) + 1
     return {name[first:]: info for name, info in sorted(found.items())}
 

@@ -19,6 +19,7 @@ from adapt_pruner_jax.formats.hf import load
 from adapt_pruner_jax.storage import (
   bucket_lock,
   bucket_path,
+  download,
   json_files,
   places,
   publish,
@@ -282,6 +283,14 @@ def test_a_bucket_that_is_away_for_a_while(place, fault):
   path.write_bytes(b"new")
   fault("429", 2, "PUT,GET,HEAD,POST")
   assert path.read_bytes() == b"new"
+
+
+def test_what_is_in_no_bucket_is_named(bucket):
+  absent = f"{bucket.bucket}-that-is-absent/x.txt"
+  with pytest.raises(UserError, match="does not exist"):
+    download.copy(places.to_path(absent))
+  with pytest.raises(UserError, match="no such object, or no such bucket"):
+    list(files.lines(absent))
 
 
 def test_texts_and_tokens_in_a_bucket(place, small_model, tmp_path):
