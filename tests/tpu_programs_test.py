@@ -5,9 +5,7 @@ without it these are skipped, except where CI installs it (`.[tpu]`).
 """
 
 import dataclasses
-import importlib.util
 import itertools
-import os
 import re
 import threading
 
@@ -36,22 +34,12 @@ CONFIG = dataclasses.replace(
 
 @pytest.fixture(scope="module")
 def mesh():
-  if importlib.util.find_spec("libtpu") is None:
+  if not compiling.has_compiler():
     pytest.skip("libtpu is not installed: pip install -e '.[tpu]'")
-  from jax.experimental import topologies
-
-  given = {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
-  }
-  for name, value in given.items():
-    os.environ.setdefault(name, value)
-  slice_ = topologies.get_topology_desc("v5e:2x2", platform="tpu")
+  slice_ = compiling.devices_of("v5e:2x2")
   before = jax.config.jax_enable_compilation_cache
   jax.config.update("jax_enable_compilation_cache", False)  # none could read it
-  yield sharding.make_mesh(devices=slice_.devices)
+  yield sharding.make_mesh(devices=slice_)
   jax.config.update("jax_enable_compilation_cache", before)
 
 
@@ -111,6 +99,14 @@ def lower_step(mesh, settings):
 def test_a_train_step(mesh):
   settings = Train(dtype="bfloat16", remat="full")
   check(lower_step(mesh, settings).compile(), 12e6, 800)
+
+
+@pytest.mark.slow
+def test_streams_in_front_of_layers_wait_in_the_hosts_memory(mesh):
+  settings = Train(dtype="bfloat16", remat="offload")
+  found = lower_step(mesh, settings).compile().memory_analysis()
+  streams = 2 * CONFIG.num_layers * B * T * CONFIG.hidden_size / mesh.size
+  assert found.host_temp_size_in_bytes >= streams
 
 
 @pytest.mark.slow

@@ -74,7 +74,9 @@ CHOICES = {
   "prune.attention": ("auto", "plain", "blocks", "splash", "cudnn"),
   "prune.precision": ("float32", "tensorfloat32", "bfloat16"),
   "train.attention": ("auto", "plain", "blocks", "splash", "cudnn"),
-  "train.remat": ("auto", "none", "dots", "attention+mlp", "full"),
+  "train.remat": (
+    *("auto", "none", "dots", "attention+mlp", "full", "offload"),
+  ),
   "train.gradient_dtype": ("bfloat16", "float32"),
   "train.moments": ("float32", "bfloat16"),
   "train.lora_base": ("", "int8"),

@@ -290,7 +290,7 @@ class Train(Section):
   dtype: str = "float32"  # of the arithmetic; what is trained is float32
   attention: str = "auto"  # which implementation; docs/speed.md
   # What the backward pass computes once more: none | dots | attention+mlp |
-  # full, or auto = by the memory of the device (docs/accelerators.md).
+  # full | offload, or auto = by the device's memory (docs/accelerators.md).
   remat: str = "auto"
   # Compile runs of layers, padded to one size, once: auto = not on a CPU.
   scan_layers: str = "auto"

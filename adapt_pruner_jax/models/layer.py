@@ -27,7 +27,7 @@ from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.heads import heads, norm
 from adapt_pruner_jax.models.kernels import AUTO, Kernel
 from adapt_pruner_jax.models.model_config import ModelConfig
-from adapt_pruner_jax.models.remat import BETWEEN, read_by
+from adapt_pruner_jax.models.remat import BETWEEN, FRONT, read_by
 
 # The matrix that each half writes with, and those that it reads with.
 HALVES = {
@@ -135,6 +135,7 @@ def run_layer(
     The residual stream behind the layer, [B, T, E], and what there is to see.
   """
   args = config, weights, place, inputs
+  x_BTD = checkpoint_name(x_BTD, FRONT)
   mid_BTM, mixed = run_half("K", *args, x_BTD, masks, cache)
   mid_BTM = checkpoint_name(mid_BTM, BETWEEN)
   out_BTE, channels = run_half("F", *args, mid_BTM, masks)

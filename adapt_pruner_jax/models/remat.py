@@ -4,8 +4,9 @@ none           nothing
 dots           all but products with weights: norms, rotations, attention
 attention+mlp  each half of a layer; the streams in front of both are kept
 full           each layer; the stream in front of it is kept
+offload        each layer; the stream in front of it is kept by the host
 
-In this order less is kept, and more is computed twice.
+In this order less is kept, and more is computed twice or sent.
 """
 
 from collections.abc import Callable
@@ -17,16 +18,23 @@ from jax.ad_checkpoint import checkpoint_name
 from adapt_pruner_jax.models.arithmetic import LowRank, project
 
 # Names of what a layer computes: products with the weights that read the
-# stream, and the stream between the halves.
-PRODUCT, BETWEEN = "product", "between the halves"
+# stream, and the stream in front of the layer and between its halves.
+PRODUCT, FRONT, BETWEEN = "product", "in front", "between the halves"
 
 _only = jax.checkpoint_policies.save_only_these_names
 _KEPT = {
   "dots": _only(PRODUCT, BETWEEN),
   "attention+mlp": _only(BETWEEN),
   "full": jax.checkpoint_policies.nothing_saveable,
+  "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+    names_which_can_be_saved=[],
+    names_which_can_be_offloaded=[FRONT],
+    offload_src="device",
+    offload_dst="pinned_host",
+  ),
 }
 NAMES = ("none", *_KEPT)
+ON_DEVICE = NAMES[:-1]  # what `auto` chooses from
 
 
 def read_by(

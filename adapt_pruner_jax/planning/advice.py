@@ -97,7 +97,7 @@ def advice(
     elif phase == "training" and not config.train.lora_base:
       tips.append("--config.train.lora_base=int8")
   elif phase == "training":
-    if config.train.remat not in ("auto", "full"):
+    if config.train.remat not in ("auto", "full", "offload"):
       tips.append("--config.train.remat=full")
     tips.append(f"--config.train.accumulation={2 * config.train.accumulation}")
     tips.append(f"--config.data.seq_len={config.data.seq_len // 2}")

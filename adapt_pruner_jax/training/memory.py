@@ -56,7 +56,7 @@ def with_remat(
   usable -= state(config, settings, teacher, mesh)
   usable -= vocabulary(config, settings, shape, mesh)
   usable -= gathered(config, settings, mesh)
-  for name in remat.NAMES:
+  for name in remat.ON_DEVICE:
     made = dataclasses.replace(settings, remat=name)
     if kept(config, made, shape, mesh) <= usable:
       return made
@@ -143,6 +143,7 @@ def _layers(
       "dots": (products, sum(halves) - products),
       "attention+mlp": (2 * D, max(halves)),
       "full": (D, sum(halves)),
+      "offload": (0, D + sum(halves)),
     }[settings.remat]
     each.append(kept_here)
     again.append(made_again)

@@ -38,7 +38,7 @@ def test_chosen_by_memory():
   assert chosen(LLAMA, (8, 4096), 1e6, remat="full") == "full"
   # Between all and nothing, as memory shrinks.
   names = [chosen(small.SMOLLM2_135M, (8, 2048), gb) for gb in (40, 17, 8, 4)]
-  assert names == [*remat.NAMES]
+  assert names == [*remat.ON_DEVICE]
 
 
 def products(jaxpr):
@@ -68,4 +68,4 @@ def test_products_computed_twice(runs):
   assert layer_runs.bounds(trained) == tuple((r.first, r.end) for r in runs)
   extra = {n: (found[n] - found["none"]) / number for n in remat.NAMES[1:]}
   # `down` need not be made again; nor need `o`, between kept halves.
-  assert extra == {"dots": 2, "attention+mlp": 7, "full": 8}
+  assert extra == {"dots": 2, "attention+mlp": 7, "full": 8, "offload": 8}

@@ -162,7 +162,12 @@ def test_eight_devices_equal_one(plain, shape):
 
 
 @pytest.mark.parametrize(
-  "shape, remat", [((1, 1, 1), "dots"), ((2, 2, 2), "attention+mlp")]
+  "shape, remat",
+  [
+    ((1, 1, 1), "dots"),
+    ((2, 2, 2), "attention+mlp"),
+    pytest.param((1, 1, 1), "offload", marks=pytest.mark.slow),
+  ],
 )
 def test_accumulation_equals_one_big_batch(plain, shape, remat):
   """Microbatches hold different numbers of counted tokens."""
