@@ -40,7 +40,6 @@ PAIRS = (
   ("file", "file_params"),
   ("latency", "latency_params"),
   ("latency", "latency_uniform"),
-  ("latency_36", "latency_uniform"),
 )
 Rows = dict[str, dict]
 

@@ -15,6 +15,7 @@ which undoes rematerialisation, nor scatters gradients as it reduces them.
 import dataclasses
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -261,7 +262,7 @@ def lower_scoring(
   model = surgery.dense(full), stacked, masks
   batch = passes.batch_of(recipe.batch, recipe.samples, mesh, how)
   rows = passes.one_minibatch(shape, batch, mesh)
-  handed_on = lambda: passes.sums(programs, (*model, *rows), how)
+  handed_on = partial(passes.sums, programs, (*model, *rows), {**how})
   most, hosted = passes.a_pass(
     full,
     arrays.weight_dtype(config),

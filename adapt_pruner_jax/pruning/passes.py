@@ -144,7 +144,7 @@ def run(
   )
   batch = batch_of(task.batch, len(tokens_NT), task.mesh, how)
   rows = one_minibatch(tokens_NT.shape, batch, task.mesh)
-  handed_on = cache(lambda: sums(programs, (*model, *rows), how))
+  handed_on = cache(partial(sums, programs, (*model, *rows), {**how}))
   most, hosted = a_pass(
     task.full,
     masked.stacked["embedding"].dtype,

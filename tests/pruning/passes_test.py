@@ -62,9 +62,16 @@ def test_passes_give_the_same_to_the_last_bit(score):
 
 
 @pytest.mark.slow
-def test_streams_in_the_hosts_memory_are_the_same_to_the_last_bit(monkeypatch):
+@pytest.mark.parametrize("minibatches", [2, N])
+def test_streams_in_the_hosts_memory_are_the_same_to_the_last_bit(
+  minibatches, monkeypatch
+):
+  """With an option of the compiler's, as TPUs have one; it changes nothing."""
   one = measured("taylor", N * T)
-  monkeypatch.setattr(passes, "a_pass", lambda *_: passes.Pass(N, hosted=True))
+  option = {"xla_cpu_enable_fast_math": False}
+  monkeypatch.setattr(placement, "hosted_options", lambda mesh: option)
+  a_pass = passes.Pass(minibatches, hosted=True)
+  monkeypatch.setattr(passes, "a_pass", lambda *_: a_pass)
   hosted = measured("taylor", 0)
   jax.tree.map(np.testing.assert_array_equal, vars(hosted), vars(one))
 
