@@ -69,7 +69,7 @@ FILE |= {"prune.budget_value": FILE_BYTES}
 VOCAB = {"vocab.keep_tokens": TOKENS}
 SPEED = {"prune.budget": "latency", "prune.budget_context": CONTEXT}
 SPEED |= {"prune.ratio": LATENCY}
-ONE_WIDTH = {"prune.allotment": "one_width"}
+SHARE = {"prune.allotment": "uniform", "prune.trim": False}
 # A window a step, as the default refit; the dense model teaches.
 TRAINING = {"data.seq_len": 512, "data.batch": 1, "train.remat": "none"}
 TRAINING |= {"train.learning_rate": 1.5e-4, "train.min_learning_rate": 1.5e-5}
@@ -88,7 +88,8 @@ ROWS: dict[str, dict] = {
   "file_params": {"prune.ratio": None},
   "latency": SPEED,
   "latency_params": {"prune.ratio": None},
-  "latency_uniform": SPEED | ONE_WIDTH,
+  "latency_one_width": SPEED | {"prune.allotment": "one_width"},
+  "latency_share": SPEED | SHARE,
   "latency_36": SPEED | {"prune.ratio": 0.36},
   "file_vocab": FILE | VOCAB,
   "vocab": VOCAB,

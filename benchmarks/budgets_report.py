@@ -25,7 +25,8 @@ NAMES = {
   "file_vocab": "the same 105 MB, 16,384 tokens",
   "latency": "at most 0.75 x the decode time, 0.30 less asked for",
   "latency_params": "parameters at which decoding is as fast",
-  "latency_uniform": "one width for all layers, 0.30 less asked for",
+  "latency_one_width": "one width for all layers, 0.30 less asked for",
+  "latency_share": "one share of all layers, 0.30 less asked for",
   "latency_36": "unequal layers, 0.36 less asked for",
   "vocab": "16,384 tokens, nothing else",
   "vocab_trained": "16,384 tokens, trained",
@@ -39,7 +40,8 @@ NAMES = {
 PAIRS = (
   ("file", "file_params"),
   ("latency", "latency_params"),
-  ("latency", "latency_uniform"),
+  ("latency", "latency_one_width"),
+  ("latency_36", "latency_share"),
 )
 Rows = dict[str, dict]
 
