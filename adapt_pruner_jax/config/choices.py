@@ -22,7 +22,7 @@ PUBLISHED = {
 # Multiples of MLP widths that leave whole blocks in a quantised file.
 BLOCKS = {"q8_0": 32, "q4_0": 32, "q4_k_m": 256}
 
-# Allotments by one ranking.
+# Allotments whose steps take `prune.ranking.step_size` of the budget.
 RANKED = ("ranking", "one_width")
 
 # Methods whose score and allotment are one thing.
