@@ -16,6 +16,8 @@ import statistics
 import tempfile
 import time
 
+import peer_model
+
 
 def arguments() -> argparse.Namespace:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -43,12 +45,8 @@ def arguments() -> argparse.Namespace:
 
 FLAGS = arguments()
 # Before jax and torch start their threads.
-os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:1])
-os.environ["OMP_NUM_THREADS"] = "1"
+peer_model.use_cores(1)
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-os.environ["XLA_FLAGS"] = (
-  os.environ.get("XLA_FLAGS", "") + " --xla_cpu_multi_thread_eigen=false"
-)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 

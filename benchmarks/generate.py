@@ -15,17 +15,12 @@ import statistics
 import tempfile
 import time
 
+import peer_model
+
 
 def arguments() -> argparse.Namespace:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  sizes = {
-    "layers": 4,
-    "width": 256,
-    "ffn": 688,
-    "heads": 8,
-    "kv_heads": 4,
-    "head_dim": 32,
-    "vocab": 4096,
+  sizes = peer_model.SIZES | {
     "rows": 4,
     "prompt": 128,
     "new": 64,
@@ -39,12 +34,8 @@ def arguments() -> argparse.Namespace:
 
 FLAGS = arguments()
 # Before jax and torch start their threads.
-os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: FLAGS.threads])
-os.environ["OMP_NUM_THREADS"] = str(FLAGS.threads)
+peer_model.use_cores(FLAGS.threads)
 os.environ["JAX_PLATFORMS"] = "cpu"
-if FLAGS.threads == 1:
-  one = " --xla_cpu_multi_thread_eigen=false"
-  os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + one
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import jax
@@ -55,25 +46,6 @@ from transformers import AutoModelForCausalLM
 from adapt_pruner_jax.evaluation.generate import generate
 from adapt_pruner_jax.formats.hf import save
 from adapt_pruner_jax.models import decoder, model_config
-from adapt_pruner_jax.models.rope import Rope
-
-
-def pruned_config() -> model_config.ModelConfig:
-  """Every second layer has lost a KV group and a fifth of its channels."""
-  thin = [i % 2 for i in range(FLAGS.layers)]
-  return model_config.ModelConfig(
-    family="llama",
-    vocab_size=FLAGS.vocab,
-    hidden_size=FLAGS.width,
-    queries_per_group=FLAGS.heads // FLAGS.kv_heads,
-    head_dim=FLAGS.head_dim,
-    kv_groups=tuple(FLAGS.kv_heads - t for t in thin),
-    ffn_widths=tuple(FLAGS.ffn - t * (FLAGS.ffn // 5) for t in thin),
-    norm_eps=1e-5,
-    rope=Rope(),
-    context=FLAGS.prompt + FLAGS.new,
-    tied=False,
-  )
 
 
 def transformers(folder: str, prompts_BT: np.ndarray):
@@ -107,7 +79,7 @@ def seconds(fn) -> tuple[float, np.ndarray]:
 
 
 def main() -> None:
-  config = pruned_config()
+  config = peer_model.pruned_config(FLAGS, FLAGS.prompt + FLAGS.new)
   params = decoder.init_params(config, jax.random.key(0))
   rng, shape = np.random.default_rng(0), (FLAGS.rows, FLAGS.prompt)
   prompts_BT = rng.integers(0, FLAGS.vocab, shape)

@@ -18,6 +18,8 @@ import os
 import statistics
 import time
 
+import peer_model
+
 
 def arguments() -> argparse.Namespace:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -46,11 +48,7 @@ def arguments() -> argparse.Namespace:
 
 FLAGS = arguments()
 # Before jax and torch start their threads.
-os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: FLAGS.threads])
-os.environ["OMP_NUM_THREADS"] = str(FLAGS.threads)
-if FLAGS.threads == 1:
-  one = " --xla_cpu_multi_thread_eigen=false"
-  os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + one
+peer_model.use_cores(FLAGS.threads)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax

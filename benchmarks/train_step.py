@@ -16,17 +16,12 @@ import statistics
 import tempfile
 import time
 
+import peer_model
+
 
 def arguments() -> argparse.Namespace:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  sizes = {
-    "layers": 4,
-    "width": 256,
-    "ffn": 688,
-    "heads": 8,
-    "kv_heads": 4,
-    "head_dim": 32,
-    "vocab": 4096,
+  sizes = peer_model.SIZES | {
     "batch": 4,
     "tokens": 256,
     "threads": 1,
@@ -46,12 +41,8 @@ def arguments() -> argparse.Namespace:
 FLAGS = arguments()
 CPU = FLAGS.device == "cpu"
 if CPU:  # before jax and torch start their threads
-  os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: FLAGS.threads])
-  os.environ["OMP_NUM_THREADS"] = str(FLAGS.threads)
+  peer_model.use_cores(FLAGS.threads)
   os.environ["JAX_PLATFORMS"] = "cpu"
-  if FLAGS.threads == 1:
-    one = " --xla_cpu_multi_thread_eigen=false"
-    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + one
 else:  # two libraries share the card's memory
   os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.45")
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -69,7 +60,6 @@ from adapt_pruner_jax.models import (
   flops,
   model_config,
 )
-from adapt_pruner_jax.models.rope import Rope
 from adapt_pruner_jax.training import (
   loop,
   optimizer,
@@ -80,25 +70,6 @@ from adapt_pruner_jax.training.step import (
 )
 
 LEARNING_RATE = 1e-4
-
-
-def pruned_config() -> model_config.ModelConfig:
-  """Every second layer has lost a KV group and a fifth of its channels."""
-  f = FLAGS
-  thin = [i % 2 for i in range(f.layers)]
-  return model_config.ModelConfig(
-    family="llama",
-    vocab_size=f.vocab,
-    hidden_size=f.width,
-    queries_per_group=f.heads // f.kv_heads,
-    head_dim=f.head_dim,
-    kv_groups=tuple(f.kv_heads - t for t in thin),
-    ffn_widths=tuple(f.ffn - t * (f.ffn // 5) for t in thin),
-    norm_eps=1e-5,
-    rope=Rope(),
-    context=f.tokens,
-    tied=False,
-  )
 
 
 class Ours:
@@ -194,7 +165,7 @@ def peak_flops() -> float:
 
 
 def main() -> None:
-  config = pruned_config()
+  config = peer_model.pruned_config(FLAGS, FLAGS.tokens)
   params = jax.device_get(decoder.init_params(config, jax.random.key(0)))
   shape = (FLAGS.batch, FLAGS.tokens + 1)
   tokens_BS = np.random.default_rng(0).integers(0, config.vocab_size, shape)
