@@ -6,6 +6,12 @@ scatter adds in no order that is kept on a GPU, and TPUs are slow at it.
 """
 
 import jax
+import jax.numpy as jnp
+
+
+def inverse(order_P: jax.Array) -> jax.Array:
+  """The place that each number has in an order of all numbers below P."""
+  return jnp.zeros_like(order_P).at[order_P].set(jnp.arange(len(order_P)))
 
 
 @jax.custom_vjp

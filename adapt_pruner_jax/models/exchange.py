@@ -65,7 +65,7 @@ def there(rows_PD: jax.Array, sizes_X: jax.Array, devices: int) -> Arrived:
   which_R = jnp.searchsorted(ends, jnp.arange(room), side="right")
   expert_R = jnp.where(which_R < len(ends), which_R % own, own)
   order_R = jnp.argsort(expert_R, stable=True)
-  row_R = jnp.zeros_like(order_R).at[order_R].set(jnp.arange(room))
+  row_R = deal.inverse(order_R)
   expert_R = jnp.minimum(expert_R[order_R], own - 1)
   rows_RD = deal.to_rows(came_RD, order_R, row_R[:, None])
   sent = Sent(counts_NX, order_R, row_R)

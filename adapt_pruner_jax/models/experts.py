@@ -147,8 +147,7 @@ def _read(config, parts, weights, h_BTD):
   order = jnp.argsort(flat, stable=True)
   token_P = order // config.experts_per_token
   sizes_X = jnp.bincount(flat, length=config.experts).astype(jnp.int32)
-  row_P = jnp.zeros_like(order).at[order].set(jnp.arange(len(order)))
-  row_Tk = row_P.reshape(expert_Tk.shape)
+  row_Tk = deal.inverse(order).reshape(expert_Tk.shape)
   chosen_P, sent = flat[order], None
   rows_PD = deal.to_rows(h_TD, token_P, row_Tk)
   own_P, first = chosen_P, 0

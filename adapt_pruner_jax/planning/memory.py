@@ -15,7 +15,6 @@ which undoes rematerialisation, nor scatters gradients as it reduces them.
 import dataclasses
 import math
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import jax
@@ -260,18 +259,15 @@ def lower_scoring(
   programs, how = _walk(config, mesh)
   stacked = stacked_params(config, full, dtype, mesh)
   model = surgery.dense(full), stacked, masks
-  batch = passes.batch_of(recipe.batch, recipe.samples, mesh, how)
-  rows = passes.one_minibatch(shape, batch, mesh)
-  handed_on = partial(passes.sums, programs, (*model, *rows), {**how})
-  most, hosted = passes.a_pass(
-    full,
+  programs, how, batch, most, handed_on = passes.prepared(
+    programs,
+    model,
+    shape,
     arrays.weight_dtype(config),
-    *(shape, batch, recipe.pass_tokens),
-    mesh,
-    handed_on,
+    recipe.batch,
+    recipe.pass_tokens,
+    how,
   )
-  if hosted:
-    programs, how["hosted"] = programs.hosted(mesh), True
   nobody = np.zeros(shape, np.int32)
   tokens_MBT, valid_MB = placement.passes(nobody, batch, mesh, most)[0]
   M, B, T = tokens_MBT.shape

@@ -142,20 +142,15 @@ def run(
     masked.stacked,
     placement.replicate(masks or masked.masks, task.mesh),
   )
-  batch = batch_of(task.batch, len(tokens_NT), task.mesh, how)
-  rows = one_minibatch(tokens_NT.shape, batch, task.mesh)
-  handed_on = cache(partial(sums, programs, (*model, *rows), {**how}))
-  most, hosted = a_pass(
-    task.full,
-    masked.stacked["embedding"].dtype,
+  programs, how, batch, most, handed_on = prepared(
+    programs,
+    model,
     tokens_NT.shape,
-    batch,
+    masked.stacked["embedding"].dtype,
+    task.batch,
     task.pass_tokens,
-    task.mesh,
-    handed_on,
+    how,
   )
-  if hosted:
-    programs, how["hosted"] = programs.hosted(task.mesh), True
   parts = placement.passes(tokens_NT, batch, task.mesh, most)
   so_far, found = None, []
   for number, (tokens_MBT, valid_MB) in enumerate(parts, 1):
@@ -175,6 +170,54 @@ def run(
     if name in whole:
       whole[name] = np.concatenate([f[name] for f in found])[real]
   return whole
+
+
+class Prepared(NamedTuple):
+  """How the walk over all calibration tokens goes.
+
+  Attributes:
+    programs, how: of the walk, as it keeps what layers are given.
+    batch: samples of a minibatch.
+    minibatches: of a pass.
+    handed_on: `sums`, found when first asked for.
+  """
+
+  programs: Programs
+  how: dict
+  batch: int
+  minibatches: int
+  handed_on: Callable[[], Any]
+
+
+def prepared(
+  programs: Programs,
+  model: tuple,
+  shape_NT: tuple[int, int],
+  dtype: np.dtype,
+  batch: int,
+  pass_tokens: int,
+  how: dict,
+) -> Prepared:
+  """Cuts the calibration tokens into minibatches and passes.
+
+  Args:
+    programs: of the walk.
+    model: config, stacked and masks, or their shapes, of a program.
+    shape_NT, dtype, pass_tokens: as `a_pass`'s.
+    batch: samples of a minibatch, by the recipe.
+    how: more arguments of the programs, `mesh` among them.
+  """
+  mesh = how["mesh"]
+  batch = batch_of(batch, shape_NT[0], mesh, how)
+  rows = one_minibatch(shape_NT, batch, mesh)
+  # Of the programs as they are: options of a compiler's are for the outermost.
+  handed_on = cache(partial(sums, programs, (*model, *rows), how))
+  most, hosted = a_pass(
+    model[0], dtype, shape_NT, batch, pass_tokens, mesh, handed_on
+  )
+  if hosted:
+    programs, how = programs.hosted(mesh), how | {"hosted": True}
+  return Prepared(programs, how, batch, most, handed_on)
 
 
 def batch_of(batch: int, samples: int, mesh: Mesh, how: dict) -> int:
