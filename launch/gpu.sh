@@ -9,6 +9,6 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . launch/venv.sh
 
 extra=$(gpu_extra)
-use_venv "$extra"
+use_venv "${OF_RUNS[@]}" "$extra"
 all_of_gpu
 run exec "$VENV/bin/adapt-pruner" run "$@"

@@ -6,7 +6,7 @@
 #
 # Submit it from the repository's root; that and the work directory are on a
 # file system that all nodes share. If the nodes have no network, install before
-# on one that has: bash -c '. launch/venv.sh && use_venv gpu'
+# on one that has: bash -c '. launch/venv.sh && use_venv "${OF_RUNS[@]}" gpu'
 # Near the time limit, or when preempted, the run saves its state, and the job
 # goes back into the queue and continues; so it does, a few times, when one of the
 # processes is gone (RETRIES).
@@ -23,7 +23,7 @@ cd "${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")/..}"
 . launch/venv.sh
 
 extra=$(gpu_extra)
-use_venv "$extra"
+use_venv "${OF_RUNS[@]}" "$extra"
 all_of_gpu
 # --distributed reads addresses and ranks from the variables that srun sets.
 status=0

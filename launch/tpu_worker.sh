@@ -18,7 +18,7 @@ case $1 in
       python3 -m uv python install 3.12
       PYTHON=$(python3 -m uv python find 3.12)
     fi
-    use_venv tpu bucket
+    use_venv "${OF_RUNS[@]}" tpu
     ;;
   start)
     shift

@@ -6,6 +6,9 @@
 #   --dry-run    as the first argument: print the commands, run none
 
 VENV=${VENV:-.venv}
+# Extras that a run on accelerators may need: texts of the hub, tasks, buckets.
+# shellcheck disable=SC2034
+OF_RUNS=(data eval bucket)
 
 dry_run=
 if [[ ${1:-} == --dry-run ]]; then
