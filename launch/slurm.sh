@@ -30,9 +30,16 @@ status=0
 run srun --kill-on-bad-exit=0 \
   "$VENV/bin/adapt-pruner" run --distributed "$@" || status=$?
 # 75: stopped and saved. 76, or 134 where JAX was faster to notice it: another
-# process is gone, with its machine perhaps.
-if [[ $status -eq 75 ]] || { [[ $status -eq 76 || $status -eq 134 ]] &&
-  [[ ${SLURM_RESTART_COUNT:-0} -lt ${RETRIES:-5} ]]; }; then
+# process is gone, with its machine perhaps. 137 and 143: that one itself, of
+# which srun tells rather than of the others.
+case $status in
+  75) again=1 ;;
+  76 | 134 | 137 | 143)
+    again=$((${SLURM_RESTART_COUNT:-0} < ${RETRIES:-5}))
+    ;;
+  *) again=0 ;;
+esac
+if [[ $again -eq 1 ]]; then
   run scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$status"

@@ -159,7 +159,7 @@ follow() {
         say "the run was stopped and has saved its state"
         [[ -n $spot ]] || exit 75
         ;;
-      76 | 134) # a worker is gone: preempted, or it stopped
+      76 | 134 | 137 | 143) # a worker is gone: preempted, killed, or it stopped
         preempted || ((++lost <= ${RETRIES:-5})) || fail "a worker was gone" \
           "$lost times, its log says why; $name is kept"
         say "a worker is gone, starting again"

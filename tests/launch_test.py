@@ -339,7 +339,8 @@ def test_gpu_without_gpu_is_one_clear_line(box):
 
 
 @pytest.mark.parametrize(
-  ("status", "restarts"), [(0, 0), (1, 0), (75, 99), (76, 2), (134, 2), (76, 5)]
+  ("status", "restarts"),
+  [(0, 0), (1, 0), (75, 99), (76, 2), (134, 2), (137, 2), (76, 5)],
 )
 def test_slurm_requeues_a_stopped_run(box, status, restarts):
   """And one that has lost a process, but not for ever."""
@@ -463,10 +464,10 @@ def test_stopped_run_on_a_kept_tpu_says_so(cloud):
 
 
 def test_run_that_lost_a_worker_is_started_again(cloud):
-  (cloud.cloud / "runs").write_text("76\n134\n0\n")
+  (cloud.cloud / "runs").write_text("76\n134\n137\n0\n")
   result, calls = cloud.run("tpu.sh", *TPU, *RUN)
   assert result.returncode == 0, result.stderr
-  assert steps(calls).count("start") == 3
+  assert steps(calls).count("start") == 4
   (cloud.cloud / "runs").write_text("76\n" * 9)
   error = cloud.fails("tpu.sh", *TPU, "--spot", *RUN)
   assert "a worker was gone 6 times" in error
