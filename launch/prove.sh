@@ -11,6 +11,7 @@
 #   WORKDIR=...  default runs/prove-NAME; or gs://BUCKET/...
 #   RATIO=0.2    of the parameters that go
 #   TOKENS=...   to recover with, default 100_000_000
+#                (in bfloat16 on a TPU or GPUs)
 #   TEXT=...     what is learnt from, default fineweb-edu of the hub
 #   TASKS=...    default wikitext,arc_easy,hellaswag,piqa,winogrande
 set -euo pipefail
@@ -23,24 +24,24 @@ model=$1
 shift
 text=${TEXT:-hf:HuggingFaceFW/fineweb-edu,subset=sample-10BT}
 workdir=${WORKDIR:-runs/prove-${model##*/}}
-recipe=(--config=configs/accel.py --config.model.path="$model"
-  --config.prune.ratio="${RATIO:-0.2}"
-  --config.calibration.source="$text" --config.data.source="$text"
-  --config.train.tokens="${TOKENS:-100_000_000}"
-  --config.eval.tasks="${TASKS:-wikitext,arc_easy,hellaswag,piqa,winogrande}"
-  "$@")
 
-extras=(data eval)
+extras=(data eval) dtype=float32
 if [[ "$model $workdir $text" == *://* ]]; then
   extras+=(bucket)
 fi
 if compgen -G '/dev/accel*' >/dev/null || [[ -d /dev/vfio ]]; then
-  extras+=(tpu)
+  extras+=(tpu) dtype=bfloat16
 elif command -v nvidia-smi >/dev/null; then
   extra=$(gpu_extra)
-  extras+=("$extra")
+  extras+=("$extra") dtype=bfloat16
   all_of_gpu
 fi
+recipe=(--config=configs/accel.py --config.model.path="$model"
+  --config.prune.ratio="${RATIO:-0.2}"
+  --config.calibration.source="$text" --config.data.source="$text"
+  --config.train.tokens="${TOKENS:-100_000_000}" --config.train.dtype="$dtype"
+  --config.eval.tasks="${TASKS:-wikitext,arc_easy,hellaswag,piqa,winogrande}"
+  "$@")
 use_venv "${extras[@]}"
 run "$VENV/bin/adapt-pruner" plan "${recipe[@]}"
 run "$VENV/bin/adapt-pruner" run --workdir="$workdir" "${recipe[@]}"

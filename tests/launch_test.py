@@ -256,6 +256,10 @@ def test_prove_plans_runs_and_reports(box):
   assert run[-1] == "--config.seed=1"
   assert report == ["report", "--workdir=runs/prove-m"]
   assert {"data", "eval"} <= {*installs(calls)[0].strip(".[]").split(",")}
+  assert "--config.train.dtype=float32" in run  # there is no accelerator
+  box.fake("nvidia-smi", RECORD + "echo 580.1")
+  _, run, _ = calls_to("adapt-pruner", box.run("prove.sh", "org/m")[1])
+  assert "--config.train.dtype=bfloat16" in run
   assert "which model?" in box.fails("prove.sh", "--config.seed=1")
 
 
