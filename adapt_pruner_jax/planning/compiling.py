@@ -53,7 +53,10 @@ SLICES = {
 THREAD = "TPU compiler"
 REPORT = "*memory-usage-report.txt"
 TOTAL = r"Memory Space: \w+ \(color=0\)[^\n]*\n\s*Total bytes: (\d+)"
+# How it says that a program does not fit: by all of it, or by what is beside
+# the arguments.
 OUT_OF_MEMORY = r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm"
+OUT_BY_TEMPORARIES = r"HLO temporaries \(([\d.]+)([KMGT])\) exceeds"
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -106,8 +109,7 @@ def temporary(lowered: Lowered, arguments: Any, mesh: Mesh) -> int:
   with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
     running = _Compiler(lowered, folder)
     threading.Thread(target=running.run, name=THREAD, daemon=True).start()
-    whole = _whole(running, Path(folder))
-  return max(whole - arrays.size(arguments), 0)
+    return _beyond(running, Path(folder), arrays.size(arguments))
 
 
 @dataclasses.dataclass
@@ -128,20 +130,41 @@ class _Compiler:
     self.done = True
 
 
-def _whole(running: _Compiler, folder: Path) -> int:
-  """Bytes that the compiler has laid out, its arguments among them."""
+def _beyond(running: _Compiler, folder: Path, given: int) -> int:
+  """Bytes that the compiler has laid out beyond those of the arguments."""
   code, before = "*after_optimizations_after_buffer_assignment.txt", 0
   while True:
     ended = running.done
-    if found := re.search(OUT_OF_MEMORY, str(running.error)):
-      return round(float(found[1]) * UNITS[found[2]])
     if running.error is not None:
-      raise running.error
+      needed = lacking(str(running.error), given)
+      if needed is None:
+        raise running.error
+      return needed
     reports = [file.read_text() for file in folder.glob(REPORT)]
     totals = [int(m[1]) for text in reports if (m := re.search(TOTAL, text))]
     found = max(totals, default=0)
     if found and (ended or (found == before and any(folder.glob(code)))):
-      return found
+      return max(found - given, 0)
     assert not ended, "the compiler has not told what memory it needs"
     before = found
     time.sleep(0.5)
+
+
+def lacking(said: str, given: int) -> int | None:
+  """Bytes that a program which does not fit needs beyond its arguments.
+
+  Args:
+    said: by the compiler, of why it failed.
+    given: bytes of the arguments.
+
+  Returns:
+    None if it failed by something else.
+  """
+  if found := re.search(OUT_OF_MEMORY, said):
+    return max(_bytes(found) - given, 0)
+  found = re.search(OUT_BY_TEMPORARIES, said)
+  return _bytes(found) if found else None
+
+
+def _bytes(found: re.Match) -> int:
+  return round(float(found[1]) * UNITS[found[2]])

@@ -63,6 +63,18 @@ def test_slices_by_their_devices():
   assert not compiling.slice_of("NVIDIA H100", 8)
 
 
+def test_what_the_compiler_says_of_a_program_that_does_not_fit():
+  """In its two ways, as libtpu 0.0.52 puts them."""
+  used = "Ran out of memory in memory space hbm. Used 17.5G of 15.75G hbm."
+  assert compiling.lacking(used, 2 * 2**30) == round(15.5 * 2**30)
+  beside = (
+    "CompileTimeHbmOom: Ran out of memory on HBM, the total memory required "
+    "for HLO temporaries (32.20G) exceeds available HBM (15.75G). HLO module"
+  )
+  assert compiling.lacking(beside, 2 * 2**30) == round(32.2 * 2**30)
+  assert compiling.lacking("INTERNAL: something else", 0) is None
+
+
 @pytest.mark.slow
 def test_mixtures_of_experts(tmp_path):
   """Experts' memory is all of it, FLOPs those of the experts that are asked."""
