@@ -99,8 +99,11 @@ def advice(
   elif phase == "training":
     if config.train.remat not in ("auto", "full", "offload"):
       tips.append("--config.train.remat=full")
-    tips.append(f"--config.train.accumulation={2 * config.train.accumulation}")
-    tips.append(f"--config.data.seq_len={config.data.seq_len // 2}")
+    less = smaller(parts["temporary"], usable - held)
+    accumulation = less * config.train.accumulation
+    if accumulation * hardware.devices <= config.data.batch:
+      tips.append(f"--config.train.accumulation={accumulation}")
+    tips.append(f"--config.data.seq_len={max(config.data.seq_len // less, 2)}")
   else:
     fewer = config.calibration.refit_samples // 2
     if phase == "refit":
@@ -111,3 +114,9 @@ def advice(
   if phase == "scoring" and halves:  # training keeps float32 weights
     tips.insert(0, "--config.model.dtype=bfloat16")
   return ", or ".join(tips)
+
+
+def smaller(temporary: float, room: float) -> int:
+  """How many times fewer tokens at a time have to be to fit a room, a power of
+  two; a step's temporary memory grows with them."""
+  return 2 ** max(1, math.ceil(math.log2(temporary / max(room, 1))))
