@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import math
 from functools import partial
 from pathlib import Path
 
@@ -374,6 +375,36 @@ def test_a_renamed_field(monkeypatch):
     Config().prune.flap_metric = "IFV"
   with pytest.raises(UserError, match=r"no field prune\.flap\.metrc"):
     Config().prune.flap.metrc = "IFV"
+
+
+@pytest.mark.parametrize(
+  "name, value, told",
+  [
+    ("checkpoint.minutes", math.inf, "at least 0, and finite"),
+    ("checkpoint.minutes", math.nan, "at least 0, and finite"),
+    ("checkpoint.minutes", -1.0, "at least 0, and finite"),
+    ("train.learning_rate", math.inf, "finite"),
+    *(
+      ("log.profile_steps", text, "FIRST:END")
+      for text in ("10", "13:10", "10:10", "10:13:15", "-1:2", ":", "a:b")
+    ),
+    ("log.profile_steps", "4:5", "takes 4 train steps"),
+    ("log.profile_steps", "3:9", ""),
+    ("checkpoint.minutes", 0.0, ""),
+  ],
+)
+def test_odd_values_are_refused(name, value, told):
+  config = Config()
+  config.prune.ratio = 0.2
+  config.train.tokens = 4 * config.data.step_tokens
+  section, field = name.split(".")
+  setattr(get(config, section), field, value)
+  if not told:
+    check(config)
+    return
+  with pytest.raises(UserError, match=told) as refused:
+    check(config)
+  assert f"--config.{name}={value}" in str(refused.value)
 
 
 def test_every_recipe_is_in_the_table():

@@ -80,14 +80,11 @@ def check(config: Config) -> None:
   _check_target(config.prune, config.vocab.asked())
   for name, low in AT_LEAST.items():
     value = get(config, name)
-    if not value >= low:  # written so that NaN fails
-      raise UserError(f"--config.{name}={value} must be at least {low}")
-  steps = config.log.profile_steps
-  first, _, end = steps.partition(":")
-  if steps and not (first.isdecimal() and end.isdecimal()):
-    raise UserError(
-      f"--config.log.profile_steps={steps} must be FIRST:END, such as 10:13"
-    )
+    if not low <= value < math.inf:  # written so that NaN fails
+      raise UserError(
+        f"--config.{name}={value} must be at least {low}, and finite"
+      )
+  _check_profile(config)
   if config.train.distill_alpha > 1:
     raise UserError(
       f"train.distill_alpha={config.train.distill_alpha} must be in [0, 1]"
@@ -125,6 +122,26 @@ def check(config: Config) -> None:
   _check_streamed(config.prune)
   _check_tuning(config)
   _check_search(config)
+
+
+def _check_profile(config: Config) -> None:
+  """Whether the train steps to trace are some, and will be taken."""
+  steps = config.log.profile_steps
+  if not steps:
+    return
+  first, _, end = steps.partition(":")
+  if not (first.isdecimal() and end.isdecimal() and int(first) < int(end)):
+    raise UserError(
+      f"--config.log.profile_steps={steps} must be FIRST:END, such as 10:13, "
+      "of which END is not traced"
+    )
+  taken = -(-config.train.tokens // config.data.step_tokens)
+  if int(first) >= taken and not config.train.hours:
+    raise UserError(
+      f"--config.log.profile_steps={steps} are no steps of this run, which "
+      f"takes {taken} train steps, from 0 on: give --config.train.tokens=N, or "
+      "earlier steps"
+    )
 
 
 def _check_tuning(config: Config) -> None:

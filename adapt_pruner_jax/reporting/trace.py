@@ -28,7 +28,8 @@ class Profile:
       say: gets a line.
     """
     first, _, end = steps.partition(":")
-    self._steps, self._running, self._say = range(0), False, say
+    self._steps, self._say = range(0), say
+    self._running, self._traced = False, False
     if steps and workdir is not None:
       self._steps = range(int(first), int(end))
       here = cache.beside(workdir) if in_bucket(workdir) else workdir
@@ -37,6 +38,9 @@ class Profile:
   def watch(self, batches: Iterator[Any], step: int) -> Iterator[Any]:
     """The batches from a step on, each of which is asked for just before its
     step is taken."""
+    if self._steps and not self._traced and step >= self._steps.stop:
+      self._say(f"log.profile_steps ends before step {step}: nothing is traced")
+      self._steps = range(0)
     for batch in batches:
       self._at(step)
       step += 1
@@ -49,6 +53,7 @@ class Profile:
         (jnp.zeros((), device=device) + 1).block_until_ready()
       jax.profiler.stop_trace()
       self._running = False
+      self._traced = True
       self._say(f"the profile is in {self._folder}")
 
   def _at(self, step: int) -> None:

@@ -379,6 +379,17 @@ def test_trackers_that_are_not_there(tmp_path, monkeypatch):
     log_.Log(tmp_path, trackers="trackio")
 
 
+def test_steps_to_trace_that_are_behind(tmp_path):
+  """As of a run that is continued with such flags: said, once."""
+  said = []
+  profile = trace.Profile("2:4", tmp_path, said.append)
+  got = [*profile.watch(iter("ab"), 4), *profile.watch(iter("c"), 6)]
+  assert got == [*"abc"]
+  assert said == ["log.profile_steps ends before step 4: nothing is traced"]
+  [*trace.Profile("", tmp_path, said.append).watch(iter("a"), 4)]
+  assert len(said) == 1
+
+
 # ---- Speed and memory --------------------------------------------------------
 
 
