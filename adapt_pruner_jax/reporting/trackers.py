@@ -5,7 +5,7 @@ import secrets
 from pathlib import Path
 from typing import Any
 
-from adapt_pruner_jax.errors import UserError, nearest
+from adapt_pruner_jax.errors import UserError, first_line, nearest
 from adapt_pruner_jax.storage import json_files
 
 NAMES = ("wandb", "trackio")
@@ -45,7 +45,11 @@ class Trackers:
       self._found.popitem()[1].finish()
 
   def _begin(self) -> None:
-    """Goes on with the run that an earlier process of this one began."""
+    """Goes on with the run that an earlier process of this one began.
+
+    Raises:
+      UserError: a tracker refuses, as without a login or a network.
+    """
     file, name = self._workdir / FILE, self._workdir.name
     if not file.exists():
       json_files.write_json(file, {"id": secrets.token_hex(4)})
@@ -54,7 +58,13 @@ class Trackers:
       own = {"id": known, "name": name}
       if tracker == "trackio":  # which knows runs by their names
         own = {"name": f"{name}-{known}"}
-      module.init(project=PROJECT, resume="allow", **own)
+      try:
+        module.init(project=PROJECT, resume="allow", **own)
+      except Exception as error:  # each has errors of its own
+        raise UserError(
+          f"tracker {tracker} does not begin: {first_line(error)}; mend that, "
+          "or leave --config.log.trackers out, and the same command continues"
+        ) from error
     self._open = True
 
 

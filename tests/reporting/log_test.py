@@ -374,6 +374,14 @@ def test_trackers_that_are_asked_for(tmp_path, monkeypatch):
 def test_trackers_that_are_not_there(tmp_path, monkeypatch):
   with pytest.raises(UserError, match=r"mean wandb\?"):
     log_.Log(tmp_path, trackers="wanbd")
+  refusing = Tracker("wandb")
+  refusing.init = lambda **_: 1 / 0  # as one that nobody is logged in to
+  monkeypatch.setitem(sys.modules, "wandb", refusing)
+  with (
+    pytest.raises(UserError, match="wandb does not begin: division by zero;"),
+    log_.Log(tmp_path, trackers="wandb") as logger,
+  ):
+    logger.metrics("train", 0, {"loss": 1.0})
   monkeypatch.setitem(sys.modules, "trackio", None)
   with pytest.raises(UserError, match="pip install trackio"):
     log_.Log(tmp_path, trackers="trackio")
