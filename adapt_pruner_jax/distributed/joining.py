@@ -3,6 +3,8 @@
 Apart from `processes`, so that a wrong flag does not wait for JAX's import.
 """
 
+from typing import Any
+
 from absl import flags
 
 
@@ -21,6 +23,14 @@ def define_flags(values: flags.FlagValues) -> None:
   number(
     "connect_seconds", 300, "wait for the others so long", flag_values=values
   )
+
+
+def common(values: flags.FlagValues) -> dict[str, Any]:
+  """The flags that all processes have alike, by name: not who each of them is
+  and where it finds the others."""
+  own = flags.FlagValues()
+  define_flags(own)
+  return {name: values[name].value for name in values if name not in own}
 
 
 def connect_if_asked(values: flags.FlagValues) -> None:

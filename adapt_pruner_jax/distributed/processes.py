@@ -10,6 +10,7 @@ that wait as long as they are told to.
 """
 
 import atexit
+import collections
 import itertools
 import os
 import re
@@ -18,7 +19,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -45,7 +46,8 @@ def connect(
     seconds: how long to wait for the others.
 
   Raises:
-    UserError: the coordinator cannot be reached in time.
+    UserError: the coordinator cannot be reached in time, or the processes have
+      different numbers of devices.
   """
   given = {}
   if coordinator:
@@ -70,6 +72,26 @@ def connect(
     raise UserError(_cannot_join(coordinator, reason)) from error
   _start(_watch)
   atexit.register(_leave)
+  require_alike(jax.devices())
+
+
+def require_alike(devices: Sequence[Any]) -> None:
+  """Raises unless each process has as many devices: collectives need that.
+
+  Args:
+    devices: of all processes.
+
+  Raises:
+    UserError: one has more than another.
+  """
+  number = collections.Counter(device.process_index for device in devices)
+  usual = collections.Counter(number.values()).most_common(1)[0][0]
+  other = [f"process {p} has {n}" for p, n in number.items() if n != usual]
+  if other:
+    raise UserError(
+      f"{', '.join(sorted(other))} device(s), the others {usual} each: all "
+      "need as many, of GPUs by CUDA_VISIBLE_DEVICES"
+    )
 
 
 def client() -> Any:

@@ -68,7 +68,9 @@ def make_mesh(
   sizes = [data, fsdp, expert, tensor]
   named = zip(MESH_AXES, sizes, strict=True)
   text = f"mesh {' '.join(f'{name}={size}' for name, size in named)}"
-  sizes[0] = len(groups) if data == 0 else data
+  if data == 0:
+    sizes[0] = len(groups)
+    text += f" ({len(groups)} slices or nodes)" * (len(groups) > 1)
   if sizes.count(-1) > 1 or any(s < 1 and s != -1 for s in sizes):
     raise UserError(
       f"{text}: sizes are at least 1, one of them may be -1, and data may be 0"
@@ -78,7 +80,7 @@ def make_mesh(
   if math.prod(sizes) != len(devices):
     raise UserError(
       f"{text} does not match the {len(devices)} device(s): the product of "
-      "--config.mesh.data, .fsdp, .expert and .tensor must be their number"
+      "mesh.data, .fsdp, .expert and .tensor must be their number"
     )
   each = (sizes[0] // len(groups), *sizes[1:])
   if sizes[0] % len(groups):  # parameters are cut over slices too
@@ -105,11 +107,18 @@ def _slices(
     each = len(devices) // number
     return [[*devices[i * each : (i + 1) * each]] for i in range(number)]
   sizes = {len(group) for group in found.values()}
-  if number not in (0, len(found)) or len(sizes) > 1:
+  are = (
+    f"mesh slices={number}: the {len(devices)} device(s) are in {len(found)} "
+    f"slice(s) or node(s) of {', '.join(map(str, sorted(sizes)))}"
+  )
+  if len(sizes) > 1:
     raise UserError(
-      f"mesh slices={number}: the {len(devices)} device(s) are in {len(found)} "
-      f"slice(s) or node(s) of {', '.join(map(str, sorted(sizes)))}; leave "
-      "--config.mesh.slices out, or give a number that divides them"
+      f"{are}: each must give as many, of GPUs by CUDA_VISIBLE_DEVICES"
+    )
+  if number not in (0, len(found)):
+    raise UserError(
+      f"{are}; leave --config.mesh.slices out, or give a number that divides "
+      "them"
     )
   return [found[key] for key in sorted(found)]
 

@@ -32,7 +32,7 @@ from adapt_pruner_jax.runs import (
   prune_once,
   text_checks,
 )
-from adapt_pruner_jax.runs.fingerprints import versions
+from adapt_pruner_jax.runs.fingerprints import versions, what_is_asked
 from adapt_pruner_jax.runs.inputs import Inputs, load_model, open_inputs
 from adapt_pruner_jax.runs.measure import measure as measure_text
 from adapt_pruner_jax.runs.measure import measure_answers, measure_tasks
@@ -77,6 +77,15 @@ def compare(
     UserError: bad input; or a ratio that no method could do, after the table.
     StoppedError: asked to stop; the finished rows are saved.
   """
+  asked = what_is_asked(
+    *(config, path),
+    methods=methods,
+    ratios=ratios,
+    recover_tokens=recover_tokens,
+    from_scratch=from_scratch,
+    overwrite=overwrite,
+  )
+  agreement.require_same(asked, "at the start")
   shares = compare_methods.parse_ratios(ratios)
   jobs = compare_methods.jobs(
     config, methods, shares, recover_tokens, from_scratch

@@ -3,12 +3,14 @@
 import dataclasses
 import importlib.metadata
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapt_pruner_jax.config import latency_table
+from adapt_pruner_jax.data import sources
 from adapt_pruner_jax.formats.gguf import directory as gguf_directory
-from adapt_pruner_jax.formats.hf import cut_vocabulary, files
+from adapt_pruner_jax.formats.hf import cut_vocabulary, files, load
 from adapt_pruner_jax.runs import vocabulary
 from adapt_pruner_jax.storage import digest
 
@@ -33,6 +35,44 @@ def fingerprints(inputs: "Inputs") -> dict[str, str]:
     "model": digest.of_parts(_own(source)),
     "calibration": digest.of_bytes(windows_NT),
   }
+
+
+def what_is_asked(recipe: Any, path: Path, **more: Any) -> dict[str, Any]:
+  """By what it is for people: what processes are told, before one of them takes
+  another way than the others and all wait.
+
+  Args:
+    recipe: of the run.
+    path: its work directory.
+    more: other flags.
+  """
+  return {
+    "versions": versions(),
+    "recipe": dataclasses.asdict(recipe),
+    "--workdir": str(path),
+    "flags": more,
+  }
+
+
+def what_is_evaluated(models: Sequence[str], **flags: Any) -> dict[str, Any]:
+  """By what it is for people: what an evaluation without a run depends on.
+
+  Args:
+    models: as they are named on the command line.
+    flags: all of them, with `text`, a file or "".
+  """
+  text = flags["text"]
+  return {
+    "versions": versions(),
+    "flags": flags,
+    "model": [_of_files(load.resolve(m)) for m in models],
+    "text": text and digest.of_bytes(sources.read_text(text).encode()),
+  }
+
+
+def _of_files(folder: Path) -> str:
+  """Digest of a model's directory: weights, tokenizer, what else there is."""
+  return digest.of_parts(sorted(p for p in folder.iterdir() if p.is_file()))
 
 
 def what_is_read(inputs: "Inputs") -> dict[str, Any]:

@@ -42,6 +42,7 @@ from adapt_pruner_jax.runs import (
   prune_once,
   vocabulary,
 )
+from adapt_pruner_jax.runs.fingerprints import what_is_asked
 from adapt_pruner_jax.runs.inputs import Inputs, open_inputs
 from adapt_pruner_jax.runs.measure import (
   answers_note,
@@ -110,6 +111,8 @@ def run(
   """
   begun = time.monotonic() if begun is None else begun
   check(recipe)
+  asked = what_is_asked(recipe, path, overwrite=overwrite)
+  agreement.require_same(asked, "at the start")
   with lock.lock(path), Log(path, **dataclasses.asdict(recipe.log)) as log:
     finished = agreement.decided((path / "summary.json").exists)
     anew = is_anew(recipe, path, overwrite, finished)

@@ -118,17 +118,20 @@ def wait_until(moment, running):
 
 
 def test_another_recipe_or_version_is_named(small_model, tmp_path, four):
-  """On all processes, in one line, before any work."""
+  """On all processes, in one line, before any work: those with other recipes
+  would wait for each other in other places."""
   config = recipe(small_model)
   arguments = of_run(config, tmp_path / "work")
-  other = lambda port, me: [
-    *arguments(port, me),
-    f"--config.checkpoint.keep={3 if me == 2 else 2}",
-  ]
+  more = {
+    2: ["--config.train.tokens=256", "--config.eval.answers=self"],
+    3: [f"--workdir={tmp_path / 'elsewhere'}"],
+  }
+  other = lambda port, me: [*arguments(port, me), *more.get(me, [])]
   running = four("tests.distributed.faulty", other, {"FAULTS": "version"})
   for process, output in zip(running, four.outputs, strict=True):
     assert process.wait(300) == EXIT_ERROR, output.read_text()
     last = output.read_text().splitlines()[-1]
-    who = "error: at the start, process 1, 2 has another"
-    assert last.startswith(f"{who} versions, recipe than process 0: ")
+    who = "error: at the start, process 1, 2, 3 has another"
+    what = "versions, recipe, --workdir"
+    assert last.startswith(f"{who} {what} than process 0: ")
   assert not (tmp_path / "work" / "config.json").exists()

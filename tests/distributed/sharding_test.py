@@ -2,13 +2,19 @@
 
 import dataclasses
 import functools
+import types
 
 import jax
 import numpy as np
 import pytest
 
 from adapt_pruner_jax.config import Mesh
-from adapt_pruner_jax.distributed import each_device, placement, sharding
+from adapt_pruner_jax.distributed import (
+  each_device,
+  placement,
+  processes,
+  sharding,
+)
 from adapt_pruner_jax.errors import UserError
 
 
@@ -62,13 +68,27 @@ def test_slices_that_devices_do_not_tell(monkeypatch):
   grid = grid_of(monkeypatch, jax.devices(), slices=2)
   assert grid.shape == (2, 4, 1, 1)
   assert [d.id for d in grid.flat] == [*range(8)]
-  for devices, number in (
-    (jax.devices(), 3),
-    (nodes(4, 4), 4),
-    (nodes(4, 2), 0),
+  for devices, number, advice in (
+    (jax.devices(), 3, r"--config\.mesh\.slices"),
+    (nodes(4, 4), 4, r"--config\.mesh\.slices"),
+    (nodes(4, 2), 0, "of 2, 4: each must give as many"),
   ):
-    with pytest.raises(UserError, match=r"config\.mesh\.slices"):
+    with pytest.raises(UserError, match=advice):
       sharding.make_mesh(slices=number, devices=devices)
+  with pytest.raises(UserError, match=r"mesh data=0 .*tensor=8 \(2 slices"):
+    sharding.make_mesh(tensor=8, devices=nodes(4, 4))
+
+
+def test_processes_need_as_many_devices():
+  """Else JAX's own collectives fail, with a line about a shape."""
+  of = lambda *counts: [
+    types.SimpleNamespace(process_index=p)
+    for p, count in enumerate(counts)
+    for _ in range(count)
+  ]
+  processes.require_alike(of(4, 4, 4))
+  with pytest.raises(UserError, match=r"^process 1 has 3 device\(s\), the oth"):
+    processes.require_alike(of(4, 3, 4, 4))
 
 
 def test_arrays_under_a_megabyte_are_on_all_devices(monkeypatch):

@@ -1,10 +1,18 @@
 """What is read through a link is part of what a run depends on."""
 
-import pytest
+import shutil
 
+import pytest
+from absl import flags
+
+from adapt_pruner_jax.distributed import joining
+from adapt_pruner_jax.evaluation import flags as evaluation_flags
 from adapt_pruner_jax.formats.gguf import directory
 from adapt_pruner_jax.formats.hf import cut_vocabulary
-from adapt_pruner_jax.runs.fingerprints import weights_fingerprint
+from adapt_pruner_jax.runs.fingerprints import (
+  weights_fingerprint,
+  what_is_evaluated,
+)
 
 
 @pytest.mark.parametrize("kind", ["gguf", "cut"])
@@ -25,3 +33,26 @@ def test_other_weights_behind_a_link_are_another_model(kind, tmp_path):
   assert weights_fingerprint(folder) == before
   weights.write_bytes(b"two")
   assert weights_fingerprint(folder) != before
+
+
+def test_an_evaluation_depends_on_flags_model_and_text(small_model, tmp_path):
+  """What its processes compare; not who each of them is."""
+
+  def facts(*more):
+    values = flags.FlagValues()
+    evaluation_flags.define_flags(values)
+    joining.define_flags(values)
+    values(["evaluate", "--model=M", f"--text={tmp_path / 'text'}", *more])
+    return what_is_evaluated([str(tmp_path / "M")], **joining.common(values))
+
+  shutil.copytree(small_model, tmp_path / "M")
+  (tmp_path / "text").write_text("one")
+  before = facts("--process_id=0", "--coordinator=localhost:1")
+  differing = lambda: {k for k, v in before.items() if facts()[k] != v}
+  assert facts("--process_id=1", "--coordinator=here:1") == before
+  assert facts("--seq_len=8")["flags"] != before["flags"]
+  assert not differing()
+  (tmp_path / "text").write_text("two")
+  assert differing() == {"text"}
+  (tmp_path / "M" / "tokenizer_config.json").write_text("{}")
+  assert differing() == {"text", "model"}
