@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from adapt_pruner_jax.config import latency_table
 from adapt_pruner_jax.data import sources
+from adapt_pruner_jax.data.tuning_questions import TuningQuestions
 from adapt_pruner_jax.formats.gguf import directory as gguf_directory
 from adapt_pruner_jax.formats.hf import cut_vocabulary, files, load
 from adapt_pruner_jax.runs import vocabulary
@@ -83,10 +84,20 @@ def what_is_read(inputs: "Inputs") -> dict[str, Any]:
     "recipe": dataclasses.asdict(inputs.recipe),
     "model": weights_fingerprint(inputs.source),
     "tokenizer": inputs.tokenizer and inputs.tokenizer.fingerprint,
-    "calibration tokens": digest.of_bytes(inputs.calibration.batch(0)),
+    "calibration tokens": _of_tokens(inputs.calibration),
+    "tuning tokens": _of_tokens(inputs.tuning),
+    "search tokens": _of_tokens(inputs.search_data),
     "training tokens": inputs.rows and inputs.rows.fingerprint,
     "evaluation tokens": None if texts is None else digest.of_bytes(texts),
   }
+
+
+def _of_tokens(data: Any) -> str | None:
+  """Digest of the first windows, or of all questions; None of nothing."""
+  if data is None:
+    return None
+  asked = isinstance(data, TuningQuestions)
+  return digest.of_bytes(data.tokens_NT if asked else data.batch(0))
 
 
 def versions() -> dict[str, str]:
