@@ -79,6 +79,18 @@ BAD_FLAGS = {
   "no value": (["evaluate", "model"], ["model", "--name=value"]),
   "bucket": ([*RUN, "--workdir=ftp://bucket/w"], ["gs://BUCKET/", "s3://"]),
   "no model": (["convert", "--out=x"], ["--model"]),
+  "no coordinator": (
+    [*RUN, "--workdir=w", "--num_processes=2", "--process_id=1"],
+    ["--process_id=1", "--coordinator=HOST:PORT", "--distributed"],
+  ),
+  "no such process": (
+    ["evaluate", "--model=m", "--coordinator=h:1", "--num_processes=2"],
+    ["--process_id=-1", "from 0 on"],
+  ),
+  "no time to connect": (
+    ["compare", "--workdir=w", "--connect_seconds=0"],
+    ["--connect_seconds=0 must be at least 1"],
+  ),
 }
 
 

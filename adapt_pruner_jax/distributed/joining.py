@@ -7,6 +7,8 @@ from typing import Any
 
 from absl import flags
 
+from adapt_pruner_jax.errors import UserError
+
 
 def define_flags(values: flags.FlagValues) -> None:
   """Adds --distributed and what says where the others are."""
@@ -34,7 +36,12 @@ def common(values: flags.FlagValues) -> dict[str, Any]:
 
 
 def connect_if_asked(values: flags.FlagValues) -> None:
-  """`processes.connect`, as the flags say, before any device is used."""
+  """`processes.connect`, as the flags say, before any device is used.
+
+  Raises:
+    UserError: flags that say nothing, or no process; or as `processes.connect`.
+  """
+  _check(values)
   if values.distributed or values.coordinator:
     from adapt_pruner_jax.distributed import processes
 
@@ -43,4 +50,23 @@ def connect_if_asked(values: flags.FlagValues) -> None:
       values.num_processes,
       values.process_id,
       values.connect_seconds,
+    )
+
+
+def _check(values: flags.FlagValues) -> None:
+  number, me = values.num_processes, values.process_id
+  given = f"--num_processes={number} --process_id={me}"
+  if values.connect_seconds < 1:
+    raise UserError(
+      f"--connect_seconds={values.connect_seconds} must be at least 1"
+    )
+  if not values.coordinator and (number, me) != (0, -1):
+    raise UserError(
+      f"{given} go with --coordinator=HOST:PORT of process 0; --distributed "
+      "finds all three by itself on a TPU pod or under Slurm"
+    )
+  if values.coordinator and not 0 <= me < number:
+    raise UserError(
+      f"{given}: with --coordinator={values.coordinator} give how many there "
+      "are and which this is, from 0 on"
     )

@@ -34,6 +34,8 @@ def tokenize(
     UserError: a source cannot be read, or does not fit the model.
     StoppedError: asked to stop by SIGTERM or SIGINT; shards that are done stay.
   """
+  if tokens < 0:
+    raise UserError(f"--tokens={tokens} must be at least 0; 0 = all there are")
   try:
     sources = parse_sources(spec, "data.source")
   except UserError as error:

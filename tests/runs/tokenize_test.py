@@ -32,6 +32,8 @@ def test_a_run_finds_the_tokens(small_model, tmp_path, monkeypatch):
   assert f"text:{text}: {len(found.tokens):,} tokens" in said[1]
   with pytest.raises(UserError, match="--source=nowhere:x: 'nowhere' is not"):
     tokenize.tokenize("nowhere:x", str(small_model))
+  with pytest.raises(UserError, match="--tokens=-5 must be at least 0"):
+    tokenize.tokenize("embedded", str(small_model), tokens=-5)
   with pytest.raises(UserError, match="npy is not tokenised"):
     tokenize.tokenize("npy:x", str(small_model))
 
