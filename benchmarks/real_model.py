@@ -49,6 +49,7 @@ flags.DEFINE_string("docs", str(HERE.parent), "Holds docs/ and README.md.")
 flags.DEFINE_list("methods", [], "Only these.")
 flags.DEFINE_list("ratios", [], "Only these.")
 flags.DEFINE_list("seeds", [], "Only these.")
+flags.DEFINE_list("tokens", [], "Only these, of calibration, a step.")
 flags.DEFINE_integer("cells", 0, "Measure so many and end; 0 = all.")
 flags.DEFINE_integer("questions", 200, "A task; 0 = all.", lower_bound=0)
 flags.DEFINE_bool("mmlu", False, "Ask these questions too; not averaged.")
@@ -134,6 +135,7 @@ def chosen(cell: Cell) -> bool:
     (not FLAGS.methods or cell.method in FLAGS.methods)
     and (not FLAGS.ratios or str(cell.ratio) in FLAGS.ratios)
     and (not FLAGS.seeds or str(cell.seed) in FLAGS.seeds)
+    and (not FLAGS.tokens or str(cell.tokens) in FLAGS.tokens)
   )
 
 

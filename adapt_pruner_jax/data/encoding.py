@@ -8,12 +8,12 @@ import contextlib
 import itertools
 import multiprocessing
 import os
+import queue
 import signal
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from typing import Any, NamedTuple
+from multiprocessing.connection import Connection
+from typing import NamedTuple
 
 import numpy as np
 
@@ -25,8 +25,8 @@ from adapt_pruner_jax.errors import UserError
 # Characters that are encoded at a time: a second of one core, little memory.
 GROUP_CHARS = 1 << 20
 # Groups that are encoded before other processes are worth their start.
-AT_HOME = 4
-AHEAD = 2  # groups that wait for each process
+AT_HOME = 2
+AHEAD = 2  # groups that each process has, or has encoded
 
 
 class Chunk(NamedTuple):
@@ -112,58 +112,116 @@ def encode_all(
   first = next(found, None)
   if first is None:
     return
-  waiting = collections.deque()
-  with _pool(how, processes) as pool:
+  waiting, most = collections.deque(), AHEAD * processes
+  started = False  # the others: they import for half a second
+  with _workers(how, processes) as workers:
+    turns = itertools.cycle(workers)
     for group in itertools.chain([first], found):
-      waiting.append((group, pool.submit(_encode, group.documents)))
-      if len(waiting) > AHEAD * processes:
-        group, future = waiting.popleft()
-        yield group, future.result()
-    for group, future in waiting:
-      yield group, future.result()
+      started = started or workers[0].has_answered()
+      if started or len(waiting) < most:
+        worker = next(turns)
+        worker.send(group.documents)
+        waiting.append((group, worker.receive))
+      else:
+        chunk = encode(group.documents, *how)
+        waiting.append((group, lambda chunk=chunk: chunk))
+      while started and len(waiting) > most:
+        group, chunk_of = waiting.popleft()
+        yield group, chunk_of()
+    for group, chunk_of in waiting:
+      yield group, chunk_of()
+
+
+class Worker:
+  """A process that encodes what it is sent, in order.
+
+  Each has a pipe of its own, and no lock is shared: of `ProcessPoolExecutor`
+  one that is killed while it answers leaves all others waiting for ever.
+  """
+
+  def __init__(self, how: tuple):
+    """Starts it; `how` is as in `encode_all`."""
+    # A copy of a process with JAX's threads in it may hang.
+    context = multiprocessing.get_context("spawn")
+    self._pipe, theirs = context.Pipe()
+    self._process = context.Process(
+      target=_work, args=(theirs, how), daemon=True
+    )
+    self._process.start()
+    theirs.close()
+
+  def send(self, documents: list[Document]) -> None:
+    """Gives it documents; it takes them while it encodes others."""
+    with _while_it_lives():
+      self._pipe.send(documents)
+
+  def has_answered(self) -> bool:
+    """Whether an answer waits, or it has ended."""
+    return self._pipe.poll()
+
+  def receive(self) -> Chunk:
+    """The next answer.
+
+    Raises:
+      UserError: as `encode`, or it has ended.
+    """
+    with _while_it_lives():
+      chunk = self._pipe.recv()
+    if isinstance(chunk, Exception):
+      raise chunk
+    return chunk
+
+  def end(self) -> None:
+    """Ends it, whatever it is at."""
+    self._process.kill()
+    self._process.join()
+    self._pipe.close()
 
 
 @contextlib.contextmanager
-def _pool(how: tuple, processes: int) -> Iterator[ProcessPoolExecutor]:
-  """Processes that encode; at the end they finish what they are at."""
-  pool = ProcessPoolExecutor(
-    processes,
-    # A copy of a process with JAX's threads in it may hang.
-    mp_context=multiprocessing.get_context("spawn"),
-    initializer=_begin,
-    initargs=how,
-  )
+def _workers(how: tuple, number: int) -> Iterator[list[Worker]]:
+  workers = []
   try:
-    yield pool
-  except BrokenProcessPool as error:
+    for _ in range(number):
+      workers.append(Worker(how))
+    yield workers
+  finally:
+    for worker in workers:
+      worker.end()
+
+
+@contextlib.contextmanager
+def _while_it_lives() -> Iterator[None]:
+  try:
+    yield
+  except (EOFError, OSError) as error:
     raise UserError(
       "a process that tokenises has ended, killed for its memory perhaps: "
       "give the machine more, or fewer cores (taskset); what was tokenised is "
       "kept, and the same command goes on"
     ) from error
-  finally:
-    pool.shutdown(cancel_futures=True)
 
 
-_how = ()  # of a process of the pool, see `encode`; set by `_begin`
-
-
-def _begin(*how: Any) -> None:
-  global _how
-  _how = how
+def _work(pipe: Connection, how: tuple) -> None:
+  """What a worker does until it is ended."""
   os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core each
   signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the first one
-  threading.Thread(target=_end_with_parent, daemon=True).start()
+  waiting = queue.SimpleQueue()
+  threading.Thread(target=_take, args=(pipe, waiting), daemon=True).start()
+  while True:
+    try:
+      answer = encode(waiting.get(), *how)
+    except Exception as error:  # is raised where it was sent from
+      answer = error
+    pipe.send(answer)
 
 
-def _end_with_parent() -> None:
-  """Whoever is killed with -9 cannot end the processes that it has started."""
-  multiprocessing.parent_process().join()
+def _take(pipe: Connection, waiting: queue.SimpleQueue) -> None:
+  """Takes what is sent; whoever is killed with -9 ends its workers so."""
+  with contextlib.suppress(EOFError, OSError):
+    while True:
+      waiting.put(pipe.recv())
   os._exit(1)
-
-
-def _encode(documents: list[Document]) -> Chunk:
-  return encode(documents, *_how)
 
 
 # ---- A group -----------------------------------------------------------------
@@ -192,7 +250,6 @@ def _encoded(
         (ids, None) for ids in tokenizer.encode_batch(texts, special=not chat)
       ]
     for i, (ids, said) in zip(mine, encoded, strict=True):
-      ids = np.array(ids, "<i4")
       found[i] = _framed(ids, said, tokenizer, closed=not chat)
   return found
 

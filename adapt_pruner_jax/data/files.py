@@ -71,7 +71,9 @@ def lines(path: str | Path) -> Iterator[str]:
         text = line.decode()
         if not offset:
           text = text.removeprefix("\ufeff")  # the byte order mark
-        yield text.replace("\r\n", "\n").replace("\r", "\n")
+        if "\r" in text:
+          text = text.replace("\r\n", "\n").replace("\r", "\n")
+        yield text
         offset += len(line)
   except UnicodeDecodeError as error:
     at = offset + error.start

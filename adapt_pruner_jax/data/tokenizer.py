@@ -105,19 +105,20 @@ class Tokenizer:
 
   def encode_batch(
     self, texts: Sequence[str], special: bool = True
-  ) -> list[list[int]]:
-    """Encodes many texts, on all cores; not `special` = `encode_plain`."""
+  ) -> list[np.ndarray]:
+    """Encodes many texts to int32 [N], on all cores; not `special` =
+    `encode_plain`."""
     found = self.backend.encode_batch_fast(
       list(texts), add_special_tokens=special
     )
-    return [e.ids for e in found]
+    return [np.fromiter(e.ids, "<i4", len(e)) for e in found]
 
   def encode_batch_said(
     self,
     texts: Sequence[str],
     spans: Sequence[Sequence[tuple[int, int]]],
     special: bool = True,
-  ) -> list[tuple[list[int], np.ndarray]]:
+  ) -> list[tuple[np.ndarray, np.ndarray]]:
     """Encodes many texts, and says which tokens are in given spans.
 
     Args:
@@ -125,7 +126,8 @@ class Tokenizer:
       spans: for each text, (start, stop) in characters.
 
     Returns:
-      For each text its ids, and bool [N]: those with a character in a span.
+      For each text its ids, int32 [N], and bool [N]: those with a character in
+      a span.
     """
     encodings = self.backend.encode_batch(
       list(texts), add_special_tokens=special
@@ -136,7 +138,7 @@ class Tokenizer:
       said = np.zeros(len(starts), bool)
       for start, stop in places:
         said |= (starts < stop) & (stops > start)
-      found.append((encoding.ids, said))
+      found.append((np.array(encoding.ids, "<i4"), said))
     return found
 
   def encode_chat(
@@ -161,7 +163,8 @@ class Tokenizer:
       UserError: as `chat_spans`.
     """
     text, spans = self.chat_spans(messages, tools)
-    return self.encode_batch_said([text], [spans], special=False)[0]
+    ((ids, said),) = self.encode_batch_said([text], [spans], special=False)
+    return ids.tolist(), said
 
   def render_chat(
     self,

@@ -135,6 +135,7 @@ def test_damaged_shard_is_made_again(tmp_path, words, damage, monkeypatch):
 def in_shards(path, monkeypatch, limit=0):
   """A source whose shards are ten documents or more, and a folder for them."""
   monkeypatch.setattr(encoding, "GROUP_CHARS", 6)  # two or three
+  monkeypatch.setattr(encoding, "AT_HOME", 9)  # groups, none read ahead
   monkeypatch.setattr(token_store, "SHARD_TOKENS", 30)
   source = sources.Source("jsonl", str(path), limit=limit)
   return source, path.parent / "cache"
@@ -268,13 +269,14 @@ def test_by_processes(tmp_path, words, monkeypatch):
     (child, *_) = multiprocessing.active_children()
     child.kill()
 
-  rows = [{"text": "w1"}] * 9000
-  write(path, rows)
+  # Each is a group; more than fit into a pipe wait.
+  write(path, [{"text": "w1 " * 5000}] * 60)
+  monkeypatch.setattr(encoding, "AHEAD", 60)
   with error("a process that tokenises has ended"):
     after = iter(range(10**9))
     token_store.tokenise(
       *(source, words, V, tmp_path / "third"),
-      stop=lambda: next(after) == 30 and killed(),
+      stop=lambda: next(after) == 5 and killed(),
     )
 
 
