@@ -387,6 +387,15 @@ def test_bad_hardware():
     resolve(Hardware("NVIDIA H10O"))
   with pytest.raises(UserError, match=r"--mfu=1\.5"):
     resolve(Hardware(mfu=1.5))
+  for odd, told in (
+    (Hardware(mfu=math.nan), "--mfu=nan"),
+    (Hardware(devices=-1), "--devices=-1 must be above 0"),
+    (Hardware(memory=-5e9), "--memory_gb=-5 must be"),
+    (Hardware(memory=math.nan), "--memory_gb=nan must be"),
+    (Hardware(memory=1e9, peak=math.inf), "--tflops=inf must be"),
+  ):
+    with pytest.raises(UserError, match=told):
+      resolve(odd)
   assert resolve(Hardware("h200")).memory == 141e9
   here = resolve(Hardware())
   assert here.devices == 8
