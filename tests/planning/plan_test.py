@@ -17,6 +17,7 @@ from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.models.rope import Rope
 from adapt_pruner_jax.planning import (
   advice,
+  compiling,
   cost,
   disk,
   memory,
@@ -56,6 +57,12 @@ LLAMA_8B_JSON = {
   "torch_dtype": "bfloat16",
   "vocab_size": 128256,
 }
+
+
+@pytest.fixture(autouse=True)
+def no_tpu_compiler(monkeypatch):
+  """Stand-ins take a TPU's place, whether libtpu is installed or not."""
+  monkeypatch.setattr(compiling, "has_compiler", lambda: False)
 
 
 def recipe(**fields):
