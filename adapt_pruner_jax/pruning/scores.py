@@ -234,7 +234,7 @@ def group_scores(
     mask_LU = masks[axes.unit_of(name)]
     s = np.zeros((*mask_LU.shape, *found.shape[mask_LU.ndim :]))
     s[:, : found.shape[1]] = found
-    if "G" in axes.AXES[name]:
+    if {*axes.AXES[name]} & {*axes.QUERIES}:
       s = s.sum(-1) if fold == "aligned" else _reference_fold(s, mask_LU)
     of_units[name] = s
   return {
@@ -307,5 +307,5 @@ def _per_unit(name: str, salience: jax.Array, kind: str) -> jax.Array:
   if kind == "taylor_vectorize":
     channel = jnp.abs(channel)
   letters = letters.replace(width, "")
-  inner = [letters.index(x) for x in letters if x in "HAUY"]
+  inner = [letters.index(x) for x in letters if x in "HPAUY"]
   return jnp.sum(channel, axis=inner) if inner else channel
