@@ -136,13 +136,12 @@ def _recipe(flags: argparse.Namespace) -> Config:
 def scoring(flags: argparse.Namespace, full: ModelConfig, mesh: Mesh) -> Work:
   """The passes of a pruning step, by first order or by curvature."""
   given = _recipe(flags), full, mesh, jnp.dtype("bfloat16")
-  lowered, (M, B, T), _ = memory.lower_scoring(*given)
+  walk, end, (M, B, T), _ = memory.lower_scoring(*given)
   passes = -(-flags.windows // (M * B))
   held = arrays.model_bytes(full, jnp.dtype("bfloat16"), mesh)
-  programs = [("last pass", lambda: lowered, 1)]
-  if passes > 1:
-    earlier = lambda: memory.lower_scoring(*given, last=False)[0]
-    programs.insert(0, ("pass", earlier, passes - 1))
+  programs = [("pass", lambda: walk, passes)]
+  if end is not None:
+    programs.append(("end", lambda: end, 1))
   facts = {"windows_a_pass": M * B, "passes": passes}
   return Work(programs, held, None, facts)
 

@@ -9,7 +9,12 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . launch/venv.sh
 
-use_venv test
+# The TPU compiler needs no TPU; its wheels are for this platform.
+extras=(test)
+if [[ $(uname -sm) == "Linux x86_64" ]]; then
+  extras+=(tpu)
+fi
+use_venv "${extras[@]}"
 if [[ $# -eq 0 ]]; then
   run "$VENV/bin/ruff" check
   run "$VENV/bin/ruff" format --check

@@ -87,6 +87,7 @@ class Box:
     for name in ("setup.py", "pyproject.toml"):
       shutil.copy(ROOT / name, self.repo)
     self.fake("record", RECORD)
+    self.fake("uname", '#!/bin/sh\necho "${PLATFORM:-Linux aarch64}"\n')
     for name in ("python3.13", "python3.11", "python3"):
       self.fake(name, "#!/bin/sh\necho 'shim: not found' >&2\nexit 127\n")
     self.fake("python3.12", PYTHON)
@@ -171,6 +172,11 @@ def test_extras_add_up_and_a_changed_setup_installs_again(box):
     assert installs(box.run(script)[1]) == []
   (box.repo / "setup.py").write_text("changed")
   assert installs(box.run("local.sh")[1]) == [".[test]"]
+
+
+def test_test_script_brings_the_tpu_compiler_where_there_is_a_wheel(box):
+  _, calls = box.run("test.sh", PLATFORM="Linux x86_64")
+  assert installs(calls) == [".[test,tpu]"]
 
 
 def test_test_script_without_arguments_also_lints(box):

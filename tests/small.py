@@ -8,7 +8,11 @@ import numpy as np
 
 from adapt_pruner_jax.distributed import sharding
 from adapt_pruner_jax.models import axes, model_config
-from adapt_pruner_jax.models.model_config import DeltaNet, ModelConfig
+from adapt_pruner_jax.models.model_config import (
+  DeltaNet,
+  ModelConfig,
+  WideHeads,
+)
 from adapt_pruner_jax.models.rope import Rope
 
 CONFIG = ModelConfig(
@@ -83,6 +87,19 @@ OPTIONS = {
     "rope": Rope(partial=0.5, query_growth=0.5, original_context=8),
     "nope": (0, 1, 0),
   },
+  "wide": {
+    "norm_order": "sandwich",
+    "activation": "gelu_tanh",
+    "qk_norm": "head",
+    "v_norm": True,
+    "out_scale": True,
+    "attn_scale": 1.0,
+    "window": (3, 0, 3),
+    "rope": Rope(kind="proportional", partial=0.5),
+    "local_rope": Rope(theta=100.0),
+    "wide": (0, 1, 0),
+    "wide_heads": WideHeads(queries_per_group=3, head_dim=8, has_v=False),
+  },
   "delta": {
     "delta": (0, 1, 0),
     "delta_net": DeltaNet(values_per_key=2, key_dim=4, value_dim=6, taps=3),
@@ -106,6 +123,7 @@ def random_params(
 
   def draw(name, _, leaf):
     middle = 1 - config.norm_offset if "norm" in name else 0.0
+    middle += name == "out_scale"
     drawn = middle + 0.2 * rng.normal(size=leaf.shape)
     return np.asarray(drawn, np.float32).astype(leaf.dtype)
 

@@ -1,11 +1,13 @@
 """Small programs by the real TPU compiler, which needs no TPU.
 
 `pip install libtpu` is half a gigabyte, so it is no part of the tests' extra:
-without it these are skipped, except where CI installs it (`.[tpu]`).
+launch/test.sh installs it (`.[tpu]`) where there is a wheel. Without it these
+are skipped, but in CI (CI=true) they fail.
 """
 
 import dataclasses
 import itertools
+import os
 import re
 import threading
 
@@ -35,7 +37,10 @@ CONFIG = dataclasses.replace(
 @pytest.fixture(scope="module")
 def mesh():
   if not compiling.has_compiler():
-    pytest.skip("libtpu is not installed: pip install -e '.[tpu]'")
+    reason = "libtpu is not installed: pip install -e '.[tpu]'"
+    if os.environ.get("CI") == "true":
+      pytest.fail(reason)
+    pytest.skip(reason)
   slice_ = compiling.devices_of("v5e:2x2")
   before = jax.config.jax_enable_compilation_cache
   jax.config.update("jax_enable_compilation_cache", False)  # none could read it
@@ -81,15 +86,14 @@ def test_neighbours_in_the_mesh_are_neighbours_on_the_torus(mesh):
 
 
 def lower_step(mesh, settings):
-  runs = (stacking.Run(0, 2, 2, 384), stacking.Run(2, 6, 2, 384))
+  runs = (stacking.Run(0, CONFIG.num_layers, 2, 384),)
   trained, state = step.abstract_state(CONFIG, settings, mesh, 0, runs)
   teacher = None
   if settings.distill_alpha:
     whole = dataclasses.replace(
       CONFIG, kv_groups=(2,) * 6, ffn_widths=(384,) * 6
     )
-    one = (stacking.Run(0, 6, 2, 384),)
-    teacher = whole, step.abstract_state(whole, settings, mesh, 0, one)[0]
+    teacher = whole, step.abstract_state(whole, settings, mesh, 0, runs)[0]
   given = CONFIG, settings, lambda _: 1.0, mesh
   made = step.make_step(*given, teacher=teacher, runs=runs)
   return made.lower(trained, state, step.abstract_batch(B, T, mesh))
@@ -97,42 +101,40 @@ def lower_step(mesh, settings):
 
 @pytest.mark.slow
 def test_a_train_step(mesh):
-  settings = Train(dtype="bfloat16", remat="full")
-  check(lower_step(mesh, settings).compile(), 12e6, 800)
-
-
-@pytest.mark.slow
-def test_streams_in_front_of_layers_wait_in_the_hosts_memory(mesh):
+  """Streams in front of layers wait in the host's memory."""
   settings = Train(dtype="bfloat16", remat="offload")
-  found = lower_step(mesh, settings).compile().memory_analysis()
+  compiled = lower_step(mesh, settings).compile()
+  check(compiled, 14e6, 550)
   streams = 2 * CONFIG.num_layers * B * T * CONFIG.hidden_size / mesh.size
-  assert found.host_temp_size_in_bytes >= streams
+  assert compiled.memory_analysis().host_temp_size_in_bytes >= streams
 
 
 @pytest.mark.slow
 def test_a_distilled_step(mesh):
   settings = Train(dtype="bfloat16", remat="full", distill_alpha=0.5)
-  check(lower_step(mesh, settings).compile(), 13e6, 1000)
+  check(lower_step(mesh, settings).compile(), 13e6, 450)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("hosted", [False, True])
-def test_a_scoring_pass(mesh, monkeypatch, hosted):
-  """Nothing of it is there twice, to overlap two layers, and what layers are
-  given lies in the host's memory if it shall."""
-  monkeypatch.setattr(passes, "a_pass", lambda *_: passes.Pass(3, hosted))
+def test_a_scoring_pass(mesh, monkeypatch):
+  """Nothing of it is there twice, to overlap two layers; what layers are given,
+  and the sums that passes hand on, lie in the host's memory."""
+  monkeypatch.setattr(passes, "a_pass", lambda *_: passes.Pass(3, hosted=True))
   config = Config()
-  config.prune.method, config.model.dtype = "adapt", "bfloat16"
-  config.calibration.samples, config.calibration.seq_len = 3 * B, T
+  config.prune.method, config.model.dtype = "curvature", "bfloat16"
+  config.calibration.samples, config.calibration.seq_len = 6 * B, T
   config.calibration.batch = B
-  lowered, shape, _ = memory.lower_scoring(
-    config, CONFIG, mesh, jax.numpy.dtype("bfloat16")
-  )
+  kind = jax.numpy.dtype("bfloat16")
+  lowered, _, shape, before = memory.lower_scoring(config, CONFIG, mesh, kind)
   assert shape == (3, B, T)
   compiled = lowered.compile()
-  check(compiled, 20e6, 800)
+  check(compiled, 8e6, 300)
+  found = compiled.memory_analysis()
   given = 2 * CONFIG.num_layers * 3 * B * T * CONFIG.hidden_size * 2 / mesh.size
-  in_host = compiled.memory_analysis().host_temp_size_in_bytes
-  assert given * hosted <= in_host <= 1.1 * given * hosted
+  assert given <= found.host_temp_size_in_bytes <= 1.1 * given
+  sums = sum(x.size * 4 for x in jax.tree.leaves(before.of_halves)) / mesh.size
+  assert arrays.size(before) < 0.01 * sums
+  assert sums <= found.host_argument_size_in_bytes <= 1.1 * sums
+  assert found.host_alias_size_in_bytes >= sums  # added to where they lie
   kernels = re.findall(r"%(splash_\w+)\S* = ", compiled.as_text())
   assert len(kernels) == 3

@@ -42,6 +42,13 @@ def put_away(x: jax.Array) -> jax.Array:
   return jax.device_put(_plain(x), jax.memory.Space.Host)
 
 
+def put_at(i: jax.Array, all_: jax.Array, one: jax.Array) -> jax.Array:
+  """Within `jit`: `all_` with `one` at its i-th place, wherever it lies."""
+  if jax.typeof(all_).memory_space == jax.memory.Space.Host:
+    one = put_away(one)
+  return jax.lax.dynamic_update_index_in_dim(all_, one, i, 0)
+
+
 def taken_out(x: jax.Array, now: Any) -> tuple[jax.Array, Any]:
   """Within `jit`: what was put away, on the device, and `now`; it does not take
   the device's memory before `now` is there."""

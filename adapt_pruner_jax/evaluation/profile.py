@@ -195,11 +195,10 @@ def _equal_layers(config: ModelConfig) -> ModelConfig:
   """The model with fewer layers, each as wide as the widest."""
   layers = min(config.num_layers, LAYERS)
   units = {u: (max(w),) * layers for u, w in config.units().items()}
-  if any(config.delta):
+  if any(config.kinds()):
     raise UserError(
-      f"{config.family} has layers with a gated delta net in place of "
-      "attention, and a table has one curve for attention: budgets in "
-      "milliseconds are not supported for it"
+      f"{config.family} has two kinds of attention, and a table has one curve "
+      "for attention: budgets in milliseconds are not supported for it"
     )
   if not all(w[0] for w in units.values()):
     raise UserError("the model has no attention, or no MLP, to time")

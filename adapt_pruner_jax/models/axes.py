@@ -7,7 +7,11 @@
   X experts of a layer, each an MLP of width F
   S width of an expert that all tokens see    O one, the gate of that
 
-Of a layer with a gated delta net in place of attention (`delta_net`):
+A model may have layers of a second kind, whose KV groups are Z.
+With wide heads (`WideHeads`):
+  Z KV heads of this layer                J query heads per KV head
+  P channels of a head
+With a gated delta net in place of attention (`delta_net`):
   Z key heads of this layer               A value heads per key head
   U channels of a key                     Y channels of a value
   C taps of its convolutions
@@ -24,7 +28,8 @@ K and F are the *unit letters*: a layer's KV groups and its MLP channels are
 what can be pruned. Per-layer data about units is always a dict
 {"K": ..., "F": ...}. A key head of a gated delta net, with the value heads that
 it serves, is a KV group of its layer: a unit of letter K, whose dim in the
-table is Z, since stacked layers may have other numbers of both. In a layer of
+table is Z, since stacked layers may have other numbers of both, as is a KV head
+of a layer with wide heads. In a layer of
 experts a unit of letter F is one channel in each of them, of each expert
 another one: indices are int [X, f] there, masks bool [X, F].
 """
@@ -60,6 +65,12 @@ AXES = {
   "sinks": "KG",  # score of a key that says nothing (gpt-oss)
   "q_gate": "DKGH",  # of what each head says
   "q_gate_bias": "KGH",
+  "wide_q": "DZJP",
+  "wide_k": "DZP",
+  "wide_v": "DZP",
+  "wide_o": "ZJPM",
+  "wide_q_norm": "P",
+  "wide_k_norm": "P",
   "delta_q": "DZU",
   "delta_k": "DZU",
   "delta_v": "DZAY",
@@ -101,14 +112,18 @@ AXES = {
   "shared_open": "MO",  # how much it counts
   "mlp_post_norm": "E",
   "mlp_shortcut": "ME",
+  "out_scale": "O",  # of the stream behind the layer
 }
 
 BATCH = ("data", "fsdp", "expert")  # mesh axes that cut B
 RESIDUAL = "DME"
 UNITS = "KF"
+QUERIES = "GJ"  # query heads of a KV group
 LETTERS = {"K": "K", "Z": "K", "F": "F"}  # of the dims that are units
-# Parameters of a layer with a gated delta net, and of one with attention.
+# Parameters of a layer with a gated delta net, with wide heads, and of one with
+# other attention.
 DELTA = tuple(name for name in AXES if name.startswith("delta_"))
+WIDE = tuple(name for name in AXES if name.startswith("wide_"))
 ATTENTION = ("q", "q_gate", "k", "v", "o", "q_bias", "q_gate_bias", "k_bias")
 ATTENTION += ("v_bias", "o_bias", "q_norm", "k_norm")
 ATTENTION += ("q_norm_all", "k_norm_all", "sinks")
@@ -122,6 +137,7 @@ SCORED = {
   "K": (
     *("q", "k", "v", "o", "q_gate", "delta_q", "delta_k", "delta_v"),
     *("delta_gate", "delta_beta", "delta_decay", "delta_o"),
+    *("wide_q", "wide_k", "wide_v", "wide_o"),
   ),
   "F": ("gate", "up", "down", "moe_gate", "moe_up", "moe_down"),
 }

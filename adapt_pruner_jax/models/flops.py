@@ -1,5 +1,7 @@
 """FLOPs of a model: matrices and attention, not the embedding's look-up."""
 
+import math
+
 from adapt_pruner_jax.models import model_config
 from adapt_pruner_jax.models.model_config import ModelConfig
 
@@ -30,7 +32,7 @@ def of_group(config: ModelConfig, layer: int, seen: float) -> float:
   if config.is_delta(layer):
     net = config.delta_net
     return 6 * net.values_per_key * net.key_dim * net.value_dim
-  return 4 * config.head_dim * config.queries_per_group * seen  # q k^T and a v
+  return 4 * math.prod(config.group(layer)) * seen  # q k^T and a v
 
 
 def _not_asked(config: ModelConfig) -> float:

@@ -115,10 +115,13 @@ def _qkv(config, weights, rope, h_BTD, masks):
   w, c = weights, config
   q_BTKGH = read_by("btd,dkgh->btkgh", h_BTD, w["q"])
   k_BTKH = read_by("btd,dkh->btkh", h_BTD, w["k"])
-  v_BTKH = read_by("btd,dkh->btkh", h_BTD, w["v"])
+  # Without a matrix of their own, values are made as keys are.
+  v_BTKH = read_by("btd,dkh->btkh", h_BTD, w["v"]) if "v" in w else k_BTKH
   if c.qkv_bias:
     q_BTKGH, k_BTKH = q_BTKGH + w["q_bias"], k_BTKH + w["k_bias"]
     v_BTKH = v_BTKH + w["v_bias"]
+  if c.v_norm:
+    v_BTKH = rms_norm(v_BTKH, jnp.ones((), v_BTKH.dtype), c.norm_eps)
   if c.qk_norm == "head" and not c.qk_norm_late:
     q_BTKGH = norm(c, w, "q_norm", q_BTKGH)
     k_BTKH = norm(c, w, "k_norm", k_BTKH)

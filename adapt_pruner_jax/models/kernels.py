@@ -171,7 +171,8 @@ def case_of_run(
   packed: bool,
 ) -> Case:
   """The case of a model's layers without windows, for what a run says."""
-  shape = rows, length, config.head_dim, dtype
+  head_dim = (config.wide_heads or config).head_dim
+  shape = rows, length, head_dim, dtype
   case = _on_devices(mesh, *shape, 0, config.attn_softcap, packed, False)
   return case._replace(sinks=config.attn_sinks)
 

@@ -32,6 +32,7 @@ from adapt_pruner_jax.models.remat import BETWEEN, FRONT, read_by
 # The matrix that each half writes with, and those that it reads with.
 HALVES = {
   "o": ("q", "q_gate", "k", "v"),
+  "wide_o": ("wide_q", "wide_k", "wide_v"),
   "delta_o": (
     *("delta_q", "delta_k", "delta_v"),
     *("delta_gate", "delta_beta", "delta_decay"),
@@ -39,7 +40,8 @@ HALVES = {
   "down": ("gate", "up"),
   "moe_down": (),  # what experts read with is theirs, see `refit_experts`
 }
-WRITERS = {"K": "o", "F": "down"}  # by unit, but for gated delta nets
+WRITERS = {"K": "o", "F": "down"}  # by unit
+OTHERS = {"K": ("wide_o", "delta_o"), "F": ("moe_down",)}  # instead of these
 NAMES = {"K": "attn", "F": "mlp"}  # how parameters of a half begin
 
 # Keys and values, [B, S, K, H] each; or what a gated delta net keeps.
@@ -51,7 +53,7 @@ class Place(NamedTuple):
 
   window: jax.Array | int  # positions that its queries see; 0 = all
   rope: jax.Array | int  # which of `AttentionInputs.ropes`
-  delta: jax.Array | int = 0  # 1 = a gated delta net in place of attention
+  kind: jax.Array | int = 0  # 1 = the second, as of `ModelConfig.kinds`
 
 
 class Tap(NamedTuple):
@@ -76,14 +78,14 @@ class Tap(NamedTuple):
 def place(config: ModelConfig, index: int) -> Place:
   """The place of layer `index`, known when the program is compiled."""
   window = config.window[index] if config.window else 0
-  return Place(window, config.rope_ids()[index], int(config.is_delta(index)))
+  return Place(window, config.rope_ids()[index], int(config.is_second(index)))
 
 
 def places(config: ModelConfig) -> Place:
   """The places of all layers to scan over, int32 [L] each."""
   window_L = np.array(config.window or (0,) * config.num_layers, np.int32)
-  delta_L = np.array(config.delta or (0,) * config.num_layers, np.int32)
-  return Place(window_L, np.array(config.rope_ids(), np.int32), delta_L)
+  rope_L = np.array(config.rope_ids(), np.int32)
+  return Place(window_L, rope_L, np.array(config.kinds(), np.int32))
 
 
 def attention_inputs(
@@ -166,7 +168,7 @@ def run_half(
   Returns:
     The residual stream behind the half, and what there is to see.
   """
-  if unit == "K" and "o" in weights and "delta_o" in weights:
+  if unit == "K" and "o" in weights and writer_of("K", weights) != "o":
     return _either(config, weights, place, inputs, x_BTD, masks)
   fed, cache = read(unit, config, weights, place, inputs, x_BTD, masks, cache)
   counted = fed
@@ -180,7 +182,7 @@ def run_half(
 
 
 def _either(config, weights, place, inputs, x_BTD, masks):
-  """`run_half` of an attention or a gated delta net, as the place says.
+  """`run_half` of a layer of either kind, as the place says.
 
   Stacked layers have the parameters of both.
   """
@@ -190,8 +192,9 @@ def _either(config, weights, place, inputs, x_BTD, masks):
     args = config, own, place, inputs
     return lambda x_BTD: run_half("K", *args, x_BTD, masks)[0]
 
-  kinds = without(axes.ATTENTION), without(axes.DELTA)
-  y_BTD = jax.lax.cond(place.delta == 1, *kinds, x_BTD)
+  others = axes.WIDE if config.wide_heads else axes.DELTA
+  kinds = without(axes.ATTENTION), without(others)
+  y_BTD = jax.lax.cond(place.kind == 1, *kinds, x_BTD)
   return y_BTD, Tap({"K": None})
 
 
@@ -222,7 +225,8 @@ def read(
       masked ones say is not zeroed here.
 
   Returns:
-    [B, T, K, G, H], [B, T, Z, A, Y], [B, T, F] or what experts made, None if
+    [B, T, K, G, H] or of the second kind's letters, [B, T, F] or what experts
+    made, None if
     the half is absent; and what the layer caches, None of an MLP.
   """
   if unit == "F" and "shared_down" in weights and not count(unit, weights):
@@ -238,6 +242,11 @@ def read(
     segments_BT = None if inputs.prefix else inputs.segments
     args = weights, config.norm_eps, h_BTD, segments_BT
     return delta_net.heads(*args, cache)
+  if config.wide_heads:  # the kind says who sees whom, and how they turn
+    place = Place(max(config.window), 1)
+  if "wide_o" in weights:
+    place = Place(0, 0)
+    weights = {n.removeprefix("wide_"): w for n, w in weights.items()}
   return heads(config, weights, place, inputs, x_BTD, masks, cache)
 
 
@@ -281,6 +290,8 @@ def write(
     if config.residual_scale != 1:
       y_BTD *= jnp.asarray(config.residual_scale, y_BTD.dtype)
     x_BTD = x_BTD + y_BTD
+  if unit == "F" and "out_scale" in weights:
+    x_BTD *= jax.lax.stop_gradient(weights["out_scale"])  # is not trained
   if config.parallel and unit == "K":
     return jnp.concatenate([front_BTD, x_BTD], axis=-1)
   return x_BTD
@@ -309,8 +320,8 @@ def count(unit: str, weights: Params) -> int:
 
 def writer_of(unit: str, weights: Params) -> str:
   """The matrix that a half of this layer writes with."""
-  other = {"K": "delta_o", "F": "moe_down"}[unit]
-  return other if other in weights else WRITERS[unit]
+  others = (name for name in OTHERS[unit] if name in weights)
+  return next(others, WRITERS[unit])
 
 
 # ---- MLP ---------------------------------------------------------------------

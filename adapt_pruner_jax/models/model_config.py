@@ -33,6 +33,15 @@ class DeltaNet:
 
 
 @dataclasses.dataclass(frozen=True)
+class WideHeads:
+  """Sizes of attention in layers whose heads have a size of their own."""
+
+  queries_per_group: int
+  head_dim: int
+  has_v: bool = True  # else values are made as keys, and not rotated
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
   """Everything that shapes the function.
 
@@ -99,6 +108,12 @@ class ModelConfig:
   shared_width: int = 0  # of an expert that all tokens see, with a gate
   shared_norm: bool = False  # of parallel halves: one in front of both
   head_bias: bool = False  # of the output matrix
+  # 1 = a layer with `wide_heads`, which then see all and turn by `rope`, where
+  # the others have windows and turn by `local_rope`; () = none.
+  wide: tuple[int, ...] = ()
+  wide_heads: WideHeads | None = None
+  v_norm: bool = False  # of each value, without a weight
+  out_scale: bool = False  # the stream behind a layer is scaled
 
   @property
   def num_layers(self) -> int:
@@ -128,8 +143,10 @@ class ModelConfig:
     if net := self.delta_net:
       sizes |= {"A": net.values_per_key, "U": net.key_dim}
       sizes |= {"Y": net.value_dim, "C": net.taps}
+    if heads := self.wide_heads:
+      sizes |= {"J": heads.queries_per_group, "P": heads.head_dim}
     if layer is not None:
-      here, F = self.is_delta(layer), self.ffn_widths[layer]
+      here, F = self.is_second(layer), self.ffn_widths[layer]
       own = {"Z" if here else "K": self.kv_groups[layer]}
       sizes |= {"K": self.most_groups(0), "Z": self.most_groups(1), "F": F}
       sizes |= own
@@ -147,27 +164,40 @@ class ModelConfig:
     """Whether a layer has a gated delta net in place of attention."""
     return bool(self.delta and self.delta[layer])
 
-  def most_groups(self, delta: int) -> int:
+  def kinds(self) -> tuple[int, ...]:
+    """1 for each layer of the second kind: a gated delta net, or wide heads."""
+    return self.delta or self.wide or (0,) * self.num_layers
+
+  def is_second(self, layer: int) -> bool:
+    """Whether a layer is of the second kind, as of `kinds`."""
+    return bool(self.kinds()[layer])
+
+  def most_groups(self, kind: int) -> int:
     """KV groups of the layer of a kind that has the most.
 
     Args:
-      delta: 1 = of layers with a gated delta net, 0 = of the others.
+      kind: 1 = of layers of the second kind, 0 = of the others.
     """
-    kinds = self.delta or (0,) * self.num_layers
-    pairs = zip(self.kv_groups, kinds, strict=True)
-    return max((k for k, kind in pairs if kind == delta), default=0)
+    pairs = zip(self.kv_groups, self.kinds(), strict=True)
+    return max((k for k, here in pairs if here == kind), default=0)
+
+  def group(self, layer: int) -> tuple[int, int]:
+    """What a KV group of a layer has: heads, and channels of each.
+
+    Of a gated delta net, those of its values.
+    """
+    if self.is_delta(layer):
+      return self.delta_net.values_per_key, self.delta_net.value_dim
+    sizes = self.wide_heads if self.is_second(layer) else self
+    return sizes.queries_per_group, sizes.head_dim
 
   def heads(self) -> tuple[int, ...]:
     """Query heads of each layer, or value heads of its gated delta net."""
-    each = self.queries_per_group, getattr(self.delta_net, "values_per_key", 0)
-    return tuple(
-      k * each[self.is_delta(i)] for i, k in enumerate(self.kv_groups)
-    )
+    return tuple(k * self.group(i)[0] for i, k in enumerate(self.kv_groups))
 
   def head_channels(self) -> tuple[int, ...]:
-    """Channels of all heads of each layer, which `o` or `delta_o` reads."""
-    each = self.head_dim, getattr(self.delta_net, "value_dim", 0)
-    return tuple(n * each[self.is_delta(i)] for i, n in enumerate(self.heads()))
+    """Channels of all heads of each layer, which its `o` reads."""
+    return tuple(n * self.group(i)[1] for i, n in enumerate(self.heads()))
 
   def units(self) -> dict[str, tuple[int, ...]]:
     """Units of each layer by their letter: {"K": [L], "F": [L]}."""
@@ -186,7 +216,7 @@ class ModelConfig:
   def with_layers(self, layers: Sequence[int]) -> "ModelConfig":
     """The model with these layers only, in this order."""
     of_layers = ("kv_groups", "ffn_widths", "window", "nope", "residual")
-    of_layers += ("delta",)
+    of_layers += ("delta", "wide")
     fields = {name: getattr(self, name) for name in of_layers}
     return dataclasses.replace(
       self, **{n: tuple(x[i] for i in layers if x) for n, x in fields.items()}
@@ -201,8 +231,13 @@ class ModelConfig:
     Returns:
       (cosine, sine) of each, float32 [B, T, R].
     """
+    ropes = self.ropes()
+    sizes = [self.head_dim] * len(ropes)
+    if self.wide_heads:
+      sizes[0] = self.wide_heads.head_dim
     return tuple(
-      rope_tables(rope, self.head_dim, positions_BT) for rope in self.ropes()
+      rope_tables(rope, size, positions_BT)
+      for rope, size in zip(ropes, sizes, strict=True)
     )
 
   def ropes(self) -> tuple[Rope, ...]:
@@ -255,6 +290,8 @@ def from_json(fields: dict) -> ModelConfig:
       fields[name] = Rope(**{n: tuples(value) for n, value in of_rope})
   if fields.get("delta_net"):  # earlier versions did not write it
     fields["delta_net"] = DeltaNet(**fields["delta_net"])
+  if fields.get("wide_heads"):
+    fields["wide_heads"] = WideHeads(**fields["wide_heads"])
   return ModelConfig(**fields)
 
 
@@ -267,8 +304,11 @@ def layer_names(config: ModelConfig, layer: int | None = None) -> list[str]:
       those of both kinds of layer.
   """
   mixer = []
-  if layer is None or not config.is_delta(layer):
+  if layer is None or not config.is_second(layer):
     mixer += _attention_names(config)
+  if config.wide_heads and (layer is None or config.is_second(layer)):
+    no_v = not config.wide_heads.has_v
+    mixer += [n for n in axes.WIDE if not (no_v and n == "wide_v")]
   if config.delta_net and (layer is None or config.is_delta(layer)):
     mixer += axes.DELTA
   has_o_bias = config.o_bias and "o" in mixer
@@ -296,7 +336,8 @@ def layer_names(config: ModelConfig, layer: int | None = None) -> list[str]:
     mlp = mlp if config.ffn_widths[layer] else kept
   shortcuts = ["attn_shortcut", "mlp_shortcut"] * bool(config.residual)
   biases = ["o_bias"] * has_o_bias + ["down_bias"] * config.down_bias
-  return [*dict.fromkeys(mixer + mlp + [*shared] + biases + shortcuts)]
+  scale = ["out_scale"] * config.out_scale
+  return [*dict.fromkeys(mixer + mlp + [*shared] + biases + shortcuts + scale)]
 
 
 def _attention_names(config: ModelConfig) -> list[str]:

@@ -1,6 +1,7 @@
 """What a run is planned for: devices that are here, or that are only named."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -66,8 +67,18 @@ def resolve(hardware: Hardware) -> Hardware:
   Raises:
     UserError: a device or a topology that is not known, or a bad share.
   """
-  if hardware.mfu <= 0 or hardware.mfu > 1:
+  if not 0 < hardware.mfu <= 1:  # written so that NaN fails
     raise UserError(f"--mfu={hardware.mfu} must be in (0, 1]")
+  for name, value in (
+    ("devices", hardware.devices),
+    ("memory_gb", hardware.memory / 1e9),
+    ("tflops", hardware.peak / 1e12),
+  ):
+    if not 0 <= value < math.inf:
+      raise UserError(
+        f"--{name}={value:g} must be above 0 and finite, or left out for what "
+        "is here"
+      )
   if hardware.topology:
     slice_ = compiling.devices_of(hardware.topology)
     kind = slice_[0].device_kind

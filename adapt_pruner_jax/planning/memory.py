@@ -213,9 +213,11 @@ def scoring(
   """
   dtype = arrays.weight_dtype(config)
   kind = dtype if real else jnp.dtype("float32")
-  lowered, (M, B, T), before = lower_scoring(config, full, mesh, kind)
+  lowered, end, (M, B, T), before = lower_scoring(config, full, mesh, kind)
   given = stacked_params(config, full, kind, mesh), before
   temporary = compiling.temporary(lowered, given, mesh)
+  if end is not None:
+    temporary = max(temporary, compiling.temporary(end, given, mesh))
   if not real and dtype.itemsize == 2:
     # The residual stream in front of each half layer is what is stored.
     parts = each_device.parts_of(mesh, each_device.row_axes(mesh, B))
@@ -232,23 +234,18 @@ def scoring(
 
 
 def lower_scoring(
-  config: Config,
-  full: ModelConfig,
-  mesh: Mesh,
-  dtype: jnp.dtype,
-  last: bool = True,
-) -> tuple[Lowered, tuple[int, int, int], Any]:
-  """Lowers the program of a pass that scores units.
+  config: Config, full: ModelConfig, mesh: Mesh, dtype: jnp.dtype
+) -> tuple[Lowered, Lowered | None, tuple[int, int, int], Any]:
+  """Lowers the programs that score units.
 
   Args:
     config, full, mesh: as `scoring`'s.
     dtype: of the stacked weights.
-    last: the last pass, whose program ends with scores; False = one before it,
-      if there is any.
 
   Returns:
-    The program; M minibatches, B rows and T tokens that it takes; and the sums
-    that it goes on from, None if all is done in one pass.
+    The program of a pass; the one that ends several; M minibatches, B rows and
+    T tokens that a pass takes; and the sums that it goes on from. The second
+    and the fourth are None if all is done in one pass.
   """
   recipe, whole = config.calibration, sharding.replicated(mesh)
   shape = recipe.samples, recipe.seq_len
@@ -276,14 +273,14 @@ def lower_scoring(
     jax.ShapeDtypeStruct((M, B, T), jnp.int32, sharding=whole),
     jax.ShapeDtypeStruct((M, B), bool, sharding=whole),
   )
-  before = None
+  before, end = None, None
   if recipe.samples > M * B:
     before = handed_on()
   with jax.default_matmul_precision(config.prune.precision):
-    how |= {} if last else {"last": False}
-    program = programs.whole if last else programs.part.func
-    lowered = program.lower(*args, before=before, **how)
-  return lowered, (M, B, T), before
+    walk = programs.walk.lower(*args, before=before, **how)
+    if before is not None:
+      end = programs.end.lower(*model, before, length=T, **how)
+  return walk, end, (M, B, T), before
 
 
 def stacked_params(

@@ -4,8 +4,8 @@ Taken in dense, stacked coordinates (`surgery.expand`), so that one executable
 serves every step of every stage. Forward, the residual stream in front of each
 half layer is stored. Backward, a reverse scan over the layers hands each half
 with the gradients behind it to a `Visitor`, minibatch by minibatch: one layer's
-sums over minibatches exist at a time. On TPUs the streams may wait in the
-host's memory.
+sums over minibatches exist at a time. On TPUs the streams, and the sums of
+earlier walks, may wait in the host's memory.
 """
 
 import dataclasses
@@ -38,7 +38,8 @@ class Stacked:
     masks: {"K": bool [L, K], "F": bool [L, F]}, the units that are left.
     mesh: devices that minibatches are cut over; None = wherever they are.
     attention: as `prune.attention`.
-    hosted: the stream in front of each half is stored in the host's memory.
+    hosted: the stream in front of each half is stored in the host's memory, and
+      so are sums that are handed on.
   """
 
   config: ModelConfig
@@ -57,7 +58,6 @@ def walk(
   visitor: Visitor | None = None,
   observe: Callable[..., Any] | None = None,
   before: Sums | None = None,
-  last: bool = True,
 ) -> Found:
   """Walks through a masked model and back; to be called within `jit`.
 
@@ -70,18 +70,18 @@ def walk(
     visitor: sees each half on the way back; None = there is no way back.
     observe: of each layer and minibatch, what of (x_BTD in front, x_BTD behind,
       share_B of each row in the minibatch) is summed over rows.
-    before: of earlier walks over other minibatches, to go on from.
-    last: no other walk goes on from this one.
+    before: of earlier walks over other minibatches, or `nothing`: with these
+      minibatches they are handed on, for `ended`.
 
   Returns:
-    The losses, what was observed, and what the visitor kept.
+    The losses, what was observed, and what the visitor kept, or the sums.
   """
   config, stacked, mesh = model.config, model.stacked, model.mesh
   axes = each_device.row_axes(mesh, tokens_MBT.shape[1])
   kernel = Kernel(model.attention, mesh, alone=bool(axes))
   inputs = attention_inputs(config, tokens_MBT.shape[-1], kernel=kernel)
   rows = _Rows(valid_MB, inputs, mesh, axes)
-  layers = stacked["layers"], places(config), model.masks
+  layers = _layers(model)
   x_MBTD = ends.embed(config, stacked, tokens_MBT, mesh)
   forward = _forward(model, rows, observe)
   x_MBTD, (ins, mids, observed) = jax.lax.scan(forward, x_MBTD, layers)
@@ -103,14 +103,46 @@ def walk(
   gradient = jax.value_and_grad(loss)
   loss_M, dx_MBTD = jax.lax.map(lambda end: gradient(*end), behind)
   dx_MBTD = rows.cut(dx_MBTD)
-  seen = _counted(model, rows, visitor, before, last)
-  backward = _backward(model, rows, visitor, seen, last)
+  seen = _counted(rows, before)
+  backward = _backward(model, rows, visitor, seen, before is None)
   layers = jnp.arange(config.num_layers), layers, {"K": ins, "F": mids}
   carry = dx_MBTD, seen.of_halves
   (_, of_halves), kept = jax.lax.scan(backward, carry, layers, reverse=True)
-  if last:
+  if before is None:
     return Found(loss_M, observed, kept)
   return Found(loss_M, observed, {}, seen._replace(of_halves=of_halves))
+
+
+def nothing(model: Stacked, visitor: Visitor) -> Sums:
+  """What the first of several walks goes on from."""
+
+  def start(unit):
+    return jax.vmap(lambda *layer: visitor.start(_half(unit, model, layer)))
+
+  layers = _layers(model)
+  of_halves = {unit: start(unit)(*layers) for unit in UNITS}
+  return Sums(of_halves, jnp.int32(0), jnp.int32(0))
+
+
+def ended(model: Stacked, visitor: Visitor, sums: Sums) -> dict[str, Any]:
+  """What a visitor keeps of the sums that walks have handed on.
+
+  Args:
+    model, visitor: as `walk`'s.
+    sums: of all minibatches.
+
+  Returns:
+    What it keeps of each half, as `Found`'s.
+  """
+
+  def one(xs):
+    layer, of_halves = placement.fetched(xs)
+    return {
+      unit: visitor.finish(_half(unit, model, layer), of_halves[unit], sums)
+      for unit in UNITS
+    }
+
+  return jax.lax.map(one, (_layers(model), sums.of_halves))
 
 
 def scored(
@@ -119,26 +151,26 @@ def scored(
   valid_MB: jax.Array,
   visitor: Visitor,
   before: Sums | None = None,
-  last: bool = True,
 ) -> dict[str, Any]:
   """Walks for a score, the loss being the sum over rows of their mean losses.
 
   Args:
-    model, tokens_MBT, valid_MB, visitor, before, last: as `walk`'s.
+    model, tokens_MBT, valid_MB, visitor, before: as `walk`'s.
 
   Returns:
     On all devices: loss_M, the mean over each minibatch's rows, and scores,
-    what the visitor kept; if it is not the last walk, `Sums` in their place.
+    what the visitor kept; or, if they are handed on, `Sums` in their place.
   """
   counts_MB = valid_MB.astype(jnp.float32)
   args = model, tokens_MBT, valid_MB, counts_MB, visitor
-  found = walk(*args, before=before, last=last)
+  found = walk(*args, before=before)
   losses_M = found.loss_M / jnp.maximum(jnp.sum(valid_MB, axis=1), 1)
-  return results(found, model.mesh, {"loss_M": losses_M}, "scores", found.kept)
+  told = {"scores": found.kept}
+  return results(found, model.mesh, {"loss_M": losses_M}, told)
 
 
 def results(
-  found: Found, mesh: Mesh | None, measured: dict, name: str, kept: Any
+  found: Found, mesh: Mesh | None, measured: dict, told: dict
 ) -> dict[str, Any]:
   """What a walk's program returns: on all devices, but for `Sums`.
 
@@ -146,11 +178,11 @@ def results(
     found: by the walk.
     mesh: the devices.
     measured: arrays.
-    name, kept: what is told if it was the last walk.
+    told: of what is kept, if no sums are handed on.
   """
   if found.sums is not None:
     return sharding.whole(measured, mesh) | {"sums": found.sums}
-  return sharding.whole(measured | {name: kept}, mesh)
+  return sharding.whole(measured | told, mesh)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -172,35 +204,30 @@ class _Rows:
     return each_device.run(fn, *args)
 
 
-def _counted(
-  model: Stacked,
-  rows: _Rows,
-  visitor: Visitor,
-  before: Sums | None,
-  last: bool,
-) -> Sums:
+def _counted(rows: _Rows, before: Sums | None) -> Sums:
   """With these minibatches; of the halves, what was before them."""
   number = jnp.sum(rows.valid_MB)
   minibatches = jnp.sum(jnp.any(rows.valid_MB, axis=1))
-  if before is not None:
-    number, minibatches = before.rows + number, before.minibatches + minibatches
-    return Sums(before.of_halves, number, minibatches)
-  if last:
+  if before is None:
     return Sums({}, number, minibatches)
-  layers = model.stacked["layers"], places(model.config), model.masks
-
-  def nothing(unit):
-    start = lambda *layer: visitor.start(_half(unit, model, rows, layer))
-    return jax.vmap(start)(*layers)
-
-  like = jax.eval_shape(lambda: {unit: nothing(unit) for unit in UNITS})
-  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
-  return Sums(zeros, number, minibatches)
+  number, minibatches = before.rows + number, before.minibatches + minibatches
+  return Sums(before.of_halves, number, minibatches)
 
 
-def _half(unit: str, model: Stacked, rows: _Rows, layer: tuple) -> Half:
+def _layers(model: Stacked) -> tuple:
+  """Weights, places and masks, each array with [L] in front."""
+  return model.stacked["layers"], places(model.config), model.masks
+
+
+def _half(
+  unit: str,
+  model: Stacked,
+  layer: tuple,
+  inputs: AttentionInputs | None = None,
+) -> Half:
+  """Of one layer; without `inputs` it cannot run."""
   weights, place, masks = layer
-  return Half(unit, model.config, weights, place, rows.inputs, masks)
+  return Half(unit, model.config, weights, place, inputs, masks)
 
 
 def _forward(model: Stacked, rows: _Rows, observe) -> Callable:
@@ -245,7 +272,7 @@ def _of_all(share_MB: jax.Array) -> Callable:
 
 
 def _backward(
-  model: Stacked, rows: _Rows, visitor: Visitor, seen: Sums, last: bool
+  model: Stacked, rows: _Rows, visitor: Visitor, seen: Sums, only: bool
 ) -> Callable:
   """Of the gradients behind a layer and the sums so far, and the layer with the
   streams in front of its halves: the gradients in front of it, the sums, and
@@ -254,7 +281,7 @@ def _backward(
 
   def back(unit, minibatches, given):
     layer, begin, rows_M = given
-    half = _half(unit, model, rows, layer)
+    half = _half(unit, model, layer, rows.inputs)
     x_MBTD, *behind = minibatches
 
     def add(so_far, minibatch):
@@ -272,10 +299,12 @@ def _backward(
     layer = placement.fetched(layer)
     kept, before = {}, dict(before)
     for unit in reversed(UNITS):
-      half, x_MBTD = _half(unit, model, rows, layer), streams[unit]
+      half = _half(unit, model, layer, rows.inputs)
+      x_MBTD = streams[unit]
       if model.hosted:
         x_MBTD, dx_MBTD = placement.taken_out(x_MBTD, dx_MBTD)
       earlier = jax.tree.map(lambda b: b[i], before.get(unit))
+      earlier = placement.fetched(earlier)
       # Alone, a device goes on adding, as if there were just one walk.
       begin = earlier if not rows.axes else None
       dx_MBTD, sums = rows.run(
@@ -287,10 +316,10 @@ def _backward(
       dx_MBTD = rows.cut(dx_MBTD)
       if earlier is not None and begin is None:
         sums = jax.tree.map(jnp.add, earlier, sums)
-      if last:
+      if only:
         kept[unit] = visitor.finish(half, sums, seen)
       else:
-        put = lambda all_, one: all_.at[i].set(one)
+        put = partial(placement.put_at, i)
         before[unit] = jax.tree.map(put, before[unit], sums)
     return (dx_MBTD, before), kept
 

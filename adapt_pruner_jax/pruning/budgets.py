@@ -226,7 +226,7 @@ def _names(config: ModelConfig, layer: int) -> dict[str, list[str]]:
 def _cached(config: ModelConfig, layer: int, seen: int) -> int:
   """Numbers that a KV group of a layer keeps of a sequence."""
   if not config.is_delta(layer):
-    return 2 * config.head_dim * seen
+    return 2 * config.group(layer)[1] * seen
   net = config.delta_net
   values = net.values_per_key * net.value_dim
   inputs = (net.taps - 1) * (2 * net.key_dim + values)

@@ -97,7 +97,7 @@ def _grams(T: int, mesh: Mesh, halves: bool = False) -> backward.Visitor:
 # Scores are float32; the loss behind the gradients is the sum over sequences of
 # the mean over their tokens.
 PROGRAMS = passes.scored(_grams, "halves")
-measure_step = PROGRAMS.whole
+measure_step = PROGRAMS.walk
 
 
 def unit_scores(

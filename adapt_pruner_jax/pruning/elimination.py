@@ -106,12 +106,13 @@ def inverse(matrix_CC: jax.Array) -> jax.Array:
   With a step of Newton's method, which takes back what elimination without
   pivots loses to LAPACK.
   """
-  inverse_CC = _small_inverse(matrix_CC)
+  inverse_CC = rough_inverse(matrix_CC)
   left_CC = jnp.eye(len(matrix_CC)) - _dot(matrix_CC, inverse_CC)
   return inverse_CC + _dot(inverse_CC, left_CC)
 
 
-def _small_inverse(matrix_CC):
+def rough_inverse(matrix_CC: jax.Array) -> jax.Array:
+  """Of a small positive definite matrix, as elimination leaves it."""
   C = len(matrix_CC)
   if C <= SMALL:
     return jax.lax.fori_loop(0, C, _eliminate_row, matrix_CC)

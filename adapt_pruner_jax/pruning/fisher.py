@@ -68,4 +68,4 @@ def _gates(T: int, mesh: Mesh, halves: bool = False) -> backward.Visitor:
 
 
 PROGRAMS = passes.scored(_gates, "halves")
-measure_step = PROGRAMS.whole
+measure_step = PROGRAMS.walk

@@ -213,10 +213,12 @@ def check(config: ModelConfig, settings: Prune) -> None:
       "--config.prune.stream_layers=True is for one process: leave it out, "
       "since more devices hold more"
     )
-  if any(config.delta) and not _by_gates(settings):
+  if any(config.kinds()) and not _by_gates(settings):
+    others = "a gated delta net in place of attention"
+    others = "wider heads" if config.wide else others
     raise UserError(
-      f"{config.family} has layers with a gated delta net in place of "
-      "attention, which this method does not measure: choose "
+      f"{config.family} has layers with {others}, which this method does not "
+      "measure: choose "
       f"--config.prune.method={', '.join(OF_ALL_KINDS)}, with "
       f"--config.prune.group_importance={', '.join(scores.KINDS)} or fisher"
     )

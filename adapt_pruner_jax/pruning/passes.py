@@ -2,12 +2,13 @@
 
 A walk (`backward`) keeps what each layer is given, 2 L D numbers a token. So a
 program takes at most `calibration.pass_tokens` tokens, whole minibatches of
-them, and hands on what it has summed: the last one makes scores of it. On one
-device that is the same sum in the same order as in one pass.
+them, and hands on what it has summed; behind the last one a small program makes
+scores of it. On one device that is the same sum in the same order as in one
+pass.
 
 On TPUs the host keeps what layers are given, where a device would keep more of
-it than of those sums: each device has one layer's at a time, and one pass does,
-which gathers weights and reduces sums once.
+it than of those sums, and the sums too: each device has one layer's at a time.
+So few passes do, each of which gathers weights and reduces sums once.
 """
 
 import math
@@ -20,7 +21,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from adapt_pruner_jax.distributed import each_device, placement, stopping
+from adapt_pruner_jax.distributed import (
+  each_device,
+  placement,
+  sharding,
+  stopping,
+)
 from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.pruning import backward, surgery
@@ -46,37 +52,61 @@ class Pass(NamedTuple):
 
 
 class Programs(NamedTuple):
-  """The two programs of a walk.
+  """The programs of a walk.
 
   Attributes:
-    whole: goes through minibatches and ends with scores.
-    part: hands its sums on; they are donated.
-    hosted: of a mesh, the two as they are compiled where the host keeps what
-      layers are given.
+    walk: goes through minibatches and ends with scores; or goes on from sums,
+      which are donated, and hands them on.
+    end: makes scores of sums.
+    nothing: the sums of nothing; None where nothing is summed.
+    hosted: of a mesh, walk and end as they are compiled where the host keeps
+      what layers are given.
   """
 
-  whole: Callable[..., dict]
-  part: Callable[..., dict]
+  walk: Callable[..., dict]
+  end: Callable[..., dict] | None = None
+  nothing: Callable[..., backward.Sums | None] = lambda *_, **how: None
   hosted: Callable[[Mesh], "Programs"] | None = None
 
 
-def programs(step: Callable[..., dict], *static: str) -> Programs:
+def programs(
+  step: Callable[..., dict],
+  visitor: Callable[..., backward.Visitor | None],
+  told: Callable[[dict], dict],
+  *static: str,
+) -> Programs:
   """Compiles a walk.
 
   Args:
     step: takes (config, stacked, masks, tokens_MBT, valid_MB), and by name
-      mesh, attention, hosted, and before and last of `backward.walk`.
+      mesh, attention, hosted, and `before` of `backward.walk`.
+    visitor: of the tokens of a row, the mesh, and what `static` names; None
+      where there is no way back.
+    told: of what the visitor keeps, what the step tells of it.
     static: names of other arguments that are no arrays.
   """
-  names = ("config", "mesh", "attention", "hosted", "last", *static)
+  names = ("config", "mesh", "attention", "hosted", *static)
+
+  def made(fn, config, stacked, masks, *sums, length, mesh, **how):
+    where = mesh, how.pop("attention", "auto"), how.pop("hosted", False)
+    model = backward.Stacked(config, stacked, masks, *where)
+    own = visitor(length, mesh, **how)
+    return None if own is None else fn(model, own, *sums)
+
+  def ended(*args):
+    return sharding.whole(told(backward.ended(*args)), args[0].mesh)
+
+  def end(config, stacked, masks, sums, **how):
+    return made(ended, config, stacked, masks, sums, **how)
 
   def compiled(mesh=None):
     options = mesh and placement.hosted_options(mesh)
-    jitted = partial(
-      jax.jit, step, static_argnames=names, compiler_options=options
+    jitted = partial(jax.jit, compiler_options=options)
+    return Programs(
+      jitted(step, static_argnames=names, donate_argnames="before"),
+      jitted(end, static_argnames=(*names, "length")),
+      partial(made, backward.nothing),
     )
-    part = jitted(donate_argnames="before")
-    return Programs(jitted(), partial(part, last=False))
 
   return compiled()._replace(hosted=cache(compiled))
 
@@ -88,9 +118,9 @@ def scored(visitor: Callable[..., backward.Visitor], *static: str) -> Programs:
   masks {"K": bool [L, K], "F": bool [L, F]} of the units that are left, M
   minibatches of B sequences, and valid_MB, False for rows that only pad; by
   name mesh, attention as `prune.attention`, `hosted` of `backward.Stacked`,
-  `before` and `last` of `backward.walk`, and what `static` names. They return
-  loss_M, the mean over each minibatch's predictions, and scores, those of
-  masked units meaning nothing; or, if it is not the last walk, the sums so far.
+  `before` of `backward.walk`, and what `static` names. They return loss_M, the
+  mean over each minibatch's predictions, and scores, those of masked units
+  meaning nothing; or, of `before`, the sums so far.
 
   Args:
     visitor: of the tokens of a row, the mesh, and what `static` names.
@@ -108,15 +138,14 @@ def scored(visitor: Callable[..., backward.Visitor], *static: str) -> Programs:
     attention: str = "auto",
     hosted: bool = False,
     before: backward.Sums | None = None,
-    last: bool = True,
     **how: Any,
   ) -> dict:
     where = mesh, attention, hosted
     model = backward.Stacked(config, stacked, masks, *where)
     own = visitor(tokens_MBT.shape[-1], mesh, **how)
-    return backward.scored(model, tokens_MBT, valid_MB, own, before, last)
+    return backward.scored(model, tokens_MBT, valid_MB, own, before)
 
-  return programs(step, *static)
+  return programs(step, visitor, lambda kept: {"scores": kept}, *static)
 
 
 def run(
@@ -152,20 +181,19 @@ def run(
     how,
   )
   parts = placement.passes(tokens_NT, batch, task.mesh, most)
-  so_far, found = None, []
-  for number, (tokens_MBT, valid_MB) in enumerate(parts, 1):
+  so_far, found = _nothing(handed_on()) if len(parts) > 1 else None, []
+  for tokens_MBT, valid_MB in parts:
     stopping.moment()
     args = *model, *placement.replicate((tokens_MBT, valid_MB), task.mesh)
-    if number == len(parts):
-      result = programs.whole(*args, before=so_far, **how)
-    else:
-      if so_far is None:
-        so_far = _nothing(handed_on())
-      result = programs.part(*args, before=so_far, **how)
-      so_far = result.pop("sums", None)
+    result = programs.walk(*args, before=so_far, **how)
+    so_far = result.pop("sums", None)
     found.append(jax.device_get(result))
   real = np.concatenate([valid_MB.any(1) for _, valid_MB in parts])
   whole = dict(found[-1])
+  if so_far is not None:
+    length = tokens_NT.shape[1]
+    ended = programs.end(*model, so_far, length=length, **how)
+    whole |= jax.device_get(ended)
   for name in ("loss_M", "importance_ML"):
     if name in whole:
       whole[name] = np.concatenate([f[name] for f in found])[real]
@@ -179,7 +207,7 @@ class Prepared(NamedTuple):
     programs, how: of the walk, as it keeps what layers are given.
     batch: samples of a minibatch.
     minibatches: of a pass.
-    handed_on: `sums`, found when first asked for.
+    handed_on: `sums`, found when asked for.
   """
 
   programs: Programs
@@ -209,15 +237,14 @@ def prepared(
   """
   mesh = how["mesh"]
   batch = batch_of(batch, shape_NT[0], mesh, how)
-  rows = one_minibatch(shape_NT, batch, mesh)
-  # Of the programs as they are: options of a compiler's are for the outermost.
-  handed_on = cache(partial(sums, programs, (*model, *rows), how))
+  rows = placement.padded_rows(min(batch, shape_NT[0]), mesh)
+  handed_on = partial(sums, programs, model, (rows, shape_NT[1]), how)
   most, hosted = a_pass(
     model[0], dtype, shape_NT, batch, pass_tokens, mesh, handed_on
   )
   if hosted:
     programs, how = programs.hosted(mesh), how | {"hosted": True}
-  return Prepared(programs, how, batch, most, handed_on)
+  return Prepared(programs, how, batch, most, partial(handed_on, hosted=hosted))
 
 
 def batch_of(batch: int, samples: int, mesh: Mesh, how: dict) -> int:
@@ -274,20 +301,6 @@ def a_pass(
   return Pass(max(1, tokens // (rows * T)), hosted)
 
 
-def one_minibatch(
-  shape_NT: tuple[int, int], batch: int, mesh: Mesh
-) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
-  """Shapes of tokens_MBT and valid_MB, M being 1.
-
-  Args:
-    shape_NT, batch, mesh: as of `a_pass`.
-  """
-  N, T = shape_NT
-  rows = placement.padded_rows(min(batch, N), mesh)
-  shape = jax.ShapeDtypeStruct
-  return shape((1, rows, T), jnp.int32), shape((1, rows), bool)
-
-
 def _bytes(shapes: Any) -> int:
   """Of arrays, on one device."""
   own = lambda x: x.sharding.shard_shape(x.shape) if x.sharding else x.shape
@@ -296,29 +309,41 @@ def _bytes(shapes: Any) -> int:
   )
 
 
-def sums(programs: Programs, args: tuple, how: dict) -> Any:
+def sums(
+  programs: Programs,
+  model: tuple,
+  shape_BT: tuple[int, int],
+  how: dict,
+  hosted: bool = False,
+) -> Any:
   """Shapes of what a pass hands on, and where it lies; None = nothing.
 
   Args:
     programs: of the walk.
-    args, how: its arguments, or their shapes.
+    model, how: its config, stacked params and masks, or their shapes, and its
+      arguments by name.
+    shape_BT: of a minibatch.
+    hosted: as `Pass`'s.
   """
-  config, *arrays = args
-  found = jax.eval_shape(
-    lambda *arrays: programs.part(config, *arrays, **how).get("sums"), *arrays
-  )
-  mesh, rows = how["mesh"], arrays[-1].shape[1]
-  axes = each_device.row_axes(mesh, rows)
+  (config, *arrays), mesh = model, how["mesh"]
+  nothing = partial(programs.nothing, config, length=shape_BT[1], **how)
+  found = jax.eval_shape(nothing, *arrays)
+  axes = each_device.row_axes(mesh, shape_BT[0])
 
   def placed(x):
     where = each_device.cut_sum(x.shape, mesh, axes)
+    if hosted:
+      where = placement.streamed(where, x.ndim)
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
 
   return jax.tree.map(placed, found)
 
 
 def _nothing(shapes: Any) -> Any:
-  """Sums of nothing."""
-  make = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-  where = jax.tree.map(lambda x: x.sharding, shapes)
-  return jax.jit(make, out_shardings=where)()
+  """Sums of nothing, an array at a time."""
+  zeros = partial(jax.jit, jnp.zeros, static_argnums=(0, 1))
+
+  def make(x):
+    return zeros(out_shardings=x.sharding)(x.shape, x.dtype)
+
+  return jax.tree.map(make, shapes)

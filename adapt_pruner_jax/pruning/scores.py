@@ -99,7 +99,6 @@ def _measure_step(
   attention: str = "auto",
   hosted: bool = False,
   before: backward.Sums | None = None,
-  last: bool = True,
 ) -> dict:
   """Losses, layer importances and salience of the masked model on one batch.
 
@@ -114,12 +113,12 @@ def _measure_step(
     mesh: devices that the batch is cut over.
     attention: as `prune.attention`.
     hosted: as `backward.Stacked`'s.
-    before, last: as `backward.walk`'s.
+    before: as `backward.walk`'s.
 
   Returns:
     loss_M (mean over the minibatch's predictions), importance_ML (mean over
     its tokens), salience {parameter: [L, ...]} for `group_scores`; {} of
-    "random". If it is not the last walk, the sums so far in place of salience.
+    "random". Of `before`, the sums so far in place of salience.
   """
   rows_M1 = jnp.maximum(jnp.sum(valid_MB, axis=1, keepdims=True), 1)
   tokens_share_MB = valid_MB / rows_M1
@@ -131,18 +130,29 @@ def _measure_step(
     _taylor(kind) if kind in TAYLOR else None,
     partial(_importance, measure),
     before,
-    last,
   )
   if kind in TAYLOR:
-    salience = {n: s for kept in found.kept.values() for n, s in kept.items()}
+    told = _told(found.kept)
   else:
-    salience = magnitude(stacked["layers"], kind)
+    told = {"salience": magnitude(stacked["layers"], kind)}
   measured = {"loss_M": found.loss_M, "importance_ML": found.observed.T}
-  return backward.results(found, mesh, measured, "salience", salience)
+  return backward.results(found, mesh, measured, told)
 
 
-PROGRAMS = passes.programs(_measure_step, "kind", "measure")
-measure_step = PROGRAMS.whole
+def _visitor(
+  T: int, mesh: Mesh, kind: str, measure: str
+) -> backward.Visitor | None:
+  del T, mesh, measure
+  return _taylor(kind) if kind in TAYLOR else None
+
+
+def _told(kept: dict) -> dict:
+  """The salience of both halves' parameters."""
+  return {"salience": {n: s for half in kept.values() for n, s in half.items()}}
+
+
+PROGRAMS = passes.programs(_measure_step, _visitor, _told, "kind", "measure")
+measure_step = PROGRAMS.walk
 
 
 def _importance(measure, x_BTD, out_BTD, share_B) -> jax.Array:
@@ -234,7 +244,7 @@ def group_scores(
     mask_LU = masks[axes.unit_of(name)]
     s = np.zeros((*mask_LU.shape, *found.shape[mask_LU.ndim :]))
     s[:, : found.shape[1]] = found
-    if "G" in axes.AXES[name]:
+    if {*axes.AXES[name]} & {*axes.QUERIES}:
       s = s.sum(-1) if fold == "aligned" else _reference_fold(s, mask_LU)
     of_units[name] = s
   return {
@@ -307,5 +317,5 @@ def _per_unit(name: str, salience: jax.Array, kind: str) -> jax.Array:
   if kind == "taylor_vectorize":
     channel = jnp.abs(channel)
   letters = letters.replace(width, "")
-  inner = [letters.index(x) for x in letters if x in "HAUY"]
+  inner = [letters.index(x) for x in letters if x in "HPAUY"]
   return jnp.sum(channel, axis=inner) if inner else channel

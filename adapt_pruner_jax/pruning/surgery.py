@@ -143,7 +143,7 @@ def dense(full: ModelConfig) -> ModelConfig:
 
   Of two kinds of layer, each as the widest of its kind.
   """
-  widest = [full.most_groups(full.is_delta(i)) for i in range(full.num_layers)]
+  widest = [full.most_groups(full.is_second(i)) for i in range(full.num_layers)]
   F = np.full(full.num_layers, max(full.ffn_widths))
   return with_widths(full, {"K": np.array(widest), "F": F})
 

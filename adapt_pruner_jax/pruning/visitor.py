@@ -20,7 +20,7 @@ class Half:
   config: ModelConfig
   weights: Params  # of the whole layer
   place: Place
-  inputs: AttentionInputs
+  inputs: AttentionInputs | None  # None = it is not run, only looked at
   masks: dict[str, jax.Array]  # {"K": bool [K], "F": bool [F]}
 
   def run(

@@ -4,6 +4,7 @@ run              a run, read top to bottom: prune, refit, recover, evaluate,
                  save
 inputs           what a run reads, opened before any work
 attention        which implementations it takes, said at its start
+room             devices that cannot hold it are refused before any work
 fingerprints     what a run depends on, in a few bytes
 answers          prompts that the dense model answers first, and where they are
 text_checks      texts that overlap, or are too short

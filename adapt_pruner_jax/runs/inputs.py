@@ -30,6 +30,7 @@ from adapt_pruner_jax.runs import (
   attention,
   export_size,
   latency_budget,
+  room,
   text_checks,
   tiny_model,
   vocabulary,
@@ -121,6 +122,7 @@ def open_inputs(
   recipe = latency_budget.resolve(recipe, whole, full, path, log)
   beside = export_size.beside(recipe.prune, full, source)
   target = _target(recipe, whole, full, beside, mesh)
+  room.check(recipe, full, target, mesh)
   written = asked.in_place(recipe)
   where = cache.tokens(path), log.say, lambda: _stop_here(stopping, path)
   calibration, refit_data, tuning, search_data = pruning_data(

@@ -20,6 +20,7 @@ from adapt_pruner_jax.models.model_config import ModelConfig
 
 LORA_NAMES = (
   *("q", "q_gate", "k", "v", "o", "gate", "up", "down"),
+  *("wide_q", "wide_k", "wide_v", "wide_o"),
   *("delta_q", "delta_k", "delta_v", "delta_gate", "delta_o"),
 )
 

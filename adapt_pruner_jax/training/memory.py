@@ -120,11 +120,12 @@ def _layers(
   size = jnp.dtype(settings.dtype).itemsize
   case = kernels.case_of_run(config, mesh, *shape, settings.dtype, True)
   plain = kernels.choose(settings.attention, case)[0] == "plain"
-  D, H, G = config.hidden_size, config.head_dim, config.queries_per_group
+  D = config.hidden_size
   tensor = mesh.shape["tensor"]
   each, again = [], []  # of each layer: what is kept, what is made once more
   for i in range(config.num_layers):
     K, F = config.kv_groups[i] / tensor, config.ffn_widths[i] / tensor
+    G, H = config.group(i)
     # Where experts are cut, with room for the rows of all of their devices.
     F *= max(config.experts_per_token, 1) * mesh.shape["expert"]
     # A norm, q, k, v, q and k rotated, what the heads say; plain attention has

@@ -41,9 +41,9 @@ class Run(NamedTuple):
 
   first: int
   end: int
-  kv_groups: int  # of its layers with attention
+  kv_groups: int  # of its layers of the first kind
   ffn_width: int
-  delta_groups: int = 0  # of its layers with a gated delta net
+  second_groups: int = 0  # of its layers of the second kind
 
   @property
   def name(self) -> str:
@@ -52,7 +52,7 @@ class Run(NamedTuple):
 
   def sizes(self) -> dict[str, int]:
     """What the dims of units are padded to."""
-    groups = {"K": self.kv_groups, "Z": self.delta_groups}
+    groups = {"K": self.kv_groups, "Z": self.second_groups}
     return groups | {"F": self.ffn_width}
 
 
@@ -121,7 +121,7 @@ def cheapest(
   def price(run: Run) -> float:
     params = 0
     for i in range(run.first, run.end):
-      groups = run.delta_groups if config.is_delta(i) else run.kv_groups
+      groups = run.second_groups if config.is_second(i) else run.kv_groups
       params += costs[i]["K"] * groups + costs[i]["F"] * run.ffn_width
     return compile_cost + param_cost * params
 

@@ -50,10 +50,13 @@ ODD = ModelConfig(
   final_softcap=9.0,
   embed_scale=4.0,
 )
-# A memory in place of a cache, before a cache of keys.
-DELTA = dataclasses.replace(
-  small.option("delta").with_layers([1, 2]), vocab_size=48, context=128
-)
+# A memory in place of a cache, or a cache of other sizes, before one of keys.
+SECOND = {
+  option: dataclasses.replace(
+    small.option(option).with_layers([1, 2]), vocab_size=48, context=128
+  )
+  for option in ("delta", "wide")
+}
 PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8, 9, 10, 3, 3], [11]]
 WARM = generate.Sampling(1.0)
 NEW = 40  # more than one chunk
@@ -86,14 +89,16 @@ def uncached(config, params, prompt, number):
 
 
 @pytest.mark.slow
-def test_memories_go_on_as_the_forward_without_them():
-  """Gated delta nets; prompts shorter than their convolutions, and longer."""
-  params = params_of(DELTA)
-  found = generate.generate(DELTA, params, PROMPTS, NEW, eos_ids=())
+@pytest.mark.parametrize("option", SECOND)
+def test_two_kinds_go_on_as_the_forward_without_cache(option):
+  """Prompts shorter than convolutions of gated delta nets, and longer."""
+  config = SECOND[option]
+  params = params_of(config)
+  found = generate.generate(config, params, PROMPTS, NEW, eos_ids=())
   rows = np.zeros((len(PROMPTS), max(map(len, PROMPTS)) + NEW), np.int32)
   for row, prompt, new in zip(rows, PROMPTS, found, strict=True):
     row[: len(prompt) + NEW] = prompt + new  # what is behind is not seen
-  logits_BTV, _ = jax.jit(Decoder(DELTA).apply)({"params": params}, rows)
+  logits_BTV, _ = jax.jit(Decoder(config).apply)({"params": params}, rows)
   for logits_TV, prompt, new in zip(logits_BTV, PROMPTS, found, strict=True):
     at = len(prompt) - 1
     assert logits_TV[at : at + NEW].argmax(-1).tolist() == new

@@ -78,6 +78,24 @@ WRAPPERS = {
       **QWEN_TOKENS,
     },
   ),
+  "gemma4": (
+    zoo.CASES["gemma4_text"][1]
+    | {"model_type": "gemma4_text", "use_bidirectional_attention": "vision"}
+    | {"pad_token_id": 0},
+    {
+      "vision_config": {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+      },
+      "image_token_id": 60,
+      "video_token_id": 61,
+      "audio_token_id": 62,
+    },
+  ),
   "mistral3": (
     {
       "model_type": "ministral3",
@@ -152,6 +170,24 @@ WRAPPERS = {
     },
   ),
 }
+# Without the fields that its text has not.
+GEMMA4 = {
+  name: found
+  for name, found in WRAPPERS["gemma4"][0].items()
+  if name != "hidden_size_per_layer_input"
+}
+WRAPPERS["gemma4_unified"] = (
+  {**GEMMA4, "model_type": "gemma4_unified_text"},
+  {
+    **WRAPPERS["gemma4"][1],
+    "vision_config": {
+      "patch_size": 2,
+      "mm_embed_dim": 16,
+      "mm_posemb_size": 4,
+      "output_proj_dims": 32,
+    },
+  },
+)
 WRAPPERS["qwen3_5_moe"] = (
   zoo.CASES["qwen3_5_moe_text"][1] | {"model_type": "qwen3_5_moe_text"},
   WRAPPERS["qwen3_5"][1],
@@ -201,6 +237,7 @@ def test_the_language_model_of_a_wrapper(name, tmp_path, caplog):
 def test_fields_that_a_text_config_leaves_out(kind):
   """They are the defaults of its own class, which may differ from the row's."""
   peer = transformers.AutoConfig.for_model(kind)
+  peer.allow_global_per_layer_attribute_access = True
   wrapper = {v: k for k, v in text_part.WRAPPERS.items()}.get(kind, "llava")
   config = config_json.read(
     {"model_type": wrapper, "text_config": {"model_type": kind}}
@@ -214,7 +251,8 @@ def test_fields_that_a_text_config_leaves_out(kind):
   eps = "layer_norm_eps" if kind == "cohere2" else "rms_norm_eps"
   assert config.norm_eps == getattr(peer, eps)
   assert config.context == peer.max_position_embeddings
-  assert config.rope.theta == peer.rope_parameters["rope_theta"]
+  rope = peer.rope_parameters
+  assert config.rope.theta == rope.get("full_attention", rope)["rope_theta"]
   assert config.head_dim == getattr(
     peer, "head_dim", peer.hidden_size // peer.num_attention_heads
   )
@@ -225,6 +263,8 @@ def test_what_a_wrapper_says_by_default(kind):
   peer = transformers.AutoConfig.for_model(kind)
   assert peer.text_config.model_type == text_part.WRAPPERS[kind]
   text = {**zoo.BASE, "model_type": peer.text_config.model_type}
+  if kind == "gemma4":
+    text["hidden_size_per_layer_input"] = 0
   says = config_json.read({"model_type": kind, "text_config": text}).tied
   assert (says or kind in text_part.TIE) == peer.tie_word_embeddings
 

@@ -172,6 +172,21 @@ CASES = {
       },
     },
   ),
+  "gemma4_text": (
+    "gemma4_text",
+    {
+      "head_dim": 8,
+      "global_head_dim": 16,
+      "num_global_key_value_heads": 2,
+      "attention_k_eq_v": True,
+      "sliding_window": 8,
+      "layer_types": [
+        *("sliding_attention", "sliding_attention", "full_attention")
+      ],
+      "final_logit_softcapping": 3.0,
+      "hidden_size_per_layer_input": 0,
+    },
+  ),
   "phi3": ("phi3", {"sliding_window": 8}),
   "phi3_longrope": (
     "phi3",
@@ -315,6 +330,7 @@ SINCE_5 += ("starcoder2", "qwen3_5_text", "exaone4", "glm", "helium")
 SINCE_5 += ("hunyuan_v1_dense", "granitemoe", "olmoe", "qwen3_moe")
 SINCE_5 += ("cohere", "cohere2", "stablelm", "stablelm_parallel", "phi")
 SINCE_5 += ("apertus", "gpt_oss", "qwen3_5_moe_text", "ministral")
+SINCE_5 += ("gemma4_text",)
 
 
 def slow_if(name: str, slow: Collection[str]) -> object:
@@ -370,6 +386,9 @@ def write(path: Path, name: str) -> Animal:
     # Norms and biases, which start as ones and zeros.
     if param.ndim == 1 or of.endswith("bias"):
       torch.nn.init.normal_(param, 0.3, 0.3)
+  for of, buffer in peer.named_buffers():
+    if of.endswith("layer_scalar"):  # starts as one
+      torch.nn.init.uniform_(buffer, 0.5, 1.5)
   peer.save_pretrained(path)
   with torch.no_grad():
     logits = peer(torch.tensor(tokens)).logits.numpy()

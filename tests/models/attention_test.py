@@ -1,12 +1,14 @@
 """Attention and who sees whom, by hand and against jax.nn."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from adapt_pruner_jax.distributed import sharding
 from adapt_pruner_jax.models import attention, cudnn, kernels
 from tests import small
 
@@ -267,6 +269,25 @@ def test_what_a_kernel_cannot_do_xla_does(device, changes, why):
   name, reason = kernels.choose("auto", case)
   assert name == ("plain" if case.length < 1025 else "blocks")
   assert why in reason
+
+
+@pytest.mark.parametrize("groups, own", [(4, 2), (3, 3)])
+def test_groups_over_devices(groups, own):
+  """Those of `tensor` share KV groups where they divide; else each has all."""
+  mesh, seen = sharding.make_mesh(fsdp=4, tensor=2), []
+
+  def local(q_BTKGH, k_BSKH):
+    seen.append(q_BTKGH.shape)
+    return q_BTKGH * jnp.sum(k_BSKH, (1, 3))[:, None, :, None, None]
+
+  rng = np.random.default_rng(0)
+  q, k = (
+    rng.normal(size=(4, 5, groups, 2, 8)),
+    rng.normal(size=(4, 5, groups, 8)),
+  )
+  run = jax.jit(functools.partial(kernels._on_each_device, local, mesh))
+  np.testing.assert_allclose(run(q, k), local(q, k), rtol=1e-5)
+  assert seen[0] == (1, 5, own, 2, 8)
 
 
 def test_packed_rows_of_cudnn():

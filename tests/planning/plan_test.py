@@ -17,6 +17,7 @@ from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.models.rope import Rope
 from adapt_pruner_jax.planning import (
   advice,
+  compiling,
   cost,
   disk,
   memory,
@@ -56,6 +57,12 @@ LLAMA_8B_JSON = {
   "torch_dtype": "bfloat16",
   "vocab_size": 128256,
 }
+
+
+@pytest.fixture(autouse=True)
+def no_tpu_compiler(monkeypatch):
+  """Stand-ins take a TPU's place, whether libtpu is installed or not."""
+  monkeypatch.setattr(compiling, "has_compiler", lambda: False)
 
 
 def recipe(**fields):
@@ -387,6 +394,15 @@ def test_bad_hardware():
     resolve(Hardware("NVIDIA H10O"))
   with pytest.raises(UserError, match=r"--mfu=1\.5"):
     resolve(Hardware(mfu=1.5))
+  for odd, told in (
+    (Hardware(mfu=math.nan), "--mfu=nan"),
+    (Hardware(devices=-1), "--devices=-1 must be above 0"),
+    (Hardware(memory=-5e9), "--memory_gb=-5 must be"),
+    (Hardware(memory=math.nan), "--memory_gb=nan must be"),
+    (Hardware(memory=1e9, peak=math.inf), "--tflops=inf must be"),
+  ):
+    with pytest.raises(UserError, match=told):
+      resolve(odd)
   assert resolve(Hardware("h200")).memory == 141e9
   here = resolve(Hardware())
   assert here.devices == 8

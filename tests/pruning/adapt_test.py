@@ -170,7 +170,7 @@ def fake_scores(monkeypatch):
       },
     }
 
-  fake = passes.Programs(measure_step, measure_step)
+  fake = passes.Programs(measure_step)
   monkeypatch.setattr(scores_, "PROGRAMS", fake)
 
 
@@ -337,13 +337,13 @@ def test_schedule_that_cannot_reach_its_target(fake_scores):
 
 def test_values_that_are_not_finite(fake_scores, monkeypatch):
   config = config_of((2, 2), (40, 40))
-  measured = scores_.PROGRAMS.whole
+  measured = scores_.PROGRAMS.walk
 
   def broken(*args, **kwargs):
     found = measured(*args, **kwargs)
     return found | {"importance_ML": found["importance_ML"] * np.nan}
 
-  monkeypatch.setattr(scores_, "PROGRAMS", passes.Programs(broken, broken))
+  monkeypatch.setattr(scores_, "PROGRAMS", passes.Programs(broken))
   with pytest.raises(UserError, match="step 1 are not finite"):
     run(config, 1000)
 

@@ -73,14 +73,15 @@ def test_uneven_layers_with_absent_halves(monkeypatch):
     ("biases", "norm of each head", "scales"),
     ("norm of all heads",),
     ("sandwich",),
+    ("wide",),
   ],
 )
 def test_options_of_families(monkeypatch, names):
-  """Biases, norms over all heads, windows, rotary tables."""
+  """Biases, norms over all heads, windows, rotary tables, sizes of heads."""
   settings, config = Train(remat="full", weight_decay=0.1), small.CONFIG
   for name in names:
     config = dataclasses.replace(config, **small.OPTIONS[name])
-  compare(monkeypatch, config, (Run(0, 3, 4, 40),), settings)
+  compare(monkeypatch, config, (Run(0, 3, 4, 40, 2),), settings)
 
 
 @pytest.mark.slow

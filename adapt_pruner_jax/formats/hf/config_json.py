@@ -84,6 +84,7 @@ def read(
     raw["hidden_act"] = "gelu_pytorch_tanh"  # what its class means by it
   if "sliding_window" in ignored and "sliding_window" in raw:
     raw["sliding_window"] = None  # absent would be the family's default
+  raw = kinds.with_wide(layers.with_sizes(raw, path), family, path)
   values = {
     FIELDS[f].name: fields.value(raw, f, path)
     for f in family.fields
@@ -95,7 +96,8 @@ def read(
   values |= layers.read_sizes(raw, family, path)
   values |= layers.read_biases(raw, family)
   layers.check_experts(values, path)
-  values |= ropes.read(raw, family, values["head_dim"], path)
+  size, wide = values["head_dim"], values["wide_heads"]
+  values |= ropes.read(raw, family, size, path, wide and wide.head_dim)
   L = len(values["kv_groups"])
   values["nope"] = ropes.read_nope(raw, family, L, path)
   window = values["window"] = windows.read(raw, family, values["nope"], L, path)

@@ -51,6 +51,7 @@ class Family:
     bias_of_o: `attention_bias` is one of `o` too.
     rope_alpha: a dynamic rope may have an alpha, which stretches theta.
     delta: layers may have a gated delta net in place of attention.
+    wide: layers without a window have heads of another size.
     turned: matrices of experts lie the other way round in its files.
     text: "Text" in the names of classes (Gemma 3).
     unread: tensors that its class passes over where files have them; a `*`
@@ -84,6 +85,7 @@ class Family:
   interleaved: bool = False
   nope: str = ""
   delta: bool = False
+  wide: bool = False
   bias_of_o: bool = True
   rope_alpha: bool = False
   turned: bool = False

@@ -1,7 +1,8 @@
-"""Two kinds of layer in config.json: attention, and gated delta nets.
+"""Two kinds of layer in config.json, which `layer_types` names.
 
-`layer_types` names the kind of each layer. The sizes of delta nets are fields
-of their own; key and value heads may differ from layer to layer.
+One is attention, the other a gated delta net, or attention with heads of
+another size. The sizes of delta nets are fields of their own; key and value
+heads may differ from layer to layer.
 """
 
 from typing import Any
@@ -10,6 +11,8 @@ from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.formats.hf.family import Family
 from adapt_pruner_jax.formats.hf.fields import (
   FULL,
+  NONE,
+  SLIDING,
   Raw,
   by_period,
   layer_kinds,
@@ -26,6 +29,11 @@ DIMS = {
   "linear_conv_kernel_dim": "taps",
 }
 MOST = 2**31 - 1
+BY_LAYER, HEAD_DIM = "per_layer_config", "head_dim"
+GROUPS = "num_key_value_heads"
+# Of layers with wide heads, in as far as they are not in `per_layer_config`.
+WIDE_DIM, WIDE_GROUPS = "global_head_dim", "num_global_key_value_heads"
+K_IS_V = "attention_k_eq_v"  # in those layers
 
 
 def read(raw: Raw, family: Family, L: int, path: str) -> tuple[int, ...]:
@@ -85,6 +93,8 @@ def check(
 
 def write(config: ModelConfig, family: Family) -> dict[str, Any]:
   """The family's fields of these, but for numbers of heads."""
+  if family.wide:
+    return {K_IS_V: not config.wide_heads.has_v}
   if not family.delta:
     return {}
   kinds = config.delta or (0,) * config.num_layers
@@ -95,3 +105,79 @@ def write(config: ModelConfig, family: Family) -> dict[str, Any]:
 def sizes(config: ModelConfig, groups: int) -> dict[str, int]:
   """Heads of a delta net with so many key heads."""
   return {KEYS: groups, VALUES: groups * config.delta_net.values_per_key}
+
+
+# ---- Heads of another size ---------------------------------------------------
+
+
+def with_wide(raw: Raw, family: Family, path: str) -> Raw:
+  """The fields with a kind for each layer, and their sizes in each.
+
+  As `Gemma4TextConfig` does it: the last layer is of the wide kind whatever the
+  file says, and `per_layer_config` wins over the fields of the whole model.
+
+  Raises:
+    UserError: `layer_types` names others, or fewer; or just one kind.
+  """
+  if not family.wide:
+    return raw
+  L, kinds = raw["num_hidden_layers"], raw["layer_types"]
+  require(L, (int,), "num_hidden_layers", path)
+  if kinds is None:
+    kinds = [SLIDING if (i + 1) % family.period else FULL for i in range(L)]
+  kinds = [*layer_kinds(kinds, (FULL, SLIDING), L, path)[:-1], FULL]
+  if SLIDING not in kinds:
+    raise UserError(
+      f"{path}: all layers are of the kind {FULL}; {family.module} models are "
+      f"supported with layers of the kind {SLIDING} among them"
+    )
+  raw = {**raw, "layer_types": kinds}
+  if raw.get(BY_LAYER) is None:
+    sizes = {HEAD_DIM: raw[WIDE_DIM]}
+    require(raw[K_IS_V], (bool,), K_IS_V, path)
+    require(raw[WIDE_GROUPS], (int, NONE), WIDE_GROUPS, path)
+    if raw[K_IS_V] and raw[WIDE_GROUPS] is not None:
+      sizes[GROUPS] = raw[WIDE_GROUPS]
+    raw[BY_LAYER] = {i: sizes for i, kind in enumerate(kinds) if kind == FULL}
+  return raw
+
+
+def read_wide(
+  raw: Raw, family: Family, layers: list[dict[str, int]], path: str
+) -> tuple[int, ...]:
+  """1 for each layer of the wide kind; () in a family without.
+
+  Args:
+    raw: from `with_wide`.
+    layers: the sizes of each.
+
+  Raises:
+    UserError: layers of a kind have heads of several sizes.
+  """
+  if not family.wide:
+    return ()
+  wide = tuple(int(kind == FULL) for kind in raw["layer_types"])
+  for i, layer in enumerate(layers):
+    same = layers[wide.index(wide[i])][HEAD_DIM]
+    if not layer[HEAD_DIM] == same >= 1:
+      raise UserError(
+        f"{path}: layer {i} has heads of {layer[HEAD_DIM]} channels, and the "
+        f"first one of its kind, {raw['layer_types'][i]}, of {same}; they must "
+        "be as large, and at least 1"
+      )
+  return wide
+
+
+def write_wide(config: ModelConfig) -> dict[str, Any]:
+  """Sizes of the wide layers of a model that is even, in both spellings."""
+  if not config.wide_heads:
+    return {}
+  sizes = {
+    HEAD_DIM: config.wide_heads.head_dim,
+    GROUPS: config.most_groups(1),
+  }
+  return {
+    WIDE_DIM: sizes[HEAD_DIM],
+    WIDE_GROUPS: sizes[GROUPS],
+    BY_LAYER: {str(i): sizes for i, here in enumerate(config.wide) if here},
+  }

@@ -11,7 +11,7 @@ from adapt_pruner_jax.formats.hf import kinds
 from adapt_pruner_jax.formats.hf.families import FAMILIES
 from adapt_pruner_jax.formats.hf.family import Family
 from adapt_pruner_jax.formats.hf.fields import NONE, Raw, mapping, require
-from adapt_pruner_jax.models.model_config import ModelConfig
+from adapt_pruner_jax.models.model_config import ModelConfig, WideHeads
 
 HEADS, GROUPS, WIDTH = SIZES = (
   "num_attention_heads",
@@ -35,20 +35,16 @@ def is_stock(config: ModelConfig) -> bool:
   modules = *groups_by_kind(config), config.ffn_widths
   if not all(len({*sizes}) == 1 and sizes[0] for sizes in modules):
     return False
-  if extra_biases(config):
+  if extra_biases(config) or (config.wide and len({*config.heads()}) > 1):
     return False
   return heads_are_legal(config, config.most_groups(0))
 
 
 def groups_by_kind(config: ModelConfig) -> list[tuple[int, ...]]:
-  """KV groups of the layers of each kind: attention, and delta nets if any."""
-  by_kind = [
-    tuple(
-      k for i, k in enumerate(config.kv_groups) if config.is_delta(i) == delta
-    )
-    for delta in (False, True)
-  ]
-  return by_kind if any(config.delta) else by_kind[:1]
+  """KV groups of the layers of each kind, of the second if there are any."""
+  pairs = [*zip(config.kv_groups, config.kinds(), strict=True)]
+  by_kind = [tuple(k for k, here in pairs if here == kind) for kind in (0, 1)]
+  return by_kind if any(config.kinds()) else by_kind[:1]
 
 
 def heads_are_legal(config: ModelConfig, groups: int) -> bool:
@@ -120,12 +116,11 @@ def write_biases(config: ModelConfig) -> dict[str, bool]:
   return {name: on for name, on in biases.items() if name in known}
 
 
-def read_sizes(raw: Raw, family: Family, path: str) -> dict[str, Any]:
-  """KV groups and MLP width of each layer, queries a group, head size.
+def with_sizes(raw: Raw, path: str) -> Raw:
+  """The fields, with those of the whole model's sizes as numbers.
 
   Raises:
-    UserError: a size is missing or impossible, or heads do not divide evenly
-      among the KV groups.
+    UserError: a size is impossible.
   """
   raw = dict(raw)
   if raw[GROUPS] is None:
@@ -137,13 +132,37 @@ def read_sizes(raw: Raw, family: Family, path: str) -> dict[str, Any]:
       raise UserError(
         f"{path}: {name}={raw[name]} must be from 1 to {largest:,}"
       )
+  return raw
+
+
+def read_sizes(raw: Raw, family: Family, path: str) -> dict[str, Any]:
+  """KV groups and MLP width of each layer, queries a group, head size.
+
+  Args:
+    raw: from `with_sizes` and `kinds.with_wide`.
+
+  Raises:
+    UserError: a size is missing or impossible, or heads do not divide evenly
+      among the KV groups.
+  """
   delta = kinds.read(raw, family, raw["num_hidden_layers"], path)
   net = kinds.read_net(raw, family, path)
   layers = _by_layer(raw, family, path)
   kinds.check(layers, delta, net, path)
+  wide = kinds.read_wide(raw, family, layers, path)
   names = [kinds.KEYS if here else GROUPS for here in delta]
   names = names or [GROUPS] * len(layers)
-  queries = _queries_per_group(layers, names, raw, path)
+  second = delta or wide or (0,) * len(layers)
+  first = [i for i, here in enumerate(second) if not here]
+  queries = _queries_per_group(layers, first, raw, path)
+  wide_heads = None
+  if any(wide):
+    others = [i for i, here in enumerate(wide) if here]
+    wide_heads = WideHeads(
+      _queries_per_group(layers, others, raw, path),
+      layers[others[0]][kinds.HEAD_DIM],
+      not raw[kinds.K_IS_V],
+    )
   head_dim = raw["head_dim"]
   if head_dim is None:
     head_dim = raw["hidden_size"] // raw[HEADS]
@@ -153,6 +172,8 @@ def read_sizes(raw: Raw, family: Family, path: str) -> dict[str, Any]:
   return {
     "delta": delta if any(delta) else (),
     "delta_net": net,
+    "wide": wide,
+    "wide_heads": wide_heads,
     "kv_groups": tuple(
       layer[name] for layer, name in zip(layers, names, strict=True)
     ),
@@ -165,6 +186,7 @@ def read_sizes(raw: Raw, family: Family, path: str) -> dict[str, Any]:
 def _by_layer(raw: Raw, family: Family, path: str) -> list[dict[str, int]]:
   """The sizes of each layer: its own, else those of the whole model."""
   named = SIZES + kinds.SIZES * family.delta
+  named += (kinds.HEAD_DIM,) * family.wide
   layers = [{n: raw[n] for n in named} for _ in range(raw["num_hidden_layers"])]
   for key, sizes in mapping(raw, "per_layer_config", path).items():
     if not str(key).isdecimal() or int(key) >= len(layers):
@@ -209,24 +231,22 @@ def _skipped(
 
 
 def _queries_per_group(
-  layers: list[dict[str, int]], names: list[str], raw: Raw, path: str
+  layers: list[dict[str, int]], which: list[int], raw: Raw, path: str
 ) -> int:
-  """Query heads on each KV head, which all layers must agree on.
+  """Query heads on each KV head, which layers of a kind must agree on.
 
   Args:
-    names: of the field of each layer that has its KV groups.
+    which: layers are of this kind.
   """
-  have = [layer for layer, n in zip(layers, names, strict=True) if n == GROUPS]
-  first = next((layer for layer in have if layer[GROUPS]), raw)
+  first = next((layers[i] for i in which if layers[i][GROUPS]), raw)
   queries = first[HEADS] // first[GROUPS]
-  for i, layer in enumerate(layers):
-    if names[i] != GROUPS:
-      continue
-    if not queries or layer[HEADS] != queries * layer[GROUPS]:
+  for i in which:
+    heads, groups = layers[i][HEADS], layers[i][GROUPS]
+    if not queries or heads != queries * groups:
       raise UserError(
-        f"{path}: layer {i} has {layer[HEADS]} heads on {layer[GROUPS]} "
-        "key/value heads; each key/value head must serve the same number of "
-        "heads, in all layers"
+        f"{path}: layer {i} has {heads} heads on {groups} key/value heads; "
+        "each key/value head must serve the same number of heads, in all "
+        f"layers{' of its kind' * (len(which) < len(layers))}"
       )
   return queries
 
@@ -256,13 +276,13 @@ def write_sizes(config: ModelConfig) -> dict[str, Any]:
   if is_stock(config):
     # Of delta nets one group at least: a class wants it where there is none.
     groups = config.most_groups(0), max(config.most_groups(1), 1)
-    return _sizes(config, config.ffn_widths[0], *groups)
+    sizes = _sizes(config, config.ffn_widths[0], *groups)
+    return sizes | kinds.write_wide(config)
   digits = len(str(config.num_layers - 1))  # so that the keys sort
   own = FAMILIES[config.family].renamed
   layers = {}
   for i, K in enumerate(config.kv_groups):
-    groups = (None, K) if config.is_delta(i) else (K, None)
-    sizes = _sizes(config, config.ffn_widths[i], *groups)
+    sizes = _sizes_of(config, i)
     # Halves of no size are skipped, since a class cannot make them; but for one
     # with a shared expert, which stays.
     gone = not K, not config.ffn_widths[i] and not config.shared_width
@@ -282,16 +302,23 @@ def write_sizes(config: ModelConfig) -> dict[str, Any]:
   }
 
 
+def _sizes_of(config: ModelConfig, layer: int) -> dict[str, int]:
+  """Fields of the sizes of a layer."""
+  groups, width = config.kv_groups[layer], config.ffn_widths[layer]
+  if config.is_delta(layer):
+    return {WIDTH: width} | kinds.sizes(config, groups)
+  queries, head_dim = config.group(layer)
+  sizes = {HEADS: groups * queries, GROUPS: groups, WIDTH: width}
+  return sizes | ({kinds.HEAD_DIM: head_dim} if config.wide_heads else {})
+
+
 def _sizes(
-  config: ModelConfig, width: int, groups: int | None, delta: int | None = None
+  config: ModelConfig, width: int, groups: int, delta: int
 ) -> dict[str, int]:
-  """Fields of sizes: MLP width, KV groups, and those of a delta net, if any."""
-  sizes = {WIDTH: width}
-  if groups is not None:
-    sizes = {HEADS: groups * config.queries_per_group, GROUPS: groups} | sizes
-  if delta is not None and config.delta_net:
-    sizes |= kinds.sizes(config, delta)
-  return sizes
+  """Those of the whole model: MLP width, KV groups, key heads of delta nets."""
+  heads = {HEADS: groups * config.queries_per_group, GROUPS: groups}
+  nets = kinds.sizes(config, delta) if config.delta_net else {}
+  return heads | {WIDTH: width} | nets
 
 
 def _whole_sizes(config: ModelConfig) -> dict[str, int]:
@@ -318,7 +345,8 @@ def _whole_sizes(config: ModelConfig) -> dict[str, int]:
     sizes[WIDTH] += 1
   elif fits:
     others = [k for k in legal if k not in kept[0]]
-    sizes |= _sizes(config, sizes[WIDTH], (others or [1])[-1])
+    groups = (others or [1])[-1]
+    sizes |= {HEADS: groups * config.queries_per_group, GROUPS: groups}
   return sizes
 
 

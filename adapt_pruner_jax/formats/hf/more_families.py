@@ -9,6 +9,7 @@ from adapt_pruner_jax.formats.hf.defaults import (
   SILU,
 )
 from adapt_pruner_jax.formats.hf.family import ROPES, Family
+from adapt_pruner_jax.formats.hf.fields import FULL, SLIDING
 from adapt_pruner_jax.formats.hf.tensor_names import (
   APERTUS,
   DELTA_NET,
@@ -21,6 +22,8 @@ from adapt_pruner_jax.formats.hf.tensor_names import (
   POST,
   Q_GATE,
   QK_NORM,
+  SANDWICH,
+  WIDE,
 )
 
 GLM = {
@@ -100,6 +103,70 @@ MORE = {
     windows="pattern",
     nope="global",
     interleaved=True,
+    heads=(),
+  ),
+  # Gemma 4, dense, without embeddings in its layers
+  "gemma4_text": Family(
+    "gemma4",
+    "Gemma4",
+    {
+      **{n: default for n, default in COMMON.items() if n != "rope_scaling"},
+      "hidden_activation": "gelu_pytorch_tanh",
+      "vocab_size": 262144,
+      "hidden_size": 2304,
+      "intermediate_size": 9216,
+      "num_hidden_layers": 30,
+      "num_attention_heads": 8,
+      "num_key_value_heads": 4,
+      "head_dim": 256,
+      "global_head_dim": 512,
+      "num_global_key_value_heads": None,
+      "attention_k_eq_v": False,
+      "max_position_embeddings": 131072,
+      "tie_word_embeddings": True,
+      "bos_token_id": 2,
+      "eos_token_id": 1,
+      "pad_token_id": 0,
+      "rope_theta": 1e6,
+      "sliding_window": 512,
+      "layer_types": None,
+      "final_logit_softcapping": None,
+      "hidden_size_per_layer_input": 256,
+      "num_kv_shared_layers": 0,
+      "enable_moe_block": False,
+    },
+    fixed={
+      "norm_order": "sandwich",
+      "qk_norm": "head",
+      "v_norm": True,
+      "attn_scale": 1.0,
+      "out_scale": True,
+    },
+    tensors=LAYER | SANDWICH | QK_NORM | WIDE | {"out_scale": "layer_scalar"},
+    layer="TextDecoderLayer",
+    must={
+      "hidden_size_per_layer_input": 0,
+      "num_kv_shared_layers": 0,
+      "enable_moe_block": False,
+    },
+    passed=(
+      *("vocab_size_per_layer_input", "use_double_wide_mlp", "num_experts"),
+      *("top_k_experts", "moe_intermediate_size"),
+    ),
+    anyway={"use_bidirectional_attention": "vision"},  # tokens of pictures
+    windows="pattern",
+    period=6,
+    rope={
+      FULL: {
+        "rope_type": "proportional",
+        "rope_theta": 1e6,
+        "partial_rotary_factor": 0.25,
+      },
+      SLIDING: {"rope_type": "default", "rope_theta": 1e4},
+    },
+    local_rope=True,
+    wide=True,
+    text="Text",
     heads=(),
   ),
   # Qwen 3.5 and 3.6, dense

@@ -66,18 +66,25 @@ ANYWHERE = ("rope_type", "type", *list(NAMES)[:6])
 
 
 def read(
-  raw: Raw, family: Family, head_dim: int, path: str
+  raw: Raw,
+  family: Family,
+  head_dim: int,
+  path: str,
+  wide_dim: int | None = None,
 ) -> dict[str, Rope | None]:
   """`rope` and `local_rope`; as in Transformers, rope_scaling wins.
 
   Args:
     head_dim: H.
+    wide_dim: of layers with heads of another size, which turn by `rope`.
 
   Raises:
     UserError: a kind of rope that is not supported, or not in this family.
   """
   theta = {"rope_theta": raw["rope_theta"]}
   new = mapping(raw, "rope_parameters", path)
+  if family.local_rope:
+    new = new or family.rope
   old = mapping(raw, "rope_scaling", path)
   share = {}
   if "partial_rotary_factor" in family.fields:
@@ -101,10 +108,12 @@ def read(
   if "rope_local_base_freq" in raw:
     local = {"rope_theta": raw["rope_local_base_freq"]}
   local |= mapping(new, SLIDING, path)
+  if FULL in family.rope:  # its class reads `rope_parameters` alone
+    full, local = mapping(new, FULL, path), mapping(new, SLIDING, path)
   # Where there are two ropes, `truncate` is looked for beside them.
-  both = ({**rope, "truncate": None} for rope in (full, local))
-  one, two = (_rope(rope, *args) for rope in both)
-  return {"rope": one, "local_rope": two}
+  full, local = ({**rope, "truncate": None} for rope in (full, local))
+  wide = raw, family, wide_dim or head_dim, path
+  return {"rope": _rope(full, *wide), "local_rope": _rope(local, *args)}
 
 
 def _stretched(rope: dict[str, Any], head_dim: int, path: str) -> Raw:
@@ -248,6 +257,8 @@ def write(config: ModelConfig, family: Family) -> dict[str, Any]:
   if local is not None:
     both = {FULL: new, SLIDING: _rope_parameters(local, config.context)}
     raw["rope_parameters"] = both
+    if FULL in family.rope:
+      return {"rope_parameters": both}
     if "rope_local_base_freq" in family.fields:
       raw["rope_local_base_freq"] = fields.tidy(local.theta)
   return raw

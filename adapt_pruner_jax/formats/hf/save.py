@@ -99,6 +99,26 @@ TAKE_OUT_DELTA = """\
       layer.linear_attn = NoDelta()
     else:
   """
+# Classes of two kinds of attention ask for the sizes of a kind.
+ALIKE = """
+
+@contextlib.contextmanager
+def layers_alike(config):
+  \"""Layers of a kind are equal, as the class wants them while it is made.\"""
+  layers, own = config.per_layer_config, config.to_dict()["per_layer_config"]
+  sizes = [{"head_dim": layers[i].head_dim} for i in range(len(layers))]
+  config.per_layer_config = dict(enumerate(sizes))
+  try:
+    yield copy.copy(config)
+  finally:
+    config.per_layer_config = own
+"""
+MADE_ALIKE = """\
+    with layers_alike(config) as alike:
+  """
+KEPT_ALIKE = """\
+    self.rotary_emb.config = alike
+"""
 # Of halves that read one norm, either may be there without the other.
 DROP_ONE_NORM = """\
   if not heads and not width:
@@ -275,6 +295,10 @@ def _write_classes(folder: Path, config: ModelConfig) -> None:
     "no_delta": NO_DELTA * family.delta,
     "count_delta": COUNT_DELTA * family.delta,
     "take_out_delta": TAKE_OUT_DELTA * family.delta,
+    "more_imports": "import contextlib\nimport copy\n" * family.wide,
+    "alike": ALIKE * family.wide,
+    "made_alike": MADE_ALIKE * family.wide,
+    "kept_alike": KEPT_ALIKE * family.wide,
     "no_experts": NO_EXPERTS * bool(config.shared_width),
     "take_out_mlp": TAKE_OUT_EXPERTS
     if config.shared_width

@@ -87,6 +87,11 @@ DELTA_NET = {
   "delta_norm": "linear_attn.norm.weight",
   "delta_o": "linear_attn.out_proj.weight",
 }
+WIDE = {  # heads of another size, in some layers
+  f"wide_{name}": tensor
+  for name, tensor in (LAYER | QK_NORM).items()
+  if name in ("q", "k", "v", "o", "q_norm", "k_norm")
+}
 SANDWICH = {
   "attn_post_norm": "post_attention_layernorm.weight",
   "mlp_norm": "pre_feedforward_layernorm.weight",

@@ -28,6 +28,8 @@ from adapt_pruner_jax.models.model_config import ModelConfig
 # Multimodal types: of what type the language model is if its config says none.
 WRAPPERS = {
   "gemma3": "gemma3_text",
+  "gemma4": "gemma4_text",
+  "gemma4_unified": "gemma4_unified_text",
   "mistral3": "mistral",
   **dict.fromkeys(("llava", "llava_next", "llava_next_video"), "llama"),
   **dict.fromkeys(("vipllava", "video_llava"), "llama"),
@@ -40,7 +42,7 @@ WRAPPERS = {
   "qwen3_5_moe": "qwen3_5_moe_text",
 }
 # Those whose class ties the output matrix where the file does not say.
-TIE = ("gemma3", "mistral3", "internvl")
+TIE = ("gemma3", "gemma4", "gemma4_unified", "mistral3", "internvl")
 # Those that tie it where the config inside says so.
 ASK_INSIDE = ("llava", "llava_next_video", "llava_onevision")
 ASK_INSIDE += ("qwen2_vl", "qwen2_5_vl")
@@ -72,6 +74,11 @@ ABSENT = {
   "mistral": _sizes(32000, 4096, 14336, 32, 32),
   "ministral3": _sizes(131072, 4096, 14336, 34, 32),
   "cohere2": _sizes(256000, 8192, 22528, 40, 64),
+  "gemma4_unified_text": {
+    "max_position_embeddings": 262144,
+    "sliding_window": 1024,
+    "hidden_size_per_layer_input": 0,
+  },
   **dict.fromkeys(("qwen2", "qwen3"), _sizes(151936, 4096, 22016, 32, 32)),
   **dict.fromkeys(("qwen2_vl_text", "qwen2_5_vl_text"), QWEN2_VL),
   "qwen3_vl_text": {
@@ -85,6 +92,7 @@ SAME = {
   "qwen2_vl_text": "qwen2",
   "qwen2_5_vl_text": "qwen2",
   "qwen3_vl_text": "qwen3",
+  "gemma4_unified_text": "gemma4_text",
 }
 # Of the outer config, what the inner one has where it does not say it itself.
 INHERITED = (

@@ -6,6 +6,7 @@ the cost of the largest layer everywhere.
 """
 
 import dataclasses
+import math
 
 import numpy as np
 
@@ -53,11 +54,13 @@ def pad_config(config: ModelConfig) -> ModelConfig:
         "it with --format=hf"
       )
     K = legal[0]
+  if config.wide_heads:
+    K, Z = _as_many_heads(config, K, Z)
   known = {*family.fields}
   padded = dataclasses.replace(
     config,
     kv_groups=tuple(
-      Z if config.is_delta(i) else K for i in range(config.num_layers)
+      Z if config.is_second(i) else K for i in range(config.num_layers)
     ),
     ffn_widths=(F,) * config.num_layers,
     # A class may have all biases where the model has some; others are zero.
@@ -76,6 +79,15 @@ def pad_config(config: ModelConfig) -> ModelConfig:
       "write it with --format=hf"
     )
   return padded
+
+
+def _as_many_heads(config: ModelConfig, *groups: int) -> tuple[int, ...]:
+  """KV groups of each kind, padded to the same number of query heads."""
+  queries = config.queries_per_group, config.wide_heads.queries_per_group
+  step = math.lcm(*queries)
+  most = max(n * q for n, q in zip(groups, queries, strict=True))
+  heads = -(-most // step) * step
+  return tuple(heads // q for q in queries)
 
 
 def pad(config: ModelConfig, params: Params) -> tuple[ModelConfig, Params]:
