@@ -69,9 +69,11 @@ def state(
   """Bytes of weights, gradients, moments and a teacher on a device, about."""
   size = jnp.dtype(settings.dtype).itemsize
   cut = mesh.shape["fsdp"] * mesh.shape["tensor"]
-  # Trained weights are float32, as their gradient is; there are two moments.
+  # Trained weights are float32, as their gradient is, and the sum of those of
+  # several microbatches; there are two moments.
   moments = 2 * jnp.dtype(settings.moments).itemsize
-  trained = 8 + moments + (size if size < 4 else 0)
+  gradients = 8 if settings.accumulation > 1 else 4
+  trained = 4 + gradients + moments + (size if size < 4 else 0)
   if settings.lora_rank:
     trained = 1 if settings.lora_base else size
   taught = _own(teacher, mesh) * size if teacher else 0
