@@ -10,4 +10,6 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 # shellcheck disable=SC2119
 use_venv
+# The TPU compiler, which tests bring, would look for a TPU and say so.
+export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
 run exec "$VENV/bin/adapt-pruner" run --workdir="${WORKDIR:-runs/tiny}" "$@"
