@@ -1,6 +1,6 @@
 """How fast a corpus becomes tokens, and how much memory that takes.
 
-  python benchmarks/tokenize.py --tokenizer=DIR --text=FILE [--megabytes=64]
+  python benchmarks/tokenize.py --tokenizer=DIR --text=FILE [--megabytes=256]
 
 The text, repeated to the size that is asked for, is tokenised from a file of
 JSON lines three times: by the `tokenizers` package on one core, which keeps

@@ -120,7 +120,7 @@ def main(doc: str) -> None:
   parser = argparse.ArgumentParser(description=doc.splitlines()[0])
   parser.add_argument("--tokenizer", required=True)
   parser.add_argument("--text", required=True)
-  parser.add_argument("--megabytes", type=float, default=64)
+  parser.add_argument("--megabytes", type=float, default=256)
   parser.add_argument("--processes", type=int, default=0, help="0 = all cores")
   flags = parser.parse_args()
   processes = flags.processes or len(os.sched_getaffinity(0))
