@@ -79,6 +79,14 @@ OPTIONS = {
     "router_loss": 0.5,
     "router_loss_on": True,
   },
+  "experts beside an MLP": {
+    "norm_order": "sandwich",
+    "experts": 5,
+    "experts_per_token": 2,
+    "router_norm": True,
+    "shared_width": 6,
+    "expert_norms": True,
+  },
   "scales": {
     "parallel": True,
     "residual_scale": 0.5,
@@ -123,7 +131,7 @@ def random_params(
 
   def draw(name, _, leaf):
     middle = 1 - config.norm_offset if "norm" in name else 0.0
-    middle += name == "out_scale"
+    middle += name.endswith("_scale")
     drawn = middle + 0.2 * rng.normal(size=leaf.shape)
     return np.asarray(drawn, np.float32).astype(leaf.dtype)
 

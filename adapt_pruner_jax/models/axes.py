@@ -100,6 +100,10 @@ AXES = {
   "xielu_eps": "O",
   "router": "MX",
   "router_bias": "X",
+  "router_scale": "M",  # of its input, where that has a norm of its own
+  "expert_scale": "X",  # of what each says
+  "moe_norm": "M",
+  "moe_post_norm": "E",
   "moe_gate": "XMF",
   "moe_up": "XMF",
   "moe_down": "XFE",
@@ -110,6 +114,7 @@ AXES = {
   "shared_up": "MS",
   "shared_down": "SE",
   "shared_open": "MO",  # how much it counts
+  "shared_post_norm": "E",
   "mlp_post_norm": "E",
   "mlp_shortcut": "ME",
   "out_scale": "O",  # of the stream behind the layer
@@ -128,7 +133,9 @@ ATTENTION = ("q", "q_gate", "k", "v", "o", "q_bias", "q_gate_bias", "k_bias")
 ATTENTION += ("v_bias", "o_bias", "q_norm", "k_norm")
 ATTENTION += ("q_norm_all", "k_norm_all", "sinks")
 # Of an expert that all tokens see.
-SHARED = ("shared_gate", "shared_up", "shared_down", "shared_open")
+SHARED = ("shared_gate", "shared_up", "shared_down")
+# Of experts with norms of their own.
+EXPERT_NORMS = ("router_scale", "expert_scale", "moe_norm", "moe_post_norm")
 # What the activation of an MLP with `xielu` is made with.
 XIELU = tuple(name for name in AXES if name.startswith("xielu_"))
 # The matrices whose salience makes up the score of a unit; an MLP may have no

@@ -274,7 +274,7 @@ def finish(config: ModelConfig, raw_BTV: jax.Array) -> jax.Array:
 def _initializer(name: str, config: ModelConfig):
   if name.endswith("bias"):
     return nn.initializers.zeros
-  if name in ("delta_norm", "out_scale"):
+  if name == "delta_norm" or name.endswith("_scale"):
     return nn.initializers.ones
   if name in XIELU:
     return nn.initializers.constant(XIELU[name])

@@ -20,8 +20,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from adapt_pruner_jax.models import deal, exchange, grouped
-from adapt_pruner_jax.models.arithmetic import ACTIVATIONS, project
+from adapt_pruner_jax.models.arithmetic import ACTIVATIONS, project, rms_norm
 from adapt_pruner_jax.models.axes import BATCH, Params
+from adapt_pruner_jax.models.heads import norm
 from adapt_pruner_jax.models.model_config import ModelConfig
 
 ROWS = PartitionSpec(BATCH)
@@ -29,6 +30,9 @@ ROWS = PartitionSpec(BATCH)
 READ = {
   "router": None,
   "router_bias": None,
+  "router_scale": None,
+  "expert_scale": None,
+  "moe_norm": None,
   "moe_gate": 2,
   "moe_up": 2,
   "moe_gate_bias": 1,
@@ -92,6 +96,17 @@ class Shared(NamedTuple):
   said_TE: jax.Array
 
 
+def normed(config: ModelConfig, weights: Params, x_BTD: jax.Array) -> jax.Array:
+  """The stream as `read` takes it.
+
+  With `expert_norms` the weights of several norms come to it later, each where
+  it belongs.
+  """
+  if not config.expert_norms:
+    return norm(config, weights, "mlp_norm", x_BTD)
+  return rms_norm(x_BTD, jnp.ones((), x_BTD.dtype), config.norm_eps)
+
+
 def read(
   config: ModelConfig,
   weights: Params,
@@ -103,7 +118,7 @@ def read(
   Args:
     config: of the model; `experts_per_token` and `router_norm` count.
     weights: of the layer.
-    h_BTD: the normed stream in front of the MLP.
+    h_BTD: the stream in front of the MLP, `normed`.
     mesh: devices that rows are to be cut over, and experts; None = they are
       as they are.
   """
@@ -132,10 +147,14 @@ def shared(
   if not config.shared_width:
     return None
   h_TD = h_BTD.reshape(-1, h_BTD.shape[-1])
+  if config.expert_norms:
+    h_TD *= weights["mlp_norm"]
   up_TS = project("td,ds->ts", h_TD, weights["shared_up"])
   gate_TS = project("td,ds->ts", h_TD, weights["shared_gate"])
   made_TS = ACTIVATIONS[config.activation](gate_TS) * up_TS
   said_TE = project("ts,se->te", made_TS, weights["shared_down"])
+  if config.expert_norms:
+    return norm(config, weights, "shared_post_norm", said_TE)
   open_T1 = project("td,do->to", h_TD, weights["shared_open"])
   return jax.nn.sigmoid(open_T1) * said_TE
 
@@ -149,7 +168,7 @@ def _read(config, parts, weights, h_BTD):
   sizes_X = jnp.bincount(flat, length=config.experts).astype(jnp.int32)
   row_Tk = deal.inverse(order).reshape(expert_Tk.shape)
   chosen_P, sent = flat[order], None
-  rows_PD = deal.to_rows(h_TD, token_P, row_Tk)
+  rows_PD = deal.to_rows(to_experts(weights, h_TD), token_P, row_Tk)
   own_P, first = chosen_P, 0
   if parts > 1:
     came = exchange.there(rows_PD, sizes_X, parts)
@@ -166,6 +185,11 @@ def _read(config, parts, weights, h_BTD):
     chosen_P=chosen_P,
     sent=sent,
   )
+
+
+def to_experts(weights: Params, h_TD: jax.Array) -> jax.Array:
+  """What experts read of the stream that `read` takes."""
+  return h_TD * weights["moe_norm"] if "moe_norm" in weights else h_TD
 
 
 def channels(
@@ -207,6 +231,9 @@ def route(
   Returns:
     Weights [T, k], experts [T, k], and float32 probabilities of all [T, X].
   """
+  if config.expert_norms:
+    scale = jnp.asarray(config.hidden_size**-0.5, h_TD.dtype)
+    h_TD = h_TD * weights["router_scale"] * scale
   logits_TX = jnp.einsum("td,dx->tx", h_TD, weights["router"])
   if config.expert_bias:
     logits_TX = logits_TX + weights["router_bias"].astype(logits_TX.dtype)
@@ -217,6 +244,8 @@ def route(
     weight_Tk = jax.nn.softmax(top_Tk, axis=-1)
   else:
     weight_Tk = jnp.take_along_axis(probabilities_TX, expert_Tk, axis=-1)
+  if config.expert_norms:
+    weight_Tk *= weights["expert_scale"][expert_Tk]
   return weight_Tk.astype(h_TD.dtype), expert_Tk, probabilities_TX
 
 
@@ -229,17 +258,16 @@ def masked(routed: Routed, mask_XF: jax.Array) -> Routed:
 def write(
   routed: Routed, down_XFE: jax.Array, bias_XE: jax.Array | None = None
 ) -> jax.Array:
-  """What the experts say together, [tokens, E].
+  """What the experts say together, [tokens, E], without what is beside.
 
   Args:
     routed: from `read`, masked or not.
     down_XFE: their output matrices.
     bias_XE: their output biases, if they have any.
   """
-  beside_TE, routed = routed.beside_TE, routed.replace(beside_TE=None)
-  beside_TE = 0 if beside_TE is None else beside_TE
+  routed = routed.replace(beside_TE=None)
   if routed.mesh is None:
-    return _write(routed, down_XFE) + _biases(routed, bias_XE) + beside_TE
+    return _write(routed, down_XFE) + _biases(routed, bias_XE)
   mesh = routed.mesh
   channels = _channels(mesh, down_XFE.shape[1])
   cut = jax.tree.map(lambda _: ROWS, routed)
@@ -252,8 +280,7 @@ def write(
 
   down = PartitionSpec(_experts(mesh), channels)
   cuts = cut, down, PartitionSpec()
-  y_TE = _alone(run, mesh, cuts, ROWS)(routed, down_XFE, bias_XE)
-  return y_TE + beside_TE
+  return _alone(run, mesh, cuts, ROWS)(routed, down_XFE, bias_XE)
 
 
 def _write(routed, down_XFE, parts=1):

@@ -230,7 +230,7 @@ def read(
     the half is absent; and what the layer caches, None of an MLP.
   """
   if unit == "F" and "shared_down" in weights and not count(unit, weights):
-    h_BTD = norm(config, weights, "mlp_norm", x_BTD)
+    h_BTD = experts.normed(config, weights, x_BTD)
     return experts.Shared(experts.shared(config, weights, h_BTD)), None
   if not count(unit, weights):
     return None, None
@@ -274,8 +274,11 @@ def write(
   y_BTD = None
   if isinstance(fed, experts.Routed):
     biases_XE = weights.get("moe_down_bias")
-    y_BTD = experts.write(fed, weights["moe_down"], biases_XE)
-    y_BTD = y_BTD.reshape(*x_BTD.shape[:2], -1)
+    y_TE = experts.write(fed, weights["moe_down"], biases_XE)
+    y_TE = norm(config, weights, "moe_post_norm", y_TE)
+    if fed.beside_TE is not None:
+      y_TE = y_TE + fed.beside_TE
+    y_BTD = y_TE.reshape(*x_BTD.shape[:2], -1)
   elif isinstance(fed, experts.Shared):
     y_BTD = fed.said_TE.reshape(*x_BTD.shape[:2], -1)
   elif fed is not None:
@@ -330,9 +333,9 @@ def writer_of(unit: str, weights: Params) -> str:
 def _channels(config, weights, x_BTD, mesh):
   """The MLP's activations, [B, T, F], or what its experts make of them."""
   w, c = weights, config
-  h_BTD = norm(c, w, "mlp_norm", x_BTD)
   if c.experts:
-    return experts.read(c, w, h_BTD, mesh)
+    return experts.read(c, w, experts.normed(c, w, x_BTD), mesh)
+  h_BTD = norm(c, w, "mlp_norm", x_BTD)
   up_BTF = read_by("btd,df->btf", h_BTD, w["up"])
   if c.gate_up_bias:
     up_BTF = up_BTF + w["up_bias"]

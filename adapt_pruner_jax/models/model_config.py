@@ -105,7 +105,10 @@ class ModelConfig:
   swiglu_limit: float = 0.0
   swiglu_alpha: float = 0.0
   attn_sinks: bool = False  # each head may look at nothing
-  shared_width: int = 0  # of an expert that all tokens see, with a gate
+  shared_width: int = 0  # of an expert that all tokens see
+  # That expert and the others have norms of their own, in front and behind, and
+  # the router has one too; else there is a gate of what all tokens see.
+  expert_norms: bool = False
   shared_norm: bool = False  # of parallel halves: one in front of both
   head_bias: bool = False  # of the output matrix
   # 1 = a layer with `wide_heads`, which then see all and turn by `rope`, where
@@ -319,9 +322,12 @@ def layer_names(config: ModelConfig, layer: int | None = None) -> list[str]:
     mlp = ["router", "moe_gate", "moe_up", "moe_down"]
     biases = ("router_bias", "moe_gate_bias", "moe_up_bias", "moe_down_bias")
     mlp += biases * config.expert_bias
+    mlp += axes.EXPERT_NORMS * config.expert_norms
   mlp += ["gate_bias"] * (config.gate_up_bias and config.gated)
   mlp += ["up_bias"] * config.gate_up_bias
   shared = axes.SHARED if config.shared_width else ()
+  if shared:
+    shared += ("shared_post_norm" if config.expert_norms else "shared_open",)
   before = config.norm_order != "post"
   after = config.norm_order != "pre"
   mixer += ["attn_norm"] * before + ["attn_post_norm"] * after
@@ -332,7 +338,7 @@ def layer_names(config: ModelConfig, layer: int | None = None) -> list[str]:
   if layer is not None:
     mixer = mixer if config.kv_groups[layer] else []
     # A shared expert goes on where the others have no channels.
-    kept = [n for n in mlp if n.startswith("mlp_norm")] if shared else []
+    kept = [n for n in mlp if n.startswith("mlp_")] if shared else []
     mlp = mlp if config.ffn_widths[layer] else kept
   shortcuts = ["attn_shortcut", "mlp_shortcut"] * bool(config.residual)
   biases = ["o_bias"] * has_o_bias + ["down_bias"] * config.down_bias

@@ -11,6 +11,7 @@ few tokens stays near that, since its ridge grows as they get fewer, and one
 that held-out tokens do not find better keeps it.
 """
 
+import dataclasses
 from functools import partial
 from typing import NamedTuple
 
@@ -22,7 +23,6 @@ from jax.sharding import Mesh, PartitionSpec
 from adapt_pruner_jax.distributed import agreement, each_device, sharding
 from adapt_pruner_jax.models import axes, experts, grouped
 from adapt_pruner_jax.models.axes import Params
-from adapt_pruner_jax.models.layer import norm
 from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.pruning import linear_algebra
 from adapt_pruner_jax.pruning.median import median
@@ -36,6 +36,7 @@ from adapt_pruner_jax.pruning.streams import (
 
 MATRIX = "moe_down"
 READ = ("mlp_norm", "mlp_norm_bias", "router", "router_bias")
+READ += ("router_scale", "expert_scale", "moe_norm")
 ROWS = PartitionSpec(axes.BATCH)
 
 
@@ -167,10 +168,12 @@ class _Rows(NamedTuple):
 
 def _rows(config, dense, layer, z_BTD, u_BTD, weight_BT, cut):
   """What both models make of a device's rows."""
+  config = dataclasses.replace(config, shared_width=0)  # what is beside stays
   dtype, wide = layer[MATRIX].dtype, lambda x: x.astype(jnp.float32)
-  normed = lambda weights, x: norm(config, weights, "mlp_norm", x.astype(dtype))
+  normed = lambda weights, x: experts.normed(config, weights, x.astype(dtype))
   routed = experts.read(config, dense, normed(dense, z_BTD))
   h_TD = normed(layer, u_BTD).reshape(-1, u_BTD.shape[-1])
+  h_TD = experts.to_experts(layer, h_TD)
   rows = h_TD[routed.token_P], routed.sizes_X, routed.expert_P
   fed_PF = wide(experts.channels(config, layer, *rows))
   said = lambda made_PF, weights: grouped.product(

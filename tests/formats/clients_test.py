@@ -69,7 +69,7 @@ def exports(animals, golden, tmp_path_factory):
     # Of families with classes of their own also without some halves, of those
     # with delta nets and a shared expert too.
     holed = name in zoo.SINCE_5 and not whole[0].experts
-    holed |= name.startswith("qwen3_5")
+    holed |= name.startswith(("qwen3_5", "gemma4"))
     pruned = zoo.cut(*whole, **(zoo.HOLES if holed else zoo.UNEVEN))
     export(name, "hf", *pruned)
     if name not in ("olmo2", "olmo3", "olmoe"):

@@ -19,6 +19,7 @@ pytest.importorskip("torch")
 SLOW = ("phi3_longrope", "qwen3_5_text", "exaone4", "glm", "hunyuan_v1_dense")
 SLOW += ("gpt_oss", "qwen3_5_moe_text", "cohere", "cohere2", "stablelm")
 SLOW += ("stablelm_parallel", "phi", "apertus", "ministral")
+SLOW += ("gemma4_text", "gemma4_moe_text")
 
 
 def logits_of(config, params, tokens):
@@ -78,7 +79,7 @@ def test_spellings_and_inverse(name):
 @pytest.mark.parametrize("family", families.FAMILIES)
 def test_defaults_are_those_of_transformers(family):
   row = families.FAMILIES[family]
-  peer = transformers.AutoConfig.for_model(family)
+  peer = transformers.AutoConfig.for_model(row.model_type or family)
   peer.allow_global_per_layer_attribute_access = True
   rope = {} if "rope_theta" in row.rope else peer.rope_parameters
   same = {

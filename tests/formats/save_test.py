@@ -13,6 +13,7 @@ import safetensors
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.formats.hf import (
   card,
+  config_json,
   load,
   reopen,
   save,
@@ -37,6 +38,19 @@ def same(one, two):
 
 # Fast are those whose tensors lie in a layout of their own.
 SLOW = {*zoo.SINCE_5} - {"gpt_neox", "ernie4_5"}
+
+
+def test_one_class_makes_layers_of_gemma4_with_experts_and_without(tmp_path):
+  """Transformers knows one for each configuration class."""
+  made = set()
+  for name in ("gemma4_text", "gemma4_moe_text"):
+    kind, changes = zoo.CASES[name]
+    config = config_json.read(zoo.BASE | changes | {"model_type": kind})
+    config = dataclasses.replace(config, ffn_widths=(24, 0, 5))
+    save._write_classes(tmp_path, config)
+    file = config_json.write(config)["auto_map"]["AutoModel"].split(".")[0]
+    made.add((tmp_path / f"{file}.py").read_text())
+  assert len(made) == 1
 
 
 @pytest.mark.parametrize(

@@ -57,6 +57,16 @@ HALF_TURNS = {
 }
 KINDS = ["sliding_attention", "full_attention", "sliding_attention"]
 GEMMA = {"head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 24}
+GEMMA4 = {
+  "head_dim": 8,
+  "global_head_dim": 16,
+  "num_global_key_value_heads": 2,
+  "attention_k_eq_v": True,
+  "sliding_window": 8,
+  "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+  "final_logit_softcapping": 3.0,
+  "hidden_size_per_layer_input": 0,
+}
 UNEVEN = {"K": (4, 1, 2), "F": (24, 17, 5)}
 HOLES = {"K": (0, 4, 1), "F": (24, 0, 7)}  # the first layer has no attention
 # name: (model_type, what differs from BASE). Sequences are longer than windows.
@@ -172,19 +182,17 @@ CASES = {
       },
     },
   ),
-  "gemma4_text": (
+  "gemma4_text": ("gemma4_text", GEMMA4),
+  "gemma4_moe_text": (
     "gemma4_text",
     {
-      "head_dim": 8,
-      "global_head_dim": 16,
-      "num_global_key_value_heads": 2,
-      "attention_k_eq_v": True,
-      "sliding_window": 8,
-      "layer_types": [
-        *("sliding_attention", "sliding_attention", "full_attention")
-      ],
-      "final_logit_softcapping": 3.0,
-      "hidden_size_per_layer_input": 0,
+      **GEMMA4,
+      "attention_k_eq_v": False,
+      "enable_moe_block": True,
+      "intermediate_size": 12,
+      "moe_intermediate_size": 24,
+      "num_experts": 4,
+      "top_k_experts": 2,
     },
   ),
   "phi3": ("phi3", {"sliding_window": 8}),
@@ -330,7 +338,7 @@ SINCE_5 += ("starcoder2", "qwen3_5_text", "exaone4", "glm", "helium")
 SINCE_5 += ("hunyuan_v1_dense", "granitemoe", "olmoe", "qwen3_moe")
 SINCE_5 += ("cohere", "cohere2", "stablelm", "stablelm_parallel", "phi")
 SINCE_5 += ("apertus", "gpt_oss", "qwen3_5_moe_text", "ministral")
-SINCE_5 += ("gemma4_text",)
+SINCE_5 += ("gemma4_text", "gemma4_moe_text")
 
 
 def slow_if(name: str, slow: Collection[str]) -> object:

@@ -1,7 +1,7 @@
 """Gated delta nets: against Transformers' two forms, and packed.
 
 Whole models: tests/formats/families_test.py and clients_test.py; pruned:
-tests/pruning/delta_net_test.py; with a cache: tests/evaluation.
+tests/pruning/two_kinds_test.py; with a cache: tests/evaluation.
 """
 
 import dataclasses

@@ -391,7 +391,7 @@ def test_ranking_puts_ties_in_order_and_leaves_masked_units_out():
 
 # ---- Arrays ------------------------------------------------------------------
 
-SLOW = ("parallel", "delta")
+SLOW = ("parallel", "delta", "experts beside an MLP")
 
 
 @pytest.mark.parametrize(

@@ -132,7 +132,11 @@ def test_who_eliminates(platform, devices, wanted):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_product_in_parts(dtype):
-  """As a TPU computes it: as near to float64 as a product in float32."""
+  """As a TPU computes it: as near to float64 as a product in float32.
+
+  CPUs that multiply bfloat16 themselves add up in an order of their own: 7e-7.
+  Without one of the pairs it would be 2e-6 or more.
+  """
   rng = np.random.default_rng(0)
   draw = lambda n: rng.normal(size=(3, 50, n)) * np.exp(rng.normal(size=n))
   x, y = jnp.asarray(draw(24), dtype), jnp.asarray(draw(16), jnp.float32)
@@ -141,4 +145,4 @@ def test_product_in_parts(dtype):
   split = float32_product.in_parts(equation, x, y)
   whole = float32_product.product(equation, x, y)
   assert split.dtype == whole.dtype == jnp.float32
-  assert error_of(split, exact) < 2 * error_of(whole, exact) + 1e-7
+  assert error_of(split, exact) < 2 * error_of(whole, exact) + 1e-6

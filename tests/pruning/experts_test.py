@@ -238,6 +238,24 @@ def test_refit_of_each_expert_is_least_squares_on_its_own_tokens():
   jax.tree.map(close, new, many)
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("compile_fast")
+def test_refit_of_experts_with_norms_of_their_own():
+  """What the first layer says comes nearer to what it said."""
+  config = small.option("experts beside an MLP").with_layers([0])
+  dense, tokens = small.random_params(config), small.tokens(config, 40, 8)
+  kept = surgery.everything(config) | {"F": small.random_kept(config)["F"]}
+  pruned = surgery.gather(config, dense, kept, small.one_device())
+  new, _ = refit.refit((config, dense), pruned, kept, tokens, 40)
+  x_BTD = half(config, dense, 0, "K", dense["embedding"][tokens])
+  wanted, before, after = (
+    half(model, params, 0, "F", x_BTD)
+    for model, params in ((config, dense), pruned, (pruned[0], new))
+  )
+  lacks = [np.square(x - wanted).sum() for x in (before, after)]
+  assert lacks[1] < 0.9 * lacks[0]
+
+
 def half(config, params, i, unit, x_BTD):
   inputs = driver.attention_inputs(config, x_BTD.shape[1])
   weights, place = params[f"layer_{i}"], driver.place(config, i)

@@ -72,7 +72,8 @@ def read(
     f for f, v in family.fields.items() if v is REQUIRED and f not in raw
   ]
   if missing:
-    raise UserError(f"{path}: the field {missing[0]} is missing")
+    name = family.renamed.get(missing[0], missing[0])
+    raise UserError(f"{path}: the field {name} is missing")
   raw = {**family.fields, **raw}
   for field, only in family.must.items():
     if raw[field] != only:
@@ -130,7 +131,7 @@ def write(config: ModelConfig) -> dict[str, Any]:
       "Transformers cannot express: write it with --format=orbax"
     )
   raw = {
-    "model_type": config.family,
+    "model_type": family.model_type or config.family,
     "architectures": [f"{family.prefix}ForCausalLM"],
     "num_hidden_layers": config.num_layers,
     "head_dim": config.head_dim,
@@ -203,6 +204,8 @@ def _family(raw: Raw, path: str) -> tuple[str, Raw]:
     )
     raw.pop("layer_sharing", None)
     name = "llama"
+  if name == "gemma4_text" and raw.get("enable_moe_block"):
+    name = "gemma4_moe_text"
   if name == "internlm3":
     name, raw = "llama", _of_internlm(raw, path)
   return name, raw

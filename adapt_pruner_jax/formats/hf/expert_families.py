@@ -9,6 +9,7 @@ from adapt_pruner_jax.formats.hf.defaults import (
   MULTIPLIERS,
   NO_IDS,
   OLMO,
+  REQUIRED,
   SILU,
 )
 from adapt_pruner_jax.formats.hf.family import Family
@@ -16,6 +17,7 @@ from adapt_pruner_jax.formats.hf.more_families import MORE
 from adapt_pruner_jax.formats.hf.tensor_names import (
   EACH_EXPERT,
   EXPERTS_FUSED,
+  GEMMA4_EXPERTS,
   GPT_OSS,
   LAYER,
   QK_NORM,
@@ -25,7 +27,7 @@ from adapt_pruner_jax.formats.hf.tensor_names import (
 )
 
 ORIGINAL = "original_max_position_embeddings"
-QWEN3_5 = MORE["qwen3_5_text"]
+QWEN3_5, GEMMA4 = MORE["qwen3_5_text"], MORE["gemma4_text"]
 
 EXPERT_FAMILIES = {
   "granitemoe": Family(
@@ -129,6 +131,27 @@ EXPERT_FAMILIES = {
       "use_sliding_window": False,
     },
     passed=("sliding_window", "max_window_layers"),
+  ),
+  # Gemma 4 with experts, and an MLP beside them that all tokens see
+  "gemma4_moe_text": dataclasses.replace(
+    GEMMA4,
+    model_type="gemma4_text",
+    fields={
+      **GEMMA4.fields,
+      "intermediate_size": REQUIRED,
+      "shared_expert_intermediate_size": 9216,
+      "num_experts": REQUIRED,
+      "num_experts_per_tok": REQUIRED,
+    },
+    fixed={**GEMMA4.fixed, "router_norm": True, "expert_norms": True},
+    tensors=GEMMA4.tensors | GEMMA4_EXPERTS,
+    must={**GEMMA4.must, "enable_moe_block": True},
+    passed=("vocab_size_per_layer_input", "use_double_wide_mlp"),
+    renamed={
+      "intermediate_size": "moe_intermediate_size",
+      "shared_expert_intermediate_size": "intermediate_size",
+      "num_experts_per_tok": "top_k_experts",
+    },
   ),
   # Qwen 3.5 and 3.6 with experts
   "qwen3_5_moe_text": dataclasses.replace(

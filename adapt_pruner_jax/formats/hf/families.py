@@ -364,4 +364,5 @@ FAMILIES = {
   **EXPERT_FAMILIES,
 }
 # These are LLaMA under other names; `config_json` translates them.
-SUPPORTED = (*FAMILIES, "mobilellm", "internlm3")
+_TYPES = dict.fromkeys(f.model_type or name for name, f in FAMILIES.items())
+SUPPORTED = (*_TYPES, "mobilellm", "internlm3")

@@ -17,6 +17,7 @@ class Family:
 
   Attributes:
     module: of Transformers, below `transformers.models`.
+    model_type: of its files, if not the row's name.
     prefix: of its classes, as in LlamaForCausalLM; the config class is
       `config_class`, the model without head `model_class`.
     fields: of config.json, with their defaults.
@@ -63,6 +64,7 @@ class Family:
   prefix: str
   fields: dict[str, Any]
   fixed: dict[str, Any] = dataclasses.field(default_factory=dict)
+  model_type: str = ""
   tensors: dict[str, str] = dataclasses.field(default_factory=lambda: LAYER)
   own: dict[str, str] = dataclasses.field(default_factory=dict)
   outer: dict[str, str] = dataclasses.field(default_factory=lambda: OUTER)

@@ -352,7 +352,7 @@ def _whole_sizes(config: ModelConfig) -> dict[str, int]:
 
 def write_classes(family: Family, name: str) -> dict[str, Any]:
   """Where the classes are that make each layer to its size."""
-  module = f"modeling_pruned_{name}"
+  module = f"modeling_pruned_{family.model_type or name}"
   classes = {
     "AutoModel": family.model_class,
     "AutoModelForCausalLM": f"{family.prefix}ForCausalLM",

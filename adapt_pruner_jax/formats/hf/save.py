@@ -28,6 +28,7 @@ from adapt_pruner_jax.formats.hf import (
   weights,
 )
 from adapt_pruner_jax.formats.hf.families import FAMILIES
+from adapt_pruner_jax.formats.hf.family import Family
 from adapt_pruner_jax.formats.hf.files import CONFIG, MANIFEST
 from adapt_pruner_jax.models import axes
 from adapt_pruner_jax.models.axes import Params
@@ -143,7 +144,16 @@ class NoRouter(nn.Module):
   def forward(self, hidden_states):
     return None, None, None
 """
-TAKE_OUT_EXPERTS = "layer.mlp.experts, layer.mlp.gate = NoExperts(), NoRouter()"
+TAKE_OUT_EXPERTS = "layer.{}, layer.{} = NoExperts(), NoRouter()"
+# One class of a family may make layers with experts and without (Gemma 4).
+TAKE_OUT_EITHER = """\
+if config.enable_moe_block:
+      {}
+    else:
+      {}"""
+EITHER_WIDTH = (
+  '"moe_intermediate_size" if config.enable_moe_block else "intermediate_size"'
+)
 MARKS = (CONFIG, MANIFEST)  # by which a directory is one of a model
 
 
@@ -277,11 +287,21 @@ def _write_classes(folder: Path, config: ModelConfig) -> None:
   }
   attention, o = family.module_of("o").rsplit(".", 1)
   mlp, down = family.module_of("down").rsplit(".", 1)
-  if config.experts:
+  no_mlp = TAKE_OUT_MLP.format(mlp=mlp, norms=norms["mlp"])
+  width = f'"{family.renamed.get("intermediate_size", "intermediate_size")}"'
+  # Of two rows of one type, that with experts: one class makes layers of both.
+  name = family.model_type or config.family
+  either = next((f for f in FAMILIES.values() if f.model_type == name), None)
+  if either:
+    lines = (_no_experts(either), no_mlp)
+    no_mlp = TAKE_OUT_EITHER.format(*(x.replace("\n", "\n  ") for x in lines))
+    width = EITHER_WIDTH
+  elif config.experts:
     mlp = family.module_of("router").split(".")[0]
+    no_mlp = TAKE_OUT_MLP.format(mlp=mlp, norms=norms["mlp"])
+    no_mlp = _no_experts(family) if config.shared_width else no_mlp
   resize = RESIZE.get(config.family)
   names = {
-    "family": config.family,
     "module": family.module,
     "prefix": family.prefix,
     "config_class": family.config_class,
@@ -299,18 +319,16 @@ def _write_classes(folder: Path, config: ModelConfig) -> None:
     "alike": ALIKE * family.wide,
     "made_alike": MADE_ALIKE * family.wide,
     "kept_alike": KEPT_ALIKE * family.wide,
-    "no_experts": NO_EXPERTS * bool(config.shared_width),
-    "take_out_mlp": TAKE_OUT_EXPERTS
-    if config.shared_width
-    else TAKE_OUT_MLP.format(mlp=mlp, norms=norms["mlp"]),
+    "no_experts": NO_EXPERTS * bool(config.shared_width or either),
+    "take_out_mlp": no_mlp,
     "attention": attention,
     "o": o,
     "mlp": mlp,
     "down": down,
     # What else an MLP returns, where it is not the only thing.
     "beside": ", None" * (config.family == "gpt_oss"),
-    "cut_mlp": not config.experts,
-    "width": family.renamed.get("intermediate_size", "intermediate_size"),
+    "cut_mlp": "not config.enable_moe_block" if either else not config.experts,
+    "width": width,
     "attention_norms": [] if config.has_one_norm() else norms["attn"],
     "mlp_norms": norms["mlp"],
     "no_half": DROP_ONE_NORM.format(norms["attn"]) * config.has_one_norm(),
@@ -320,8 +338,22 @@ def _write_classes(folder: Path, config: ModelConfig) -> None:
     for task in family.heads
   ]
   made = _filled("modeling", **names, heads="\n".join(heads))
-  file = folder / f"modeling_pruned_{config.family}.py"
+  file = folder / f"modeling_pruned_{name}.py"
   file.write_text(made, "utf-8")
+
+
+def _no_experts(family: Family) -> str:
+  """The lines that take out experts, their router and their norms."""
+  names = family.tensors | family.own
+  experts = names["moe_down"].removesuffix(".down_proj")
+  router = names["router"].removesuffix(".weight").removesuffix(".proj")
+  norms = [
+    names[name].removesuffix(".weight")
+    for name in ("moe_norm", "moe_post_norm")
+    if name in names
+  ]
+  line = TAKE_OUT_EXPERTS.format(experts, router)
+  return line + f"\n    drop(layer, {norms})" * bool(norms)
 
 
 def _filled(template: str, **names: Any) -> str:

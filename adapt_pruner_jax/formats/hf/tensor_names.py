@@ -127,6 +127,19 @@ SHARED_EXPERT = {
   "shared_down": "mlp.shared_expert.down_proj.weight",
   "shared_open": "mlp.shared_expert_gate.weight",
 }
+GEMMA4_EXPERTS = {
+  "router": "router.proj.weight",
+  "router_scale": "router.scale",
+  "expert_scale": "router.per_expert_scale",
+  "moe_norm": "pre_feedforward_layernorm_2.weight",
+  **dict.fromkeys(("moe_gate", "moe_up"), "experts.gate_up_proj"),
+  "moe_down": "experts.down_proj",
+  "moe_post_norm": "post_feedforward_layernorm_2.weight",
+  "shared_gate": "mlp.gate_proj.weight",
+  "shared_up": "mlp.up_proj.weight",
+  "shared_down": "mlp.down_proj.weight",
+  "shared_post_norm": "post_feedforward_layernorm_1.weight",
+}
 EXPERTS_FUSED = {
   "router": "block_sparse_moe.router.layer.weight",
   "moe_gate": "block_sparse_moe.input_linear.weight",
