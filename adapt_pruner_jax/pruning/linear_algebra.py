@@ -110,20 +110,15 @@ def solve_blocks(
   """
   if not elimination.wanted(mesh):
     return jnp.linalg.solve(left_UJJ, right_UJJ)
-  times = partial(float32_product.product, "ij,jk->ik")
+  inverse_UJJ = jax.vmap(elimination.rough_inverse)(left_UJJ)
+  times = partial(float32_product.product, "uij,ujk->uik")
 
-  def one(both):
-    left_JJ, right_JJ = both
-    inverse_JJ = elimination.rough_inverse(left_JJ)
+  def step(_, found_UJJ):
+    missing_UJJ = right_UJJ - times(left_UJJ, found_UJJ)
+    return found_UJJ + times(inverse_UJJ, missing_UJJ)
 
-    def step(_, found_JJ):
-      return found_JJ + times(inverse_JJ, right_JJ - times(left_JJ, found_JJ))
-
-    # From nothing, then refined twice: one body to compile.
-    return jax.lax.fori_loop(0, 3, step, jnp.zeros_like(right_JJ))
-
-  # One after the other: a batch of them takes twice as long to compile.
-  return jax.lax.map(one, (left_UJJ, right_UJJ))
+  # From nothing, then refined twice: one body to compile.
+  return jax.lax.fori_loop(0, 3, step, jnp.zeros_like(right_UJJ))
 
 
 def solve(
