@@ -60,7 +60,7 @@ def refit_loss(
   """
   config, params = pruned
   first_NT = samples(0)
-  held, batch = _split(len(first_NT), batch, mesh)
+  held, batch = split(len(first_NT), batch, mesh)
   left_NT, held_NT = first_NT[:-held], first_NT[-held:]
   sets = lambda number: samples(number) if number else left_NT
   steps = len(left_NT) // batch + (passes - 1) * (len(first_NT) // batch)
@@ -103,8 +103,16 @@ def as_training(rate: float) -> Train:
   )
 
 
-def _split(windows: int, batch: int, mesh: Mesh) -> tuple[int, int]:
-  """How many windows of a set are held out, and how many go in a step."""
+def split(windows: int, batch: int, mesh: Mesh) -> tuple[int, int]:
+  """How many windows of a set are held out, and how many go in a step.
+
+  Args:
+    windows: of a set.
+    batch, mesh: as of `refit_loss`.
+
+  Raises:
+    UserError: too few windows for one step.
+  """
   shards = placement.batch_shards(mesh)
   held = windows // HELD_OUT
   batch = -(-min(batch, windows - held) // shards) * shards

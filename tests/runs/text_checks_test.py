@@ -115,6 +115,10 @@ def test_a_run_is_refused_before_any_work(small_model, tmp_path):
   config.prune.refit = "final"
   with pytest.raises(UserError, match=r"below .*tokens_per_channel=100"):
     run.run(config, tmp_path / "work")
+  config.prune.refit, config.prune.refit_passes = "loss", 1
+  config.calibration.refit_samples = 4
+  with pytest.raises(UserError, match="4 calibration windows are too few"):
+    run.run(config, tmp_path / "work")
 
 
 def test_a_text_of_a_search_that_cannot_be():
