@@ -50,6 +50,7 @@ def test_decay_pulls_at_matrices_only():
   matrices |= {"router", "moe_gate", "moe_up", "moe_down"}
   matrices |= {f"delta_{x}" for x in ("q", "k", "v", "gate", "o")}
   matrices |= {"delta_beta", "delta_decay"}
+  matrices |= {f"wide_{x}" for x in ("q", "k", "v", "o")}
   assert {n for n, pulled in mask.items() if pulled} == matrices
 
 
