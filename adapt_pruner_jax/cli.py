@@ -165,10 +165,7 @@ def evaluate(command: str, argv: list[str]) -> int:
   from adapt_pruner_jax.runs import fingerprints
   from adapt_pruner_jax.storage import json_files, publish
 
-  if agreement.several():
-    models = [m for m in (values.model, values.baseline) if m]
-    facts = fingerprints.what_is_evaluated(models, **joining.common(values))
-    agreement.require_same(facts, "at the start")
+  fingerprints.require_same_evaluation(**joining.common(values))
   out = values.out and places.to_path(values.out)
   if out:  # asked before hours of work
     agreement.on_writer(lambda: publish.require_free(out, overwrite=True))

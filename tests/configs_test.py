@@ -380,9 +380,9 @@ def test_a_renamed_field(monkeypatch):
 @pytest.mark.parametrize(
   "name, value, told",
   [
-    ("checkpoint.minutes", math.inf, "at least 0, and finite"),
-    ("checkpoint.minutes", math.nan, "at least 0, and finite"),
-    ("checkpoint.minutes", -1.0, "at least 0, and finite"),
+    ("checkpoint.minutes", math.inf, "at least 0, finite"),
+    ("checkpoint.minutes", math.nan, "at least 0, finite"),
+    ("checkpoint.minutes", -1.0, "at least 0, finite"),
     ("train.learning_rate", math.inf, "finite"),
     *(
       ("log.profile_steps", text, "FIRST:END")

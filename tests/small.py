@@ -8,12 +8,9 @@ import numpy as np
 
 from adapt_pruner_jax.distributed import sharding
 from adapt_pruner_jax.models import axes, model_config
-from adapt_pruner_jax.models.model_config import (
-  DeltaNet,
-  ModelConfig,
-  WideHeads,
-)
+from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.models.rope import Rope
+from adapt_pruner_jax.models.second_kinds import DeltaNet, WideHeads
 
 CONFIG = ModelConfig(
   family="llama",

@@ -81,9 +81,7 @@ def check(config: Config) -> None:
   for name, low in AT_LEAST.items():
     value = get(config, name)
     if not low <= value < math.inf:  # written so that NaN fails
-      raise UserError(
-        f"--config.{name}={value} must be at least {low}, and finite"
-      )
+      raise UserError(f"--config.{name}={value} must be at least {low}, finite")
   _check_profile(config)
   if config.train.distill_alpha > 1:
     raise UserError(
@@ -132,8 +130,7 @@ def _check_profile(config: Config) -> None:
   first, _, end = steps.partition(":")
   if not (first.isdecimal() and end.isdecimal() and int(first) < int(end)):
     raise UserError(
-      f"--config.log.profile_steps={steps} must be FIRST:END, such as 10:13, "
-      "of which END is not traced"
+      f"--config.log.profile_steps={steps} must be FIRST:END, such as 10:13"
     )
   taken = -(-config.train.tokens // config.data.step_tokens)
   if int(first) >= taken and not config.train.hours:

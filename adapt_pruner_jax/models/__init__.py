@@ -3,6 +3,7 @@
 Pure functions of weights, below everything else in the package:
   axes          dim letters, and which dims each parameter has
   model_config  `ModelConfig`: all that shapes the function; shapes and counts
+  second_kinds  sizes of layers of another kind
   arithmetic    products, norms and activations that layers are made of
   rope          rotary position embeddings
   attention     who sees whom, as data, and what the heads say

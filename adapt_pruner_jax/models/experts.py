@@ -97,11 +97,7 @@ class Shared(NamedTuple):
 
 
 def normed(config: ModelConfig, weights: Params, x_BTD: jax.Array) -> jax.Array:
-  """The stream as `read` takes it.
-
-  With `expert_norms` the weights of several norms come to it later, each where
-  it belongs.
-  """
+  """The stream as `read` takes it; weights of `expert_norms` come later."""
   if not config.expert_norms:
     return norm(config, weights, "mlp_norm", x_BTD)
   return rms_norm(x_BTD, jnp.ones((), x_BTD.dtype), config.norm_eps)

@@ -3,13 +3,13 @@
 import dataclasses
 import importlib.metadata
 import platform
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapt_pruner_jax.config import latency_table
 from adapt_pruner_jax.data import sources
 from adapt_pruner_jax.data.tuning_questions import TuningQuestions
+from adapt_pruner_jax.distributed import agreement
 from adapt_pruner_jax.formats.gguf import directory as gguf_directory
 from adapt_pruner_jax.formats.hf import cut_vocabulary, files, load
 from adapt_pruner_jax.runs import vocabulary
@@ -55,13 +55,24 @@ def what_is_asked(recipe: Any, path: Path, **more: Any) -> dict[str, Any]:
   }
 
 
-def what_is_evaluated(models: Sequence[str], **flags: Any) -> dict[str, Any]:
+def require_same_evaluation(**flags: Any) -> None:
+  """Raises as `agreement.require_same`, of what an evaluation depends on.
+
+  Args:
+    flags: as of `what_is_evaluated`.
+  """
+  if agreement.several():
+    agreement.require_same(what_is_evaluated(**flags), "at the start")
+
+
+def what_is_evaluated(**flags: Any) -> dict[str, Any]:
   """By what it is for people: what an evaluation without a run depends on.
 
   Args:
-    models: as they are named on the command line.
-    flags: all of them, with `text`, a file or "".
+    flags: all of `evaluate`'s, with `model`, `baseline` or "", and `text`, a
+      file or "".
   """
+  models = [m for m in (flags["model"], flags["baseline"]) if m]
   text = flags["text"]
   return {
     "versions": versions(),

@@ -21,7 +21,7 @@ from adapt_pruner_jax.evaluation.questions import Questions
 from adapt_pruner_jax.formats.hf import load
 from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.model_config import ModelConfig
-from adapt_pruner_jax.pruning import budgets, refit_loss, targets
+from adapt_pruner_jax.pruning import budgets, targets
 from adapt_pruner_jax.pruning.baselines import reap
 from adapt_pruner_jax.pruning.task import Limits
 from adapt_pruner_jax.reporting.log import Log
@@ -123,9 +123,7 @@ def open_inputs(
   beside = export_size.beside(recipe.prune, full, source)
   target = _target(recipe, whole, full, beside, mesh)
   room.check(recipe, full, target, mesh)
-  if recipe.prune.refit_passes:
-    batch = recipe.prune.refit_batch or recipe.calibration.batch
-    refit_loss.split(recipe.calibration.refit_samples, batch, mesh)
+  text_checks.check_refit(recipe, mesh)
   written = asked.in_place(recipe)
   where = cache.tokens(path), log.say, lambda: _stop_here(stopping, path)
   calibration, refit_data, tuning, search_data = pruning_data(

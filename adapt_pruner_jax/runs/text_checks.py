@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
+from jax.sharding import Mesh
 
 from adapt_pruner_jax.config import Config, Prune, get
 from adapt_pruner_jax.data import overlap, tuning_questions
@@ -12,6 +13,7 @@ from adapt_pruner_jax.data.calibration import GivenData, WindowData
 from adapt_pruner_jax.data.packing import TrainData
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.models.model_config import ModelConfig
+from adapt_pruner_jax.pruning import refit_loss
 
 SHARED = 0.01  # of a reported text's windows, from which it is no accident
 FEW = 4.0  # tokens a channel, below which a second-order score is mostly noise
@@ -20,6 +22,13 @@ TUNING = "prune.search.source"
 
 Texts = WindowData | GivenData | TrainData
 Say = Callable[[str], None]
+
+
+def check_refit(recipe: Config, mesh: Mesh) -> None:
+  """Raises as `refit_loss.split`, where there will be such a refit."""
+  if recipe.prune.refit_passes:
+    batch = recipe.prune.refit_batch or recipe.calibration.batch
+    refit_loss.split(recipe.calibration.refit_samples, batch, mesh)
 
 
 def check_overlaps(

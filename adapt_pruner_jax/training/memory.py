@@ -19,7 +19,8 @@ from adapt_pruner_jax.models import (
   model_config,
   remat,
 )
-from adapt_pruner_jax.models.model_config import DeltaNet, ModelConfig
+from adapt_pruner_jax.models.model_config import ModelConfig
+from adapt_pruner_jax.models.second_kinds import DeltaNet
 from adapt_pruner_jax.training import output_loss
 
 # Of a device, what a step may have. Others use the memory of a CPU, too.

@@ -47,8 +47,9 @@ def test_an_evaluation_depends_on_flags_model_and_text(small_model, tmp_path):
     values = flags.FlagValues()
     evaluation_flags.define_flags(values)
     joining.define_flags(values)
-    values(["evaluate", "--model=M", f"--text={tmp_path / 'text'}", *more])
-    return what_is_evaluated([str(tmp_path / "M")], **joining.common(values))
+    files = f"--model={tmp_path / 'M'}", f"--text={tmp_path / 'text'}"
+    values(["evaluate", *files, *more])
+    return what_is_evaluated(**joining.common(values))
 
   shutil.copytree(small_model, tmp_path / "M")
   (tmp_path / "text").write_text("one")

@@ -18,7 +18,8 @@ from adapt_pruner_jax.formats.hf.fields import (
   layer_kinds,
   require,
 )
-from adapt_pruner_jax.models.model_config import DeltaNet, ModelConfig
+from adapt_pruner_jax.models.model_config import ModelConfig
+from adapt_pruner_jax.models.second_kinds import DeltaNet
 
 LINEAR = "linear_attention"
 KEYS, VALUES = SIZES = ("linear_num_key_heads", "linear_num_value_heads")

@@ -11,7 +11,8 @@ from adapt_pruner_jax.formats.hf import kinds
 from adapt_pruner_jax.formats.hf.families import FAMILIES
 from adapt_pruner_jax.formats.hf.family import Family
 from adapt_pruner_jax.formats.hf.fields import NONE, Raw, mapping, require
-from adapt_pruner_jax.models.model_config import ModelConfig, WideHeads
+from adapt_pruner_jax.models.model_config import ModelConfig
+from adapt_pruner_jax.models.second_kinds import WideHeads
 
 HEADS, GROUPS, WIDTH = SIZES = (
   "num_attention_heads",
