@@ -12,4 +12,5 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 use_venv
 # The TPU compiler, which tests bring, would look for a TPU and say so.
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
+large_pages
 run exec "$VENV/bin/adapt-pruner" run --workdir="${WORKDIR:-runs/tiny}" "$@"

@@ -15,6 +15,7 @@ if [[ $(uname -sm) == "Linux x86_64" ]]; then
   extras+=(tpu)
 fi
 use_venv "${extras[@]}"
+large_pages
 if [[ $# -eq 0 ]]; then
   run "$VENV/bin/ruff" check
   run "$VENV/bin/ruff" format --check
