@@ -154,6 +154,8 @@ MORE = {
       *("top_k_experts", "moe_intermediate_size"),
     ),
     anyway={"use_bidirectional_attention": "vision"},  # tokens of pictures
+    # Of "longrope" the class asks for one size of heads.
+    ropes=tuple(kind for kind in ROPES if kind != "longrope"),
     windows="pattern",
     period=6,
     rope={
