@@ -84,6 +84,7 @@ def start(
   env: dict[str, str],
   *more: str,
   said: pathlib.Path | None = None,
+  cwd: pathlib.Path = ROOT,
 ) -> subprocess.Popen:
   """A run in a process of its own; its output goes to a file, beside the work
   directory or `said`, as a pipe that nobody reads would stop it."""
@@ -97,7 +98,7 @@ def start(
         *more,
       ],
       env=os.environ | env,
-      cwd=ROOT,
+      cwd=cwd,
       stdout=output,
       stderr=subprocess.STDOUT,
     )

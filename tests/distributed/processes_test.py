@@ -16,21 +16,21 @@ from safetensors.numpy import load_file
 
 from adapt_pruner_jax.config import Ranking
 from adapt_pruner_jax.errors import EXIT_ERROR, EXIT_PEER, EXIT_STOPPED
-from tests.small_runs import finish, output, recipe, start
+from tests.small_runs import ROOT, finish, output, recipe, start
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
 def two(small_model, tmp_path, process_env):
-  """`two()` starts both, with more flags of the second; killed at the end.
+  """`two()` starts both, with more flags; killed at the end.
 
   Each has so many `devices` and runs `config`, else `config_of` the model, in
-  the directory `work`.
+  the directory `work`; relative paths of the second are in `cwd`.
   """
   started = []
 
-  def begin(*second, both=(), devices=4, config=None, work=tmp_path / "two"):
+  def begin(*both, cwd=ROOT, devices=4, config=None, work=tmp_path / "two"):
     work.mkdir(exist_ok=True)
     config = config or config_of(small_model)
     env = fast(process_env(devices))
@@ -39,8 +39,8 @@ def two(small_model, tmp_path, process_env):
       port = found.getsockname()[1]
     flags = (f"--coordinator=127.0.0.1:{port}", "--num_processes=2", *both)
     processes = [
-      start(config, work, env, *flags, *more)
-      for more in (("--process_id=0",), (*second, "--process_id=1"))
+      start(config, work, env, *flags, f"--process_id={number}", cwd=where)
+      for number, where in enumerate((ROOT, cwd))
     ]
     started.extend(processes)
     return processes
@@ -173,17 +173,17 @@ def test_arrays_cut_over_both_processes(
     assert_same_result(work, tmp_path / "one")
 
 
-def test_an_error_of_one_process_ends_both(two):
+def test_an_error_of_one_process_ends_both(two, tmp_path):
   """What only process 1 cannot read; process 0 does not wait for ever."""
-  processes = two("--config.eval.text=missing.txt")
+  processes = two("--config.eval.text=README.md", cwd=tmp_path)
   assert processes[1].wait(600) == EXIT_ERROR
   # Gloo's own lines may come behind it.
-  assert "error: missing.txt" in said(two.work, 1)
+  assert "error: README.md" in said(two.work, 1)
   assert_ended(processes[0], two.work, 0, gone=1)
 
 
 def test_an_error_of_both_is_said_by_each(two):
-  processes = two(both=("--config.prune.method=slicegpt",))
+  processes = two("--config.prune.method=slicegpt")
   for number, process in enumerate(processes):
     assert process.wait(600) == EXIT_ERROR
     assert "one process alone" in said(two.work, number).splitlines()[-1]
