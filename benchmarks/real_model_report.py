@@ -93,7 +93,8 @@ def untrained(found: Results, ratio: float) -> str:
   for cell, result in of_ratio(found, ratio):
     row = [*head(cell), f"{result['params']:,}"]
     row += [rise(found, cell, text) for text in TEXTS]
-    row += [accuracy(found, cell), f"{result['calibration_tokens']:,}"]
+    row.append(accuracy(found, cell, fewest(found)))
+    row.append(f"{result['calibration_tokens']:,}")
     row.append(f"{result['prune_seconds']:.0f}")
     rows.append(row)
   if not rows:
@@ -103,7 +104,8 @@ def untrained(found: Results, ratio: float) -> str:
   return "\n\n".join(
     [
       f"#### {ratio:.0%} of all parameters removed, without training",
-      "Nats a token above dense, and the mean accuracy of six tasks.",
+      "Nats a token above dense, and the mean accuracy of six tasks, on the "
+      f"first {fewest(found)} questions of each.",
       markdown.table(header, rows, header[1:]),
     ]
   )
@@ -138,19 +140,19 @@ def by_task(found: Results) -> str:
   for cell in (dense, *(cell for cell, _ in of_ratio(found, MAIN))):
     bits = answers(found, cell)
     if bits:
-      row = [*head(cell), *(f"{bits[task].mean():.3f}" for task in TASKS)]
+      row = [*head(cell), f"{sum(map(len, bits.values())):,}"]
+      row += [f"{bits[task].mean():.3f}" for task in TASKS]
       row += [accuracy(found, cell), score_difference(found, cell, dense)]
       rows.append(row)
   if not rows:
     return ""
-  header = ["method", "tokens a step", "seed", *TASKS, "mean", "minus dense"]
-  numbers = sorted({len(x) for x in answers(found, dense).values()})
+  header = ["method", "tokens a step", "seed", "questions", *TASKS]
+  header += ["mean", "minus dense"]
   return "\n\n".join(
     [
       f"#### Task scores, {MAIN:.0%} removed, without training",
-      f"{' to '.join(map(str, dict.fromkeys((numbers[0], numbers[-1]))))} "
-      "questions a task; acc_norm, of winogrande acc. By chance .25 four "
-      "times and .5 twice, mean .333.",
+      "acc_norm, of winogrande acc; minus dense on the questions that both "
+      "were asked. By chance .25 four times and .5 twice, mean .333.",
       markdown.table(header, rows, header[1:]),
     ]
   )
@@ -205,17 +207,17 @@ def summary(found: Results) -> str:
       held = best.get(cell.method, cell)
       best[cell.method] = max(held, cell, key=lambda c: c.tokens)
   order = sorted(best.values(), key=lambda c: mean_rise(found, c))
-  rows = []
+  rows, number = [], fewest(found)
   for cell in order:
     read = found[cell]["calibration_tokens"]
     row = [NAMES.get(cell.method, cell.method), f"{read:,}"]
     row += [rise(found, cell, text) for text in TEXTS]
-    rows.append([*row, accuracy(found, cell)])
+    rows.append([*row, accuracy(found, cell, number)])
   dense = Cell("prune", DENSE)
   losses = found[dense]["texts"]
   row = ["dense (nats a token)", ""]
   row += [f"{np.mean(losses[text]):.3f}" for text in TEXTS]
-  rows.insert(0, [*row, accuracy(found, dense)])
+  rows.insert(0, [*row, accuracy(found, dense, number)])
   header = [
     f"SmolLM2-135M, {MAIN:.0%} removed: nats above dense",
     "calibration tokens",
@@ -268,10 +270,19 @@ def answers(found: Results, cell: Cell) -> dict[str, np.ndarray]:
   }
 
 
-def accuracy(found: Results, cell: Cell) -> str:
+def fewest(found: Results) -> int | None:
+  """How many questions of a task all models were asked; None = no question."""
+  cells = [cell for cell in found if cell.part == "tasks"]
+  asked = [x for cell in cells for x in answers(found, cell).values()]
+  return min(map(len, asked), default=None)
+
+
+def accuracy(found: Results, cell: Cell, number: int | None = None) -> str:
+  """Mean over tasks, on the first questions of each; None = all."""
   bits = answers(found, cell)
-  mean = np.mean([x.mean() for x in bits.values()]) if bits else None
-  return "-" if mean is None else shown(mean, ".3f")
+  if not bits:
+    return "-"
+  return shown(np.mean([x[:number].mean() for x in bits.values()]), ".3f")
 
 
 def loss_difference(found: Results, cell: Cell, other: Cell, text: str) -> str:
