@@ -34,6 +34,15 @@ SMOLLM2_135M = dataclasses.replace(
   kv_groups=(3,) * 30,
   ffn_widths=(1536,) * 30,
 )
+LLAMA_8B = dataclasses.replace(  # of Llama-3.1-8B's sizes
+  CONFIG,
+  vocab_size=128256,
+  hidden_size=4096,
+  queries_per_group=4,
+  head_dim=128,
+  kv_groups=(8,) * 32,
+  ffn_widths=(14336,) * 32,
+)
 # What differs between families, each the fields that it changes.
 OPTIONS = {
   "plain": {},

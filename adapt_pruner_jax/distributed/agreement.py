@@ -17,11 +17,6 @@ def is_writer() -> bool:
   return jax.process_index() == 0
 
 
-def several() -> bool:
-  """Whether there are other processes."""
-  return jax.process_count() > 1
-
-
 def all_agree(ok: bool) -> bool:
   """True if `ok` is true on every process; all processes have to call it."""
   if jax.process_count() == 1:

@@ -127,7 +127,7 @@ def _measure_step(
     tokens_MBT,
     valid_MB,
     tokens_share_MB,
-    _taylor(kind) if kind in TAYLOR else None,
+    _visitor(tokens_MBT.shape[-1], mesh, kind, measure),
     partial(_importance, measure),
     before,
   )

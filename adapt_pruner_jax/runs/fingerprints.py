@@ -6,6 +6,8 @@ import platform
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import jax
+
 from adapt_pruner_jax.config import latency_table
 from adapt_pruner_jax.data import sources
 from adapt_pruner_jax.data.tuning_questions import TuningQuestions
@@ -61,7 +63,7 @@ def require_same_evaluation(**flags: Any) -> None:
   Args:
     flags: as of `what_is_evaluated`.
   """
-  if agreement.several():
+  if jax.process_count() > 1:
     agreement.require_same(what_is_evaluated(**flags), "at the start")
 
 

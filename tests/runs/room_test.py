@@ -1,7 +1,5 @@
 """Runs that devices cannot hold are refused before any work."""
 
-import dataclasses
-
 import pytest
 
 from adapt_pruner_jax.config import Config
@@ -11,17 +9,8 @@ from adapt_pruner_jax.models import devices
 from adapt_pruner_jax.runs import room
 from tests import small
 
-# Of LLaMA-3.1-8B's size: 8.0 billion parameters.
-FULL = dataclasses.replace(
-  small.CONFIG,
-  vocab_size=128256,
-  hidden_size=4096,
-  head_dim=128,
-  queries_per_group=4,
-  kv_groups=(8,) * 32,
-  ffn_widths=(14336,) * 32,
-  tied=False,
-)
+# 8.0 billion parameters.
+FULL = small.LLAMA_8B
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,5 @@
 """What a train step recomputes, and by which memory that is chosen."""
 
-import dataclasses
-
 import jax
 import pytest
 
@@ -12,15 +10,7 @@ from adapt_pruner_jax.training import memory, step
 from adapt_pruner_jax.training.stacking import Run
 from tests import small
 
-LLAMA = dataclasses.replace(  # Llama-3.1-8B
-  small.CONFIG,
-  vocab_size=128256,
-  hidden_size=4096,
-  queries_per_group=4,
-  head_dim=128,
-  kv_groups=(8,) * 32,
-  ffn_widths=(14336,) * 32,
-)
+LLAMA = small.LLAMA_8B
 
 
 def one_device():
