@@ -4,6 +4,7 @@ Set before jax or torch is imported; processes that tests start inherit it.
 """
 
 import atexit
+import gc
 import os
 import pathlib
 import shutil
@@ -15,6 +16,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 DEVICES = "--xla_force_host_platform_device_count"
+MOST_MAPS = 20_000
 
 
 def _with_devices(xla_flags: str, devices: int) -> str:
@@ -48,6 +50,22 @@ if "ADAPT_PRUNER_CACHE" not in os.environ:  # tokens of every text are kept
   os.environ["ADAPT_PRUNER_CACHE"] = _KEPT
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_memory_maps():
+  """Forgets compiled programs before they are too many for one process.
+
+  On a CPU each takes some 40 of the 65,530 memory maps that Linux allows; when
+  there are no more, XLA dies of a segmentation fault.
+  """
+  yield
+  maps = pathlib.Path("/proc/self/maps")
+  if maps.exists() and len(maps.read_text().splitlines()) > MOST_MAPS:
+    import jax
+
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(scope="session")
