@@ -5,13 +5,14 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from adapt_pruner_jax.distributed import placement, sharding
-from adapt_pruner_jax.models.axes import BATCH
+from adapt_pruner_jax.models import axes, told
+from adapt_pruner_jax.models.axes import BATCH, Params
 from adapt_pruner_jax.models.model_config import ModelConfig
 
 
 def embed(
   config: ModelConfig,
-  table: jax.Array,
+  params: Params,
   tokens_BT: jax.Array,
   mesh: Mesh | None,
   dtype: jnp.dtype | None = None,
@@ -24,22 +25,31 @@ def embed(
 
   Args:
     config: of the model.
-    table: the embedding [V, D], cut as `sharding.param_sharding` says.
+    params: those outside the layers, or more, cut as
+      `sharding.param_sharding` says.
     tokens_BT: token ids, rows cut over `BATCH`.
-    mesh: the devices; None = wherever the table is.
-    dtype: of the stream; default the table's.
+    mesh: the devices; None = wherever the tables are.
+    dtype: of the stream; default the embedding's.
   """
-  dtype = dtype or table.dtype
-  if mesh is None or mesh.size == 1:
-    x_BTD = table[tokens_BT].astype(dtype)
-  else:
-    x_BTD = _exchanged(table, tokens_BT, mesh, dtype)
-  scale = config.embed_scale
-  return x_BTD if scale == 1 else x_BTD * jnp.asarray(scale, dtype)
+  dtype = dtype or params["embedding"].dtype
+
+  def looked_up(name: str) -> jax.Array:
+    table = params[name]
+    if mesh is None or mesh.size == 1:
+      return table[tokens_BT].astype(dtype)
+    return _exchanged(name, table, tokens_BT, mesh, dtype)
+
+  x_BTD, scale = looked_up("embedding"), config.embed_scale
+  if scale != 1:
+    x_BTD *= jnp.asarray(scale, dtype)
+  rows_BTR = looked_up("told") if config.told else None
+  around = axes.TOLD_OUTER[1:] if config.told else ()
+  outer = {name: params[name].astype(dtype) for name in around}
+  return told.in_front(config, outer, rows_BTR, x_BTD)
 
 
-def _exchanged(table, tokens_BT, mesh, dtype) -> jax.Array:
-  spec = sharding.param_sharding("embedding", table.shape, mesh).spec
+def _exchanged(name, table, tokens_BT, mesh, dtype) -> jax.Array:
+  spec = sharding.param_sharding(name, table.shape, mesh).spec
   of_V, of_D = (*spec, None, None)[:2]
   rows = tokens_BT.shape[0]
   shards = placement.batch_shards(mesh)

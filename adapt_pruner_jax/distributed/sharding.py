@@ -38,6 +38,7 @@ RULES = dict.fromkeys(axes.RESIDUAL, "fsdp") | {
   "F": "tensor",
   "S": "tensor",
   "V": "tensor",
+  "R": "fsdp",
 }
 
 

@@ -86,7 +86,7 @@ def _compared(
   """Summed KL, how often both agree, and the number of tokens: float32 [3]."""
 
   def end(config, params):
-    x_BTD = embed(config, params["embedding"], rows_BT, mesh)
+    x_BTD = embed(config, params, rows_BT, mesh)
     x_BTD = Decoder(config).apply({"params": params}, x_BTD, method="hidden")
     return x_BTD[:, :-1]
 

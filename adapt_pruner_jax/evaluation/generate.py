@@ -197,7 +197,7 @@ def prefill(
   B, T = tokens_BT.shape
   x_BTD, caches = Decoder(config).apply(
     {"params": params},
-    embed(config, params["embedding"], tokens_BT, mesh),
+    embed(config, params, tokens_BT, mesh),
     starts_B,
     method=partial(_continue, caches=None, column=0),
   )
@@ -259,7 +259,7 @@ def decode(
       done_B |= token_B == eos
     x_BTD, caches = Decoder(config).apply(
       {"params": params},
-      embed(config, params["embedding"], token_B[:, None], mesh),
+      embed(config, params, token_B[:, None], mesh),
       at.starts_B,
       method=partial(_continue, caches=caches, column=at.prompt + at.first + i),
     )

@@ -322,7 +322,7 @@ def _score(
   inputs = layer.attention_inputs(config, positions_BT, branches_BT)
   apply = partial(Decoder(config).apply, {"params": params})
   x_BTD, _ = apply(
-    embed(config, params["embedding"], tokens_BT, mesh),
+    embed(config, params, tokens_BT, mesh),
     dataclasses.replace(inputs, prefix=True),
     method="residual",
   )

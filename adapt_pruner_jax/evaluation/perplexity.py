@@ -225,7 +225,7 @@ def _window_loss(
   lengths_B: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
   """Summed nll and number of predicted tokens of one batch, on all devices."""
-  x_BTD = embed(config, params["embedding"], rows_BT, mesh)
+  x_BTD = embed(config, params, rows_BT, mesh)
   x_BTD = Decoder(config).apply({"params": params}, x_BTD, method="hidden")
   positions_T = jnp.arange(1, rows_BT.shape[1])
   weights_BT = positions_T < lengths_B[:, None]

@@ -17,6 +17,7 @@ Pure functions of weights, below everything else in the package:
   delta_net     gated delta nets, which layers may have instead
   layer         the one driver of a layer and of its halves, with a tap
   remat         what the backward pass of a layer computes once more
+  told          what each layer is told of a token
   layer_runs    runs of layers, stacked, with one scan each
   decoder       the Flax modules: parameters, embedding, layers, head
   flops         FLOPs of a token, forward and in training

@@ -6,6 +6,7 @@
   N = K * G query heads                   F MLP width of this layer
   X experts of a layer, each an MLP of width F
   S width of an expert that all tokens see    O one, the gate of that
+  I channels of what a layer is told of a token    R = L * I
 
 A model may have layers of a second kind, whose KV groups are Z.
 With wide heads (`WideHeads`):
@@ -47,6 +48,9 @@ AXES = {
   "final_norm_bias": "E",
   "lm_head": "EV",
   "lm_head_bias": "V",
+  "told": "VR",  # what layers are told of each token, one after the other
+  "told_proj": "DR",
+  "told_norm": "I",
   # one set a layer
   "attn_norm": "D",
   "attn_norm_bias": "D",
@@ -117,6 +121,9 @@ AXES = {
   "shared_post_norm": "E",
   "mlp_post_norm": "E",
   "mlp_shortcut": "ME",
+  "told_gate": "EI",
+  "told_out": "IE",
+  "told_post_norm": "E",
   "out_scale": "O",  # of the stream behind the layer
 }
 
@@ -132,6 +139,12 @@ WIDE = tuple(name for name in AXES if name.startswith("wide_"))
 ATTENTION = ("q", "q_gate", "k", "v", "o", "q_bias", "q_gate_bias", "k_bias")
 ATTENTION += ("v_bias", "o_bias", "q_norm", "k_norm")
 ATTENTION += ("q_norm_all", "k_norm_all", "sinks")
+# Of a layer that is told something of each token.
+TOLD = ("told_gate", "told_out", "told_post_norm")
+# Of outside the layers, for that.
+TOLD_OUTER = ("told", "told_proj", "told_norm")
+# What a layer does not have that uses the keys and values of one before it.
+KEYS_VALUES = ("k", "v", "k_norm", "wide_k", "wide_v", "wide_k_norm")
 # Of an expert that all tokens see.
 SHARED = ("shared_gate", "shared_up", "shared_down")
 # Of experts with norms of their own.

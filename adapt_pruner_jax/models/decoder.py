@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from adapt_pruner_jax.models import axes, experts, layer, remat
+from adapt_pruner_jax.models import axes, experts, layer, remat, told
 from adapt_pruner_jax.models.arithmetic import XIELU, project, soft_cap
 from adapt_pruner_jax.models.attention import AttentionInputs
 from adapt_pruner_jax.models.axes import Params
@@ -117,7 +117,10 @@ class Decoder(nn.Module):
     """
     x_BTD = self.weight["embedding"][tokens_BT]
     scale = self.config.embed_scale
-    return x_BTD if scale == 1 else x_BTD * jnp.asarray(scale, x_BTD.dtype)
+    if scale != 1:
+      x_BTD *= jnp.asarray(scale, x_BTD.dtype)
+    rows_BTR = self.weight["told"][tokens_BT] if self.config.told else None
+    return told.in_front(self.config, self.weight, rows_BTR, x_BTD)
 
   def normed(self, x_BTD: jax.Array) -> jax.Array:
     """The stream behind the final norm, which `head_matrix` multiplies.
@@ -125,6 +128,7 @@ class Decoder(nn.Module):
     Args:
       x_BTD: the residual stream behind the last layer.
     """
+    x_BTD = layer.stream(self.config, x_BTD)
     x_BTD = layer.norm(self.config, self.weight, "final_norm", x_BTD)
     if self.config.head_bias:
       one_BTC = jnp.ones((*x_BTD.shape[:-1], 1), x_BTD.dtype)

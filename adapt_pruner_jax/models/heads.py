@@ -33,6 +33,8 @@ def norm(
   if config.parallel and name == "mlp_norm":
     x = x[..., : config.hidden_size]
     name = "attn_norm" if config.shared_norm else name
+  elif any(config.carried()) and name in ("attn_norm", "mlp_norm"):
+    x = x[..., -config.hidden_size :]
   if name not in weights:
     return x
   if config.norm == "layer":
@@ -61,7 +63,8 @@ def heads(
   """
   rope = _rope(inputs.ropes, place.rope)
   h_BTD = norm(config, weights, "attn_norm", x_BTD)
-  q_BTKGH, *kv = _qkv(config, weights, rope, h_BTD, masks)
+  q_BTKGH = _queries(config, weights, rope, h_BTD, masks)
+  kv = _seen(config, weights, place, rope, x_BTD, h_BTD, masks)
   if config.rope.query_growth:
     scale_BT = query_scale(config.rope, inputs.positions)
     q_BTKGH *= scale_BT[..., None, None, None].astype(q_BTKGH.dtype)
@@ -110,31 +113,77 @@ def _rope(ropes: tuple[RopeTables, ...], which: jax.Array | int) -> RopeTables:
   return jax.tree.map(lambda *tables: jnp.stack(tables)[which], *ropes)
 
 
-def _qkv(config, weights, rope, h_BTD, masks):
-  """Rotated queries [B, T, K, G, H] and keys, and values [B, T, K, H]."""
+def keys_and_values(
+  config: ModelConfig,
+  weights: Params,
+  place: Any,
+  inputs: AttentionInputs,
+  x_BTD: jax.Array,
+  masks: Mapping[str, jax.Array] | None,
+) -> tuple[jax.Array, jax.Array]:
+  """Keys and values of the tokens, [B, T, K, H] each.
+
+  Args:
+    config, weights, place, inputs, x_BTD, masks: as of `heads`.
+  """
+  h_BTD = norm(config, weights, "attn_norm", x_BTD)
+  rope = _rope(inputs.ropes, place.rope)
+  return _keys_values(config, weights, rope, h_BTD, masks)
+
+
+def _seen(config, weights, place, rope, x_BTD, h_BTD, masks):
+  """The layer's own keys and values, or those of one before it."""
+  if "k" not in weights:
+    return _given(config, weights, place, x_BTD)
+  own = _keys_values(config, weights, rope, h_BTD, masks)
+  again = place.reuses
+  if not config.reuses or isinstance(again, int):  # known: it has its own
+    return own
+  given = _given(config, weights, place, x_BTD)
+  return [jnp.where(again == 1, *pair) for pair in zip(given, own, strict=True)]
+
+
+def _given(config, weights, place, x_BTD):
+  """Keys and values that another layer has handed on."""
+  begin = sum(config.carried()[: 1 + place.kind])
+  size = config.carried()[1 + place.kind] // 2
+  shape = *x_BTD.shape[:2], -1, weights["o"].shape[2]
+  parts = (x_BTD[..., begin + i * size :][..., :size] for i in range(2))
+  return tuple(part.reshape(shape) for part in parts)
+
+
+def _queries(config, weights, rope, h_BTD, masks):
+  """Rotated queries, [B, T, K, G, H]."""
   w, c = weights, config
   q_BTKGH = read_by("btd,dkgh->btkgh", h_BTD, w["q"])
+  if c.qkv_bias:
+    q_BTKGH = q_BTKGH + w["q_bias"]
+  if c.qk_norm == "head" and not c.qk_norm_late:
+    q_BTKGH = norm(c, w, "q_norm", q_BTKGH)
+  elif c.qk_norm == "all":
+    q_BTKGH = _norm_all(c, w["q_norm_all"], q_BTKGH, masks)
+  B, T, K, G, H = q_BTKGH.shape
+  q_BTNH = rotate(q_BTKGH.reshape(B, T, K * G, H), rope)
+  q_BTKGH = q_BTNH.reshape(q_BTKGH.shape)
+  return norm(c, w, "q_norm", q_BTKGH) if c.qk_norm_late else q_BTKGH
+
+
+def _keys_values(config, weights, rope, h_BTD, masks):
+  """Rotated keys, and values, [B, T, K, H] each."""
+  w, c = weights, config
   k_BTKH = read_by("btd,dkh->btkh", h_BTD, w["k"])
   # Without a matrix of their own, values are made as keys are.
   v_BTKH = read_by("btd,dkh->btkh", h_BTD, w["v"]) if "v" in w else k_BTKH
   if c.qkv_bias:
-    q_BTKGH, k_BTKH = q_BTKGH + w["q_bias"], k_BTKH + w["k_bias"]
-    v_BTKH = v_BTKH + w["v_bias"]
+    k_BTKH, v_BTKH = k_BTKH + w["k_bias"], v_BTKH + w["v_bias"]
   if c.v_norm:
     v_BTKH = rms_norm(v_BTKH, jnp.ones((), v_BTKH.dtype), c.norm_eps)
   if c.qk_norm == "head" and not c.qk_norm_late:
-    q_BTKGH = norm(c, w, "q_norm", q_BTKGH)
     k_BTKH = norm(c, w, "k_norm", k_BTKH)
   elif c.qk_norm == "all":
-    q_BTKGH = _norm_all(c, w["q_norm_all"], q_BTKGH, masks)
     k_BTKH = _norm_all(c, w["k_norm_all"], k_BTKH, masks)
-  B, T, K, G, H = q_BTKGH.shape
-  q_BTNH = rotate(q_BTKGH.reshape(B, T, K * G, H), rope)
-  q_BTKGH, k_BTKH = q_BTNH.reshape(q_BTKGH.shape), rotate(k_BTKH, rope)
-  if c.qk_norm_late:
-    q_BTKGH = norm(c, w, "q_norm", q_BTKGH)
-    k_BTKH = norm(c, w, "k_norm", k_BTKH)
-  return q_BTKGH, k_BTKH, v_BTKH
+  k_BTKH = rotate(k_BTKH, rope)
+  return norm(c, w, "k_norm", k_BTKH) if c.qk_norm_late else k_BTKH, v_BTKH
 
 
 def _norm_all(config, scale, x_BTKH, masks):

@@ -24,7 +24,7 @@ from adapt_pruner_jax.models import axes, delta_net, experts
 from adapt_pruner_jax.models.arithmetic import ACTIVATIONS, project, xielu
 from adapt_pruner_jax.models.attention import AttentionInputs
 from adapt_pruner_jax.models.axes import Params
-from adapt_pruner_jax.models.heads import heads, norm
+from adapt_pruner_jax.models.heads import heads, keys_and_values, norm
 from adapt_pruner_jax.models.kernels import AUTO, Kernel
 from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.models.remat import BETWEEN, FRONT, read_by
@@ -54,6 +54,7 @@ class Place(NamedTuple):
   window: jax.Array | int  # positions that its queries see; 0 = all
   rope: jax.Array | int  # which of `AttentionInputs.ropes`
   kind: jax.Array | int = 0  # 1 = the second, as of `ModelConfig.kinds`
+  reuses: jax.Array | int = 0  # 1 = has the keys and values of one before it
 
 
 class Tap(NamedTuple):
@@ -78,14 +79,17 @@ class Tap(NamedTuple):
 def place(config: ModelConfig, index: int) -> Place:
   """The place of layer `index`, known when the program is compiled."""
   window = config.window[index] if config.window else 0
-  return Place(window, config.rope_ids()[index], int(config.is_second(index)))
+  kind, reuses = int(config.is_second(index)), config.reuses
+  again = reuses[index] if reuses else 0
+  return Place(window, config.rope_ids()[index], kind, again)
 
 
 def places(config: ModelConfig) -> Place:
   """The places of all layers to scan over, int32 [L] each."""
   window_L = np.array(config.window or (0,) * config.num_layers, np.int32)
   rope_L = np.array(config.rope_ids(), np.int32)
-  return Place(window_L, rope_L, np.array(config.kinds(), np.int32))
+  again_L = np.array(config.reuses or (0,) * config.num_layers, np.int32)
+  return Place(window_L, rope_L, np.array(config.kinds(), np.int32), again_L)
 
 
 def attention_inputs(
@@ -170,6 +174,8 @@ def run_half(
   """
   if unit == "K" and "o" in weights and writer_of("K", weights) != "o":
     return _either(config, weights, place, inputs, x_BTD, masks)
+  if unit == "K":
+    x_BTD = carry(config, weights, place, inputs, x_BTD, masks)
   fed, cache = read(unit, config, weights, place, inputs, x_BTD, masks, cache)
   counted = fed
   if fed is not None and masks is not None and unit in masks:
@@ -242,12 +248,53 @@ def read(
     segments_BT = None if inputs.prefix else inputs.segments
     args = weights, config.norm_eps, h_BTD, segments_BT
     return delta_net.heads(*args, cache)
-  if config.wide_heads:  # the kind says who sees whom, and how they turn
-    place = Place(max(config.window), 1)
-  if "wide_o" in weights:
-    place = Place(0, 0)
-    weights = {n.removeprefix("wide_"): w for n, w in weights.items()}
+  weights, place = _of_kind(config, weights, place)
   return heads(config, weights, place, inputs, x_BTD, masks, cache)
+
+
+def _of_kind(config, weights, place):
+  """Weights and place of an attention whose heads may be of either size."""
+  if "wide_o" in weights:
+    weights = {n.removeprefix("wide_"): w for n, w in weights.items()}
+    return weights, place._replace(window=0, rope=0, kind=1)
+  if config.wide_heads:  # the kind says who sees whom, and how they turn
+    place = place._replace(window=max(config.window), rope=1, kind=0)
+  return weights, place
+
+
+def carry(
+  config: ModelConfig,
+  weights: Params,
+  place: Place,
+  inputs: AttentionInputs,
+  x_BTD: jax.Array,
+  masks: Mapping[str, jax.Array] | None = None,
+) -> jax.Array:
+  """Hands an attention's keys and values on, to layers without their own.
+
+  They replace what an earlier layer of the kind has handed on.
+
+  Args:
+    config, weights, place, inputs, masks: as `run_half`'s.
+    x_BTD: what is in front of the attention.
+
+  Returns:
+    The same, with them in front of the residual stream (`carried`).
+  """
+  again = place.reuses
+  if not config.reuses or not count("K", weights):
+    return x_BTD
+  if isinstance(again, int) and again:
+    return x_BTD
+  weights, place = _of_kind(config, weights, place)
+  k_v = keys_and_values(config, weights, place, inputs, x_BTD, masks)
+  if k_v[0].shape[2] != config.reused_groups[place.kind]:
+    return x_BTD  # pruned: it is none that others use
+  new = jnp.concatenate([x.reshape(*x.shape[:2], -1) for x in k_v], axis=-1)
+  begin = sum(config.carried()[: 1 + place.kind])
+  parts = x_BTD[..., :begin], new, x_BTD[..., begin + new.shape[-1] :]
+  y_BTD = jnp.concatenate([x.astype(x_BTD.dtype) for x in parts], axis=-1)
+  return jnp.where(again == 1, x_BTD, y_BTD)
 
 
 def write(
@@ -293,11 +340,34 @@ def write(
     if config.residual_scale != 1:
       y_BTD *= jnp.asarray(config.residual_scale, y_BTD.dtype)
     x_BTD = x_BTD + y_BTD
+  if unit == "F" and "told_out" in weights:
+    told_BTI = front_BTD[..., : config.told]
+    x_BTD = x_BTD + _hear(config, weights, x_BTD, told_BTI)
   if unit == "F" and "out_scale" in weights:
     x_BTD *= jax.lax.stop_gradient(weights["out_scale"])  # is not trained
   if config.parallel and unit == "K":
     return jnp.concatenate([front_BTD, x_BTD], axis=-1)
+  if carried := sum(config.carried()):
+    front_BTC = front_BTD[..., :carried].astype(x_BTD.dtype)
+    if unit == "F" and config.told:
+      front_BTC = _next_told(config, front_BTC)
+    return jnp.concatenate([front_BTC, x_BTD], axis=-1)
   return x_BTD
+
+
+def _hear(config, weights, x_BTE, told_BTI):
+  """What a layer makes of what it is told of each token."""
+  h_BTI = project("bte,ei->bti", x_BTE, weights["told_gate"])
+  h_BTI = ACTIVATIONS[config.activation](h_BTI) * told_BTI
+  y_BTE = project("bti,ie->bte", h_BTI, weights["told_out"])
+  return norm(config, weights, "told_post_norm", y_BTE)
+
+
+def _next_told(config, front_BTC):
+  """What is carried, with what the next layer is told at its front."""
+  here, ends = config.told, config.told * config.told_layers
+  parts = front_BTC[..., here:ends], front_BTC[..., :here]
+  return jnp.concatenate([*parts, front_BTC[..., ends:]], axis=-1)
 
 
 def stream(config: ModelConfig, x: jax.Array) -> jax.Array:
@@ -305,12 +375,14 @@ def stream(config: ModelConfig, x: jax.Array) -> jax.Array:
 
   Between the halves of a layer whose MLP reads what is in front of the
   attention, both are handed on, side by side: what is in front, and the stream.
+  Other models carry more in front of it (`ModelConfig.carried`).
 
   Args:
     config: as `run_layer`'s.
     x: in front of a half or behind it, [B, T, D] or [B, T, 2 D].
   """
-  return x[..., -config.hidden_size :] if config.parallel else x
+  beside = config.parallel or any(config.carried())
+  return x[..., -config.hidden_size :] if beside else x
 
 
 def count(unit: str, weights: Params) -> int:

@@ -99,6 +99,12 @@ class ModelConfig:
   wide_heads: WideHeads | None = None
   v_norm: bool = False  # of each value, without a weight
   out_scale: bool = False  # the stream behind a layer is scaled
+  # 1 = a layer with the keys and values of the last one of its kind that has
+  # its own; () = none.
+  reuses: tuple[int, ...] = ()
+  reused_groups: tuple[int, int] = (0, 0)  # KV groups of those, by kind
+  told: int = 0  # I, channels of what each layer is told of a token
+  told_layers: int = 0  # of the original, as many as are told something
 
   @property
   def num_layers(self) -> int:
@@ -119,6 +125,8 @@ class ModelConfig:
       "X": self.experts,
       "S": self.shared_width,
       "O": 1,
+      "I": self.told,
+      "R": self.told * self.told_layers,
     }
     sizes |= {
       "D": self.hidden_size,
@@ -184,6 +192,29 @@ class ModelConfig:
     """Channels of all heads of each layer, which its `o` reads."""
     return tuple(n * self.group(i)[1] for i, n in enumerate(self.heads()))
 
+  def carried(self) -> tuple[int, int, int]:
+    """Channels that ride in front of the residual stream, side by side.
+
+    What layers are told of a token, and keys and values that layers of either
+    kind use again.
+    """
+    heads = self.head_dim, self.wide_heads.head_dim if self.wide_heads else 0
+    first, second = (
+      2 * k * size for k, size in zip(self.reused_groups, heads, strict=True)
+    )
+    return self.told * self.told_layers, first, second
+
+  def is_held(self, layer: int) -> bool:
+    """Whether a layer's KV groups are tied to those of other layers.
+
+    It uses the keys and values of another one, or others use its own.
+    """
+    if not self.reuses or self.reuses[layer]:
+      return bool(self.reuses)
+    own = [i for i, again in enumerate(self.reuses) if not again]
+    kind = self.kinds()[layer]
+    return layer == max(i for i in own if self.kinds()[i] == kind)
+
   def units(self) -> dict[str, tuple[int, ...]]:
     """Units of each layer by their letter: {"K": [L], "F": [L]}."""
     return {"K": self.kv_groups, "F": self.ffn_widths}
@@ -201,7 +232,7 @@ class ModelConfig:
   def with_layers(self, layers: Sequence[int]) -> "ModelConfig":
     """The model with these layers only, in this order."""
     of_layers = ("kv_groups", "ffn_widths", "window", "nope", "residual")
-    of_layers += ("delta", "wide")
+    of_layers += ("delta", "wide", "reuses")
     fields = {name: getattr(self, name) for name in of_layers}
     return dataclasses.replace(
       self, **{n: tuple(x[i] for i in layers if x) for n, x in fields.items()}
@@ -319,13 +350,15 @@ def layer_names(config: ModelConfig, layer: int | None = None) -> list[str]:
   mlp += [f"{front}_bias"] * config.norm_bias
   if layer is not None:
     mixer = mixer if config.kv_groups[layer] else []
+    if config.reuses and config.reuses[layer]:
+      mixer = [n for n in mixer if n not in axes.KEYS_VALUES]
     # A shared expert goes on where the others have no channels.
     kept = [n for n in mlp if n.startswith("mlp_")] if shared else []
     mlp = mlp if config.ffn_widths[layer] else kept
   shortcuts = ["attn_shortcut", "mlp_shortcut"] * bool(config.residual)
   biases = ["o_bias"] * has_o_bias + ["down_bias"] * config.down_bias
-  scale = ["out_scale"] * config.out_scale
-  return [*dict.fromkeys(mixer + mlp + [*shared] + biases + shortcuts + scale)]
+  last = ["out_scale"] * config.out_scale + [*axes.TOLD] * bool(config.told)
+  return [*dict.fromkeys(mixer + mlp + [*shared] + biases + shortcuts + last)]
 
 
 def _attention_names(config: ModelConfig) -> list[str]:
@@ -348,7 +381,8 @@ def outer_names(config: ModelConfig) -> list[str]:
   """Names of the parameters outside the layers."""
   norm = ["final_norm"] + ["final_norm_bias"] * config.norm_bias
   head = ["lm_head"] * (not config.tied) + ["lm_head_bias"] * config.head_bias
-  return ["embedding", *norm, *head]
+  told = axes.TOLD_OUTER if config.told else ()
+  return ["embedding", *norm, *head, *told]
 
 
 def param_shapes(config: ModelConfig) -> dict:

@@ -21,7 +21,12 @@ from adapt_pruner_jax.distributed import each_device, placement, sharding
 from adapt_pruner_jax.models.attention import AttentionInputs
 from adapt_pruner_jax.models.axes import UNITS, Params
 from adapt_pruner_jax.models.kernels import Kernel
-from adapt_pruner_jax.models.layer import attention_inputs, places, run_layer
+from adapt_pruner_jax.models.layer import (
+  attention_inputs,
+  places,
+  run_layer,
+  stream,
+)
 from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.pruning import ends
 from adapt_pruner_jax.pruning.visitor import Found, Half, Sums, Visitor
@@ -243,7 +248,8 @@ def _forward(model: Stacked, rows: _Rows, observe) -> Callable:
       x_BTD, share_B = minibatch
       args = model.config, weights, place, rows.inputs, x_BTD, masks
       out_BTD, tap = run_layer(*args)
-      observed = observe and observe(x_BTD, out_BTD, share_B)
+      around = (stream(model.config, x) for x in (x_BTD, out_BTD))
+      observed = observe and observe(*around, share_B)
       return (tap.between, out_BTD), observed
 
     return jax.lax.map(one, minibatches)
@@ -252,7 +258,7 @@ def _forward(model: Stacked, rows: _Rows, observe) -> Callable:
     layer = placement.fetched(layer)
 
     def observed():
-      x_BTD, share_B = x_MBTD[0], share_MB[0]
+      x_BTD, share_B = stream(model.config, x_MBTD[0]), share_MB[0]
       return observe and observe(x_BTD, x_BTD, share_B)
 
     like = jax.eval_shape(lambda: jax.tree.map(_of_all(share_MB), observed()))

@@ -22,9 +22,7 @@ def embed(
   # Rows are cut in each minibatch, and so must lead.
   tokens_BMT = jnp.moveaxis(tokens_MBT, 1, 0)
   B, M, T = tokens_BMT.shape
-  x_BXD = embedding.embed(
-    config, stacked["embedding"], tokens_BMT.reshape(B, M * T), mesh
-  )
+  x_BXD = embedding.embed(config, stacked, tokens_BMT.reshape(B, M * T), mesh)
   return cut(jnp.moveaxis(x_BXD.reshape(B, M, T, -1), 0, 1), mesh)
 
 

@@ -222,6 +222,12 @@ def check(config: ModelConfig, settings: Prune) -> None:
       f"--config.prune.method={', '.join(OF_ALL_KINDS)}, with "
       f"--config.prune.group_importance={', '.join(scores.KINDS)} or fisher"
     )
+  if settings.method == "shortgpt" and config.reuses:
+    raise UserError(
+      f"{config.family} models with layers that use the keys and values of "
+      "others cannot drop layers: choose another --config.prune.method than "
+      "shortgpt"
+    )
   if settings.method == "minitron":
     minitron.check(config, settings)
   if settings.method == "surgeon":

@@ -19,6 +19,7 @@ from adapt_pruner_jax.models.layer import (
   HALVES,
   NAMES,
   attention_inputs,
+  carry,
   norm,
   read,
   write,
@@ -68,13 +69,22 @@ def advance(config, writer, layer, place, stream, mesh) -> None:
   unit = axes.unit_of(writer)
   for number, x_BTD in enumerate(stream):
     fed = fed_to(config, writer, layer, place, x_BTD, mesh=mesh)
+    if config.reuses and unit == "K":
+      x_BTD = _carry(config, layer, place, x_BTD, mesh=mesh)
     stream[number] = written(config, unit, layer, x_BTD, fed, mesh=mesh)
 
 
 @partial(jax.jit, static_argnames=("config", "mesh"))
 def _embed(config, outer, tokens_BT, *, mesh):
-  x_BTD = embed(config, outer["embedding"], tokens_BT, mesh)
+  x_BTD = embed(config, outer, tokens_BT, mesh)
   return placement.cut_rows(x_BTD.astype(jnp.float32), mesh)
+
+
+@partial(jax.jit, static_argnames=("config", "mesh"))
+def _carry(config, layer, place, x_BTD, *, mesh):
+  inputs = attention_inputs(config, x_BTD.shape[1])
+  x_BTD = carry(config, layer, place, inputs, x_BTD)
+  return placement.cut_rows(x_BTD, mesh)
 
 
 @partial(jax.jit, static_argnames=("config", "unit", "mesh"))

@@ -67,7 +67,7 @@ def ends(
   alpha, kernel = settings.lora_alpha, Kernel(settings.attention, mesh)
   params = trained if base is None else base
   matrix, dtype = head_matrix(config, params), jnp.dtype(settings.dtype)
-  x_BTD = embed(config, params["embedding"], batch["tokens_BT"], mesh, dtype)
+  x_BTD = embed(config, params, batch["tokens_BT"], mesh, dtype)
   positions_BT, segments_BT = batch["positions_BT"], batch["segments_BT"]
   counts_BT = segments_BT > 0 if config.router_loss_on else None
   if not layer_runs.bounds(trained):

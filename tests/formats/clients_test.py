@@ -70,7 +70,10 @@ def exports(animals, golden, tmp_path_factory):
     # with delta nets and a shared expert too.
     holed = name in zoo.SINCE_5 and not whole[0].experts
     holed |= name.startswith(("qwen3_5", "gemma4"))
-    pruned = zoo.cut(*whole, **(zoo.HOLES if holed else zoo.UNEVEN))
+    sizes = zoo.OWN_UNEVEN.get(name, zoo.UNEVEN)
+    if holed:
+      sizes = zoo.OWN_HOLES.get(name, zoo.HOLES)
+    pruned = zoo.cut(*whole, **sizes)
     export(name, "hf", *pruned)
     if name not in ("olmo2", "olmo3", "olmoe"):
       export(name, "hf_uniform", *pruned)

@@ -19,7 +19,7 @@ pytest.importorskip("torch")
 SLOW = ("phi3_longrope", "qwen3_5_text", "exaone4", "glm", "hunyuan_v1_dense")
 SLOW += ("gpt_oss", "qwen3_5_moe_text", "cohere", "cohere2", "stablelm")
 SLOW += ("stablelm_parallel", "phi", "apertus", "ministral")
-SLOW += ("gemma4_text", "gemma4_moe_text")
+SLOW += ("gemma4_text", "gemma4_e_text", "gemma4_moe_text")
 
 
 def logits_of(config, params, tokens):
@@ -204,8 +204,26 @@ def test_sizes_of_a_gemma4():
 @pytest.mark.parametrize(
   "changes, words",
   [
-    ({"hidden_size_per_layer_input": 256}, "_input=256 is not supported"),
-    ({"num_kv_shared_layers": 2}, "num_kv_shared_layers=2 is not supported"),
+    (
+      {"hidden_size_per_layer_input": 4, "vocab_size": 9},
+      "vocab_size_per_layer_input=262144 is not supported; vocab_size=9 is",
+    ),
+    ({"num_kv_shared_layers": 8}, "num_kv_shared_layers=8 .*; 0 to 7 of 8"),
+    ({"num_kv_shared_layers": 3}, "leaves no layer of the kind full_attention"),
+    (
+      {
+        "num_kv_shared_layers": 1,
+        "per_layer_config": {
+          "5": {"head_dim": 512, "num_key_value_heads": 1},
+          "7": {
+            "head_dim": 512,
+            "num_key_value_heads": 2,
+            "num_attention_heads": 16,
+          },
+        },
+      },
+      "layer 7 has 2 KV groups and uses those of a layer with 1",
+    ),
     ({"use_bidirectional_attention": "all"}, "attention=all is not supported"),
     ({"attention_bias": True}, "attention_bias=True is not supported"),
     ({"layer_types": ["full_attention"] * 8}, "all layers are of the kind"),

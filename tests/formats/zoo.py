@@ -67,6 +67,17 @@ GEMMA4 = {
   "final_logit_softcapping": 3.0,
   "hidden_size_per_layer_input": 0,
 }
+# As E2B and E4B: the last layers of either kind use keys and values of others.
+GEMMA4_E = {
+  **GEMMA4,
+  "attention_k_eq_v": False,
+  "num_hidden_layers": 5,
+  "layer_types": [*GEMMA4["layer_types"], *GEMMA4["layer_types"][1:]],
+  "hidden_size_per_layer_input": 6,
+  "vocab_size_per_layer_input": BASE["vocab_size"],
+  "num_kv_shared_layers": 2,
+  "use_double_wide_mlp": True,
+}
 UNEVEN = {"K": (4, 1, 2), "F": (24, 17, 5)}
 HOLES = {"K": (0, 4, 1), "F": (24, 0, 7)}  # the first layer has no attention
 # name: (model_type, what differs from BASE). Sequences are longer than windows.
@@ -183,6 +194,7 @@ CASES = {
     },
   ),
   "gemma4_text": ("gemma4_text", GEMMA4),
+  "gemma4_e_text": ("gemma4_text", GEMMA4_E),
   "gemma4_moe_text": (
     "gemma4_text",
     {
@@ -338,7 +350,10 @@ SINCE_5 += ("starcoder2", "qwen3_5_text", "exaone4", "glm", "helium")
 SINCE_5 += ("hunyuan_v1_dense", "granitemoe", "olmoe", "qwen3_moe")
 SINCE_5 += ("cohere", "cohere2", "stablelm", "stablelm_parallel", "phi")
 SINCE_5 += ("apertus", "gpt_oss", "qwen3_5_moe_text", "ministral")
-SINCE_5 += ("gemma4_text", "gemma4_moe_text")
+SINCE_5 += ("gemma4_text", "gemma4_e_text", "gemma4_moe_text")
+# Of other numbers of layers, where those that share have to be whole.
+OWN_UNEVEN = {"gemma4_e_text": {"K": (1, 4, 4, 4, 4), "F": (24, 17, 5, 40, 9)}}
+OWN_HOLES = {"gemma4_e_text": {"K": (0, 4, 4, 4, 4), "F": (24, 0, 7, 40, 0)}}
 
 
 def slow_if(name: str, slow: Collection[str]) -> object:

@@ -4,6 +4,7 @@ from typing import Any
 
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.formats.hf import (
+  carried,
   fields,
   fp8,
   kinds,
@@ -95,6 +96,7 @@ def read(
     raise UserError(f"{path}: {name} models have no activation xielu")
   layers.check_biases(raw, family, path)
   values |= layers.read_sizes(raw, family, path)
+  values |= carried.read(raw, family, values, path)
   values |= layers.read_biases(raw, family)
   layers.check_experts(values, path)
   size, wide = values["head_dim"], values["wide_heads"]
@@ -146,7 +148,7 @@ def write(config: ModelConfig) -> dict[str, Any]:
         raw[name] = own
   raw |= layers.write_biases(config) | ropes.write(config, family)
   raw |= windows.write(config, family) | ropes.write_nope(config, family)
-  raw |= kinds.write(config, family)
+  raw |= kinds.write(config, family) | carried.write(config, family)
   raw |= family.must | family.written
   for usual, own in family.renamed.items():
     raw[own] = raw.pop(usual)

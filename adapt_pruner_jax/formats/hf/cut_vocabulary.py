@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from adapt_pruner_jax.errors import UserError
-from adapt_pruner_jax.formats.hf import generation_config, text_part
+from adapt_pruner_jax.formats.hf import carried, generation_config, text_part
 from adapt_pruner_jax.formats.hf.families import FAMILIES
 from adapt_pruner_jax.formats.hf.files import (
   ALL,
@@ -35,7 +35,7 @@ LISTS = ("suppress_tokens", "begin_suppress_tokens")
 ROWS = frozenset(  # tensors with a row a token
   names[name]
   for names in (OUTER, *(family.outer for family in FAMILIES.values()))
-  for name in ("embedding", "lm_head", "lm_head_bias")
+  for name in ("embedding", "lm_head", "lm_head_bias", "told")
   if name in names
 )
 
@@ -60,6 +60,8 @@ def write(
     whole = read_object(source / CONFIG)
     raw = text_part.config_of(whole, str(source / CONFIG))
     raw = {**raw, "vocab_size": len(kept)}
+    if carried.VOCABULARY in raw:
+      raw[carried.VOCABULARY] = len(kept)
     json_files.write_json(made / CONFIG, _renumbered(raw, new))
     json_files.write_json(made / "tokenizer.json", tokenizer)
     for name, change in (

@@ -145,7 +145,11 @@ EXPERT_FAMILIES = {
     },
     fixed={**GEMMA4.fixed, "router_norm": True, "expert_norms": True},
     tensors=GEMMA4.tensors | GEMMA4_EXPERTS,
-    must={**GEMMA4.must, "enable_moe_block": True},
+    must={
+      "enable_moe_block": True,
+      "hidden_size_per_layer_input": 0,
+      "num_kv_shared_layers": 0,
+    },
     passed=("vocab_size_per_layer_input", "use_double_wide_mlp"),
     renamed={
       "intermediate_size": "moe_intermediate_size",

@@ -7,7 +7,7 @@ Transformers knows such a field from version 5.15 on.
 from typing import Any
 
 from adapt_pruner_jax.errors import UserError
-from adapt_pruner_jax.formats.hf import kinds
+from adapt_pruner_jax.formats.hf import carried, kinds
 from adapt_pruner_jax.formats.hf.families import FAMILIES
 from adapt_pruner_jax.formats.hf.family import Family
 from adapt_pruner_jax.formats.hf.fields import NONE, Raw, mapping, require
@@ -33,7 +33,9 @@ MAX_LAYERS, MAX_SIZE = 10_000, 2**31 - 1
 
 def is_stock(config: ModelConfig) -> bool:
   """Whether the family's class in Transformers can hold the model."""
-  modules = *groups_by_kind(config), config.ffn_widths
+  widths = config.ffn_widths
+  widths = widths[:1] if carried.is_double(config) else widths
+  modules = *groups_by_kind(config), widths
   if not all(len({*sizes}) == 1 and sizes[0] for sizes in modules):
     return False
   if extra_biases(config) or (config.wide and len({*config.heads()}) > 1):
@@ -189,6 +191,9 @@ def _by_layer(raw: Raw, family: Family, path: str) -> list[dict[str, int]]:
   named = SIZES + kinds.SIZES * family.delta
   named += (kinds.HEAD_DIM,) * family.wide
   layers = [{n: raw[n] for n in named} for _ in range(raw["num_hidden_layers"])]
+  reuse = carried.reuses(raw, family, path)
+  for i, sizes in enumerate(layers):
+    sizes[WIDTH] = carried.width(raw, reuse, i, WIDTH)
   for key, sizes in mapping(raw, "per_layer_config", path).items():
     if not str(key).isdecimal() or int(key) >= len(layers):
       raise UserError(f"{path}: per_layer_config has no layer {key}")

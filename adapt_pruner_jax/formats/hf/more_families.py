@@ -18,11 +18,13 @@ from adapt_pruner_jax.formats.hf.tensor_names import (
   NORM_BIASES,
   OUTER,
   OUTER_PHI,
+  OUTER_TOLD,
   PHI,
   POST,
   Q_GATE,
   QK_NORM,
   SANDWICH,
+  TOLD,
   WIDE,
 )
 
@@ -105,7 +107,7 @@ MORE = {
     interleaved=True,
     heads=(),
   ),
-  # Gemma 4, dense, without embeddings in its layers
+  # Gemma 4, dense
   "gemma4_text": Family(
     "gemma4",
     "Gemma4",
@@ -132,7 +134,9 @@ MORE = {
       "layer_types": None,
       "final_logit_softcapping": None,
       "hidden_size_per_layer_input": 256,
+      "vocab_size_per_layer_input": 262144,
       "num_kv_shared_layers": 0,
+      "use_double_wide_mlp": False,
       "enable_moe_block": False,
     },
     fixed={
@@ -142,17 +146,11 @@ MORE = {
       "attn_scale": 1.0,
       "out_scale": True,
     },
-    tensors=LAYER | SANDWICH | QK_NORM | WIDE | {"out_scale": "layer_scalar"},
+    tensors=LAYER | SANDWICH | QK_NORM | WIDE | TOLD,
+    outer=OUTER_TOLD,
     layer="TextDecoderLayer",
-    must={
-      "hidden_size_per_layer_input": 0,
-      "num_kv_shared_layers": 0,
-      "enable_moe_block": False,
-    },
-    passed=(
-      *("vocab_size_per_layer_input", "use_double_wide_mlp", "num_experts"),
-      *("top_k_experts", "moe_intermediate_size"),
-    ),
+    must={"enable_moe_block": False},
+    passed=("num_experts", "top_k_experts", "moe_intermediate_size"),
     anyway={"use_bidirectional_attention": "vision"},  # tokens of pictures
     # Of "longrope" the class asks for one size of heads.
     ropes=tuple(kind for kind in ROPES if kind != "longrope"),

@@ -22,7 +22,12 @@ from adapt_pruner_jax.formats.hf.weights import Get, getter
 from adapt_pruner_jax.models import axes
 from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.decoder import Decoder
-from adapt_pruner_jax.models.layer import attention_inputs, place, run_layer
+from adapt_pruner_jax.models.layer import (
+  attention_inputs,
+  place,
+  run_layer,
+  stream,
+)
 from adapt_pruner_jax.models.model_config import (
   ModelConfig,
   layer_names,
@@ -163,7 +168,7 @@ def _wrong_logits(
 def _walked(config: ModelConfig) -> Iterator[Key]:
   """What `walk` asks for, in its order."""
   yield from ((None, name) for name in _around(config))
-  yield None, "embedding"
+  yield from ((None, name) for name in _tables(config))
   for i in range(config.num_layers):
     yield from ((i, name) for name in layer_names(config, i))
   yield None, "embedding" if config.tied else "lm_head"
@@ -172,7 +177,7 @@ def _walked(config: ModelConfig) -> Iterator[Key]:
 def _around(config: ModelConfig) -> list[str]:
   """Parameters outside the layers that have no dim of the residual stream and
   the vocabulary both."""
-  matrices = ("embedding", "lm_head")
+  matrices = ("embedding", "lm_head", "told")
   return [name for name in outer_names(config) if name not in matrices]
 
 
@@ -186,8 +191,8 @@ def walk(
 
   outer = weights(None, _around(config))
   bias_V = outer.pop("lm_head_bias", None)
-  rows_TD = get((None, "embedding"))[ids_BT[0]]
-  x_BTD = _outside(config, outer, rows_TD, np.arange(len(rows_TD))[None])
+  rows = {n: get((None, n))[ids_BT[0]] for n in _tables(config)}
+  x_BTD = _outside(config, outer, rows, np.arange(ids_BT.shape[1])[None])
   for i in range(config.num_layers):
     names = layer_names(config, i)
     x_BTD = _layer(config, weights(i, names), place(config, i), x_BTD)
@@ -201,26 +206,37 @@ def walk(
     part = slice(i, i + VOCABULARY_PART)
     if bias_V is not None:
       outer["lm_head_bias"] = bias_V[part]
-    logits.append(_outside(config, outer, matrix_VD[part], x_BTD))
+    rows = {"embedding": matrix_VD[part]}
+    logits.append(_outside(config, outer, rows, stream(config, x_BTD)))
   yield "logits", np.concatenate(logits, axis=-1)
 
 
-def _outside(config, outer, rows_VD, inputs):
+def _tables(config: ModelConfig) -> list[str]:
+  """Parameters with a row for each id."""
+  return [name for name in ("embedding", "told") if name in outer_names(config)]
+
+
+def _outside(config, outer, rows, inputs):
   """What the embedding makes of ids, or the output matrix of x_BTD.
 
-  Either knows the rows `rows_VD` only.
+  Either knows the rows in `rows` only.
   """
+  if "told" not in rows:  # which the output matrix does not read
+    config = dataclasses.replace(config, told=0, reused_groups=(0, 0))
+    outer = {n: x for n, x in outer.items() if n not in axes.TOLD_OUTER}
   config = dataclasses.replace(
     config,
-    vocab_size=len(rows_VD),
+    vocab_size=len(rows["embedding"]),
     tied=True,
     kv_groups=(),
     ffn_widths=(),
     window=(),
     nope=(),
+    reuses=(),
     head_bias="lm_head_bias" in outer,
   )
-  params = outer | {"embedding": jnp.asarray(rows_VD, jnp.float32)}
+  rows = {n: jnp.asarray(x, jnp.float32) for n, x in rows.items()}
+  params = outer | rows
   method = "embed" if inputs.ndim == 2 else "head"
   return Decoder(config).apply({"params": params}, inputs, method=method)
 

@@ -92,6 +92,18 @@ WIDE = {  # heads of another size, in some layers
   for name, tensor in (LAYER | QK_NORM).items()
   if name in ("q", "k", "v", "o", "q_norm", "k_norm")
 }
+OUTER_TOLD = {
+  **OUTER,
+  "told": "model.embed_tokens_per_layer.weight",
+  "told_proj": "model.per_layer_model_projection.weight",
+  "told_norm": "model.per_layer_projection_norm.weight",
+}
+TOLD = {  # what is behind the MLP of a layer of such a model
+  "told_gate": "per_layer_input_gate.weight",
+  "told_out": "per_layer_projection.weight",
+  "told_post_norm": "post_per_layer_input_norm.weight",
+  "out_scale": "layer_scalar",
+}
 SANDWICH = {
   "attn_post_norm": "post_attention_layernorm.weight",
   "mlp_norm": "pre_feedforward_layernorm.weight",

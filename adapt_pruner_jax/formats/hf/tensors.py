@@ -146,10 +146,10 @@ def hf_letters(name: str) -> tuple[str, ...]:
     return ("X" + letters[2], letters[1]) if letters[2:] else (letters,)
   if "conv" in name:  # each channel has one input
     return letters[:-1], "", letters[-1]
+  if name in ("embedding", "told"):
+    return tuple(letters)
   if not {*letters} & {*axes.RESIDUAL} or len(letters) == 1:
     return (letters,)
-  if name == "embedding":
-    return ("V", "D")
   if letters[0] in axes.RESIDUAL:
     return letters[1:], letters[0]
   return letters[-1], letters[:-1]

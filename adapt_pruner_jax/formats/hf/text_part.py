@@ -13,7 +13,7 @@ import numpy as np
 from absl import logging
 
 from adapt_pruner_jax.errors import UserError
-from adapt_pruner_jax.formats.hf import fp8, mxfp4, tensors
+from adapt_pruner_jax.formats.hf import carried, fp8, mxfp4, tensors
 from adapt_pruner_jax.formats.hf.families import FAMILIES
 from adapt_pruner_jax.formats.hf.fields import Raw
 from adapt_pruner_jax.formats.hf.files import (
@@ -186,15 +186,17 @@ def checkpoint(folder: Path) -> Any:
   heads = {family.outer["lm_head"] for family in FAMILIES.values()}
   names = heads | {f"language_model.{OUTER['lm_head']}"}
   found = Checkpoint(folder, names)
-  found = _without_unread(found, str(raw.get("model_type")))
+  found = _without_unread(found, raw)
   quantization = raw.get("quantization_config")
   found = mxfp4.unpacked(fp8.dequantized(found, quantization), quantization)
   return Part(found) if raw.get("model_type") in WRAPPERS else found
 
 
-def _without_unread(checkpoint: Checkpoint, kind: str) -> Any:
+def _without_unread(checkpoint: Checkpoint, raw: Raw) -> Any:
   """Without the tensors that the classes of this model_type pass over."""
+  kind = str(raw.get("model_type"))
   unread = UNREAD + (FAMILIES[kind].unread if kind in FAMILIES else ())
+  unread += carried.unread(raw)
   names = {
     tensor: tensor
     for tensor in checkpoint.shapes

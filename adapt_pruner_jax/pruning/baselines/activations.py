@@ -90,7 +90,7 @@ def embed(
 
 @partial(jax.jit, static_argnames=("config", "mesh"))
 def _embed(config, outer, tokens_BT, mesh):
-  x_BTD = embedding.embed(config, outer["embedding"], tokens_BT, mesh)
+  x_BTD = embedding.embed(config, outer, tokens_BT, mesh)
   return placement.cut_rows(x_BTD, mesh)
 
 

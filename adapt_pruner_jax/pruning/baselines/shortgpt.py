@@ -11,6 +11,7 @@ import numpy as np
 
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.models import axes
+from adapt_pruner_jax.models.layer import stream
 from adapt_pruner_jax.pruning import exact_target, scores, steps, surgery
 from adapt_pruner_jax.pruning.baselines import activations
 from adapt_pruner_jax.pruning.surgery import Kept
@@ -31,7 +32,8 @@ def measure(masked: Masked, tokens_NT: np.ndarray) -> Measured:
         y_BTD, _ = activations.half(
           *pair, i, unit, y_BTD, task.mesh, masks[unit][i]
         )
-      total_L[i] += _change(x_BTD, y_BTD, valid_B, mesh=task.mesh)
+      around = (stream(pair[0], x) for x in (x_BTD, y_BTD))
+      total_L[i] += _change(*around, valid_B, mesh=task.mesh)
       x_BTD = y_BTD
   influence_L = total_L / tokens_NT.size
   spread = {
