@@ -13,7 +13,8 @@ def forward_flops(config: ModelConfig, seq_len: int) -> tuple[float, float]:
     seq_len: tokens of its row; half of them are before it, on average.
   """
   matrix = config.vocab_size * config.hidden_size
-  outside = matrix * (1 if config.tied else 2)
+  looked_up = config.vocab_size * config.told * config.told_layers
+  outside = matrix * (1 if config.tied else 2) + looked_up
   inside = model_config.count_params(config) - outside - _not_asked(config)
   mixing = sum(
     groups * of_group(config, layer, seq_len)

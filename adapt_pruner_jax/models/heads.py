@@ -136,11 +136,13 @@ def _seen(config, weights, place, rope, x_BTD, h_BTD, masks):
   if "k" not in weights:
     return _given(config, weights, place, x_BTD)
   own = _keys_values(config, weights, rope, h_BTD, masks)
-  again = place.reuses
-  if not config.reuses or isinstance(again, int):  # known: it has its own
+  if not config.reuses:
     return own
   given = _given(config, weights, place, x_BTD)
-  return [jnp.where(again == 1, *pair) for pair in zip(given, own, strict=True)]
+  if given[0].shape != own[0].shape:  # no layer here uses those of another
+    return own
+  again = place.reuses == 1
+  return [jnp.where(again, *pair) for pair in zip(given, own, strict=True)]
 
 
 def _given(config, weights, place, x_BTD):

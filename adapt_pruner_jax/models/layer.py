@@ -281,12 +281,9 @@ def carry(
   Returns:
     The same, with them in front of the residual stream (`carried`).
   """
-  again = place.reuses
-  if not config.reuses or not count("K", weights):
-    return x_BTD
-  if isinstance(again, int) and again:
-    return x_BTD
   weights, place = _of_kind(config, weights, place)
+  if not config.reuses or "k" not in weights:
+    return x_BTD
   k_v = keys_and_values(config, weights, place, inputs, x_BTD, masks)
   if k_v[0].shape[2] != config.reused_groups[place.kind]:
     return x_BTD  # pruned: it is none that others use
@@ -294,7 +291,7 @@ def carry(
   begin = sum(config.carried()[: 1 + place.kind])
   parts = x_BTD[..., :begin], new, x_BTD[..., begin + new.shape[-1] :]
   y_BTD = jnp.concatenate([x.astype(x_BTD.dtype) for x in parts], axis=-1)
-  return jnp.where(again == 1, x_BTD, y_BTD)
+  return jnp.where(place.reuses == 1, x_BTD, y_BTD)
 
 
 def write(

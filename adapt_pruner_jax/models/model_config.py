@@ -102,7 +102,7 @@ class ModelConfig:
   # 1 = a layer with the keys and values of the last one of its kind that has
   # its own; () = none.
   reuses: tuple[int, ...] = ()
-  reused_groups: tuple[int, int] = (0, 0)  # KV groups of those, by kind
+  reused_groups: tuple[int, int] = (0, 0)  # KV groups of those; 0 = none
   told: int = 0  # I, channels of what each layer is told of a token
   told_layers: int = 0  # of the original, as many as are told something
 
@@ -209,11 +209,12 @@ class ModelConfig:
 
     It uses the keys and values of another one, or others use its own.
     """
-    if not self.reuses or self.reuses[layer]:
-      return bool(self.reuses)
-    own = [i for i, again in enumerate(self.reuses) if not again]
+    pairs = [*zip(self.reuses, self.kinds(), strict=False)]
     kind = self.kinds()[layer]
-    return layer == max(i for i in own if self.kinds()[i] == kind)
+    if (1, kind) not in pairs:
+      return False
+    own = [i for i, pair in enumerate(pairs) if pair == (0, kind)]
+    return bool(self.reuses[layer]) or layer == own[-1]
 
   def units(self) -> dict[str, tuple[int, ...]]:
     """Units of each layer by their letter: {"K": [L], "F": [L]}."""

@@ -177,8 +177,9 @@ def _outside(config: ModelConfig, settings: Prune) -> int:
   if settings.budget == "latency":
     return _table(settings).outside(config.vocab_size)
   names = model_config.outer_names(config)
-  if settings.budget == "flops" and not config.tied:
-    names.remove("embedding")  # looked up
+  if settings.budget == "flops":  # not of what is looked up
+    looked_up = {"told"} if config.tied else {"told", "embedding"}
+    names = [name for name in names if name not in looked_up]
   what = file_bytes.Layer(None, config.num_layers, config.tied)
   total = sum(_tensor(settings, n, config.sizes(), what) for n in names)
   for i in range(config.num_layers):
@@ -225,6 +226,8 @@ def _names(config: ModelConfig, layer: int) -> dict[str, list[str]]:
 
 def _cached(config: ModelConfig, layer: int, seen: int) -> int:
   """Numbers that a KV group of a layer keeps of a sequence."""
+  if config.reuses and config.reuses[layer]:
+    return 0  # those of another layer
   if not config.is_delta(layer):
     return 2 * config.group(layer)[1] * seen
   net = config.delta_net

@@ -54,7 +54,7 @@ def tensor(
   if "norm" in name or "bias" in name:
     return 4 * size
   # A row holds the inputs of a neuron, or the embedding of a token.
-  inputs = {"o": "KGH", "embedding": "D"}.get(name, letters[0])
+  inputs = {"o": "KGH", "embedding": "D", "told": "R"}.get(name, letters[0])
   row = _product(inputs, sizes)
   kind = _kind(export, name, where)
   found = 2 * size  # f16

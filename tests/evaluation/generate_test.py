@@ -57,6 +57,9 @@ SECOND = {
   )
   for option in ("delta", "wide")
 }
+SECOND["shared"] = dataclasses.replace(  # keys and values of an earlier layer
+  small.option("shared"), vocab_size=48, context=128
+)
 PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8, 9, 10, 3, 3], [11]]
 WARM = generate.Sampling(1.0)
 NEW = 40  # more than one chunk

@@ -54,7 +54,7 @@ def test_counts_of_published_models():
 def test_unit_cost_is_what_a_unit_less_saves(option):
   config = small.option(option)
   size = model_config.count_params(config)
-  fewer_K = dataclasses.replace(config, kv_groups=(3, 2, 3))
+  fewer_K = dataclasses.replace(config, kv_groups=(3, *config.kv_groups[1:]))
   fewer_F = dataclasses.replace(config, ffn_widths=(24, 40, 16))
   cost = model_config.unit_cost(config)
   assert size - model_config.count_params(fewer_K) == cost["K"]

@@ -405,10 +405,13 @@ def test_masked_is_removed(option):
   config = small.option(option)
   params, mesh = small.random_params(config), small.one_device()
   kept = small.random_kept(config)
-  tokens = small.tokens(config, 2, 9)
-  stacked = surgery.expand(
-    config, params, surgery.everything(config), config, mesh
+  whole = surgery.everything(config)
+  kept["K"] = tuple(
+    (whole if config.is_held(i) else kept)["K"][i]
+    for i in range(config.num_layers)
   )
+  tokens = small.tokens(config, 2, 9)
+  stacked = surgery.expand(config, params, whole, config, mesh)
   masks = surgery.to_masks(kept, config)
   got = masked_logits(surgery.dense(config), stacked, masks, tokens)
   cut, params = surgery.gather(config, params, kept, mesh)

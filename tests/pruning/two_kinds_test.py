@@ -27,7 +27,7 @@ from tests import small
 
 CONFIG = small.option("delta")
 SIZE = model_config.count_params(CONFIG)
-KINDS = pytest.mark.parametrize("option", ["delta", "wide"])
+KINDS = pytest.mark.parametrize("option", ["delta", "wide", "shared"])
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -108,6 +108,7 @@ def test_scores_are_weights_times_gradients(option):
 
 
 READERS = {
+  "shared": ("wide_q", "wide_k", "wide_v"),
   "delta": ("delta_q", "delta_k", "delta_v", "delta_gate", "delta_decay"),
   "wide": ("wide_q", "wide_k"),
 }
@@ -129,7 +130,7 @@ def test_refit_of_all_matrices(option):
   by_name = {(r["layer"], r["matrix"]): r for r in records}
   for name in ("q", "o", *["q_gate"] * config.attn_gate):
     assert (2, name) in by_name
-  for name in (*READERS[option], f"{option}_o"):
+  for name in (*READERS[option], "delta_o" if option == "delta" else "wide_o"):
     assert (1, name) in by_name
   better = [r for r in records if r["refitted"]]
   assert all(r["after"] < r["before"] for r in better)

@@ -74,10 +74,12 @@ def test_uneven_layers_with_absent_halves(monkeypatch):
     ("norm of all heads",),
     ("sandwich",),
     ("wide",),
+    ("shared",),
   ],
 )
 def test_options_of_families(monkeypatch, names):
-  """Biases, norms over all heads, windows, rotary tables, sizes of heads."""
+  """Biases, norms over all heads, windows, rotary tables, sizes of heads, keys
+  and values of other layers."""
   settings, config = Train(remat="full", weight_decay=0.1), small.CONFIG
   for name in names:
     config = dataclasses.replace(config, **small.OPTIONS[name])

@@ -104,7 +104,8 @@ def read(
     groups = [*zip(sizes["kv_groups"], sizes["wide"], strict=True)]
     first = reuse.index(1)
     last = {kind: own for own, kind in groups[:first]}
-    shared = [last[kind] for kind in (0, 1)]
+    sharing = {kind for _, kind in groups[first:]}
+    shared = [last[kind] if kind in sharing else 0 for kind in (0, 1)]
     for i, (own, kind) in enumerate(groups[first:], first):
       if own != shared[kind] or not own:
         raise UserError(
