@@ -103,6 +103,8 @@ class Bench:
       self.found[cell] = result
       row = {"cell": cell._asdict(), "commit": self.commit, "result": result}
       json_files.append_line(self.out, row)
+      for place in self.checkpoints(cell).parent.glob(f"{words(cell)}-*"):
+        publish.remove(place)
       print(f"{time.monotonic() - begun:6.0f} s {cell}", flush=True)
     return self.found[cell]
 
@@ -160,8 +162,11 @@ class Bench:
 
   def path(self, cell: Cell) -> Path:
     """Of the model that is kept."""
-    words = cell[1:] if cell.train_tokens else cell[1:5]
-    return self.workdir / "-".join(map(str, words))
+    return self.workdir / words(cell[1:] if cell.train_tokens else cell[1:5])
+
+  def checkpoints(self, cell: Cell, begin: int = 0) -> Path:
+    """Of a training that begins at a step."""
+    return self.workdir / "training" / words((*cell, begin))
 
   def keep(self, cell: Cell, pair: Pair) -> None:
     form = "orbax" if pair[0].residual else "hf"
@@ -304,9 +309,11 @@ class Bench:
       teacher=self.dense if cell.alpha else None,
     )
     step, curve = begin, []
-    words = "-".join(map(str, (*cell, begin)))
-    with checkpoints.Checkpoints(self.workdir / "training" / words, 1) as saved:
-      abstract = jax.tree.map(jax.typeof, tuple(training[1:]))
+    with checkpoints.Checkpoints(self.checkpoints(cell, begin), 1) as saved:
+      abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
+        tuple(training[1:]),
+      )
       found = saved.restore(lambda meta: abstract)
       if found is not None:
         step, curve = found[0], found[1]["curve"]
@@ -351,6 +358,11 @@ class Bench:
 
   def text_losses(self, pair: Pair, windows: np.ndarray) -> list[float]:
     return [float(token_losses(*pair, row_T).mean()) for row_T in windows]
+
+
+def words(fields: Sequence) -> str:
+  """A cell's fields, as a name."""
+  return "-".join(map(str, fields))
 
 
 def learned(curve: list) -> dict:
