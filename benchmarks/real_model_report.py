@@ -225,24 +225,26 @@ def curves(found: Results) -> str:
 
 
 def summary(found: Results) -> str:
-  """README's table: each method once at MAIN, with its most calibration."""
+  """README's table: each method once at MAIN, that with the most questions."""
   best: dict[str, Cell] = {}
+  asked = lambda cell: sum(map(len, answers(found, cell).values()))
   for cell, _ in of_ratio(found, MAIN):
-    if not cell.seed:
-      held = best.get(cell.method, cell)
-      best[cell.method] = max(held, cell, key=lambda c: c.tokens)
+    held = best.get(cell.method, cell)
+    best[cell.method] = max(
+      held, cell, key=lambda c: (asked(c), c.tokens, -c.seed)
+    )
   order = sorted(best.values(), key=lambda c: mean_rise(found, c))
-  rows, number = [], fewest(found)
+  rows = []
   for cell in order:
     read = found[cell]["calibration_tokens"]
     row = [NAMES.get(cell.method, cell.method), f"{read:,}"]
     row += [rise(found, cell, text) for text in TEXTS]
-    rows.append([*row, accuracy(found, cell, number)])
+    rows.append([*row, accuracy(found, cell)])
   dense = Cell("prune", DENSE)
   losses = found[dense]["texts"]
   row = ["dense (nats a token)", ""]
   row += [f"{np.mean(losses[text]):.3f}" for text in TEXTS]
-  rows.insert(0, [*row, accuracy(found, dense, number)])
+  rows.insert(0, [*row, accuracy(found, dense)])
   header = [
     f"SmolLM2-135M, {MAIN:.0%} removed: nats above dense",
     "calibration tokens",
