@@ -50,6 +50,9 @@ flags.DEFINE_list("methods", [], "Only these.")
 flags.DEFINE_list("ratios", [], "Only these.")
 flags.DEFINE_list("seeds", [], "Only these.")
 flags.DEFINE_list("tokens", [], "Only these, of calibration, a step.")
+flags.DEFINE_list("train_tokens", [], "Only these, of recovery.")
+flags.DEFINE_list("stages", [], "Only these.")
+flags.DEFINE_list("alphas", [], "Only these, of distillation.")
 flags.DEFINE_integer("cells", 0, "Measure so many and end; 0 = all.")
 flags.DEFINE_integer("questions", 200, "A task; 0 = all.", lower_bound=0)
 flags.DEFINE_bool("mmlu", False, "Ask these questions too; not averaged.")
@@ -83,8 +86,9 @@ def prune(bench: Bench) -> Iterator[Cell]:
       yield Cell("prune", method, ratio, 0, SMALL)
     for method, tokens in BEST:
       yield Cell("prune", method, ratio, 0, tokens)
+  rivals = [(method, SMALL) for method in RIVALS]
   for seed, (method, tokens) in itertools.product(
-    (1, 2), (*BEST, (PAPER, SMALL))
+    (1, 2), (*BEST, (PAPER, SMALL), *rivals)
   ):
     yield Cell("prune", method, 0.2, seed, tokens)
 
@@ -107,35 +111,45 @@ def length(bench: Bench) -> Iterator[Cell]:
 def recover(bench: Bench) -> Iterator[Cell]:
   """Plain loss and distillation, in one go and in four stages."""
   few, budgets = 25_600, (102_400, 512_000)
-  seeds = range(1)
+  seeds = (1,)  # of it all questions were asked before training
   if FLAGS.full:
     budgets, seeds = (102_400, 1_024_000, 10_240_000), range(3)
-  cell = Cell("recover", PAPER, 0.2, 0, SMALL)
-  for budget, seed in itertools.product(budgets, seeds):
-    for method in (PAPER, DEFAULT):
-      for alpha, stages in itertools.product((0.0, 1.0), (1, 4)):
-        own = cell._replace(method=method, alpha=alpha)
-        rate = bench.best_rate(own._replace(train_tokens=few), RATES)
-        yield own._replace(
-          seed=seed, stages=stages, train_tokens=budget, rate=rate
-        )
-    own = cell._replace(method=SCRATCH)
-    rate = bench.best_rate(own._replace(train_tokens=few), SCRATCH_RATES)
-    yield own._replace(seed=seed, train_tokens=budget, rate=rate)
+  wanted = [
+    (method, alpha, stages)
+    for method in (PAPER, DEFAULT)
+    for alpha, stages in itertools.product((1.0, 0.0), (1, 4))
+  ]
+  for budget, seed, (method, alpha, stages) in itertools.product(
+    budgets, seeds, [*wanted, (SCRATCH, 0.0, 1)]
+  ):
+    cell = Cell("recover", method, 0.2, seed, SMALL, stages, budget, alpha)
+    if chosen(cell):
+      rates = SCRATCH_RATES if method == SCRATCH else RATES
+      brief = cell._replace(seed=seeds[0], stages=1, train_tokens=few)
+      yield cell._replace(rate=bench.best_rate(brief, rates))
 
 
 def tasks(bench: Bench) -> Iterator[Cell]:
-  """Of all models."""
+  """Of all models, trained and untrained."""
   yield from of_pruned("tasks", bench)
+  for cell in [*bench.found]:
+    if cell.part == "recover":
+      yield cell._replace(part="tasks")
 
 
 def chosen(cell: Cell) -> bool:
   """Whether the flags ask for a cell; the dense model always."""
-  return cell.method == DENSE or (
-    (not FLAGS.methods or cell.method in FLAGS.methods)
-    and (not FLAGS.ratios or str(cell.ratio) in FLAGS.ratios)
-    and (not FLAGS.seeds or str(cell.seed) in FLAGS.seeds)
-    and (not FLAGS.tokens or str(cell.tokens) in FLAGS.tokens)
+  asked = (
+    (cell.method, FLAGS.methods),
+    (cell.ratio, FLAGS.ratios),
+    (cell.seed, FLAGS.seeds),
+    (cell.tokens, FLAGS.tokens),
+    (cell.stages, FLAGS.stages),
+    (cell.train_tokens, FLAGS.train_tokens),
+    (cell.alpha, FLAGS.alphas),
+  )
+  return cell.method == DENSE or all(
+    not values or str(value) in values for value, values in asked
   )
 
 

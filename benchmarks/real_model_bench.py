@@ -27,7 +27,7 @@ from adapt_pruner_jax.models import model_config
 from adapt_pruner_jax.pruning import methods, schedule, surgery, targets
 from adapt_pruner_jax.pruning.task import PruneTask
 from adapt_pruner_jax.runs import compare_methods, tiny_model
-from adapt_pruner_jax.storage import digest, json_files, publish
+from adapt_pruner_jax.storage import checkpoints, digest, json_files, publish
 from adapt_pruner_jax.training import loop, optimizer
 from configs import oneshot
 
@@ -39,6 +39,7 @@ BUCKETS = 16  # of positions, each of as many
 SMALL, LARGE = 8_192, 32_768  # calibration tokens a step
 SEQ_LEN, BATCH = 128, 32  # of the other methods' calibration
 ROWS, ROW_LEN = 2, 256  # of a train step
+SAVED = 100  # train steps between checkpoints, where the tuning loss is taken
 CALIBRATION_END, TUNE_END, TEST_BEGIN = 4_000_000, 4_200_000, 4_250_000
 COMPILING = "/jax/core/compile/backend_compile_duration"
 Pair = tuple[model_config.ModelConfig, Any]
@@ -56,6 +57,11 @@ class Cell(NamedTuple):
   train_tokens: int = 0
   alpha: float = 0.0  # of distillation
   rate: float = 0.0
+
+  @property
+  def untrained(self) -> "Cell":
+    """The cell of `prune` that a training in one stage goes on from."""
+    return Cell("prune", *self[1:5])
 
 
 class Bench:
@@ -97,6 +103,8 @@ class Bench:
       self.found[cell] = result
       row = {"cell": cell._asdict(), "commit": self.commit, "result": result}
       json_files.append_line(self.out, row)
+      for place in self.checkpoints(cell).parent.glob(f"{words(cell)}-*"):
+        publish.remove(place)
       print(f"{time.monotonic() - begun:6.0f} s {cell}", flush=True)
     return self.found[cell]
 
@@ -132,21 +140,18 @@ class Bench:
     return {"context": longest, "losses": found}
 
   def recover(self, cell: Cell) -> dict:
-    """Trains, and measures the loss; of random weights on the way, too."""
-    if cell.method == SCRATCH:
-      shape = self.kept(Cell("prune", "paper", cell.ratio, 0, cell.tokens))[0]
-      params = tiny_model.init_params(shape, cell.seed, self.mesh)
-      params, _ = self.fit(cell, shape, params, None, 0, self.steps(cell))
-      pair, facts = (shape, params), {}
-    else:
-      pair, facts = self.staged(cell)
-    tune = np.mean(self.text_losses(pair, self.windows["tune"]))
-    texts = self.losses(pair)
-    return self.facts(pair) | facts | {"tune": float(tune), "texts": texts}
+    """Trains, keeps the model, and measures its loss."""
+    pair, facts = self.trained(cell)
+    self.keep(cell, pair)
+    return self.facts(pair) | facts | {"texts": self.losses(pair)}
+
+  def rates(self, cell: Cell) -> dict:
+    """Trains for a moment; what is reported is not looked at."""
+    return self.trained(cell)[1]
 
   def best_rate(self, cell: Cell, rates: Sequence[float]) -> float:
     """The best on the tuning text."""
-    cells = [cell._replace(rate=rate) for rate in rates]
+    cells = [cell._replace(part="rates", rate=rate) for rate in rates]
     return min(cells, key=lambda cell: self.get(cell)["tune"]).rate
 
   # ---- Models ----------------------------------------------------------------
@@ -156,9 +161,12 @@ class Bench:
     return opening.open_model(str(self.model), "float32", "", self.mesh)[:2]
 
   def path(self, cell: Cell) -> Path:
-    """Of the pruned model that is kept."""
-    words = cell.method, cell.ratio, cell.seed, cell.tokens
-    return self.workdir / "-".join(map(str, words))
+    """Of the model that is kept."""
+    return self.workdir / words(cell[1:] if cell.train_tokens else cell[1:5])
+
+  def checkpoints(self, cell: Cell, begin: int = 0) -> Path:
+    """Of a training that begins at a step."""
+    return self.workdir / "training" / words((*cell, begin))
 
   def keep(self, cell: Cell, pair: Pair) -> None:
     form = "orbax" if pair[0].residual else "hf"
@@ -167,7 +175,7 @@ class Bench:
     )
 
   def kept(self, cell: Cell) -> Pair:
-    """A model that `prune` has made."""
+    """A model that `prune` or `recover` has made."""
     if cell.method == DENSE:
       return self.dense
     path = str(self.path(cell))
@@ -202,6 +210,20 @@ class Bench:
     recipe.seed = cell.seed
     return recipe
 
+  def trained(self, cell: Cell) -> tuple[Pair, dict]:
+    """Trains what `prune` has kept, random weights, or by stages."""
+    if cell.stages > 1:
+      return self.staged(cell)
+    source = cell.untrained
+    if cell.method == SCRATCH:
+      config, _ = self.kept(source._replace(method="paper"))
+      params = tiny_model.init_params(config, cell.seed, self.mesh)
+    else:
+      config, params = self.kept(source)
+    end = self.steps(cell)
+    params, _, curve = self.fit(cell, config, params, None, 0, end)
+    return (config, params), learned(curve)
+
   def staged(self, cell: Cell) -> tuple[Pair, dict]:
     """Prunes, refits and trains by stages, as `runs.run` does."""
     recipe, (full, _) = self.settings(cell), self.dense
@@ -220,7 +242,7 @@ class Bench:
     )
     share = recipe.train.data_share
     ends = schedule.stage_ends(self.steps(cell), cell.stages, share)
-    clock = CpuClock()
+    clock, curve = CpuClock(), []
     later = lambda data, first: lambda step: data.batch(first + step)
     for goal, begin, end in zip(goals, [0, *ends[:-1]], ends, strict=True):
       task = PruneTask(
@@ -243,11 +265,11 @@ class Bench:
         left = surgery.relative_to(kept, made.kept)
         _, state = surgery.gather(pair[0], state, left, self.mesh)
       kept = made.kept
-      params, state = self.fit(
+      params, state, points = self.fit(
         cell, made.config, made.params, state, begin, end
       )
-      pair = made.config, params
-    return pair, {
+      pair, curve = (made.config, params), curve + points
+    return pair, learned(curve) | {
       "prune_seconds": round(clock.seconds, 1),
       "compile_seconds": round(clock.compiling, 1),
       "prune_steps": number,
@@ -260,10 +282,15 @@ class Bench:
 
   def fit(
     self, cell: Cell, config: Any, params: Any, state: Any, begin: int, end: int
-  ) -> tuple:
-    """(params, optimizer state) after the train steps from `begin` to `end`."""
+  ) -> tuple[Any, Any, list]:
+    """Trains from step `begin` to `end`, or goes on where a kill cut it off.
+
+    Returns:
+      The params, the optimizer state, and [tokens trained on, tuning loss] of
+      each checkpoint.
+    """
     if begin == end:
-      return params, state
+      return params, state, []
     recipe = self.settings(cell)
     rows = packing.train_data(
       recipe.data,
@@ -273,21 +300,34 @@ class Bench:
       self.workdir / "cache",
     )
     params = jax.tree.map(jnp.copy, params)  # the step donates its argument
-    training, _ = loop.recover(
-      loop.start(
-        (config, params),
-        recipe.train,
-        optimizer.schedule(recipe.train, self.steps(cell)),
-        self.mesh,
-        opt_state=state,
-        teacher=self.dense if cell.alpha else None,
-      ),
-      rows.batches(begin),
-      begin,
-      end,
+    training = loop.start(
+      (config, params),
+      recipe.train,
+      optimizer.schedule(recipe.train, self.steps(cell)),
       self.mesh,
+      opt_state=state,
+      teacher=self.dense if cell.alpha else None,
     )
-    return jax.block_until_ready((training.trained, training.opt_state))
+    step, curve = begin, []
+    with checkpoints.Checkpoints(self.checkpoints(cell, begin), 1) as saved:
+      abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
+        tuple(training[1:]),
+      )
+      found = saved.restore(lambda meta: abstract)
+      if found is not None:
+        step, curve = found[0], found[1]["curve"]
+        training = loop.Training(training.step_fn, *found[2])
+      while step < end:
+        until = min(step + SAVED, end)
+        training, step = loop.recover(
+          training, rows.batches(step), step, until, self.mesh
+        )
+        pair = config, training.trained
+        loss = np.mean(self.text_losses(pair, self.windows["tune"]))
+        curve.append([step * ROWS * ROW_LEN, round(float(loss), 4)])
+        saved.save(step, {"curve": curve}, tuple(training[1:]))
+    return training.trained, training.opt_state, curve
 
   def facts(self, pair: Pair) -> dict:
     return {
@@ -318,6 +358,16 @@ class Bench:
 
   def text_losses(self, pair: Pair, windows: np.ndarray) -> list[float]:
     return [float(token_losses(*pair, row_T).mean()) for row_T in windows]
+
+
+def words(fields: Sequence) -> str:
+  """A cell's fields, as a name."""
+  return "-".join(map(str, fields))
+
+
+def learned(curve: list) -> dict:
+  """What is said of a training: its curve, and the loss at its end."""
+  return {"tune": curve[-1][1], "curve": curve} if curve else {}
 
 
 def answered(lm: Any, names: list[str], how: Questions) -> dict:

@@ -179,45 +179,72 @@ def by_length(found: Results) -> str:
 
 
 def recovered(found: Results) -> str:
-  """Loss above dense after training."""
-  rows = []
-  for cell, result in found.items():
-    if cell.part == "recover":
-      row = [*head(cell), f"{cell.train_tokens:,}", str(cell.stages)]
-      row += [f"{cell.alpha:g}", f"{cell.rate:.0e}", f"{result['tune']:.3f}"]
-      rows.append(row + [rise(found, cell, text) for text in TEXTS])
+  """Loss above dense and accuracy after training, and what is kept of it."""
+  rows, dense = [], Cell("prune", DENSE)
+  for cell in found:
+    if cell.part != "recover":
+      continue
+    row = [*head(cell)[::2], f"{cell.train_tokens:,}", str(cell.stages)]
+    row += [f"{cell.alpha:g}", f"{cell.rate:.0e}"]
+    row += [rise(found, cell, text) for text in TEXTS]
+    row += [accuracy(found, cell), share_kept(found, cell, dense)]
+    rows.append(row)
   if not rows:
     return ""
-  header = ["method", "tokens a step", "seed", "trained on", "stages", "alpha"]
-  header += ["rate", "tuning text", *TEXTS.values()]
+  header = ["method", "seed", "trained on", "stages", "alpha", "rate"]
+  header += [*TEXTS.values(), "accuracy", "kept"]
   return "\n\n".join(
     [
       f"#### After training, {MAIN:.0%} removed",
-      "Nats a token above dense; of the tuning text the loss itself.",
+      "Nats a token above dense; the mean accuracy of six tasks, and how much "
+      "of the dense model's lead over chance is kept, of 1.",
+      markdown.table(header, rows, header[1:]),
+      curves(found),
+    ]
+  )
+
+
+def curves(found: Results) -> str:
+  """Loss on the tuning text on the way."""
+  cells = [cell for cell in found if cell.part == "recover"]
+  ends = sorted({end for cell in cells for end, _ in found[cell]["curve"]})
+  rows = []
+  for cell in cells:
+    losses = dict(found[cell]["curve"])
+    row = [NAMES.get(cell.method, cell.method), str(cell.seed)]
+    row += [f"{cell.train_tokens:,}", str(cell.stages), f"{cell.alpha:g}"]
+    rows.append(row + [shown(losses.get(end), ".3f") for end in ends])
+  header = ["method", "seed", "trained on", "stages", "alpha"]
+  header += [f"{end:,}" for end in ends]
+  return "\n\n".join(
+    [
+      "Nats a token of the tuning text after so many tokens of training.",
       markdown.table(header, rows, header[1:]),
     ]
   )
 
 
 def summary(found: Results) -> str:
-  """README's table: each method once at MAIN, with its most calibration."""
+  """README's table: each method once at MAIN, that with the most questions."""
   best: dict[str, Cell] = {}
+  asked = lambda cell: sum(map(len, answers(found, cell).values()))
   for cell, _ in of_ratio(found, MAIN):
-    if not cell.seed:
-      held = best.get(cell.method, cell)
-      best[cell.method] = max(held, cell, key=lambda c: c.tokens)
+    held = best.get(cell.method, cell)
+    best[cell.method] = max(
+      held, cell, key=lambda c: (asked(c), c.tokens, -c.seed)
+    )
   order = sorted(best.values(), key=lambda c: mean_rise(found, c))
-  rows, number = [], fewest(found)
+  rows = []
   for cell in order:
     read = found[cell]["calibration_tokens"]
     row = [NAMES.get(cell.method, cell.method), f"{read:,}"]
     row += [rise(found, cell, text) for text in TEXTS]
-    rows.append([*row, accuracy(found, cell, number)])
+    rows.append([*row, accuracy(found, cell)])
   dense = Cell("prune", DENSE)
   losses = found[dense]["texts"]
   row = ["dense (nats a token)", ""]
   row += [f"{np.mean(losses[text]):.3f}" for text in TEXTS]
-  rows.insert(0, [*row, accuracy(found, dense, number)])
+  rows.insert(0, [*row, accuracy(found, dense)])
   header = [
     f"SmolLM2-135M, {MAIN:.0%} removed: nats above dense",
     "calibration tokens",
@@ -285,6 +312,30 @@ def accuracy(found: Results, cell: Cell, number: int | None = None) -> str:
   return shown(np.mean([x[:number].mean() for x in bits.values()]), ".3f")
 
 
+def share_kept(found: Results, cell: Cell, dense: Cell) -> str:
+  """Of the dense model's lead over chance, with an interval over questions."""
+  mine, theirs = answers(found, cell), answers(found, dense)
+  if not mine or not theirs:
+    return "-"
+  rng = np.random.default_rng(0)
+  chance = np.mean([TASKS[task] for task in mine])
+
+  def share(pick: Callable) -> float:
+    pairs = [pick(mine[task], theirs[task]) for task in mine]
+    own, whole = np.mean(pairs, 0)
+    return (own - chance) / (whole - chance)
+
+  def resampled(own: np.ndarray, whole: np.ndarray) -> tuple[float, float]:
+    number = min(len(own), len(whole))
+    at = rng.integers(number, size=number)
+    return own[at].mean(), whole[at].mean()
+
+  drawn = [share(resampled) for _ in range(RESAMPLES // 5)]
+  middle = share(lambda own, whole: (own.mean(), whole[: len(own)].mean()))
+  low, high = np.percentile(drawn, [2.5, 97.5])
+  return f"{shown(middle, '.2f')} ({shown(low, '.2f')} to {shown(high, '.2f')})"
+
+
 def loss_difference(found: Results, cell: Cell, other: Cell, text: str) -> str:
   gains = rises(found, cell, text) - rises(found, other, text)
   return interval([gains], "+.3f")
@@ -312,8 +363,10 @@ def interval(gains: Sequence[np.ndarray], form: str) -> str:
   return f"{shown(mean, form)} ({shown(low, form)} to {shown(high, form)})"
 
 
-def shown(value: float, form: str) -> str:
-  """A number without the zero before its point."""
+def shown(value: float | None, form: str) -> str:
+  """A number without the zero before its point; "-" for none."""
+  if value is None:
+    return "-"
   return (
     format(value, form).replace("0.", ".", 1)
     if abs(value) < 1

@@ -14,7 +14,14 @@ from tests.conftest import ROOT
 pytestmark = pytest.mark.slow
 
 SIZES = {"WINDOW": 32, "WINDOWS": 4, "LONG_WINDOWS": 2, "BUCKETS": 4}
-SIZES |= {"SMALL": 256, "SEQ_LEN": 16, "BATCH": 8, "ROWS": 8, "ROW_LEN": 32}
+SIZES |= {
+  "SAVED": 2,
+  "SMALL": 256,
+  "SEQ_LEN": 16,
+  "BATCH": 8,
+  "ROWS": 8,
+  "ROW_LEN": 32,
+}
 SIZES |= {"CALIBRATION_END": 60_000, "TUNE_END": 70_000, "TEST_BEGIN": 75_000}
 
 
@@ -58,11 +65,34 @@ def test_goes_on_and_reports(bench, tmp_path, monkeypatch):
     part="recover", stages=2, train_tokens=1024, alpha=1.0, rate=1e-4
   )
   scratch = trained._replace(method=SCRATCH, stages=1, alpha=0.0)
-  cells = [dense, paper, default, trained, scratch]
-  cells += [c._replace(part="tasks") for c in (dense, paper, default)]
+  plain = trained._replace(stages=1)
+  cells = [dense, paper, default, trained, plain, scratch]
+  of_tasks = (dense, paper, default, plain)
+  cells += [c._replace(part="tasks") for c in of_tasks]
   cells += [c._replace(part="length") for c in (dense, paper)]
   found = {cell: first.get(cell) for cell in cells}
   assert found[paper]["params"] <= 0.8 * found[dense]["params"]
+
+  # Cut off behind its first checkpoint, a training goes on to the same end.
+  import real_model_bench
+
+  assert [at for at, _ in found[plain]["curve"]] == [512, 1024]
+  (tmp_path / "cells.jsonl").rename(tmp_path / "found.jsonl")
+  recover, calls = real_model_bench.loop.recover, []
+
+  def cut_off(training, rows, begin, *others):
+    calls.append(begin)
+    if len(calls) == 2:
+      raise KeyboardInterrupt
+    return recover(training, rows, begin, *others)
+
+  monkeypatch.setattr(real_model_bench.loop, "recover", cut_off)
+  with pytest.raises(KeyboardInterrupt):
+    bench().get(plain)
+  assert bench().get(plain)["texts"] == found[plain]["texts"]
+  assert calls == [0, 2, 2]
+  assert not [*(tmp_path / "work" / "training").iterdir()]
+  (tmp_path / "found.jsonl").rename(tmp_path / "cells.jsonl")
 
   # The evaluation that everyone else uses says the same.
   rows = first.windows["books"]
