@@ -112,6 +112,12 @@ def read(
           f"{path}: layer {i} has {own} KV groups and uses those of a layer "
           f"with {shared[kind]}; it must have as many"
         )
+    for i, (own, kind) in enumerate(groups[:first]):
+      if shared[kind] and own > shared[kind]:  # nothing holds these apart
+        raise UserError(
+          f"{path}: layer {i} has {own} KV groups, more than the "
+          f"{shared[kind]} of the layer whose keys and values others use"
+        )
     values["reused_groups"] = tuple(shared)
   return values
 
