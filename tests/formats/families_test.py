@@ -209,6 +209,10 @@ def test_sizes_of_a_gemma4():
       "vocab_size_per_layer_input=262144 is not supported; vocab_size=9 is",
     ),
     ({"num_kv_shared_layers": 8}, "num_kv_shared_layers=8 .*; 0 to 7 of 8"),
+    (
+      {"num_kv_shared_layers": 1},
+      "num_kv_shared_layers=1 is supported with .*_layer_input above 0",
+    ),
     ({"num_kv_shared_layers": 3}, "leaves no layer of the kind full_attention"),
     (
       {
