@@ -204,6 +204,13 @@ class ModelConfig:
     )
     return self.told * self.told_layers, first, second
 
+  def stream_width(self) -> int:
+    """Channels that layers hand on: the residual stream, and what it carries.
+
+    A model cut by SliceGPT has its own, see `residual`.
+    """
+    return self.hidden_size + sum(self.carried())
+
   def is_held(self, layer: int) -> bool:
     """Whether a layer's KV groups are tied to those of other layers.
 

@@ -221,7 +221,8 @@ def scoring(
   if not real and dtype.itemsize == 2:
     # The residual stream in front of each half layer is what is stored.
     parts = each_device.parts_of(mesh, each_device.row_axes(mesh, B))
-    numbers = 2 * full.num_layers * M * (B // parts) * T * full.hidden_size
+    width = 2 * full.num_layers * full.stream_width()
+    numbers = M * (B // parts) * T * width
     temporary -= 2 * numbers
   found, stacked = {}, stacked_params(config, full, dtype, mesh)
   if not config.prune.stream_layers:  # which are in the host's memory
@@ -318,6 +319,7 @@ def refit_held(config: Config, full: ModelConfig, mesh: Mesh) -> Bytes:
   """
   dtype, recipe = arrays.weight_dtype(config), config.calibration
   shards, D = placement.batch_shards(mesh), full.hidden_size
+  width = full.stream_width()
   rows = -(-min(recipe.batch, recipe.refit_samples) // shards)
   number = -(-recipe.refit_samples // shards)
   wide, C = surgery.dense(full), _channels(full)
@@ -335,7 +337,7 @@ def refit_held(config: Config, full: ModelConfig, mesh: Mesh) -> Bytes:
   return {
     "weights": 2 * arrays.model_bytes(full, dtype, mesh),
     # Of both models; a minibatch at a time moves behind a half layer.
-    "streams": 4 * recipe.seq_len * D * (2 * number + rows),
+    "streams": 4 * recipe.seq_len * width * (2 * number + rows),
     "layers": 2 * dtype.itemsize * one_layer,
     "least squares": 2 * 4 * equations,  # summed, and of a minibatch
   }

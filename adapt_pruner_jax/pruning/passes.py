@@ -288,7 +288,8 @@ def a_pass(
   N, T = shape_NT
   rows = placement.padded_rows(min(batch, N), mesh)
   parts = each_device.parts_of(mesh, each_device.row_axes(mesh, rows))
-  a_token = 2 * full.num_layers * full.hidden_size * np.dtype(dtype).itemsize
+  numbers = 2 * full.num_layers * full.stream_width()
+  a_token = numbers * np.dtype(dtype).itemsize
   fitting = lambda size: size * parts // a_token
   tokens, all_of_them = fitting(KEPT_BYTES), -(-N // rows) * rows * T
   hosted = False

@@ -123,7 +123,7 @@ def _layers(
   size = jnp.dtype(settings.dtype).itemsize
   case = kernels.case_of_run(config, mesh, *shape, settings.dtype, True)
   plain = kernels.choose(settings.attention, case)[0] == "plain"
-  D = config.hidden_size
+  D, width = config.hidden_size, config.stream_width()
   tensor = mesh.shape["tensor"]
   each, again = [], []  # of each layer: what is kept, what is made once more
   for i in range(config.num_layers):
@@ -141,13 +141,13 @@ def _layers(
     if size < 4:  # a scan keeps a norm's float32 in both its forms, and act's
       norm, act = norm + 2 * D * 4 // size, act + F
     halves = norm + mixed, norm + act
-    products = 2 * D + read + 2 * F
+    products, streams = 2 * D + read + 2 * F, 2 * width
     kept_here, made_again = {
       "none": (sum(halves), 0),
-      "dots": (products, sum(halves) - products),
-      "attention+mlp": (2 * D, max(halves)),
-      "full": (D, sum(halves)),
-      "offload": (0, D + sum(halves)),
+      "dots": (products - 2 * D + streams, sum(halves) - products),
+      "attention+mlp": (streams, max(halves)),
+      "full": (width, sum(halves)),
+      "offload": (0, width + sum(halves)),
     }[settings.remat]
     each.append(kept_here)
     again.append(made_again)

@@ -209,6 +209,10 @@ def test_sizes_of_a_gemma4():
       "vocab_size_per_layer_input=262144 is not supported; vocab_size=9 is",
     ),
     ({"num_kv_shared_layers": 8}, "num_kv_shared_layers=8 .*; 0 to 7 of 8"),
+    (
+      {"num_kv_shared_layers": 1},
+      "num_kv_shared_layers=1 is supported with .*_layer_input above 0",
+    ),
     ({"num_kv_shared_layers": 3}, "leaves no layer of the kind full_attention"),
     (
       {
@@ -223,6 +227,18 @@ def test_sizes_of_a_gemma4():
         },
       },
       "layer 7 has 2 KV groups and uses those of a layer with 1",
+    ),
+    (
+      {
+        "hidden_size_per_layer_input": 4,
+        "num_kv_shared_layers": 2,
+        "per_layer_config": {
+          "0": {"num_key_value_heads": 8, "num_attention_heads": 16},
+          "5": {"head_dim": 512, "num_key_value_heads": 1},
+          "7": {"head_dim": 512, "num_key_value_heads": 1},
+        },
+      },
+      "layer 0 has 8 KV groups, more than the 4 of the layer whose",
     ),
     ({"use_bidirectional_attention": "all"}, "attention=all is not supported"),
     ({"attention_bias": True}, "attention_bias=True is not supported"),

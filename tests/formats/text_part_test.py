@@ -79,7 +79,7 @@ WRAPPERS = {
     },
   ),
   "gemma4": (
-    zoo.CASES["gemma4_text"][1]
+    zoo.CASES["gemma4_e_text"][1]
     | {"model_type": "gemma4_text", "use_bidirectional_attention": "vision"}
     | {"pad_token_id": 0},
     {
@@ -173,11 +173,16 @@ WRAPPERS = {
 # Without the fields that its text has not.
 GEMMA4 = {
   name: found
-  for name, found in WRAPPERS["gemma4"][0].items()
+  for name, found in zoo.CASES["gemma4_text"][1].items()
   if name != "hidden_size_per_layer_input"
 }
 WRAPPERS["gemma4_unified"] = (
-  {**GEMMA4, "model_type": "gemma4_unified_text"},
+  {
+    **GEMMA4,
+    "model_type": "gemma4_unified_text",
+    "use_bidirectional_attention": "vision",
+    "pad_token_id": 0,
+  },
   {
     **WRAPPERS["gemma4"][1],
     "vision_config": {

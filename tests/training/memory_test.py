@@ -1,5 +1,7 @@
 """What a train step recomputes, and by which memory that is chosen."""
 
+import dataclasses
+
 import jax
 import pytest
 
@@ -29,6 +31,18 @@ def test_chosen_by_memory():
   # Between all and nothing, as memory shrinks.
   names = [chosen(small.SMOLLM2_135M, (8, 2048), gb) for gb in (40, 17, 8, 4)]
   assert names == [*remat.ON_DEVICE]
+
+
+def test_what_the_stream_carries_is_kept_too():
+  """What layers are told of tokens, and the keys and values that they share."""
+  config, mesh = small.option("shared"), one_device()
+  none = {"told": 0, "told_layers": 0, "reuses": (), "reused_groups": (0, 0)}
+  bare = dataclasses.replace(config, **none)
+  settings, shape = Train(remat="full", dtype="float32"), (2, 8)
+  more = memory.kept(config, settings, shape, mesh)
+  more -= memory.kept(bare, settings, shape, mesh)
+  in_front = 5 * 3 + 2 * 4 * config.head_dim
+  assert more == 4 * 2 * 8 * config.num_layers * in_front
 
 
 def products(jaxpr):

@@ -83,7 +83,8 @@ def read(
     sizes: those fields of the layers' sizes.
 
   Raises:
-    UserError: a size is impossible, or layers that share have other sizes.
+    UserError: a size is impossible, layers that share have other sizes, or
+      layers share and are told nothing.
   """
   if TOLD in family.must or TOLD not in family.fields:
     return {}
@@ -112,7 +113,17 @@ def read(
           f"{path}: layer {i} has {own} KV groups and uses those of a layer "
           f"with {shared[kind]}; it must have as many"
         )
+    for i, (own, kind) in enumerate(groups[:first]):
+      if shared[kind] and own > shared[kind]:  # nothing holds these apart
+        raise UserError(
+          f"{path}: layer {i} has {own} KV groups, more than the "
+          f"{shared[kind]} of the layer whose keys and values others use"
+        )
     values["reused_groups"] = tuple(shared)
+  if reuse and not raw[TOLD]:  # its class takes apart what there is not
+    raise UserError(
+      f"{path}: {SHARING}={raw[SHARING]} is supported with {TOLD} above 0"
+    )
   return values
 
 

@@ -22,7 +22,7 @@ from adapt_pruner_jax.formats.hf.files import (
   Checkpoint,
   read_object,
 )
-from adapt_pruner_jax.formats.hf.tensor_names import OUTER
+from adapt_pruner_jax.formats.hf.tensor_names import OUTER, OUTER_TOLD
 from adapt_pruner_jax.models.model_config import ModelConfig
 
 # Multimodal types: of what type the language model is if its config says none.
@@ -110,7 +110,7 @@ BEGINNINGS = {
 UNREAD = tuple(
   f"*.rotary_emb.{name}" for name in ("inv_freq", "cos_cached", "sin_cached")
 )
-PLAIN = ("model.layers.", "model.embed_tokens.", "model.norm.", "lm_head.")
+PLAIN = ("model.layers.", "lm_head.", *OUTER_TOLD.values())
 
 
 def config_of(raw: Raw, path: str) -> Raw:
