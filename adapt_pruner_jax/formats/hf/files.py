@@ -25,6 +25,7 @@ ALL = slice(None)  # rows
 FLOAT8 = "float8_e4m3fn"
 # Others that are read: see fp8, mxfp4, text_part.
 READ = DTYPES | {"F8_E4M3": FLOAT8, "U8": "uint8", "BOOL": "bool"}
+COUNTER = ".num_batches_tracked"  # of a batch norm's training, no parameter
 CONVERT = (
   'python -c "from transformers import AutoModelForCausalLM as M; '
   "M.from_pretrained('{0}').save_pretrained('{0}-safetensors')\""
@@ -80,7 +81,9 @@ class Checkpoint:
     for file in sorted(shards):
       self._read_header(confined(file, folder))
     for tensor, file in promised.items():
-      if self._file.get(tensor) != file and tensor not in absent:
+      if tensor in absent or tensor.endswith(COUNTER):
+        continue
+      if self._file.get(tensor) != file:
         raise UserError(f"{file} has no tensor {tensor}, unlike {INDEX} says")
 
   def array(self, tensor: str, rows: slice = ALL) -> np.ndarray:
@@ -102,6 +105,8 @@ class Checkpoint:
     with _open(file) as opened:
       start, header = _header(file)
       for tensor in opened.keys():  # noqa: SIM118, not a dict
+        if tensor.endswith(COUNTER):
+          continue
         part = opened.get_slice(tensor)
         if tensor in self._file:
           raise UserError(

@@ -60,8 +60,12 @@ def copy_tokenizer(source: Path, folder: Path) -> list[str]:
   return _copy(source, folder, TOKENIZER)
 
 
+def _files(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
+  return [f for p in patterns for f in folder.glob(p) if f.is_file()]
+
+
 def _copy(source: Path, folder: Path, patterns: tuple[str, ...]) -> list[str]:
-  found = [f for p in patterns for f in source.glob(p) if f.is_file()]
+  found = _files(source, patterns)
   for file in found:
     copy = folder / file.relative_to(source)
     copy.parent.mkdir(exist_ok=True)
@@ -87,7 +91,8 @@ def _description(source: Path | None) -> dict[str, Any]:
 def compare_tokenizers(source: Path | None, folder: Path) -> list[str]:
   """Compares the ids that Transformers gives for a text in both directories.
 
-  Nothing is compared where Transformers cannot open the parent's tokenizer.
+  Nothing is compared where Transformers cannot open the parent's tokenizer, or
+  makes an empty one of no files (of Idefics 2).
 
   Returns:
     A line if they differ because the model is of another type now.
@@ -96,7 +101,7 @@ def compare_tokenizers(source: Path | None, folder: Path) -> list[str]:
     RuntimeError: they differ though it is not.
   """
   parent = _description(source).get("model_type")
-  if source is None or parent is None:
+  if source is None or parent is None or not _files(source, TOKENIZER):
     return []
   tokenizer, _ = _opened(source)
   if tokenizer is None:

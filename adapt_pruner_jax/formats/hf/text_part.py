@@ -34,7 +34,21 @@ WRAPPERS = {
   **dict.fromkeys(("llava", "llava_next", "llava_next_video"), "llama"),
   **dict.fromkeys(("vipllava", "video_llava"), "llama"),
   **dict.fromkeys(("idefics3", "smolvlm"), "llama"),
-  **dict.fromkeys(("llava_onevision", "internvl"), "qwen2"),
+  **dict.fromkeys(("deepseek_vl", "deepseek_vl_hybrid", "janus"), "llama"),
+  **dict.fromkeys(("llava_onevision", "internvl", "ovis2"), "qwen2"),
+  **dict.fromkeys(("got_ocr2", "video_llama_3"), "qwen2"),
+  # The model's own class passes over logit_scale, that of the text does not,
+  # nor do servers: what the config says is meant.
+  **dict.fromkeys(("aya_vision", "cohere2_vision"), "cohere2"),
+  "exaone4_5": "exaone4",
+  "idefics2": "mistral",
+  "lighton_ocr": "qwen3",
+  **dict.fromkeys(("minicpmv4_6", "minicpmv4_7"), "qwen3_5_text"),
+  # Sound in place of pictures.
+  **dict.fromkeys(("glmasr", "voxtral"), "llama"),
+  **dict.fromkeys(("audioflamingo3", "qwen2_audio"), "qwen2"),
+  **dict.fromkeys(("granite_speech", "granite_speech_plus"), "granite"),
+  "qwen3_asr": "qwen3",
   "qwen2_vl": "qwen2_vl_text",
   "qwen2_5_vl": "qwen2_5_vl_text",
   "qwen3_vl": "qwen3_vl_text",
@@ -43,9 +57,12 @@ WRAPPERS = {
 }
 # Those whose class ties the output matrix where the file does not say.
 TIE = ("gemma3", "gemma4", "gemma4_unified", "mistral3", "internvl")
+TIE += ("aya_vision", "cohere2_vision", "deepseek_vl", "deepseek_vl_hybrid")
+TIE += ("janus", "got_ocr2", "lighton_ocr", "ovis2", "glmasr", "qwen3_asr")
+TIE += ("granite_speech", "granite_speech_plus")
 # Those that tie it where the config inside says so.
 ASK_INSIDE = ("llava", "llava_next_video", "llava_onevision")
-ASK_INSIDE += ("qwen2_vl", "qwen2_5_vl")
+ASK_INSIDE += ("qwen2_vl", "qwen2_5_vl", "video_llama_3")
 # Types whose first files have the language model's fields beside the others.
 FLAT = ("qwen2_vl", "qwen2_5_vl")
 OTHER_PARTS = ("vision_", "image_", "video_")  # how their fields begin
