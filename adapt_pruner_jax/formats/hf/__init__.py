@@ -5,8 +5,8 @@ of many processes each reads its share. save: writes a directory. reopen: opens
 what was written and compares it. files: the files of a directory,
 checked. weights: writes safetensors. tensors: where each parameter is in them,
 and in which layout. config_json: config.json, with its parts in fields (single
-fields), layers (sizes by layer, biases), carried (what layers share and are told
-of tokens), kinds (attention, or a gated delta
+fields), layers (sizes by layer, biases), carried (what layers share, and are
+told of tokens), kinds (attention, or a gated delta
 net), ropes and windows. families: one row of a table for each family, continued
 in more_families and, with experts, in expert_families (of the kind family;
 defaults and tensor_names are what rows share). text_part: the language model of
