@@ -216,6 +216,7 @@ def test_sizes_of_a_gemma4():
     ({"num_kv_shared_layers": 3}, "leaves no layer of the kind full_attention"),
     (
       {
+        "hidden_size_per_layer_input": 4,
         "num_kv_shared_layers": 1,
         "per_layer_config": {
           "5": {"head_dim": 512, "num_key_value_heads": 1},

@@ -196,7 +196,8 @@ def walk(
   for i in range(config.num_layers):
     names = layer_names(config, i)
     x_BTD = _layer(config, weights(i, names), place(config, i), x_BTD)
-    yield f"the output of layer {i}", np.asarray(x_BTD)
+    # Not what it carries, which a later layer may replace before it is used.
+    yield f"the output of layer {i}", np.asarray(stream(config, x_BTD))
   if config.tied:
     matrix_VD = get((None, "embedding"))
   else:
