@@ -38,6 +38,8 @@ def read(
     return ()
   size = raw["sliding_window"]
   require(size, (int, NONE), "sliding_window", path)
+  if size is not None and size < 0:
+    raise UserError(f"{path}: sliding_window={size} must be null or 0 or up")
   if not raw.get("use_sliding_window", True):
     size = None
   if kinds is not None:
