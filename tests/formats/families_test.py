@@ -356,6 +356,15 @@ def refusal(**changes):
   "changes, words",
   [
     ({"model_type": "bert"}, ["bert", "llama, mistral, qwen2"]),
+    (
+      {
+        "model_type": "smollm3",
+        "sliding_window": 8,
+        "use_sliding_window": False,
+        "layer_types": ["sliding_attention"] * 2,
+      },
+      ["which use_sliding_window=False contradicts"],
+    ),
     ({"model_type": "qwen4"}, ["qwen4 is not supported; supported: llama"]),
     ({"model_type": ["llama"]}, ["model_type=['llama'] must be str or null"]),
     ({"rms_norm_eps": -1e-5}, ["rms_norm_eps=-1e-05 makes no sense"]),
