@@ -29,7 +29,7 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_bytes())
   except OSError as error:
     raise UserError(f"cannot read {path}: {error.strerror}") from error
-  except ValueError as error:
+  except (ValueError, RecursionError) as error:
     raise UserError(
       f"{path} is damaged, it is not JSON: {error}; restore it from a copy, or "
       "move it away"

@@ -391,7 +391,44 @@ def refusal(**changes):
   "changes, words",
   [
     ({"model_type": "bert"}, ["bert", "llama, mistral, qwen2"]),
+    (
+      {
+        "model_type": "smollm3",
+        "sliding_window": 8,
+        "use_sliding_window": False,
+        "layer_types": ["sliding_attention"] * 2,
+      },
+      ["which use_sliding_window=False contradicts"],
+    ),
     ({"model_type": "qwen4"}, ["qwen4 is not supported; supported: llama"]),
+    ({"model_type": ["llama"]}, ["model_type=['llama'] must be str or null"]),
+    ({"rms_norm_eps": -1e-5}, ["rms_norm_eps=-1e-05 makes no sense"]),
+    ({"eos_token_id": ["</s>"]}, ["eos_token_id=['</s>'] makes no sense"]),
+    ({"max_position_embeddings": 0}, ["_embeddings=0 makes no sense"]),
+    ({"rope_scaling": {"rope_type": ["yarn"]}}, ["rope_type=['yarn'] must be"]),
+    (
+      {
+        "rope_scaling": {
+          "rope_type": "llama3",
+          "factor": 8.0,
+          "low_freq_factor": 4.0,
+          "high_freq_factor": 4.0,
+        }
+      },
+      ["a rope of these numbers makes no sense"],
+    ),
+    (
+      {"model_type": "mistral", "sliding_window": -8},
+      ["sliding_window=-8 must be null or 0 or up"],
+    ),
+    (
+      {"model_type": "gemma3_text", "query_pre_attn_scalar": -1},
+      ["query_pre_attn_scalar=-1 makes no sense"],
+    ),
+    (
+      {"model_type": "llava", "text_config": {"model_type": ["llama"]}},
+      ["text_config.model_type=['llama'] must be str"],
+    ),
     ({"model_type": ...}, ["model_type None"]),
     ({"architectures": ["LlamaForSequenceClassification"]}, ["not a causal"]),
     ({"architectures": ["LlamaModel"]}, ["LlamaModel", "not a causal"]),

@@ -33,7 +33,21 @@ def tidy(x: float) -> int | float:
 def _ids(value: int | list[int] | None) -> tuple[int, ...]:
   if value is None:
     return ()
-  return tuple(value) if isinstance(value, list) else (value,)
+  ids = tuple(value) if isinstance(value, list) else (value,)
+  if not all(isinstance(i, int) for i in ids):
+    raise TypeError("ids are integers")
+  return ids
+
+
+def _from(least: int) -> Callable[[Any], Any]:
+  """Passes on what is at least so much."""
+
+  def read(value: Any) -> Any:
+    if value < least:
+      raise ValueError(f"less than {least}")
+    return value
+
+  return read
 
 
 def _from_ids(ids: tuple[int, ...]) -> int | list[int] | None:
@@ -69,8 +83,8 @@ SOFTCAP = {
 FIELDS = {
   "vocab_size": Field("vocab_size", (int,)),
   "hidden_size": Field("hidden_size", (int,)),
-  "rms_norm_eps": Field("norm_eps", NUMBER, float),
-  "max_position_embeddings": Field("context", (int,)),
+  "rms_norm_eps": Field("norm_eps", NUMBER, lambda x: float(_from(0)(x))),
+  "max_position_embeddings": Field("context", (int,), _from(1)),
   "tie_word_embeddings": Field("tied", (bool,)),
   "bos_token_id": Field("bos_id", (int, NONE)),
   "pad_token_id": Field("pad_id", (int, NONE)),
@@ -90,7 +104,10 @@ FIELDS = {
   "logit_scale": Field("logit_scale", NUMBER, float),
   # Gemma
   "query_pre_attn_scalar": Field(
-    "attn_scale", NUMBER, lambda x: x**-0.5, lambda scale: tidy(scale**-2)
+    "attn_scale",
+    NUMBER,
+    lambda x: math.pow(x, -0.5),
+    lambda scale: tidy(scale**-2),
   ),
   "attn_logit_softcapping": Field("attn_softcap", **SOFTCAP),
   "final_logit_softcapping": Field("final_softcap", **SOFTCAP),

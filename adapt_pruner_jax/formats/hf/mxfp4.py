@@ -64,6 +64,11 @@ class Unpacked:
     for tensor in inner.shapes:
       if inner.dtypes[tensor] == "uint8" and tensor.endswith(BLOCKS):
         name = tensor.removesuffix(BLOCKS)
+        if name in inner.shapes:
+          raise UserError(
+            f"{self.folder}: {name} is stored plain and as {tensor}; one of "
+            "them is needed"
+          )
         X, outputs, groups, size = self._checked(name)
         self.shapes[name] = (X, groups * size * 2, outputs)
         self.dtypes[name] = BECOMES

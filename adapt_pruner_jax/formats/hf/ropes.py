@@ -135,6 +135,7 @@ def _rope(
 ) -> Rope:
   """One rotary embedding, of the fields `rope` of the config `raw`."""
   kind = rope.get("rope_type", rope.get("type", "default"))
+  require(kind, (str,), "rope_type", path)
   kind = family.rope_aliases.get(kind, kind)
   if kind not in family.ropes:
     raise UserError(
@@ -224,6 +225,8 @@ def _check_numbers(rope: Rope, head_dim: int, path: str) -> None:
   good = rope.factor > 0 and rope.theta > 0
   good &= not stretched or rope.original_context > 0
   good &= rope.kind != "dynamic" or rotated > 2
+  if rope.kind == "llama3":
+    good &= rope.low_freq_factor != rope.high_freq_factor
   if rope.kind == "yarn":
     good &= rope.theta > 1 and min(rope.beta_fast, rope.beta_slow) > 0
   if rope.kind == "longrope" and rope.factor > 1:

@@ -15,7 +15,7 @@ from absl import logging
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.formats.hf import carried, fp8, mxfp4, tensors
 from adapt_pruner_jax.formats.hf.families import FAMILIES
-from adapt_pruner_jax.formats.hf.fields import Raw
+from adapt_pruner_jax.formats.hf.fields import NONE, Raw, require
 from adapt_pruner_jax.formats.hf.files import (
   ALL,
   CONFIG,
@@ -134,9 +134,11 @@ def config_of(raw: Raw, path: str) -> Raw:
   """The config.json of the language model; `raw` itself if it is one.
 
   Raises:
-    UserError: a wrapper without the config of its language model.
+    UserError: a wrapper without the config of its language model; a type that
+      is no word.
   """
   outer = raw.get("model_type")
+  require(outer, (str, NONE), "model_type", path)
   if outer not in WRAPPERS:
     return raw
   inner = raw.get("text_config")
@@ -148,6 +150,7 @@ def config_of(raw: Raw, path: str) -> Raw:
       f"{path}: a model of type {outer} needs the field text_config"
     )
   kind = inner.get("model_type", WRAPPERS[outer])
+  require(kind, (str,), "text_config.model_type", path)
   found = {name: raw[name] for name in INHERITED if name in raw}
   made = {**ABSENT.get(kind, {}), **found, **inner}
   made["model_type"] = SAME.get(kind, kind)

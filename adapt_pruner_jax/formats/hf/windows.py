@@ -38,7 +38,15 @@ def read(
     return ()
   size = raw["sliding_window"]
   require(size, (int, NONE), "sliding_window", path)
+  if size is not None and size < 0:
+    raise UserError(f"{path}: sliding_window={size} must be null or 0 or up")
   if not raw.get("use_sliding_window", True):
+    if family.windows == "nope" and size and SLIDING in (kinds or ()):
+      # Its class masks by the kind, and tells fast kernels of no window.
+      raise UserError(
+        f"{path}: layer_types has {SLIDING}, which use_sliding_window=False "
+        "contradicts; set it to true, or name all layers " + FULL
+      )
     size = None
   if kinds is not None:
     same = SLIDING if size else FULL  # in a class that does not ask
