@@ -100,7 +100,7 @@ def decayed(params: axes.Params) -> Any:
     if name.endswith("bias"):
       return False
     letters = axes.AXES[name]
-    return any(x in axes.RESIDUAL for x in letters) and len(letters) > 1
+    return any(x in axes.RESIDUAL + "V" for x in letters) and len(letters) > 1
 
   return axes.map_named(one, params)
 

@@ -51,6 +51,7 @@ def test_decay_pulls_at_matrices_only():
   matrices |= {f"delta_{x}" for x in ("q", "k", "v", "gate", "o")}
   matrices |= {"delta_beta", "delta_decay"}
   matrices |= {f"wide_{x}" for x in ("q", "k", "v", "o")}
+  matrices |= {"told", "told_proj", "told_gate", "told_out"}
   assert {n for n, pulled in mask.items() if pulled} == matrices
 
 

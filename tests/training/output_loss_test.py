@@ -183,7 +183,9 @@ def test_embedding_cut_over_devices(shape, vocab, width):
   tokens_BT = rng.integers(0, vocab, (6, 5)).astype(np.int32)
   dy_BTD = rng.normal(size=(6, 5, width)).astype(np.float32)
   placed = sharding.param_sharding("embedding", table.shape, mesh)
-  run = lambda table: embedding.embed(config, table, tokens_BT, mesh)
+  run = lambda table: embedding.embed(
+    config, {"embedding": table}, tokens_BT, mesh
+  )
   pull = lambda table: jax.vjp(run, table)[1](dy_BTD)[0]
   cut = jax.device_put(table, placed)
   np.testing.assert_array_equal(jax.jit(run)(cut), 3 * table[tokens_BT])
