@@ -55,7 +55,7 @@ def token_losses(
 
 @functools.partial(jax.jit, static_argnames="config")
 def _token_losses(config, params, row_BT):
-  x_BTD = embedding.embed(config, params["embedding"], row_BT[:, :-1], None)
+  x_BTD = embedding.embed(config, params, row_BT[:, :-1], None)
   x_BTD = decoder.Decoder(config).apply(
     {"params": params}, x_BTD, method="hidden"
   )
