@@ -44,6 +44,17 @@ LLAMA_8B = dataclasses.replace(  # of Llama-3.1-8B's sizes
   ffn_widths=(14336,) * 32,
 )
 # What differs between families, each the fields that it changes.
+WIDE = {  # as in Gemma 4
+  "norm_order": "sandwich",
+  "qk_norm": "head",
+  "v_norm": True,
+  "out_scale": True,
+  "attn_scale": 1.0,
+  "window": (3, 0, 3),
+  "rope": Rope(kind="proportional", partial=0.5),
+  "local_rope": Rope(theta=100.0),
+  "wide": (0, 1, 0),
+}
 OPTIONS = {
   "plain": {},
   "biases": {
@@ -102,29 +113,13 @@ OPTIONS = {
     "nope": (0, 1, 0),
   },
   "wide": {
-    "norm_order": "sandwich",
+    **WIDE,
     "activation": "gelu_tanh",
-    "qk_norm": "head",
-    "v_norm": True,
-    "out_scale": True,
-    "attn_scale": 1.0,
-    "window": (3, 0, 3),
-    "rope": Rope(kind="proportional", partial=0.5),
-    "local_rope": Rope(theta=100.0),
-    "wide": (0, 1, 0),
     "wide_heads": WideHeads(queries_per_group=3, head_dim=8, has_v=False),
   },
   "shared": {
+    **WIDE,
     "kv_groups": (4, 2, 4),
-    "norm_order": "sandwich",
-    "qk_norm": "head",
-    "v_norm": True,
-    "out_scale": True,
-    "attn_scale": 1.0,
-    "window": (3, 0, 3),
-    "rope": Rope(kind="proportional", partial=0.5),
-    "local_rope": Rope(theta=100.0),
-    "wide": (0, 1, 0),
     "wide_heads": WideHeads(queries_per_group=3, head_dim=8),
     "reuses": (0, 0, 1),
     "reused_groups": (4, 0),

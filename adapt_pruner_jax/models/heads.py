@@ -33,8 +33,8 @@ def norm(
   if config.parallel and name == "mlp_norm":
     x = x[..., : config.hidden_size]
     name = "attn_norm" if config.shared_norm else name
-  elif any(config.carried()) and name in ("attn_norm", "mlp_norm"):
-    x = x[..., -config.hidden_size :]
+  elif name in ("attn_norm", "mlp_norm"):
+    x = stream(config, x)
   if name not in weights:
     return x
   if config.norm == "layer":
@@ -45,6 +45,21 @@ def norm(
   width = config.hidden_size if sliced else None
   eps, offset = config.norm_eps, config.norm_offset
   return rms_norm(x, weights[name], eps, offset, width)
+
+
+def stream(config: ModelConfig, x: jax.Array) -> jax.Array:
+  """The residual stream itself, at any place.
+
+  Between the halves of a layer whose MLP reads what is in front of the
+  attention, both are handed on, side by side: what is in front, and the stream.
+  Other models carry more in front of it (`ModelConfig.carried`).
+
+  Args:
+    config: as `run_layer`'s.
+    x: in front of a half or behind it, [B, T, D] or [B, T, 2 D].
+  """
+  beside = config.parallel or any(config.carried())
+  return x[..., -config.hidden_size :] if beside else x
 
 
 def heads(
@@ -147,11 +162,15 @@ def _seen(config, weights, place, rope, x_BTD, h_BTD, masks):
 
 def _given(config, weights, place, x_BTD):
   """Keys and values that another layer has handed on."""
-  begin = sum(config.carried()[: 1 + place.kind])
-  size = config.carried()[1 + place.kind] // 2
   shape = *x_BTD.shape[:2], -1, weights["o"].shape[2]
-  parts = (x_BTD[..., begin + i * size :][..., :size] for i in range(2))
+  parts = jnp.split(x_BTD[..., room(config, place.kind)], 2, axis=-1)
   return tuple(part.reshape(shape) for part in parts)
+
+
+def room(config: ModelConfig, kind: int) -> slice:
+  """Where a stream carries the keys, then values, of layers of a kind."""
+  begin, size = sum(config.carried()[: 1 + kind]), config.carried()[1 + kind]
+  return slice(begin, begin + size)
 
 
 def _queries(config, weights, rope, h_BTD, masks):

@@ -24,7 +24,13 @@ from adapt_pruner_jax.models import axes, delta_net, experts
 from adapt_pruner_jax.models.arithmetic import ACTIVATIONS, project, xielu
 from adapt_pruner_jax.models.attention import AttentionInputs
 from adapt_pruner_jax.models.axes import Params
-from adapt_pruner_jax.models.heads import heads, keys_and_values, norm
+from adapt_pruner_jax.models.heads import (
+  heads,
+  keys_and_values,
+  norm,
+  room,
+  stream,
+)
 from adapt_pruner_jax.models.kernels import AUTO, Kernel
 from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.models.remat import BETWEEN, FRONT, read_by
@@ -288,10 +294,9 @@ def carry(
   if k_v[0].shape[2] != config.reused_groups[place.kind]:
     return x_BTD  # pruned: it is none that others use
   new = jnp.concatenate([x.reshape(*x.shape[:2], -1) for x in k_v], axis=-1)
-  begin = sum(config.carried()[: 1 + place.kind])
-  parts = x_BTD[..., :begin], new, x_BTD[..., begin + new.shape[-1] :]
-  y_BTD = jnp.concatenate([x.astype(x_BTD.dtype) for x in parts], axis=-1)
-  return jnp.where(place.reuses == 1, x_BTD, y_BTD)
+  here = room(config, place.kind)
+  new = jnp.where(place.reuses == 1, x_BTD[..., here], new)
+  return x_BTD.at[..., here].set(new.astype(x_BTD.dtype))
 
 
 def write(
@@ -365,21 +370,6 @@ def _next_told(config, front_BTC):
   here, ends = config.told, config.told * config.told_layers
   parts = front_BTC[..., here:ends], front_BTC[..., :here]
   return jnp.concatenate([*parts, front_BTC[..., ends:]], axis=-1)
-
-
-def stream(config: ModelConfig, x: jax.Array) -> jax.Array:
-  """The residual stream itself, at any place.
-
-  Between the halves of a layer whose MLP reads what is in front of the
-  attention, both are handed on, side by side: what is in front, and the stream.
-  Other models carry more in front of it (`ModelConfig.carried`).
-
-  Args:
-    config: as `run_layer`'s.
-    x: in front of a half or behind it, [B, T, D] or [B, T, 2 D].
-  """
-  beside = config.parallel or any(config.carried())
-  return x[..., -config.hidden_size :] if beside else x
 
 
 def count(unit: str, weights: Params) -> int:

@@ -25,14 +25,14 @@ def prunable_modules(config: ModelConfig, settings: Prune) -> Masks:
   }
   cost = budgets.unit_cost(config, settings)
   # Layers that share keys and values would have to lose the same groups.
-  held_L = [config.is_held(i) for i in range(config.num_layers)]
+  held_L = np.array([config.is_held(i) for i in range(config.num_layers)])
   found = {
     u: np.isin(
       np.arange(config.num_layers), layer_range(text, config.num_layers, name)
     )
     & (np.array(config.units()[u]) > 0)
     & (cost[u] > 0)  # in a cache, an MLP has no part
-    & ~np.array([u == "K" and held for held in held_L])
+    & ~(held_L & (u == "K"))
     for u, (name, text) in ranges.items()
   }
   if not any(modules.any() for modules in found.values()):

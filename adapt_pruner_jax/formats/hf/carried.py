@@ -10,11 +10,12 @@ from typing import Any
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.formats.hf.family import Family
 from adapt_pruner_jax.formats.hf.fields import Raw, require
+from adapt_pruner_jax.formats.hf.kinds import MOST
 from adapt_pruner_jax.models.model_config import ModelConfig
 
 TOLD, VOCABULARY = "hidden_size_per_layer_input", "vocab_size_per_layer_input"
 SHARING, DOUBLE = "num_kv_shared_layers", "use_double_wide_mlp"
-MOST, MOST_LAYERS = 2**31 - 1, 10_000
+MOST_LAYERS = 10_000
 
 
 def reuses(raw: Raw, family: Family, path: str) -> tuple[int, ...]:
@@ -26,7 +27,7 @@ def reuses(raw: Raw, family: Family, path: str) -> tuple[int, ...]:
   Raises:
     UserError: all layers are without, or all of one kind.
   """
-  if SHARING in family.must or SHARING not in family.fields:
+  if not _may(family):
     return ()
   last, L = raw[SHARING], raw["num_hidden_layers"]
   require(last, (int,), SHARING, path)
@@ -42,6 +43,11 @@ def reuses(raw: Raw, family: Family, path: str) -> tuple[int, ...]:
       "and values of its own"
     )
   return (0,) * (L - last) + (1,) * last if last else ()
+
+
+def _may(family: Family) -> bool:
+  """Whether its layers may share, and be told something."""
+  return TOLD in family.fields and TOLD not in family.must
 
 
 def width(raw: Raw, reuse: tuple[int, ...], layer: int, name: str) -> int:
@@ -86,7 +92,7 @@ def read(
     UserError: a size is impossible, layers that share have other sizes, or
       layers share and are told nothing.
   """
-  if TOLD in family.must or TOLD not in family.fields:
+  if not _may(family):
     return {}
   require(raw[TOLD], (int,), TOLD, path)
   require(raw[DOUBLE], (bool,), DOUBLE, path)
@@ -129,7 +135,7 @@ def read(
 
 def write(config: ModelConfig, family: Family) -> dict[str, Any]:
   """The inverse of `read`."""
-  if TOLD in family.must or TOLD not in family.fields:
+  if not _may(family):
     return {}
   fields = {TOLD: config.told, SHARING: sum(config.reuses)}
   if config.told:
