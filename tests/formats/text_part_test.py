@@ -197,6 +197,12 @@ WRAPPERS["qwen3_5_moe"] = (
   zoo.CASES["qwen3_5_moe_text"][1] | {"model_type": "qwen3_5_moe_text"},
   WRAPPERS["qwen3_5"][1],
 )
+WRAPPERS["qwen3_vl_moe"] = (
+  zoo.CASES["qwen3_moe"][1]
+  | WRAPPERS["qwen3_vl"][0]
+  | {"model_type": "qwen3_vl_moe_text", "norm_topk_prob": False},
+  WRAPPERS["qwen3_vl"][1],
+)
 WRAPPERS["exaone4_5"] = (
   zoo.CASES["exaone4"][1] | {"model_type": "exaone4"},
   {
@@ -292,6 +298,32 @@ def test_the_language_model_of_a_wrapper(name, tmp_path, caplog):
   np.testing.assert_allclose(text, expected, rtol=0, atol=1e-4)
 
 
+def test_experts_lie_either_way_round(tmp_path):
+  """Transformers writes Qwen3-VL's as others'; published files are turned."""
+  import torch
+
+  peer = wrapper("qwen3_vl_moe", tmp_path)
+  _, params = load.load(tmp_path)
+  file = tmp_path / "model.safetensors"
+  arrays = load_file(file)
+  turned = {
+    name: np.ascontiguousarray(array.swapaxes(1, 2))
+    for name, array in arrays.items()
+    if ".mlp.experts." in name
+  }
+  assert {array.shape for array in turned.values()} == {
+    (4, 32, 48),
+    (4, 24, 32),
+  }
+  save_file(arrays | turned, file, {"format": "pt"})
+  _, again = load.load(tmp_path)
+  jax.tree.map(np.testing.assert_array_equal, params, again)
+  read = type(peer).from_pretrained(tmp_path).eval()
+  tokens = torch.arange(9)[None]
+  with torch.no_grad():
+    torch.testing.assert_close(read(tokens).logits, peer(tokens).logits)
+
+
 @pytest.mark.parametrize("kind", text_part.ABSENT)
 def test_fields_that_a_text_config_leaves_out(kind):
   """They are the defaults of its own class, which may differ from the row's."""
@@ -306,7 +338,8 @@ def test_fields_that_a_text_config_leaves_out(kind):
   heads = peer.num_key_value_heads
   assert config.kv_groups == (heads,) * peer.num_hidden_layers
   assert config.queries_per_group * heads == peer.num_attention_heads
-  assert config.ffn_widths[0] == peer.intermediate_size
+  F = getattr(peer, "moe_intermediate_size", peer.intermediate_size)
+  assert config.ffn_widths[0] == F
   eps = "layer_norm_eps" if kind.startswith("cohere") else "rms_norm_eps"
   assert config.norm_eps == getattr(peer, eps)
   assert config.context == peer.max_position_embeddings

@@ -240,7 +240,7 @@ def stored(
   if "*" in family.tensors.get("moe_down", "") and layers.is_stock(config):
     checkpoint = apart.Apart(checkpoint)
   if family.turned:
-    checkpoint = turned.Usual(checkpoint, config)
+    checkpoint = turned.in_turns(checkpoint, config)
   if original != folder:
     checkpoint = cut_vocabulary.Checkpoint(folder, checkpoint)
   check_tensors(checkpoint, config, repeats)

@@ -13,7 +13,7 @@ import numpy as np
 from absl import logging
 
 from adapt_pruner_jax.errors import UserError
-from adapt_pruner_jax.formats.hf import carried, fp8, mxfp4, tensors
+from adapt_pruner_jax.formats.hf import carried, fp8, mxfp4, tensors, turned
 from adapt_pruner_jax.formats.hf.families import FAMILIES
 from adapt_pruner_jax.formats.hf.fields import NONE, Raw, require
 from adapt_pruner_jax.formats.hf.files import (
@@ -52,6 +52,7 @@ WRAPPERS = {
   "qwen2_vl": "qwen2_vl_text",
   "qwen2_5_vl": "qwen2_5_vl_text",
   "qwen3_vl": "qwen3_vl_text",
+  "qwen3_vl_moe": "qwen3_vl_moe_text",
   "qwen3_5": "qwen3_5_text",
   "qwen3_5_moe": "qwen3_5_moe_text",
 }
@@ -103,14 +104,26 @@ ABSENT = {
     "max_position_embeddings": 128000,
     "rope_theta": 5e5,
   },
+  "qwen3_vl_moe_text": {
+    **_sizes(151936, 2048, 5632, 24, 16),
+    "num_key_value_heads": 16,
+    "moe_intermediate_size": 1408,
+    "num_experts": 60,
+    "num_experts_per_tok": 4,
+    "max_position_embeddings": 128000,
+    "rope_theta": 5e5,
+  },
 }
 # Types of such parts that are the same function of text as a plain family.
 SAME = {
   "qwen2_vl_text": "qwen2",
   "qwen2_5_vl_text": "qwen2",
   "qwen3_vl_text": "qwen3",
+  "qwen3_vl_moe_text": "qwen3_moe",
   "gemma4_unified_text": "gemma4_text",
 }
+# What the class of such a part does whatever its config says.
+ALWAYS = {"qwen3_vl_moe_text": {"norm_topk_prob": True}}
 # Of the outer config, what the inner one has where it does not say it itself.
 INHERITED = (
   *("tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id"),
@@ -152,7 +165,7 @@ def config_of(raw: Raw, path: str) -> Raw:
   kind = inner.get("model_type", WRAPPERS[outer])
   require(kind, (str,), "text_config.model_type", path)
   found = {name: raw[name] for name in INHERITED if name in raw}
-  made = {**ABSENT.get(kind, {}), **found, **inner}
+  made = {**ABSENT.get(kind, {}), **found, **inner, **ALWAYS.get(kind, {})}
   made["model_type"] = SAME.get(kind, kind)
   # These say of what class the whole is, or the part while it is in there.
   for field in ("architectures", *PROJECTOR):
@@ -209,7 +222,11 @@ def checkpoint(folder: Path) -> Any:
   found = _without_unread(found, raw)
   quantization = raw.get("quantization_config")
   found = mxfp4.unpacked(fp8.dequantized(found, quantization), quantization)
-  return Part(found) if raw.get("model_type") in WRAPPERS else found
+  if raw.get("model_type") not in WRAPPERS:
+    return found
+  if raw["model_type"] == "qwen3_vl_moe":
+    found = turned.either_way(found, config_of(raw, CONFIG)["hidden_size"])
+  return Part(found)
 
 
 def _without_unread(checkpoint: Checkpoint, raw: Raw) -> Any:

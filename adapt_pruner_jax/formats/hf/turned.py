@@ -1,10 +1,11 @@
-"""Experts whose matrices lie the other way round in files (gpt-oss).
+"""Experts whose matrices lie the other way round in files.
 
-There they are [X, in, out], and of a gate and what it opens the outputs take
-turns. Everywhere else in these formats they are [X, out, in], the gate's rows
-in front: here is the way from one to the other.
+There they are [X, in, out], everywhere else in these formats [X, out, in], the
+gate's rows in front of those that it opens. In files of gpt-oss these two take
+turns besides; those of Qwen3-VL have either way round, as their shapes say.
 """
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -56,10 +57,15 @@ class Usual:
     folder, shapes, dtypes: as of `files.Checkpoint`.
   """
 
-  def __init__(self, inner: Any, config: ModelConfig):
-    """Takes a checkpoint of such a model."""
+  def __init__(
+    self,
+    inner: Any,
+    experts: Iterable[str],
+    from_file: Callable[[str, np.ndarray], np.ndarray],
+  ):
+    """Takes a checkpoint, which of its tensors are turned, and the way back."""
     self.folder, self.dtypes, self._inner = inner.folder, inner.dtypes, inner
-    self._turned = {t for t in inner.shapes if is_turned(config, t)}
+    self._turned, self._from_file = {*experts}, from_file
     self.shapes = {
       t: shape(s) if t in self._turned else s for t, s in inner.shapes.items()
     }
@@ -67,4 +73,26 @@ class Usual:
   def array(self, tensor: str, rows: slice = ALL) -> np.ndarray:
     """Rows of the tensor of this name, experts of those that are turned."""
     found = self._inner.array(tensor, rows)
-    return from_file(tensor, found) if tensor in self._turned else found
+    return self._from_file(tensor, found) if tensor in self._turned else found
+
+
+def in_turns(checkpoint: Any, config: ModelConfig) -> Usual:
+  """A checkpoint of gpt-oss, as usual."""
+  experts = [t for t in checkpoint.shapes if is_turned(config, t)]
+  return Usual(checkpoint, experts, from_file)
+
+
+def either_way(checkpoint: Any, D: int) -> Usual:
+  """A checkpoint of Qwen3-VL with experts, as usual.
+
+  Args:
+    D: width of the residual stream, which says where the inputs are.
+  """
+  inputs = {f".mlp.experts.{BOTH}": 2, f".mlp.experts.{DOWN}": 1}
+  experts = [
+    tensor
+    for tensor, shape in checkpoint.shapes.items()
+    for ending, axis in inputs.items()
+    if tensor.endswith(ending) and len(shape) == 3 and shape[axis] != D
+  ]
+  return Usual(checkpoint, experts, lambda _, array: array.swapaxes(1, 2))
