@@ -10,6 +10,7 @@ DIR of --model is SmolLM2-135M-Instruct as a HuggingFace directory, made from
   tasks    the six commonsense tasks, of the models that `prune` has made
   length   loss by position up to the model's context
   recover  training on what pruning leaves, and on random weights
+  answers  how alike they and the dense model answer, also after learning that
   report   the tables of docs/results.md and README.md, from all cells
 
 Each measurement is a line of benchmarks/real_model.jsonl, kept when it is done,
@@ -34,9 +35,17 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for configs/
 
 import real_model_report
 from absl import app, flags
-from real_model_bench import DENSE, LARGE, SCRATCH, SMALL, Bench, Cell
+from real_model_bench import (
+  ANSWERS,
+  DENSE,
+  LARGE,
+  SCRATCH,
+  SMALL,
+  Bench,
+  Cell,
+)
 
-PARTS = ("prune", "tasks", "length", "recover", "report")
+PARTS = ("prune", "tasks", "length", "recover", "answers", "report")
 HERE = Path(__file__).parent
 FLAGS = flags.FLAGS
 flags.DEFINE_enum("part", "prune", PARTS, "What is measured.")
@@ -73,6 +82,7 @@ RIVALS = (
 BEST = ((DEFAULT, SMALL), (PAPER, LARGE), (DEFAULT, LARGE))
 RATES = (3e-5, 1e-4, 3e-4)
 SCRATCH_RATES = (1e-3, 3e-3)
+FEW = 25_600  # tokens of training
 
 
 # ---- What is measured --------------------------------------------------------
@@ -110,7 +120,7 @@ def length(bench: Bench) -> Iterator[Cell]:
 
 def recover(bench: Bench) -> Iterator[Cell]:
   """Plain loss and distillation, in one go and in four stages."""
-  few, budgets = 25_600, (102_400, 512_000)
+  budgets = (102_400, 512_000)
   seeds = (1,)  # of it all questions were asked before training
   if FLAGS.full:
     budgets, seeds = (102_400, 1_024_000, 10_240_000), range(3)
@@ -125,8 +135,19 @@ def recover(bench: Bench) -> Iterator[Cell]:
     cell = Cell("recover", method, 0.2, seed, SMALL, stages, budget, alpha)
     if chosen(cell):
       rates = SCRATCH_RATES if method == SCRATCH else RATES
-      brief = cell._replace(seed=seeds[0], stages=1, train_tokens=few)
+      brief = cell._replace(seed=seeds[0], stages=1, train_tokens=FEW)
       yield cell._replace(rate=bench.best_rate(brief, rates))
+
+
+def answers(bench: Bench) -> Iterator[Cell]:
+  """With and without the dense model's answers among what is learnt from."""
+  pruned = Cell("prune", DEFAULT, 0.2, 1, SMALL)
+  brief = pruned._replace(part="recover", train_tokens=FEW, alpha=1.0)
+  brief = brief._replace(rate=bench.best_rate(brief, RATES))
+  learnt = brief._replace(source=ANSWERS)
+  yield from (brief, learnt)
+  for cell in (pruned, pruned._replace(method=PAPER), brief, learnt):
+    yield cell._replace(part="answers")
 
 
 def tasks(bench: Bench) -> Iterator[Cell]:
@@ -177,7 +198,13 @@ def main(argv: list[str]) -> None:
     FLAGS.questions,
     FLAGS.mmlu,
   )
-  parts = {"prune": prune, "tasks": tasks, "length": length, "recover": recover}
+  parts = {
+    "prune": prune,
+    "tasks": tasks,
+    "length": length,
+    "recover": recover,
+    "answers": answers,
+  }
   done = 0
   for cell in parts[FLAGS.part](bench):
     if not chosen(cell) or cell in bench.found or not bench.possible(cell):

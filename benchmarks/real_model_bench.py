@@ -13,6 +13,7 @@ import jax
 import jax.monitoring
 import jax.numpy as jnp
 import numpy as np
+from real_model_answers import answered, prompts
 from real_model_texts import c4, cut, read, reported, to_hex, token_losses
 
 from adapt_pruner_jax.config import Config, Data, Prune
@@ -20,7 +21,14 @@ from adapt_pruner_jax.data import packing
 from adapt_pruner_jax.data.calibration import pruning_data
 from adapt_pruner_jax.data.tokenizer import load_tokenizer
 from adapt_pruner_jax.distributed import sharding
-from adapt_pruner_jax.evaluation import lm_eval_run, presets
+from adapt_pruner_jax.evaluation import (
+  answer_agreement,
+  lm_eval_run,
+  presets,
+)
+from adapt_pruner_jax.evaluation import (
+  answers as dense_answers,
+)
 from adapt_pruner_jax.evaluation.questions import Questions
 from adapt_pruner_jax.formats import convert, opening
 from adapt_pruner_jax.models import model_config
@@ -41,12 +49,13 @@ SEQ_LEN, BATCH = 128, 32  # of the other methods' calibration
 ROWS, ROW_LEN = 2, 256  # of a train step
 SAVED = 100  # train steps between checkpoints, where the tuning loss is taken
 CALIBRATION_END, TUNE_END, TEST_BEGIN = 4_000_000, 4_200_000, 4_250_000
+ANSWERS = "answers"
 COMPILING = "/jax/core/compile/backend_compile_duration"
 Pair = tuple[model_config.ModelConfig, Any]
 
 
 class Cell(NamedTuple):
-  """One measurement; the last four are of recovery training."""
+  """One measurement; the last five are of recovery training."""
 
   part: str
   method: str
@@ -57,6 +66,7 @@ class Cell(NamedTuple):
   train_tokens: int = 0
   alpha: float = 0.0  # of distillation
   rate: float = 0.0
+  source: str = ""  # ANSWERS: what the dense model says, not the texts
 
   @property
   def untrained(self) -> "Cell":
@@ -123,7 +133,7 @@ class Bench:
     """Which questions a model gets right, as hexadecimal bits by task."""
     how = Questions(tasks_dir=str(self.data / "eval"), limit=self.questions)
     lm = lm_eval_run.open_lm(*self.kept(cell), self.tokenizer, mesh=self.mesh)
-    return answered(lm, ["commonsense"] + ["mmlu"] * self.mmlu, how)
+    return right(lm, ["commonsense"] + ["mmlu"] * self.mmlu, how)
 
   def length(self, cell: Cell) -> dict:
     """Mean loss of a window's parts, one after the other, by window."""
@@ -138,6 +148,13 @@ class Bench:
       parts = nll_T[:longest].reshape(BUCKETS, -1).mean(1)
       found.append([round(float(part), 4) for part in parts])
     return {"context": longest, "losses": found}
+
+  def answers(self, cell: Cell) -> dict:
+    """How alike a model and the dense one answer prompts that are held out."""
+    rows = dense_answers.read(self.asked("heldout"))
+    return answer_agreement.answer_agreement(
+      self.dense, self.kept(cell), rows, ROWS, self.mesh
+    )
 
   def recover(self, cell: Cell) -> dict:
     """Trains, keeps the model, and measures its loss."""
@@ -206,7 +223,10 @@ class Bench:
       min_learning_rate=cell.rate / 10,
       distill_alpha=cell.alpha,
     )
-    recipe.data = Data(recipe.calibration.source, ROW_LEN, ROWS, "none")
+    source = recipe.calibration.source
+    if cell.source:
+      source = f"answers:{self.asked('train').file}"
+    recipe.data = Data(source, ROW_LEN, ROWS, "none")
     recipe.seed = cell.seed
     return recipe
 
@@ -356,13 +376,20 @@ class Bench:
       if name != "tune"
     }
 
+  def asked(self, split: str) -> dense_answers.Request:
+    """Prompts made of the calibration text, answered by the dense model."""
+    rows = prompts(self.data, CALIBRATION_END)
+    file = self.workdir / "prompts.jsonl"
+    json_files.rewrite_lines(file, rows)
+    return answered(file, split, self.dense, self.model, self.tokenizer)
+
   def text_losses(self, pair: Pair, windows: np.ndarray) -> list[float]:
     return [float(token_losses(*pair, row_T).mean()) for row_T in windows]
 
 
 def words(fields: Sequence) -> str:
   """A cell's fields, as a name."""
-  return "-".join(map(str, fields))
+  return "-".join(str(field) for field in fields if field != "")
 
 
 def learned(curve: list) -> dict:
@@ -370,7 +397,7 @@ def learned(curve: list) -> dict:
   return {"tune": curve[-1][1], "curve": curve} if curve else {}
 
 
-def answered(lm: Any, names: list[str], how: Questions) -> dict:
+def right(lm: Any, names: list[str], how: Questions) -> dict:
   """Which questions are answered right, as hexadecimal bits by task."""
   metrics = presets.PRESETS["commonsense"].metrics
   raw = lm_eval_run.run(lm_eval_run.expand(names, how)[0], lm, how)
@@ -378,8 +405,8 @@ def answered(lm: Any, names: list[str], how: Questions) -> dict:
   for name, samples in raw["samples"].items():
     metric = metrics.get(name, "acc")  # MMLU's subjects have one
     rows = sorted(samples, key=lambda sample: sample["doc_id"])
-    right = [int(row[metric]) for row in rows if metric in row]
-    correct[name], number[name] = to_hex(right), len(right)
+    bits = [int(row[metric]) for row in rows if metric in row]
+    correct[name], number[name] = to_hex(bits), len(bits)
   return {"correct": correct, "questions": number}
 
 

@@ -58,6 +58,7 @@ def write(cells: Path, folder: Path) -> None:
     by_task(found),
     by_length(found),
     recovered(found),
+    alike(found),
   ]
   replace(folder / "docs" / "results.md", "\n\n".join(filter(None, parts)))
   replace(folder / "README.md", summary(found))
@@ -185,13 +186,13 @@ def recovered(found: Results) -> str:
     if cell.part != "recover":
       continue
     row = [*head(cell)[::2], f"{cell.train_tokens:,}", str(cell.stages)]
-    row += [f"{cell.alpha:g}", f"{cell.rate:.0e}"]
+    row += [f"{cell.alpha:g}", f"{cell.rate:.0e}", cell.source or "C4"]
     row += [rise(found, cell, text) for text in TEXTS]
     row += [accuracy(found, cell), share_kept(found, cell, dense)]
     rows.append(row)
   if not rows:
     return ""
-  header = ["method", "seed", "trained on", "stages", "alpha", "rate"]
+  header = ["method", "seed", "trained on", "stages", "alpha", "rate", "on"]
   header += [*TEXTS.values(), "accuracy", "kept"]
   return "\n\n".join(
     [
@@ -213,12 +214,43 @@ def curves(found: Results) -> str:
     losses = dict(found[cell]["curve"])
     row = [NAMES.get(cell.method, cell.method), str(cell.seed)]
     row += [f"{cell.train_tokens:,}", str(cell.stages), f"{cell.alpha:g}"]
+    row.append(cell.source or "C4")
     rows.append(row + [shown(losses.get(end), ".3f") for end in ends])
-  header = ["method", "seed", "trained on", "stages", "alpha"]
+  header = ["method", "seed", "trained on", "stages", "alpha", "on"]
   header += [f"{end:,}" for end in ends]
   return "\n\n".join(
     [
       "Nats a token of the tuning text after so many tokens of training.",
+      markdown.table(header, rows, header[1:]),
+    ]
+  )
+
+
+def alike(found: Results) -> str:
+  """KL from the dense model and agreement with it on its own answers."""
+  rows = []
+  for cell, result in found.items():
+    if cell.part != "answers":
+      continue
+    row = [NAMES[cell.method], str(cell.seed)]
+    row.append(f"{cell.train_tokens:,}" if cell.train_tokens else "-")
+    row.append((cell.source or "C4") if cell.train_tokens else "-")
+    row.append(f"{result['answer_tokens']:,}")
+    row.append(shown(result["answer_kl"], ".3f"))
+    row.append(f"{result['answer_agreement']:.1%}")
+    trained = "recover" if cell.train_tokens else "prune"
+    row += [rise(found, cell._replace(part=trained), text) for text in TEXTS]
+    rows.append(row)
+  if not rows:
+    return ""
+  header = ["method", "seed", "trained on", "on", "answers' tokens"]
+  header += ["KL", "same token", *TEXTS.values()]
+  return "\n\n".join(
+    [
+      "#### Answers, on prompts that were held out",
+      "At each token of the dense model's own answers: KL divergence from it "
+      "in nats, and how often both find the same token the likeliest; then "
+      "nats a token of the texts above dense.",
       markdown.table(header, rows, header[1:]),
     ]
   )
