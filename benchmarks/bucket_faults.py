@@ -93,7 +93,7 @@ def finished(
   arguments: Sequence[str], env: dict[str, str], folder: Path
 ) -> None:
   """Runs to the end."""
-  codes = exit_codes(start(arguments, env, folder))
+  codes = exit_codes(start(arguments, env, folder), folder)
   if any(codes):
     said = (folder / "0.out").read_text()
     raise RuntimeError(f"exit codes {codes}\n{said}")
@@ -116,20 +116,26 @@ def killed(
     time.sleep(0.05)
   for process in running if which == "all four" else [rng.choice(running)]:
     process.kill()
-  exit_codes(running)  # the others notice it
+  exit_codes(running, folder)  # the others notice it
   return True
 
 
-def exit_codes(running: list[BaseProcess]) -> list[int]:
+def exit_codes(running: list[BaseProcess], folder: Path) -> list[int]:
   """Waits for their ends.
+
+  Args:
+    folder: has what each says.
 
   Raises:
     RuntimeError: one does not end.
   """
-  for process in running:
+  for me, process in enumerate(running):
     process.join(HANG)
     if process.exitcode is None:
-      raise RuntimeError("a process neither goes on nor ends")
+      said = [file.read_text()[-2000:] for file in folder.glob("?.out")]
+      raise RuntimeError(
+        "\n\n".join([f"process {me} neither goes on nor ends", *said])
+      )
   return [process.exitcode for process in running]
 
 

@@ -5,12 +5,16 @@ wait for it. They end within `HEARTBEAT`: a thread here says in one line who is
 gone and ends the process with `EXIT_PEER`; where JAX is faster, it aborts the
 process (SIGABRT, a dump of C++), and nothing of ours runs in that.
 
+A process that is stuck in C, where no thread of Python goes on, would be waited
+for by all: after `STUCK` it says where it is and ends.
+
 The one place that uses a private name of JAX: its client, which has barriers
 that wait as long as they are told to.
 """
 
 import atexit
 import collections
+import faulthandler
 import itertools
 import os
 import re
@@ -29,6 +33,8 @@ from adapt_pruner_jax.errors import EXIT_ERROR, EXIT_PEER, UserError, first_line
 
 # A process that is silent so long (seconds) is dead, and ends the others.
 HEARTBEAT = 30
+# A process in which Python has not run for so long (seconds) never will.
+STUCK = 300
 YEARS = 10**12  # milliseconds
 _meetings = itertools.count()
 _leaving, _left = threading.Event(), threading.Event()
@@ -71,6 +77,7 @@ def connect(
     reason = first_line(error)
     raise UserError(_cannot_join(coordinator, reason)) from error
   _start(_watch)
+  _start(_show_life)
   atexit.register(_leave)
   require_alike(jax.devices())
 
@@ -170,8 +177,15 @@ def _watch() -> None:
   except jax.errors.JaxRuntimeError as error:
     if found := re.search(r"Task (\d+) heartbeat timeout", str(error)):
       _gone(f"process {found[1]}")
-    elif not _leaving.is_set() and not _answers(address):
-      _gone("process 0")
+    elif not _leaving.is_set():
+      _gone("another process" if _answers(address) else "process 0")
+
+
+def _show_life() -> None:
+  """Puts off, while Python runs, that the process ends itself."""
+  while not _left.wait(STUCK / 30):
+    faulthandler.dump_traceback_later(STUCK, exit=True, file=2)
+  faulthandler.cancel_dump_traceback_later()
 
 
 def _wait_for(address: str, seconds: int) -> None:
@@ -213,6 +227,13 @@ def _gone(who: str) -> None:
 
 
 def _end(code: int) -> None:
+  # In a thread: a pipe that nobody reads would hold up the end for ever.
+  flush = threading.Thread(target=_flush, daemon=True)
+  flush.start()
+  flush.join(10)
+  os._exit(code)  # the regular end waits for processes that never come
+
+
+def _flush() -> None:
   sys.stdout.flush()
   sys.stderr.flush()
-  os._exit(code)  # the regular end waits for processes that never come

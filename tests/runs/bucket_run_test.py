@@ -46,7 +46,7 @@ def four(small_model, tmp_path, bucket_server, monkeypatch):
     started.extend(bucket_faults.start(arguments, env, tmp_path))
     return started[-bucket_faults.N :]
 
-  begin.ends = bucket_faults.exit_codes
+  begin.ends = lambda started: bucket_faults.exit_codes(started, tmp_path)
   begin.said = lambda me: (tmp_path / f"{me}.out").read_text()
   yield begin
   for process in started:
