@@ -2,15 +2,23 @@
 seconds."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 
 from adapt_pruner_jax.data import sources
+from adapt_pruner_jax.evaluation import answers as dense_answers
 from adapt_pruner_jax.evaluation import perplexity
+from adapt_pruner_jax.storage import json_files
 from tests import small_runs
 from tests.conftest import ROOT
 
+MARK = "<|endoftext|>"
+TEMPLATE = (
+  "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+  "{% if add_generation_prompt %}assistant:{% endif %}"
+)
 pytestmark = pytest.mark.slow
 
 SIZES = {"WINDOW": 32, "WINDOWS": 4, "LONG_WINDOWS": 2, "BUCKETS": 4}
@@ -28,8 +36,15 @@ SIZES |= {"CALIBRATION_END": 60_000, "TUNE_END": 70_000, "TEST_BEGIN": 75_000}
 @pytest.fixture
 def bench(small_model, tmp_path, monkeypatch):
   monkeypatch.syspath_prepend(ROOT / "benchmarks")
+  import real_model_answers
   import real_model_bench
 
+  monkeypatch.setattr(real_model_answers, "NUMBER", 20)
+  monkeypatch.setattr(real_model_answers, "QUOTED", 3)
+  monkeypatch.setattr(real_model_answers, "QUESTIONS", ("Why?",))
+  monkeypatch.setattr(real_model_answers, "ANSWER", 8)
+  ends = lambda *_: tuple(range(0, 300, 2))  # a random model comes to them
+  monkeypatch.setattr(dense_answers.generation_config, "end_tokens", ends)
   for name, value in SIZES.items():
     monkeypatch.setattr(real_model_bench, name, value)
   recommended = real_model_bench.oneshot.get_config
@@ -40,19 +55,24 @@ def bench(small_model, tmp_path, monkeypatch):
     return config
 
   monkeypatch.setattr(real_model_bench.oneshot, "get_config", recipe)
+  model = tmp_path / "model"
+  shutil.copytree(small_model, model)
+  (model / "chat_template.jinja").write_text(TEMPLATE)
   text = sources.embedded_text("train")[:100_000]
   for name in ("c4_sample", "wikitext2_raw_test", "books"):
     (tmp_path / "text").mkdir(exist_ok=True)
-    (tmp_path / "text" / f"{name}.txt").write_text(text)
+    parts = text.replace("\n\n", MARK) if name == "c4_sample" else text
+    (tmp_path / "text" / f"{name}.txt").write_text(parts)
   (tmp_path / "tinyshakespeare").mkdir()
   (tmp_path / "tinyshakespeare" / "input.txt").write_text(text)
   small_runs.write_questions(tmp_path / "eval")
   where = tmp_path / "work", tmp_path / "cells.jsonl"
-  return lambda: real_model_bench.Bench(small_model, tmp_path, *where, 0)
+  return lambda: real_model_bench.Bench(model, tmp_path, *where, 0)
 
 
 @pytest.mark.slow
 def test_goes_on_and_reports(bench, tmp_path, monkeypatch):
+  import real_model_bench
   import real_model_report as report
   from real_model_bench import DENSE, SCRATCH, Cell
   from real_model_texts import from_hex, to_hex
@@ -70,12 +90,12 @@ def test_goes_on_and_reports(bench, tmp_path, monkeypatch):
   of_tasks = (dense, paper, default, plain)
   cells += [c._replace(part="tasks") for c in of_tasks]
   cells += [c._replace(part="length") for c in (dense, paper)]
+  learnt = plain._replace(source=real_model_bench.ANSWERS)
+  cells += [learnt, *(c._replace(part="answers") for c in (paper, learnt))]
   found = {cell: first.get(cell) for cell in cells}
   assert found[paper]["params"] <= 0.8 * found[dense]["params"]
 
   # Cut off behind its first checkpoint, a training goes on to the same end.
-  import real_model_bench
-
   assert [at for at, _ in found[plain]["curve"]] == [512, 1024]
   (tmp_path / "cells.jsonl").rename(tmp_path / "found.jsonl")
   recover, calls = real_model_bench.loop.recover, []
@@ -93,6 +113,18 @@ def test_goes_on_and_reports(bench, tmp_path, monkeypatch):
   assert calls == [0, 2, 2]
   assert not [*(tmp_path / "work" / "training").iterdir()]
   (tmp_path / "found.jsonl").rename(tmp_path / "cells.jsonl")
+
+  # Held-out prompts are other ones than those that are learnt from.
+  files = [first.asked(split).file for split in ("train", "heldout")]
+  told = [
+    {row["messages"][0]["content"] for row in json_files.read_lines(file)}
+    for file in files
+  ]
+  assert told[0]
+  assert told[1]
+  assert not told[0] & told[1]
+  kl = found[paper._replace(part="answers")]["answer_kl"]
+  assert found[learnt._replace(part="answers")]["answer_kl"] != kl
 
   # The evaluation that everyone else uses says the same.
   rows = first.windows["books"]
@@ -123,7 +155,7 @@ def test_goes_on_and_reports(bench, tmp_path, monkeypatch):
   assert ours == (found[default]["prune_steps"] + 3) * 64 * 16
   assert "old" not in readme
   results = (tmp_path / "docs" / "results.md").read_text()
-  assert results.count("####") == 5
+  assert results.count("####") == 6
   line = json.loads((tmp_path / "cells.jsonl").read_text().splitlines()[0])
   assert line["cell"]["method"] == DENSE
   assert from_hex(to_hex([1, 0, 1]), 3).tolist() == [1, 0, 1]
