@@ -203,6 +203,22 @@ WRAPPERS["qwen3_vl_moe"] = (
   | {"model_type": "qwen3_vl_moe_text", "norm_topk_prob": False},
   WRAPPERS["qwen3_vl"][1],
 )
+WRAPPERS["qwen3_omni_moe_thinker"] = (
+  WRAPPERS["qwen3_vl_moe"][0]
+  | {"model_type": "qwen3_omni_moe_text", "use_qk_norm": True},
+  {
+    "vision_config": WRAPPERS["qwen3_vl"][1]["vision_config"],
+    "audio_config": {
+      "d_model": 16,
+      "encoder_layers": 1,
+      "encoder_attention_heads": 2,
+      "encoder_ffn_dim": 16,
+      "num_mel_bins": 8,
+      "output_dim": 32,
+      "downsample_hidden_size": 8,
+    },
+  },
+)
 WRAPPERS["exaone4_5"] = (
   zoo.CASES["exaone4"][1] | {"model_type": "exaone4"},
   {
@@ -324,7 +340,34 @@ def test_experts_lie_either_way_round(tmp_path):
     torch.testing.assert_close(read(tokens).logits, peer(tokens).logits)
 
 
-@pytest.mark.parametrize("kind", text_part.ABSENT)
+def test_the_thinker_of_a_model_that_speaks(tmp_path):
+  """Its config and its tensors are one level lower; the talker is left out."""
+  wrapper("qwen3_omni_moe_thinker", tmp_path / "thinker")
+  thinker, params = load.load(tmp_path / "thinker")
+  whole = tmp_path / "whole"
+  whole.mkdir()
+  raw = json.loads((tmp_path / "thinker" / "config.json").read_text())
+  outer = {"model_type": "qwen3_omni_moe", "enable_audio_output": True}
+  (whole / "config.json").write_text(
+    json.dumps(outer | {"thinker_config": raw, "talker_config": {}})
+  )
+  arrays = load_file(tmp_path / "thinker" / "model.safetensors")
+  arrays = {f"thinker.{name}": array for name, array in arrays.items()}
+  arrays["talker.model.layers.0.mlp.down_proj.weight"] = np.zeros(
+    (2, 2), np.float32
+  )
+  save_file(arrays, whole / "model.safetensors", {"format": "pt"})
+  config, again = load.load(whole)
+  assert config == thinker
+  jax.tree.map(np.testing.assert_array_equal, params, again)
+  (whole / "config.json").write_text(json.dumps(outer))
+  with pytest.raises(UserError, match="needs the field thinker_config"):
+    load.load(whole)
+
+
+@pytest.mark.parametrize(
+  "kind", sorted({*text_part.ABSENT} - {"qwen3_omni_moe_text"})
+)
 def test_fields_that_a_text_config_leaves_out(kind):
   """They are the defaults of its own class, which may differ from the row's."""
   peer = transformers.AutoConfig.for_model(kind)

@@ -36,18 +36,21 @@ WRAPPERS = {
   **dict.fromkeys(("idefics3", "smolvlm"), "llama"),
   **dict.fromkeys(("deepseek_vl", "deepseek_vl_hybrid", "janus"), "llama"),
   **dict.fromkeys(("llava_onevision", "internvl", "ovis2"), "qwen2"),
-  **dict.fromkeys(("got_ocr2", "video_llama_3"), "qwen2"),
+  **dict.fromkeys(("got_ocr2", "video_llama_3", "pp_chart2table"), "qwen2"),
   # The model's own class passes over logit_scale, that of the text does not,
   # nor do servers: what the config says is meant.
   **dict.fromkeys(("aya_vision", "cohere2_vision"), "cohere2"),
   "exaone4_5": "exaone4",
   "idefics2": "mistral",
   "lighton_ocr": "qwen3",
-  **dict.fromkeys(("minicpmv4_6", "minicpmv4_7"), "qwen3_5_text"),
+  **dict.fromkeys(
+    ("minicpmv4_6", "minicpmv4_7", "minicpm_ocr"), "qwen3_5_text"
+  ),
   # Sound in place of pictures.
   **dict.fromkeys(("glmasr", "voxtral"), "llama"),
-  **dict.fromkeys(("audioflamingo3", "qwen2_audio"), "qwen2"),
+  **dict.fromkeys(("audioflamingo3", "qwen2_audio", "vibevoice_asr"), "qwen2"),
   **dict.fromkeys(("granite_speech", "granite_speech_plus"), "granite"),
+  **dict.fromkeys(("fun_asr_nano", "moss_transcribe_diarize"), "qwen3"),
   "qwen3_asr": "qwen3",
   "qwen2_vl": "qwen2_vl_text",
   "qwen2_5_vl": "qwen2_5_vl_text",
@@ -55,12 +58,18 @@ WRAPPERS = {
   "qwen3_vl_moe": "qwen3_vl_moe_text",
   "qwen3_5": "qwen3_5_text",
   "qwen3_5_moe": "qwen3_5_moe_text",
+  "qwen2_5_omni_thinker": "qwen2_5_omni_text",
+  "qwen3_omni_moe_thinker": "qwen3_omni_moe_text",
 }
+# Types with such a one inside, in the field thinker_config, that also speak.
+SPEAKING = ("qwen2_5_omni", "qwen3_omni_moe")
+THINKER = "thinker_config"
 # Those whose class ties the output matrix where the file does not say.
 TIE = ("gemma3", "gemma4", "gemma4_unified", "mistral3", "internvl")
 TIE += ("aya_vision", "cohere2_vision", "deepseek_vl", "deepseek_vl_hybrid")
 TIE += ("janus", "got_ocr2", "lighton_ocr", "ovis2", "glmasr", "qwen3_asr")
-TIE += ("granite_speech", "granite_speech_plus")
+TIE += ("granite_speech", "granite_speech_plus", "pp_chart2table")
+TIE += ("minicpm_ocr", "fun_asr_nano", "moss_transcribe_diarize")
 # Those that tie it where the config inside says so.
 ASK_INSIDE = ("llava", "llava_next_video", "llava_onevision")
 ASK_INSIDE += ("qwen2_vl", "qwen2_5_vl", "video_llama_3")
@@ -104,6 +113,14 @@ ABSENT = {
     "max_position_embeddings": 128000,
     "rope_theta": 5e5,
   },
+  "qwen2_5_omni_text": {
+    **_sizes(152064, 3584, 18944, 28, 28),
+    "num_key_value_heads": 4,
+    "rope_theta": 1e6,
+    "max_window_layers": 28,
+  },
+  # What its class has for sizes is no model: heads of 73 channels.
+  "qwen3_omni_moe_text": {"num_key_value_heads": 4, "norm_topk_prob": True},
   "qwen3_vl_moe_text": {
     **_sizes(151936, 2048, 5632, 24, 16),
     "num_key_value_heads": 16,
@@ -120,10 +137,17 @@ SAME = {
   "qwen2_5_vl_text": "qwen2",
   "qwen3_vl_text": "qwen3",
   "qwen3_vl_moe_text": "qwen3_moe",
+  "qwen2_5_omni_text": "qwen2",
+  "qwen3_omni_moe_text": "qwen3_moe",
   "gemma4_unified_text": "gemma4_text",
 }
 # What the class of such a part does whatever its config says.
 ALWAYS = {"qwen3_vl_moe_text": {"norm_topk_prob": True}}
+# What published files have, and the classes pass over.
+PASSED = {
+  "qwen2_5_omni_text": ("init_std",),
+  "qwen3_omni_moe_text": ("use_qk_norm", "shared_expert_intermediate_size"),
+}
 # Of the outer config, what the inner one has where it does not say it itself.
 INHERITED = (
   *("tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id"),
@@ -150,6 +174,7 @@ def config_of(raw: Raw, path: str) -> Raw:
     UserError: a wrapper without the config of its language model; a type that
       is no word.
   """
+  raw = _wrapper(raw, path)
   outer = raw.get("model_type")
   require(outer, (str, NONE), "model_type", path)
   if outer not in WRAPPERS:
@@ -168,13 +193,29 @@ def config_of(raw: Raw, path: str) -> Raw:
   made = {**ABSENT.get(kind, {}), **found, **inner, **ALWAYS.get(kind, {})}
   made["model_type"] = SAME.get(kind, kind)
   # These say of what class the whole is, or the part while it is in there.
-  for field in ("architectures", *PROJECTOR):
+  for field in ("architectures", *PROJECTOR, *PASSED.get(kind, ())):
     made.pop(field, None)
   for field in ("rope_scaling", "rope_parameters"):
     rope = made.get(field)
     if kind in SAME and isinstance(rope, dict):
       made[field] = _of_text(rope)
   return made
+
+
+def _wrapper(raw: Raw, path: str) -> Raw:
+  """What is around the language model; `raw` unless that is one level lower.
+
+  Raises:
+    UserError: it should be there, and is not.
+  """
+  kind = raw.get("model_type")
+  if kind not in SPEAKING:
+    return raw
+  inner = raw.get(THINKER)
+  if not isinstance(inner, dict):
+    raise UserError(f"{path}: a model of type {kind} needs the field {THINKER}")
+  found = {name: raw[name] for name in INHERITED if name in raw}
+  return {**found, **inner, "model_type": f"{kind}_thinker"}
 
 
 def tied_as_stored(config: ModelConfig, raw: Raw, folder: Path) -> ModelConfig:
@@ -187,6 +228,7 @@ def tied_as_stored(config: ModelConfig, raw: Raw, folder: Path) -> ModelConfig:
     config: of the language model.
     raw: the config.json of the whole, in `folder`.
   """
+  raw = _wrapper(raw, CONFIG)
   kind = raw.get("model_type")
   if kind not in WRAPPERS or not any(folder.glob("*.safetensors")):
     return config
@@ -214,7 +256,7 @@ def checkpoint(folder: Path) -> Any:
     UserError: as `files.Checkpoint`; or quantized weights of other kinds than
       are read, or without their scales.
   """
-  raw = read_object(folder / CONFIG)
+  raw = _wrapper(read_object(folder / CONFIG), CONFIG)
   # Some indices list a tied matrix that is not there.
   heads = {family.outer["lm_head"] for family in FAMILIES.values()}
   names = heads | {f"language_model.{OUTER['lm_head']}"}
@@ -298,6 +340,7 @@ class Part(Renamed):
 
 
 def _plain_name(name: str) -> str:
+  name = name.removeprefix("thinker.")
   for beginning, plain in BEGINNINGS.items():
     if name.startswith(beginning):
       return plain + name.removeprefix(beginning)
