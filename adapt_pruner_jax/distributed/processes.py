@@ -46,6 +46,10 @@ def connect(
 ) -> None:
   """Makes this process one of several, before any device is used.
 
+  Where another one does not come in time, this process ends with `EXIT_PEER`:
+  JAX would abort it, or (if process 0 ends in the last millisecond) wait for
+  ever.
+
   Args:
     coordinator: HOST:PORT of process 0; empty = found out from the TPU pod or
       from Slurm, with the two numbers.
@@ -67,15 +71,19 @@ def connect(
   jax.config.update("jax_enable_preemption_service", False)
   if coordinator and process_id > 0:
     _wait_for(coordinator, seconds)
+  joined = threading.Event()
+  _start(lambda: joined.wait(seconds) or _alone(coordinator, seconds))
   try:
     jax.distributed.initialize(
       **given,
-      initialization_timeout=seconds,
+      initialization_timeout=seconds + HEARTBEAT,  # `_alone` comes before
       heartbeat_timeout_seconds=HEARTBEAT,
     )
   except (RuntimeError, ValueError) as error:
     reason = first_line(error)
     raise UserError(_cannot_join(coordinator, reason)) from error
+  finally:
+    joined.set()
   _start(_watch)
   _start(_show_life)
   atexit.register(_leave)
@@ -213,16 +221,26 @@ def _answers(address: str) -> bool:
     return False
 
 
+def _alone(address: str, seconds: int) -> None:
+  _end_saying(
+    f"not all processes came to {address or 'the coordinator'} within "
+    f"{seconds} s (--connect_seconds): the output of the others says why"
+  )
+
+
 def _gone(who: str) -> None:
+  _end_saying(
+    f"{who} is gone: it stopped, or could not be reached for {HEARTBEAT} s; "
+    "its own output says why"
+  )
+
+
+def _end_saying(why: str) -> None:
   # JAX's C++ says more at the same time: this shall be the last line.
   stderr = os.dup(2)
   os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-  message = (
-    f"error: {who} is gone: it stopped, or could not be reached for "
-    f"{HEARTBEAT} s; its own output says why. Start all processes again: the "
-    "same command continues\n"
-  )
-  os.write(stderr, message.encode())
+  again = "Start all processes again: the same command continues"
+  os.write(stderr, f"error: {why}. {again}\n".encode())
   _end(EXIT_PEER)
 
 

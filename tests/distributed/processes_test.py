@@ -201,3 +201,21 @@ def test_no_coordinator_is_one_clear_line(small_model, tmp_path, process_env):
   assert process.wait(600) == EXIT_ERROR
   line = said(tmp_path / "work", 1).splitlines()[-1]
   assert line.startswith("error: cannot join the processes at 127.0.0.1:9")
+
+
+def test_one_that_never_comes_is_one_clear_line(
+  small_model, tmp_path, process_env
+):
+  with socket.socket() as found:
+    found.bind(("127.0.0.1", 0))
+    address = f"127.0.0.1:{found.getsockname()[1]}"
+  process = start(
+    config_of(small_model),
+    tmp_path / "work",
+    process_env(1),
+    *("--connect_seconds=2", f"--coordinator={address}"),
+    *("--num_processes=2", "--process_id=0"),
+  )
+  assert process.wait(600) == EXIT_PEER
+  line = said(tmp_path / "work", 0).splitlines()[-1]
+  assert line.startswith(f"error: not all processes came to {address} within 2")

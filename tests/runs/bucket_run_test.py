@@ -60,30 +60,37 @@ def test_four_processes_in_a_bucket_survive_kills(
   whole, work = tmp_path / "whole", bucket / "run"
   assert four.ends(four(whole)) == [0] * 4, four.said(0)
 
-  def started_until(name):
+  def started_until(moment):
     running = four(work)
-    while not (work / name).exists():
+    while not moment():
       assert all(p.exitcode is None for p in running), four.said(0)
       time.sleep(0.02)
     return running
 
-  running = started_until("pruning.json")
+  def exporting():
+    return four.said(0).count("exporting to s3://") > exports
+
+  running = started_until((work / "pruning.json").exists)
   running[0].kill()
   assert all(four.ends(running))
   flip(work / "pruning.json")
-  running = started_until("checkpoints/1/commit_success.txt")
+  running = started_until(
+    (work / "checkpoints" / "1" / "commit_success.txt").exists
+  )
   for process in running:
     process.kill()
   four.ends(running)
   flip(newest_array(work))
-  running = started_until("model/incomplete")
+  exports = four.said(0).count("exporting to s3://")
+  running = started_until(exporting)
   fault("quota", 60, "PUT,POST")
   assert EXIT_ERROR in four.ends(running)
   *_, line = four.said(0).splitlines()
   assert line.startswith("error: s3://bucket/run/")
   assert "the bucket is full" in line
   fault("quota", 0, "NONE")
-  running = started_until("model/incomplete")
+  exports += 1  # the other is what was left
+  running = started_until(exporting)
   running[3].kill()
   four.ends(running)
   assert not (work / "summary.json").exists()
