@@ -47,8 +47,7 @@ def connect(
   """Makes this process one of several, before any device is used.
 
   Where another one does not come in time, this process ends with `EXIT_PEER`:
-  JAX would abort it, or (if process 0 ends in the last millisecond) wait for
-  ever.
+  JAX would abort it, and was once seen to wait on for ten minutes.
 
   Args:
     coordinator: HOST:PORT of process 0; empty = found out from the TPU pod or
