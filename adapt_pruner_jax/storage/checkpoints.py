@@ -17,6 +17,7 @@ listed there until the next save deletes it: it is older than `keep` others.
 import contextlib
 import errno
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,12 +27,13 @@ import orbax.checkpoint as ocp
 from absl import logging
 
 from adapt_pruner_jax.distributed import agreement
-from adapt_pruner_jax.errors import UserError
+from adapt_pruner_jax.errors import StoppedError, UserError, first_line
 from adapt_pruner_jax.storage import digest, orbax_messages, publish
 from adapt_pruner_jax.storage.fingerprint import fingerprints, named_leaves
 from adapt_pruner_jax.storage.places import in_bucket
 
 TRASH = "trash"
+PATIENCE = 30  # seconds
 COMMITTED = "commit_success.txt"  # by which Orbax commits a step in a bucket
 _DISK_FULL = {
   errno.ENOSPC: "No space left on device",
@@ -43,7 +45,7 @@ class Checkpoints:
   """The newest checkpoints of a run, in a directory that all processes see.
 
   Every process makes the same calls. As a context manager it waits for the
-  last save at the end.
+  last save at the end; of several processes one that fails waits `PATIENCE`.
   """
 
   def __init__(
@@ -85,8 +87,15 @@ class Checkpoints:
   def __enter__(self) -> "Checkpoints":
     return self
 
-  def __exit__(self, *_: Any) -> None:
-    self.close()
+  def __exit__(self, _: Any, error: BaseException | None, *__: Any) -> None:
+    agreed = error is None or isinstance(error, StoppedError)
+    if agreed or jax.process_count() == 1:
+      self.close()
+      return
+    # If this process fails alone, the others wait for it, and a save for them.
+    closing = threading.Thread(target=self._close_or_warn, daemon=True)
+    closing.start()
+    closing.join(PATIENCE)
 
   def steps(self) -> list[int]:
     """Steps that can be restored unless they are damaged, rising."""
@@ -170,6 +179,12 @@ class Checkpoints:
       self.wait()
     finally:
       self._manager.close()
+
+  def _close_or_warn(self) -> None:
+    try:
+      self.close()
+    except Exception as error:  # beside the one that is raised
+      logging.warning("the last checkpoint: %s", first_line(error))
 
   def _tidy(self) -> None:
     try:

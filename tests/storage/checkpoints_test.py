@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import jax
@@ -18,7 +19,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from adapt_pruner_jax.distributed import agreement
 from adapt_pruner_jax.errors import UserError
-from adapt_pruner_jax.storage import lock, publish
+from adapt_pruner_jax.storage import checkpoints, lock, publish
 from adapt_pruner_jax.storage.checkpoints import Checkpoints
 from adapt_pruner_jax.storage.fingerprint import fingerprint
 
@@ -414,6 +415,19 @@ def test_a_full_disk_is_a_user_error(two, monkeypatch, when):
       with pytest.raises(UserError, match=r"No space left.*step 2 is intact"):
         checkpoints.save(3, META, on_devices(host_state(3)))
     assert checkpoints.steps() == [1, 2]
+
+
+def test_a_process_that_fails_alone_does_not_wait(tmp_path, monkeypatch):
+  """The others, which a save waits for, wait for it."""
+  saved = Checkpoints(tmp_path)
+  comes = threading.Event()
+  monkeypatch.setattr(saved._manager, "wait_until_finished", comes.wait)
+  monkeypatch.setattr(checkpoints, "PATIENCE", 0.1)
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  with pytest.raises(UserError, match="alone"), saved:
+    raise UserError("alone")
+  monkeypatch.setattr(jax, "process_count", lambda: 1)
+  comes.set()
 
 
 def test_a_directory_that_cannot_be_made(tmp_path):
