@@ -146,8 +146,10 @@ def answers(bench: Bench) -> Iterator[Cell]:
   brief = brief._replace(rate=bench.best_rate(brief, RATES))
   learnt = brief._replace(source=ANSWERS)
   yield from (brief, learnt)
-  for cell in (pruned, pruned._replace(method=PAPER), brief, learnt):
-    yield cell._replace(part="answers")
+  trained = [cell for cell in bench.found if cell.part == "recover"]
+  for cell in (pruned, pruned._replace(method=PAPER), *trained):
+    if cell.method != SCRATCH:
+      yield cell._replace(part="answers")
 
 
 def tasks(bench: Bench) -> Iterator[Cell]:
