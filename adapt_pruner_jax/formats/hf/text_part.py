@@ -127,6 +127,7 @@ ABSENT = {
     "moe_intermediate_size": 1408,
     "num_experts": 60,
     "num_experts_per_tok": 4,
+    "norm_topk_prob": True,
     "max_position_embeddings": 128000,
     "rope_theta": 5e5,
   },
@@ -141,10 +142,9 @@ SAME = {
   "qwen3_omni_moe_text": "qwen3_moe",
   "gemma4_unified_text": "gemma4_text",
 }
-# What the class of such a part does whatever its config says.
-ALWAYS = {"qwen3_vl_moe_text": {"norm_topk_prob": True}}
-# What published files have, and the classes pass over.
+# What such configs say, and their classes pass over.
 PASSED = {
+  "qwen3_vl_moe_text": ("norm_topk_prob",),
   "qwen2_5_omni_text": ("init_std",),
   "qwen3_omni_moe_text": ("use_qk_norm", "shared_expert_intermediate_size"),
 }
@@ -189,12 +189,11 @@ def config_of(raw: Raw, path: str) -> Raw:
     )
   kind = inner.get("model_type", WRAPPERS[outer])
   require(kind, (str,), "text_config.model_type", path)
-  found = {name: raw[name] for name in INHERITED if name in raw}
-  made = {**ABSENT.get(kind, {}), **found, **inner, **ALWAYS.get(kind, {})}
+  # The first two say of what class the whole is, or the part while in there.
+  unread = ("architectures", *PROJECTOR, *PASSED.get(kind, ()))
+  said = {name: v for name, v in inner.items() if name not in unread}
+  made = {**ABSENT.get(kind, {}), **_inherited(raw), **said}
   made["model_type"] = SAME.get(kind, kind)
-  # These say of what class the whole is, or the part while it is in there.
-  for field in ("architectures", *PROJECTOR, *PASSED.get(kind, ())):
-    made.pop(field, None)
   for field in ("rope_scaling", "rope_parameters"):
     rope = made.get(field)
     if kind in SAME and isinstance(rope, dict):
@@ -214,8 +213,11 @@ def _wrapper(raw: Raw, path: str) -> Raw:
   inner = raw.get(THINKER)
   if not isinstance(inner, dict):
     raise UserError(f"{path}: a model of type {kind} needs the field {THINKER}")
-  found = {name: raw[name] for name in INHERITED if name in raw}
-  return {**found, **inner, "model_type": f"{kind}_thinker"}
+  return {**_inherited(raw), **inner, "model_type": f"{kind}_thinker"}
+
+
+def _inherited(raw: Raw) -> Raw:
+  return {name: raw[name] for name in INHERITED if name in raw}
 
 
 def tied_as_stored(config: ModelConfig, raw: Raw, folder: Path) -> ModelConfig:

@@ -91,8 +91,8 @@ def either_way(checkpoint: Any, D: int) -> Usual:
   inputs = {f".mlp.experts.{BOTH}": 2, f".mlp.experts.{DOWN}": 1}
   experts = [
     tensor
-    for tensor, shape in checkpoint.shapes.items()
+    for tensor, sizes in checkpoint.shapes.items()
     for ending, axis in inputs.items()
-    if tensor.endswith(ending) and len(shape) == 3 and shape[axis] != D
+    if tensor.endswith(ending) and len(sizes) == 3 and sizes[axis] != D
   ]
   return Usual(checkpoint, experts, lambda _, array: array.swapaxes(1, 2))
