@@ -33,8 +33,8 @@ def prompts(data: Path, end: int) -> list[dict]:
 
 def answered(
   file: Path, split: str, dense: Any, model: Path, tokenizer: Any
-) -> answers.Request:
-  """A file's prompts, `train` or one of five `heldout`, with answers beside it.
+) -> Path:
+  """Answers to a file's prompts, `train` or one of five `heldout`, beside it.
 
   Args:
     dense: the model of the directory `model`.
@@ -46,4 +46,4 @@ def answered(
   )
   if not answers.is_written(asked):
     answers.write(asked, *dense)
-  return asked
+  return asked.file

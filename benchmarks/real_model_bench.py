@@ -21,14 +21,7 @@ from adapt_pruner_jax.data import packing
 from adapt_pruner_jax.data.calibration import pruning_data
 from adapt_pruner_jax.data.tokenizer import load_tokenizer
 from adapt_pruner_jax.distributed import sharding
-from adapt_pruner_jax.evaluation import (
-  answer_agreement,
-  lm_eval_run,
-  presets,
-)
-from adapt_pruner_jax.evaluation import (
-  answers as dense_answers,
-)
+from adapt_pruner_jax.evaluation import answer_agreement, lm_eval_run, presets
 from adapt_pruner_jax.evaluation.questions import Questions
 from adapt_pruner_jax.formats import convert, opening
 from adapt_pruner_jax.models import model_config
@@ -151,7 +144,7 @@ class Bench:
 
   def answers(self, cell: Cell) -> dict:
     """How alike a model and the dense one answer prompts that are held out."""
-    rows = dense_answers.read(self.asked("heldout"))
+    rows = json_files.read_lines(self.asked("heldout"))
     return answer_agreement.answer_agreement(
       self.dense, self.kept(cell), rows, ROWS, self.mesh
     )
@@ -225,7 +218,7 @@ class Bench:
     )
     source = recipe.calibration.source
     if cell.source:
-      source = f"answers:{self.asked('train').file}"
+      source = f"answers:{self.asked('train')}"
     recipe.data = Data(source, ROW_LEN, ROWS, "none")
     recipe.seed = cell.seed
     return recipe
@@ -376,8 +369,8 @@ class Bench:
       if name != "tune"
     }
 
-  def asked(self, split: str) -> dense_answers.Request:
-    """Prompts made of the calibration text, answered by the dense model."""
+  def asked(self, split: str) -> Path:
+    """The dense model's answers to prompts made of the calibration text."""
     rows = prompts(self.data, CALIBRATION_END)
     file = self.workdir / "prompts.jsonl"
     json_files.rewrite_lines(file, rows)

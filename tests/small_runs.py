@@ -14,6 +14,10 @@ from adapt_pruner_jax.formats.hf import save
 from adapt_pruner_jax.runs import tiny_model
 from adapt_pruner_jax.storage import json_files
 
+CHAT_TEMPLATE = (
+  "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+  "{% if add_generation_prompt %}assistant:{% endif %}"
+)
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SMALL = tiny_model.Recipe(V=300, D=32, L=3, K=4, G=2, H=8, F=48, context=64)
 QUESTIONS = [

@@ -14,11 +14,6 @@ from adapt_pruner_jax.storage import json_files
 from tests import small_runs
 from tests.conftest import ROOT
 
-MARK = "<|endoftext|>"
-TEMPLATE = (
-  "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
-  "{% if add_generation_prompt %}assistant:{% endif %}"
-)
 pytestmark = pytest.mark.slow
 
 SIZES = {"WINDOW": 32, "WINDOWS": 4, "LONG_WINDOWS": 2, "BUCKETS": 4}
@@ -38,6 +33,7 @@ def bench(small_model, tmp_path, monkeypatch):
   monkeypatch.syspath_prepend(ROOT / "benchmarks")
   import real_model_answers
   import real_model_bench
+  from real_model_texts import MARK
 
   monkeypatch.setattr(real_model_answers, "NUMBER", 20)
   monkeypatch.setattr(real_model_answers, "QUOTED", 3)
@@ -57,7 +53,7 @@ def bench(small_model, tmp_path, monkeypatch):
   monkeypatch.setattr(real_model_bench.oneshot, "get_config", recipe)
   model = tmp_path / "model"
   shutil.copytree(small_model, model)
-  (model / "chat_template.jinja").write_text(TEMPLATE)
+  (model / "chat_template.jinja").write_text(small_runs.CHAT_TEMPLATE)
   text = sources.embedded_text("train")[:100_000]
   for name in ("c4_sample", "wikitext2_raw_test", "books"):
     (tmp_path / "text").mkdir(exist_ok=True)
@@ -115,7 +111,7 @@ def test_goes_on_and_reports(bench, tmp_path, monkeypatch):
   (tmp_path / "found.jsonl").rename(tmp_path / "cells.jsonl")
 
   # Held-out prompts are other ones than those that are learnt from.
-  files = [first.asked(split).file for split in ("train", "heldout")]
+  files = [first.asked(split) for split in ("train", "heldout")]
   told = [
     {row["messages"][0]["content"] for row in json_files.read_lines(file)}
     for file in files

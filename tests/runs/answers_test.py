@@ -19,10 +19,6 @@ from adapt_pruner_jax.runs import answers as run_answers
 from adapt_pruner_jax.runs import run
 from tests import small, small_runs
 
-TEMPLATE = (
-  "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
-  "{% if add_generation_prompt %}assistant:{% endif %}"
-)
 ASKED = ["What is a list?", "Why?", "Name a number.", "What does del do?"]
 
 
@@ -32,7 +28,7 @@ def chat_model(small_model, tmp_path_factory):
 
   folder = tmp_path_factory.mktemp("chat") / "model"
   shutil.copytree(small_model, folder)
-  (folder / "chat_template.jinja").write_text(TEMPLATE)
+  (folder / "chat_template.jinja").write_text(small_runs.CHAT_TEMPLATE)
   return folder
 
 
