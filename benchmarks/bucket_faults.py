@@ -8,7 +8,6 @@ uninterrupted, on a disk.
 
 import os
 import random
-import socket
 import time
 from collections.abc import Callable, Sequence
 from multiprocessing.process import BaseProcess
@@ -77,10 +76,8 @@ def start(
   arguments: Sequence[str], env: dict[str, str], folder: Path
 ) -> list[BaseProcess]:
   """The processes of a run; what each says is added to a file in `folder`."""
-  with socket.socket() as free:
-    free.bind(("127.0.0.1", 0))
-    port = free.getsockname()[1]
-  flags = [f"--coordinator=127.0.0.1:{port}", f"--num_processes={N}"]
+  address = f"--coordinator=127.0.0.1:{bucket_server.free_port()}"
+  flags = [address, f"--num_processes={N}"]
   return [
     forked.start(
       [*arguments, *flags, f"--process_id={me}"], env, folder / f"{me}.out"

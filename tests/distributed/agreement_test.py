@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 
 from adapt_pruner_jax.errors import EXIT_ERROR, EXIT_STOPPED
+from benchmarks.bucket_server import free_port
 from tests.distributed import processes_test
 from tests.small_runs import ROOT, finish, flags_of, recipe
 
@@ -25,9 +25,7 @@ def four(process_env, tmp_path):
   started = []
 
   def begin(script, arguments_of, env=()):
-    with socket.socket() as found:
-      found.bind(("127.0.0.1", 0))
-      port = found.getsockname()[1]
+    port = free_port()
     env = os.environ | processes_test.fast(process_env(1)) | dict(env)
     begin.outputs = [tmp_path / f"{me}.out" for me in range(N)]
     for me in range(N):

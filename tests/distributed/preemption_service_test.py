@@ -4,12 +4,13 @@ docs/faults.md gives these reasons. Where one of these tests fails, JAX or Orbax
 has changed, and the reason is gone.
 """
 
-import socket
 import subprocess
 import sys
 import textwrap
 
 import pytest
+
+from benchmarks.bucket_server import free_port
 
 pytestmark = pytest.mark.slow
 BEGIN = """
@@ -60,10 +61,8 @@ IN_PYTHON = """
   ids=["Orbax", "twice", "Python"],
 )
 def test_what_it_says(script, found, process_env):
-  with socket.socket() as free:
-    free.bind(("127.0.0.1", 0))
-    port = free.getsockname()[1]
-  program = textwrap.dedent(BEGIN).replace("{port}", str(port))
+  port = str(free_port())
+  program = textwrap.dedent(BEGIN).replace("{port}", port)
   done = subprocess.run(
     [sys.executable, "-c", program + textwrap.dedent(script)],
     env=process_env(1),

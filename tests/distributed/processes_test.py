@@ -7,7 +7,6 @@ import dataclasses
 import json
 import shutil
 import signal
-import socket
 import time
 
 import numpy as np
@@ -16,6 +15,7 @@ from safetensors.numpy import load_file
 
 from adapt_pruner_jax.config import Ranking
 from adapt_pruner_jax.errors import EXIT_ERROR, EXIT_PEER, EXIT_STOPPED
+from benchmarks.bucket_server import free_port
 from tests.small_runs import ROOT, finish, output, recipe, start
 
 pytestmark = pytest.mark.slow
@@ -34,10 +34,8 @@ def two(small_model, tmp_path, process_env):
     work.mkdir(exist_ok=True)
     config = config or config_of(small_model)
     env = fast(process_env(devices))
-    with socket.socket() as found:
-      found.bind(("127.0.0.1", 0))
-      port = found.getsockname()[1]
-    flags = (f"--coordinator=127.0.0.1:{port}", "--num_processes=2", *both)
+    address = f"--coordinator=127.0.0.1:{free_port()}"
+    flags = (address, "--num_processes=2", *both)
     processes = [
       start(config, work, env, *flags, f"--process_id={number}", cwd=where)
       for number, where in enumerate((ROOT, cwd))
@@ -206,9 +204,7 @@ def test_no_coordinator_is_one_clear_line(small_model, tmp_path, process_env):
 def test_one_that_never_comes_is_one_clear_line(
   small_model, tmp_path, process_env
 ):
-  with socket.socket() as found:
-    found.bind(("127.0.0.1", 0))
-    address = f"127.0.0.1:{found.getsockname()[1]}"
+  address = f"127.0.0.1:{free_port()}"
   process = start(
     config_of(small_model),
     tmp_path / "work",

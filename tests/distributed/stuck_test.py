@@ -1,13 +1,13 @@
 """A process that is alive for JAX, whose Python no longer runs."""
 
 import signal
-import socket
 import subprocess
 import sys
 
 import pytest
 
 from adapt_pruner_jax.errors import EXIT_PEER
+from benchmarks.bucket_server import free_port
 
 pytestmark = pytest.mark.slow
 # A call that does not let go of Python's lock is what a deadlock looks like.
@@ -26,12 +26,10 @@ processes.meet()
 
 
 def test_ends_itself_and_is_missed(process_env):
-  with socket.socket() as free:
-    free.bind(("127.0.0.1", 0))
-    port = free.getsockname()[1]
+  program = PROGRAM.replace("{port}", str(free_port()))
   running = [
     subprocess.Popen(
-      [sys.executable, "-c", PROGRAM.replace("{port}", str(port)), str(me)],
+      [sys.executable, "-c", program, str(me)],
       env=process_env(1),
       stderr=subprocess.PIPE,
       text=True,

@@ -4,7 +4,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -22,6 +21,7 @@ from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.storage import checkpoints, lock, publish
 from adapt_pruner_jax.storage.checkpoints import Checkpoints
 from adapt_pruner_jax.storage.fingerprint import fingerprint
+from benchmarks.bucket_server import free_port
 
 META = {
   "K": (3, 1),
@@ -560,10 +560,11 @@ def test_two_processes(tmp_path, subprocess_env):
   directory = tmp_path / "checkpoints"
   with Checkpoints(directory) as checkpoints:
     checkpoints.save(1, META, on_devices(host_state(1), 8))
-  with socket.socket() as probe:
-    probe.bind(("127.0.0.1", 0))
-    port = str(probe.getsockname()[1])
-  arguments = [port, str(directory), os.path.dirname(__file__)]
+  arguments = [
+    str(free_port()),
+    str(directory),
+    os.path.dirname(__file__),
+  ]
   processes = [
     subprocess.Popen(
       [sys.executable, "-c", TWO_PROCESSES, str(index), *arguments],
