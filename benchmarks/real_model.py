@@ -134,16 +134,26 @@ def recover(bench: Bench) -> Iterator[Cell]:
   ):
     cell = Cell("recover", method, 0.2, seed, SMALL, stages, budget, alpha)
     if chosen(cell):
-      rates = SCRATCH_RATES if method == SCRATCH else RATES
-      brief = cell._replace(seed=seeds[0], stages=1, train_tokens=FEW)
-      yield cell._replace(rate=bench.best_rate(brief, rates))
+      yield rated(bench, cell, seeds[0])
+  # What a text gives to any model, and not back to a pruned one.
+  plain = Cell("recover", DEFAULT, 0.2, seeds[0], SMALL, 1, budgets[0])
+  dense = plain._replace(method=DENSE, ratio=0.0, tokens=0)
+  if chosen(dense):
+    yield dense._replace(rate=rated(bench, plain, seeds[0]).rate)
+
+
+def rated(bench: Bench, cell: Cell, seed: int) -> Cell:
+  """A training at the best rate of its method and loss."""
+  rates = SCRATCH_RATES if cell.method == SCRATCH else RATES
+  brief = cell._replace(seed=seed, stages=1, train_tokens=FEW)
+  return cell._replace(rate=bench.best_rate(brief, rates))
 
 
 def answers(bench: Bench) -> Iterator[Cell]:
   """With and without the dense model's answers among what is learnt from."""
   pruned = Cell("prune", DEFAULT, 0.2, 1, SMALL)
   brief = pruned._replace(part="recover", train_tokens=FEW, alpha=1.0)
-  brief = brief._replace(rate=bench.best_rate(brief, RATES))
+  brief = rated(bench, brief, brief.seed)
   learnt = brief._replace(source=ANSWERS)
   yield from (brief, learnt)
   trained = [cell for cell in bench.found if cell.part == "recover"]
@@ -161,7 +171,7 @@ def tasks(bench: Bench) -> Iterator[Cell]:
 
 
 def chosen(cell: Cell) -> bool:
-  """Whether the flags ask for a cell; the dense model always."""
+  """Whether the flags ask for a cell; the dense model as it is always."""
   asked = (
     (cell.method, FLAGS.methods),
     (cell.ratio, FLAGS.ratios),
@@ -171,7 +181,7 @@ def chosen(cell: Cell) -> bool:
     (cell.train_tokens, FLAGS.train_tokens),
     (cell.alpha, FLAGS.alphas),
   )
-  return cell.method == DENSE or all(
+  return cell == Cell(cell.part, DENSE) or all(
     not values or str(value) in values for value, values in asked
   )
 

@@ -1,18 +1,17 @@
 """Makes and measures the models of real_model.py; what is measured is kept."""
 
-import contextlib
 import dataclasses
 import functools
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.monitoring
 import jax.numpy as jnp
 import numpy as np
+from cpu_clock import CpuClock
 from real_model_answers import answered, prompts
 from real_model_texts import c4, cut, read, reported, to_hex, token_losses
 
@@ -43,7 +42,6 @@ ROWS, ROW_LEN = 2, 256  # of a train step
 SAVED = 100  # train steps between checkpoints, where the tuning loss is taken
 CALIBRATION_END, TUNE_END, TEST_BEGIN = 4_000_000, 4_200_000, 4_250_000
 ANSWERS = "answers"
-COMPILING = "/jax/core/compile/backend_compile_duration"
 Pair = tuple[model_config.ModelConfig, Any]
 
 
@@ -186,7 +184,7 @@ class Bench:
 
   def kept(self, cell: Cell) -> Pair:
     """A model that `prune` or `recover` has made."""
-    if cell.method == DENSE:
+    if cell.method == DENSE and not cell.train_tokens:
       return self.dense
     path = str(self.path(cell))
     return opening.open_model(path, "float32", "", self.mesh)[:2]
@@ -196,7 +194,7 @@ class Bench:
     recipe = oneshot.get_config()
     if cell.method == "default":
       recipe.prune.ratio = cell.ratio
-    elif cell.method != SCRATCH:
+    elif cell.method not in (DENSE, SCRATCH):
       recipe.prune = compare_methods.settings_of(
         cell.method, cell.ratio, Prune()
       )
@@ -409,30 +407,6 @@ def calibration_tokens(recipe: Config, steps: int, stages: int) -> int:
   refits = 0 if settings.refit == "none" else max(settings.refit_passes, 1)
   windows = steps * of.samples + stages * refits * of.refit_samples
   return windows * of.seq_len
-
-
-class CpuClock:
-  """CPU seconds of this process, those that XLA compiled in taken off."""
-
-  def __init__(self) -> None:
-    self.seconds = self.compiling = 0.0
-    self.running = False
-    jax.monitoring.register_event_duration_secs_listener(self.note)
-
-  def note(self, event: str, seconds: float, **_: Any) -> None:
-    if self.running and event == COMPILING:
-      self.compiling += seconds
-
-  @contextlib.contextmanager
-  def counting(self) -> Iterator[None]:
-    before, begun = self.compiling, time.process_time()
-    self.running = True
-    try:
-      yield
-    finally:
-      self.running = False
-      compiled = self.compiling - before
-      self.seconds += time.process_time() - begun - compiled
 
 
 def commit() -> str:

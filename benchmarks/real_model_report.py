@@ -200,8 +200,40 @@ def recovered(found: Results) -> str:
       "Nats a token above dense; the mean accuracy of six tasks, and how much "
       "of the dense model's lead over chance is kept, of 1.",
       markdown.table(header, rows, header[1:]),
+      against_trained(found),
       curves(found),
     ]
+  )
+
+
+def against_trained(found: Results) -> str:
+  """Each training of ours minus the paper's of as many tokens and its loss."""
+  rows = []
+  for cell in found:
+    paper = trained_like(found, cell)
+    if cell.part == "recover" and cell.method == "default" and paper:
+      row = [f"{cell.train_tokens:,}", str(cell.seed), str(cell.stages)]
+      row.append(f"{cell.alpha:g}")
+      row += [loss_difference(found, cell, paper, text) for text in TEXTS]
+      rows.append([*row, score_difference(found, cell, paper)])
+  if not rows:
+    return ""
+  header = ["trained on", "seed", "stages", "alpha", *TEXTS.values()]
+  header.append("accuracy")
+  return "\n\n".join(
+    [
+      "Ours minus the paper's after as many tokens, each at its own best rate; "
+      "a lead is below 0 in loss and above 0 in accuracy.",
+      markdown.table(header, rows, header),
+    ]
+  )
+
+
+def trained_like(found: Results, cell: Cell) -> Cell | None:
+  """The paper's training of as many tokens, whatever its rate."""
+  same = lambda other: other._replace(method="paper", rate=0.0)
+  return next(
+    (o for o in found if o.method == "paper" and same(o) == same(cell)), None
   )
 
 
