@@ -21,6 +21,7 @@ from adapt_pruner_jax.formats.hf import load
 from adapt_pruner_jax.models.decoder import Decoder
 from adapt_pruner_jax.training import losses, teacher_cache
 
+TEMPERATURE = 2.0  # train.distill_temperature's default
 NUMBERS = (1, 4, 16, 32, 64, 128, 256, 1024)
 
 
@@ -39,12 +40,14 @@ def distances(student_BTV: jax.Array, teacher_BTV: jax.Array) -> jax.Array:
   weights_BT = jnp.ones(student_BTV.shape[:2])
 
   def whole(student):
-    return losses.distillation(student, teacher_BTV, weights_BT)[0]
+    return losses.distillation(student, teacher_BTV, weights_BT, TEMPERATURE)[0]
 
   def cached(student, number):
-    taught = losses.likeliest(teacher_BTV, number)
+    taught = losses.likeliest(teacher_BTV, number, TEMPERATURE)
     taught = taught._replace(log_probs_BTC=taught[1].astype(jnp.float16))
-    return losses.distillation_by_likeliest(student, taught, weights_BT)[0]
+    return losses.distillation_by_likeliest(
+      student, taught, weights_BT, TEMPERATURE
+    )[0]
 
   kl, gradient = jax.value_and_grad(whole)(student_BTV)
   found = [(kl, 1.0)]

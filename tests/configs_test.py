@@ -47,8 +47,8 @@ FIELDS = """
   prune.mlp_layers prune.gqa_fold prune.trim prune.round_ffn_to
   prune.round_kv_to prune.whole_halves prune.attention prune.precision
   prune.refit prune.refit_ridge prune.refit_all prune.refit_passes
-  prune.refit_rate prune.refit_batch prune.ranking.step_size
-  prune.ranking.cap prune.uniform.steps
+  prune.refit_rate prune.refit_batch prune.refit_temperature
+  prune.ranking.step_size prune.ranking.cap prune.uniform.steps
   prune.search.steps prune.search.evaluations prune.search.tokens
   prune.search.source prune.llm_pruner.ranking prune.flap.metric
   prune.flap.structure prune.slicegpt.multiple prune.slicegpt.subtract_mean
@@ -61,7 +61,8 @@ FIELDS = """
   train.tokens train.hours train.learning_rate train.min_learning_rate
   train.schedule train.data_share train.weight_decay train.dtype train.attention
   train.remat train.scan_layers train.accumulation train.carry_moments
-  train.distill_alpha train.lora_rank train.lora_alpha train.skip_nonfinite
+  train.distill_alpha train.distill_temperature train.lora_rank
+  train.lora_alpha train.skip_nonfinite
   train.teacher_cache train.gradient_dtype train.moments
   train.lora_base mesh.data mesh.fsdp mesh.tensor mesh.slices mesh.expert
   eval.text eval.answers eval.tasks eval.tasks_dir

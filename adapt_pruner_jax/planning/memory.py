@@ -180,7 +180,8 @@ def _refit_as_training(config: Config, mesh: Mesh) -> Config:
   batch = min(config.prune.refit_batch or of.batch, of.refit_samples)
   rows = placement.padded_rows(batch, mesh)
   data = dataclasses.replace(config.data, batch=rows, seq_len=of.seq_len)
-  settings = refit_loss.as_training(config.prune.refit_rate)
+  by = config.prune
+  settings = refit_loss.as_training(by.refit_rate, by.refit_temperature)
   return dataclasses.replace(config, train=settings, data=data)
 
 

@@ -152,6 +152,7 @@ def refit_after(task: PruneTask, pruned: Pruned) -> Pruned:
       task.mesh,
       passes=settings.refit_passes,
       rate=settings.refit_rate,
+      temperature=settings.refit_temperature,
       seed=task.seed,
     )
   return dataclasses.replace(

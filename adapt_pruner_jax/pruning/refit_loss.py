@@ -38,6 +38,7 @@ def refit_loss(
   *,
   passes: int,
   rate: float,
+  temperature: float,
   seed: int = 0,
 ) -> tuple[Params, dict[str, float]]:
   """Distils the dense model into the pruned one, on calibration windows.
@@ -49,6 +50,7 @@ def refit_loss(
     batch: windows a step, cut over the mesh; rounded up to what it divides.
     passes: how many sets of windows.
     rate: the highest learning rate; it falls to a tenth along a cosine.
+    temperature: what both models' logits are divided by.
     seed: of the order of the windows.
 
   Returns:
@@ -64,7 +66,7 @@ def refit_loss(
   left_NT, held_NT = first_NT[:-held], first_NT[-held:]
   sets = lambda number: samples(number) if number else left_NT
   steps = len(left_NT) // batch + (passes - 1) * (len(first_NT) // batch)
-  settings = as_training(rate)
+  settings = as_training(rate, temperature)
   distance = _distance(config, dense, settings, mesh)
   before = distance(params, held_NT, batch)
   schedule = optimizer.schedule(settings, steps)
@@ -89,17 +91,18 @@ def refit_loss(
   return (new if after < before else params), record
 
 
-def as_training(rate: float) -> Train:
+def as_training(rate: float, temperature: float) -> Train:
   """The settings of a training that does the same.
 
   Args:
-    rate: the highest learning rate.
+    rate, temperature: as of `refit_loss`.
   """
   return Train(
     learning_rate=rate,
     min_learning_rate=rate / 10,
     schedule="cosine",
     distill_alpha=1.0,
+    distill_temperature=temperature,
   )
 
 

@@ -23,7 +23,6 @@ from adapt_pruner_jax.runs.state import State, steps_to_save
 from adapt_pruner_jax.storage import cache, digest
 from adapt_pruner_jax.training import (
   loop,
-  losses,
   memory,
   optimizer,
   stacking,
@@ -190,7 +189,8 @@ def cached(
   who = digest.of_json(
     [
       weights_fingerprint(inputs.source),
-      *(recipe.train.dtype, recipe.model.ignore_fields, losses.TEMPERATURE),
+      *(recipe.train.dtype, recipe.model.ignore_fields),
+      recipe.train.distill_temperature,
     ]
   )
   name = f"teacher-{who}-{recipe.data.seq_len}-{number}.bin"

@@ -5,7 +5,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-TEMPERATURE = 2.0
 LEAST_REST = 1e-6  # of all tokens that are not the likeliest; float32's noise
 
 
@@ -49,7 +48,7 @@ def distillation(
   student_BTV: jax.Array,
   teacher_BTV: jax.Array,
   weights_BT: jax.Array,
-  temperature: float = TEMPERATURE,
+  temperature: float,
 ) -> tuple[jax.Array, jax.Array]:
   """KL(teacher || student) * temperature^2, summed: (sum, sum of weights).
 
@@ -82,7 +81,7 @@ class Likeliest(NamedTuple):
 
 
 def likeliest(
-  logits_BTV: jax.Array, number: int, temperature: float = TEMPERATURE
+  logits_BTV: jax.Array, number: int, temperature: float
 ) -> Likeliest:
   """The tokens of highest probability, and their log-probabilities.
 
@@ -101,7 +100,7 @@ def distillation_by_likeliest(
   student_BTV: jax.Array,
   taught: Likeliest,
   weights_BT: jax.Array,
-  temperature: float = TEMPERATURE,
+  temperature: float,
 ) -> tuple[jax.Array, jax.Array]:
   """`distillation` from the teacher's likeliest tokens alone.
 

@@ -49,7 +49,7 @@ class Objective:
   mesh: Mesh | None = None
   teacher: ModelConfig | None = None
   alpha: float = 0.0
-  temperature: float = losses.TEMPERATURE
+  temperature: float = 1.0
 
 
 def loss(
@@ -135,18 +135,18 @@ def likeliest(
   matrix: jax.Array | output_matrix.Placed,
   x_BTD: jax.Array,
   number: int,
+  temperature: float,
 ) -> losses.Likeliest:
-  """The tokens that a model finds likeliest, at `losses.TEMPERATURE`.
+  """The tokens that a model finds likeliest, and their log-probabilities.
 
   Args:
     config, mesh, matrix, x_BTD: as of `loss`.
     number: of tokens, C.
+    temperature: what the logits are divided by.
   """
   matrix = output_matrix.used_with(config, matrix, x_BTD, mesh)
-  chunk = lambda x: (
-    (),
-    losses.likeliest(output_matrix.logits(config, mesh, matrix, x), number),
-  )
+  logits = lambda x: output_matrix.logits(config, mesh, matrix, x)
+  chunk = lambda x: ((), losses.likeliest(logits(x), number, temperature))
   return over_chunks(chunk, config.vocab_size, mesh, x_BTD)[1]
 
 

@@ -258,8 +258,9 @@ def make_loss(
     teacher: of the model to distil from; None = no distillation, or batches
       have what a cache keeps of it.
   """
-  alpha = settings.distill_alpha
-  objective = output_loss.Objective(config, mesh, teacher, alpha)
+  objective = output_loss.Objective(
+    config, mesh, teacher, settings.distill_alpha, settings.distill_temperature
+  )
 
   def mean_loss(trained, base, teacher_params, batch, count):
     shape = batch["tokens_BT"].shape

@@ -130,4 +130,6 @@ def fill(
 def _answer(config, settings, mesh, params, batch) -> losses.Likeliest:
   x_BTD, matrix = forward.frozen_ends(config, settings, params, batch, mesh)
   number = step.likeliest(settings, config)
-  return output_loss.likeliest(config, mesh, matrix, x_BTD, number)
+  return output_loss.likeliest(
+    config, mesh, matrix, x_BTD, number, settings.distill_temperature
+  )

@@ -50,51 +50,52 @@ def pairs():
   return (CONFIG, params), (config, stored)
 
 
-def distance(dense, pruned, tokens_NT):
-  """KL of both softmaxes at temperature 2, times 4, by hand."""
+def distance(dense, pruned, tokens_NT, temperature):
+  """KL of both softmaxes, times the temperature's square, by hand."""
   logits = [
     Decoder(config).apply({"params": params}, tokens_NT)[0][:, :-1]
     for config, params in (dense, pruned)
   ]
-  t, s = (jax.nn.log_softmax(x.astype(jnp.float32) / 2) for x in logits)
-  return 4 * jnp.sum(jnp.exp(t) * (t - s), axis=-1).mean().item()
+  t, s = (
+    jax.nn.log_softmax(x.astype(jnp.float32) / temperature) for x in logits
+  )
+  return temperature**2 * jnp.sum(jnp.exp(t) * (t - s), axis=-1).mean().item()
 
 
 @pytest.mark.slow
-def test_held_out_loss_falls_and_types_stay(pairs):
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_held_out_loss_falls_and_types_stay(pairs, temperature):
   dense, pruned = pairs
-  params, record = refit_loss.refit_loss(
-    dense, pruned, SETS_PNT.__getitem__, 8, MESH, passes=20, rate=3e-3
-  )
+  args = dense, pruned, SETS_PNT.__getitem__, 8, MESH
+  how = {"passes": 20, "rate": 3e-3, "temperature": temperature}
+  params, record = refit_loss.refit_loss(*args, **how)
   widened = jax.tree.map(lambda p: p.astype(jnp.float32), pruned[1])
-  by_hand = distance(dense, (pruned[0], widened), TOKENS_NT[27:])
+  by_hand = distance(dense, (pruned[0], widened), TOKENS_NT[27:], temperature)
   assert record["before"] == pytest.approx(by_hand, rel=1e-2)  # bfloat16
   assert record["after"] < 0.9 * record["before"]
   assert record["tokens"] == 20 * 3 * 8 * 9  # of 27 and 30 rows, whole steps
   assert jax.tree.map(lambda p: (p.shape, p.dtype), params) == jax.tree.map(
     lambda p: (p.shape, p.dtype), pruned[1]
   )
-  again, same = refit_loss.refit_loss(
-    dense, pruned, SETS_PNT.__getitem__, 8, MESH, passes=20, rate=3e-3
-  )
+  again, same = refit_loss.refit_loss(*args, **how)
   jax.tree.map(np.testing.assert_array_equal, again, params)
   assert same == record
 
 
 def test_weights_stay_where_the_loss_would_rise(pairs):
   dense, pruned = pairs
-  params, record = refit_loss.refit_loss(
-    dense, pruned, SETS_PNT.__getitem__, 8, MESH, passes=1, rate=3.0
-  )
+  args = dense, pruned, SETS_PNT.__getitem__, 8, MESH
+  how = {"passes": 1, "rate": 3.0, "temperature": 1.0}
+  params, record = refit_loss.refit_loss(*args, **how)
   assert record["after"] > record["before"]
   jax.tree.map(np.testing.assert_array_equal, params, pruned[1])
 
 
 def test_too_few_windows(pairs):
+  args = *pairs, lambda number: TOKENS_NT[:5], 8, MESH
+  how = {"passes": 1, "rate": 1e-3, "temperature": 1.0}
   with pytest.raises(UserError, match="refit_samples="):
-    refit_loss.refit_loss(
-      *pairs, lambda number: TOKENS_NT[:5], 8, MESH, passes=1, rate=1e-3
-    )
+    refit_loss.refit_loss(*args, **how)
 
 
 def test_each_pass_has_windows_of_its_own_and_the_held_out_are_never_seen():

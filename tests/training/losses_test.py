@@ -46,7 +46,7 @@ def test_distillation_by_hand():
   # At temperature 2 the teacher says 3/4, 1/4 and the student 1/2, 1/2.
   teacher = 2 * jnp.log(jnp.array([[[3.0, 1.0]]]))
   student = jnp.zeros((1, 1, 2))
-  total, count = losses.distillation(student, teacher, jnp.ones((1, 1)))
+  total, count = losses.distillation(student, teacher, jnp.ones((1, 1)), 2.0)
   expected = 0.75 * np.log(1.5) + 0.25 * np.log(0.5)
   np.testing.assert_allclose(total, 4 * expected, rtol=1e-5)
   assert count == 1
@@ -55,7 +55,7 @@ def test_distillation_by_hand():
 def test_distillation_is_zero_and_flat_at_the_teacher():
   teacher = jax.random.normal(jax.random.key(0), (2, 3, 5))
   weights = jnp.ones((2, 3))
-  total = lambda s, t: losses.distillation(s, t, weights)[0]
+  total = lambda s, t: losses.distillation(s, t, weights, 2.0)[0]
   assert abs(total(teacher, teacher)) < 1e-6
   gradient = jax.grad(total)(teacher, teacher)
   np.testing.assert_allclose(gradient, 0, atol=1e-6)
@@ -64,7 +64,8 @@ def test_distillation_is_zero_and_flat_at_the_teacher():
 def test_no_gradient_reaches_the_teacher():
   student, teacher = jax.random.normal(jax.random.key(0), (2, 2, 3, 5))
   weights = jnp.ones((2, 3))
-  gradient = jax.grad(lambda t: losses.distillation(student, t, weights)[0])
+  total = lambda t: losses.distillation(student, t, weights, 2.0)[0]
+  gradient = jax.grad(total)
   assert not gradient(teacher).any()
 
 

@@ -1,5 +1,7 @@
 """A teacher's likeliest tokens: the loss of them, and their file."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,10 +27,12 @@ def test_loss_of_the_likeliest_tokens():
   weights_BT = jnp.ones((B, T)).at[0, 3].set(0)
 
   def cached(student, number):
-    taught = losses.likeliest(teacher, number)
-    return losses.distillation_by_likeliest(student, taught, weights_BT)[0]
+    taught = losses.likeliest(teacher, number, 2.0)
+    return losses.distillation_by_likeliest(student, taught, weights_BT, 2.0)[0]
 
-  whole = lambda student: losses.distillation(student, teacher, weights_BT)[0]
+  def whole(student):
+    return losses.distillation(student, teacher, weights_BT, 2.0)[0]
+
   gradient = jax.value_and_grad
   got, dgot = gradient(lambda s: cached(s, V))(student)
   want, dwant = gradient(whole)(student)
@@ -56,7 +60,7 @@ def test_file_of_a_teacher(tmp_path):
   """Answers once, survives a kill, and trains as with the teacher beside."""
   config, mesh = small.CONFIG, sharding.one_device()
   params, calls = small.random_params(config, 1), []
-  settings = Train(distill_alpha=0.7, teacher_cache=V)
+  settings = Train(distill_alpha=0.7, distill_temperature=1.5, teacher_cache=V)
   batches = [batch(0), batch(1), batch(0)]
 
   def teacher():
@@ -89,7 +93,9 @@ def test_file_of_a_teacher(tmp_path):
     return jax.jit(jax.value_and_grad(mean))(student)
 
   got, dgot = value(given, settings, False)
-  want, dwant = value(batches[0], Train(distill_alpha=0.7), True)
+  want, dwant = value(
+    batches[0], dataclasses.replace(settings, teacher_cache=0), True
+  )
   assert got == pytest.approx(
     float(want), rel=2e-3
   )  # log-probabilities in float16
@@ -104,7 +110,9 @@ def test_likeliest_in_chunks(monkeypatch):
   params = small.random_params(config, 1)
   x_BTD = np.random.default_rng(0).normal(size=(B, T, config.hidden_size))
   args = params["lm_head"], jnp.asarray(x_BTD, jnp.float32)
-  one = output_loss.likeliest(config, None, *args, 3)
-  two = jax.jit(lambda *a: output_loss.likeliest(config, mesh, *a, 3))(*args)
+  one = output_loss.likeliest(config, None, *args, 3, 2.0)
+  two = jax.jit(lambda *a: output_loss.likeliest(config, mesh, *a, 3, 2.0))(
+    *args
+  )
   np.testing.assert_array_equal(one.ids_BTC, two.ids_BTC)
   np.testing.assert_allclose(one.log_probs_BTC, two.log_probs_BTC, rtol=1e-5)
