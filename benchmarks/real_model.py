@@ -37,10 +37,12 @@ import real_model_report
 from absl import app, flags
 from real_model_bench import (
   ANSWERS,
+  DEFAULT,
   DENSE,
   LARGE,
   SCRATCH,
   SMALL,
+  WARM,
   Bench,
   Cell,
 )
@@ -67,7 +69,7 @@ flags.DEFINE_integer("questions", 200, "A task; 0 = all.", lower_bound=0)
 flags.DEFINE_bool("mmlu", False, "Ask these questions too; not averaged.")
 flags.DEFINE_bool("full", False, "Recover with 10M tokens and three seeds.")
 
-PAPER, DEFAULT = "paper", "default"
+PAPER = "paper"
 # In order of importance.
 RIVALS = (
   "llm_pruner",
@@ -101,6 +103,8 @@ def prune(bench: Bench) -> Iterator[Cell]:
     (1, 2), (*BEST, (PAPER, SMALL), *rivals)
   ):
     yield Cell("prune", method, 0.2, seed, tokens)
+  for seed in (0, 1):
+    yield Cell("prune", WARM, 0.2, seed, SMALL)
 
 
 def of_pruned(part: str, bench: Bench) -> Iterator[Cell]:
@@ -113,7 +117,7 @@ def of_pruned(part: str, bench: Bench) -> Iterator[Cell]:
 def length(bench: Bench) -> Iterator[Cell]:
   """Of the dense model, the paper's and the default's."""
   for cell in of_pruned("length", bench):
-    wanted = (cell.method, cell.ratio) in ((PAPER, 0.2), (DEFAULT, 0.2))
+    wanted = cell.method in (PAPER, DEFAULT, WARM) and cell.ratio == 0.2
     if cell.method == DENSE or (wanted and not cell.seed):
       yield cell
 
@@ -126,7 +130,7 @@ def recover(bench: Bench) -> Iterator[Cell]:
     budgets, seeds = (102_400, 1_024_000, 10_240_000), range(3)
   wanted = [
     (method, alpha, stages)
-    for method in (PAPER, DEFAULT)
+    for method in (PAPER, DEFAULT, WARM)
     for alpha, stages in itertools.product((1.0, 0.0), (1, 4))
   ]
   for budget, seed, (method, alpha, stages) in itertools.product(

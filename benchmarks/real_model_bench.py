@@ -13,14 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 from cpu_clock import CpuClock
 from real_model_answers import answered, prompts
-from real_model_texts import c4, cut, read, reported, to_hex, token_losses
+from real_model_questions import right
+from real_model_texts import c4, cut, read, reported, token_losses
 
 from adapt_pruner_jax.config import Config, Data, Prune
 from adapt_pruner_jax.data import packing
 from adapt_pruner_jax.data.calibration import pruning_data
 from adapt_pruner_jax.data.tokenizer import load_tokenizer
 from adapt_pruner_jax.distributed import sharding
-from adapt_pruner_jax.evaluation import answer_agreement, lm_eval_run, presets
+from adapt_pruner_jax.evaluation import answer_agreement, lm_eval_run
 from adapt_pruner_jax.evaluation.questions import Questions
 from adapt_pruner_jax.formats import convert, opening
 from adapt_pruner_jax.models import model_config
@@ -32,6 +33,9 @@ from adapt_pruner_jax.training import loop, optimizer
 from configs import oneshot
 
 DENSE, SCRATCH = compare_methods.DENSE, compare_methods.SCRATCH
+DEFAULT = "default"  # configs/oneshot.py
+WARM = "default_t2"  # the same at temperature 2, as it was until 2026-11-30
+OURS = (DEFAULT, WARM)
 WINDOW = 1024  # tokens of an evaluation's window
 WINDOWS = 8  # of a text
 LONG_WINDOWS = 4  # of the model's context
@@ -92,7 +96,7 @@ class Bench:
 
   def possible(self, cell: Cell) -> bool:
     """Whether there is such a method."""
-    known = (*compare_methods.NAMES, DENSE, SCRATCH, "default")
+    known = (*compare_methods.NAMES, DENSE, SCRATCH, *OURS)
     return cell.method in known
 
   def get(self, cell: Cell) -> dict:
@@ -190,17 +194,19 @@ class Bench:
     return opening.open_model(path, "float32", "", self.mesh)[:2]
 
   def settings(self, cell: Cell) -> Config:
-    """The recipe: the default's own file, or what `compare` takes."""
+    """The recipe: ours of its own file, others as `compare` takes them."""
     recipe = oneshot.get_config()
-    if cell.method == "default":
+    if cell.method in OURS:
       recipe.prune.ratio = cell.ratio
+      if cell.method == WARM:
+        recipe.prune.refit_temperature = 2.0
     elif cell.method not in (DENSE, SCRATCH):
       recipe.prune = compare_methods.settings_of(
         cell.method, cell.ratio, Prune()
       )
     own = recipe.calibration
     own.source = f"text:{self.calibration_file}"
-    if cell.method == "default":
+    if cell.method in OURS:
       # Few steps of many tokens: as many in all as the paper's many of few.
       own.samples = own.samples * cell.tokens // SMALL
       own.refit_samples = own.refit_samples * cell.tokens // SMALL
@@ -386,19 +392,6 @@ def words(fields: Sequence) -> str:
 def learned(curve: list) -> dict:
   """What is said of a training: its curve, and the loss at its end."""
   return {"tune": curve[-1][1], "curve": curve} if curve else {}
-
-
-def right(lm: Any, names: list[str], how: Questions) -> dict:
-  """Which questions are answered right, as hexadecimal bits by task."""
-  metrics = presets.PRESETS["commonsense"].metrics
-  raw = lm_eval_run.run(lm_eval_run.expand(names, how)[0], lm, how)
-  correct, number = {}, {}
-  for name, samples in raw["samples"].items():
-    metric = metrics.get(name, "acc")  # MMLU's subjects have one
-    rows = sorted(samples, key=lambda sample: sample["doc_id"])
-    bits = [int(row[metric]) for row in rows if metric in row]
-    correct[name], number[name] = to_hex(bits), len(bits)
-  return {"correct": correct, "questions": number}
 
 
 def calibration_tokens(recipe: Config, steps: int, stages: int) -> int:

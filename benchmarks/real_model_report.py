@@ -1,40 +1,38 @@
 """What real_model.py shows: tables in docs/results.md and README.md.
 
 They stand between two comments in each file, `begin` and `end` below, and are
-made from the cells alone. Intervals are of 95 %, by paired bootstrap: over
-windows of a text, over questions within each task.
+made from the cells alone.
 """
 
-from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-from real_model_bench import DENSE, SCRATCH, Cell
-from real_model_texts import from_hex
+from real_model_bench import DEFAULT, DENSE, OURS, SCRATCH, WARM, Cell
+from real_model_numbers import (
+  TASKS,
+  TEXTS,
+  Results,
+  accuracy,
+  answers,
+  fewest,
+  loss_difference,
+  mean_rise,
+  rise,
+  score_difference,
+  share_kept,
+  shown,
+)
 
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.formats import markdown
 from adapt_pruner_jax.storage import json_files, publish
 
-TEXTS = {
-  "c4": "C4",
-  "wikitext": "WikiText-2",
-  "books": "books",
-  "shakespeare": "Shakespeare",
-}
-TASKS = {  # accuracy by chance
-  "arc_easy": 0.25,
-  "arc_challenge": 0.25,
-  "hellaswag": 0.25,
-  "openbookqa": 0.25,
-  "piqa": 0.5,
-  "winogrande": 0.5,
-}
 NAMES = {
   DENSE: "dense",
   SCRATCH: "random weights in the paper's shape",
   "paper": "Adapt-Pruner (the paper's)",
-  "default": "`configs/oneshot.py` (ours)",
+  DEFAULT: "`configs/oneshot.py` (ours)",
+  WARM: "the same with `prune.refit_temperature=2`",
   "llm_pruner": "LLM-Pruner",
   "flap": "FLAP",
   "wanda_sp": "Wanda-sp",
@@ -43,10 +41,8 @@ NAMES = {
   "minitron": "Minitron's way",
   "surgeon": "LLM Surgeon",
 }
-RESAMPLES = 10_000
 MAIN = 0.2
 BEGIN, END = "<!-- real_model.py: begin -->", "<!-- real_model.py: end -->"
-Results = dict[Cell, dict]
 
 
 def write(cells: Path, folder: Path) -> None:
@@ -211,20 +207,20 @@ def against_trained(found: Results) -> str:
   rows = []
   for cell in found:
     paper = trained_like(found, cell)
-    if cell.part == "recover" and cell.method == "default" and paper:
-      row = [f"{cell.train_tokens:,}", str(cell.seed), str(cell.stages)]
-      row.append(f"{cell.alpha:g}")
+    if cell.part == "recover" and cell.method in OURS and paper:
+      row = [NAMES[cell.method], f"{cell.train_tokens:,}", str(cell.seed)]
+      row += [str(cell.stages), f"{cell.alpha:g}"]
       row += [loss_difference(found, cell, paper, text) for text in TEXTS]
       rows.append([*row, score_difference(found, cell, paper)])
   if not rows:
     return ""
-  header = ["trained on", "seed", "stages", "alpha", *TEXTS.values()]
-  header.append("accuracy")
+  header = ["method", "trained on", "seed", "stages", "alpha"]
+  header += [*TEXTS.values(), "accuracy"]
   return "\n\n".join(
     [
       "Ours minus the paper's after as many tokens, each at its own best rate; "
       "a lead is below 0 in loss and above 0 in accuracy.",
-      markdown.table(header, rows, header),
+      markdown.table(header, rows, header[1:]),
     ]
   )
 
@@ -318,9 +314,6 @@ def summary(found: Results) -> str:
   return markdown.table(header, rows, header[1:])
 
 
-# ---- Numbers -----------------------------------------------------------------
-
-
 def of_ratio(found: Results, ratio: float) -> list[tuple[Cell, dict]]:
   """Cells without training, the lowest rise first."""
   cells = [
@@ -334,105 +327,3 @@ def of_ratio(found: Results, ratio: float) -> list[tuple[Cell, dict]]:
 def head(cell: Cell) -> list[str]:
   name = NAMES.get(cell.method, cell.method)
   return [name, f"{cell.tokens:,}" if cell.tokens else "-", str(cell.seed)]
-
-
-def rises(found: Results, cell: Cell, text: str) -> np.ndarray:
-  dense = found[Cell("prune", DENSE)]["texts"][text]
-  return np.array(found[cell]["texts"][text]) - dense
-
-
-def mean_rise(found: Results, cell: Cell) -> float:
-  return float(np.mean([rises(found, cell, text) for text in TEXTS]))
-
-
-def rise(found: Results, cell: Cell, text: str) -> str:
-  return shown(rises(found, cell, text).mean(), "+.3f")
-
-
-def answers(found: Results, cell: Cell) -> dict[str, np.ndarray]:
-  """Which questions are right, by task; {} if they were not asked."""
-  result = found.get(cell._replace(part="tasks"))
-  if result is None:
-    return {}
-  return {
-    task: from_hex(result["correct"][task], result["questions"][task])
-    for task in TASKS
-    if task in result["correct"]
-  }
-
-
-def fewest(found: Results) -> int | None:
-  """How many questions of a task all models were asked; None = no question."""
-  cells = [cell for cell in found if cell.part == "tasks"]
-  asked = [x for cell in cells for x in answers(found, cell).values()]
-  return min(map(len, asked), default=None)
-
-
-def accuracy(found: Results, cell: Cell, number: int | None = None) -> str:
-  """Mean over tasks, on the first questions of each; None = all."""
-  bits = answers(found, cell)
-  if not bits:
-    return "-"
-  return shown(np.mean([x[:number].mean() for x in bits.values()]), ".3f")
-
-
-def share_kept(found: Results, cell: Cell, dense: Cell) -> str:
-  """Of the dense model's lead over chance, with an interval over questions."""
-  mine, theirs = answers(found, cell), answers(found, dense)
-  if not mine or not theirs:
-    return "-"
-  rng = np.random.default_rng(0)
-  chance = np.mean([TASKS[task] for task in mine])
-
-  def share(pick: Callable) -> float:
-    pairs = [pick(mine[task], theirs[task]) for task in mine]
-    own, whole = np.mean(pairs, 0)
-    return (own - chance) / (whole - chance)
-
-  def resampled(own: np.ndarray, whole: np.ndarray) -> tuple[float, float]:
-    number = min(len(own), len(whole))
-    at = rng.integers(number, size=number)
-    return own[at].mean(), whole[at].mean()
-
-  drawn = [share(resampled) for _ in range(RESAMPLES // 5)]
-  middle = share(lambda own, whole: (own.mean(), whole[: len(own)].mean()))
-  low, high = np.percentile(drawn, [2.5, 97.5])
-  return f"{shown(middle, '.2f')} ({shown(low, '.2f')} to {shown(high, '.2f')})"
-
-
-def loss_difference(found: Results, cell: Cell, other: Cell, text: str) -> str:
-  gains = rises(found, cell, text) - rises(found, other, text)
-  return interval([gains], "+.3f")
-
-
-def score_difference(found: Results, cell: Cell, other: Cell) -> str:
-  """Of the mean over tasks, on the questions that both were asked."""
-  mine, theirs = answers(found, cell), answers(found, other)
-  if not mine or not theirs or cell == other:
-    return "-"
-  gains = []
-  for task in mine:
-    number = min(len(mine[task]), len(theirs[task]))
-    gains.append(mine[task][:number] - theirs[task][:number])
-  return interval(gains, "+.3f")
-
-
-def interval(gains: Sequence[np.ndarray], form: str) -> str:
-  """Mean over groups of their means, with its interval."""
-  rng = np.random.default_rng(0)
-  draw: Callable = lambda x: rng.choice(x, (RESAMPLES, len(x))).mean(1)
-  drawn = np.mean([draw(x) for x in gains], 0)
-  low, high = np.percentile(drawn, [2.5, 97.5])
-  mean = np.mean([x.mean() for x in gains])
-  return f"{shown(mean, form)} ({shown(low, form)} to {shown(high, form)})"
-
-
-def shown(value: float | None, form: str) -> str:
-  """A number without the zero before its point; "-" for none."""
-  if value is None:
-    return "-"
-  return (
-    format(value, form).replace("0.", ".", 1)
-    if abs(value) < 1
-    else (format(value, form))
-  )

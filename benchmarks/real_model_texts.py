@@ -1,7 +1,6 @@
-"""Texts, windows of them, the loss of each of their tokens, bits as text."""
+"""Texts, windows of them, and the loss of each of their tokens."""
 
 import functools
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,14 +63,3 @@ def _token_losses(config, params, row_BT):
     config, None, matrix, x_BTD, row_BT[:, 1:]
   )
   return -found[0][0]
-
-
-def to_hex(bits: Sequence[int]) -> str:
-  """The first bit is the highest; padded with zeros at the end."""
-  return np.packbits(np.array(bits, bool)).tobytes().hex()
-
-
-def from_hex(text: str, number: int) -> np.ndarray:
-  """The inverse of `to_hex`, float [number]."""
-  packed = np.frombuffer(bytes.fromhex(text), np.uint8)
-  return np.unpackbits(packed)[:number].astype(float)

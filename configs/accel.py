@@ -7,10 +7,10 @@ Small prunes interleaved with training; the base of such runs.
     --config.calibration.source=text:FILE --config.data.source=text:FILE \\
     --config.train.tokens=1_000_000_000
 
-Units are ranked by curvature and what is left is refitted, as in
-configs/oneshot.py. Stages, about 5 % of the parameters each, with tokens
-growing linearly over them, AdamW at 2e-5 and WSD are those of Adapt-Accel
-(arXiv 2502.03460, section 4); its own way to prune is
+Units are ranked by curvature and what is left is refitted by least squares
+(docs/method.md, sections 3 and 4). Stages, about 5 % of the parameters each,
+with tokens growing linearly over them, AdamW at 2e-5 and WSD are those of
+Adapt-Accel (arXiv 2502.03460, section 4); its own way to prune is
 --config.prune.method=adapt --config.prune.refit=none.
 """
 

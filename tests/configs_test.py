@@ -86,6 +86,20 @@ RECOMMENDED = {
   "prune.refit": "2",
   "prune.refit_all": True,
 }
+ONE_SHOT = {
+  "prune.method": "fisher",
+  "prune.ranking.step_size": 0.2,
+  "prune.ranking.cap": 0.8,
+  "prune.refit": "loss",
+  "prune.refit_passes": 3,
+  "prune.refit_rate": 1.5e-4,
+  "prune.refit_batch": 1,
+  "prune.refit_temperature": 1.0,
+  "calibration.samples": 64,
+  "calibration.refit_samples": 64,
+  "calibration.seq_len": 512,
+  "calibration.batch": 4,
+}
 # The fields in which a recipe differs from the defaults.
 RECIPES = {
   "tiny": RECOMMENDED
@@ -102,19 +116,7 @@ RECIPES = {
     "oneshot_control": True,
   },
   "paper": {},
-  "oneshot": {
-    "prune.method": "fisher",
-    "prune.ranking.step_size": 0.2,
-    "prune.ranking.cap": 0.8,
-    "prune.refit": "loss",
-    "prune.refit_passes": 3,
-    "prune.refit_rate": 1.5e-4,
-    "prune.refit_batch": 1,
-    "calibration.samples": 64,
-    "calibration.refit_samples": 64,
-    "calibration.seq_len": 512,
-    "calibration.batch": 4,
-  },
+  "oneshot": ONE_SHOT,
   "accel": RECOMMENDED | {"prune.stages": 10},
   "mobilellm_350m_to_125m": STAGED
   | {
@@ -153,11 +155,11 @@ RECIPES = {
     "prune.ratio": 0.2,
     "calibration.source": f"{SLIMPAJAMA},limit=20000",
   },
-  "smollm2_135m": {
+  "smollm2_135m": ONE_SHOT
+  | {
     "model.path": "HuggingFaceTB/SmolLM2-135M",
     "prune.ratio": 0.2,
     "calibration.source": "hf:Salesforce/wikitext,subset=wikitext-2-raw-v1",
-    "calibration.samples": 128,
     "eval.text": "embedded",
   },
 }
