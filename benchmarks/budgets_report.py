@@ -9,8 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from real_model_report import RESAMPLES, TASKS, TEXTS
-from real_model_texts import from_hex
+from real_model_numbers import RESAMPLES, TASKS, TEXTS
+from real_model_questions import from_hex
 
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.formats import markdown

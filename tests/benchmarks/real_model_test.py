@@ -69,20 +69,23 @@ def bench(small_model, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_goes_on_and_reports(bench, tmp_path, monkeypatch):
   import real_model_bench
+  import real_model_numbers as numbers
   import real_model_report as report
-  from real_model_bench import DENSE, SCRATCH, Cell
-  from real_model_texts import from_hex, to_hex
+  from real_model_bench import DENSE, SCRATCH, WARM, Cell
+  from real_model_questions import from_hex, to_hex
 
   first = bench()
   dense = Cell("prune", DENSE)
   paper = Cell("prune", "paper", 0.2, 0, 256)
-  default = paper._replace(method="default")
+  default, warm = (paper._replace(method=m) for m in ("default", WARM))
   trained = paper._replace(
     part="recover", stages=2, train_tokens=1024, alpha=1.0, rate=1e-4
   )
   scratch = trained._replace(method=SCRATCH, stages=1, alpha=0.0)
   plain = trained._replace(stages=1)
-  cells = [dense, paper, default, trained, plain, scratch]
+  whole = plain._replace(method=DENSE, ratio=0.0, tokens=0, alpha=0.0)
+  ours = plain._replace(method=WARM)
+  cells = [dense, paper, default, warm, trained, plain, scratch, whole, ours]
   of_tasks = (dense, paper, default, plain)
   cells += [c._replace(part="tasks") for c in of_tasks]
   cells += [c._replace(part="length") for c in (dense, paper)]
@@ -137,21 +140,28 @@ def test_goes_on_and_reports(bench, tmp_path, monkeypatch):
   (tmp_path / "docs").mkdir()
   for file in (tmp_path / "docs" / "results.md", tmp_path / "README.md"):
     file.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
-  monkeypatch.setattr(report, "TASKS", {"arc_easy": 0.25})
+  for module in (numbers, report):
+    monkeypatch.setattr(module, "TASKS", {"arc_easy": 0.25})
   report.write(tmp_path / "cells.jsonl", tmp_path)
   readme = (tmp_path / "README.md").read_text()
   rise = np.mean(found[paper]["texts"]["c4"]) - np.mean(
     found[dense]["texts"]["c4"]
   )
-  shown = report.shown(rise, "+.3f")
+  shown = numbers.shown(rise, "+.3f")
   read = found[paper]["calibration_tokens"]
   assert read == 256 * found[paper]["prune_steps"]
   assert f"| Adapt-Pruner (the paper's) | {read:,} | {shown} |" in readme
-  ours = found[default]["calibration_tokens"]
-  assert ours == (found[default]["prune_steps"] + 3) * 64 * 16
+  told = found[default]["calibration_tokens"]
+  assert told == (found[default]["prune_steps"] + 3) * 64 * 16
   assert "old" not in readme
   results = (tmp_path / "docs" / "results.md").read_text()
   assert results.count("####") == 6
+  gains = [
+    np.mean(found[cell]["texts"]["c4"]) - np.mean(found[other]["texts"]["c4"])
+    for cell, other in ((ours, plain), (warm, default))
+  ]
+  assert f"| 1,024 | 0 | 1 | 1 | {numbers.shown(gains[0], '+.3f')} (" in results
+  assert gains[1]  # temperatures differ
   line = json.loads((tmp_path / "cells.jsonl").read_text().splitlines()[0])
   assert line["cell"]["method"] == DENSE
   assert from_hex(to_hex([1, 0, 1]), 3).tolist() == [1, 0, 1]
