@@ -64,6 +64,7 @@ flags.DEFINE_list("tokens", [], "Only these, of calibration, a step.")
 flags.DEFINE_list("train_tokens", [], "Only these, of recovery.")
 flags.DEFINE_list("stages", [], "Only these.")
 flags.DEFINE_list("alphas", [], "Only these, of distillation.")
+flags.DEFINE_list("temperatures", [], "Only these, of distillation.")
 flags.DEFINE_integer("cells", 0, "Measure so many and end; 0 = all.")
 flags.DEFINE_integer("questions", 200, "A task; 0 = all.", lower_bound=0)
 flags.DEFINE_bool("mmlu", False, "Ask these questions too; not averaged.")
@@ -129,14 +130,14 @@ def recover(bench: Bench) -> Iterator[Cell]:
   if FLAGS.full:
     budgets, seeds = (102_400, 1_024_000, 10_240_000), range(3)
   wanted = [
-    (method, alpha, stages)
+    Cell("recover", method, 0.2, 0, SMALL, stages, 0, alpha, 0, "", temperature)
     for method in (PAPER, DEFAULT, WARM)
-    for alpha, stages in itertools.product((1.0, 0.0), (1, 4))
+    for alpha, temperature in ((1.0, 1.0), (1.0, 2.0), (0.0, 2.0))
+    for stages in (1, 4)
   ]
-  for budget, seed, (method, alpha, stages) in itertools.product(
-    budgets, seeds, [*wanted, (SCRATCH, 0.0, 1)]
-  ):
-    cell = Cell("recover", method, 0.2, seed, SMALL, stages, budget, alpha)
+  wanted.append(Cell("recover", SCRATCH, 0.2, tokens=SMALL))
+  for budget, seed, cell in itertools.product(budgets, seeds, wanted):
+    cell = cell._replace(seed=seed, train_tokens=budget)
     if chosen(cell):
       yield rated(bench, cell, seeds[0])
   # What a text gives to any model, and not back to a pruned one.
@@ -157,6 +158,7 @@ def answers(bench: Bench) -> Iterator[Cell]:
   """With and without the dense model's answers among what is learnt from."""
   pruned = Cell("prune", DEFAULT, 0.2, 1, SMALL)
   brief = pruned._replace(part="recover", train_tokens=FEW, alpha=1.0)
+  brief = brief._replace(temperature=1.0)
   brief = rated(bench, brief, brief.seed)
   learnt = brief._replace(source=ANSWERS)
   yield from (brief, learnt)
@@ -184,6 +186,7 @@ def chosen(cell: Cell) -> bool:
     (cell.stages, FLAGS.stages),
     (cell.train_tokens, FLAGS.train_tokens),
     (cell.alpha, FLAGS.alphas),
+    (cell.temperature, FLAGS.temperatures),
   )
   return cell == Cell(cell.part, DENSE) or all(
     not values or str(value) in values for value, values in asked

@@ -50,7 +50,7 @@ Pair = tuple[model_config.ModelConfig, Any]
 
 
 class Cell(NamedTuple):
-  """One measurement; the last five are of recovery training."""
+  """One measurement; the last six are of recovery training."""
 
   part: str
   method: str
@@ -62,6 +62,7 @@ class Cell(NamedTuple):
   alpha: float = 0.0  # of distillation
   rate: float = 0.0
   source: str = ""  # ANSWERS: what the dense model says, not the texts
+  temperature: float = 2.0  # of distillation
 
   @property
   def untrained(self) -> "Cell":
@@ -219,6 +220,7 @@ class Bench:
       learning_rate=cell.rate,
       min_learning_rate=cell.rate / 10,
       distill_alpha=cell.alpha,
+      distill_temperature=cell.temperature,
     )
     source = recipe.calibration.source
     if cell.source:

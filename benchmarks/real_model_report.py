@@ -182,19 +182,20 @@ def recovered(found: Results) -> str:
     if cell.part != "recover":
       continue
     row = [*head(cell)[::2], f"{cell.train_tokens:,}", str(cell.stages)]
-    row += [f"{cell.alpha:g}", f"{cell.rate:.0e}", cell.source or "C4"]
+    row += [objective(cell), f"{cell.rate:.0e}", cell.source or "C4"]
     row += [rise(found, cell, text) for text in TEXTS]
     row += [accuracy(found, cell), share_kept(found, cell, dense)]
     rows.append(row)
   if not rows:
     return ""
-  header = ["method", "seed", "trained on", "stages", "alpha", "rate", "on"]
+  header = ["method", "seed", "trained on", "stages", "loss", "rate", "on"]
   header += [*TEXTS.values(), "accuracy", "kept"]
   return "\n\n".join(
     [
       f"#### After training, {MAIN:.0%} removed",
       "Nats a token above dense; the mean accuracy of six tasks, and how much "
-      "of the dense model's lead over chance is kept, of 1.",
+      "of the dense model's lead over chance is kept, of 1. The loss is cross "
+      "entropy, or KL divergence from the dense model at a temperature.",
       markdown.table(header, rows, header[1:]),
       against_trained(found),
       curves(found),
@@ -209,12 +210,12 @@ def against_trained(found: Results) -> str:
     paper = trained_like(found, cell)
     if cell.part == "recover" and cell.method in OURS and paper:
       row = [NAMES[cell.method], f"{cell.train_tokens:,}", str(cell.seed)]
-      row += [str(cell.stages), f"{cell.alpha:g}"]
+      row += [str(cell.stages), objective(cell)]
       row += [loss_difference(found, cell, paper, text) for text in TEXTS]
       rows.append([*row, score_difference(found, cell, paper)])
   if not rows:
     return ""
-  header = ["method", "trained on", "seed", "stages", "alpha"]
+  header = ["method", "trained on", "seed", "stages", "loss"]
   header += [*TEXTS.values(), "accuracy"]
   return "\n\n".join(
     [
@@ -241,10 +242,10 @@ def curves(found: Results) -> str:
   for cell in cells:
     losses = dict(found[cell]["curve"])
     row = [NAMES.get(cell.method, cell.method), str(cell.seed)]
-    row += [f"{cell.train_tokens:,}", str(cell.stages), f"{cell.alpha:g}"]
+    row += [f"{cell.train_tokens:,}", str(cell.stages), objective(cell)]
     row.append(cell.source or "C4")
     rows.append(row + [shown(losses.get(end), ".3f") for end in ends])
-  header = ["method", "seed", "trained on", "stages", "alpha", "on"]
+  header = ["method", "seed", "trained on", "stages", "loss", "on"]
   header += [f"{end:,}" for end in ends]
   return "\n\n".join(
     [
@@ -261,8 +262,12 @@ def alike(found: Results) -> str:
     if cell.part != "answers":
       continue
     row = [NAMES[cell.method], str(cell.seed)]
-    row.append(f"{cell.train_tokens:,}" if cell.train_tokens else "-")
-    row.append((cell.source or "C4") if cell.train_tokens else "-")
+    trained_on = [
+      f"{cell.train_tokens:,}",
+      objective(cell),
+      cell.source or "C4",
+    ]
+    row += trained_on if cell.train_tokens else ["-"] * 3
     row.append(f"{result['answer_tokens']:,}")
     row.append(shown(result["answer_kl"], ".3f"))
     row.append(f"{result['answer_agreement']:.1%}")
@@ -271,7 +276,7 @@ def alike(found: Results) -> str:
     rows.append(row)
   if not rows:
     return ""
-  header = ["method", "seed", "trained on", "on", "answers' tokens"]
+  header = ["method", "seed", "trained on", "loss", "on", "answers' tokens"]
   header += ["KL", "same token", *TEXTS.values()]
   return "\n\n".join(
     [
@@ -324,6 +329,11 @@ def of_ratio(found: Results, ratio: float) -> list[tuple[Cell, dict]]:
     if cell.part == "prune" and cell.ratio == ratio
   ]
   return sorted(cells, key=lambda item: mean_rise(found, item[0]))
+
+
+def objective(cell: Cell) -> str:
+  """What a training lowers."""
+  return f"KL at {cell.temperature:g}" if cell.alpha else "plain"
 
 
 def head(cell: Cell) -> list[str]:
