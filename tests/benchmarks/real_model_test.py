@@ -160,7 +160,10 @@ def test_goes_on_and_reports(bench, tmp_path, monkeypatch):
     np.mean(found[cell]["texts"]["c4"]) - np.mean(found[other]["texts"]["c4"])
     for cell, other in ((ours, plain), (warm, default))
   ]
-  assert f"| 1,024 | 0 | 1 | 1 | {numbers.shown(gains[0], '+.3f')} (" in results
+  assert (
+    f"| 1,024 | 0 | 1 | KL at 2 | {numbers.shown(gains[0], '+.3f')} ("
+    in results
+  )
   assert gains[1]  # temperatures differ
   line = json.loads((tmp_path / "cells.jsonl").read_text().splitlines()[0])
   assert line["cell"]["method"] == DENSE
