@@ -531,7 +531,8 @@ def place(tree, shardings):
   )
 
 
-@pytest.mark.parametrize("name", FULL)
+# The others' scoring step is that of Fisher scores (tests/planning).
+@pytest.mark.parametrize("name", [n for n in FULL if n != "smollm2_135m"])
 def test_scoring_step_traces(name):
   config, full = full_size(name)
   mesh = sharding.make_mesh()
