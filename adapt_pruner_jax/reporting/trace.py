@@ -60,5 +60,9 @@ class Profile:
     if step not in self._steps:
       self.close()
     elif not self._running:
-      jax.profiler.start_trace(str(self._folder))
+      options = jax.profiler.ProfileOptions()
+      # Python's calls as well would set a hook in threads that may be ending,
+      # of which CPython 3.11 once died (a null pointer in PyEval_SetProfile).
+      options.python_tracer_level = 0
+      jax.profiler.start_trace(str(self._folder), profiler_options=options)
       self._running = True

@@ -368,7 +368,7 @@ def test_distillation_loss(plain, shape, accumulation):
   taught = logits_of(wide, teacher[1], batch)
   weights = batch["weights_BT"]
   nll, count = next_token(student, batch["targets_BT"], weights)
-  kl, _ = distillation(student, taught, weights)
+  kl, _ = distillation(student, taught, weights, settings.distill_temperature)
   assert got["next_token"] == pytest.approx(float(nll / count), rel=1e-5)
   expected = float(0.7 * nll / count + 0.3 * kl / count)
   assert got["loss"] == pytest.approx(expected, rel=1e-5)
