@@ -12,13 +12,8 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from real_model_bench import (
-  CALIBRATION_END,
-  TEST_BEGIN,
-  TUNE_END,
-  answered,
-  commit,
-)
+from real_model_bench import CALIBRATION_END, TEST_BEGIN, TUNE_END, commit
+from real_model_questions import right
 from real_model_texts import MARK, c4, read, reported, token_losses
 
 from adapt_pruner_jax.config import Config, Prune
@@ -338,7 +333,7 @@ class Bench:
     if asked:
       how = Questions(tasks_dir=str(self.data / "eval"), limit=self.questions)
       lm = lm_eval_run.open_lm(*pair, tokenizer, mesh=self.mesh)
-      answers = answered(lm, ["commonsense"], how)
+      answers = right(lm, ["commonsense"], how)
     return answers | {
       "nats": found,
       "tokens": {

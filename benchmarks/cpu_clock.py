@@ -1,4 +1,4 @@
-"""CPU seconds of a process, those that XLA compiles in taken off."""
+"""What a method costs on a CPU, whatever else runs beside it."""
 
 import contextlib
 import time

@@ -129,19 +129,25 @@ def recover(bench: Bench) -> Iterator[Cell]:
   seeds = (1,)  # of it all questions were asked before training
   if FLAGS.full:
     budgets, seeds = (102_400, 1_024_000, 10_240_000), range(3)
+  plain = Cell("recover", DEFAULT, 0.2, seeds[0], SMALL, 1, budgets[0])
   wanted = [
-    Cell("recover", method, 0.2, 0, SMALL, stages, 0, alpha, 0, "", temperature)
-    for method in (PAPER, DEFAULT, WARM)
+    plain._replace(
+      method=method, stages=stages, alpha=alpha, temperature=temperature
+    )
+    for method in (PAPER, DEFAULT)
     for alpha, temperature in ((1.0, 1.0), (1.0, 2.0), (0.0, 2.0))
     for stages in (1, 4)
   ]
-  wanted.append(Cell("recover", SCRATCH, 0.2, tokens=SMALL))
-  for budget, seed, cell in itertools.product(budgets, seeds, wanted):
-    cell = cell._replace(seed=seed, train_tokens=budget)
-    if chosen(cell):
-      yield rated(bench, cell, seeds[0])
+  wanted.append(plain._replace(method=SCRATCH))
+  cells = [
+    cell._replace(seed=seed, train_tokens=budget)
+    for budget, seed, cell in itertools.product(budgets, seeds, wanted)
+  ]
+  # Of the recipe as it was, no more than there is.
+  cells += [plain._replace(method=WARM, alpha=alpha) for alpha in (1.0, 0.0)]
+  for cell in filter(chosen, cells):
+    yield rated(bench, cell, seeds[0])
   # What a text gives to any model, and not back to a pruned one.
-  plain = Cell("recover", DEFAULT, 0.2, seeds[0], SMALL, 1, budgets[0])
   dense = plain._replace(method=DENSE, ratio=0.0, tokens=0)
   if chosen(dense):
     yield dense._replace(rate=rated(bench, plain, seeds[0]).rate)

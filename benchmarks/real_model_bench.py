@@ -197,17 +197,16 @@ class Bench:
   def settings(self, cell: Cell) -> Config:
     """The recipe: ours of its own file, others as `compare` takes them."""
     recipe = oneshot.get_config()
-    if cell.method in OURS:
-      recipe.prune.ratio = cell.ratio
-      if cell.method == WARM:
-        recipe.prune.refit_temperature = 2.0
-    elif cell.method not in (DENSE, SCRATCH):
+    own = recipe.calibration
+    own.source = f"text:{self.calibration_file}"
+    if cell.method in compare_methods.NAMES:
       recipe.prune = compare_methods.settings_of(
         cell.method, cell.ratio, Prune()
       )
-    own = recipe.calibration
-    own.source = f"text:{self.calibration_file}"
+    if cell.method == WARM:
+      recipe.prune.refit_temperature = 2.0
     if cell.method in OURS:
+      recipe.prune.ratio = cell.ratio
       # Few steps of many tokens: as many in all as the paper's many of few.
       own.samples = own.samples * cell.tokens // SMALL
       own.refit_samples = own.refit_samples * cell.tokens // SMALL

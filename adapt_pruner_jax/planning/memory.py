@@ -176,11 +176,10 @@ def _refit_as_training(config: Config, mesh: Mesh) -> Config:
   """The recipe of a training that does what a refit by the loss does."""
   from adapt_pruner_jax.pruning import refit_loss
 
-  of = config.calibration
-  batch = min(config.prune.refit_batch or of.batch, of.refit_samples)
+  of, by = config.calibration, config.prune
+  batch = min(by.refit_batch or of.batch, of.refit_samples)
   rows = placement.padded_rows(batch, mesh)
   data = dataclasses.replace(config.data, batch=rows, seq_len=of.seq_len)
-  by = config.prune
   settings = refit_loss.as_training(by.refit_rate, by.refit_temperature)
   return dataclasses.replace(config, train=settings, data=data)
 
