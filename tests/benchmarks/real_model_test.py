@@ -168,3 +168,18 @@ def test_goes_on_and_reports(bench, tmp_path, monkeypatch):
   line = json.loads((tmp_path / "cells.jsonl").read_text().splitlines()[0])
   assert line["cell"]["method"] == DENSE
   assert from_hex(to_hex([1, 0, 1]), 3).tolist() == [1, 0, 1]
+
+
+@pytest.mark.slow
+def test_budgets_asks_the_same_questions(bench, tmp_path, monkeypatch):
+  import budgets_bench
+  from real_model_bench import DENSE, Cell
+
+  monkeypatch.setattr(budgets_bench, "TEST_BEGIN", SIZES["TEST_BEGIN"])
+  monkeypatch.setattr(budgets_bench, "SLICE", 240)
+  where = tmp_path / "budgets", tmp_path / "rows.jsonl"
+  rows = budgets_bench.Bench(tmp_path / "model", tmp_path, *where, 0)
+  found = rows.measured(tmp_path / "model")
+  asked = bench().get(Cell("tasks", DENSE))
+  assert found["correct"] == asked["correct"]
+  assert np.isfinite(found["nats"]["books"]).all()
