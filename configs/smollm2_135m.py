@@ -25,7 +25,6 @@ def get_config() -> Config:
   config.prune.refit_passes = 3
   config.prune.refit_rate = 1.5e-4
   config.prune.refit_batch = 1
-  config.prune.refit_temperature = 1.0
   config.calibration.samples = 64
   config.calibration.refit_samples = 64
   config.calibration.seq_len = 512

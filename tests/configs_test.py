@@ -94,7 +94,6 @@ ONE_SHOT = {
   "prune.refit_passes": 3,
   "prune.refit_rate": 1.5e-4,
   "prune.refit_batch": 1,
-  "prune.refit_temperature": 1.0,
   "calibration.samples": 64,
   "calibration.refit_samples": 64,
   "calibration.seq_len": 512,
@@ -350,6 +349,28 @@ def test_old_recipes_are_read():
   assert difference(new, dataclasses.asdict(Config())) == [line]
   with pytest.raises(UserError, match=r"no config field train\.other"):
     from_json({"train": {"other": 1}})
+
+
+@pytest.mark.parametrize(
+  "field, asked_by",
+  [
+    ("train.distill_temperature", "train.distill_alpha"),
+    ("prune.refit_temperature", "prune.refit_passes"),
+  ],
+)
+def test_temperatures_of_recipes_without_them(field, asked_by):
+  """They were 2 when there was no field; it is told where that matters."""
+  new, old = dataclasses.asdict(Config()), dataclasses.asdict(Config())
+  (section, name), other = field.split("."), asked_by.split(".")[1]
+  del old[section][name]
+  assert get(from_json(old), field) == 2
+  assert get(Config(), field) == 1
+  assert difference(old, new) == []
+  for recipe in old, new:
+    recipe[section][other] = 1
+  assert difference(old, new) == [f"{field}: 2.0 -> 1.0"]
+  new[section][name] = 2.0
+  assert difference(old, new) == []
 
 
 def test_a_renamed_field(monkeypatch):

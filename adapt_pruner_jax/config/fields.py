@@ -178,7 +178,7 @@ class Prune(Section):
   refit_passes: int = 0
   refit_rate: float = 3e-4  # the highest learning rate of these
   refit_batch: int = 0  # windows a step of these; 0 = calibration.batch
-  refit_temperature: float = 2.0  # what both models' logits are divided by
+  refit_temperature: float = 1.0  # what both models' logits are divided by
   # Of single allotments and methods; the defaults are the published ones.
   ranking: Ranking = dataclasses.field(default_factory=Ranking)
   uniform: Uniform = dataclasses.field(default_factory=Uniform)
@@ -298,7 +298,7 @@ class Train(Section):
   accumulation: int = 1  # microbatches a step
   carry_moments: bool = True  # keep Adam's moments of what a prune leaves
   distill_alpha: float = 0.0  # weight of the distillation loss; 0 = none
-  distill_temperature: float = 2.0  # what both models' logits are divided by
+  distill_temperature: float = 1.0  # what both models' logits are divided by
   lora_rank: int = 0  # 0 = train all weights
   lora_alpha: float = 16.0
   skip_nonfinite: bool = False  # pass over a batch with a non-finite loss

@@ -10,6 +10,13 @@ from adapt_pruner_jax.errors import UserError
 # What the first version wrote for a field that was left at its default, where
 # the default now is another word for the same.
 OLD_DEFAULTS = {"prune.group_importance": "taylor", "model.dtype": "float32"}
+# What was done before there was such a field, where that is not its default.
+BEFORE = {"train.distill_temperature": 2.0, "prune.refit_temperature": 2.0}
+# What says nothing where another field is 0.
+SILENT_WITHOUT = {
+  "train.distill_temperature": "train.distill_alpha",
+  "prune.refit_temperature": "prune.refit_passes",
+}
 BESIDE = ("version", "inputs")  # in config.json, and no fields
 
 
@@ -18,14 +25,15 @@ def from_json(stored: dict) -> Config:
 
   Args:
     stored: `dataclasses.asdict` of a `Config`, perhaps of an earlier version:
-      fields that it lacks are at their defaults, old names are read as new.
+      fields that it lacks are at their defaults, or as `BEFORE` has them; old
+      names are read as new.
 
   Raises:
     UserError: it has a field that this version does not know.
   """
   config = Config()
   names = field_names(config)
-  given = _stored_fields(stored)
+  given = BEFORE | _stored_fields(stored)
   for name in _at_old_defaults(stored):
     del given[name]
   for name, value in given.items():
@@ -43,12 +51,13 @@ def difference(old: dict, new: dict) -> list[str]:
 
   Args:
     old, new: contents of config.json or `dataclasses.asdict` of a `Config`;
-      fields that one lacks are at their defaults, see `from_json`.
+      of fields that one lacks see `from_json`.
 
   Returns:
-    A "field: old -> new" for each field that is not the same.
+    A "field: old -> new" for each field that is not the same, and is of use in
+    one of the two.
   """
-  default = _stored_fields(dataclasses.asdict(Config()))
+  default = _stored_fields(dataclasses.asdict(Config())) | BEFORE
   alone = _at_old_defaults(old)
   old, new = (default | _stored_fields(recipe) for recipe in (old, new))
   for name in alone:  # typed or not, it meant the same
@@ -58,7 +67,14 @@ def difference(old: dict, new: dict) -> list[str]:
     f"{name}: {old.get(name, 'absent')} -> {new.get(name, 'absent')}"
     for name in sorted(old | new)
     if old.get(name, "absent") != new.get(name, "absent")
+    and not _silent(name, old, new)
   ]
+
+
+def _silent(name: str, *recipes: dict[str, Any]) -> bool:
+  """Whether a field says nothing in any of the recipes."""
+  other = SILENT_WITHOUT.get(name)
+  return other is not None and not any(recipe[other] for recipe in recipes)
 
 
 def _stored_fields(stored: dict) -> dict[str, Any]:
