@@ -207,9 +207,11 @@ class Bench:
       recipe.prune.refit_temperature = 2.0
     if cell.method in OURS:
       recipe.prune.ratio = cell.ratio
-      # Few steps of many tokens: as many in all as the paper's many of few.
-      own.samples = own.samples * cell.tokens // SMALL
-      own.refit_samples = own.refit_samples * cell.tokens // SMALL
+      # Few steps of many tokens: as many in all as the paper's many of few,
+      # which go over the stages.
+      part = lambda of_all: of_all * cell.tokens // (SMALL * cell.stages)
+      own.samples = part(own.samples)
+      own.refit_samples = part(own.refit_samples)
     else:
       own.seq_len, own.batch = SEQ_LEN, BATCH
       own.samples = own.refit_samples = cell.tokens // SEQ_LEN

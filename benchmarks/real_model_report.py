@@ -204,19 +204,18 @@ def recovered(found: Results) -> str:
 
 
 def against_trained(found: Results) -> str:
-  """Each training of ours minus the paper's of as many tokens and its loss."""
+  """Each training of ours minus each of the paper's of as many tokens."""
   rows = []
   for cell in found:
-    paper = trained_like(found, cell)
-    if cell.part == "recover" and cell.method in OURS and paper:
+    for paper in trained_as_long(found, cell):
       row = [NAMES[cell.method], f"{cell.train_tokens:,}", str(cell.seed)]
-      row += [str(cell.stages), objective(cell)]
+      row += [str(cell.stages), objective(cell), objective(paper)]
       row += [loss_difference(found, cell, paper, text) for text in TEXTS]
       rows.append([*row, score_difference(found, cell, paper)])
   if not rows:
     return ""
   header = ["method", "trained on", "seed", "stages", "loss"]
-  header += [*TEXTS.values(), "accuracy"]
+  header += ["the paper's loss", *TEXTS.values(), "accuracy"]
   return "\n\n".join(
     [
       "Ours minus the paper's after as many tokens, each at its own best rate; "
@@ -226,12 +225,13 @@ def against_trained(found: Results) -> str:
   )
 
 
-def trained_like(found: Results, cell: Cell) -> Cell | None:
-  """The paper's training of as many tokens, whatever its rate."""
-  same = lambda other: other._replace(method="paper", rate=0.0)
-  return next(
-    (o for o in found if o.method == "paper" and same(o) == same(cell)), None
-  )
+def trained_as_long(found: Results, cell: Cell) -> list[Cell]:
+  """Of a training of ours the paper's, whatever their rates and losses."""
+  if cell.part != "recover" or cell.method not in OURS:
+    return []
+  like = cell._replace(method="paper")
+  own = {"alpha": cell.alpha, "temperature": cell.temperature}
+  return [o for o in found if o._replace(rate=cell.rate, **own) == like]
 
 
 def curves(found: Results) -> str:
@@ -290,7 +290,10 @@ def alike(found: Results) -> str:
 
 
 def summary(found: Results) -> str:
-  """README's table: each method once at MAIN, that with the most questions."""
+  """README's table: each method once at MAIN, that with the most questions.
+
+  Of these the one with the fewest tokens, which all methods were given.
+  """
   best: dict[str, Cell] = {}
   asked = lambda cell: sum(map(len, answers(found, cell).values()))
   for cell, _ in of_ratio(found, MAIN):
@@ -298,7 +301,7 @@ def summary(found: Results) -> str:
       continue
     held = best.get(cell.method, cell)
     best[cell.method] = max(
-      held, cell, key=lambda c: (asked(c), c.tokens, -c.seed)
+      held, cell, key=lambda c: (asked(c), -c.tokens, -c.seed)
     )
   order = sorted(best.values(), key=lambda c: mean_rise(found, c))
   rows = []

@@ -85,6 +85,7 @@ def test_goes_on_and_reports(bench, tmp_path, monkeypatch):
   plain = trained._replace(stages=1)
   whole = plain._replace(method=DENSE, ratio=0.0, tokens=0, alpha=0.0)
   ours = plain._replace(method=WARM)
+  staged = trained._replace(method="default")
   cells = [dense, paper, default, warm, trained, plain, scratch, whole, ours]
   of_tasks = (dense, paper, default, plain)
   cells += [c._replace(part="tasks") for c in of_tasks]
@@ -93,6 +94,9 @@ def test_goes_on_and_reports(bench, tmp_path, monkeypatch):
   cells += [learnt, *(c._replace(part="answers") for c in (paper, learnt))]
   found = {cell: first.get(cell) for cell in cells}
   assert found[paper]["params"] <= 0.8 * found[dense]["params"]
+
+  by_stage, in_one = (first.settings(c).calibration for c in (staged, default))
+  assert 2 * by_stage.refit_samples == in_one.refit_samples
 
   # Cut off behind its first checkpoint, a training goes on to the same end.
   assert [at for at, _ in found[plain]["curve"]] == [512, 1024]
@@ -161,7 +165,7 @@ def test_goes_on_and_reports(bench, tmp_path, monkeypatch):
     for cell, other in ((ours, plain), (warm, default))
   ]
   assert (
-    f"| 1,024 | 0 | 1 | KL at 2 | {numbers.shown(gains[0], '+.3f')} ("
+    f"| 1,024 | 0 | 1 | KL at 2 | KL at 2 | {numbers.shown(gains[0], '+.3f')} ("
     in results
   )
   assert gains[1]  # temperatures differ
