@@ -6,7 +6,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from absl import flags, logging
@@ -202,12 +201,15 @@ def profile(command: str, argv: list[str]) -> int:
   numbers("repeats", 7, "pairs of calls a width")
   _define_ignore_fields(values)
   _parse(command, argv, values, ["model", "out"])
+  out = places.to_path(values.out)
+  if places.in_bucket(out):
+    raise UserError(f"--out={out}: a table of times is a file on a disk")
   _start_jax(None)
   from adapt_pruner_jax.evaluation import profile as profile_
 
   profile_.write(
     values.model,
-    Path(values.out).expanduser(),
+    out,
     profile_.Case(values.phase, values.batch, values.context),
     values.engine,
     values.dtype,
@@ -275,7 +277,7 @@ def convert(command: str, argv: list[str]) -> int:
     raise UserError("adapt-pruner convert needs --out=... (or --verify)")
   convert_.convert(
     values.model,
-    Path(values.out),
+    places.to_path(values.out),
     values.format,
     dtype=values.dtype,
     overwrite=values.overwrite,

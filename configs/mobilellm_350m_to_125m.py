@@ -2,7 +2,7 @@
 
   adapt-pruner run --config=configs/mobilellm_350m_to_125m.py --workdir=W
 
-Time: 33 minutes of training on 8 H100, if they reach 40 % of their 989 bf16
+Time: 29 minutes of training on 8 H100, if they reach 40 % of their 989 bf16
 TFLOP/s each; computed (6 FLOPs a parameter and token), not run.
 Source: arXiv 2502.03460; MMLU (5 shots) of the paper's model: 25.35. Stages,
 sizes, rates and calibration are the paper's. So is the number of tokens, by its

@@ -4,7 +4,7 @@ No training on data of its own; the base of all one-shot runs.
 
   adapt-pruner run --config=configs/oneshot.py --workdir=W \\
     --config.model.path=DIR --config.prune.ratio=0.2 \\
-    --config.calibration.source=text:FILE --config.eval.text=FILE
+    --config.calibration.source=text:FILE --config.eval.text=HELDOUT
 
 Units are ranked once by Fisher scores on 32k tokens; what is left learns to
 predict as the dense model did, by all weights, on 98k tokens of the calibration

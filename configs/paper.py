@@ -2,7 +2,7 @@
 
   adapt-pruner run --config=configs/paper.py --workdir=W \\
     --config.model.path=DIR --config.prune.ratio=0.2 \\
-    --config.calibration.source=text:FILE --config.eval.text=FILE
+    --config.calibration.source=text:FILE --config.eval.text=HELDOUT
 
 The paper's settings (arXiv 2502.03460, section 4): steps of 2 % of mean
 sparsity, amplitude 0.02, 512 x 64 fresh calibration tokens a step. Two more

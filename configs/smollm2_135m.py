@@ -2,7 +2,7 @@
 
   adapt-pruner run --config=configs/smollm2_135m.py --workdir=W
 
-Needs 0.3 GB for the model, 6.5 GB of memory and no access token. The perplexity
+Needs pip install .[data], 0.3 GB for the model, 6.5 GB of memory and no token. The perplexity
 is measured on the manual that ships with Python; another text:
 --config.eval.text=FILE.
 

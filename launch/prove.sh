@@ -12,7 +12,7 @@
 #   RATIO=0.2    of the parameters that go
 #   TOKENS=...   to recover with, default 100_000_000
 #                (in bfloat16 on a TPU or GPUs)
-#   TEXT=...     what is learnt from, default fineweb-edu of the hub
+#   TEXT=...     what is learnt from, text:FILE or hf:NAME; default fineweb-edu
 #   TASKS=...    default wikitext,arc_easy,hellaswag,piqa,winogrande
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

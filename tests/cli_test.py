@@ -77,6 +77,7 @@ BAD_FLAGS = {
   ),
   "no flag": (["evaluate", "--model=m", "--task=x"], ["task"]),
   "no value": (["evaluate", "model"], ["model", "--name=value"]),
+  "table": (["profile", "--model=x", "--out=gs://b/t.json"], ["on a disk"]),
   "bucket": ([*RUN, "--workdir=ftp://bucket/w"], ["gs://BUCKET/", "s3://"]),
   "no model": (["convert", "--out=x"], ["--model"]),
   "no coordinator": (
@@ -329,6 +330,21 @@ def test_convert_there_and_back(command, small_model, tmp_path):
   new = load_file(back / "model.safetensors")
   assert old.keys() == new.keys()
   for name, value in old.items():
+    np.testing.assert_array_equal(new[name], value, err_msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["hf", "orbax", "model.gguf"])
+def test_convert_into_a_bucket(command, bucket, small_model, tmp_path, name):
+  there, back = bucket / "converted" / name, tmp_path / "back"
+  for source, out, format in (
+    (small_model, there, name.removeprefix("model.")),
+    (there, back, "hf"),
+  ):
+    arguments = [f"--model={source}", f"--out={out}", f"--format={format}"]
+    assert command("convert", *arguments)[0] == 0
+  new = load_file(back / "model.safetensors")
+  for name, value in load_file(small_model / "model.safetensors").items():
     np.testing.assert_array_equal(new[name], value, err_msg=name)
 
 
