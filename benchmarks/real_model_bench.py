@@ -264,7 +264,11 @@ class Bench:
     ends = schedule.stage_ends(self.steps(cell), cell.stages, share)
     clock, curve = CpuClock(), []
     later = lambda data, first: lambda step: data.batch(first + step)
-    for goal, begin, end in zip(goals, [0, *ends[:-1]], ends, strict=True):
+    again = max(recipe.prune.refit_passes - 1, 0)  # passes behind the first
+    for stage, (goal, begin, end) in enumerate(
+      zip(goals, [0, *ends[:-1]], ends, strict=True)
+    ):
+      passes = stage * again
       task = PruneTask(
         *pair,
         recipe.prune,
@@ -272,7 +276,7 @@ class Bench:
         goal,
         full=full,
         kept=kept,
-        refit_samples=later(texts.refits, number),
+        refit_samples=later(texts.refits, number + passes),
         batch=recipe.calibration.batch,
         mesh=self.mesh,
         seed=cell.seed,

@@ -2,7 +2,7 @@
 
   adapt-pruner run --config=configs/smollm2_135m.py --workdir=W
 
-Needs pip install .[data], 0.3 GB for the model, 6.5 GB of memory and no token. The perplexity
+Needs pip install .[data], 0.3 GB for the model and 6.5 GB of memory. Perplexity
 is measured on the manual that ships with Python; another text:
 --config.eval.text=FILE.
 

@@ -292,6 +292,36 @@ def values(config: Config) -> dict:
   return {name: get(config, name) for name in field_names(config)}
 
 
+@pytest.mark.parametrize(
+  "name, value, words",
+  [
+    ("train.tokens", 1e9, "1000000000.0 must be of type int, not float"),
+    ("prune.stages", "4", "'4' must be of type int, not str"),
+    ("prune.refit", 2, "2 must be of type str, not int"),
+    ("prune.ratio", True, "True must be of type float, not bool"),
+    ("prune.trim", 1, "1 must be of type bool, not int"),
+  ],
+)
+def test_values_of_another_type(name, value, words):
+  config = Config()
+  config.prune.ratio, config.train.learning_rate = 0.2, 1
+  check(config)
+  section, field = name.split(".")
+  setattr(getattr(config, section), field, value)
+  with pytest.raises(UserError, match=rf"--config\.{name}={words}"):
+    check(config)
+
+
+def test_a_recipe_behind_a_space():
+  values = flags.FlagValues()
+  argv = ["--config", "configs/oneshot.py", "--config.prune.ratio=0.25"]
+  recipe_flags.define(values, argv)
+  values(["adapt-pruner", *argv])
+  assert values.config.prune.refit == "loss"
+  with pytest.raises(UserError, match=r"--config=nothing\.py: no such file"):
+    recipe_flags.define(flags.FlagValues(), ["--config", "nothing.py"])
+
+
 def test_fields_are_the_contract():
   assert field_names(Config()) == FIELDS
 

@@ -3,6 +3,7 @@
 choices       what fields of words may say
 fields        every section and field with its default, and their old names
 names         the fields by their dotted names
+field_types   whether values are of the types of their fields
 checks        which values a recipe may have
 stored        recipes in work directories, compared with the one that is given
 recipe_flags  the recipe on a command line

@@ -4,6 +4,7 @@ import math
 import re
 
 from adapt_pruner_jax.config.choices import BLOCKS, CHOICES, RANKED, WHOLE
+from adapt_pruner_jax.config.field_types import check_types
 from adapt_pruner_jax.config.fields import (
   Config,
   Prune,
@@ -71,6 +72,7 @@ BUDGETED = ("adapt", "uniform", *RANKED, "search")
 
 def check(config: Config) -> None:
   """Raises a UserError for a value that no run can have."""
+  check_types(config)
   for name, allowed in CHOICES.items():
     value = get(config, name)
     if value not in allowed:

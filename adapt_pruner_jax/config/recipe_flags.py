@@ -1,5 +1,6 @@
 """The recipe on a command line: --config=FILE, --config.section.field=value."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from absl import flags
@@ -35,10 +36,21 @@ def define(values: flags.FlagValues, argv: list[str]) -> None:
   default = ROOT.parent / "configs" / "tiny.py"
   if not default.exists():
     default = ROOT / "configs" / "tiny.py"
-  argv[:] = [found(a) for a in argv]
+  argv[:] = [found(a) for a in _joined(argv)]
   config_flags.DEFINE_config_file(
     "config", str(default), "the recipe", flag_values=values, sys_argv=argv
   )
+
+
+def _joined(argv: Sequence[str]) -> list[str]:
+  """The arguments, with `--config FILE` as `--config=FILE`."""
+  joined: list[str] = []
+  for argument in argv:
+    if joined and joined[-1] in ("--config", "-config"):
+      joined[-1] += f"={argument}"
+    else:
+      joined.append(argument)
+  return joined
 
 
 def found(argument: str) -> str:

@@ -34,8 +34,8 @@ from adapt_pruner_jax.planning.hardware import (
 from adapt_pruner_jax.pruning import targets
 from adapt_pruner_jax.reporting.log import Log
 from adapt_pruner_jax.reporting.progress import duration
-from adapt_pruner_jax.runs.recipe import RECIPE
-from adapt_pruner_jax.storage import digest, json_files
+from adapt_pruner_jax.runs.recipe import RECIPE, changed
+from adapt_pruner_jax.storage import json_files
 from adapt_pruner_jax.training import loop, optimizer
 from adapt_pruner_jax.training.step import batch_of
 
@@ -81,11 +81,11 @@ def settle(
     UserError: too few hours, or a model that does not fit at all.
   """
   begun = time.monotonic() if begun is None else begun
-  asked = _digest(config)
+  asked = dataclasses.asdict(config)
   file = path / FILE
   if file.exists():
     kept = json_files.read_json(file)
-    if kept["asked"] == asked:
+    if not changed(kept["asked"], asked):
       return _chosen(config, kept["chosen"])
     claimed = (path / RECIPE).exists()
     if claimed and not anew:  # the run will say that it is another recipe's
@@ -146,13 +146,6 @@ def checked(config: Config) -> None:
       "adapt-pruner profile --model=DIR --out=table.json, then "
       "--config.prune.budget_table=table.json"
     )
-
-
-def _digest(config: Config) -> str:
-  """Of what a run may not change between its parts."""
-  fields = dataclasses.asdict(config)
-  free = ("mesh", "log", "checkpoint")
-  return digest.of_json({n: x for n, x in fields.items() if n not in free})
 
 
 def predict(

@@ -52,7 +52,9 @@ def adapt(masked: Masked, measured: Measured) -> Allotted:
     settings.step_size,
     settings.amplitude,
   )
-  wanted = {u: np.where(prunable[u], s, 0.0) for u, s in wanted.items()}
+  # A limit that prices no MLPs lets them wait, and forgets nothing of them.
+  before = masked.step.sparsity
+  wanted = {u: np.where(prunable[u], s, before[u]) for u, s in wanted.items()}
   initial, left = surgery.widths(task.begin), surgery.widths(masked.masks)
   group = {"K": full.head_dim, "F": 1}
   rounding = settings.rounding()

@@ -123,7 +123,8 @@ def split(windows: int, batch: int, mesh: Mesh) -> tuple[int, int]:
     raise UserError(
       f"{windows} calibration windows are too few to refit by the loss: "
       f"give --config.calibration.refit_samples={HELD_OUT * max(batch, 2)} or "
-      "more, or --config.prune.refit_passes=0"
+      "more (an npy file as many samples a step), or "
+      "--config.prune.refit_passes=0"
     )
   return held, batch
 

@@ -26,7 +26,7 @@ Scores = dict[str, np.ndarray]  # float64, of the shapes of masks
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Step:
-  """One pruning step; a stage goes on from its first five fields."""
+  """One pruning step; `runs.state` keeps what a stage goes on from."""
 
   number: int  # from 1
   masks: Masks

@@ -41,5 +41,8 @@ def measure(state: State, inputs: Inputs, weights: int) -> dict:
 
 
 def _rise(state: State) -> float:
-  """Nats a token above the original, behind the last pruning step."""
-  return state.trace[-1]["rise"]
+  """Nats a token above the original, behind the last pruning step.
+
+  0 where there was none: the model had no unit to lose.
+  """
+  return state.trace[-1]["rise"] if state.trace else 0.0

@@ -210,6 +210,7 @@ def _check_data(inputs: Inputs) -> None:
   agreement.on_writer(
     lambda: text_checks.check_overlaps(recipe, tokens, learnt, say)
   )
+  text_checks.check_refit(recipe, inputs.mesh, inputs.refit_data)
   text_checks.check_channels(
     recipe.prune, recipe, inputs.full, calibration, inputs.refit_data, say
   )
@@ -274,6 +275,7 @@ def _reads_text(recipe: Config) -> bool:
   return bool(
     not given
     or recipe.calibration.tuning
+    or recipe.prune.search.source
     or recipe.train.tokens
     or recipe.eval.text
     or recipe.eval.answers

@@ -7,12 +7,13 @@ from pathlib import Path
 
 from adapt_pruner_jax.config import Config, Prune, latency_table
 from adapt_pruner_jax.distributed import agreement
+from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.evaluation import profile
 from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.pruning import budgets
 from adapt_pruner_jax.reporting.log import Log
-from adapt_pruner_jax.storage import json_files, publish
+from adapt_pruner_jax.storage import json_files, places, publish
 
 TABLE = "latency.json"  # in the work directory, if it was measured for the run
 
@@ -28,13 +29,20 @@ def resolve(
     path: the work directory, which keeps what was measured.
 
   Raises:
-    UserError: the table is of another model or device, or no table.
+    UserError: the table is of another model or device, or no table; or there
+      is none and the work directory is in a bucket.
   """
   settings = recipe.prune
   if not settings.counts("latency"):
     return recipe
   file = settings.budget_table
   if not file:
+    if places.in_bucket(path):
+      raise UserError(
+        f"--workdir={path}: a run in a bucket needs its table of times before: "
+        "adapt-pruner profile --model=DIR --out=table.json, then "
+        "--config.prune.budget_table=table.json"
+      )
     file = str(path / TABLE)
     agreement.on_writer(lambda: _measure(recipe, whole, path / TABLE, log))
     publish.require_shared(path / TABLE)
@@ -46,12 +54,22 @@ def resolve(
 
 
 def _measure(recipe: Config, whole: ModelConfig, file: Path, log: Log) -> None:
-  if file.exists():
+  of, dtype = case(recipe.prune), recipe.model.dtype or "float32"
+  if file.exists() and _is_of(latency_table.read(str(file)), whole, of, dtype):
     return
   log.say("timing attention and MLPs of a few widths on this device")
-  dtype = recipe.model.dtype or "float32"
-  table = profile.profile(whole, case(recipe.prune), dtype=dtype, say=log.say)
+  table = profile.profile(whole, of, dtype=dtype, say=log.say)
   json_files.write_json(file, table)
+
+
+def _is_of(
+  table: dict, whole: ModelConfig, case: profile.Case, dtype: str
+) -> bool:
+  """Whether a table is of this recipe, and not of one that is overwritten."""
+  sizes = {name: getattr(whole, name) for name in latency_table.MODEL}
+  taken = [(m["phase"], m["batch"], m["context"]) for m in table["measured"]]
+  asked = case.phase, case.batch, case.context
+  return table["model"] == sizes and table["dtype"] == dtype and asked in taken
 
 
 def case(settings: Prune) -> profile.Case:

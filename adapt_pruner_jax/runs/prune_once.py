@@ -29,6 +29,7 @@ def prune(
   limits: Limits = (),
   kept: Kept | None = None,
   first: int = 0,
+  passes: int = 0,
   after: Step | None = None,
   log: Callable[[dict, Step], None],
   sized: Callable[[ModelConfig], None] | None = None,
@@ -44,6 +45,8 @@ def prune(
     kept: what `old` has of the original model; None = all of it.
     first: pruning steps that were done in earlier stages: each step of a run
       has calibration windows of its own.
+    passes: passes of refits by the loss behind the first of each stage that
+      were done there: these have windows of their own too.
     after: the last step that is decided already, of a prune that was cut.
     log: called with each step's record as it is decided.
     sized: called as soon as the sizes of all layers are known.
@@ -60,7 +63,7 @@ def prune(
     quality=quality.asked(settings, inputs.tuning),
     full=inputs.full,
     kept=kept,
-    refit_samples=lambda step: inputs.refit_data.batch(first + step),
+    refit_samples=lambda step: inputs.refit_data.batch(first + passes + step),
     tuning=searched and (lambda step: searched.batch(first + step)),
     batch=inputs.recipe.calibration.batch,
     pass_tokens=inputs.recipe.calibration.pass_tokens,

@@ -14,6 +14,7 @@ from adapt_pruner_jax.distributed import agreement
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.runs.fingerprints import fingerprints
 from adapt_pruner_jax.runs.inputs import Inputs
+from adapt_pruner_jax.runs.latency_budget import TABLE
 from adapt_pruner_jax.runs.state import package_version
 from adapt_pruner_jax.storage import json_files, publish
 from adapt_pruner_jax.storage.places import in_bucket, to_path
@@ -22,7 +23,7 @@ RECIPE = "config.json"
 VERSION = "version"  # in config.json, beside the recipe's sections
 # What of the recipe may change between the parts of one run.
 FREE = ("mesh.", "checkpoint.", "log.", "train.skip_nonfinite", "train.remat")
-# Its content counts, not its name; see `inputs.fingerprints`.
+# Its content counts, not its name; see `fingerprints`.
 FREE += ("prune.budget_table",)
 # All that `run` and `compare` leave. Tokens in `cache` serve any recipe. What
 # says whose directory it is goes last: a kill in between leaves it claimed.
@@ -32,7 +33,7 @@ LEFT = (
   *("metrics.jsonl", "report.json", "report.html", "summary.json"),
   *("tracker.json", "profile"),
   *("compare.json", "compare.md", "compare.svg", "compare.png"),
-  "latency.json",
+  TABLE,
   RECIPE,
 )
 
@@ -49,7 +50,7 @@ def is_anew(
 
   Raises:
     UserError: the directory is of a run with another recipe and may not be
-      overwritten; or it may, and no run has left what is in it.
+      overwritten; or what is in it and would be replaced is of no run.
   """
   return agreement.decided(lambda: _is_anew(recipe, path, overwrite, finished))
 
@@ -60,21 +61,31 @@ def _is_anew(
   stored = _stored(path, overwrite)
   if stored is None:
     return False
-  free = FREE if _says_bos(stored) else (*FREE, "data.bos")
-  changed = [
-    line
-    for line in difference(stored, dataclasses.asdict(recipe))
-    if not line.startswith(free)
-  ]
-  if changed and not overwrite:
+  others = changed(stored, dataclasses.asdict(recipe))
+  if others and not overwrite:
     mine, theirs = package_version(), stored.get(VERSION, "an earlier version")
     versions = "" if theirs == mine else f", begun by {theirs} (this is {mine})"
     raise UserError(
       f"--workdir={path} belongs to a run with another recipe{versions}: "
-      f"{'; '.join(changed)}; give the old recipe or another --workdir, or "
+      f"{'; '.join(others)}; give the old recipe or another --workdir, or "
       "--overwrite to remove that run and start anew"
     )
-  return overwrite and (bool(changed) or finished)
+  return overwrite and (bool(others) or finished)
+
+
+def changed(stored: dict, recipe: dict) -> list[str]:
+  """How two recipes differ in what may not change between parts of a run.
+
+  Args:
+    stored: the content of config.json.
+    recipe: `dataclasses.asdict` of the one that is asked for.
+
+  Returns:
+    As of `config.difference`.
+  """
+  free = FREE if _says_bos(stored) else (*FREE, "data.bos")
+  lines = difference(stored, recipe)
+  return [line for line in lines if not line.startswith(free)]
 
 
 def _stored(path: Path, overwrite: bool) -> dict | None:
@@ -82,10 +93,12 @@ def _stored(path: Path, overwrite: bool) -> dict | None:
   file = path / RECIPE
   stored = json_files.read_json(file) if file.exists() else None
   ours = isinstance(stored, dict) and {"prune", "calibration"} <= {*stored}
-  others = {p.name for p in path.iterdir()} & {*LEFT}
-  if others and overwrite and not ours:
+  # A table is measured before the directory is claimed.
+  others = {p.name for p in path.iterdir()} & {*LEFT} - {TABLE}
+  if others and not ours and (overwrite or stored is None):
     raise UserError(
-      f"--workdir={path} --overwrite: {', '.join(sorted(others))} in it "
+      f"--workdir={path}{' --overwrite' if overwrite else ''}: "
+      f"{', '.join(sorted(others))} in it "
       f"{'is' if len(others) == 1 else 'are'} not of a run, whose {RECIPE} "
       "has its recipe; give another --workdir"
     )
@@ -173,7 +186,10 @@ def _remove(inputs: Inputs) -> None:
       "--workdir"
     )
   remove_cut_off_exports(path)
+  table = inputs.recipe.prune.budget_table
   for name in LEFT:
+    if table and to_path(table).resolve() == (path / name).resolve():
+      continue  # it is this run's, perhaps measured just before
     try:
       publish.remove(path / name)
     except OSError as error:

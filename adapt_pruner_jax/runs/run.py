@@ -115,7 +115,9 @@ def run(
   agreement.require_same(asked, "at the start")
   with lock.lock(path), Log(path, **dataclasses.asdict(recipe.log)) as log:
     finished = agreement.decided((path / "summary.json").exists)
-    anew = is_anew(recipe, path, overwrite, finished)
+    anew = is_anew(
+      recipe, path, overwrite, finished and not lacks_control(recipe, path)
+    )
     if finished and not anew:
       read = lambda: json_files.read_object(path / "summary.json")
       summary = agreement.decided(read)
@@ -127,11 +129,22 @@ def run(
         inputs = open_inputs(recipe, path, log, stopping)
         summary = _run(inputs, stopping, anew, begun)
     tell(summary, path, log)
-  if recipe.oneshot_control and recipe.prune.stages > 1:
+  if wants_control(recipe):
     at_once = dataclasses.replace(recipe.prune, stages=1)
     other = dataclasses.replace(recipe, oneshot_control=False, prune=at_once)
     summary = add_control(summary, run(other, path / "oneshot"), recipe, path)
   return summary
+
+
+def wants_control(recipe: Config) -> bool:
+  """Whether a run with one prune is to stand beside this one."""
+  return recipe.oneshot_control and recipe.prune.stages > 1
+
+
+def lacks_control(recipe: Config, path: Path) -> bool:
+  """Whether a finished run still waits for the one beside it."""
+  read = lambda: "control" not in json_files.read_object(path / "summary.json")
+  return wants_control(recipe) and agreement.decided(read)
 
 
 def _run(inputs: Inputs, stopping: Stopping, anew: bool, begun: float) -> dict:
@@ -252,6 +265,7 @@ def prune(
       limits=stage_limits(inputs, state.stage),
       kept=state.kept,
       first=first,
+      passes=(state.stage - 1) * max(settings.refit_passes - 1, 0),
       after=after,
       log=note,
       sized=sized,

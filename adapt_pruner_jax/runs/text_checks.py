@@ -24,11 +24,24 @@ Texts = WindowData | GivenData | TrainData
 Say = Callable[[str], None]
 
 
-def check_refit(recipe: Config, mesh: Mesh) -> None:
-  """Raises as `refit_loss.split`, where there will be such a refit."""
+def check_refit(
+  recipe: Config, mesh: Mesh, opened: GivenData | WindowData | None = None
+) -> None:
+  """Raises as `refit_loss.split`, where there will be such a refit.
+
+  Args:
+    recipe, mesh: of the run.
+    opened: what refits read; None = not yet, and a file may say how many
+      windows there are.
+  """
+  windows = recipe.calibration.refit_samples
+  if isinstance(opened, GivenData):
+    windows = opened.samples.shape[1]
+  elif recipe.calibration.source.startswith("npy:"):
+    return
   if recipe.prune.refit_passes:
     batch = recipe.prune.refit_batch or recipe.calibration.batch
-    refit_loss.split(recipe.calibration.refit_samples, batch, mesh)
+    refit_loss.split(windows, batch, mesh)
 
 
 def check_overlaps(

@@ -21,6 +21,7 @@ from adapt_pruner_jax.config import Train
 from adapt_pruner_jax.distributed import sharding
 from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.model_config import ModelConfig
+from adapt_pruner_jax.storage import publish
 from adapt_pruner_jax.training import forward, loop, losses, output_loss, step
 
 READ = ("tokens_BT", "segments_BT", "positions_BT")  # what an answer depends on
@@ -52,7 +53,11 @@ class TeacherCache:
     return any(digest not in self.at for digest in digests(batch))
 
   def add(self, batch: step.Batch, taught: losses.Likeliest) -> None:
-    """Writes what the teacher finds of the rows that are not in the file."""
+    """Writes what the teacher finds of the rows that are not in the file.
+
+    Raises:
+      UserError: it cannot be written, as where a disk is full.
+    """
     ids_BTC, log_probs_BTC = map(np.asarray, jax.device_get(taught))
     records = []
     for row, digest in enumerate(digests(batch)):
@@ -62,8 +67,11 @@ class TeacherCache:
         one["digest"] = np.frombuffer(digest, np.uint8)
         one["ids"], one["log_probs"] = ids_BTC[row], log_probs_BTC[row]
         records.append(one)
-    with open(self.path, "ab") as file:
-      file.write(np.array(records, self.dtype).tobytes())
+    try:
+      with open(self.path, "ab") as file:
+        file.write(np.array(records, self.dtype).tobytes())
+    except OSError as error:
+      raise publish.unwritable(self.path, error) from error
 
   def with_taught(self, batches: Iterable[step.Batch]) -> Iterator[step.Batch]:
     """The batches, all of whose rows are in the file, with what it has."""

@@ -121,6 +121,22 @@ def test_training_ends_with_the_hours(monkeypatch):
   assert ending.now()
 
 
+def test_what_may_change_keeps_the_choice(tmp_path):
+  """As in a run: what its own errors advise must not end it."""
+  config = recipe("model", hours=0.1, stages=1)
+  chosen = {"tokens": 64, "stages": 1, "accumulation": 1}
+  chosen |= {"lora_rank": 0, "remat": "none"}
+  kept = {"asked": dataclasses.asdict(config), "chosen": chosen}
+  json_files.write_json(tmp_path / "hours.json", kept)
+  (tmp_path / "config.json").touch()
+  settled = lambda: hours.settle(config, tmp_path, None, None).train.tokens
+  config.train.skip_nonfinite, config.train.remat = True, "full"
+  config.log.trackers, config.mesh.data = "wandb", 1
+  assert settled() == 64
+  config.train.weight_decay = 0.5
+  assert settled() == config.data.step_tokens
+
+
 @pytest.mark.slow
 def test_a_run_that_is_told_hours(tmp_path, monkeypatch, capsys):
   """What was chosen is kept, and the same command has nothing left to do."""

@@ -270,6 +270,40 @@ def test_several_limits_are_all_met(method):
   )
 
 
+def test_a_limit_on_the_cache_leaves_the_schedule_of_mlps():
+  settings = Prune(
+    ratio=0.3,
+    step_size=0.1,
+    group_importance="random",
+    limits="kv_bytes=9000",
+    budget_context=32,
+  )
+  target = targets.resolve_target(WIDE, settings)
+  pruned = pruned_to(settings, target, targets.resolve_limits(WIDE, settings))
+  sparsity_SL = np.array(
+    [[layer["mlp_sparsity"] for layer in row["layers"]] for row in pruned.trace]
+  )
+  waiting = (np.diff(sparsity_SL, axis=0) == 0).all(axis=1)
+  assert waiting.any()  # the cache was priced then
+  assert (np.diff(sparsity_SL.mean(axis=1)) >= 0).all()
+
+
+def test_spared_layers_stay_whole_with_a_limit():
+  config = dataclasses.replace(
+    WIDE, kv_groups=(4,) * 8, ffn_widths=(96,) * 8, window=(0,) * 8
+  )
+  settings = Prune(
+    method="magnitude", ratio=0.1, limits="kv_bytes=40000", budget_context=32
+  )
+  limits = targets.resolve_limits(config, settings)
+  assert limits
+  target = targets.resolve_target(config, settings)
+  pruned = pruned_to(settings, target, limits, config=config)
+  assert pruned.config.kv_groups[0] == 4
+  assert pruned.config.ffn_widths[0] == 96
+  assert min(pruned.config.kv_groups) < 4
+
+
 def test_a_limit_that_is_kept_already_or_out_of_reach():
   settings = Prune(ratio=0.2, limits="kv_bytes=1e9")
   assert targets.resolve_limits(WIDE, settings) == ()
@@ -480,12 +514,12 @@ def test_layers_of_one_width_stay_so_without_trimming():
     assert trim == any(len({*w.tolist()}) > 1 for w in width.values())
 
 
-def pruned_to(settings, target, limits=(), params=None):
+def pruned_to(settings, target, limits=(), params=None, config=WIDE):
   task = PruneTask(
-    WIDE,
-    params or small.random_params(WIDE),
+    config,
+    params or small.random_params(config),
     settings,
-    lambda step: small.tokens(WIDE, 4, 8, step),
+    lambda step: small.tokens(config, 4, 8, step),
     target,
     batch=4,
     limits=limits,

@@ -22,7 +22,7 @@ from adapt_pruner_jax.runs import (
   latency_budget,
   run,
 )
-from adapt_pruner_jax.storage import json_files
+from adapt_pruner_jax.storage import json_files, places
 from tests import small_runs
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -119,6 +119,34 @@ def test_a_table_that_is_measured_for_the_run(model, tmp_path, monkeypatch):
     found = latency_budget.resolve(config, full, full, tmp_path, Log(None))
     assert found.prune.budget_table == str(tmp_path / "latency.json")
   assert calls == [(profile.Case("decode", 1, 32), "float32")]
+  # That of a recipe which is overwritten is measured anew.
+  config.model.dtype = "bfloat16"
+  latency_budget.resolve(config, full, full, tmp_path, Log(None))
+  assert len(calls) == 2
+  with pytest.raises(UserError, match="in a bucket needs its table of times"):
+    latency_budget.resolve(
+      config, full, full, places.to_path("gs://bucket/run"), Log(None)
+    )
+
+
+@pytest.mark.slow
+def test_overwrite_keeps_the_table_that_was_just_measured(
+  model, tmp_path, monkeypatch
+):
+  """And one that a failed first attempt has left hinders nobody."""
+  made = table_of(tmp_path / "made.json")
+  measured = lambda *_, **__: json_files.read_json(Path(made))
+  monkeypatch.setattr(profile, "profile", measured)
+  monkeypatch.setattr(run, "finish", lambda *_: {})
+  monkeypatch.setattr(run, "tell", lambda *_: None)
+  config = recipe(model, budget="latency", budget_context=32)
+  work = tmp_path / "work"
+  work.mkdir()
+  json_files.write_json(work / "latency.json", measured())
+  for _ in range(2):
+    run.run(config, work, overwrite=True)
+    (work / "summary.json").write_text("{}")
+    assert (work / "latency.json").exists()
 
 
 def test_a_table_of_another_engine_is_promised_alone(model, tmp_path):
@@ -168,6 +196,16 @@ def test_a_quality_is_kept(model, tmp_path, monkeypatch):
     api.at_step(again, trace[-1])
   with pytest.raises(UserError, match="has no masks"):
     api.at_step(original, {})
+
+
+@pytest.mark.slow
+def test_a_quality_of_a_model_that_has_nothing_to_lose(model, tmp_path):
+  config = recipe(model, budget="quality", budget_value=0.01)
+  config.prune.ratio, config.prune.round_ffn_to = 0.0, 512
+  config.prune.attention_layers = "0:0"
+  summary = run.run(config, tmp_path / "work")
+  assert summary["budget_after"] == 0
+  assert summary["params_after"] == summary["params_before"]
 
 
 @pytest.mark.slow

@@ -13,12 +13,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from adapt_pruner_jax.data.calibration import WindowData
 from adapt_pruner_jax.distributed import sharding
 from adapt_pruner_jax.errors import EXIT_STOPPED, UserError
 from adapt_pruner_jax.formats.hf import load
 from adapt_pruner_jax.models import model_config
-from adapt_pruner_jax.pruning import surgery
+from adapt_pruner_jax.pruning import methods, surgery
 from adapt_pruner_jax.runs import run
+from adapt_pruner_jax.storage import json_files
 from adapt_pruner_jax.storage.checkpoints import Checkpoints
 from tests.small_runs import SMALL, finish, output, profiled, recipe, start
 
@@ -192,6 +194,68 @@ def test_overwrite(small_model, tmp_path, monkeypatch, capsys):
   assert not [*work.glob(".model*")]
   with pytest.raises(TypeError):  # finished: it begins anew
     run.run(config, work, overwrite=True)
+
+
+@pytest.mark.slow
+def test_refits_of_all_stages_have_windows_of_their_own(
+  small_model, tmp_path, monkeypatch
+):
+  stages, refit, draw = [], methods.refit_after, WindowData.batch
+  config = recipe(small_model, stages=2, method="fisher", refit="loss")
+  config.prune.refit_passes, config.prune.ranking.step_size = 3, 0.5
+  config.eval.text = ""
+
+  def refit_after(task, pruned):
+    stages.append(set())
+    return refit(task, pruned)
+
+  def batch(data, step):
+    if stages and data.seed == config.seed + 1:
+      stages[-1].add(step)
+    return draw(data, step)
+
+  monkeypatch.setattr(methods, "refit_after", refit_after)
+  monkeypatch.setattr(WindowData, "batch", batch)
+  run.run(config, tmp_path)
+  assert [len(steps) for steps in stages] == [3, 3]
+  assert not stages[0] & stages[1]
+
+
+def test_a_model_of_no_run_is_not_replaced(small_model, tmp_path):
+  """Neither the one that is pruned, in the work directory, nor another."""
+  shutil.copytree(small_model, tmp_path / "model")
+  for source in (small_model, tmp_path / "model"):
+    with pytest.raises(UserError, match="model in it is not of a run"):
+      run.run(recipe(source, stages=1), tmp_path)
+  names = {path.name for path in (tmp_path / "model").iterdir()}
+  assert names == {path.name for path in small_model.iterdir()}
+
+
+def test_a_run_that_lacks_its_control_is_not_finished(tmp_path, monkeypatch):
+  """The same command with --overwrite then goes on with the control."""
+  config = recipe("model", stages=2)
+  config.oneshot_control = True
+  config.train.tokens = 0
+  monkeypatch.setattr(run, "open_inputs", None)  # nothing begins anew
+  monkeypatch.setattr(run, "tell", lambda *_: None)
+  monkeypatch.setattr(run, "add_control", lambda summary, *_: summary)
+  file = tmp_path / "summary.json"
+  content = {"version": "0", **dataclasses.asdict(config)}
+  json_files.write_json(tmp_path / "config.json", content)
+  json_files.write_json(file, {"params_after": 1})
+  (tmp_path / "report.html").touch()
+  other = tmp_path / "oneshot"
+  other.mkdir()
+  at_once = dataclasses.replace(config.prune, stages=1)
+  alone = dataclasses.replace(config, oneshot_control=False, prune=at_once)
+  content = {"version": "0", **dataclasses.asdict(alone)}
+  json_files.write_json(other / "config.json", content)
+  json_files.write_json(other / "summary.json", {"params_after": 2})
+  (other / "report.html").touch()
+  assert run.run(config, tmp_path, overwrite=True)["params_after"] == 1
+  json_files.write_json(file, {"params_after": 1, "control": {}})
+  with pytest.raises(TypeError):  # finished: it begins anew
+    run.run(config, tmp_path, overwrite=True)
 
 
 def test_overwrite_spares_what_no_run_has_left(small_model, tmp_path):

@@ -8,8 +8,9 @@ import pytest
 from adapt_pruner_jax.config import Config, Prune, Search, check
 from adapt_pruner_jax.data.calibration import GivenData, WindowData
 from adapt_pruner_jax.data.token_store import Stream
+from adapt_pruner_jax.distributed import sharding
 from adapt_pruner_jax.errors import UserError
-from adapt_pruner_jax.runs import run, text_checks
+from adapt_pruner_jax.runs import inputs, run, text_checks
 from tests import small
 from tests.small_runs import recipe
 
@@ -50,6 +51,29 @@ def test_overlaps_are_told_and_of_a_search_refused():
     checked(prune__search__source=windows(shared))
   text_checks.check_overlaps(config, None, {"": windows(shared)}, said.append)
   assert len(said) == 2
+
+
+def test_the_text_of_a_search_wants_a_tokenizer():
+  """Though calibration is token ids."""
+  config = Config(prune=Prune(search=Search(source="text:b")))
+  config.calibration.source, config.eval.text = "npy:a", ""
+  assert inputs._reads_text(config)
+
+
+def test_a_file_says_how_many_windows_a_refit_has():
+  config = Config(prune=Prune(refit="loss", refit_passes=1, refit_batch=1))
+  config.calibration.source, config.calibration.refit_samples = "npy:a", 2
+  few, many = (GivenData("", np.zeros((2, n, 8), np.int32)) for n in (8, 20))
+  checked = lambda *opened: text_checks.check_refit(
+    config, sharding.one_device(), *opened
+  )
+  checked()
+  checked(many)
+  with pytest.raises(UserError, match=r"8 calibration windows .* .an npy file"):
+    checked(few)
+  config.calibration.source = "text:a"
+  with pytest.raises(UserError, match="2 calibration windows"):
+    checked()
 
 
 def test_tokens_a_channel():

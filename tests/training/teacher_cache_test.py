@@ -9,6 +9,7 @@ import pytest
 
 from adapt_pruner_jax.config import Train
 from adapt_pruner_jax.distributed import sharding
+from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.training import losses, output_loss, step
 from adapt_pruner_jax.training.teacher_cache import TeacherCache, fill
 from tests import small
@@ -101,6 +102,15 @@ def test_file_of_a_teacher(tmp_path):
   )  # log-probabilities in float16
   for one, other in zip(*map(jax.tree.leaves, (dgot, dwant)), strict=True):
     assert abs(one - other).max() < 5e-3 * abs(other).max() + 1e-7
+
+
+def test_a_cache_that_cannot_be_written(tmp_path):
+  cache = TeacherCache(tmp_path / "teacher.bin", T, V)
+  cache.path.unlink()
+  cache.path.mkdir()
+  nothing = losses.Likeliest(*(np.zeros((B, T, V), t) for t in ("i4", "f2")))
+  with pytest.raises(UserError, match=r"cannot write .*teacher\.bin"):
+    cache.add(batch(0), nothing)
 
 
 def test_likeliest_in_chunks(monkeypatch):

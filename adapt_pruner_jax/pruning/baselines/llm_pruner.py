@@ -16,6 +16,7 @@ import dataclasses
 
 import numpy as np
 
+from adapt_pruner_jax.config import Prune
 from adapt_pruner_jax.models.axes import UNITS
 from adapt_pruner_jax.pruning import (
   allotment,
@@ -42,14 +43,20 @@ def prepare(task: PruneTask) -> PruneTask:
     UserError: a target out of reach.
   """
   L = task.full.num_layers
-  inside, settings = f"{L // 8}:{L - L // 16}", task.settings
-  settings = dataclasses.replace(
-    settings,
-    attention_layers=settings.attention_layers or inside,
-    mlp_layers=settings.mlp_layers or inside,
+  inside = f"{L // 8}:{L - L // 16}"
+
+  def ranged(settings: Prune) -> Prune:
+    return dataclasses.replace(
+      settings,
+      attention_layers=settings.attention_layers or inside,
+      mlp_layers=settings.mlp_layers or inside,
+    )
+
+  limits = tuple((ranged(settings), most) for settings, most in task.limits)
+  task = dataclasses.replace(
+    task, settings=ranged(task.settings), limits=limits
   )
-  task = dataclasses.replace(task, settings=settings)
-  exact_target.check_reachable(task, settings.rounding())
+  exact_target.check_reachable(task, task.settings.rounding())
   return task
 
 
