@@ -195,8 +195,10 @@ def cut_vocabulary(
   from adapt_pruner_jax.config import Config, Vocab, check
   from adapt_pruner_jax.distributed import sharding
   from adapt_pruner_jax.errors import UserError
+  from adapt_pruner_jax.formats.hf import load as load_
   from adapt_pruner_jax.models import axes
   from adapt_pruner_jax.runs import vocabulary
+  from adapt_pruner_jax.storage import places
 
   asked = Vocab(keep_tokens, ratio, source)
   if not asked.asked():
@@ -204,12 +206,15 @@ def cut_vocabulary(
   recipe = Config(vocab=asked)
   check(recipe)
   tokenizer = _tokenizer(model, bos)
+  path = places.to_path(path)
+  if places.in_bucket(path):
+    raise UserError(f"{path}: the tokenizer of a cut vocabulary goes to a disk")
   folder = vocabulary.cut(
     recipe,
     Path(model.source),
     model.config,
     tokenizer,
-    Path(path),
+    path,
     logging.info,
   )
   kept = np.array(vocabulary.kept(folder))
@@ -220,7 +225,9 @@ def cut_vocabulary(
       return array
     return array.take(kept, axis=letters.index("V"))
 
-  config = dataclasses.replace(model.config, vocab_size=len(kept))
+  cut = load_.read_config(folder)
+  ids = {name: getattr(cut, name) for name in ("bos_id", "eos_ids", "pad_id")}
+  config = dataclasses.replace(model.config, vocab_size=len(kept), **ids)
   params = axes.map_named(rows, model.params)
   where = sharding.param_shardings(params, _mesh(model))
   params = jax.device_put(params, where)

@@ -270,6 +270,8 @@ def convert(command: str, argv: list[str]) -> int:
   from adapt_pruner_jax.formats import convert as convert_
   from adapt_pruner_jax.formats import orbax
 
+  if values.verify and values.out:
+    raise UserError("--verify writes nothing: leave out --out, or --verify")
   if values.verify:
     orbax.verify(values.model)
     return 0

@@ -1,13 +1,17 @@
 """The Python API does what the commands do."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from adapt_pruner_jax import api
 from adapt_pruner_jax.data import sources
 from adapt_pruner_jax.distributed import sharding
 from adapt_pruner_jax.errors import UserError
+from adapt_pruner_jax.formats import convert
 from adapt_pruner_jax.runs import run as run_
 from tests.small_runs import recipe
 
@@ -67,8 +71,28 @@ def test_a_smaller_vocabulary(small_model, tmp_path):
     api.cut_vocabulary(model, tmp_path / "cut")
 
 
+def test_a_smaller_vocabulary_of_another_type_and_end(small_model, tmp_path):
+  """The export has the stored type, and ids of the tokens that are left."""
+  convert.convert(str(small_model), tmp_path / "half", "hf", dtype="bfloat16")
+  file = tmp_path / "half" / "config.json"
+  content = json.loads(file.read_text())
+  file.write_text(json.dumps(content | {"eos_token_id": 299}))
+  (tmp_path / "half" / "generation_config.json").unlink(missing_ok=True)
+  cut = api.cut_vocabulary(
+    api.load(tmp_path / "half"), tmp_path / "cut", ratio=0.04
+  )
+  assert cut.config.eos_ids == api.load(cut.source).config.eos_ids == (287,)
+  api.save(cut, tmp_path / "out")
+  content = json.loads((tmp_path / "out" / "config.json").read_text())
+  assert content["eos_token_id"] == 287
+  tensors = load_file(tmp_path / "out" / "model.safetensors")
+  assert {str(x.dtype) for x in tensors.values()} == {"bfloat16"}
+
+
 def test_what_is_refused(small_model):
   model = api.load(small_model)
+  with pytest.raises(UserError, match="goes to a disk"):
+    api.cut_vocabulary(model, "gs://bucket/cut", ratio=0.04)
   with pytest.raises(UserError, match="no tokenizer"):
     api.perplexity(model._replace(source=None), "text")
   with pytest.raises(UserError, match='must be text: "2"'):

@@ -77,6 +77,7 @@ BAD_FLAGS = {
   ),
   "no flag": (["evaluate", "--model=m", "--task=x"], ["task"]),
   "no value": (["evaluate", "model"], ["model", "--name=value"]),
+  "verify": (["convert", "--model=x", "--out=y", "--verify"], ["leave out"]),
   "table": (["profile", "--model=x", "--out=gs://b/t.json"], ["on a disk"]),
   "bucket": ([*RUN, "--workdir=ftp://bucket/w"], ["gs://BUCKET/", "s3://"]),
   "no model": (["convert", "--out=x"], ["--model"]),

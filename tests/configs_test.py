@@ -295,11 +295,15 @@ def values(config: Config) -> dict:
 @pytest.mark.parametrize(
   "name, value, words",
   [
-    ("train.tokens", 1e9, "1000000000.0 must be of type int, not float"),
-    ("prune.stages", "4", "'4' must be of type int, not str"),
-    ("prune.refit", 2, "2 must be of type str, not int"),
-    ("prune.ratio", True, "True must be of type float, not bool"),
-    ("prune.trim", 1, "1 must be of type bool, not int"),
+    (
+      "train.tokens",
+      1e9,
+      "1000000000.0 is of type float, and must be of type int",
+    ),
+    ("prune.stages", "4", "'4' is of type str, and must be of type int"),
+    ("prune.refit", 2, """2 is of type int, and must be text: "2\""""),
+    ("prune.ratio", True, "True is of type bool, and must be of type float"),
+    ("prune.trim", 1, "1 is of type int, and must be of type bool"),
   ],
 )
 def test_values_of_another_type(name, value, words):

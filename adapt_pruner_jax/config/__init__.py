@@ -36,7 +36,7 @@ from adapt_pruner_jax.config.fields import (
   Vocab,
 )
 from adapt_pruner_jax.config.names import field_names, get, task_names
-from adapt_pruner_jax.config.stored import difference, from_json
+from adapt_pruner_jax.config.stored import difference, from_json, is_recipe
 
 __all__ = [
   "CHOICES",
@@ -69,6 +69,7 @@ __all__ = [
   "field_names",
   "from_json",
   "get",
+  "is_recipe",
   "layer_range",
   "task_names",
   "vocab_size",

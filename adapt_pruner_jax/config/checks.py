@@ -309,8 +309,6 @@ def _check_limits(p: Prune) -> None:
 
 def _check_parts(p: Prune) -> None:
   """Whether method, allotment, score and refit go together."""
-  if not isinstance(p.refit, str):
-    raise UserError(f'prune.refit={p.refit!r} must be text: "{p.refit}"')
   if not re.fullmatch(r"none|final|loss|[1-9]\d*", p.refit):
     raise UserError(
       f"--config.prune.refit={p.refit} is not none, final, loss, or a number "

@@ -20,9 +20,10 @@ def check_types(config: Config) -> None:
   for name in field_names(default):
     value, kind = get(config, name), type(get(default, name))
     if not _is(value, kind):
+      wanted = f'text: "{value}"' if kind is str else f"of type {kind.__name__}"
       raise UserError(
-        f"--config.{name}={value!r} must be of type {kind.__name__}, not "
-        f"{type(value).__name__}"
+        f"--config.{name}={value!r} is of type {type(value).__name__}, and "
+        f"must be {wanted}"
       )
 
 

@@ -20,6 +20,11 @@ SILENT_WITHOUT = {
 BESIDE = ("version", "inputs")  # in config.json, and no fields
 
 
+def is_recipe(content: Any) -> bool:
+  """Whether JSON is a work directory's config.json, and not a model's."""
+  return isinstance(content, dict) and {"prune", "calibration"} <= {*content}
+
+
 def from_json(stored: dict) -> Config:
   """The recipe that a work directory's config.json holds.
 

@@ -6,6 +6,7 @@ files of the last two are one sequence, in the order of their names. `.gz` and
 """
 
 import fnmatch
+import functools
 import glob
 import io
 import json
@@ -42,13 +43,15 @@ def files_of(kind: str, name: str) -> list[Path]:
     name: a file, a directory (with all below it) or a pattern.
 
   Raises:
-    UserError: no file of a directory or a pattern.
+    UserError: no file of a directory or a pattern, or a pipe.
   """
   if in_bucket(name):
     return _in_bucket(kind, to_path(name))
   path = Path(name)
   if path.is_dir():
     return _files_below(kind, path)
+  if path.exists() and not path.is_file():  # its tokens are kept by its date
+    raise UserError(f"{kind}:{name} is no file, and is read more than once")
   if path.exists() or not glob.has_magic(name):
     return [path]
   found = [Path(p) for p in glob.glob(name, recursive=True)]
@@ -246,10 +249,37 @@ def _binary(path: str | Path) -> Any:
   """A file of bytes, open for reading: of a bucket, piece after piece."""
   if not in_bucket(path):
     return open(Path(path).expanduser(), "rb")
-  from adapt_pruner_jax.storage.bucket_path import call
+  return io.BufferedReader(_InBucket(to_path(path)), READ)
 
-  place = to_path(path)
-  return call(place, lambda: io.BufferedReader(place.fs.open(str(place)), READ))
+
+class _InBucket(io.RawIOBase):
+  """An object in a bucket, as a file; waits while the bucket is away."""
+
+  def __init__(self, place: Any):
+    from adapt_pruner_jax.storage.bucket_path import call
+
+    self._call = functools.partial(call, place)
+    self._file = self._call(lambda: place.fs.open(str(place)))
+
+  def readable(self) -> bool:
+    return True
+
+  def seekable(self) -> bool:
+    return True
+
+  def readinto(self, into: Any) -> int:
+    return self._call(lambda: self._file.readinto(into))
+
+  def seek(self, offset: int, whence: int = 0) -> int:
+    return self._file.seek(offset, whence)
+
+  def tell(self) -> int:
+    return self._file.tell()
+
+  def close(self) -> None:
+    if not self.closed:
+      self._file.close()
+    super().close()
 
 
 def _gzip_frame() -> Any:

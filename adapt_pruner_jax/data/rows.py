@@ -207,6 +207,8 @@ def _of_field(where: str, row: Mapping, name: str, loss: str) -> Document:
   if name in TURNS and isinstance(content, str):
     content = _json(f"{where}: {name}", content)
   if isinstance(content, Mapping):  # how `datasets` shows a list of objects
+    if not all(isinstance(column, list) for column in content.values()):
+      raise UserError(f"{where}: {name} is one object, not a list of messages")
     turns = zip(*content.values(), strict=False)
     content = [dict(zip(content, turn, strict=True)) for turn in turns]
   if name == "conversations" and _all_strings(content):
@@ -272,7 +274,10 @@ def _of_pair(where: str, row: Mapping, ask: str, answer: str) -> Document:
 def _history(where: str, row: Mapping) -> list[dict]:
   """The pairs before Alpaca's last one."""
   messages = []
-  for i, pair in enumerate(row.get("history", [])):
+  pairs = row.get("history", [])
+  if not isinstance(pairs, Sequence):
+    raise UserError(f"{where}: history is not a list of [question, answer]")
+  for i, pair in enumerate(pairs):
     if not (isinstance(pair, Sequence) and len(pair) == 2):
       raise UserError(f"{where}: history[{i}] is not [question, answer]")
     for role, text in zip(("user", "assistant"), pair, strict=True):

@@ -23,10 +23,6 @@ from adapt_pruner_jax.storage.places import bucket, in_bucket, to_path
 
 DTYPES = {"I32": "<i4", "I64": "<i8", "BOOL": "?"}
 FACTS = ("sums", "place", "last", "largest")  # of `Shard`, in the metadata
-ADVICE = (
-  "mend that, or set ADAPT_PRUNER_CACHE to a directory that can be written, "
-  "and run the same command again"
-)
 
 
 class Shard(NamedTuple):
@@ -58,8 +54,8 @@ class Folder(NamedTuple):
     if self.shared and not path.exists():
       shared = self.shared / _name(number)
       if shared.is_file():
-        self.local.mkdir(parents=True, exist_ok=True)
-        with publish.file(path, ADVICE) as temporary:
+        cache.make(self.local)
+        with publish.file(path, cache.ADVICE) as temporary:
           bucket().get(shared, temporary)
     return path
 
@@ -135,8 +131,8 @@ def write(path: Path, shard: Shard, key: dict) -> None:
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
   except OSError as error:
-    raise publish.unwritable(path, error, ADVICE) from error
-  with publish.file(path, ADVICE) as temporary:
+    raise publish.unwritable(path, error, cache.ADVICE) from error
+  with publish.file(path, cache.ADVICE) as temporary:
     save_file(arrays, temporary, metadata)
 
 

@@ -103,7 +103,7 @@ def shared(source: str, folder: Path) -> str:
   """
   stems = {stem for stem, _, _ in _questions(source.removeprefix(PREFIX))}
   for file in sorted(folder.glob("*.jsonl")):
-    for line in file.read_text(encoding="utf-8").splitlines():
+    for line in files.lines(file):
       try:
         row = json.loads(line)
       except ValueError:

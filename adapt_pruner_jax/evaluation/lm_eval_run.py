@@ -260,12 +260,20 @@ def differences(raw: dict, other: dict, names: Sequence[str]) -> dict:
   found = {"tasks": {}, "presets": {}}
   draws = {}  # (task, metric) -> number of questions, mean, means drawn
   for name, samples in raw["samples"].items():
-    others = {s["doc_id"]: s for s in other["samples"][name]}
-    for metric in samples[0]["metrics"]:
-      pairs = [(s[metric], others[s["doc_id"]][metric]) for s in samples]
-      if not all(isinstance(v, (int, float)) for pair in pairs for v in pair):
+    others = {
+      (_filter(s), s["doc_id"], metric): s[metric]
+      for s in other["samples"][name]
+      for metric in s["metrics"]
+    }
+    pairs = {}  # of both models' scores, by the metric's name
+    for s in samples:
+      for metric in s["metrics"]:
+        both = s[metric], others[_filter(s), s["doc_id"], metric]
+        pairs.setdefault(_named(metric, _filter(s)), []).append(both)
+    for metric, scores in pairs.items():
+      if not all(isinstance(v, (int, float)) for pair in scores for v in pair):
         continue
-      gains = np.array([float(a) - float(b) for a, b in pairs])
+      gains = np.array([float(a) - float(b) for a, b in scores])
       drawn = _resample(gains, rng)
       draws[name, metric] = len(gains), gains.mean(), drawn
       entry = found["tasks"].setdefault(name, {})
@@ -283,6 +291,17 @@ def differences(raw: dict, other: dict, names: Sequence[str]) -> dict:
         *(np.mean(x, 0) for x in zip(*parts, strict=True))
       )
   return found
+
+
+def _filter(sample: dict) -> str:
+  """How its answer was found in what the model said; a task may have several
+  ways, and then as many samples of a question."""
+  return sample.get("filter", "none")
+
+
+def _named(metric: str, filter_: str) -> str:
+  """A metric's name in the result, as of `_metrics`."""
+  return metric if filter_ == "none" else f"{metric}_{filter_}"
 
 
 def _preset_metrics(name: str) -> list[tuple[str, str]]:

@@ -16,6 +16,7 @@ from adapt_pruner_jax.formats import orbax
 from adapt_pruner_jax.formats.gguf import directory
 from adapt_pruner_jax.formats.hf import (
   config_json,
+  cut_vocabulary,
   tensors,
   text_part,
   weights,
@@ -92,6 +93,7 @@ def _stored(
   config: ModelConfig, source: Path
 ) -> dict[tuple[int | None, str], str]:
   """The dtype of each parameter in a directory, by layer and name."""
+  source = cut_vocabulary.source_of(source) or source
   if orbax.is_orbax(str(source)):
     return orbax.stored_dtypes(source)
   repeats = 1

@@ -101,14 +101,15 @@ def advice(
       tips.append("--config.train.remat=full")
     less = smaller(parts["temporary"], usable - held)
     accumulation = less * config.train.accumulation
-    if accumulation * hardware.devices <= config.data.batch:
+    if config.data.batch % (accumulation * hardware.devices) == 0:
       tips.append(f"--config.train.accumulation={accumulation}")
     tips.append(f"--config.data.seq_len={max(config.data.seq_len // less, 2)}")
   else:
     fewer = config.calibration.refit_samples // 2
     if phase == "refit":
       tips.append(f"--config.calibration.refit_samples={fewer}")
-    tips.append(f"--config.calibration.batch={config.calibration.batch // 2}")
+    if config.calibration.batch > 1:
+      tips.append(f"--config.calibration.batch={config.calibration.batch // 2}")
     tips.append(f"about {2 * hardware.devices} devices")
   halves = arrays.weight_dtype(config).itemsize == 4 and not config.train.tokens
   if phase == "scoring" and halves:  # training keeps float32 weights

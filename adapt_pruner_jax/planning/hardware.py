@@ -82,6 +82,12 @@ def resolve(hardware: Hardware) -> Hardware:
   if hardware.topology:
     slice_ = compiling.devices_of(hardware.topology)
     kind = slice_[0].device_kind
+    given = hardware.device, hardware.devices
+    if given[0] not in ("", kind) or given[1] not in (0, len(slice_)):
+      raise UserError(
+        f"--topology={hardware.topology} is {len(slice_)} x {kind}: leave out "
+        "--device and --devices"
+      )
     hardware = dataclasses.replace(hardware, device=kind, devices=len(slice_))
   if hardware.device:
     names = {name.lower(): name for name in DEVICES}

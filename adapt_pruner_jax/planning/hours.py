@@ -83,13 +83,12 @@ def settle(
   begun = time.monotonic() if begun is None else begun
   asked = dataclasses.asdict(config)
   file = path / FILE
-  if file.exists():
-    kept = json_files.read_json(file)
-    if not changed(kept["asked"], asked):
-      return _chosen(config, kept["chosen"])
-    claimed = (path / RECIPE).exists()
-    if claimed and not anew:  # the run will say that it is another recipe's
-      return _with_tokens(config)
+  kept = json_files.read_object(file) if file.exists() else {}
+  if "chosen" in kept and not changed(kept.get("asked", {}), asked):
+    return _chosen(config, kept["chosen"])
+  claimed = (path / RECIPE).exists()
+  if claimed and not anew:  # the run will say that it is another recipe's
+    return _with_tokens(config)
   if jax.process_count() > 1:
     raise UserError(
       "--config.train.hours times one process: give --config.train.tokens"
@@ -102,7 +101,7 @@ def settle(
   speed = timed(config, full, student)
   flops = cost.training_flops(student, full, config) * config.data.step_tokens
   spent = time.monotonic() - begun
-  chosen = choose(config, full, speed, flops / speed.step, spent)
+  chosen = choose(config, full, speed, flops / speed.step, spent, model)
   path.mkdir(parents=True, exist_ok=True)
   kept = {"asked": asked, "chosen": chosen, "speed": dataclasses.asdict(speed)}
   json_files.write_json(file, kept)
@@ -170,7 +169,7 @@ def predict(
   rate = hardware.peak * hardware.mfu * hardware.devices
   flops = cost.training_flops(student, full, config) * config.data.step_tokens
   speed = Speed(flops / rate, times.STEP)
-  chosen = choose(config, full, speed, rate)
+  chosen = choose(config, full, speed, rate, whole=model)
   return _chosen(config, chosen), said(config, chosen, speed)
 
 
@@ -180,6 +179,7 @@ def choose(
   speed: Speed,
   rate: float,
   spent: float = 0.0,
+  whole: ModelConfig | None = None,
 ) -> dict[str, int]:
   """Tokens and stages that fill the hours.
 
@@ -191,12 +191,13 @@ def choose(
     full: the model to prune.
     rate: FLOP/s of training.
     spent: seconds of the hours until now.
+    whole: the model before its vocabulary was cut; None = `full`.
 
   Raises:
     UserError: too few hours for a train step behind one stage.
   """
   seconds = config.train.hours * 3600 * PLANNED - spent
-  target = targets.resolve_target(full, config.prune)
+  target = targets.resolve_target(full, config.prune, whole)
   for stages in range(config.prune.stages, 0, -1):
     prune = dataclasses.replace(config.prune, stages=stages)
     rows = cost.stage_table(
@@ -246,7 +247,11 @@ def fitted(
   prune = dataclasses.replace(prune, group_importance="")
   ways = [{}, {"remat": "full"}]
   split, rows = config.train.accumulation, config.data.batch
-  splits = [n for n in (2, 4, 8, 16, 32, 64) if n > split and not rows % n]
+  number = devices if isinstance(devices, int) else len(devices)
+  shards = max(number // abs(config.mesh.tensor), 1)
+  splits = [
+    n for n in (2, 4, 8, 16, 32, 64) if n > split and not rows % (n * shards)
+  ]
   ways += [{"remat": "full", "accumulation": n} for n in splits]
   ways += [way | {"lora_rank": RANK} for way in ways]
   for way in ways:

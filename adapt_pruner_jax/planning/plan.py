@@ -6,6 +6,7 @@ is `memory`'s. Nothing is written, no weights are read.
 """
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,9 @@ def original(config: Config) -> tuple[ModelConfig, Path | None]:
     from adapt_pruner_jax.runs import tiny_model
 
     return tiny_model.config_of(tiny_model.Recipe()), None
+  if path.endswith(".gguf"):
+    folder = load.resolve(path)
+    return load.read_config(folder, ignored), folder
   if places.in_bucket(path):
     from adapt_pruner_jax.storage import download
 
@@ -140,8 +144,12 @@ def original(config: Config) -> tuple[ModelConfig, Path | None]:
   if "/" in path and not folder.exists():
     import huggingface_hub
 
+    asked = re.fullmatch(load.HUB_ID, path)
+    name, revision = asked.group("name", "revision") if asked else (path, None)
     try:
-      file = huggingface_hub.hf_hub_download(path, "config.json")
+      file = huggingface_hub.hf_hub_download(
+        name, "config.json", revision=revision
+      )
     except Exception as error:
       raise UserError(
         f"{path} is not a directory, and the HuggingFace hub does not give its "

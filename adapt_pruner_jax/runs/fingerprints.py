@@ -23,9 +23,15 @@ if TYPE_CHECKING:
 
 def fingerprints(inputs: "Inputs") -> dict[str, str]:
   """Digests of the original's files, of the tokens that stay if not all do,
-  and of the first calibration samples."""
+  of the first calibration samples, and of what choices and results are by."""
   windows_NT = inputs.calibration.batch(0)
-  source, found = inputs.original.source, {}
+  source, texts = inputs.original.source, inputs.eval_tokens
+  found = {
+    "evaluation": None if texts is None else digest.of_bytes(texts),
+    "tuning": _of_tokens(inputs.tuning),
+    "search": _of_tokens(inputs.search_data),
+  }
+  found = {name: value for name, value in found.items() if value}
   if linked := _linked(source):
     found["linked"] = digest.of_parts(linked)
   if inputs.whole:

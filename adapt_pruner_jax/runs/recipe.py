@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from adapt_pruner_jax.config import Config, difference
+from adapt_pruner_jax.config import Config, difference, is_recipe
 from adapt_pruner_jax.distributed import agreement
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.runs.fingerprints import fingerprints
@@ -92,7 +92,7 @@ def _stored(path: Path, overwrite: bool) -> dict | None:
   """The content of config.json; None in a directory that no run has claimed."""
   file = path / RECIPE
   stored = json_files.read_json(file) if file.exists() else None
-  ours = isinstance(stored, dict) and {"prune", "calibration"} <= {*stored}
+  ours = is_recipe(stored)
   # A table is measured before the directory is claimed.
   others = {p.name for p in path.iterdir()} & {*LEFT} - {TABLE}
   if others and not ours and (overwrite or stored is None):
@@ -159,6 +159,17 @@ def _claim(inputs: Inputs) -> None:
     (
       "calibration",
       f"--config.calibration.source={recipe.calibration.source} gives other "
+      "tokens",
+    ),
+    ("evaluation", f"--config.eval.text={recipe.eval.text} is another text"),
+    (
+      "tuning",
+      f"--config.calibration.tuning={recipe.calibration.tuning} gives other "
+      "tokens",
+    ),
+    (
+      "search",
+      f"--config.prune.search.source={recipe.prune.search.source} gives other "
       "tokens",
     ),
   ):

@@ -93,7 +93,7 @@ def check_questions(recipe: Config) -> None:
   source, folder = recipe.calibration.tuning, recipe.eval.tasks_dir
   if not source.startswith(tuning_questions.PREFIX) or not folder:
     return
-  if found := tuning_questions.shared(source, Path(folder)):
+  if found := tuning_questions.shared(source, Path(folder).expanduser()):
     raise UserError(
       f"--config.calibration.tuning={source} has a question of "
       f"--config.eval.tasks_dir ({found}), so that the result would look "

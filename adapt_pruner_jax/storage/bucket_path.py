@@ -113,8 +113,9 @@ class BucketPath(type(epath.Path("gs://bucket"))):
       found = call(self, lambda: self.fs.ls(str(self), detail=False))
     except FileNotFoundError:
       found = []
-    names = {name.rstrip("/").rsplit("/", 1)[-1] for name in found}
-    return iter([self / name for name in sorted(names) if name != self.name])
+    own = str(self).partition("://")[2]  # a marker of the directory itself
+    found = {name.rstrip("/") for name in found} - {own}
+    return iter([self / name.rsplit("/", 1)[-1] for name in sorted(found)])
 
   def files(self) -> dict[str, dict]:
     """All objects below: size and more of each, by its name from here."""

@@ -9,9 +9,14 @@ from pathlib import Path
 import jax
 from absl import logging
 
+from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.storage import digest
 from adapt_pruner_jax.storage.places import in_bucket, to_path
 
+ADVICE = (
+  "mend that, or set ADAPT_PRUNER_CACHE to a directory that can be written, "
+  "and run the same command again"
+)
 LARGEST = 4 * 2**30  # bytes of compiled programs that are kept
 
 
@@ -58,6 +63,19 @@ def tokens(workdir: Path) -> Path:
   if jax.process_count() > 1 and not given:
     return workdir / "cache"
   return home() / "tokens"
+
+
+def make(folder: Path) -> None:
+  """Makes a folder of the cache.
+
+  Raises:
+    UserError: it cannot be made.
+  """
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    reason = error.strerror or error
+    raise UserError(f"cannot write {folder}: {reason}: {ADVICE}") from error
 
 
 def keep_compiled_programs() -> None:

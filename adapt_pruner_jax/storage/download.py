@@ -26,7 +26,7 @@ def copy(path: BucketPath) -> Path:
     raise UserError(f"{path / name} does not exist")
   key = digest.of_json([str(path), found])[:16]
   folder = cache.home() / "downloads" / key / path.name
-  folder.parent.mkdir(parents=True, exist_ok=True)
+  cache.make(folder.parent)
   with filelock.FileLock(folder.parent / "lock"):
     if not folder.exists():
       needed = sum(size for size, _ in found.values())

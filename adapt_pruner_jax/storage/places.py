@@ -6,10 +6,11 @@ which is imported when it is needed.
 """
 
 import os
+import re
 import types
 from pathlib import Path
 
-from adapt_pruner_jax.errors import UserError
+from adapt_pruner_jax.errors import UserError, first_line
 
 SCHEMES = ("gs://", "s3://")
 
@@ -18,7 +19,7 @@ def to_path(text: str | os.PathLike) -> Path:
   """The path that a user has given: pathlib's, or a `BucketPath`.
 
   Raises:
-    UserError: it is a URL of another kind.
+    UserError: it is a URL of another kind, or names no bucket or nobody's home.
   """
   if not in_bucket(text):
     if "://" in str(text):
@@ -26,7 +27,12 @@ def to_path(text: str | os.PathLike) -> Path:
         f"{text} is not a place for files: give a path on a disk, or in a "
         "bucket, gs://BUCKET/... or s3://BUCKET/..."
       )
-    return Path(text).expanduser()
+    try:
+      return Path(text).expanduser()
+    except RuntimeError as error:
+      raise UserError(f"{text}: {first_line(error)}") from error
+  if not re.match(r"[a-z0-9]+://[^/]", str(text)):
+    raise UserError(f"{text} names no bucket: give {SCHEMES[0]}BUCKET/...")
   from adapt_pruner_jax.storage.bucket_path import BucketPath
 
   return BucketPath(str(text).rstrip("/"))

@@ -8,6 +8,7 @@ its own, which whoever publishes there an hour later removes.
 import contextlib
 import ctypes
 import glob
+import json
 import math
 import os
 import secrets
@@ -16,9 +17,11 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from absl import logging
 
+from adapt_pruner_jax.config import is_recipe
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.storage.places import bucket, in_bucket
 
@@ -252,9 +255,19 @@ def unwritable(path: Path, error: OSError, advice: str = AGAIN) -> UserError:
 def _is_ours(path: Path, marks: Sequence[str]) -> bool:
   if in_bucket(path):  # one that was not written to its end, too
     marks = (*marks, bucket().INCOMPLETE)
-  return path.is_dir() and (
-    not any(path.iterdir()) or any((path / name).is_file() for name in marks)
+  if not path.is_dir() or is_recipe(_json_in(path / "config.json")):
+    return False  # a work directory: all of its run would go
+  return not any(path.iterdir()) or any(
+    (path / name).is_file() for name in marks
   )
+
+
+def _json_in(file: Path) -> Any:
+  """The content of a JSON file; None if there is none in it."""
+  try:
+    return json.loads(file.read_bytes())
+  except (OSError, ValueError):
+    return None
 
 
 def remove(path: Path) -> None:
@@ -285,7 +298,7 @@ def _written_at(path: Path) -> Path:
   from adapt_pruner_jax.storage import cache
 
   folder = cache.beside(path.parent) / "uploads"
-  folder.mkdir(parents=True, exist_ok=True)
+  cache.make(folder)
   return folder / path.name
 
 

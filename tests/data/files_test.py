@@ -1,11 +1,16 @@
 """Files as people have them: packed, in directories, in tables."""
 
 import gzip
+import io
 import json
+import os
+import types
 
 import pytest
 
 from adapt_pruner_jax.data import files, sources
+from adapt_pruner_jax.errors import UserError
+from adapt_pruner_jax.storage import bucket_path
 from tests.data.words import CHAT, contents, error, write
 
 ROWS = [{"text": "one"}, {"text": "two"}]
@@ -82,6 +87,32 @@ def test_a_pattern_is_one_source(tmp_path):
   assert len(contents(f"text:{tmp_path}/a[1].txt")) == 1
   with error(r"text:.*/x\*.txt: no file has a name like that"):
     contents(f"text:{tmp_path}/x*.txt")
+
+
+def test_a_pipe_is_refused(tmp_path):
+  """It can be read once, and its tokens would be taken for another's."""
+  os.mkfifo(tmp_path / "pipe")
+  with pytest.raises(UserError, match="is no file"):
+    files.files_of("text", str(tmp_path / "pipe"))
+
+
+def test_a_bucket_that_is_away_while_it_is_read(monkeypatch):
+  class Away(io.BytesIO):
+    failed = False
+
+    def readinto(self, into):
+      if self.tell() and not self.failed:
+        self.failed = True
+        raise RuntimeError("503")
+      return super().readinto(memoryview(into)[:6])
+
+  waited = []
+  fs = types.SimpleNamespace(open=lambda path: Away(b"hello\nworld\n"))
+  monkeypatch.setattr(bucket_path, "file_system", lambda url: fs)
+  monkeypatch.setattr(bucket_path, "_is_passing", lambda error: True)
+  monkeypatch.setattr(bucket_path.time, "sleep", waited.append)
+  assert [*files.lines("gs://b/x.txt")] == ["hello\n", "world\n"]
+  assert waited == [1.0]
 
 
 def test_errors_of_a_directory_name_the_file(tmp_path):

@@ -211,6 +211,11 @@ BAD = [
   ({"text": "\ud83d"}, "text has half a character"),
   ({"prompt": [USER1], "completion": "x"}, "prompt is list, not a string"),
   ({"text": None}, "has no text or messages; it has nothing"),
+  ({"messages": USER1}, "messages is one object, not a list of messages"),
+  (
+    {"instruction": "x", "output": "x", "history": 5},
+    "history is not a list of",
+  ),
 ]
 
 

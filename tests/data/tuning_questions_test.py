@@ -68,7 +68,7 @@ def test_none_and_no_file(tmp_path, words):
     tuning_questions.read(f"questions:{tmp_path}/b.jsonl", words, V)
 
 
-def test_reported_questions_are_refused(tmp_path):
+def test_reported_questions_are_refused(tmp_path, monkeypatch):
   config = Config()
   config.calibration.tuning = f"questions:{tmp_path / 'a.jsonl'}"
   write(tmp_path / "a.jsonl", [GOOD, OTHER])
@@ -78,5 +78,9 @@ def test_reported_questions_are_refused(tmp_path):
   text_checks.check_questions(config)
   rows = "not json\n", '"w6"\n', '{"context": "w6", "label": 3}\n'
   write(tmp_path / "tasks" / "mine.jsonl", "".join(rows))
+  with error("has a question of"):
+    text_checks.check_questions(config)
+  monkeypatch.setenv("HOME", str(tmp_path))
+  config.eval.tasks_dir = "~/tasks"
   with error("has a question of"):
     text_checks.check_questions(config)

@@ -380,6 +380,19 @@ def test_interval_of_the_difference():
     assert entry["high"] == pytest.approx(gains.mean() + error, abs=1e-3)
 
 
+def test_difference_of_a_task_whose_answers_are_found_in_two_ways():
+  ways = ("strict-match", 0.0), ("flexible-extract", 1.0)
+  samples = [
+    {"doc_id": i, "filter": way, "metrics": ["exact_match"], "exact_match": v}
+    for way, v in ways
+    for i in range(10)
+  ]
+  raw = {"samples": {"gsm8k": samples}, "group_subtasks": {}}
+  found = lm_eval_run.differences(raw, raw, [])["tasks"]["gsm8k"]
+  zero = {"difference": 0.0, "low": 0.0, "high": 0.0}
+  assert found == {f"exact_match_{way}": zero for way, _ in ways}
+
+
 HIDE_TORCH = """
 import sys
 from importlib.machinery import PathFinder

@@ -353,6 +353,12 @@ def test_nothing_is_overwritten(tiny, tmp_path):
   (home / "thesis").write_text("years")
   assert "not a model directory" in refusal(tiny, home, overwrite=True)
   assert (home / "thesis").read_text() == "years"
+  work = tmp_path / "work"  # a run's config.json is no model's
+  (work / "checkpoints").mkdir(parents=True)
+  recipe = json.dumps({"prune": {}, "calibration": {}})
+  (work / "config.json").write_text(recipe)
+  assert "not a model directory" in refusal(tiny, work, overwrite=True)
+  assert (work / "checkpoints").is_dir()
   text = refusal(tiny, home / "thesis" / "model")
   assert "cannot write" in text
 

@@ -80,6 +80,32 @@ def test_what_fits_the_memory(most, wanted, monkeypatch):
   assert made.prune == config.prune
 
 
+def test_microbatches_divide_over_the_devices(monkeypatch):
+  tried = []
+
+  def measured(config, *_):
+    tried.append((config.train.accumulation, config.train.lora_rank))
+    return {"training": {"all": 9.0 if not config.train.lora_rank else 0.0}}
+
+  monkeypatch.setattr(memory, "measure", measured)
+  config = with_tokens_of(recipe(hours=1.0))
+  config.data.batch = 32
+  hours.fitted(config, FULL, FULL, Hardware(devices=8, memory=1.0))
+  assert tried == [(1, 0), (1, 0), (2, 0), (4, 0), (1, hours.RANK)]
+
+
+def test_a_cut_vocabulary_counts_towards_the_target():
+  """It may be all that is removed, or reach what units alone cannot."""
+  whole = dataclasses.replace(FULL, vocab_size=100 * FULL.vocab_size)
+  config = recipe(tokens=1, hours=1.0)
+  config.prune.ratio = 0.9
+  speed = hours.Speed(10.0, 0.0)
+  given = with_tokens_of(config), FULL, speed, 1e12
+  with pytest.raises(UserError):
+    hours.choose(*given)
+  assert hours.choose(*given, whole=whole)["tokens"]
+
+
 def test_nothing_fits(monkeypatch):
   monkeypatch.setattr(memory, "measure", lambda *_: {"training": {"all": 9.0}})
   with pytest.raises(UserError, match="not even of adapters"):
@@ -134,6 +160,9 @@ def test_what_may_change_keeps_the_choice(tmp_path):
   config.log.trackers, config.mesh.data = "wandb", 1
   assert settled() == 64
   config.train.weight_decay = 0.5
+  assert settled() == config.data.step_tokens
+  # Nothing is timed for a run that another recipe has claimed.
+  (tmp_path / "hours.json").unlink()
   assert settled() == config.data.step_tokens
 
 

@@ -2,6 +2,7 @@ import dataclasses
 import json
 import math
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,8 @@ import pytest
 from adapt_pruner_jax.config import Config, Prune, Train
 from adapt_pruner_jax.distributed import sharding
 from adapt_pruner_jax.errors import UserError
+from adapt_pruner_jax.formats import convert
+from adapt_pruner_jax.formats.hf import load
 from adapt_pruner_jax.models import flops, model_config
 from adapt_pruner_jax.models.decoder import Decoder
 from adapt_pruner_jax.models.model_config import ModelConfig
@@ -407,6 +410,37 @@ def test_bad_hardware():
   here = resolve(Hardware())
   assert here.devices == 8
   assert 1e8 < here.memory < 1e13
+
+
+def test_a_topology_says_which_devices(monkeypatch):
+  slice_ = [types.SimpleNamespace(device_kind="TPU v5 lite")] * 8
+  monkeypatch.setattr(compiling, "devices_of", lambda topology: slice_)
+  for odd in (Hardware(devices=16), Hardware("NVIDIA H100")):
+    odd = dataclasses.replace(odd, topology="v5e:2x4")
+    with pytest.raises(UserError, match="leave out --device and --devices"):
+      resolve(odd)
+
+
+def test_a_gguf_and_a_revision(small_model, tmp_path, monkeypatch):
+  """As `run` opens them."""
+  file = tmp_path / "m.gguf"
+  convert.convert(str(small_model), file, "gguf")
+  full, folder = plan.original(recipe(model__path=str(file)))
+  assert full.units() == load.read_config(str(small_model)).units()
+  assert disk.original_bytes(full, folder) > 0
+  asked = []
+
+  def fetched(*what, revision):
+    asked.append((*what, revision))
+    return small_model / "config.json"
+
+  monkeypatch.setattr("huggingface_hub.hf_hub_download", fetched)
+  plan.original(recipe(model__path="some/model@v1"))
+  plan.original(recipe(model__path="some/model"))
+  assert asked == [
+    ("some/model", "config.json", "v1"),
+    ("some/model", "config.json", None),
+  ]
 
 
 def test_a_model_that_is_not_there():

@@ -333,6 +333,11 @@ def test_many_steps_are_thinned_out():
   assert found[0][1] == [-0.5]
 
 
+def test_a_model_is_no_run(small_model):
+  with pytest.raises(UserError, match="not the work directory of a run"):
+    report.write(small_model)
+
+
 def test_bad_directories(tmp_path):
   with pytest.raises(UserError, match="is not the work directory of a run"):
     report.write(tmp_path)

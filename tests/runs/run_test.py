@@ -124,7 +124,11 @@ def test_finished_run_does_nothing_and_another_recipe_is_refused(
 
 @pytest.mark.parametrize(
   "change, message",
-  [("text.txt", "gives other tokens"), ("model", "has other weights")],
+  [
+    ("text.txt", "gives other tokens"),
+    ("model", "has other weights"),
+    ("eval.txt", "is another text"),
+  ],
 )
 def test_other_inputs_are_refused(
   small_model, tmp_path, monkeypatch, change, message
@@ -134,7 +138,10 @@ def test_other_inputs_are_refused(
   text = tmp_path / "text.txt"
   text.write_text("some words to prune with, and a few more. " * 9)
   config = recipe(tmp_path / "model", stages=1, method="magnitude")
-  config.calibration.source, config.eval.text = f"text:{text}", ""
+  config.calibration.source = f"text:{text}"
+  reported = tmp_path / "eval.txt"
+  reported.write_text("what a model is measured on, never seen. " * 9)
+  config.eval.text = str(reported) if change == "eval.txt" else ""
   with monkeypatch.context() as patch:
     patch.setattr(run, "prune", killed_after())
     with pytest.raises(Killed):
@@ -144,7 +151,8 @@ def test_other_inputs_are_refused(
     tensors = {name: 2 * x for name, x in load_file(file).items()}
     save_file(tensors, file, metadata={"format": "pt"})
   else:
-    text.write_text("other words to prune with, and a few more. " * 9)
+    words = "other words to prune with, and a few more. " * 9
+    (tmp_path / change).write_text(words)
   with pytest.raises(UserError, match=message):
     run.run(config, tmp_path / "work")
 

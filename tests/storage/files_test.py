@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import threading
+import types
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +14,13 @@ import pytest
 
 from adapt_pruner_jax.distributed import agreement
 from adapt_pruner_jax.errors import StoppedError, UserError
-from adapt_pruner_jax.storage import json_files, lock, publish
+from adapt_pruner_jax.storage import (
+  bucket_path,
+  json_files,
+  lock,
+  places,
+  publish,
+)
 
 # ---- The lock ----------------------------------------------------------------
 
@@ -163,6 +170,31 @@ def test_what_another_machine_has_published_may_show_late(tmp_path):
   timer.start()
   assert publish.wait_for(late, seconds=60.0)
   timer.join()
+
+
+@pytest.mark.parametrize("text", ["gs://", "gs:///run", "~nobody-at-all/x"])
+def test_places_that_name_nothing(text):
+  with pytest.raises(UserError):
+    places.to_path(text)
+
+
+def test_a_child_that_is_named_like_its_folder(monkeypatch):
+  """As `gsutil cp -r` leaves it; the entry of the folder itself is none."""
+  found = ["b/llama/", "b/llama/llama/", "b/llama/a"]
+  fs = types.SimpleNamespace(ls=lambda path, detail: found)
+  monkeypatch.setattr(bucket_path, "file_system", lambda url: fs)
+  place = places.to_path("gs://b/llama")
+  assert [*place.iterdir()] == [place / "a", place / "llama"]
+
+
+def test_a_cache_that_cannot_be_made(monkeypatch):
+  monkeypatch.setenv("ADAPT_PRUNER_CACHE", "/dev/null/x")
+  place = places.to_path("gs://b/m.gguf")
+  with (
+    pytest.raises(UserError, match="set ADAPT_PRUNER_CACHE"),
+    publish.file(place),
+  ):
+    pass
 
 
 def test_room_on_the_disk(tmp_path, monkeypatch):

@@ -74,7 +74,7 @@ def _summary(name: str, config: ModelConfig, facts: dict[str, Any]) -> str:
     rows.append(("parameters", f"{after:,}"))
   before, now = (facts.get(f"perplexity_{x}") for x in ("before", "after"))
   if before is not None and now is not None:
-    rows.append(("perplexity", f"{before:.3f} → {now:.3f}"))
+    rows.append(("perplexity", f"{float(before):.3f} → {float(now):.3f}"))
   if tokens := facts.get("train_tokens"):
     rows.append(("recovery training", f"{tokens:,} tokens"))
   versions = facts.get("versions") or {"jax": jax.__version__}

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from adapt_pruner_jax.config import is_recipe
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.models import model_config
 from adapt_pruner_jax.reporting.html import charts, page
@@ -52,12 +53,13 @@ def collect(
   Raises:
     UserError: not the work directory of a run, or a damaged file in it.
   """
-  if not (path / "config.json").exists():
+  file = path / "config.json"
+  config = json_files.read_object(file) if file.exists() else {}
+  if not is_recipe(config):
     raise UserError(
       f"--workdir={path} is not the work directory of a run: it has no "
-      "config.json; give the --workdir that `adapt-pruner run` was given"
+      "config.json of one; give the --workdir that `adapt-pruner run` was given"
     )
-  config = json_files.read_object(path / "config.json")
   summary = None
   if (path / "summary.json").exists():
     summary = json_files.read_object(path / "summary.json")
