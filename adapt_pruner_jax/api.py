@@ -195,7 +195,6 @@ def cut_vocabulary(
   from adapt_pruner_jax.config import Config, Vocab, check
   from adapt_pruner_jax.distributed import sharding
   from adapt_pruner_jax.errors import UserError
-  from adapt_pruner_jax.formats.hf import load as load_
   from adapt_pruner_jax.models import axes
   from adapt_pruner_jax.runs import vocabulary
   from adapt_pruner_jax.storage import places
@@ -225,9 +224,14 @@ def cut_vocabulary(
       return array
     return array.take(kept, axis=letters.index("V"))
 
-  cut = load_.read_config(folder)
-  ids = {name: getattr(cut, name) for name in ("bos_id", "eos_ids", "pad_id")}
-  config = dataclasses.replace(model.config, vocab_size=len(kept), **ids)
+  old, new = model.config, {id_: i for i, id_ in enumerate(kept.tolist())}
+  config = dataclasses.replace(
+    old,
+    vocab_size=len(kept),
+    bos_id=new.get(old.bos_id),
+    eos_ids=tuple(new[id_] for id_ in old.eos_ids if id_ in new),
+    pad_id=new.get(old.pad_id),
+  )
   params = axes.map_named(rows, model.params)
   where = sharding.param_shardings(params, _mesh(model))
   params = jax.device_put(params, where)

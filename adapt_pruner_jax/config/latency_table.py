@@ -20,6 +20,7 @@ import dataclasses
 import functools
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +104,7 @@ def read(file: str) -> dict:
   Raises:
     UserError: no such file, or it is no table.
   """
-  path = Path(file).expanduser()
+  path = Path(os.path.expanduser(file))
   try:
     return _read(str(path), path.stat().st_mtime_ns)
   except OSError as error:

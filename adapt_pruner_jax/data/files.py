@@ -10,6 +10,7 @@ import functools
 import glob
 import io
 import json
+import os
 import re
 import zlib
 from collections.abc import Callable, Iterator
@@ -248,7 +249,7 @@ def _opened(path: str | Path) -> Any:
 def _binary(path: str | Path) -> Any:
   """A file of bytes, open for reading: of a bucket, piece after piece."""
   if not in_bucket(path):
-    return open(Path(path).expanduser(), "rb")
+    return open(Path(os.path.expanduser(path)), "rb")
   return io.BufferedReader(_InBucket(to_path(path)), READ)
 
 

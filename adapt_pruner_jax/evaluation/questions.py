@@ -1,6 +1,7 @@
 """How tasks are asked: the choices that lm-eval's command line has."""
 
 import dataclasses
+import os
 from pathlib import Path
 
 from adapt_pruner_jax.errors import UserError
@@ -39,7 +40,7 @@ class Questions:
     """
     if not self.tasks_dir:
       return None
-    folder = Path(self.tasks_dir).expanduser()
+    folder = Path(os.path.expanduser(self.tasks_dir))
     if not folder.is_dir():
       raise UserError(f"--tasks_dir={self.tasks_dir}: no such directory")
     return folder

@@ -1,5 +1,6 @@
 """Opens a model in whatever format it is."""
 
+import os
 from pathlib import Path
 
 from jax.sharding import Mesh
@@ -38,11 +39,11 @@ def open_model(
   """
   check_dtype(dtype)
   source = load.on_disk(source)
-  publish.put_back(Path(source).expanduser())
+  publish.put_back(Path(os.path.expanduser(source)))
   if is_orbax(source):
-    folder = Path(source).expanduser()
+    folder = Path(os.path.expanduser(source))
     return *read_orbax(folder, dtype, mesh), folder
-  inner = Path(source).expanduser() / load.WORKDIR_MODEL
+  inner = Path(os.path.expanduser(source)) / load.WORKDIR_MODEL
   if (inner / MANIFEST).is_file():
     raise UserError(f"{source} is a work directory; its model is {inner}")
   folder = load.resolve(source)

@@ -6,6 +6,7 @@ generation config, licence) and SHA256SUMS.
 It also holds models that other formats cannot express.
 """
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from adapt_pruner_jax.storage.fingerprint import fingerprints, named_leaves
 
 def is_orbax(source: str) -> bool:
   """Returns whether a path is a directory in this format."""
-  return (Path(source).expanduser() / MANIFEST).is_file()
+  return (Path(os.path.expanduser(source)) / MANIFEST).is_file()
 
 
 def verify(path: str) -> None:
@@ -36,7 +37,7 @@ def verify(path: str) -> None:
   Raises:
     UserError: a file is missing, changed, or not listed.
   """
-  card.verify(Path(load.on_disk(path)).expanduser())
+  card.verify(Path(os.path.expanduser(load.on_disk(path))))
   print(f"{path}: all files are as they were written")
 
 

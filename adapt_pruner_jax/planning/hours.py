@@ -84,8 +84,12 @@ def settle(
   asked = dataclasses.asdict(config)
   file = path / FILE
   kept = json_files.read_object(file) if file.exists() else {}
-  if "chosen" in kept and not changed(kept.get("asked", {}), asked):
-    return _chosen(config, kept["chosen"])
+  before = kept.get("asked")
+  if isinstance(before, dict) and not changed(before, asked):
+    made = _chosen(config, kept["chosen"])
+    if config.train.remat != before["train"]["remat"]:  # it may change
+      made.train.remat = config.train.remat
+    return made
   claimed = (path / RECIPE).exists()
   if claimed and not anew:  # the run will say that it is another recipe's
     return _with_tokens(config)

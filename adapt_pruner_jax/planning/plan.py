@@ -6,6 +6,7 @@ is `memory`'s. Nothing is written, no weights are read.
 """
 
 import dataclasses
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -140,7 +141,7 @@ def original(config: Config) -> tuple[ModelConfig, Path | None]:
 
     file = download.copy(places.to_path(path) / "config.json")
     return load.read_config(file.parent, ignored), file.parent
-  folder = Path(path).expanduser()
+  folder = Path(os.path.expanduser(path))
   if "/" in path and not folder.exists():
     import huggingface_hub
 

@@ -52,7 +52,7 @@ def adapt(masked: Masked, measured: Measured) -> Allotted:
     settings.step_size,
     settings.amplitude,
   )
-  # A limit that prices no MLPs lets them wait, and forgets nothing of them.
+  # A limit that prices no MLPs lets them wait where they are.
   before = masked.step.sparsity
   wanted = {u: np.where(prunable[u], s, before[u]) for u, s in wanted.items()}
   initial, left = surgery.widths(task.begin), surgery.widths(masked.masks)

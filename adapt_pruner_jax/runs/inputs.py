@@ -1,6 +1,7 @@
 """What a run reads: all of it is opened and checked before any work."""
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
@@ -367,7 +368,7 @@ def _resolved(name: str) -> Path:
   if agreement.is_writer():
     return Path(found)
   snapshot = Path(found)
-  if not Path(name).expanduser().exists() and (
+  if not Path(os.path.expanduser(name)).exists() and (
     snapshot.parent.name == "snapshots"
   ):
     name = f"{name.split('@')[0]}@{snapshot.name}"

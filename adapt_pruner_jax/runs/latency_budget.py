@@ -54,22 +54,12 @@ def resolve(
 
 
 def _measure(recipe: Config, whole: ModelConfig, file: Path, log: Log) -> None:
-  of, dtype = case(recipe.prune), recipe.model.dtype or "float32"
-  if file.exists() and _is_of(latency_table.read(str(file)), whole, of, dtype):
+  if file.exists():
     return
   log.say("timing attention and MLPs of a few widths on this device")
-  table = profile.profile(whole, of, dtype=dtype, say=log.say)
+  dtype = recipe.model.dtype or "float32"
+  table = profile.profile(whole, case(recipe.prune), dtype=dtype, say=log.say)
   json_files.write_json(file, table)
-
-
-def _is_of(
-  table: dict, whole: ModelConfig, case: profile.Case, dtype: str
-) -> bool:
-  """Whether a table is of this recipe, and not of one that is overwritten."""
-  sizes = {name: getattr(whole, name) for name in latency_table.MODEL}
-  taken = [(m["phase"], m["batch"], m["context"]) for m in table["measured"]]
-  asked = case.phase, case.batch, case.context
-  return table["model"] == sizes and table["dtype"] == dtype and asked in taken
 
 
 def case(settings: Prune) -> profile.Case:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import jax
 
 from adapt_pruner_jax.config import Prune
+from adapt_pruner_jax.data.calibration import GivenData
 from adapt_pruner_jax.distributed import sharding
 from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.model_config import ModelConfig
@@ -46,14 +47,16 @@ def prune(
     first: pruning steps that were done in earlier stages: each step of a run
       has calibration windows of its own.
     passes: passes of refits by the loss behind the first of each stage that
-      were done there: these have windows of their own too.
+      were done there: these have windows of their own too, but of a file,
+      which lists as many as it has.
     after: the last step that is decided already, of a prune that was cut.
     log: called with each step's record as it is decided.
     sized: called as soon as the sizes of all layers are known.
   """
   if settings.stream_layers:
     old = old[0], jax.device_get(old[1])
-  searched = inputs.search_data
+  searched, refits = inputs.search_data, inputs.refit_data
+  shift = first if isinstance(refits, GivenData) else first + passes
   task = PruneTask(
     *old,
     settings,
@@ -63,7 +66,7 @@ def prune(
     quality=quality.asked(settings, inputs.tuning),
     full=inputs.full,
     kept=kept,
-    refit_samples=lambda step: inputs.refit_data.batch(first + passes + step),
+    refit_samples=lambda step: refits.batch(shift + step),
     tuning=searched and (lambda step: searched.batch(first + step)),
     batch=inputs.recipe.calibration.batch,
     pass_tokens=inputs.recipe.calibration.pass_tokens,

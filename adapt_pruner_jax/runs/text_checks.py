@@ -1,6 +1,7 @@
 """Whether a run's texts are enough, and apart from what is reported."""
 
 import math
+import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
@@ -93,7 +94,7 @@ def check_questions(recipe: Config) -> None:
   source, folder = recipe.calibration.tuning, recipe.eval.tasks_dir
   if not source.startswith(tuning_questions.PREFIX) or not folder:
     return
-  if found := tuning_questions.shared(source, Path(folder).expanduser()):
+  if found := tuning_questions.shared(source, Path(os.path.expanduser(folder))):
     raise UserError(
       f"--config.calibration.tuning={source} has a question of "
       f"--config.eval.tasks_dir ({found}), so that the result would look "
@@ -108,7 +109,7 @@ def _tokens(opened: Texts) -> Iterable[np.ndarray]:
 
 
 def many_steps(settings: Prune) -> int:
-  """No prune takes more steps than these over all stages, about."""
+  """No run draws windows for more steps than these, about."""
   sizes = settings.step_size, settings.ranking.step_size
   counts = settings.uniform.steps, settings.search.steps
   stage = settings.max_steps or max(*counts, *(round(1 / s) for s in sizes))

@@ -28,7 +28,7 @@ def home() -> Path:
   """
   given = os.environ.get("ADAPT_PRUNER_CACHE")
   if given and not in_bucket(given):
-    return Path(given).expanduser()
+    return Path(os.path.expanduser(given))
   with contextlib.suppress(RuntimeError):  # no HOME and no entry in passwd
     return Path.home() / ".cache" / "adapt_pruner_jax"
   folder = Path(tempfile.gettempdir()) / f"adapt_pruner_jax-{os.getuid()}"

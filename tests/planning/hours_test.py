@@ -155,11 +155,15 @@ def test_what_may_change_keeps_the_choice(tmp_path):
   kept = {"asked": dataclasses.asdict(config), "chosen": chosen}
   json_files.write_json(tmp_path / "hours.json", kept)
   (tmp_path / "config.json").touch()
-  settled = lambda: hours.settle(config, tmp_path, None, None).train.tokens
+  settle = lambda: hours.settle(config, tmp_path, None, None).train
+  settled = lambda: settle().tokens
   config.train.skip_nonfinite, config.train.remat = True, "full"
   config.log.trackers, config.mesh.data = "wandb", 1
   assert settled() == 64
+  assert settle().remat == "full"
   config.train.weight_decay = 0.5
+  assert settled() == config.data.step_tokens
+  json_files.write_json(tmp_path / "hours.json", {"asked": "of old"})
   assert settled() == config.data.step_tokens
   # Nothing is timed for a run that another recipe has claimed.
   (tmp_path / "hours.json").unlink()

@@ -302,6 +302,8 @@ def test_spared_layers_stay_whole_with_a_limit():
   assert pruned.config.kv_groups[0] == 4
   assert pruned.config.ffn_widths[0] == 96
   assert min(pruned.config.kv_groups) < 4
+  with pytest.raises(UserError, match="cannot reach"):
+    pruned_to(settings, target, [(limits[0][0], 20000)], config=config)
 
 
 def test_a_limit_that_is_kept_already_or_out_of_reach():

@@ -119,10 +119,6 @@ def test_a_table_that_is_measured_for_the_run(model, tmp_path, monkeypatch):
     found = latency_budget.resolve(config, full, full, tmp_path, Log(None))
     assert found.prune.budget_table == str(tmp_path / "latency.json")
   assert calls == [(profile.Case("decode", 1, 32), "float32")]
-  # That of a recipe which is overwritten is measured anew.
-  config.model.dtype = "bfloat16"
-  latency_budget.resolve(config, full, full, tmp_path, Log(None))
-  assert len(calls) == 2
   with pytest.raises(UserError, match="in a bucket needs its table of times"):
     latency_budget.resolve(
       config, full, full, places.to_path("gs://bucket/run"), Log(None)

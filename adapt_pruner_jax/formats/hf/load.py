@@ -77,7 +77,7 @@ def resolve(path: str | os.PathLike) -> Path:
   """
   from adapt_pruner_jax.formats.gguf import directory as gguf_directory
 
-  folder = Path(on_disk(path)).expanduser()
+  folder = Path(os.path.expanduser(on_disk(path)))
   publish.put_back(folder)
   if folder.is_dir():
     if (folder / WORKDIR_MODEL / CONFIG).is_file():

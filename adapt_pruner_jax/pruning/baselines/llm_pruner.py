@@ -56,7 +56,9 @@ def prepare(task: PruneTask) -> PruneTask:
   task = dataclasses.replace(
     task, settings=ranged(task.settings), limits=limits
   )
-  exact_target.check_reachable(task, task.settings.rounding())
+  for settings, target in ((task.settings, task.target), *limits):
+    counted = dataclasses.replace(task, settings=settings, target=target)
+    exact_target.check_reachable(counted, settings.rounding())
   return task
 
 

@@ -5,6 +5,7 @@ going on: what is not there yet is left out.
 """
 
 import math
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -133,7 +134,7 @@ def _original(
   path = config["model"]["path"]
   if path == "tiny" and tiny is not None:
     return tiny
-  if not Path(path).expanduser().exists():
+  if not os.path.exists(os.path.expanduser(path)):
     raise UserError(f"{path} is not on this machine")
   from adapt_pruner_jax.formats.hf import load
 
