@@ -14,7 +14,8 @@ DIR of --model is SmolLM2-135M-Instruct as a HuggingFace directory, made from
   report   the tables of docs/results.md and README.md, from all cells
 
 Each measurement is a line of benchmarks/real_model.jsonl, kept when it is done,
-so that the same command goes on after a kill; --cells=1 measures one and ends.
+so that the same command goes on after a kill; --cells=1 measures one, with the
+rates that it needs, and ends.
 Models stay in the working directory, for the later parts.
 
 Calibration is the first 4,000,000 bytes of c4_sample.txt, tuning (rates) the

@@ -20,7 +20,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 [[ $# -gt 0 && $1 != --* ]] ||
   fail "which model? bash launch/prove.sh MODEL [--config.FIELD=VALUE ...]"
-model=$1
+model=${1%/}
 shift
 text=${TEXT:-hf:HuggingFaceFW/fineweb-edu,subset=sample-10BT}
 workdir=${WORKDIR:-runs/prove-${model##*/}}
@@ -29,12 +29,13 @@ extras=(data eval) dtype=float32
 if [[ "$model $workdir $text" == *://* ]]; then
   extras+=(bucket)
 fi
-if compgen -G '/dev/accel*' >/dev/null || [[ -d /dev/vfio ]]; then
-  extras+=(tpu) dtype=bfloat16
-elif command -v nvidia-smi >/dev/null; then
+if command -v nvidia-smi >/dev/null; then
   extra=$(gpu_extra)
   extras+=("$extra") dtype=bfloat16
   all_of_gpu
+elif compgen -G '/dev/accel*' >/dev/null ||
+  compgen -G '/dev/vfio/[0-9]*' >/dev/null; then # /dev/vfio/vfio is anywhere
+  extras+=(tpu) dtype=bfloat16
 fi
 recipe=(--config=configs/accel.py --config.model.path="$model"
   --config.prune.ratio="${RATIO:-0.2}"

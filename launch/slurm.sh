@@ -9,7 +9,7 @@
 # on one that has: bash -c '. launch/venv.sh && use_venv "${OF_RUNS[@]}" gpu'
 # Near the time limit, or when preempted, the run saves its state, and the job
 # goes back into the queue and continues; so it does, a few times, when one of the
-# processes is gone (RETRIES).
+# processes is gone (RETRIES, of all times that the job was started again).
 #SBATCH --job-name=adapt-pruner
 #SBATCH --nodes=2
 #SBATCH --gpus-per-node=8

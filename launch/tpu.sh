@@ -207,6 +207,9 @@ if [[ -n $flags ]]; then
   esac
   version=${version:-$default}
   [[ -n $version ]] || fail "no default runtime for --type=$type: give --version"
+  case " $* " in
+    *" --workdir "* | *" -workdir"*) fail "give it as --workdir=PLACE" ;;
+  esac
   if [[ -n $bucket ]]; then
     bucket=${bucket#gs://}
     [[ " $*" != *" --workdir="* ]] ||

@@ -83,10 +83,12 @@ use_venv() {
     fi
     python=$(find_python)
     echo "making $VENV with $("$python" --version)" >&2
-    run "$python" -m venv --clear "$VENV"
-    if [[ -z $dry_run ]]; then
-      printf '%s\n\n\n' "$PWD" >"$VENV/.installed" # ours, nothing in it yet
+    if [[ -z $dry_run ]]; then # ours from the start: a kill may come at once
+      rm -rf "$VENV"
+      mkdir -p "$VENV"
+      printf '%s\n\n\n' "$PWD" >"$VENV/.installed"
     fi
+    run "$python" -m venv "$VENV"
     had='' extras=''
   fi
   for extra in "$@"; do

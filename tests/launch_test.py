@@ -27,7 +27,8 @@ case "$*" in
   --version) echo "Python ${VERSION:-3.12.1}" ;;
   -c*) [[ ${VERSION:-3.12.1} != 3.9* ]] ;;
   *"-m venv"*)
-    rm -rf "${@: -1}" && mkdir -p "${@: -1}/bin"
+    mkdir -p "${@: -1}/bin"
+    [[ -z ${KILLED:-} ]] || kill -9 $PPID $$
     cp "$0" "${@: -1}/bin/python"
     for name in adapt-pruner ruff; do
       cp "$FAKES/record" "${@: -1}/bin/$name"
@@ -142,7 +143,7 @@ def installs(calls):
 def test_local_skips_broken_pythons_and_passes_arguments(box):
   result, calls = box.run("local.sh", "--config.seed=1", "--name=a b")
   assert result.returncode == 0, result.stderr
-  assert ["-m", "venv", "--clear", ".venv"] in calls_to("python3.12", calls)
+  assert ["-m", "venv", ".venv"] in calls_to("python3.12", calls)
   assert installs(calls) == ["."]
   assert calls_to("adapt-pruner", calls) == [
     ["run", "--workdir=runs/tiny", "--config.seed=1", "--name=a b"]
@@ -190,6 +191,13 @@ def test_failed_install_is_said_and_tried_again(box):
   assert "the installation failed" in box.fails("local.sh", PIP_STATUS="1")
   result, calls = box.run("local.sh")
   assert result.returncode == 0
+  assert installs(calls) == ["."]
+
+
+def test_a_kill_while_the_venv_is_made(box):
+  assert box.run("local.sh", KILLED="1")[0].returncode
+  result, calls = box.run("local.sh")
+  assert result.returncode == 0, result.stderr
   assert installs(calls) == ["."]
 
 
@@ -244,7 +252,7 @@ def test_dry_run_prints_and_does_nothing(box, script):
   result, calls = box.run(script, "--dry-run", "--flag=a b")
   assert result.returncode == 0, result.stderr
   printed = [s[2:] for s in result.stdout.splitlines() if s.startswith("+ ")]
-  assert printed[0].endswith("-m venv --clear .venv")
+  assert printed[0].endswith("-m venv .venv")
   assert "pip install" in printed[1]
   assert r"--flag=a\ b" in printed[-1]
   assert not (box.repo / ".venv").exists()
@@ -528,6 +536,7 @@ def test_tpu_dry_run_needs_no_gcloud(box):
     (("--name=n", "--zone=z", "--type=v9-8", *RUN), "give --version"),
     ((*TPU, "--spot", "--", "--workdir=w"), "--spot needs --bucket=B"),
     ((*TPU, "--bucket=b", *RUN), "--bucket or --workdir"),
+    ((*TPU, "--bucket=b", "--", "--workdir", "w"), "--workdir=PLACE"),
   ],
 )
 def test_tpu_errors_are_one_clear_line(cloud, args, said):

@@ -10,7 +10,8 @@ def forward_flops(config: ModelConfig, seq_len: int) -> tuple[float, float]:
   """FLOPs of one token forward: (all layers, the output matrix).
 
   Args:
-    seq_len: tokens of its row; half of them are before it, on average.
+    seq_len: tokens of its row; attention counts all of them, as usual of MFU,
+      also those behind it and outside of a window.
   """
   matrix = config.vocab_size * config.hidden_size
   looked_up = config.vocab_size * config.told * config.told_layers

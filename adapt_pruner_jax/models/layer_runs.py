@@ -85,6 +85,8 @@ def _scan(config, first, end, stacked, weights_of, seen, x_BTD, recomputed):
     x_BTD = _by_rows(x_BTD, inputs.kernel.mesh)
     part, place, count, counts = xs
     weights, masks = weights_of(part), None
+    if "moe_down_bias" in weights:  # no unit's: what pads a layer would learn
+      weights = weights | {"moe_down_bias": weights["moe_down_bias"] * counts}
     if config.qk_norm == "all":
       masks = {"K": np.arange(layer.count("K", weights)) < count}
     place = layer.Place(**fixed, **place)

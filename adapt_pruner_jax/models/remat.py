@@ -1,7 +1,8 @@
 """What the backward pass computes once more, in place of keeping it (remat).
 
 none           nothing
-dots           all but products with weights: norms, rotations, attention
+dots           all but products with weights: norms, rotations, attention (and
+               these products too of experts and gated delta nets)
 attention+mlp  each half of a layer; the streams in front of both are kept
 full           each layer; the stream in front of it is kept
 offload        each layer; the stream in front of it is kept by the host

@@ -67,6 +67,19 @@ def test_uneven_layers_with_absent_halves(monkeypatch):
 
 
 @pytest.mark.slow
+def test_biases_of_experts_that_are_gone_learn_nothing(monkeypatch):
+  """They have no unit, and are there in a run with layers that have them."""
+  config = dataclasses.replace(
+    small.option("experts"),
+    ffn_widths=(24, 0, 16),
+    expert_bias=True,
+    swiglu_limit=0.2,
+    swiglu_alpha=1.5,
+  )
+  compare(monkeypatch, config, (Run(0, 3, 4, 24),))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "names",
   [
