@@ -252,7 +252,7 @@ def fitted(
   ways = [{}, {"remat": "full"}]
   split, rows = config.train.accumulation, config.data.batch
   number = devices if isinstance(devices, int) else len(devices)
-  shards = max(number // abs(config.mesh.tensor), 1)
+  shards = max(number // max(config.mesh.tensor, 1), 1)
   splits = [
     n for n in (2, 4, 8, 16, 32, 64) if n > split and not rows % (n * shards)
   ]
