@@ -39,11 +39,11 @@ def open_model(
   """
   check_dtype(dtype)
   source = load.on_disk(source)
-  publish.put_back(Path(os.path.expanduser(source)))
+  folder = Path(os.path.expanduser(source))
+  publish.put_back(folder)
   if is_orbax(source):
-    folder = Path(os.path.expanduser(source))
     return *read_orbax(folder, dtype, mesh), folder
-  inner = Path(os.path.expanduser(source)) / load.WORKDIR_MODEL
+  inner = folder / load.WORKDIR_MODEL
   if (inner / MANIFEST).is_file():
     raise UserError(f"{source} is a work directory; its model is {inner}")
   folder = load.resolve(source)

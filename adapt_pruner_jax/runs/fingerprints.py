@@ -25,13 +25,8 @@ def fingerprints(inputs: "Inputs") -> dict[str, str]:
   """Digests of the original's files, of the tokens that stay if not all do,
   of the first calibration samples, and of what choices and results are by."""
   windows_NT = inputs.calibration.batch(0)
-  source, texts = inputs.original.source, inputs.eval_tokens
-  found = {
-    "evaluation": None if texts is None else digest.of_bytes(texts),
-    "tuning": _of_tokens(inputs.tuning),
-    "search": _of_tokens(inputs.search_data),
-  }
-  found = {name: value for name, value in found.items() if value}
+  source, texts = inputs.original.source, _of_texts(inputs)
+  found = {name: value for name, value in texts.items() if value}
   if linked := _linked(source):
     found["linked"] = digest.of_parts(linked)
   if inputs.whole:
@@ -97,17 +92,23 @@ def _of_files(folder: Path) -> str:
 
 def what_is_read(inputs: "Inputs") -> dict[str, Any]:
   """By what it is for people: all that a run depends on, in a few bytes."""
-  texts = inputs.eval_tokens
   return {
     "versions": versions(),
     "recipe": dataclasses.asdict(inputs.recipe),
     "model": weights_fingerprint(inputs.source),
     "tokenizer": inputs.tokenizer and inputs.tokenizer.fingerprint,
     "calibration tokens": _of_tokens(inputs.calibration),
-    "tuning tokens": _of_tokens(inputs.tuning),
-    "search tokens": _of_tokens(inputs.search_data),
     "training tokens": inputs.rows and inputs.rows.fingerprint,
-    "evaluation tokens": None if texts is None else digest.of_bytes(texts),
+  } | {f"{name} tokens": value for name, value in _of_texts(inputs).items()}
+
+
+def _of_texts(inputs: "Inputs") -> dict[str, str | None]:
+  """Digests of what choices are made by and results are measured on."""
+  reported_N = inputs.eval_tokens
+  return {
+    "tuning": _of_tokens(inputs.tuning),
+    "search": _of_tokens(inputs.search_data),
+    "evaluation": None if reported_N is None else digest.of_bytes(reported_N),
   }
 
 

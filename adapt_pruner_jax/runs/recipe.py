@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from adapt_pruner_jax.config import Config, difference, is_recipe
+from adapt_pruner_jax.config import Config, difference, get, is_recipe
 from adapt_pruner_jax.distributed import agreement
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.runs.fingerprints import fingerprints
@@ -151,27 +151,18 @@ def _claim(inputs: Inputs) -> None:
     )
   # An earlier version did not say what it read, or not all of it.
   begun = prints | stored.get("inputs", {})
+  other_tokens = lambda field: (
+    f"--config.{field}={get(recipe, field)} gives other tokens"
+  )
   for name, what in (
     ("vocab", "the corpus of the vocabulary leaves other tokens"),
     ("model", f"--config.model.path={recipe.model.path} has other weights"),
     ("linked", f"--config.model.path={recipe.model.path} has other weights"),
     ("latency", "--config.prune.budget_table has other times"),
-    (
-      "calibration",
-      f"--config.calibration.source={recipe.calibration.source} gives other "
-      "tokens",
-    ),
+    ("calibration", other_tokens("calibration.source")),
+    ("tuning", other_tokens("calibration.tuning")),
+    ("search", other_tokens("prune.search.source")),
     ("evaluation", f"--config.eval.text={recipe.eval.text} is another text"),
-    (
-      "tuning",
-      f"--config.calibration.tuning={recipe.calibration.tuning} gives other "
-      "tokens",
-    ),
-    (
-      "search",
-      f"--config.prune.search.source={recipe.prune.search.source} gives other "
-      "tokens",
-    ),
   ):
     if begun.get(name) != prints.get(name):
       raise UserError(
