@@ -246,9 +246,15 @@ def route(
 
 
 def masked(routed: Routed, mask_XF: jax.Array) -> Routed:
-  """Without the channels that a mask (or numbers in its place) leaves out."""
+  """Without the channels that a mask (or numbers in its place) leaves out.
+
+  Experts without any channel are gone, their output biases too.
+  """
   mask_PF = mask_XF[routed.expert_P].astype(routed.made_PF.dtype)
-  return routed.replace(made_PF=routed.made_PF * mask_PF)
+  there = jnp.any(mask_XF != 0).astype(routed.weight_P.dtype)
+  return routed.replace(
+    made_PF=routed.made_PF * mask_PF, weight_P=routed.weight_P * there
+  )
 
 
 def write(

@@ -256,10 +256,21 @@ def test_refit_of_experts_with_norms_of_their_own():
   assert lacks[1] < 0.9 * lacks[0]
 
 
-def half(config, params, i, unit, x_BTD):
+def test_experts_without_a_channel_say_nothing():
+  """Nor do their output biases, which are no channel's."""
+  config = dataclasses.replace(CONFIG, expert_bias=True)
+  params = small.random_params(config)
+  x_BTD = params["embedding"][TOKENS]
+  masks = {"F": jnp.zeros(params["layer_0"]["moe_down"].shape[:2], bool)}
+  masked = half(config, params, 0, "F", x_BTD, masks)
+  np.testing.assert_array_equal(masked, x_BTD)
+  assert np.abs(half(config, params, 0, "F", x_BTD) - x_BTD).max() > 0.01
+
+
+def half(config, params, i, unit, x_BTD, masks=None):
   inputs = driver.attention_inputs(config, x_BTD.shape[1])
   weights, place = params[f"layer_{i}"], driver.place(config, i)
-  return driver.run_half(unit, config, weights, place, inputs, x_BTD)[0]
+  return driver.run_half(unit, config, weights, place, inputs, x_BTD, masks)[0]
 
 
 def refit_by_hand(dense, pruned, z_BTD, u_BTD, fit):
