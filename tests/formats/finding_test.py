@@ -117,6 +117,28 @@ def hub(written, tmp_path, monkeypatch):
   return repository
 
 
+@pytest.mark.parametrize("marked", [True, False])
+def test_a_hub_cache_whose_repositories_share_files(hub, written, marked):
+  """As huggingface_hub 2 leaves it: links to links."""
+  shared = hub.parent / "blobs"
+  for number, blob in enumerate((hub / "blobs").iterdir()):
+    place = shared / "ab" / f"ab{number:062x}"
+    place.parent.mkdir(parents=True, exist_ok=True)
+    blob.rename(place)
+    blob.symlink_to(f"../../blobs/ab/{place.name}")
+  if not marked:  # not the hub's
+    assert "outside of its directory" in refusal("someone/small")
+    return
+  (shared / ".huggingface-shared-blobs").write_text("1\n")
+  _, params = load.load("someone/small")
+  assert same(params, written[1])
+  inner = hub / "snapshots" / ("a" * 40) / "inner"  # a model in a subfolder
+  inner.mkdir()
+  for file in [*inner.parent.glob("*.*")]:
+    (inner / file.name).symlink_to(f"../{file.name}")
+  assert same(load.load(inner)[1], written[1])
+
+
 def test_a_hub_cache_without_card_and_licence(hub, written):
   import huggingface_hub
 
