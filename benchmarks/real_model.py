@@ -11,7 +11,8 @@ DIR of --model is SmolLM2-135M-Instruct as a HuggingFace directory, made from
   length   loss by position up to the model's context
   recover  training on what pruning leaves, and on random weights
   answers  how alike they and the dense model answer, also after learning that
-  report   the tables of docs/results.md and README.md, from all cells
+  report   the tables of docs/results.md and README.md, from all cells of --out;
+           --docs=DIR writes them elsewhere
 
 Each measurement is a line of benchmarks/real_model.jsonl, kept when it is done,
 so that the same command goes on after a kill; --cells=1 measures one, with the
@@ -48,24 +49,32 @@ from real_model_bench import (
   Cell,
 )
 
-PARTS = ("prune", "tasks", "length", "recover", "answers", "report")
+from adapt_pruner_jax.errors import UserError
+
 HERE = Path(__file__).parent
 FLAGS = flags.FLAGS
-flags.DEFINE_enum("part", "prune", PARTS, "What is measured.")
-flags.DEFINE_string("model", None, "HuggingFace directory.", required=True)
+NAMES = ("prune", "tasks", "length", "recover", "answers", "report")
+flags.DEFINE_enum("part", "prune", NAMES, "What is measured.")
+flags.DEFINE_string("model", "", "HuggingFace directory.")
 flags.DEFINE_string("gguf", "", "Made into --model if that is missing.")
-flags.DEFINE_string("data", "../shared/data", "Holds text/ and eval/.")
-flags.DEFINE_string("workdir", None, "For the models.", required=True)
+flags.DEFINE_string(
+  "data", "../shared/data", "Holds text/, eval/ and tinyshakespeare/."
+)
+flags.DEFINE_string("workdir", "", "For the models.")
 flags.DEFINE_string("out", str(HERE / "real_model.jsonl"), "The cells.")
 flags.DEFINE_string("docs", str(HERE.parent), "Holds docs/ and README.md.")
-flags.DEFINE_list("methods", [], "Only these.")
-flags.DEFINE_list("ratios", [], "Only these.")
-flags.DEFINE_list("seeds", [], "Only these.")
-flags.DEFINE_list("tokens", [], "Only these, of calibration, a step.")
-flags.DEFINE_list("train_tokens", [], "Only these, of recovery.")
-flags.DEFINE_list("stages", [], "Only these.")
-flags.DEFINE_list("alphas", [], "Only these, of distillation.")
-flags.DEFINE_list("temperatures", [], "Only these, of distillation.")
+ONLY = {  # flags of numbers and names, and what of a cell they limit
+  "methods": "method",
+  "ratios": "ratio",
+  "seeds": "seed",
+  "tokens": "tokens",  # of calibration, a step
+  "train_tokens": "train_tokens",
+  "stages": "stages",
+  "alphas": "alpha",  # of distillation
+  "temperatures": "temperature",  # of distillation
+}
+for flag in ONLY:
+  flags.DEFINE_list(flag, [], "Only these.")
 flags.DEFINE_integer("cells", 0, "Measure so many and end; 0 = all.")
 flags.DEFINE_integer("questions", 200, "A task; 0 = all.", lower_bound=0)
 flags.DEFINE_bool("mmlu", False, "Ask these questions too; not averaged.")
@@ -84,6 +93,7 @@ RIVALS = (
   "surgeon",
 )
 BEST = ((DEFAULT, SMALL), (PAPER, LARGE), (DEFAULT, LARGE))
+METHODS = {DENSE, PAPER, DEFAULT, WARM, SCRATCH, *RIVALS}
 RATES = (3e-5, 1e-4, 3e-4)
 SCRATCH_RATES = (1e-3, 3e-3)
 FEW = 25_600  # tokens of training
@@ -185,19 +195,30 @@ def tasks(bench: Bench) -> Iterator[Cell]:
 
 def chosen(cell: Cell) -> bool:
   """Whether the flags ask for a cell; the dense model as it is always."""
-  asked = (
-    (cell.method, FLAGS.methods),
-    (cell.ratio, FLAGS.ratios),
-    (cell.seed, FLAGS.seeds),
-    (cell.tokens, FLAGS.tokens),
-    (cell.stages, FLAGS.stages),
-    (cell.train_tokens, FLAGS.train_tokens),
-    (cell.alpha, FLAGS.alphas),
-    (cell.temperature, FLAGS.temperatures),
-  )
   return cell == Cell(cell.part, DENSE) or all(
-    not values or str(value) in values for value, values in asked
+    getattr(cell, field) in asked(flag)
+    for flag, field in ONLY.items()
+    if FLAGS[flag].value
   )
+
+
+def asked(flag: str) -> list:
+  """What a flag of ONLY lists, as a cell has it.
+
+  Raises:
+    UsageError: it lists what is no number, or no method.
+  """
+  kind = Cell.__annotations__[ONLY[flag]]
+  try:
+    values = [kind(value) for value in FLAGS[flag].value]
+  except ValueError as error:
+    raise app.UsageError(f"--{flag}: {error}") from error
+  if unknown := {*values} - METHODS if flag == "methods" else ():
+    raise app.UsageError(
+      f"--methods={','.join(sorted(unknown))}: known are "
+      + ", ".join(sorted(METHODS))
+    )
+  return values
 
 
 def make_model(gguf: str, out: str) -> None:
@@ -207,13 +228,28 @@ def make_model(gguf: str, out: str) -> None:
   api.save(api.load(gguf), out)
 
 
+PARTS = {f.__name__: f for f in (prune, tasks, length, recover, answers)}
+
+
 def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unknown words: {' '.join(argv[1:])}")
-  out = Path(FLAGS.out)
+  try:
+    run(Path(FLAGS.out))
+  except UserError as error:
+    sys.exit(f"real_model.py: {error}")
+
+
+def run(out: Path) -> None:
+  """Measures a part, or writes the report of what has been measured."""
   if FLAGS.part == "report":
     real_model_report.write(out, Path(FLAGS.docs))
     return
+  for flag in ("model", "workdir"):
+    if not FLAGS[flag].value:
+      raise app.UsageError(f"--part={FLAGS.part} needs --{flag}")
+  for flag in ONLY:
+    asked(flag)
   if FLAGS.gguf and not Path(FLAGS.model).exists():
     make_model(FLAGS.gguf, FLAGS.model)
   bench = Bench(
@@ -224,21 +260,16 @@ def main(argv: list[str]) -> None:
     FLAGS.questions,
     FLAGS.mmlu,
   )
-  parts = {
-    "prune": prune,
-    "tasks": tasks,
-    "length": length,
-    "recover": recover,
-    "answers": answers,
-  }
   done = 0
-  for cell in parts[FLAGS.part](bench):
-    if not chosen(cell) or cell in bench.found or not bench.possible(cell):
+  for cell in PARTS[FLAGS.part](bench):
+    if not chosen(cell) or cell in bench.found:
       continue
     bench.get(cell)
     done += 1
     if done == FLAGS.cells:
       return
+  if not done:
+    print("nothing was measured: all that the flags name is in the file")
 
 
 if __name__ == "__main__":

@@ -70,6 +70,12 @@ class Cell(NamedTuple):
     return Cell("prune", *self[1:5])
 
 
+def read_cells(file: Path) -> dict[Cell, dict]:
+  """Results; later lines of a cell replace earlier ones."""
+  rows = json_files.read_lines(file)
+  return {Cell(**row["cell"]): row["result"] for row in rows}
+
+
 class Bench:
   """Measures cells, and keeps what has been measured."""
 
@@ -88,17 +94,10 @@ class Bench:
     self.mesh = sharding.make_mesh(devices=jax.devices()[:1])
     # As in the published numbers, windows are of text alone.
     self.tokenizer = load_tokenizer(model, "none")
-    self.found = {
-      Cell(**row["cell"]): row["result"] for row in json_files.read_lines(out)
-    }
+    self.found = read_cells(out)
     workdir.mkdir(parents=True, exist_ok=True)
     self.calibration_file = workdir / "calibration.txt"
     publish.write_text(self.calibration_file, c4(self.data, 0, CALIBRATION_END))
-
-  def possible(self, cell: Cell) -> bool:
-    """Whether there is such a method."""
-    known = (*compare_methods.NAMES, DENSE, SCRATCH, *OURS)
-    return cell.method in known
 
   def get(self, cell: Cell) -> dict:
     """The result of a cell, measured now unless it is there."""
@@ -404,6 +403,8 @@ def learned(curve: list) -> dict:
 def calibration_tokens(recipe: Config, steps: int, stages: int) -> int:
   """All that pruning and refits have read."""
   of, settings = recipe.calibration, recipe.prune
+  if settings.method == "magnitude":
+    return 0
   refits = 0 if settings.refit == "none" else max(settings.refit_passes, 1)
   windows = steps * of.samples + stages * refits * of.refit_samples
   return windows * of.seq_len

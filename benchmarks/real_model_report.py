@@ -7,14 +7,21 @@ made from the cells alone.
 from pathlib import Path
 
 import numpy as np
-from real_model_bench import DEFAULT, DENSE, OURS, SCRATCH, WARM, Cell
+from real_model_bench import (
+  DEFAULT,
+  DENSE,
+  OURS,
+  SCRATCH,
+  WARM,
+  Cell,
+  read_cells,
+)
 from real_model_numbers import (
   TASKS,
   TEXTS,
   Results,
   accuracy,
   answers,
-  fewest,
   loss_difference,
   mean_rise,
   rise,
@@ -25,7 +32,7 @@ from real_model_numbers import (
 
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.formats import markdown
-from adapt_pruner_jax.storage import json_files, publish
+from adapt_pruner_jax.storage import publish
 
 NAMES = {
   DENSE: "dense",
@@ -46,8 +53,15 @@ BEGIN, END = "<!-- real_model.py: begin -->", "<!-- real_model.py: end -->"
 
 
 def write(cells: Path, folder: Path) -> None:
-  """Writes the tables into docs/results.md and README.md of a folder."""
-  found = read(cells)
+  """Writes the tables into docs/results.md and README.md of a folder.
+
+  Raises:
+    UserError: the dense model was not measured, or a file has no place for
+      tables.
+  """
+  found = read_cells(cells)
+  if Cell("prune", DENSE) not in found:
+    raise UserError(f"{cells} has no loss of the dense model: --part=prune")
   parts = [
     *(untrained(found, ratio) for ratio in (0.2, 0.1, 0.3)),
     against(found),
@@ -56,19 +70,16 @@ def write(cells: Path, folder: Path) -> None:
     recovered(found),
     alike(found),
   ]
-  replace(folder / "docs" / "results.md", "\n\n".join(filter(None, parts)))
-  replace(folder / "README.md", summary(found))
-
-
-def read(cells: Path) -> Results:
-  """Results by cell; later lines of a cell replace earlier ones."""
-  return {
-    Cell(**row["cell"]): row["result"] for row in json_files.read_lines(cells)
+  texts = {
+    folder / "docs" / "results.md": "\n\n".join(filter(None, parts)),
+    folder / "README.md": summary(found),
   }
+  for file, whole in [(f, replaced(f, text)) for f, text in texts.items()]:
+    publish.write_text(file, whole)
 
 
-def replace(file: Path, text: str) -> None:
-  """Puts text between the two comments of a file.
+def replaced(file: Path, text: str) -> str:
+  """A file's content with the text between the two comments.
 
   Raises:
     UserError: the comments are not there.
@@ -78,31 +89,29 @@ def replace(file: Path, text: str) -> None:
   _, end, after = rest.partition(END)
   if not end:
     raise UserError(f"{file} has no place for the tables: {BEGIN} and {END}")
-  publish.write_text(file, f"{before}{begin}\n\n{text}\n\n{end}{after}")
+  return f"{before}{begin}\n\n{text}\n\n{end}{after}"
 
 
 # ---- Tables ------------------------------------------------------------------
 
 
 def untrained(found: Results, ratio: float) -> str:
-  """Nats above dense, accuracy and seconds of each method at a ratio."""
+  """Nats above dense, tokens and seconds of each method at a ratio."""
   rows = []
   for cell, result in of_ratio(found, ratio):
     row = [*head(cell), f"{result['params']:,}"]
     row += [rise(found, cell, text) for text in TEXTS]
-    row.append(accuracy(found, cell, fewest(found)))
     row.append(f"{result['calibration_tokens']:,}")
     row.append(f"{result['prune_seconds']:.0f}")
     rows.append(row)
   if not rows:
     return ""
   header = ["method", "tokens a step", "seed", "parameters"]
-  header += [*TEXTS.values(), "accuracy", "tokens in all", "CPU s"]
+  header += [*TEXTS.values(), "tokens in all", "CPU s"]
   return "\n\n".join(
     [
       f"#### {ratio:.0%} of all parameters removed, without training",
-      "Nats a token above dense, and the mean accuracy of six tasks, on the "
-      f"first {fewest(found)} questions of each.",
+      "Nats a token above dense.",
       markdown.table(header, rows, header[1:]),
     ]
   )
@@ -123,9 +132,10 @@ def against(found: Results) -> str:
   header = ["method", "tokens a step", "seed", *TEXTS.values(), "accuracy"]
   return "\n\n".join(
     [
-      f"#### Against the paper's method at equal tokens, {MAIN:.0%} removed",
-      "Loss minus its loss, accuracy minus its accuracy, with intervals of "
-      "95 %. A lead is below 0 in loss and above 0 in accuracy.",
+      f"#### Against the paper's method, {MAIN:.0%} removed",
+      "Loss minus its loss, accuracy minus its accuracy, at as many tokens a "
+      "step, with intervals of 95 %. A lead is below 0 in loss and above 0 in "
+      "accuracy.",
       markdown.table(header, rows, header[1:]),
     ]
   )
