@@ -372,9 +372,11 @@ class Config(Section):
   seed: int = 0
 
   def weight_dtype(self) -> str:
-    """Of a run's weights: float32 where they are trained."""
+    """Of a run's weights: float32 where they are trained, and in place of
+    float16, in which scores of many tokens underflow."""
     trained = self.train.tokens and not self.train.lora_rank
-    return "float32" if trained else self.model.dtype or "float32"
+    wide = trained or self.model.dtype == "float16"
+    return "float32" if wide else self.model.dtype or "float32"
 
 
 # Fields that were booleans once, and what these are called now.

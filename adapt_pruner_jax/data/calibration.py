@@ -46,7 +46,7 @@ class WindowData:
       gaps = barred - np.arange(len(barred))
       start = start + np.searchsorted(gaps, start, side="right")
       windows.append(stream.tokens[start[:, None] + np.arange(self.seq_len)])
-    samples = np.concatenate(windows)
+    samples = np.concatenate(windows)[evenly(self.counts)]
     if self.begin_id is not None:
       samples[:, 0] = self.begin_id
     return samples
@@ -60,6 +60,15 @@ class WindowData:
     before = before[before <= last]
     # Too short a stream to be choosy.
     return before if last + 1 - len(before) >= count else before[:0]
+
+
+def evenly(counts: Sequence[int]) -> np.ndarray:
+  """An order of the sources' windows in which each is spread over the whole.
+
+  Minibatches, and the last windows, which refits hold out, are then of all.
+  """
+  place = np.concatenate([(np.arange(n) + 0.5) / n for n in counts if n])
+  return np.argsort(place, kind="stable")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -259,6 +259,8 @@ def mask(name: str, array: jax.Array, masks: Mapping[str, Any]) -> jax.Array:
     masks: {"K": bool [K], "F": bool [F] or [X, F]}, False where to zero; what
       is beyond the units of this kind of layer is not read.
   """
+  if name == "moe_down_bias":  # no unit's, but there is none without units
+    return array * masks["F"].any().astype(array.dtype)
   unit = unit_of(name)
   if unit is None:
     return array

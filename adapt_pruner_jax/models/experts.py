@@ -250,10 +250,15 @@ def masked(routed: Routed, mask_XF: jax.Array) -> Routed:
 
   Experts without any channel are gone, their output biases too.
   """
-  mask_PF = mask_XF[routed.expert_P].astype(routed.made_PF.dtype)
-  there = jnp.any(mask_XF != 0).astype(routed.weight_P.dtype)
+  made_PF, there = routed.made_PF, jnp.any(mask_XF != 0)
+  # Float32 as in `layer.times_mask`.
+  wide = jnp.promote_types(
+    made_PF.dtype, mask_XF.dtype
+  )
+  product_PF = made_PF.astype(wide) * mask_XF[routed.expert_P].astype(wide)
   return routed.replace(
-    made_PF=routed.made_PF * mask_PF, weight_P=routed.weight_P * there
+    made_PF=product_PF.astype(made_PF.dtype),
+    weight_P=routed.weight_P * there.astype(routed.weight_P.dtype),
   )
 
 

@@ -188,7 +188,7 @@ def run_half(
     if isinstance(fed, experts.Routed):
       counted = experts.masked(fed, masks[unit])
     else:
-      counted = fed * spread_mask(masks[unit], fed)
+      counted = times_mask(fed, masks[unit])
   y_BTD = write(unit, config, weights, x_BTD, counted)
   return y_BTD, Tap({unit: fed}, cache=cache)
 
@@ -210,13 +210,15 @@ def _either(config, weights, place, inputs, x_BTD, masks):
   return y_BTD, Tap({"K": None})
 
 
-def spread_mask(mask_U: jax.Array, fed: jax.Array) -> jax.Array:
-  """A mask of units, to multiply what `read` gives with.
+def times_mask(fed: jax.Array, mask_U: jax.Array) -> jax.Array:
+  """What `read` gives, times a mask of units or numbers in its place.
 
-  It may be longer, where another kind of layer has more of them.
+  These may be more, where another kind of layer has more units. Where they are
+  float32 so is the product, and with it sums over tokens in their gradients.
   """
-  mask_U = mask_U[: fed.shape[2]]
-  return mask_U.reshape(-1, *(1,) * (fed.ndim - 3)).astype(fed.dtype)
+  mask_U = mask_U[: fed.shape[2]].reshape(-1, *(1,) * (fed.ndim - 3))
+  wide = jnp.promote_types(fed.dtype, mask_U.dtype)
+  return (fed.astype(wide) * mask_U.astype(wide)).astype(fed.dtype)
 
 
 def read(

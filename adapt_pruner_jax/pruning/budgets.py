@@ -220,6 +220,8 @@ def _names(config: ModelConfig, layer: int) -> dict[str, list[str]]:
     u: model_config.layer_names(one.with_units({"K": (k,), "F": (f,)}), 0)
     for u, (k, f) in units.items()
   }
+  # A norm that both halves share is as if there always.
+  made[""] = [n for n in made["K"] if n in made[""] or n in made["F"]]
   always = {*made[""]}
   return made | {u: [n for n in made[u] if n not in always] for u in UNITS}
 

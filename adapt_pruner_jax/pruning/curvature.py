@@ -23,7 +23,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from adapt_pruner_jax.distributed import sharding
-from adapt_pruner_jax.models.layer import WRITERS, spread_mask, stream
+from adapt_pruner_jax.models.layer import WRITERS, stream, times_mask
 from adapt_pruner_jax.pruning import (
   backward,
   float32_product,
@@ -62,7 +62,7 @@ def _grams(T: int, mesh: Mesh, halves: bool = False) -> backward.Visitor:
   def run(half, x_BTD):
     y_BTD, tap = half.run(x_BTD)
     fed = tap.fed[half.unit]
-    return y_BTD, fed * spread_mask(half.masks[half.unit], fed)
+    return y_BTD, times_mask(fed, half.masks[half.unit])
 
   def add(half, total, x_BTD, dy_BTD, valid_B, rows):
     del rows

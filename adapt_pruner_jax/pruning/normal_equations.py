@@ -158,12 +158,14 @@ def _lacking(task, parts, batch):
     dense = parts.dense_layer
     product = partial(float32_product.product, "btd,de->bte")
     for n in names:
-      # Biases are the same in both and need no part in it.
       left = dense[n] if n in HALVES else axes.mask(n, dense[n], parts.masks)
       left = linear_algebra.as_matrix(n, left)
       target_BTE = product(_flat(dense_fed), left)
       weight = linear_algebra.as_matrix(n, layer[n])
       given_BTE = product(_flat(fed), weight)
+      # Readers' biases are the same in both; FLAP's are the pruned model's own.
+      if n in HALVES and (bias := f"{n}_bias") in layer:
+        target_BTE += (dense.get(bias, 0) - layer[bias]).astype(jnp.float32)
       found[n] = target_BTE - given_BTE, target_BTE
   fed_BTC = _flat(fed)
   energy_BT = jnp.sum(jnp.square(fed_BTC.astype(jnp.float32)), axis=-1)

@@ -12,6 +12,7 @@ tenth of the first windows is held out: where their loss does not fall, the
 weights stay as they were.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterator
 
 import jax
@@ -61,6 +62,8 @@ def refit_loss(
     UserError: too few windows for one step.
   """
   config, params = pruned
+  # The balance of experts is no part of the distance.
+  config = dataclasses.replace(config, router_loss_on=False)
   first_NT = samples(0)
   held, batch = split(len(first_NT), batch, mesh)
   left_NT, held_NT = first_NT[:-held], first_NT[-held:]

@@ -39,6 +39,7 @@ from adapt_pruner_jax.runs import (
   budget_results,
   deadline,
   export_size,
+  latency_budget,
   prune_once,
   vocabulary,
 )
@@ -131,6 +132,8 @@ def run(
     tell(summary, path, log)
   if wants_control(recipe):
     at_once = dataclasses.replace(recipe.prune, stages=1)
+    if at_once.counts("latency") and not at_once.budget_table:
+      at_once.budget_table = str(path / latency_budget.TABLE)
     other = dataclasses.replace(recipe, oneshot_control=False, prune=at_once)
     summary = add_control(summary, run(other, path / "oneshot"), recipe, path)
   return summary

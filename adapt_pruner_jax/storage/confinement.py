@@ -8,7 +8,6 @@ from pathlib import Path
 
 from adapt_pruner_jax.errors import UserError
 
-
 # In the hub's folder of files that repositories of its cache share; says that
 # it is one (huggingface_hub 2).
 SHARED = ".huggingface-shared-blobs"

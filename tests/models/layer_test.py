@@ -168,6 +168,15 @@ def test_nobody_sees_columns_below_position_zero():
   np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
 
 
+def test_gradients_of_gates_are_sums_in_float32():
+  """Of many tokens, in bfloat16: there a sum stands still at 256."""
+  fed_BTF = jnp.ones((1, 2048, 3), jnp.bfloat16)
+  run = lambda gate_F: layer.times_mask(fed_BTF, gate_F).sum(dtype=jnp.float32)
+  found_F = jax.grad(run)(jnp.ones(3))
+  np.testing.assert_array_equal(found_F, [2048] * 3)
+  assert layer.times_mask(fed_BTF, jnp.ones(3)).dtype == jnp.bfloat16
+
+
 @pytest.mark.parametrize("unit", ["K", "F"])
 def test_an_absent_half_passes_the_stream_on(unit):
   config = small.option("plain")

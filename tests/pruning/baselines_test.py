@@ -39,7 +39,13 @@ from adapt_pruner_jax.pruning.baselines import (
   slicegpt,
   wanda_sp,
 )
-from adapt_pruner_jax.pruning.task import Allotted, Masked, PruneTask, Step
+from adapt_pruner_jax.pruning.task import (
+  Allotted,
+  Masked,
+  Measured,
+  PruneTask,
+  Step,
+)
 
 ROOT = pathlib.Path(__file__).parent.parent / "golden" / "baselines"
 LOGITS = {"rtol": 2e-3, "atol": 2e-3}
@@ -264,6 +270,23 @@ def test_shortgpt_golden(name):
     k > 0 for k in pruned.config.kv_groups
   ]
   check_logits(pruned, name, "shortgpt")
+
+
+def test_shortgpt_spares_layers():
+  task = task_of("gqa", "shortgpt")
+  task.settings.attention_layers = task.settings.mlp_layers = "1:3"
+  masked = Masked(task, None, Step(0, task.begin, {}, 0))
+  assert shortgpt.droppable(masked).tolist() == [False, True, True, False]
+  measured = Measured({}, importance_L=np.arange(4.0))
+  size = model_config.count_params(task.config)
+  task = dataclasses.replace(task, target=size - 1)
+  masked = dataclasses.replace(masked, task=task)
+  counts = shortgpt.allot(masked, measured).counts
+  assert np.flatnonzero(counts["F"]).tolist() == [1]
+  task = dataclasses.replace(task, target=size // 10)
+  masked = dataclasses.replace(masked, task=task)
+  with pytest.raises(UserError, match="without the 2 layers that may go"):
+    shortgpt.allot(masked, measured)
 
 
 # ---- FLAP --------------------------------------------------------------------

@@ -78,6 +78,16 @@ def test_flops_and_cache_by_hand():
   assert found == 2 * (matrices + norms) + scores
 
 
+def test_a_norm_of_both_halves_counts_once():
+  config = small.option("parallel")
+  settings = Prune(budget="bytes", budget_export="f32")
+  size = 4 * model_config.count_params(config)
+  assert budgets.count(config, settings) == size
+  gone = config.with_units({"K": (4, 0, 3), "F": (24, 40, 17)})
+  size = 4 * model_config.count_params(gone)
+  assert budgets.count(gone, settings) == size
+
+
 @pytest.mark.parametrize("widths", [(96, 160, 128), (96, 100, 33)])
 @pytest.mark.parametrize("kind", ["f32", "f16", "bf16", "q8_0", "q4_0"])
 def test_bytes_are_those_of_the_file(kind, widths):

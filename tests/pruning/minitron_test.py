@@ -157,6 +157,23 @@ def test_a_second_prune_drops_no_more_layers(params):
   assert sum(gone[0]) == 1
 
 
+@pytest.mark.slow
+def test_stages_drop_what_their_targets_allow(params):
+  """Two layers at once would be below the first stage's."""
+  last = task_of(params, depth=2, ratio=0.6)
+  last.settings.target_params = last.target
+  cost = model_config.unit_cost(CONFIG)
+  most = model_config.count_params(CONFIG) - cost["K"] * 3 - cost["F"] * 24
+  one = methods.prune(dataclasses.replace(last, target=most - 40))  # and norms
+  assert one.config.ffn_widths.count(0) == 1
+  task = dataclasses.replace(
+    last, config=one.config, params=one.params, full=CONFIG, kept=one.kept
+  )
+  two = methods.prune(task)
+  assert two.config.ffn_widths.count(0) == 2
+  assert model_config.count_params(two.config) <= last.target
+
+
 def test_refusals(params):
   deep = task_of(params, depth=1)
   spared = dataclasses.replace(

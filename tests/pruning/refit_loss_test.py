@@ -12,6 +12,7 @@ from adapt_pruner_jax.models.decoder import Decoder
 from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.models.rope import Rope
 from adapt_pruner_jax.pruning import refit_loss, surgery
+from tests import small
 
 CONFIG = ModelConfig(
   family="llama",
@@ -89,6 +90,17 @@ def test_weights_stay_where_the_loss_would_rise(pairs):
   params, record = refit_loss.refit_loss(*args, **how)
   assert record["after"] > record["before"]
   jax.tree.map(np.testing.assert_array_equal, params, pruned[1])
+
+
+def test_the_balance_of_experts_is_not_judged():
+  config = small.option("experts")
+  params, tokens_NT = small.random_params(config), small.tokens(config, 20, 8)
+  pair, how = (config, params), {"passes": 1, "rate": 1e-3, "temperature": 1.0}
+  assert config.router_loss_on
+  _, record = refit_loss.refit_loss(
+    pair, pair, lambda _: tokens_NT, 1, MESH, **how
+  )
+  assert record["before"] == pytest.approx(0, abs=1e-5)
 
 
 def test_too_few_windows(pairs):

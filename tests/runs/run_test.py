@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import time
+import types
 
 import jax
 import numpy as np
@@ -264,6 +265,25 @@ def test_a_run_that_lacks_its_control_is_not_finished(tmp_path, monkeypatch):
   json_files.write_json(file, {"params_after": 1, "control": {}})
   with pytest.raises(TypeError):  # finished: it begins anew
     run.run(config, tmp_path, overwrite=True)
+
+
+def test_a_control_run_counts_by_the_same_times(tmp_path, monkeypatch):
+  config, asked = recipe("model", stages=2), []
+  config.oneshot_control = True
+  config.prune.budget = "latency"
+
+  def once(inputs, *_):
+    asked.append(inputs.recipe.prune.budget_table)
+    return {}
+
+  opened = lambda recipe, *_: types.SimpleNamespace(recipe=recipe)
+  monkeypatch.setattr(run, "check", lambda _: None)
+  monkeypatch.setattr(run, "open_inputs", opened)
+  monkeypatch.setattr(run, "_run", once)
+  monkeypatch.setattr(run, "tell", lambda *_: None)
+  monkeypatch.setattr(run, "add_control", lambda summary, *_: summary)
+  run.run(config, tmp_path)
+  assert asked == ["", str(tmp_path / "latency.json")]
 
 
 def test_overwrite_spares_what_no_run_has_left(small_model, tmp_path):

@@ -85,9 +85,17 @@ def allot(masked: Masked, measured: Measured) -> Allotted:
       not even the smallest width reaches it.
   """
   task, width = masked.task, surgery.widths(masked.masks)
-  counts = shortgpt.dropping(masked, _layers_to_drop(masked, measured))
-  left = {u: w - counts[u] for u, w in width.items()}
-  size = surgery.count_widths(task.full, left)
+  layers = _layers_to_drop(masked, measured)
+
+  def without(number: int) -> tuple[Counts, int]:
+    counts = shortgpt.dropping(masked, layers[:number])
+    left = {u: w - counts[u] for u, w in width.items()}
+    return counts, surgery.count_widths(task.full, left)
+
+  number = len(layers)
+  while without(number)[1] < task.target and not _is_last(task):
+    number -= 1  # the others in later stages
+  counts, size = without(number)
   if size < task.target:
     raise UserError(
       f"--config.prune.minitron.depth={task.settings.minitron.depth} leaves "
@@ -103,15 +111,19 @@ def allot(masked: Masked, measured: Measured) -> Allotted:
   return dataclasses.replace(found, importance_L=measured.importance_L)
 
 
+def _is_last(task: PruneTask) -> bool:
+  """Whether it is not a stage before the last."""
+  if not task.settings.has_target():
+    return True
+  return task.target <= targets.resolve_target(task.full, task.settings)
+
+
 def _layers_to_drop(masked: Masked, measured: Measured) -> np.ndarray:
   """So many that `depth` of the original's layers are gone."""
   task, width = masked.task, surgery.widths(masked.masks)
-  prunable = targets.prunable_modules(task.full, task.settings)
-  here_L = width["K"] + width["F"] > 0
-  wanted = max(task.settings.minitron.depth - int((~here_L).sum()), 0)
-  may_L = here_L & (prunable["K"] | (width["K"] == 0))
-  may_L &= prunable["F"] | (width["F"] == 0)
-  there = np.flatnonzero(may_L)
+  gone = np.count_nonzero(width["K"] + width["F"] == 0)
+  wanted = max(task.settings.minitron.depth - gone, 0)
+  there = np.flatnonzero(shortgpt.droppable(masked))
   if len(there) < wanted:
     raise UserError(
       f"--config.prune.minitron.depth={task.settings.minitron.depth}: only "

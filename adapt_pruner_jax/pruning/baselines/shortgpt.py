@@ -12,7 +12,13 @@ import numpy as np
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.models import axes
 from adapt_pruner_jax.models.layer import stream
-from adapt_pruner_jax.pruning import exact_target, scores, steps, surgery
+from adapt_pruner_jax.pruning import (
+  exact_target,
+  scores,
+  steps,
+  surgery,
+  targets,
+)
 from adapt_pruner_jax.pruning.baselines import activations
 from adapt_pruner_jax.pruning.surgery import Kept
 from adapt_pruner_jax.pruning.task import Allotted, Masked, Measured
@@ -49,23 +55,35 @@ def allot(masked: Masked, measured: Measured) -> Allotted:
   A dropped layer stays in the numbering, without units.
 
   Raises:
-    UserError: dropping all layers but one does not reach the target.
+    UserError: dropping all layers but one, or all that may go, does not reach
+      the target.
   """
   exact_target.check_target(masked.task)
   task, width = masked.task, surgery.widths(masked.masks)
   influence_L = measured.importance_L
-  there = np.flatnonzero(width["K"] + width["F"])
+  there = np.flatnonzero(droppable(masked))
   lowest = there[np.argsort(influence_L[there], kind="stable")]
-  for dropped in range(len(lowest)):
+  all_ = len(lowest) == np.count_nonzero(width["K"] + width["F"])
+  for dropped in range(len(lowest) + (not all_)):
     counts = dropping(masked, lowest[:dropped])
     left = {u: w - counts[u] for u, w in width.items()}
     size = surgery.count_widths(task.full, left)
     if size <= task.target:
       return Allotted(counts, importance_L=influence_L)
   raise UserError(
-    f"shortgpt cannot reach {task.target:,} parameters: with one layer left "
-    f"{size:,} remain; raise the target"
+    f"shortgpt cannot reach {task.target:,} parameters: without the {dropped} "
+    f"layers that may go {size:,} remain; raise the target"
   )
+
+
+def droppable(masked: Masked) -> np.ndarray:
+  """Layers that are there and may go as a whole, bool [L]."""
+  task, width = masked.task, surgery.widths(masked.masks)
+  prunable = targets.prunable_modules(task.full, task.settings)
+  may_L = width["K"] + width["F"] > 0
+  for u in axes.UNITS:
+    may_L &= prunable[u] | (width[u] == 0)
+  return may_L
 
 
 def dropping(masked: Masked, layers: np.ndarray) -> dict[str, np.ndarray]:

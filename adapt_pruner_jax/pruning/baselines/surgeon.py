@@ -35,8 +35,8 @@ from adapt_pruner_jax.models.layer import (
   NAMES,
   WRITERS,
   norm,
-  spread_mask,
   stream,
+  times_mask,
 )
 from adapt_pruner_jax.pruning import (
   allotment,
@@ -266,7 +266,7 @@ def _seen(
   def run(x_BTD, biases):
     y_BTD, tap = half.run(x_BTD, biases)
     fed = tap.fed[unit]
-    return y_BTD, fed * spread_mask(half.masks[unit], fed)
+    return y_BTD, times_mask(fed, half.masks[unit])
 
   _, vjp, fed = jax.vjp(run, x_BTD, given, has_aux=True)
   dx_BTD, gradients = vjp(dy_BTD)
