@@ -29,6 +29,13 @@ SUFFIXES = {
 PACKED = (".gz", ".zst")
 GZIP, PARQUET = b"\x1f\x8b", b"PAR1"
 ZSTD = re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18")  # or pzstd's
+UNREADABLE = {
+  b"\xff\xfe": "UTF-16: convert it, e.g. iconv -f utf-16 -t utf-8",
+  b"\xfe\xff": "UTF-16: convert it, e.g. iconv -f utf-16 -t utf-8",
+  b"BZh": "packed with bzip2: unpack it, or pack it with gzip or zstd",
+  b"\xfd7zXZ": "packed with xz: unpack it, or pack it with gzip or zstd",
+  b"PK\3\4": "a zip archive: unpack it",
+}
 READ = 1 << 16  # bytes that are unpacked at a time
 BATCH = 256  # rows of a parquet file at a time
 SPACE = re.compile(r"\s*")
@@ -62,8 +69,11 @@ def files_of(kind: str, name: str) -> list[Path]:
   return found
 
 
-def lines(path: str | Path) -> Iterator[str]:
+def lines(path: str | Path, most: int = -1) -> Iterator[str]:
   """Reads lines of a UTF-8 file, unpacked, with \\n as in Python's text mode.
+
+  Args:
+    most: bytes of a line; a longer one comes in pieces. -1 = as it is.
 
   Raises:
     UserError: missing, unreadable, cut off, or not UTF-8 (says which byte).
@@ -71,7 +81,7 @@ def lines(path: str | Path) -> Iterator[str]:
   offset = 0
   try:
     with _opened(path) as file:
-      for line in file:
+      for line in file if most < 0 else _pieces(file, most):
         text = line.decode()
         if not offset:
           text = text.removeprefix("\ufeff")  # the byte order mark
@@ -87,6 +97,25 @@ def lines(path: str | Path) -> Iterator[str]:
     ) from error
   except OSError as error:
     raise UserError(f"{path}: {_reason(error)}") from error
+
+
+def _pieces(file: Any, most: int) -> Iterator[bytes]:
+  """Lines, of longer ones parts that end behind a space, or a character."""
+  rest = b""
+  while piece := rest + file.readline(most - len(rest)):
+    rest = b""
+    if len(piece) == most and not piece.endswith(b"\n"):
+      end = piece.rfind(b" ") + 1 or _last_character(piece)
+      piece, rest = piece[:end], piece[end:]
+    yield piece
+
+
+def _last_character(piece: bytes) -> int:
+  """Where it begins, so that none is cut; the end if that is nowhere."""
+  begin = len(piece) - 1
+  while begin > 0 and (piece[begin] & 0xC0 == 0x80 or piece[begin] == 13):
+    begin -= 1
+  return begin or len(piece)
 
 
 def _reason(error: OSError) -> str:
@@ -233,9 +262,12 @@ def _opened(path: str | Path) -> Any:
   """A file of bytes, open for reading and unpacked."""
   file = _binary(path)
   try:
-    start = file.peek(4)[:4]
-    if start == PARQUET:
+    start = file.peek(5)[:5]
+    if start.startswith(PARQUET):
       raise UserError(f"{path} is a parquet file; write parquet:{path}")
+    for magic, what in UNREADABLE.items():
+      if start.startswith(magic):
+        raise UserError(f"{path} is {what}")
     if start.startswith(GZIP):
       return io.BufferedReader(_Unpacked(path, file, _gzip_frame))
     if ZSTD.match(start):
@@ -295,7 +327,9 @@ def _zstd_frame(path: str | Path) -> Callable[[], Any]:
       f"{path} needs the package zstandard: pip install "
       "'adapt_pruner_jax[data]'"
     ) from error
-  return lambda: zstandard.ZstdDecompressor().decompressobj()
+  # Dumps of Reddit, packed with --long, ask for more than 128 MB.
+  most = {"max_window_size": 2**31}
+  return lambda: zstandard.ZstdDecompressor(**most).decompressobj()
 
 
 def _parsed(where: str, text: str) -> Any:

@@ -330,7 +330,7 @@ def _topics(split: str) -> Iterator[Document]:
 def _text(source: Source, path: Path) -> Iterator[Document]:
   """Documents between separator lines, and one at the end of the file."""
   lines, size = [], 0
-  for line in files.lines(path):
+  for line in files.lines(path, LONGEST_DOCUMENT):
     separates = line.strip() == SEPARATOR
     if not separates:
       lines.append(line)

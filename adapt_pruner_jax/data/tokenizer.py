@@ -343,7 +343,9 @@ def _special(
   token_id = ids.get(f"{name}_id")
   if isinstance(token_id, list):
     token_id = token_id[0] if token_id else None
-  return None if token_id is None else backend.id_to_token(token_id)
+  if token_id is None or token_id < 0:  # -1 is none too
+    return None
+  return backend.id_to_token(token_id)
 
 
 def _content(token: Any) -> str | None:

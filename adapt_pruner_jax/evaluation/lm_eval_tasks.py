@@ -183,7 +183,7 @@ def read_rows(path: Path, name: str) -> list[dict]:
   """
   rows = []
   try:
-    lines = path.read_text("utf-8").split("\n")
+    lines = path.read_text("utf-8-sig").split("\n")
   except (OSError, UnicodeDecodeError) as error:
     raise UserError(f"{path} cannot be read: {error}") from error
   for number, line in enumerate(lines, 1):
@@ -226,7 +226,7 @@ class LocalTask(ConfigurableTask):
       return
     try:
       super().download(dataset_kwargs, **kwargs)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
       raise UserError(self._how_to_get(error)) from error
     self.source = " ".join(filter(None, (self.DATASET_PATH, self.DATASET_NAME)))
 

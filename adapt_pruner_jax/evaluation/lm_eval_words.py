@@ -34,7 +34,11 @@ class WordsLM(TemplateLM):
 
   @property
   def prefix_token_id(self) -> int:
-    """What an empty context is replaced by."""
+    """What an empty context is replaced by: as lm-eval's HF model has it, the
+    tokenizer's own begin token, else its end token; else the model's."""
+    own = self.words.special_tokens
+    if "eos_token" in own and "bos_token" not in own:
+      return self.eot_token_id
     found = self.words.bos_id
     found = self.model_config.bos_id if found is None else found
     return self.eot_token_id if found is None else found

@@ -252,9 +252,7 @@ def masked(routed: Routed, mask_XF: jax.Array) -> Routed:
   """
   made_PF, there = routed.made_PF, jnp.any(mask_XF != 0)
   # Float32 as in `layer.times_mask`.
-  wide = jnp.promote_types(
-    made_PF.dtype, mask_XF.dtype
-  )
+  wide = jnp.promote_types(made_PF.dtype, mask_XF.dtype)
   product_PF = made_PF.astype(wide) * mask_XF[routed.expert_P].astype(wide)
   return routed.replace(
     made_PF=product_PF.astype(made_PF.dtype),

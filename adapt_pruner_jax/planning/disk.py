@@ -6,7 +6,7 @@ from pathlib import Path
 import jax.numpy as jnp
 
 from adapt_pruner_jax.config import Config
-from adapt_pruner_jax.formats.hf import files
+from adapt_pruner_jax.formats.hf import files, text_part
 from adapt_pruner_jax.models import model_config
 from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.planning import arrays
@@ -58,6 +58,9 @@ def original_bytes(full: ModelConfig, folder: Path | None) -> int:
   if folder is not None and any(folder.glob("*.safetensors")):
     return weight_bytes(folder)
   if folder is not None:
-    raw = files.read_object(folder / files.CONFIG)
-    dtype = raw.get("dtype") or raw.get("torch_dtype") or dtype
+    path = folder / files.CONFIG
+    whole = files.read_object(path)
+    for raw in (whole, text_part.config_of(whole, str(path))):
+      named = raw.get("dtype") or raw.get("torch_dtype")
+      dtype = named if named in files.DTYPES.values() else dtype
   return model_config.count_params(full) * jnp.dtype(dtype).itemsize

@@ -64,6 +64,7 @@ def cut(
   kept = vocabulary.choose(share_V, content, always, keep)
   key = json.dumps([str(source.resolve()), tokenizer.fingerprint])
   key += digest.of_bytes(kept)
+  key += digest.of_parts(cut_vocabulary.read_from(source))
   folder = cache / f"vocabulary-{digest.of_bytes(key.encode())[:16]}"
 
   def write() -> None:

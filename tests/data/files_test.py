@@ -21,6 +21,14 @@ def zstd(data):
   return pytest.importorskip("zstandard").ZstdCompressor().compress(data)
 
 
+def long_zstd(data):
+  """As of zstd --long=31, piece after piece."""
+  zstandard = pytest.importorskip("zstandard")
+  most = zstandard.ZstdCompressionParameters(window_log=30)
+  packer = zstandard.ZstdCompressor(compression_params=most).compressobj()
+  return packer.compress(data) + packer.flush()
+
+
 def pzstd(data):
   """As zstd's parallel program does: a frame to be skipped comes first."""
   packed = zstd(data)
@@ -28,7 +36,7 @@ def pzstd(data):
   return b"\x50\x2a\x4d\x18" + b"".join(sizes) + packed
 
 
-@pytest.mark.parametrize("pack", [gzip.compress, zstd, pzstd])
+@pytest.mark.parametrize("pack", [gzip.compress, zstd, pzstd, long_zstd])
 def test_packed(tmp_path, pack):
   write(tmp_path / "a.jsonl.packed", pack(LINES))
   assert contents(f"jsonl:{tmp_path}/a.jsonl.packed") == ["one", "two"]

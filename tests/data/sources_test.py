@@ -1,5 +1,7 @@
 """Sources: how they are written, and what is read of files and data sets."""
 
+import bz2
+import lzma
 import sys
 import types
 
@@ -68,6 +70,31 @@ def test_long_text_is_cut_at_a_line(tmp_path, monkeypatch):
   monkeypatch.setattr(sources, "LONGEST_DOCUMENT", 6)
   path = write(tmp_path / "a.txt", "one\ntwo\nthree\n")
   assert contents(f"text:{path}") == ["one\ntwo", "three"]
+
+
+def test_a_long_line_is_cut_at_a_space_or_a_character(tmp_path, monkeypatch):
+  """Some corpora are one line."""
+  monkeypatch.setattr(sources, "LONGEST_DOCUMENT", 8)
+  text = "one two three\r\nüüüüüüü\n123456789"
+  path = write(tmp_path / "a.txt", text)
+  found = contents(f"text:{path}")
+  assert found == ["one two ", "three\nüüü", "üüüü\n1234567", "89"]
+  assert "".join(found) == text.replace("\r", "")
+  assert sources.read_text(path) == text.replace("\r", "")
+
+
+@pytest.mark.parametrize(
+  ("content", "words"),
+  [
+    ("hé".encode("utf-16"), "is UTF-16: convert it, e.g. iconv -f utf-16"),
+    (bz2.compress(b"text"), "packed with bzip2: unpack it"),
+    (lzma.compress(b"text"), "packed with xz: unpack it"),
+  ],
+)
+def test_other_files(tmp_path, content, words):
+  path = write(tmp_path / "a.txt", content)
+  with error(words):
+    contents(f"text:{path}")
 
 
 def test_text_errors(tmp_path):

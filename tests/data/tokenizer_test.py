@@ -47,6 +47,8 @@ def test_tokenizer_ids_from_model_config(folder, tmp_path):
   tokenizer = load_tokenizer(tmp_path)
   assert (tokenizer.bos_id, tokenizer.eos_id) == (BOS, EOS)
   assert tokenizer.chat_template is None
+  write(tmp_path / "config.json", '{"eos_token_id": 2, "bos_token_id": -1}')
+  assert load_tokenizer(tmp_path).bos_id is None
 
 
 def test_tokenizer_is_converted(tmp_path):

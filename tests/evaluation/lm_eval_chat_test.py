@@ -114,6 +114,17 @@ def models(shared_data, tmp_path_factory):
   return found
 
 
+def test_what_stands_before_a_text_is_the_tokenizers(shared_data, tmp_path):
+  """Of Qwen's it is its end: only config.json names a beginning."""
+  folder = copy(shared_data, tmp_path, "")
+  path = folder / "tokenizer_config.json"
+  settings = json.loads(path.read_text()) | {"bos_token": None}
+  path.write_text(json.dumps(settings))
+  lm, peer = ours(folder), theirs(folder)
+  assert lm.model_config.bos_id != lm.eot_token_id
+  assert lm.prefix_token_id == peer.prefix_token_id == lm.eot_token_id
+
+
 WAYS = {
   "examples": {"num_fewshot": 2, "system_instruction": "Be brief. "},
   "chat": {"apply_chat_template": True},

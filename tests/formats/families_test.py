@@ -654,3 +654,6 @@ def test_shared_layers_become_layers_of_their_own(tmp_path, animals, caplog):
     expected = peer(torch.tensor(tokens), use_cache=False).logits.numpy()
   found = logits_of(config, params, tokens)
   np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
+  zoo.rewrite_config(path, num_hidden_layers=None)
+  with pytest.raises(UserError, match="num_hidden_layers=None must be int"):
+    load.load(path)

@@ -12,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.formats.hf import (
   config_json,
+  cut_vocabulary,
   families,
   load,
   save,
@@ -434,6 +435,7 @@ def test_names_of_a_wrapper(tmp_path, mistral):
     path = tmp_path / spelling
     path.mkdir()
     tower = {"vision_tower.patch.weight": np.zeros((2, 2), np.float32)}
+    tower["vision_tower.position_ids"] = np.arange(2)  # of an old CLIP
     save_file(
       {rename(n): w for n, w in weights.items()} | tower,
       path / "model.safetensors",
@@ -452,7 +454,13 @@ def test_names_of_a_wrapper(tmp_path, mistral):
   weights = {rename(n): w for n, w in weights.items()}
   save_file(weights, path / "model.safetensors")
   (path / "config.json").write_text(json.dumps(outer))
-  assert load.load(path)[0].tied
+  config, found = load.load(path)
+  assert config.tied
+  kept = np.arange(0, config.vocab_size, 2)
+  cut_vocabulary.write(path, tmp_path / "cut", kept, {})
+  config, cut = load.load(tmp_path / "cut")
+  assert config.tied
+  np.testing.assert_array_equal(cut["embedding"], found["embedding"][kept])
   with pytest.raises(UserError, match="needs the field text_config"):
     config_json.read({"model_type": "mistral3"})
   # A wrapper that is not known, around a language model that is.

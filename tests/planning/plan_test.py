@@ -443,6 +443,15 @@ def test_a_gguf_and_a_revision(small_model, tmp_path, monkeypatch):
   ]
 
 
+@pytest.mark.parametrize("dtype, size", [("bfloat16", 2), ("auto", 4)])
+def test_the_type_of_a_wrapper_not_yet_downloaded(tmp_path, dtype, size):
+  """It may be said one level lower."""
+  raw = {"model_type": "mistral3", "text_config": {"dtype": dtype}}
+  (tmp_path / "config.json").write_text(json.dumps(raw))
+  numbers = model_config.count_params(SMALL)
+  assert disk.original_bytes(SMALL, tmp_path) == size * numbers
+
+
 def test_a_model_that_is_not_there():
   with pytest.raises(UserError, match=r"someone/else is not a directory"):
     plan.original(recipe(model__path="someone/else"))

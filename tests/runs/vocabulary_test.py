@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from adapt_pruner_jax.formats.hf import load
 from adapt_pruner_jax.models import decoder, model_config
 from adapt_pruner_jax.planning import plan
 from adapt_pruner_jax.reporting.log import Log
-from adapt_pruner_jax.runs import run
+from adapt_pruner_jax.runs import run, vocabulary
 from adapt_pruner_jax.runs.inputs import open_inputs
 from adapt_pruner_jax.runs.recovery import teacher_of
 from tests.small_runs import recipe
@@ -44,6 +45,22 @@ def cut(stories, tmp_path_factory):
   config.prune.ratio = 0.0
   path = tmp_path_factory.mktemp("cut") / "work"
   return path, run.run(config, path)
+
+
+def test_another_config_is_another_directory(stories, tmp_path):
+  """What it has copied must be what the model has now."""
+  model = tmp_path / "model"
+  shutil.copytree(stories, model)
+  tokenizer, config = load_tokenizer(model), cut_recipe(model, keep_tokens=KEEP)
+  make = lambda: vocabulary.cut(
+    *(config, model, load.read_config(model), tokenizer, tmp_path / "cache"),
+    lambda _: None,
+  )
+  folder = make()
+  assert make() == folder
+  raw = json.loads((model / "config.json").read_text())
+  (model / "config.json").write_text(json.dumps(raw | {"rope_theta": 5e5}))
+  assert load.read_config(make()).rope.theta == 5e5
 
 
 def logits_of(folder, ids_BT):

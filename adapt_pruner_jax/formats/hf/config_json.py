@@ -199,8 +199,9 @@ def _family(raw: Raw, path: str) -> tuple[str, Raw]:
       "such as LlamaForCausalLM"
     )
   if name == "mobilellm":
-    raw = dict(raw, num_hidden_layers=raw.get("num_hidden_layers", 0))
-    raw["num_hidden_layers"] *= repeats(raw)
+    layers = raw.get("num_hidden_layers")
+    require(layers, (int,), "num_hidden_layers", path)
+    raw = dict(raw, num_hidden_layers=layers * repeats(raw))
     raw["tie_word_embeddings"] = bool(
       raw.pop("share_embedding", False) or raw.get("tie_word_embeddings")
     )

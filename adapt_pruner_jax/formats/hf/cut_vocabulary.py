@@ -5,14 +5,19 @@ id, and a link to the original model, of whose embedding and output matrix the
 kept rows are read: no weights are copied. It is opened like any model.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from adapt_pruner_jax.errors import UserError
-from adapt_pruner_jax.formats.hf import carried, generation_config, text_part
+from adapt_pruner_jax.formats.hf import (
+  carried,
+  config_json,
+  generation_config,
+  text_part,
+)
 from adapt_pruner_jax.formats.hf.families import FAMILIES
 from adapt_pruner_jax.formats.hf.files import (
   ALL,
@@ -59,6 +64,10 @@ def write(
   with publish.directory(folder) as made:
     whole = read_object(source / CONFIG)
     raw = text_part.config_of(whole, str(source / CONFIG))
+    if raw is not whole:  # of tying the wrapper had the say
+      config = config_json.read(whole)
+      tied = text_part.tied_as_stored(config, whole, source).tied
+      raw = {**raw, "tie_word_embeddings": tied}
     raw = {**raw, "vocab_size": len(kept)}
     if carried.VOCABULARY in raw:
       raw[carried.VOCABULARY] = len(kept)
@@ -72,12 +81,22 @@ def write(
       if (source / name).is_file():
         content = change(read_object(source / name), new)
         json_files.write_json(made / name, content)
-    for file in (f for p in TEXTS for f in source.glob(p) if f.is_file()):
+    for file in _found(source, TEXTS):
       copy = made / file.relative_to(source)
       copy.parent.mkdir(exist_ok=True)
       copy.write_bytes(confined(file, source).read_bytes())
     json_files.write_json(made / KEPT, kept.tolist())
     (made / SOURCE).symlink_to(source.resolve())
+
+
+def read_from(source: Path) -> list[Path]:
+  """What `write` makes a directory of, but for the weights."""
+  changed = CONFIG, generation_config.FILE, "tokenizer_config.json"
+  return _found(source, (*changed, "added_tokens.json", *TEXTS))
+
+
+def _found(source: Path, names: Sequence[str]) -> list[Path]:
+  return [f for n in names for f in sorted(source.glob(n)) if f.is_file()]
 
 
 def named_ids(source: Path) -> set[int]:

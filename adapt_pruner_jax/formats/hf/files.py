@@ -59,7 +59,8 @@ class Checkpoint:
   """The tensors of a directory; only headers are read until `array`.
 
   Attributes:
-    shapes, dtypes: of each tensor, by name.
+    shapes, dtypes: of each tensor, by name; types that are not read are as the
+      file names them.
   """
 
   def __init__(self, folder: Path, absent: Collection[str] = ()):
@@ -112,19 +113,31 @@ class Checkpoint:
           raise UserError(
             f"{tensor} is in both {self._file[tensor].name} and {file}"
           )
-        if part.get_dtype() not in READ:
-          raise UserError(
-            f"{file}: {tensor} is stored as {part.get_dtype()}; only "
-            f"{', '.join(DTYPES)} are supported, quantized models are not"
-          )
         self._file[tensor] = file
         self.shapes[tensor] = tuple(part.get_shape())
-        self.dtypes[tensor] = READ[part.get_dtype()]
+        self.dtypes[tensor] = READ.get(part.get_dtype(), part.get_dtype())
+        if part.get_dtype() not in READ:
+          continue  # it may be of a part that is not read
         first, end = header[tensor]["data_offsets"]
         size = math.prod(self.shapes[tensor])
         if end - first != size * jnp.dtype(self.dtypes[tensor]).itemsize:
           raise UserError(f"{file} is damaged at {tensor}: get it again")
         self._start[tensor] = start + first
+
+
+def readable(checkpoint: Any) -> Any:
+  """The checkpoint, or one of its parts, if all its types are read.
+
+  Raises:
+    UserError: a tensor is stored in another.
+  """
+  for tensor, kind in checkpoint.dtypes.items():
+    if kind not in READ.values():
+      raise UserError(
+        f"{checkpoint.folder}: {tensor} is stored as {kind}; only "
+        f"{', '.join(DTYPES)} are supported, quantized models are not"
+      )
+  return checkpoint
 
 
 def _weight_map(folder: Path) -> dict[str, Path]:

@@ -21,6 +21,7 @@ from adapt_pruner_jax.formats.hf.files import (
   CONFIG,
   Checkpoint,
   read_object,
+  readable,
 )
 from adapt_pruner_jax.formats.hf.tensor_names import OUTER, OUTER_TOLD
 from adapt_pruner_jax.models.model_config import ModelConfig
@@ -267,10 +268,10 @@ def checkpoint(folder: Path) -> Any:
   quantization = raw.get("quantization_config")
   found = mxfp4.unpacked(fp8.dequantized(found, quantization), quantization)
   if raw.get("model_type") not in WRAPPERS:
-    return found
+    return readable(found)
   if raw["model_type"] == "qwen3_vl_moe":
     found = turned.either_way(found, config_of(raw, CONFIG)["hidden_size"])
-  return Part(found)
+  return readable(Part(found))
 
 
 def _without_unread(checkpoint: Checkpoint, raw: Raw) -> Any:
