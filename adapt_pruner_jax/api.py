@@ -117,9 +117,12 @@ def prune(
   texts = pruning_data(source, recipe, tokenizer, model.config.vocab_size, seed)
   if recipe.counts("latency"):
     budgets.check_table(model.config, recipe, profile.device_name("jax"))
+  params = model.params
+  if model.dtype == "float16":  # in which scores of many tokens underflow
+    params = jax.tree.map(lambda x: x.astype("float32"), params)
   task = PruneTask(
     model.config,
-    model.params,
+    params,
     recipe,
     texts.steps.batch,
     targets.resolve_target(model.config, recipe),

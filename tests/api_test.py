@@ -89,6 +89,19 @@ def test_a_smaller_vocabulary_of_another_type_and_end(small_model, tmp_path):
   assert {str(x.dtype) for x in tensors.values()} == {"bfloat16"}
 
 
+def test_float16_is_scored_in_float32(small_model, tmp_path):
+  """There scores of many tokens underflow; what is written is float16."""
+  half = api.load(small_model, "float16")
+  small = api.prune(half, ratio=0.1, method="magnitude", refit="none")
+  assert {x.dtype.name for x in jax.tree.leaves(small.params)} == {"float32"}
+  api.save(small, tmp_path / "out")
+  tensors = load_file(tmp_path / "out" / "model.safetensors")
+  assert {str(x.dtype) for x in tensors.values()} == {"float16"}
+  config = recipe(small_model, stages=1)
+  config.model.dtype, config.train.tokens = "float16", 0
+  assert config.weight_dtype() == "float32"
+
+
 def test_what_is_refused(small_model):
   model = api.load(small_model)
   with pytest.raises(UserError, match="goes to a disk"):
