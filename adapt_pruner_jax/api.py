@@ -23,6 +23,8 @@ from jax.sharding import Mesh, NamedSharding
 from adapt_pruner_jax.models.axes import Params
 from adapt_pruner_jax.models.model_config import ModelConfig
 
+TOKENS = "bos_id", "eos_ids", "pad_id"  # of a config
+
 
 class Model(NamedTuple):
   """A model, where its tokenizer is, and in which dtype it is saved.
@@ -198,6 +200,7 @@ def cut_vocabulary(
   from adapt_pruner_jax.config import Config, Vocab, check
   from adapt_pruner_jax.distributed import sharding
   from adapt_pruner_jax.errors import UserError
+  from adapt_pruner_jax.formats.hf.load import read_config
   from adapt_pruner_jax.models import axes
   from adapt_pruner_jax.runs import vocabulary
   from adapt_pruner_jax.storage import places
@@ -227,14 +230,9 @@ def cut_vocabulary(
       return array
     return array.take(kept, axis=letters.index("V"))
 
-  old, new = model.config, {id_: i for i, id_ in enumerate(kept.tolist())}
-  config = dataclasses.replace(
-    old,
-    vocab_size=len(kept),
-    bos_id=new.get(old.bos_id),
-    eos_ids=tuple(new[id_] for id_ in old.eos_ids if id_ in new),
-    pad_id=new.get(old.pad_id),
-  )
+  cut = read_config(folder)
+  changed = {n: getattr(cut, n) for n in ("vocab_size", *TOKENS)}
+  config = dataclasses.replace(model.config, **changed)
   params = axes.map_named(rows, model.params)
   where = sharding.param_shardings(params, _mesh(model))
   params = jax.device_put(params, where)
