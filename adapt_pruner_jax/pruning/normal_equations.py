@@ -21,7 +21,7 @@ from adapt_pruner_jax.models.layer import HALVES, NAMES, stream
 from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.pruning import float32_product, linear_algebra, streams
 from adapt_pruner_jax.pruning.median import median
-from adapt_pruner_jax.pruning.streams import CAP, Stream, Weights
+from adapt_pruner_jax.pruning.streams import CAP, Stream, Tokens, Weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Batch(NamedTuple):
 
   Attributes:
     z_BTD, u_BTD: the dense stream and the pruned one.
-    weight_BT: what a token counts.
+    tokens: what they count.
     fed: what the matrices multiply, made of the pruned stream.
     dense_fed: the same of the dense one, for matrices that are to give what
       they give there.
@@ -63,7 +63,7 @@ class Batch(NamedTuple):
 
   z_BTD: jax.Array
   u_BTD: jax.Array
-  weight_BT: jax.Array
+  tokens: Tokens
   fed: jax.Array
   dense_fed: jax.Array | None = None
   given_BTD: jax.Array | None = None
@@ -74,15 +74,15 @@ def total(
 ) -> Any:
   """Sum of `fn`, of a `Batch`, over the minibatches that count."""
   of, mesh, found = (task.config, task.names[0]), task.mesh, None
-  for z_BTD, u_BTD, weight_BT in zip(z, u, weights, strict=True):
-    if weight_BT is None:
+  for z_BTD, u_BTD, tokens in zip(z, u, weights, strict=True):
+    if tokens is None:
       continue
     own = parts.layer, parts.place, u_BTD
     fed, dense_fed = streams.fed_to(*of, *own, mesh=mesh), None
     if not _to_the_stream(task, parts):
       dense = parts.dense_layer, parts.place, z_BTD
       dense_fed = streams.fed_to(*of, *dense, mesh=mesh)
-    one = fn(Batch(z_BTD, u_BTD, weight_BT, fed, dense_fed))
+    one = fn(Batch(z_BTD, u_BTD, tokens, fed, dense_fed))
     found = one if found is None else _plus(found, one)
   return found
 
@@ -147,7 +147,7 @@ def _lacking(task, parts, batch):
     weight_BT: lowered so that no token's input energy exceeds CAP medians.
   """
   config, names, layer = task.config, task.names, parts.layer
-  z_BTD, u_BTD, weight_BT, fed, dense_fed, given_BTD = batch
+  z_BTD, u_BTD, (weight_BT, pads_BT), fed, dense_fed, given_BTD = batch
   found = {}
   if given_BTD is not None:
     scale = config.residual_scale
@@ -169,7 +169,7 @@ def _lacking(task, parts, batch):
       found[n] = target_BTE - given_BTE, target_BTE
   fed_BTC = _flat(fed)
   energy_BT = jnp.sum(jnp.square(fed_BTC.astype(jnp.float32)), axis=-1)
-  most = CAP * median(sharding.whole(energy_BT, task.mesh))
+  most = CAP * median(*sharding.whole((energy_BT, ~pads_BT), task.mesh))
   weight_BT *= jnp.minimum(1, most / jnp.maximum(energy_BT, 1e-30))
   return fed_BTC, found, weight_BT
 

@@ -111,17 +111,17 @@ def _ridges(rows_X: np.ndarray, channels: int, ridge: float) -> np.ndarray:
 def _over_minibatches(config, mesh, streams, fn, given, weights):
   """Sums of `fn` over the minibatches that count, and over devices."""
   total = None
-  for z_BTD, u_BTD, weight_BT in zip(*streams, weights, strict=True):
-    if weight_BT is None:
+  for z_BTD, u_BTD, tokens in zip(*streams, weights, strict=True):
+    if tokens is None:
       continue
-    args = fn, config, given, z_BTD, u_BTD, weight_BT
+    args = fn, config, given, z_BTD, u_BTD, tokens
     found = _of_devices(*args, mesh=mesh)
     total = found if total is None else _plus(total, found)
   return _added_up(total, mesh=mesh)
 
 
 @partial(jax.jit, static_argnames=("fn", "config", "mesh"))
-def _of_devices(fn, config, given, z_BTD, u_BTD, weight_BT, *, mesh):
+def _of_devices(fn, config, given, z_BTD, u_BTD, tokens, *, mesh):
   """Sums of each device over its rows, [N, ...]."""
 
   def alone(given, *rows):
@@ -134,7 +134,7 @@ def _of_devices(fn, config, given, z_BTD, u_BTD, weight_BT, *, mesh):
     in_specs=(PartitionSpec(), ROWS, ROWS, ROWS),
     out_specs=ROWS,
     check_vma=False,
-  )(given, z_BTD, u_BTD, weight_BT)
+  )(given, z_BTD, u_BTD, tokens)
 
 
 class _Rows(NamedTuple):
@@ -166,7 +166,7 @@ class _Rows(NamedTuple):
     return zeros_X.at[self.expert_P].add(x_P)
 
 
-def _rows(config, dense, layer, z_BTD, u_BTD, weight_BT, cut):
+def _rows(config, dense, layer, z_BTD, u_BTD, tokens, cut):
   """What both models make of a device's rows."""
   config = dataclasses.replace(config, shared_width=0)  # what is beside stays
   dtype, wide = layer[MATRIX].dtype, lambda x: x.astype(jnp.float32)
@@ -180,19 +180,19 @@ def _rows(config, dense, layer, z_BTD, u_BTD, weight_BT, cut):
     wide(made_PF), wide(weights[MATRIX]), routed.sizes_X
   )
   target_PE = said(routed.made_PF, dense)
-  counts_P = weight_BT.reshape(-1)[routed.token_P]
+  weight_P, pads_P = (x.reshape(-1)[routed.token_P] for x in tokens)
   energy_P = jnp.sum(jnp.square(fed_PF), axis=-1)
-  everyone = energy_P
+  everyone = energy_P, ~pads_P
   if cut:
-    everyone = jax.lax.all_gather(energy_P, axes.BATCH, tiled=True)
-  most = CAP * median(everyone)
+    everyone = jax.lax.all_gather(everyone, axes.BATCH, tiled=True)
+  most = CAP * median(*everyone)
   capped_P = jnp.minimum(1, most / jnp.maximum(energy_P, 1e-30))
   return _Rows(
     fed_PF=fed_PF,
     target_PE=target_PE,
     lacks_PE=target_PE - said(fed_PF, layer),
-    counts_P=counts_P,
-    weight_P=counts_P * capped_P * jnp.square(wide(routed.weight_P)),
+    counts_P=weight_P,
+    weight_P=weight_P * capped_P * jnp.square(wide(routed.weight_P)),
     expert_P=routed.expert_P,
     sizes_X=routed.sizes_X,
   )

@@ -5,6 +5,7 @@ half.
 """
 
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +32,16 @@ ENOUGH = 20  # tokens per input channel from which a weak ridge is best
 WEAK, STRONG = 0.1, 1.0  # ridges with enough tokens, and with fewer
 
 Stream = list[jax.Array]  # minibatches [B, T, D], float32
-Weights = list[jax.Array | None]  # what tokens count, [B, T]; None = nothing
+
+
+class Tokens(NamedTuple):
+  """What the tokens of a minibatch count, [B, T], and which only pad it."""
+
+  weight_BT: jax.Array
+  pads_BT: jax.Array
+
+
+Weights = list[Tokens | None]  # None = none of them counts
 
 
 def start(config, outer, tokens_NT, batch, mesh) -> tuple:
@@ -48,12 +58,15 @@ def start(config, outer, tokens_NT, batch, mesh) -> tuple:
   row_MB = valid_MB.ravel().cumsum().reshape(valid_MB.shape)  # from 1
   judge_MB = row_MB > N - held_rows(tokens_NT)
 
+  def spread(rows_B, dtype):
+    return placement.replicate(np.tile(rows_B[:, None], T).astype(dtype), mesh)
+
   def weights(rows_MB):
     return [
-      placement.replicate(np.tile(rows_B[:, None], T).astype(np.float32), mesh)
+      Tokens(spread(rows_B, np.float32), spread(~valid_B, bool))
       if rows_B.any()
       else None
-      for rows_B in rows_MB
+      for rows_B, valid_B in zip(rows_MB, valid_MB, strict=True)
     ]
 
   stream = [_embed(config, outer, t, mesh=mesh) for t in tokens_MBT]

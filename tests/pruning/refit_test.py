@@ -177,6 +177,21 @@ def test_changes_only_what_writes_and_keeps_shapes(pair, refitted):
   assert all(r["after"] < r["before"] for r in records)
 
 
+def test_rows_that_pad_do_not_matter(pair, monkeypatch):
+  """Nor for the cap: minibatches of five have three more on eight devices."""
+  monkeypatch.setattr(normal_equations, "CAP", 1.0)  # of every other token
+  jax.clear_caches()
+  one, _ = refit.refit(*pair, KEPT, TOKENS, 5, ridge=0.1)
+  mesh = sharding.make_mesh(data=8)
+  placed = [
+    (c, jax.device_put(p, sharding.param_shardings(p, mesh))) for c, p in pair
+  ]
+  many, _ = refit.refit(*placed, KEPT, TOKENS, 5, ridge=0.1, mesh=mesh)
+  close = lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-4)
+  jax.tree.map(close, one, many)
+  jax.clear_caches()
+
+
 def test_minibatches_and_devices_do_not_matter(pair, monkeypatch):
   # The cap depends on the minibatch; without it nothing does.
   monkeypatch.setattr(normal_equations, "CAP", 1e9)
