@@ -1,5 +1,6 @@
 """Commands and flags; nothing else parses a command line."""
 
+import contextlib
 import json
 import os
 import sys
@@ -19,6 +20,7 @@ from adapt_pruner_jax.config import recipe_flags
 from adapt_pruner_jax.distributed import joining, mesh_flags, virtual_devices
 from adapt_pruner_jax.errors import (
   EXIT_ERROR,
+  EXIT_INTERRUPTED,
   EXIT_STOPPED,
   StoppedError,
   UserError,
@@ -49,6 +51,9 @@ def main(argv: Sequence[str] | None = None) -> None:
   logging.set_verbosity(logging.WARNING)
   logging.use_absl_handler()
   virtual_devices.give_threads()
+  for stream in (sys.stdout, sys.stderr):  # names of tokens are any text
+    if hasattr(stream, "reconfigure"):
+      stream.reconfigure(errors="replace")
   try:
     command, rest = (argv[0], argv[1:]) if argv else ("--help", [])
     if command in ("--help", "-h", "help"):
@@ -61,10 +66,14 @@ def main(argv: Sequence[str] | None = None) -> None:
       )
     sys.exit(COMMANDS[command](command, rest))
   except StoppedError as stopped:
-    print(stopped, file=sys.stderr)
+    _tell(str(stopped))
     sys.exit(EXIT_STOPPED)
+  except KeyboardInterrupt:
+    _tell("interrupted")
+    _leave_others(EXIT_INTERRUPTED)
+    sys.exit(EXIT_INTERRUPTED)
   except UserError as error:
-    print(f"error: {error}", file=sys.stderr)
+    _tell(f"error: {error}")
     _fail(error)
     sys.exit(EXIT_ERROR)
   except Exception as error:
@@ -387,6 +396,20 @@ def _parse(
   for name in required:
     if not values[name].value:
       raise UserError(f"adapt-pruner {command} needs --{name}=...")
+
+
+def _tell(text: str) -> None:
+  with contextlib.suppress(BrokenPipeError):  # nobody listens any more
+    print(text, file=sys.stderr)
+
+
+def _leave_others(code: int) -> None:
+  """Ends this process at once if there are others, which shall notice."""
+  if "jax" in sys.modules:
+    from adapt_pruner_jax.distributed import processes
+
+    if processes.client() is not None:
+      processes.end(code)
 
 
 def _fail(error: Exception) -> None:

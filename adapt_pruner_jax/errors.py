@@ -14,6 +14,8 @@ EXIT_ERROR = 1
 EXIT_STOPPED = 75
 # Another process of the run died; all of them, started again, continue.
 EXIT_PEER = 76
+# Ctrl-C twice, or where nothing is to be saved; as a shell has it of SIGINT.
+EXIT_INTERRUPTED = 130
 
 
 class UserError(Exception):

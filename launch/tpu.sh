@@ -47,14 +47,21 @@ tpus() {
   fi
 }
 
-# state_of KIND FIELD: a state in gcloud's words, or NONE.
+# state_of KIND FIELD: a state in gcloud's words, or NONE. Waits where it could
+# once be asked and now cannot: the network is away.
 state_of() {
-  if tpus "$1" describe "$name" --format="value($2)" 2>"$tmp/describe"; then
-    return
-  fi
-  grep -q NOT_FOUND "$tmp/describe" ||
-    fail "gcloud cannot describe $name: $(tail -n 1 "$tmp/describe")"
-  echo NONE
+  until tpus "$1" describe "$name" --format="value($2)" 2>"$tmp/describe"; do
+    if grep -q NOT_FOUND "$tmp/describe"; then
+      echo NONE
+      break
+    fi
+    [[ -f $tmp/described ]] ||
+      fail "gcloud cannot describe $name: $(tail -n 1 "$tmp/describe")"
+    say "gcloud cannot describe $name, trying again:" \
+      "$(tail -n 1 "$tmp/describe")"
+    sleep "$POLL_SECONDS"
+  done
+  touch "$tmp/described"
 }
 
 create() {
@@ -127,6 +134,15 @@ job_state() {
     echo unreachable
 }
 
+# Fails if the run that is there was started with other flags.
+require_same() {
+  local flags
+  flags=$(on 0 flags) || return 0 # asked again by what follows it
+  [[ -z $flags || $flags == "$(printf '%s\n' "$@")" ]] ||
+    fail "$name is busy with another run: adapt-pruner run ${flags//$'\n'/ };" \
+      "give its flags to follow it, or another --name"
+}
+
 start() {
   local unpack="rm -rf adapt-pruner/launch adapt-pruner/configs \
 adapt-pruner/adapt_pruner_jax && mkdir -p adapt-pruner && \
@@ -143,7 +159,9 @@ follow() {
   while true; do
     get_tpu
     state=$(job_state)
-    if [[ $state != running && $state != unreachable ]]; then
+    if [[ $state == running ]]; then
+      require_same "$@"
+    elif [[ $state != unreachable ]]; then
       if ! start "$@"; then
         preempted || fail "the run could not be started on $name, see above"
         continue

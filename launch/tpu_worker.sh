@@ -1,5 +1,7 @@
 #!/usr/bin/env bash
-# What tpu.sh calls on a TPU's workers: install | start FLAGS | state | follow
+# What tpu.sh calls on a TPU's workers:
+#
+#   install | start FLAGS | flags | state | follow
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . launch/venv.sh
@@ -26,11 +28,15 @@ case $1 in
       kill -KILL -- "-$job"
     fi
     rm -f job.exit
+    printf '%s\n' "$@" >job.flags
     # shellcheck disable=SC2016
     setsid bash -c '"$@"; echo $? >job.exit' job \
       "$VENV/bin/adapt-pruner" run --distributed "$@" \
       </dev/null >job.log 2>&1 &
     echo $! >job.pid
+    ;;
+  flags) # of the run, one a line
+    cat job.flags 2>/dev/null || true
     ;;
   state) # the exit code, "running", or "none"
     if alive; then

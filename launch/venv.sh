@@ -70,6 +70,17 @@ venv_works() {
 # nothing, and needs no network, if it does already: $VENV/.installed names the
 # place, the checksum of what names the dependencies, and the extras.
 use_venv() {
+  # Of two launches at once one waits for the other.
+  if [[ -z $dry_run ]] && command -v flock >/dev/null &&
+    (: >>"$VENV.lock") 2>/dev/null; then
+    exec 9>>"$VENV.lock"
+    flock 9
+  fi
+  make_venv "$@"
+  exec 9>&-
+}
+
+make_venv() {
   local sum place='' had='' extras='' extra spec=. python
   sum=$(cat setup.py pyproject.toml | cksum)
   if [[ -f $VENV/.installed ]]; then

@@ -349,6 +349,14 @@ def test_convert_into_a_bucket(command, bucket, small_model, tmp_path, name):
     np.testing.assert_array_equal(new[name], value, err_msg=name)
 
 
+def test_ctrl_c_is_one_line(command, monkeypatch):
+  def convert(*_):
+    raise KeyboardInterrupt
+
+  monkeypatch.setitem(cli.COMMANDS, "convert", convert)
+  assert command("convert") == (130, "", "interrupted\n")
+
+
 def test_help(command):
   assert "evaluate" in command("--help")[1]
   for name in cli.COMMANDS:

@@ -48,12 +48,20 @@ case "$*" in
   *"queued-resources describe"*) state=queue ;;&
   *"tpu-vm describe"*) state=vm ;;&
   *describe*)
-    [[ ! -e broken ]] || { echo "ERROR: PERMISSION_DENIED" >&2; exit 1; }
+    if [[ -e broken ]]; then
+      [[ ! -e lost ]] || rm broken lost
+      echo "ERROR: PERMISSION_DENIED" >&2
+      exit 1
+    fi
     cat "$state" 2>/dev/null || { echo "ERROR: NOT_FOUND" >&2; exit 1; }
     ;;
   *"queued-resources create"*) echo ACTIVE >queue; echo READY >vm ;;
   *delete*) rm -f queue vm job ;;
   *"tpu_worker.sh start"*) echo running >job ;;
+  *"tpu_worker.sh flags"*)
+    [[ ! -e lost ]] || touch broken
+    cat flags 2>/dev/null
+    ;;
   *"tpu_worker.sh state"*) cat job 2>/dev/null || echo none ;;
   *"tpu_worker.sh follow"*)
     echo "line of the log"
@@ -454,8 +462,23 @@ def test_tpu_that_is_there_is_used_and_a_run_is_joined(cloud):
   assert steps(calls) == ["copy", "install", "start", "follow"]
   (cloud.cloud / "runs").write_text("0\n")
   (cloud.cloud / "job").write_text("running\n")
+  (cloud.cloud / "flags").write_text("\n".join(RUN[1:]) + "\n")
   _, calls = cloud.run("tpu.sh", *TPU, *RUN)
   assert steps(calls) == ["follow"]
+  (cloud.cloud / "job").write_text("running\n")
+  error = cloud.fails("tpu.sh", *TPU, "--", "--workdir=gs://b/other")
+  assert "busy with another run: adapt-pruner run --workdir=/mnt/b/run" in error
+
+
+def test_a_network_that_was_away_is_waited_for(cloud):
+  (cloud.cloud / "vm").write_text("READY\n")
+  (cloud.cloud / "job").write_text("running\n")
+  (cloud.cloud / "runs").write_text("running\n0\n")
+  (cloud.cloud / "lost").touch()  # from when it has been asked once
+  result, calls = cloud.run("tpu.sh", *TPU, *RUN)
+  assert result.returncode == 0, result.stderr
+  assert "gcloud cannot describe pod, trying again" in result.stderr
+  assert steps(calls) == ["follow", "follow"]
 
 
 def test_spot_tpu_continues_and_is_deleted(cloud):

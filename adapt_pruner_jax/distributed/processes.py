@@ -158,7 +158,7 @@ def fail(error: Exception) -> None:
       # It may be due to a process that is gone: `_watch` then ends this one.
       time.sleep(HEARTBEAT + 10)
       traceback.print_exception(error)
-    _end(EXIT_ERROR)
+    end(EXIT_ERROR)
 
 
 def _leave() -> None:
@@ -240,10 +240,11 @@ def _end_saying(why: str) -> None:
   os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
   again = "Start all processes again: the same command continues"
   os.write(stderr, f"error: {why}. {again}\n".encode())
-  _end(EXIT_PEER)
+  end(EXIT_PEER)
 
 
-def _end(code: int) -> None:
+def end(code: int) -> None:
+  """Ends this process, whatever the others do."""
   # In a thread: a pipe that nobody reads would hold up the end for ever.
   flush = threading.Thread(target=_flush, daemon=True)
   flush.start()

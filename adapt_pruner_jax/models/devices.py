@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import resource
+import sys
 from typing import Any, NamedTuple
 
 import jax
@@ -83,6 +84,13 @@ def meant_mesh(mesh: Any, kind: str) -> Any:
   return MeantMesh(dict(mesh.shape), mesh.size, np.array([device]))
 
 
+def nodes(kind: str, number: int) -> int:
+  """How many machines so many devices are in, as usual of GPUs eight in each;
+  1 of TPUs, of which a slice is meant, and where eight do not divide them."""
+  usual = of_kind(kind) is not None and not kind.startswith("TPU")
+  return number // 8 if usual and number % 8 == 0 else 1
+
+
 def of_kind(kind: str) -> Device | None:
   """The row of a `device_kind`, None if it is not known."""
   return next((d for n, d in DEVICES.items() if kind.startswith(n)), None)
@@ -103,7 +111,8 @@ def peak_memory() -> int | None:
     return max(peaks)
   if jax.local_devices()[0].platform != "cpu":
     return None
-  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+  unit = 1 if sys.platform == "darwin" else 1024  # bytes
+  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def memory_of(device: jax.Device) -> float:

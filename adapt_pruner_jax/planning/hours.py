@@ -35,7 +35,7 @@ from adapt_pruner_jax.pruning import targets
 from adapt_pruner_jax.reporting.log import Log
 from adapt_pruner_jax.reporting.progress import duration
 from adapt_pruner_jax.runs.recipe import RECIPE, changed
-from adapt_pruner_jax.storage import json_files
+from adapt_pruner_jax.storage import json_files, lock
 from adapt_pruner_jax.training import loop, optimizer
 from adapt_pruner_jax.training.step import batch_of
 
@@ -84,9 +84,13 @@ def settle(
   asked = dataclasses.asdict(config)
   file = path / FILE
   kept = json_files.read_object(file) if file.exists() else {}
-  before = kept.get("asked")
-  if isinstance(before, dict) and not changed(before, asked):
-    made = _chosen(config, kept["chosen"])
+  # Another recipe's choice stays: its run is there until this one claims it.
+  choices = [kept, *kept.pop("earlier", [])]
+  for choice in choices:
+    before = choice.get("asked")
+    if not isinstance(before, dict) or changed(before, asked):
+      continue
+    made = _chosen(config, choice["chosen"])
     if config.train.remat != before["train"]["remat"]:  # it may change
       made.train.remat = config.train.remat
     return made
@@ -108,7 +112,8 @@ def settle(
   chosen = choose(config, full, speed, flops / speed.step, spent, model)
   path.mkdir(parents=True, exist_ok=True)
   kept = {"asked": asked, "chosen": chosen, "speed": dataclasses.asdict(speed)}
-  json_files.write_json(file, kept)
+  earlier = [choice for choice in choices if "asked" in choice]
+  json_files.write_json(file, kept | {"earlier": earlier})
   log.say(said(config, chosen, speed))
   return _chosen(config, chosen)
 
@@ -126,7 +131,9 @@ def of_run(config: Config, path: Path, overwrite: bool, begun: float) -> Config:
   checked(config)
   from adapt_pruner_jax.planning.plan import original
 
-  return settle(config, path, original(config)[0], Log(None), overwrite, begun)
+  full = original(config)[0]
+  with lock.lock(path):  # of two at once one chooses
+    return settle(config, path, full, Log(None), overwrite, begun)
 
 
 def checked(config: Config) -> None:

@@ -26,7 +26,7 @@ from jax.stages import Lowered
 from adapt_pruner_jax.config import Config
 from adapt_pruner_jax.distributed import each_device, placement, sharding
 from adapt_pruner_jax.models import axes, model_config
-from adapt_pruner_jax.models.devices import meant_mesh
+from adapt_pruner_jax.models.devices import meant_mesh, nodes
 from adapt_pruner_jax.models.model_config import ModelConfig
 from adapt_pruner_jax.planning import (
   arrays,
@@ -108,7 +108,10 @@ def measure_here(
   real: bool,
   wanted: Sequence[str],
 ) -> dict[str, Bytes]:
-  mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh), devices=devices)
+  wanted_mesh = dataclasses.asdict(config.mesh)
+  if not real:  # what stands in says nothing of nodes
+    wanted_mesh["slices"] = config.mesh.slices or nodes(kind, len(devices))
+  mesh = sharding.make_mesh(**wanted_mesh, devices=devices)
   sharding.require_experts(full, mesh)
   seen = mesh if real else meant_mesh(mesh, kind)
   if config.train.tokens:

@@ -32,6 +32,14 @@ METRICS = "metrics.jsonl"
 EVERY = 10.0  # seconds between the lines of a phase without a terminal
 
 
+class _Console(Console):
+  """A console whose reader may go away: the run goes on without."""
+
+  def on_broken_pipe(self) -> None:
+    with contextlib.suppress(SystemExit):
+      super().on_broken_pipe()
+
+
 class Log:
   """The voice of a run; also a context manager.
 
@@ -59,7 +67,7 @@ class Log:
     Raises:
       UserError: a tracker is unknown or not installed.
     """
-    self._console = Console(quiet=not agreement.is_writer(), stderr=stderr)
+    self._console = _Console(quiet=not agreement.is_writer(), stderr=stderr)
     self._workdir = workdir if agreement.is_writer() else None
     self._tensorboard = tensorboard
     self.outbox = Outbox()

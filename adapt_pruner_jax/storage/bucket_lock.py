@@ -128,7 +128,7 @@ def _beat(
       if _numbers(mine.parent)[-1:] > [mine.name]:
         _lost(workdir)
       mine.write_bytes(_content(beat=count))
-    except UserError as error:  # the run itself will hear of it as well
+    except Exception as error:  # the run itself will hear of it as well
       logging.warning("%s", error)
 
 

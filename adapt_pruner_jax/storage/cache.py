@@ -72,6 +72,8 @@ def make(folder: Path) -> None:
     UserError: it cannot be made.
   """
   try:
+    if folder.is_relative_to(home()):  # compiled programs want it private
+      home().mkdir(mode=0o700, parents=True, exist_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
   except OSError as error:
     reason = error.strerror or error

@@ -48,3 +48,43 @@ def test_ends_itself_and_is_missed(process_env):
     assert said[0].splitlines()[-1].startswith("error: process 1 is gone")
   else:  # JAX was faster
     assert running[0].returncode == -signal.SIGABRT
+
+
+INTERRUPTED = """
+import sys, time
+from adapt_pruner_jax import cli
+from adapt_pruner_jax.distributed import processes
+
+def work(*_):
+  processes.HEARTBEAT = 4
+  processes.connect("127.0.0.1:{port}", 2, int(sys.argv[1]), 60)
+  processes.meet()
+  if sys.argv[1] == "1":
+    raise KeyboardInterrupt
+  time.sleep(1000)
+
+cli.COMMANDS["run"] = work
+cli.main(["run"])
+"""
+
+
+def test_ctrl_c_on_one_process_ends_both(process_env):
+  """The regular end would wait for the other one for minutes."""
+  program = INTERRUPTED.replace("{port}", str(free_port()))
+  running = [
+    subprocess.Popen(
+      [sys.executable, "-c", program, str(me)],
+      env=process_env(1),
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    for me in range(2)
+  ]
+  try:
+    said = [process.communicate(timeout=120)[1] for process in running]
+  finally:
+    for process in running:
+      process.kill()
+  assert running[1].returncode == 130, said[1]
+  assert "interrupted" in said[1].splitlines()
+  assert running[0].returncode in (EXIT_PEER, -signal.SIGABRT), said[0]

@@ -10,6 +10,7 @@ from adapt_pruner_jax.errors import UserError
 from adapt_pruner_jax.planning import cost, hours, memory
 from adapt_pruner_jax.planning.hardware import Hardware
 from adapt_pruner_jax.pruning import targets
+from adapt_pruner_jax.reporting.log import Log
 from adapt_pruner_jax.runs import deadline, tiny_model
 from adapt_pruner_jax.storage import json_files
 from tests import small_runs
@@ -145,6 +146,19 @@ def test_training_ends_with_the_hours(monkeypatch):
   assert not ending.now()
   signals.ask()
   assert ending.now()
+
+
+def test_a_recipe_that_never_ran_leaves_the_choice(tmp_path, monkeypatch):
+  """With --overwrite, and then refused: the run that is there can go on."""
+  speeds = iter([hours.Speed(10.0, 0.0), hours.Speed(5.0, 0.0)])
+  monkeypatch.setattr(hours, "timed", lambda *_: next(speeds))
+  first, other = (recipe("model", hours=h, stages=1) for h in (0.1, 0.2))
+  tokens = lambda config: (
+    hours.settle(config, tmp_path, FULL, Log(None), anew=True).train.tokens
+  )
+  found = [tokens(first), tokens(other), tokens(first), tokens(other)]
+  assert found == found[:2] * 2
+  assert found[0] != found[1]
 
 
 def test_what_may_change_keeps_the_choice(tmp_path):

@@ -18,6 +18,29 @@ from adapt_pruner_jax.reporting import progress, tensorboard, trace, trackers
 from adapt_pruner_jax.storage import publish
 from tests import small_runs
 
+HEAD = """
+import sys
+from adapt_pruner_jax.reporting.log import Log
+log = Log(None)
+for number in range(20_000):
+  log.say(f"line {number}")
+print("all was said", file=sys.stderr)
+"""
+
+
+def test_a_reader_that_goes_away_does_not_end_the_run():
+  """As `| tee log`, which Ctrl-C ends too."""
+  program = subprocess.Popen(
+    [sys.executable, "-c", HEAD],
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+  assert program.stdout.readline() == "line 0\n"
+  program.stdout.close()
+  assert program.stderr.read() == "all was said\n"
+  assert program.wait() == 0
+
 
 class Clock:
   """A clock that only the test moves."""
