@@ -6,6 +6,7 @@ make them small. What cannot run here is in `NOT_HERE`, and its flags are read.
 """
 
 import ast
+import dataclasses
 import functools
 import os
 import pathlib
@@ -17,9 +18,10 @@ import jax
 import pytest
 
 from adapt_pruner_jax import cli
-from adapt_pruner_jax.config import latency_table
+from adapt_pruner_jax.config import Config, Ranking, latency_table
 from adapt_pruner_jax.data import sources
 from adapt_pruner_jax.distributed import sharding
+from configs import oneshot
 from tests import small_runs
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -229,6 +231,36 @@ def test_links_lead_somewhere(page):
   for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", page.read_text()):
     if "://" not in target:
       assert (page.parent / target).exists(), target
+
+
+def test_the_readme_has_the_recipe_in_python():
+  """What `configs/oneshot.py` says, as arguments."""
+  text = (ROOT / "README.md").read_text()
+  call = re.search(r"smaller = (prune\(.*?\n\))", text, re.DOTALL)[1]
+  arguments = ast.parse(call).body[0].value.keywords
+  given = {a.arg: ast.unparse(a.value) for a in arguments}
+  recipe, plain = oneshot.get_config(), Config()
+  for name in ("prune", "calibration"):
+    section, default = getattr(recipe, name), getattr(plain, name)
+    for field in dataclasses.fields(section):
+      value = getattr(section, field.name)
+      if value != getattr(default, field.name):
+        found = eval(given.pop(field.name), {"Ranking": Ranking})
+        assert found == value, field.name
+  assert given.keys() == {"ratio", "calibration"}
+
+
+def test_the_tables_of_the_real_model_are_its_cells(monkeypatch):
+  monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+  import real_model_bench
+  import real_model_report
+
+  found = real_model_bench.read_cells(ROOT / "benchmarks" / "real_model.jsonl")
+  for file, table in (
+    ("README.md", real_model_report.summary(found)),
+    ("docs/results.md", real_model_report.untrained(found, 0.2)),
+  ):
+    assert table in (ROOT / file).read_text(), "--part=report writes it"
 
 
 def test_the_readme_says_first_what_on_what_and_how_long():

@@ -1,5 +1,7 @@
 """Asked to stop where nobody knows of a run: at each batch, layer or tensor."""
 
+import signal
+
 import jax
 import numpy as np
 import pytest
@@ -30,6 +32,16 @@ def test_without_a_run_and_in_one_that_goes_on(asked):
   stopping._under_way.remove(asked)
   stopping.moment()
   stopping._under_way.append(asked)
+
+
+def test_ctrl_c_asks_and_a_second_one_ends():
+  with stopping.stop_signals() as found:
+    signal.raise_signal(signal.SIGINT)
+    assert found.now()
+    with pytest.raises(KeyboardInterrupt):
+      signal.raise_signal(signal.SIGINT)
+  with pytest.raises(KeyboardInterrupt):  # as before it
+    signal.raise_signal(signal.SIGINT)
 
 
 def test_seen_in_every_phase(small_model, tmp_path):

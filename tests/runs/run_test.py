@@ -19,7 +19,7 @@ from adapt_pruner_jax.distributed import sharding
 from adapt_pruner_jax.errors import EXIT_STOPPED, UserError
 from adapt_pruner_jax.formats.hf import load
 from adapt_pruner_jax.models import model_config
-from adapt_pruner_jax.pruning import methods, surgery
+from adapt_pruner_jax.pruning import methods, refit_loss, surgery
 from adapt_pruner_jax.runs import run
 from adapt_pruner_jax.storage import json_files
 from adapt_pruner_jax.storage.checkpoints import Checkpoints
@@ -544,6 +544,33 @@ def test_a_cut_prune_goes_on(
     assert damage == (path == broken)
     assert (path / "trace.jsonl").read_text() == trace
     assert_same_weights(path, whole)
+
+
+@pytest.mark.slow
+def test_a_cut_refit_by_the_loss_goes_on(small_model, tmp_path, monkeypatch):
+  """As of configs/oneshot.py: it begins again, to the same weights."""
+  config = recipe(small_model, stages=1)
+  config.eval.text = ""
+  config.prune.method, config.prune.refit = "fisher", "loss"
+  config.prune.refit_passes, config.prune.refit_batch = 2, 8
+  whole, work = tmp_path / "whole", tmp_path / "work"
+  run.run(config, whole)
+  batches = refit_loss._batches
+
+  def cut(*args):
+    yield next(batches(*args))
+    raise KeyboardInterrupt
+
+  with monkeypatch.context() as patch:
+    patch.setattr(refit_loss, "_batches", cut)
+    with pytest.raises(KeyboardInterrupt):
+      run.run(config, work)
+  assert not (work / "summary.json").exists()
+  run.run(config, work)
+  assert (work / "trace.jsonl").read_text() == (
+    (whole / "trace.jsonl").read_text()
+  )
+  assert_same_weights(work, whole)
 
 
 def test_a_cut_prune_of_a_later_stage_goes_on(
