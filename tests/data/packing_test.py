@@ -101,10 +101,8 @@ def test_packing_properties_with_a_begin_token(lengths, T, seed):
     for s in np.unique(segments):
       at = row["positions_BT"][inside][segments == s]
       np.testing.assert_array_equal(at, np.arange(len(at)))
-      said = np.append(tokens, targets[-1:])[1:][segments == s]
       inner = tokens[(segments == s) & (tokens > 0)]
       assert len(np.unique(inner // 1000)) <= 1
-      assert len(said)
   # What is not trained loses its weight and nothing else.
   masked = packing.PackedRows(
     dataclasses.replace(stream, trained=trained), T, begin_id=0

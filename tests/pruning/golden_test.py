@@ -230,7 +230,7 @@ def test_eight_devices_remove_the_same():
       mesh=mesh,
     )
   )
-  for got, expected in zip(pruned.trace, want.trace, strict=False):
+  for got, expected in zip(pruned.trace, want.trace[:4], strict=True):
     assert got["params"] == expected["params"]
     assert got["loss"] == pytest.approx(expected["loss"], rel=1e-5)
     widths = [(x["kv_groups"], x["ffn"]) for x in got["layers"]]
