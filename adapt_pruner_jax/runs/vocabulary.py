@@ -71,7 +71,7 @@ def cut(
     if not folder.is_dir():
       cache.mkdir(parents=True, exist_ok=True)
       made = vocabulary.cut(content, kept)
-      cut_vocabulary.write(source, folder, kept, made)
+      cut_vocabulary.write(source, folder, kept, made, full.tied)
 
   agreement.on_writer(write)
   publish.require_shared(folder)

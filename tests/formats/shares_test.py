@@ -41,7 +41,8 @@ def computed(tmp_path_factory, small_model):
     if name == "eight_bits":
       in_eight_bits(small_model, path)
     elif name == "cut":
-      cut_vocabulary.write(small_model, path, np.arange(0, 300, 3), {})
+      tied = load.read_config(small_model).tied
+      cut_vocabulary.write(small_model, path, np.arange(0, 300, 3), {}, tied)
     else:
       path = path.with_suffix(".gguf")
       writer.write(*load.load(small_model), path, kind=name)

@@ -457,7 +457,7 @@ def test_names_of_a_wrapper(tmp_path, mistral):
   config, found = load.load(path)
   assert config.tied
   kept = np.arange(0, config.vocab_size, 2)
-  cut_vocabulary.write(path, tmp_path / "cut", kept, {})
+  cut_vocabulary.write(path, tmp_path / "cut", kept, {}, config.tied)
   config, cut = load.load(tmp_path / "cut")
   assert config.tied
   np.testing.assert_array_equal(cut["embedding"], found["embedding"][kept])

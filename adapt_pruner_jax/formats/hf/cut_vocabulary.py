@@ -12,12 +12,7 @@ from typing import Any
 import numpy as np
 
 from adapt_pruner_jax.errors import UserError
-from adapt_pruner_jax.formats.hf import (
-  carried,
-  config_json,
-  generation_config,
-  text_part,
-)
+from adapt_pruner_jax.formats.hf import carried, generation_config, text_part
 from adapt_pruner_jax.formats.hf.families import FAMILIES
 from adapt_pruner_jax.formats.hf.files import (
   ALL,
@@ -46,7 +41,11 @@ ROWS = frozenset(  # tensors with a row a token
 
 
 def write(
-  source: Path, folder: Path, kept: np.ndarray, tokenizer: dict[str, Any]
+  source: Path,
+  folder: Path,
+  kept: np.ndarray,
+  tokenizer: dict[str, Any],
+  tied: bool,
 ) -> None:
   """Writes the directory of a model with some of its tokens.
 
@@ -55,6 +54,7 @@ def write(
     folder: what is written.
     kept: ids in the original, sorted; the new ones are their places.
     tokenizer: tokenizer.json of these.
+    tied: whether the original's output matrix is its embedding.
 
   Raises:
     UserError: `folder` cannot be written, or a file of the original not read.
@@ -65,8 +65,6 @@ def write(
     whole = read_object(source / CONFIG)
     raw = text_part.config_of(whole, str(source / CONFIG))
     if raw is not whole:  # of tying the wrapper had the say
-      config = config_json.read(whole)
-      tied = text_part.tied_as_stored(config, whole, source).tied
       raw = {**raw, "tie_word_embeddings": tied}
     raw = {**raw, "vocab_size": len(kept)}
     if carried.VOCABULARY in raw:
