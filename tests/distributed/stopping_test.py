@@ -34,6 +34,15 @@ def test_without_a_run_and_in_one_that_goes_on(asked):
   stopping._under_way.append(asked)
 
 
+@pytest.fixture
+def interruptible():
+  """What a shell starts in the background is not."""
+  old = signal.signal(signal.SIGINT, signal.default_int_handler)
+  yield
+  signal.signal(signal.SIGINT, old)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_asks_and_a_second_one_ends():
   with stopping.stop_signals() as found:
     signal.raise_signal(signal.SIGINT)

@@ -314,7 +314,7 @@ def test_a_context_of_blanks_is_an_empty_one(models):
   class Bare:
     """A tokenizer that adds no begin token."""
 
-    bos_id, bos_token, eos_id = 1, None, 2
+    bos_id, bos_token, eos_id, special_tokens = 1, None, 2, ()
     encode = staticmethod(lambda text: lm.words.encode_plain(text))
     encode_plain = encode
 

@@ -73,7 +73,7 @@ def terminal(monkeypatch):
     assert not stderr
     return Console(file=shown, force_terminal=True, width=60, quiet=quiet)
 
-  monkeypatch.setattr(log_, "Console", console)
+  monkeypatch.setattr(log_, "_Console", console)
   return shown
 
 
